@@ -1,0 +1,139 @@
+"""Data files -> what the model sees: conversations, token ids, loss masks, and a report of what happened to each row."""
+
+from __future__ import annotations
+
+import collections
+import json
+import random
+from dataclasses import dataclass, field
+
+from ..errors import InputError
+from . import chat, formats, sources
+from .chat import IGNORE_INDEX, Example
+
+__all__ = ["IGNORE_INDEX", "Conversation", "Example", "Source", "encode", "hold_out", "read", "report"]
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """One row: where it stands, and its messages, the last of which is the assistant's."""
+
+    row: sources.Row
+    messages: list
+
+
+@dataclass
+class Source:
+    """One data file, its conversations, and the count of rows dropped by reason."""
+
+    path: str
+    format: str
+    conversations: list
+    num_read: int
+    reasons: collections.Counter = field(default_factory=collections.Counter)
+
+
+def read(paths):
+    """Return a Source for each path, every row checked.
+
+    Raises:
+        InputError: a file is missing or not JSON, or rows are of no known shape; all bad rows of a file together.
+    """
+    return [_read_one(path) for path in paths]
+
+
+def _read_one(path):
+    rows = sources.read_rows(path)
+    seen, conversations, problems = collections.Counter(), [], []
+    for row in rows:
+        try:
+            name, messages = formats.to_messages(row.value)
+        except ValueError as error:
+            problems.append(f"line {row.line}  {error}")
+        else:
+            seen[name] += 1
+            conversations.append(Conversation(row, messages))
+    if problems:
+        raise InputError.listing(path, problems)
+    return Source(path, ", ".join(seen), conversations, len(rows))
+
+
+def hold_out(source_list, fraction, seed):
+    """Return (training conversations, held-out conversations); equal conversations fall on the same side."""
+    everything = [conversation for source in source_list for conversation in source.conversations]
+    if not fraction:
+        return everything, []
+    keys = sorted({_key(conversation) for conversation in everything})
+    random.Random(seed).shuffle(keys)
+    held = set(keys[: max(1, round(len(keys) * fraction))])
+    if len(held) == len(keys):
+        raise InputError(f"data.eval_fraction {fraction} leaves no training rows of {len(keys)} distinct ones")
+    return [c for c in everything if _key(c) not in held], [c for c in everything if _key(c) in held]
+
+
+def _key(conversation):
+    return json.dumps(conversation.messages, sort_keys=True)
+
+
+def encode(conversations, tokenizer, section, dropped):
+    """Return the Examples of `conversations` under the recipe section `data`.
+
+    dropped: {path: Counter}; a row over max_length is counted there by reason when `section.overlong` is "drop".
+
+    Raises:
+        InputError: rows too long (unless dropped) or refused by the template, all together; or none left.
+    """
+    examples, problems = [], []
+    for conversation in conversations:
+        try:
+            example = chat.encode(tokenizer, conversation.messages, section.train_on)
+        except ValueError as error:
+            problems.append(f"{conversation.row.where}  {error}")
+            continue
+        length = len(example.input_ids)
+        if length <= section.max_length:
+            examples.append(example)
+        elif section.overlong == "drop":
+            dropped[conversation.row.path][f"longer than max_length {section.max_length}"] += 1
+        else:
+            problems.append(f"{conversation.row.where}  {length} tokens, data.max_length is {section.max_length}")
+    if problems:
+        remedy = "raise data.max_length, or set data.overlong: drop" if "data.max_length" in problems[0] else "mend the rows"
+        raise InputError.listing("the data", [*problems, f"({remedy})"] if len(problems) < 20 else problems)
+    if not examples:
+        raise InputError(f"no row is left to train on: all are longer than data.max_length {section.max_length}")
+    return examples
+
+
+def report(source_list, examples, dropped, stops, rows_per_step):
+    """Return the contents of data_report.json for the training `examples`.
+
+    stops: ids that generation stops at. rows_per_step: rows an optimizer step takes.
+    """
+    lengths = sorted(len(example.input_ids) for example in examples)
+    total, trained = sum(lengths), sum(example.num_trained for example in examples)
+    ends = sum(_last_trained(example) in stops for example in examples)
+    return {
+        "sources": [
+            {
+                "path": source.path,
+                "format": source.format,
+                "rows_read": source.num_read,
+                "rows_kept": source.num_read - sum(dropped[source.path].values()),
+                "rows_dropped": sum(dropped[source.path].values()),
+                "rows_truncated": 0,
+                "reasons": dict(dropped[source.path]),
+            }
+            for source in source_list
+        ],
+        "rows": len(examples),
+        "tokens": {"total": total, "trained": trained},
+        "length": {"p50": lengths[len(lengths) // 2], "p95": lengths[int(len(lengths) * 0.95)], "max": lengths[-1]},
+        "ends_with_stop_token": ends / len(examples),
+        "packing_efficiency": None,
+        "steps_per_epoch": -(-len(examples) // rows_per_step),
+    }
+
+
+def _last_trained(example):
+    return next((label for label in reversed(example.labels) if label != IGNORE_INDEX), None)

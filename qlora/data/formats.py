@@ -1,0 +1,84 @@
+"""One row of any known shape -> its conversation. The shape is read off the row's own keys.
+
+    messages     {"messages": [{"role", "content"}, ...]}
+    alpaca       {"instruction", "input"?, "output", "system"?}
+    completion   {"prompt", "completion"}, strings or lists of messages
+
+A `prompt`/`completion` pair of strings becomes one user and one assistant turn, so that training, `chat` and every
+server that applies the model's chat template see the same string.
+"""
+
+from __future__ import annotations
+
+ROLES = ("system", "user", "assistant")
+SHAPES = '"messages", "instruction" + "output", or "prompt" + "completion"'
+
+
+def to_messages(value):
+    """Return (format name, messages) where messages is a list of {"role", "content"} that ends with the assistant.
+
+    Raises:
+        ValueError: what is wrong with the row and what is allowed, without file and line.
+    """
+    if not isinstance(value, dict):
+        raise ValueError(f"a row is an object with {SHAPES}, not {_kind(value)}")
+    if "messages" in value:
+        return "messages", _checked(value["messages"], "messages")
+    if "instruction" in value and "output" in value:
+        return "alpaca", _alpaca(value)
+    if "prompt" in value and "completion" in value:
+        prompt, completion = value["prompt"], value["completion"]
+        if isinstance(prompt, str):
+            prompt = [{"role": "user", "content": prompt}]
+        if isinstance(completion, str):
+            completion = [{"role": "assistant", "content": completion}]
+        if not (isinstance(prompt, list) and isinstance(completion, list)):
+            raise ValueError("prompt and completion are strings or lists of messages")
+        return "completion", _checked(prompt + completion, "prompt + completion")
+    raise ValueError(f"keys {', '.join(map(str, value)) or 'none'} fit no known shape; give {SHAPES}")
+
+
+def _alpaca(value):
+    for key in ("instruction", "input", "output", "system"):
+        if key in value and not isinstance(value[key], str):
+            raise ValueError(f"{key} is {_kind(value[key])}, not a string")
+    parts = [value["instruction"], value.get("input", "")]
+    messages = [
+        {"role": "user", "content": "\n\n".join(part for part in parts if part)},
+        {"role": "assistant", "content": value["output"]},
+    ]
+    if value.get("system"):
+        messages.insert(0, {"role": "system", "content": value["system"]})
+    return _checked(messages, "instruction + output")
+
+
+def _checked(messages, name):
+    if not isinstance(messages, list) or not messages:
+        raise ValueError(f"{name} is {_kind(messages)}, not a list of messages")
+    for index, message in enumerate(messages):
+        at = f"{name}[{index}]"
+        if not isinstance(message, dict):
+            raise ValueError(f'{at} is {_kind(message)}, not {{"role", "content"}}')
+        if message.get("role") not in ROLES:
+            raise ValueError(f"{at}.role is {message.get('role')!r}, not one of {', '.join(ROLES)}")
+        content = message.get("content")
+        if not isinstance(content, str):
+            raise ValueError(f"{at}.content is {_kind(content)}, not a string")
+        if not content.strip() and message["role"] != "system":
+            raise ValueError(f"{at}.content is empty")
+        if any("\ud800" <= char <= "\udfff" for char in content):
+            raise ValueError(f"{at}.content has half of a surrogate pair (broken \\u escape)")
+        unknown = set(message) - {"role", "content"}
+        if unknown:
+            raise ValueError(f"{at} has {', '.join(sorted(unknown))}: only role and content are understood")
+        if message["role"] == "system" and index != 0:
+            raise ValueError(f"{at}: a system message can only come first")
+    if messages[-1]["role"] != "assistant":
+        raise ValueError(f"{name} ends with the {messages[-1]['role']}; the last message is the answer to learn")
+    return [{"role": message["role"], "content": message["content"]} for message in messages]
+
+
+def _kind(value):
+    if value is None:
+        return "null"
+    return {dict: "an object", list: "a list" if value else "an empty list", str: "a string"}.get(type(value), repr(value))

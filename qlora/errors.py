@@ -1,0 +1,40 @@
+"""What can go wrong for a user, each with the exit code that the command line ends with."""
+
+
+class QLoRAError(Exception):
+    """One message for the user: what is wrong, where, and what to do. Shown without a traceback."""
+
+    exit_code = 1
+
+
+class InputError(QLoRAError):
+    """The recipe, the data, the model folder or an argument is wrong."""
+
+    exit_code = 2
+
+    @classmethod
+    def listing(cls, where, problems, limit=20):
+        """Return one error that reports `problems` (strings) together: the first `limit` in full, then the count."""
+        head = f"{where} has {len(problems)} problem{'s' if len(problems) != 1 else ''}"
+        lines = [f"  {problem}" for problem in problems[:limit]]
+        if len(problems) > limit:
+            lines.append(f"  ... and {len(problems) - limit} more")
+        return cls("\n".join([head, *lines]))
+
+
+class DoesNotFit(QLoRAError):
+    """Not enough memory for the job."""
+
+    exit_code = 3
+
+
+class ProofFailed(QLoRAError):
+    """The exported model is not the model that was trained."""
+
+    exit_code = 4
+
+
+class TrainingFailed(QLoRAError):
+    """Training cannot go on: a loss that is not finite, or adapters that do not move."""
+
+    exit_code = 1

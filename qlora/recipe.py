@@ -1,0 +1,255 @@
+"""The recipe: YAML in, one frozen value out. Parsed once; each part of the program gets its own section.
+
+A field is named as the library that consumes it names it, so its documentation can be looked up there:
+`lora` as `peft.LoraConfig`, `training` as `transformers.TrainingArguments`, `quantization` as
+`transformers.BitsAndBytesConfig` without `bnb_4bit_`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import io
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
+from .errors import InputError
+
+Positive = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+Sources = Annotated[list[str], Field(min_length=1), BeforeValidator(lambda v: [v] if isinstance(v, str) else v)]
+
+# YAML 1.2 (ruamel) reads 2e-4 as a number and `on:` as a word; YAML 1.1 (PyYAML) does neither.
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Model(Section):
+    name_or_path: Annotated[str, Field(min_length=1)]
+    revision: str | None = None
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    trust_remote_code: bool = False
+
+
+class Quantization(Section):
+    quant_type: Literal["nf4", "fp4"] = "nf4"
+    use_double_quant: bool = True
+    compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+
+
+class Lora(Section):
+    r: Positive = 16
+    lora_alpha: Annotated[float, Field(gt=0)] = 32
+    lora_dropout: Share = 0.0
+    target_modules: str | Annotated[list[str], Field(min_length=1)] = "all-linear"
+    use_rslora: bool = False
+
+
+class Data(Section):
+    train: Sources
+    eval: Sources | None = None
+    eval_fraction: Share = 0.0
+    max_length: Annotated[int, Field(ge=8)] = 2048
+    overlong: Literal["error", "drop"] = "error"
+    train_on: Literal["assistant", "all"] = "assistant"
+    chat_template: str | None = None
+
+    @model_validator(mode="after")
+    def _one_eval_source(self):
+        if self.eval is not None and self.eval_fraction > 0:
+            raise ValueError("eval and eval_fraction exclude each other; keep one")
+        return self
+
+
+class Training(Section):
+    num_train_epochs: Annotated[float, Field(gt=0)] = 1.0
+    max_steps: Positive | None = None
+    per_device_train_batch_size: Positive = 1
+    per_device_eval_batch_size: Positive = 1
+    gradient_accumulation_steps: Positive = 16
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-4
+    optim: Literal[
+        "paged_adamw_8bit",
+        "paged_adamw_32bit",
+        "adamw_8bit",
+        "adamw_torch",
+        "adamw_torch_fused",
+        "paged_lion_8bit",
+        "paged_lion_32bit",
+    ] = "paged_adamw_8bit"
+    lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
+    warmup_ratio: Share = 0.03
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    logging_steps: Positive = 1
+    eval_steps: Positive | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
+
+
+class Memory(Section):
+    gradient_checkpointing: Literal["auto"] | bool = "auto"
+
+
+class Export(Section):
+    dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+    base: Literal["dequantized"] = "dequantized"
+    max_shard_size: str = "5GB"
+
+
+class Recipe(Section):
+    model: Model
+    quantization: Quantization | None = Quantization()
+    lora: Lora = Lora()
+    data: Data
+    training: Training = Training()
+    memory: Memory = Memory()
+    export: Export = Export()
+    output_dir: Annotated[str, Field(min_length=1)]
+
+    @classmethod
+    def load(cls, path, overrides=()) -> Recipe:
+        """Return the recipe in the YAML file `path` with `section.field=value` strings laid over it.
+
+        Raises:
+            InputError: all problems of the file together, each with its line, field and remedy.
+        """
+        path = Path(path)
+        try:
+            text = path.read_text(encoding="utf-8-sig")
+        except FileNotFoundError:
+            raise InputError(f"no recipe at {path}; give the path of a YAML file") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"cannot read the recipe {path}: {error}") from None
+        values, lines = _parse(text, path)
+        for override in overrides:
+            _apply(values, lines, override)
+        return cls._validated(values, lines, path)
+
+    @classmethod
+    def from_dict(cls, values) -> Recipe:
+        """Return the recipe with these nested `values`; raises InputError like `load`."""
+        return cls._validated(values, {}, "the recipe")
+
+    @classmethod
+    def _validated(cls, values, lines, where):
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise InputError.listing(where, [_explain(problem, lines) for problem in error.errors()]) from None
+
+    def to_yaml(self) -> str:
+        """Return the resolved recipe, every value written out, as YAML that `load` reads back to an equal recipe."""
+        stream = io.StringIO()
+        yaml = YAML(pure=True)  # the C dumper writes YAML 1.1
+        yaml.width = 1000
+        yaml.dump(self.model_dump(), stream)
+        return stream.getvalue()
+
+
+def _parse(text, path):
+    """Return (nested plain values, {(key, ...): line})."""
+    yaml = YAML(typ="rt", pure=True)
+    try:
+        documents = list(yaml.load_all(text))
+    except MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f" line {mark.line + 1}" if mark else ""
+        raise InputError(f"{path}{line}: not valid YAML: {error.problem or error.context}") from None
+    except (YAMLError, RecursionError, ValueError) as error:
+        raise InputError(f"{path}: not valid YAML: {error}") from None
+    if len(documents) != 1 or not isinstance(documents[0], dict):
+        raise InputError(f"{path}: a recipe is one YAML mapping with sections model, data, output_dir, ...")
+    lines: dict[tuple, int] = {}
+    return _plain(documents[0], (), lines, path), lines
+
+
+def _plain(node, at, lines, path):
+    if isinstance(node, dict):
+        result = {}
+        for key, value in node.items():
+            lines[(*at, key)] = node.lc.key(key)[0] + 1
+            result[key] = _plain(value, (*at, key), lines, path)
+        return result
+    if isinstance(node, list):
+        return [_plain(value, (*at, index), lines, path) for index, value in enumerate(node)]
+    for kind in (bool, int, float, str):  # ruamel's ScalarInt, ScalarFloat, ... carry formatting we do not need
+        if isinstance(node, kind):
+            return kind(node)
+    if node is None:
+        return None
+    raise InputError(f"{path} line {lines.get(at, '?')}: {'.'.join(map(str, at))}: unsupported YAML value {node!r}")
+
+
+def _apply(values, lines, override):
+    """Lay one `section.field=value` over `values`; the value is read as YAML."""
+    key, sign, text = override.partition("=")
+    parts = tuple(key.split("."))
+    if not sign or not all(parts):
+        raise InputError(f"override {override!r} is not of the form section.field=value")
+    value, _ = _parse(f"value: {text}", f"override {override!r}")
+    node = values
+    for index, part in enumerate(parts[:-1]):
+        if not isinstance(node.get(part), dict):
+            node[part] = {}
+        node = node[part]
+        lines.setdefault(parts[: index + 1], "override")
+    node[parts[-1]] = value["value"]
+    lines[parts] = "override"
+
+
+def _explain(problem, lines):
+    """Return one line for one pydantic error: line, dotted field, what was found, what to do."""
+    location: tuple = tuple(part for part in problem["loc"] if not _is_union_tag(part))
+    field = ".".join(map(str, location)) or "recipe"
+    known = next((lines[location[:end]] for end in range(len(location), 0, -1) if location[:end] in lines), None)
+    place = {None: "", "override": "override  "}.get(known, f"line {known}  ")
+    kind, found = problem["type"], problem.get("input")
+    if kind == "extra_forbidden":
+        return f"{place}{field}: unknown field{_did_you_mean(location)}"
+    if kind == "missing":
+        return f"{place}{field}: required, but not given"
+    if kind == "literal_error":
+        return f"{place}{field}: {found!r} is not one of {problem['ctx']['expected'].replace(' or ', ', ')}"
+    message = problem["msg"].removeprefix("Value error, ").replace("Input should be", "should be")
+    return f"{place}{field}: {message}" + ("" if isinstance(found, dict) else f", found {found!r}")
+
+
+def _is_union_tag(part):
+    # pydantic adds the tried member of a union to the location: ("data", "train", "list[...]") or "str"
+    return isinstance(part, str) and (part in {"str", "bool"} or "[" in part or part.startswith("literal"))
+
+
+def _fields(section):
+    """Return {dotted name: section class or None} of a section class's own fields."""
+    return {
+        name: next((kind for kind in _kinds(field.annotation) if issubclass(kind, Section)), None)
+        for name, field in section.model_fields.items()
+    }
+
+
+def _kinds(annotation):
+    arguments = getattr(annotation, "__args__", (annotation,))
+    return [kind for kind in arguments if isinstance(kind, type)]
+
+
+def _did_you_mean(location):
+    section: Any = Recipe
+    for part in location[:-1]:
+        section = _fields(section).get(part) or section
+    name, prefix = str(location[-1]), "".join(f"{part}." for part in location[:-1])
+    home = {**{field: f"{parent}.{field}" for parent, kind in _fields(Recipe).items() if kind for field in kind.model_fields}}
+    synonyms = {"rank": "lora.r", "alpha": "lora.lora_alpha", "dropout": "lora.lora_dropout", "lr": "training.learning_rate",
+                "epochs": "training.num_train_epochs", "batch_size": "training.per_device_train_batch_size",
+                "cutoff_len": "data.max_length", "max_seq_length": "data.max_length", "base_model": "model.name_or_path"}  # fmt: skip
+    if name in home or name in synonyms:
+        return f"; did you mean {home.get(name) or synonyms[name]}?"
+    near = difflib.get_close_matches(name, section.model_fields, n=1, cutoff=0.4)
+    if near:
+        return f"; did you mean {prefix}{near[0]}?"
+    return f"; known here: {', '.join(section.model_fields)}"

@@ -1,0 +1,142 @@
+"""The run folder: which file is where, and what makes a run whole.
+
+    recipe.yaml       the resolved recipe, copied first
+    environment.json  versions, device, base-model and data hashes
+    adapter/          PEFT format, tokenizer, chat template; appears by rename, so a folder is either whole or absent
+    metrics.jsonl     one JSON object a logged step; TensorBoard events in tensorboard/
+    data_report.json  eval.json
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+from .errors import InputError
+from .recipe import Recipe
+
+
+def write_json(path, value):
+    """Write `value` to `path` as JSON, whole or not at all; a number that is not finite is an error, never `NaN`."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    partial = Path(f"{path}.partial")
+    with open(partial, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def sha256(path):
+    """Return the hex SHA-256 of a file, read in pieces of 1 MiB."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def new_folder(out):
+    """Yield `OUT.partial` to fill; rename it to `out` when the block ends well, remove it when it does not.
+
+    Nothing that looks whole is ever at `out`. A leftover of a killed process is replaced.
+    """
+    out = Path(out)
+    partial = out.with_name(out.name + ".partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise InputError(f"cannot write {out}: {error.strerror}; choose another folder") from None
+    try:
+        yield partial
+        for path in [*partial.rglob("*"), partial]:
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        if out.is_dir():
+            out.rmdir()  # an empty folder that the user made; a filled one was refused before
+        os.rename(partial, out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def refuse_nonempty(out, what):
+    """Raise InputError unless `out` is absent or an empty folder."""
+    out = Path(out)
+    if out.is_dir() and any(out.iterdir()):
+        raise InputError(f"{out} is not empty; {what} never overwrites: remove it or choose another folder")
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out} is a file; choose another folder for {what}")
+
+
+class RunDir:
+    """Paths of one run folder."""
+
+    def __init__(self, path):
+        self.path = Path(path)
+        self.recipe_file = self.path / "recipe.yaml"
+        self.environment_file = self.path / "environment.json"
+        self.adapter = self.path / "adapter"
+        self.metrics_file = self.path / "metrics.jsonl"
+        self.tensorboard = self.path / "tensorboard"
+        self.data_report_file = self.path / "data_report.json"
+        self.eval_file = self.path / "eval.json"
+
+    @classmethod
+    def create(cls, recipe: Recipe):
+        """Return a new run folder at `recipe.output_dir` that holds the resolved recipe.
+
+        Raises:
+            InputError: it holds something already, is a file, or cannot be written.
+        """
+        run = cls(recipe.output_dir)
+        run.refuse_used()
+        try:
+            run.path.mkdir(parents=True, exist_ok=True)
+            run.recipe_file.write_text(recipe.to_yaml(), encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"output_dir {run.path}: {error.strerror}; choose another folder") from None
+        return run
+
+    def refuse_used(self):
+        """Raise InputError if a new run cannot start here."""
+        if self.recipe_file.exists() and not self.adapter.exists():
+            raise InputError(
+                f"output_dir {self.path} holds a run that did not finish; remove it or set output_dir=ANOTHER_FOLDER"
+            )
+        refuse_nonempty(self.path, "output_dir")
+
+    @classmethod
+    def is_run(cls, path):
+        """True if `path` is a run folder, finished or not (a model folder has config.json and no recipe.yaml)."""
+        return (Path(path) / "recipe.yaml").is_file()
+
+    @classmethod
+    def open(cls, path):
+        """Return the finished run in `path`; raises InputError if there is none."""
+        run = cls(path)
+        if not run.path.exists():
+            raise InputError(f"no run at {path}; `qlora train RECIPE` makes one")
+        if not run.recipe_file.is_file():
+            raise InputError(f"{path} is not a run folder: it has no recipe.yaml")
+        if not run.adapter.is_dir():
+            raise InputError(f"{path} did not finish training: it has no adapter/")
+        return run
+
+    def recipe(self):
+        return Recipe.load(self.recipe_file)
+
+    def environment(self):
+        try:
+            return json.loads(self.environment_file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"{self.environment_file}: {error}; the run folder is damaged") from None

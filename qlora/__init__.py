@@ -1,0 +1,34 @@
+"""qlora: 4-bit LoRA fine-tuning on one consumer GPU, with proof.
+
+    from qlora import Recipe, train, evaluate, export, chat
+
+    run = train(Recipe.load("recipes/quickstart.yaml"))
+    scores = evaluate(run.path)
+    report = export(run.path, "out/model")
+    answer = chat("out/model", "Hello!")
+
+Names are imported when first used, so that `import qlora` and `qlora --help` stay fast.
+"""
+
+import importlib
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Recipe": "recipe",
+    "RunDir": "rundir",
+    "QLoRAError": "errors",
+    "InputError": "errors",
+    "ProofFailed": "errors",
+    "train": "commands.train",
+    "evaluate": "commands.eval",
+    "export": "commands.export",
+    "chat": "commands.chat",
+}
+__all__ = list(_HOME)
+
+
+def __getattr__(name):
+    if name not in _HOME:
+        raise AttributeError(f"module 'qlora' has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)

@@ -1,0 +1,249 @@
+"""Name -> frozen base model in NF4 and its tokenizer. The dtype policy is here and nowhere else:
+
+    weight of every linear layer but the head   uint8 NF4 codes; per block of 64 an 8-bit absmax (double quantization)
+    every other parameter                       quantization.compute_dtype (bfloat16 by default)
+    buffers                                     as the architecture makes them (rotary frequencies are float32)
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from .errors import InputError
+from .rundir import sha256
+
+# W is cast to bfloat16 before it is quantized, whatever the files hold: fp32, fp16 and bf16 copies of one weight give
+# different NF4 codes, so the dtype is part of what was trained.
+DTYPE_WHEN_QUANTIZED = torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model folder on disk whose safetensors headers have been read and found whole.
+
+    files: {tensor name: file name}. revision: the hub commit, or None for a local folder.
+    """
+
+    name_or_path: str
+    folder: Path
+    revision: str | None
+    files: dict = field(repr=False)
+
+    def file_hashes(self):
+        """Return {file name: sha256} of config.json and the weight files."""
+        names = sorted(set(self.files.values()))
+        return {name: sha256(self.folder / name) for name in ["config.json", *names]}
+
+    def shapes(self):
+        """Return {tensor name: shape} from the headers, without reading weights."""
+        shapes = {}
+        for name in sorted(set(self.files.values())):
+            with safe_open(self.folder / name, "pt") as file:
+                shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+        return shapes
+
+
+def find(section):
+    """Return the Checkpoint of recipe section `model`: a local folder, or a hub name (downloaded if need be).
+
+    Raises:
+        InputError: no such folder or repository, no safetensors, an unsafe index, or a corrupt file.
+    """
+    folder, revision = Path(section.name_or_path), None
+    if not folder.is_dir():
+        folder, revision = _download(section)
+    elif section.revision is not None:
+        raise InputError(f"model.revision {section.revision}: {folder} is a local folder, which has no revisions")
+    if not (folder / "config.json").is_file():
+        raise InputError(f"model.name_or_path {folder}: no config.json; not a model folder")
+    return Checkpoint(section.name_or_path, folder, revision, _weight_files(folder))
+
+
+def _download(section):
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    name = section.name_or_path
+    looks_like_path = name.startswith((".", "/", "~")) or name.count("/") != 1
+    if looks_like_path:
+        raise InputError(f"model.name_or_path {name}: no such folder, and not a hub name (OWNER/NAME)")
+    try:
+        patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+        folder = Path(snapshot_download(name, revision=section.revision, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"model.name_or_path {name}: no such folder, and the hub says: {reason}") from None
+    return folder, folder.name
+
+
+def _weight_files(folder):
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        names = [single.name]
+    elif index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise InputError(f"{index}: not a shard index ({error!r}); download the model again") from None
+        # transformers joins these names unchecked: "../x" and absolute paths would be read
+        unsafe = [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]
+        if unsafe:
+            raise InputError(f"{index}: {unsafe[0]!r} is not a plain safetensors file name; the folder cannot be trusted")
+    else:
+        raise InputError(f"{folder}: no model.safetensors and no model.safetensors.index.json (pickled weights are not read)")
+    files = {}
+    for name in names:
+        if not (folder / name).is_file():
+            raise InputError(f"{folder / name} is listed in {index.name} but missing; download the model again")
+        try:
+            with safe_open(folder / name, "pt") as file:
+                files |= dict.fromkeys(file.keys(), name)
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{folder / name} is not a whole safetensors file ({error}); download it again") from None
+    return files
+
+
+def load_config(checkpoint, section):
+    """Return the transformers config; raises InputError where it is not a known causal language model in 16 or 32 bit."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=section.trust_remote_code)
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise InputError(f"{checkpoint.folder / 'config.json'}: {_first_line(error)}") from None
+    known = type(config) in AutoModelForCausalLM._model_mapping or "AutoModelForCausalLM" in getattr(config, "auto_map", {})
+    if not known:
+        raise InputError(f"{checkpoint.folder / 'config.json'}: {config.model_type!r} is not a causal language model")
+    if getattr(config, "quantization_config", None):
+        raise InputError(f"{checkpoint.folder}: the weights are quantized already; give the 16-bit model it was made from")
+    return config
+
+
+def load_tokenizer(folder, section):
+    """Return the tokenizer in `folder`, with a pad token; raises InputError where there is none.
+
+    Pads are masked by position, never by id, so that pad == end token cannot hide the end of a turn.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=section.trust_remote_code)
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, ImportError) as error:
+        raise InputError(f"{folder}: no usable tokenizer: {_first_line(error)}") from None
+    if not tokenizer.is_fast:
+        raise InputError(f"{folder}: the tokenizer has no tokenizer.json, so the loss mask cannot be placed")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def load(checkpoint, section, quantization, device=None):
+    """Return the frozen model of `checkpoint` in eval mode: NF4 under `quantization`, or plain bfloat16 if it is None.
+
+    Raises:
+        InputError: a weight is missing, left over or of another shape than the config says; names them.
+    """
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    config = load_config(checkpoint, section)
+    bnb = quantization and BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quantization.quant_type,
+        bnb_4bit_use_double_quant=quantization.use_double_quant,
+        bnb_4bit_compute_dtype=dtype_of(quantization.compute_dtype),
+    )
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            checkpoint.folder,
+            config=config,
+            dtype=DTYPE_WHEN_QUANTIZED,
+            quantization_config=bnb,
+            device_map={"": device or default_device()},
+            attn_implementation=section.attn_implementation,
+            trust_remote_code=section.trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except torch.OutOfMemoryError:
+        raise
+    except (ValueError, RuntimeError, OSError, ImportError, SafetensorError) as error:
+        raise InputError(f"{checkpoint.folder}: cannot load the model: {_first_line(error)}") from None
+    _refuse_incomplete(checkpoint, info)
+    if quantization and quantization.compute_dtype == "float32":
+        to_float32(model)
+    if quantization and not quantized_modules(model):
+        raise InputError(f"{checkpoint.folder}: no linear layer could be quantized; set quantization: null")
+    for module in quantized_modules(model).values():
+        # Without this, one forward in eval mode on an AVX512-BF16 host repacks the weight in place: from then on
+        # gradients through the base are None and dequantize_4bit returns garbage (bitsandbytes 0.50.2).
+        module.support_avx512bf16_for_cpu = False
+    model.requires_grad_(False)
+    # what the files were called by the user, so that an adapter names a model and not a cache folder
+    model.name_or_path = model.config._name_or_path = checkpoint.name_or_path
+    return model.eval()
+
+
+def _refuse_incomplete(checkpoint, info):
+    problems = [f"missing: {key} (it would be filled with random numbers)" for key in sorted(info["missing_keys"])]
+    problems += [f"not used by this architecture: {key}" for key in sorted(info["unexpected_keys"])]
+    problems += [f"wrong shape: {key}" for key in sorted(map(str, info["mismatched_keys"]))]
+    if problems:
+        raise InputError.listing(f"{checkpoint.folder}: config.json and the weights do not fit; the model", problems)
+
+
+def dtype_of(name):
+    """Return the torch dtype that a recipe calls "float16", "bfloat16" or "float32"."""
+    return getattr(torch, name)
+
+
+def default_device():
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def quantized_modules(model):
+    """Return {name: module} of the 4-bit linear layers of a plain or PEFT model."""
+    from bitsandbytes.nn import Linear4bit
+
+    return {name: module for name, module in model.named_modules() if isinstance(module, Linear4bit)}
+
+
+def linear_names(model):
+    """Return the names of the linear layers that can carry an adapter: all but the head."""
+    from transformers.pytorch_utils import Conv1D
+
+    head = model.get_output_embeddings()
+    return [n for n, m in model.named_modules() if isinstance(m, (torch.nn.Linear, Conv1D)) and m is not head]
+
+
+def to_float32(model):
+    """Compute in float32 from now on, in place: exact NF4 values (not rounded to bfloat16), all else upcast.
+
+    dequantize_4bit rounds to `quant_state.dtype`, the dtype W had; in float32 the KL of a faithful merge is 3e-6
+    instead of 2e-4 (measured, SmolLM2-135M).
+    """
+    model.float()
+    for module in quantized_modules(model).values():
+        module.compute_dtype = torch.float32
+        module.weight.quant_state.dtype = torch.float32
+    return model
+
+
+def num_parameters(model):
+    """Return (trainable, total) counts; a 4-bit weight counts as the numbers it stands for, a tied one once."""
+    trainable = total = 0
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        count = state.shape.numel() if state is not None else parameter.numel()
+        total += count
+        trainable += count if parameter.requires_grad else 0
+    return trainable, total
+
+
+def _first_line(error):
+    return (str(error).strip().splitlines() or [repr(error)])[0]

@@ -1,0 +1,135 @@
+"""argv -> verb. A QLoRAError becomes one message and its exit code; heavy imports happen inside the verbs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Annotated
+
+import typer
+
+from .errors import DoesNotFit, QLoRAError
+
+app = typer.Typer(
+    name="qlora",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="4-bit LoRA fine-tuning on one consumer GPU, with proof.",
+)
+
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="change the recipe: section.field=value")]
+Json = Annotated[bool, typer.Option("--json", help="print the result as JSON to stdout")]
+Target = Annotated[str, typer.Argument(metavar="RUN|MODEL", help="a run folder, a model folder or a hub name")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="longest answer, in tokens")]
+
+
+def _begin(as_json=False):
+    from .commands import console
+
+    console.quiet_tables = as_json
+    console.hush_libraries()
+
+
+def _print_json(value):
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+@app.command(epilog="Example:  qlora train recipes/mine.yaml training.learning_rate=1e-4 output_dir=runs/slow")
+def train(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="a YAML file; see recipes/")],
+    overrides: Overrides = None,
+    as_json: Json = False,
+):
+    """Train adapters as a recipe says; leaves a run folder at its output_dir."""
+    from .recipe import Recipe
+
+    loaded = Recipe.load(recipe, overrides or ())
+    _begin(as_json)
+    from .commands.train import train as run_train
+
+    run = run_train(loaded)
+    if as_json:
+        last = run.metrics_file.read_text(encoding="utf-8").splitlines()[-1]
+        _print_json({"run": str(run.path), "last": json.loads(last)})
+
+
+@app.command("eval", epilog="Example:  qlora eval runs/mine --data test.jsonl --json")
+def evaluate(
+    target: Target,
+    overrides: Overrides = None,
+    data: Annotated[str | None, typer.Option(help="rows to use; default: those the run's recipe holds out")] = None,
+    max_rows: Annotated[int, typer.Option(min=1, help="use the first N rows")] = 100,
+    as_json: Json = False,
+):
+    """Measure loss, perplexity and right answers on held-out rows; for a run, before and after training."""
+    _begin(as_json)
+    from .commands.eval import evaluate as run_eval
+
+    result = run_eval(target, data, overrides or (), max_rows)
+    if as_json:
+        _print_json(result)
+
+
+@app.command(epilog="Example:  qlora export runs/mine --out models/mine --dtype bfloat16")
+def export(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="a finished run folder")],
+    out: Annotated[str, typer.Option(help="the folder to write; absent or empty")],
+    overrides: Overrides = None,
+    dtype: Annotated[str | None, typer.Option(help="float16, bfloat16 or float32; default: the recipe's")] = None,
+    base: Annotated[str | None, typer.Option(help="dequantized: the NF4 weights that were trained on")] = None,
+    as_json: Json = False,
+):
+    """Write the merged full-precision model, prove that it is the one that was trained, or leave nothing."""
+    _begin(as_json)
+    from .commands.export import export as run_export
+
+    chosen = [*(overrides or ()), *([f"export.base={base}"] if base else [])]
+    report = run_export(run, out, dtype, chosen)
+    if as_json:
+        _print_json(report)
+
+
+@app.command(epilog='Example:  qlora chat runs/mine --prompt "What can you do?"')
+def chat(
+    target: Target,
+    overrides: Overrides = None,
+    prompt: Annotated[str | None, typer.Option(help="answer this and end; without it, read from the terminal")] = None,
+    system: Annotated[str | None, typer.Option(help="a system message")] = None,
+    max_new_tokens: MaxNewTokens = 512,
+    as_json: Json = False,
+):
+    """Talk to a run or a model; greedy, streamed."""
+    _begin(as_json)
+    from .commands import chat as verb
+
+    if prompt is None:
+        verb.talk(target, system, max_new_tokens, overrides or ())
+        return
+    on_text = None if as_json else lambda piece: print(piece, end="", flush=True)
+    answer = verb.chat(target, prompt, system, max_new_tokens, overrides or (), on_text)
+    if as_json:
+        _print_json({"answer": answer})
+    else:
+        print()
+
+
+def main():
+    """Run the command line and exit with its code."""
+    try:
+        app()
+    except QLoRAError as error:
+        _fail(error, error.exit_code)
+    except KeyboardInterrupt:
+        _fail("interrupted", 130)
+    except Exception as error:
+        if type(error).__name__ != "OutOfMemoryError":
+            raise
+        remedy = "lower data.max_length or training.per_device_train_batch_size, or set memory.gradient_checkpointing=true"
+        _fail(f"out of memory: {str(error).splitlines()[0]}\n  {remedy}", DoesNotFit.exit_code)
+
+
+def _fail(message, code):
+    print(f"qlora: {message}", file=sys.stderr)
+    sys.exit(code)

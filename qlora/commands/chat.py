@@ -1,0 +1,59 @@
+"""qlora chat: talk to a run or a model."""
+
+from __future__ import annotations
+
+import sys
+
+from .. import generate
+from ..data.chat import render
+from ..errors import InputError
+from .subject import open_subject
+
+
+def chat(target, prompt, system=None, max_new_tokens=512, overrides=(), on_text=None) -> str:
+    """Return the greedy answer of a run or a model to one `prompt`.
+
+    target: a run folder, a model folder or a hub name. on_text(piece) is called with the text as it comes.
+    """
+    subject = open_subject(target, overrides)
+    return _answer(subject, _opening(system) + [{"role": "user", "content": prompt}], max_new_tokens, on_text)
+
+
+def talk(target, system=None, max_new_tokens=512, overrides=()):
+    """Read prompts from stdin and print answers until end of file; the conversation goes on from turn to turn."""
+    subject = open_subject(target, overrides)
+    messages = _opening(system)
+    interactive = sys.stdin.isatty()
+    if interactive:
+        print("Type a message; /new starts over, Ctrl-D ends.", file=sys.stderr)
+    while True:
+        try:
+            prompt = input("> " if interactive else "")
+        except EOFError:
+            return
+        if prompt.strip() == "/new":
+            messages = _opening(system)
+        elif prompt.strip():
+            messages.append({"role": "user", "content": prompt})
+            answer = _answer(subject, messages, max_new_tokens, _print_piece)
+            print()
+            messages.append({"role": "assistant", "content": answer})
+
+
+def _opening(system):
+    return [] if system is None else [{"role": "system", "content": system}]
+
+
+def _print_piece(text):
+    print(text, end="", flush=True)
+
+
+def _answer(subject, messages, max_new_tokens, on_text):
+    try:
+        text = render(subject.tokenizer, messages, add_generation_prompt=True)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    prompt = subject.tokenizer(text, add_special_tokens=False).input_ids
+    return generate.stream(
+        subject.model, subject.tokenizer, prompt, subject.stops, max_new_tokens, on_text or (lambda piece: None)
+    ).strip()

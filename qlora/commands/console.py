@@ -1,0 +1,128 @@
+"""Everything that is printed for a person goes through here, to stderr; data for scripts goes to stdout."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+_console = Console(stderr=True, highlight=False)
+quiet_tables = False  # set by --json, whose stdout is for scripts
+
+
+def say(text):
+    """Print one line; never as markup, and never folded."""
+    _console.print(text, markup=False, soft_wrap=True)
+
+
+def table(title, header, rows):
+    """Print a small table to stdout; the first column is text, the others numbers. Silent under --json."""
+    if quiet_tables:
+        return
+    grid = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for index, name in enumerate(header):
+        grid.add_column(name, justify="left" if index == 0 else "right", no_wrap=True)
+    for row in rows:
+        grid.add_row(*row)
+    Console(highlight=False, width=max(80, _console.width)).print(grid)
+
+
+def hush_libraries():
+    """Silence what the libraries print in every run: their bars, and warnings about their own future versions.
+
+    Called by the command line, before they are imported. Errors, and warnings of other kinds, still show.
+    """
+    import logging
+    import os
+    import warnings
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|trl|accelerate|torch)\.")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # offers to download a CPU kernel
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    from datasets.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+
+
+@contextlib.contextmanager
+def status(text):
+    """Show `text` with a spinner on a terminal; one plain line elsewhere."""
+    if _console.is_terminal:
+        with _console.status(text):
+            yield
+    else:
+        yield
+
+
+def duration(seconds):
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}h{minutes % 60:02d}m" if minutes >= 60 else f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"
+
+
+def size(count):
+    """Return bytes as text, in powers of 1024."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}"
+        count /= 1024
+    return f"{count:.2f} GiB"
+
+
+class Steps:
+    """Progress of training: a live bar on a terminal, a plain line every `every` seconds elsewhere (logs, CI)."""
+
+    every = 20
+
+    def __init__(self):
+        self.bar = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]}  {task.fields[rate]} tokens/s"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(elapsed_when_finished=False),
+            console=_console,
+            speed_estimate_period=120,
+        )
+        self.task = self.bar.add_task("training", total=None, loss="-", rate="-")
+        self.start = self.said = time.monotonic()
+
+    def __enter__(self):
+        if _console.is_terminal:
+            self.bar.start()
+        return self
+
+    def __exit__(self, *exception):
+        self.bar.stop()
+
+    def update(self, record, total_steps):
+        step = record["step"]
+        if "loss" not in record:
+            say(f"          step {step}  held-out loss {record['eval_loss']:.4f}")
+            return
+        loss, rate = f"{record['loss']:.4f}", f"{record['tokens_per_second']:,.0f}"
+        self.bar.update(self.task, completed=step, total=total_steps, loss=loss, rate=rate)
+        now = time.monotonic()
+        if not _console.is_terminal and (now - self.said > self.every or step in (1, total_steps)):
+            left = duration((now - self.start) / step * (total_steps - step))
+            say(f"training  step {step}/{total_steps}  loss {loss}  {rate} tokens/s  {left} left")
+            self.said = now
+
+
+@contextlib.contextmanager
+def counting(text, total):
+    """Yield advance(n): a bar over `total` rows on a terminal, nothing elsewhere."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=_console, disable=not _console.is_terminal, transient=True) as bar:
+        task = bar.add_task(text, total=total)
+        yield lambda count: bar.advance(task, count)

@@ -1,0 +1,74 @@
+"""What eval and chat talk to: a run folder (base + adapter) or any model folder or hub name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .. import base_model
+from ..data import chat
+from ..errors import InputError
+from ..recipe import Model, Recipe
+from ..rundir import RunDir
+from . import console
+
+
+@dataclass
+class Subject:
+    """A model ready to answer. `run` and `recipe` are None for a plain model."""
+
+    model: Any
+    tokenizer: Any
+    stops: set
+    recipe: Recipe | None
+    run: RunDir | None
+
+
+def open_subject(target, overrides=()) -> Subject:
+    """Load a run folder (NF4 base and its adapter, as it was trained) or a plain model (bfloat16).
+
+    overrides: `section.field=value` laid over the run's recipe.
+
+    Raises:
+        InputError: neither a finished run nor a model; or the base is no longer the one that was trained on.
+    """
+    if RunDir.is_run(target):
+        return _open_run(RunDir.open(target), overrides)
+    if overrides:
+        raise InputError(f"{target} is not a run folder, so there is no recipe for {overrides[0]!r} to change")
+    if not Path(target).exists() and str(target).startswith(("runs/", "./", "/")):
+        RunDir.open(target)
+    section = Model(name_or_path=str(target))
+    checkpoint = base_model.find(section)
+    tokenizer = base_model.load_tokenizer(checkpoint.folder, section)
+    chat.set_template(tokenizer, None)
+    with console.status(f"loading {target}"):
+        model = base_model.load(checkpoint, section, None)
+    return Subject(model, tokenizer, chat.stop_token_ids(tokenizer, model.generation_config), None, None)
+
+
+def _open_run(run, overrides):
+    from .. import adapter
+
+    recipe = Recipe.load(run.recipe_file, overrides)
+    tokenizer = base_model.load_tokenizer(run.adapter, recipe.model)
+    checkpoint = base_model.find(recipe.model)
+    refuse_changed_base(run, checkpoint)
+    with console.status(f"loading {checkpoint.name_or_path} and the adapter of {run.path}"):
+        model = base_model.load(checkpoint, recipe.model, recipe.quantization)
+        model = adapter.load(model, run.adapter)
+    stops = chat.stop_token_ids(tokenizer, model.generation_config)
+    return Subject(model, tokenizer, stops, recipe, run)
+
+
+def refuse_changed_base(run, checkpoint):
+    """Raise InputError unless the base's files hash to what the run recorded; names the files that changed."""
+    recorded = run.environment()["base_model"]["sha256"]
+    found = checkpoint.file_hashes()
+    changed = sorted(name for name in recorded.keys() | found.keys() if recorded.get(name) != found.get(name))
+    if changed:
+        raise InputError(
+            f"{checkpoint.folder}: not the base that {run.path} was trained on ({', '.join(changed)} differ); "
+            "give the model it was trained on with model.name_or_path=FOLDER"
+        )

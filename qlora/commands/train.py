@@ -1,0 +1,144 @@
+"""qlora train: recipe -> run folder."""
+
+from __future__ import annotations
+
+import collections
+import importlib.metadata
+import platform
+import subprocess
+from pathlib import Path
+
+from .. import data
+from ..errors import InputError
+from ..recipe import Recipe
+from ..rundir import RunDir, new_folder, sha256, write_json
+from . import console
+
+PACKAGES = ("qlora", "torch", "transformers", "bitsandbytes", "peft", "trl", "accelerate", "datasets", "safetensors")
+
+
+def train(recipe: Recipe) -> RunDir:
+    """Train the adapters that `recipe` describes; return the finished run folder.
+
+    All that can be wrong with recipe, data, tokenizer and output folder is found before a weight is read. The run
+    folder has an `adapter/` only once training has ended well.
+
+    Raises:
+        InputError: the recipe, the data, the model folder or output_dir is wrong.
+        TrainingFailed: a loss or gradient is not finite, or an adapter does not move.
+    """
+    RunDir(recipe.output_dir).refuse_used()
+    sources, eval_sources = data.read(recipe.data.train), data.read(recipe.data.eval or [])
+    from .. import adapter, base_model, sft
+    from ..data import chat
+
+    checkpoint = base_model.find(recipe.model)
+    config = base_model.load_config(checkpoint, recipe.model)
+    tokenizer = base_model.load_tokenizer(checkpoint.folder, recipe.model)
+    template = chat.set_template(tokenizer, recipe.data.chat_template)
+    stops = chat.stop_token_ids(tokenizer)
+
+    dropped = collections.defaultdict(collections.Counter)
+    conversations, held_out = data.hold_out(sources, recipe.data.eval_fraction, recipe.training.seed)
+    held_out += [conversation for source in eval_sources for conversation in source.conversations]
+    with console.status("tokenizing"):
+        examples = data.encode(conversations, tokenizer, recipe.data, dropped)
+        eval_examples = data.encode(held_out, tokenizer, recipe.data, dropped) if held_out else []
+    _refuse_unknown_tokens(examples + eval_examples, config)
+    rows_per_step = recipe.training.per_device_train_batch_size * recipe.training.gradient_accumulation_steps
+    report = data.report([*sources, *eval_sources], examples, dropped, stops, rows_per_step)
+    _print_data(report, template, len(eval_examples))
+
+    run = RunDir.create(recipe)
+    write_json(run.data_report_file, report)
+    with console.status(f"loading {checkpoint.name_or_path}"):
+        model = base_model.load(checkpoint, recipe.model, recipe.quantization)
+        quantized = sorted(base_model.quantized_modules(model))
+        model = adapter.attach(model, recipe.lora)
+    write_json(run.environment_file, _environment(checkpoint, quantized, [*sources, *eval_sources], model.device))
+    _print_model(checkpoint, model, quantized, recipe)
+
+    with console.Steps() as steps:
+        result = sft.train(
+            model,
+            tokenizer,
+            examples,
+            eval_examples,
+            recipe.training,
+            _checkpoints(recipe.memory.gradient_checkpointing, model.device),
+            run,
+            steps.update,
+        )
+    with new_folder(run.adapter) as folder:
+        adapter.save(model, folder, checkpoint.name_or_path, checkpoint.revision)
+        tokenizer.save_pretrained(folder)
+    console.say(
+        f"trained {result.steps} steps, {result.tokens:,} tokens in {console.duration(result.seconds)} "
+        f"({result.tokens / result.seconds:,.0f} tokens/s), peak {console.size(result.peak_bytes)}; "
+        f"loss {result.loss:.4f}" + ("" if result.eval_loss is None else f", held-out {result.eval_loss:.4f}")
+    )
+    console.say(f"adapter in {run.adapter}; next: qlora eval {run.path}, qlora export {run.path} --out FOLDER")
+    return run
+
+
+def _checkpoints(setting, device):
+    """auto: on where GPU memory is what runs out; off on the CPU, where it only costs time (about 1.3x)."""
+    return device.type == "cuda" if setting == "auto" else setting
+
+
+def _refuse_unknown_tokens(examples, config):
+    largest = max(max(example.input_ids) for example in examples)
+    if largest >= config.get_text_config().vocab_size:
+        raise InputError(
+            f"the tokenizer makes token {largest}, the model has {config.get_text_config().vocab_size} embeddings; "
+            "tokenizer and model do not belong together"
+        )
+
+
+def _environment(checkpoint, quantized, sources, device):
+    import torch
+
+    return {
+        "versions": {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in PACKAGES}},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
+        "git_commit": _git_commit(),
+        "base_model": {
+            "name_or_path": checkpoint.name_or_path,
+            "folder": str(checkpoint.folder.resolve()),
+            "revision": checkpoint.revision,
+            "sha256": checkpoint.file_hashes(),
+            "quantized_modules": quantized,
+        },
+        "data": [{"path": source.path, "sha256": sha256(source.path)} for source in sources],
+    }
+
+
+def _git_commit():
+    """Return the commit of the checkout that the package lies in, or None for an installed package."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _print_data(report, template, num_eval):
+    tokens, length = report["tokens"], report["length"]
+    for source in report["sources"]:
+        dropped = f", {source['rows_dropped']} dropped: {source['reasons']}" if source["rows_dropped"] else ""
+        console.say(f"data      {source['path']}: {source['rows_read']} rows ({source['format']}){dropped}")
+    console.say(
+        f"          {report['rows']} rows to train on, {num_eval} held out; {tokens['total']:,} tokens, "
+        f"{tokens['trained'] / tokens['total']:.0%} trained; length p50 {length['p50']}, p95 {length['p95']}, "
+        f"max {length['max']}; {report['ends_with_stop_token']:.0%} of rows end with a stop token"
+    )
+    console.say(f"template  {template}")
+
+
+def _print_model(checkpoint, model, quantized, recipe):
+    from .. import base_model
+
+    trainable, total = base_model.num_parameters(model)
+    how = f"{len(quantized)} linear layers in {recipe.quantization.quant_type}" if quantized else "not quantized"
+    console.say(f"base      {checkpoint.name_or_path}: {total - trainable:,} parameters, {how}, on {model.device}")
+    console.say(f"adapter   r = {recipe.lora.r}, {trainable:,} trainable parameters ({trainable / total:.2%})")

@@ -1,0 +1,1 @@
+"""A run -> an ordinary full-precision model folder: merge arithmetic, a streaming safetensors writer, and the proof."""

@@ -1,0 +1,120 @@
+"""The proof: the written folder, reloaded by plain transformers, against the live NF4 + adapter model.
+
+Two-sided. The folder must be the model that was trained, and it must not be the base. Both models compute in float32,
+with the exact NF4 values, so that what is compared is the weights and not the rounding of two bfloat16 computations.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from .. import base_model, metrics
+from ..data import IGNORE_INDEX
+from ..errors import ProofFailed
+
+# KL(live || merged) in nats a position. Measured on SmolLM2-135M: float16 1e-6 (10 to 40 steps), bfloat16 2.5e-4 to 1e-3;
+# any wrong merge (other base, adapter lost, embedding rounded) 0.06 to 0.23. The limits stand a decade above the right
+# ones and far below the wrong ones.
+KL_LIMIT = {"float32": 1e-5, "float16": 1e-4, "bfloat16": 1e-2}
+TOP1_LIMIT = {"float32": 0.99, "float16": 0.99, "bfloat16": 0.95}
+LOSS_LIMIT = {"float32": 1e-3, "float16": 5e-3, "bfloat16": 5e-2}  # nats a trained token
+# The merged model must be this many times nearer to the live one than the base is.
+BASE_FACTOR = 4
+
+_STORED_BYTES = 256 * 2**20  # of the live model's log probabilities, kept while the merged model loads
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Of one model on the proof rows. kl and top1 are against the live model; None for the live model itself."""
+
+    loss: float
+    kl: float | None = None
+    top1: float | None = None
+
+
+def proof_rows(examples, vocab_size):
+    """Return the first rows whose positions fit the memory set aside: always one, at most 64."""
+    budget, rows = _STORED_BYTES // (4 * vocab_size), []
+    for example in examples[:64]:
+        budget -= len(example.input_ids) - 1
+        if rows and budget < 0:
+            break
+        rows.append(example)
+    return rows
+
+
+class Live:
+    """The trained model's answers on `rows`: log probabilities after every position."""
+
+    def __init__(self, peft_model, rows):
+        base_model.to_float32(peft_model)
+        self.rows = rows
+        self.log_probabilities = [_log_probabilities(peft_model, row) for row in rows]
+        self.scores = Scores(_loss(self.log_probabilities, rows))
+        with peft_model.disable_adapter():
+            self.base_scores = self.compare(peft_model)
+
+    @property
+    def num_positions(self):
+        return sum(len(one) for one in self.log_probabilities)
+
+    def compare(self, model):
+        """Return the Scores of `model` against the live one."""
+        losses, kl, same = [], 0.0, 0
+        for row, live_TV in zip(self.rows, self.log_probabilities, strict=True):
+            other_TV = _log_probabilities(model, row)
+            kl += metrics.kl_divergence(live_TV, other_TV)
+            same += (live_TV.argmax(-1) == other_TV.argmax(-1)).sum().item()
+            losses.append(_picked(other_TV, row))
+        return Scores(torch.cat(losses).mean().item(), kl / self.num_positions, same / self.num_positions)
+
+
+def _log_probabilities(model, row):
+    return metrics.log_probabilities(model, row, torch.arange(len(row.input_ids) - 1))
+
+
+def _picked(log_probabilities_TV, row):
+    """Return -log p of the trained tokens of `row`."""
+    labels = torch.tensor(row.labels[1:])
+    trained = labels != IGNORE_INDEX
+    return -log_probabilities_TV[trained].gather(-1, labels[trained, None])[:, 0]
+
+
+def _loss(log_probabilities, rows):
+    return torch.cat([_picked(one, row) for one, row in zip(log_probabilities, rows, strict=True)]).mean().item()
+
+
+def reload(folder, device):
+    """Return the model in `folder` as any user would load it, in float32 where that fits the device, else as stored."""
+    from transformers import AutoModelForCausalLM
+
+    stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    fits = device.type != "cuda" or 2.2 * stored < torch.cuda.mem_get_info(device)[0]
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32 if fits else "auto", device_map={"": device}, output_loading_info=True
+    )
+    lost = [*info["missing_keys"], *info["unexpected_keys"], *map(str, info["mismatched_keys"])]
+    if lost:
+        raise ProofFailed(f"the written folder does not load whole: {', '.join(sorted(lost)[:5])}")
+    return model.eval()
+
+
+def failures(live, merged, base, dtype):
+    """Return what is wrong, as sentences; none means proven."""
+    found = []
+    if not (math.isfinite(merged.loss) and merged.kl <= KL_LIMIT[dtype]):
+        found.append(f"KL(trained, exported) is {merged.kl:.2e} nats a token, the limit for {dtype} is {KL_LIMIT[dtype]:.0e}")
+    if merged.top1 < TOP1_LIMIT[dtype]:
+        found.append(f"top-1 agreement is {merged.top1:.2%}, the limit for {dtype} is {TOP1_LIMIT[dtype]:.0%}")
+    if abs(merged.loss - live.loss) > LOSS_LIMIT[dtype]:
+        found.append(f"the loss is {merged.loss:.4f}, the trained model's {live.loss:.4f}")
+    if not base.kl > BASE_FACTOR * merged.kl:
+        found.append(
+            f"the export is no nearer to the trained model (KL {merged.kl:.2e}) than the untrained base is ({base.kl:.2e}): "
+            f"what was trained is lost in {dtype}"
+        )
+    return found

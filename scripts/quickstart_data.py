@@ -182,7 +182,7 @@ def write(path, num_rows, split, seed):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--train-rows", type=int, default=900)
+    parser.add_argument("--train-rows", type=int, default=1200)
     parser.add_argument("--test-rows", type=int, default=100)
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()

@@ -1,0 +1,192 @@
+"""The whole way on every family: recipe -> run folder -> proven model folder, opened by plain transformers."""
+
+import json
+
+import pytest
+import torch
+import transformers
+
+from qlora import adapter, base_model
+from qlora.commands.chat import chat
+from qlora.commands.eval import evaluate
+from qlora.commands.export import export
+from qlora.commands.train import train
+from qlora.errors import InputError, ProofFailed
+from qlora.export import merge
+from qlora.recipe import Recipe
+from qlora.rundir import RunDir
+from tests.conftest import CONVERSATIONS, FAMILIES, messages, write_jsonl
+
+
+def logits(model, ids):
+    with torch.no_grad():
+        return model(input_ids=ids).logits.float()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_exported_is_trained_and_not_base(make_recipe, tmp_path, family):
+    recipe = make_recipe(family)
+    run = train(recipe)
+    report = export(run.path, tmp_path / "out")
+
+    # by the report ...
+    assert report["verified"]
+    assert report["merged"]["kl"] < 1e-4
+    assert report["base_model"]["kl"] > 10 * report["merged"]["kl"]
+    # ... and apart from it: plain transformers on one side, the live NF4 + adapter model on the other
+    exported = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    checkpoint = base_model.find(recipe.model)
+    live = adapter.load(base_model.load(checkpoint, recipe.model, recipe.quantization), run.adapter)
+    base_model.to_float32(live)
+    ids = torch.arange(4, 60)[None]
+    difference = (logits(exported, ids) - logits(live, ids)).abs().max()
+    with live.disable_adapter():
+        from_base = (logits(exported, ids) - logits(live, ids)).abs().max()
+    assert difference < 0.05
+    assert from_base > 5 * difference
+
+
+def test_the_folder_is_an_ordinary_model(make_recipe, tmp_path):
+    run = train(make_recipe("llama-tied"))
+    export(run.path, tmp_path / "out", dtype="bfloat16")
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+                     "chat_template.jinja", "export_report.json"}  # fmt: skip
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "quantization_config" not in config
+    assert config["dtype"] == "bfloat16"
+    assert config["tie_word_embeddings"] is True
+    generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == [2]
+    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()}
+    assert len(modes) == 1  # by the umask, weights too
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    trained = transformers.AutoTokenizer.from_pretrained(run.adapter)
+    conversation = messages(CONVERSATIONS[0])
+    assert tokenizer.apply_chat_template(conversation, tokenize=False) == trained.apply_chat_template(conversation, tokenize=False)
+
+
+def test_a_sharded_export_loads_and_is_the_same(make_recipe, tmp_path):
+    run = train(make_recipe("llama"))
+    export(run.path, tmp_path / "one")
+    export(run.path, tmp_path / "many", overrides=["export.max_shard_size=100KB"])
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 2
+    one, many = (transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("one", "many"))
+    assert all(torch.equal(one[name], many[name]) for name in one)
+
+
+def test_without_quantization_the_same_code_trains_and_exports(make_recipe, tmp_path):
+    recipe = Recipe.from_dict({**make_recipe("gpt2").model_dump(), "quantization": None})
+    run = train(recipe)
+    assert run.environment()["base_model"]["quantized_modules"] == []
+    report = export(run.path, tmp_path / "out")
+    assert report["verified"]
+    assert {module["quantization_error"] for module in report["modules"]} == {0.0}
+
+
+def test_rslora_and_named_modules_export_proven(make_recipe, tmp_path):
+    run = train(make_recipe(lora={"use_rslora": True, "target_modules": ["q_proj", "down_proj"]}))
+    report = export(run.path, tmp_path / "out")
+    assert report["verified"]
+    assert len(report["modules"]) == 4
+
+
+def test_a_wrong_merge_leaves_nothing_and_is_a_failed_proof(make_recipe, tmp_path, monkeypatch):
+    run = train(make_recipe())
+    monkeypatch.setattr(merge, "merged_weight", lambda base, A, B, scaling: base)  # the adapter is lost
+    with pytest.raises(ProofFailed, match="is not the trained model"):
+        export(run.path, tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_merge_killed_halfway_leaves_nothing_that_looks_whole_and_a_rerun_succeeds(make_recipe, tmp_path, monkeypatch):
+    run = train(make_recipe())
+    original = merge.Merge.tensor
+
+    def interrupted(self, name):
+        if "layers.1" in name:
+            raise KeyboardInterrupt
+        return original(self, name)
+
+    monkeypatch.setattr(merge.Merge, "tensor", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        export(run.path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    monkeypatch.undo()
+    assert export(run.path, tmp_path / "out")["verified"]
+
+
+def test_export_refuses_a_folder_in_use_and_a_full_disk(make_recipe, tmp_path, monkeypatch):
+    run = train(make_recipe())
+    with pytest.raises(InputError, match="not empty"):
+        export(run.path, run.path)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+    with pytest.raises(InputError, match="1000 B are free"):
+        export(run.path, tmp_path / "out")
+
+
+def test_a_changed_base_is_refused_by_every_verb(make_recipe, tmp_path, tiny_model):
+    run = train(make_recipe("llama"))
+    other = [f"model.name_or_path={tiny_model('mistral')}"]
+    for verb in (lambda: export(run.path, tmp_path / "out", overrides=other), lambda: evaluate(run.path, overrides=other),
+                 lambda: chat(run.path, "hi", overrides=other)):  # fmt: skip
+        with pytest.raises(InputError, match=r"not the base that .* was trained on \(config.json"):
+            verb()
+
+
+def test_the_run_folder_holds_what_the_contract_says(make_recipe):
+    recipe = make_recipe()
+    run = train(recipe)
+    assert RunDir.open(run.path).recipe() == recipe
+    environment = run.environment()
+    assert environment["versions"]["bitsandbytes"]
+    assert environment["base_model"]["sha256"].keys() == {"config.json", "model.safetensors"}
+    assert len(environment["data"][0]["sha256"]) == 64
+    report = json.loads(run.data_report_file.read_text())
+    assert report["rows"] == 18
+    assert report["ends_with_stop_token"] == 1.0
+    assert (run.adapter / "chat_template.jinja").is_file()
+    assert not [path for path in run.path.rglob("*") if path.suffix in {".bin", ".pt", ".pth", ".pkl"}]  # no pickle
+
+
+def test_eval_measures_before_and_after_and_training_helped(make_recipe):
+    run = train(make_recipe(training={"max_steps": 30, "per_device_train_batch_size": 6}))
+    result = evaluate(run.path)
+    assert json.loads(run.eval_file.read_text()) == result
+    assert result["rows"] == 6
+    assert result["loss"] < 0.7 * result["before"]["loss"]
+    assert result["before"].keys() == {"loss", "perplexity", "tokens", "metrics"}
+    assert set(result["metrics"]) == {"exact_match"}
+
+
+def test_eval_of_an_exported_model_gives_the_runs_loss(make_recipe, tmp_path):
+    run = train(make_recipe())
+    export(run.path, tmp_path / "out", dtype="bfloat16")
+    rows = write_jsonl(tmp_path / "held.jsonl", [{"messages": messages(turns)} for turns in CONVERSATIONS[:5]])
+    ours, theirs = evaluate(run.path, rows), evaluate(tmp_path / "out", rows)
+    assert theirs["loss"] == pytest.approx(ours["loss"], rel=0.02)
+    assert "before" not in theirs
+
+
+def test_eval_without_held_out_rows_says_so(make_recipe):
+    run = train(make_recipe(data={"eval_fraction": 0.0}))
+    with pytest.raises(InputError, match="give --data"):
+        evaluate(run.path)
+    with pytest.raises(InputError, match="give --data"):
+        evaluate(run.recipe().model.name_or_path)
+
+
+def test_the_model_learns_to_answer_and_to_stop(make_recipe, tmp_path):
+    # twelve questions by heart: the answers are exact only if every token, and the end, was trained
+    recipe = make_recipe(
+        lora={"r": 32, "lora_alpha": 64},
+        data={"eval_fraction": 0.0},
+        training={"max_steps": 120, "per_device_train_batch_size": 8, "learning_rate": 1e-2, "optim": "adamw_torch"},
+    )
+    run = train(recipe)
+    rows = write_jsonl(tmp_path / "seen.jsonl", [{"messages": messages(turns)} for turns in CONVERSATIONS[:12]])
+    result = evaluate(run.path, rows)
+    assert result["metrics"]["exact_match"] >= 0.9
+    assert result["before"]["metrics"]["exact_match"] == 0
+    export(run.path, tmp_path / "out")
+    assert chat(tmp_path / "out", CONVERSATIONS[7][0][1], max_new_tokens=60) == CONVERSATIONS[7][1][1]

@@ -1,0 +1,66 @@
+"""Everything that can be wrong is found before a weight is read, and leaves no run folder behind."""
+
+import pytest
+
+from qlora import base_model
+from qlora.commands.train import train
+from qlora.errors import InputError
+from tests.conftest import CHATML, make_tokenizer, messages, write_jsonl
+
+
+@pytest.fixture(autouse=True)
+def no_model_is_loaded(monkeypatch):
+    def load(*args, **kwargs):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(base_model, "load", load)
+
+
+@pytest.mark.parametrize(
+    ("sections", "expected"),
+    [
+        ({"data": {"train": "none.jsonl"}}, "no data file at none.jsonl"),
+        ({"data": {"max_length": 10}}, "data.max_length is 10"),
+        ({"data": {"chat_template": "none.jinja"}}, "none.jinja"),
+        ({"data": {"eval_fraction": 0.99}}, "leaves no training rows"),
+        ({"model": {"name_or_path": "./none"}}, "no such folder"),
+        ({"model": {"revision": "main"}}, "has no revisions"),
+        ({"output_dir": "/proc/run"}, "output_dir /proc/run"),
+    ],
+)
+def test_wrong_input_is_found_before_the_model_is_loaded(make_recipe, tmp_path, sections, expected):
+    recipe = make_recipe(**sections)
+    with pytest.raises(InputError, match=expected):
+        train(recipe)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_bad_line_is_named(make_recipe, tmp_path):
+    recipe = make_recipe()
+    with open(recipe.data.train[0], "a") as file:
+        file.write('{"messages": [}\n')
+    with pytest.raises(InputError, match="line 25  not valid JSON"):
+        train(recipe)
+
+
+def test_an_output_folder_that_is_in_use_is_refused_and_untouched(make_recipe, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "mine").write_text("x")
+    with pytest.raises(InputError, match="not empty"):
+        train(make_recipe())
+    assert (tmp_path / "run" / "mine").read_text() == "x"
+
+
+def test_a_tokenizer_of_another_model_is_refused(make_recipe, tmp_path, tiny_model, tokenizer_json):
+    import json
+    import shutil
+
+    folder = shutil.copytree(tiny_model("llama"), tmp_path / "model")
+    tokenizer = make_tokenizer(tokenizer_json, CHATML)
+    tokenizer.add_tokens(["<extra>"])
+    tokenizer.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    rows = write_jsonl(tmp_path / "t.jsonl", [{"messages": messages([("user", "<extra>"), ("assistant", "x")])}] * 3)
+    assert len(tokenizer) > config["vocab_size"]
+    with pytest.raises(InputError, match="do not belong together"):
+        train(make_recipe(model={"name_or_path": str(folder)}, data={"train": str(rows), "eval_fraction": 0.0}))

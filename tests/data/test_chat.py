@@ -1,0 +1,134 @@
+"""What is trained is the assistant's words and the token that ends the turn: no more, no less, once."""
+
+import pytest
+import transformers
+
+from qlora.data import IGNORE_INDEX, chat
+from qlora.errors import InputError
+from tests.conftest import CHATML, SPECIAL, make_tokenizer, messages
+
+TURNS = [("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello there."), ("user", "Bye"), ("assistant", "Ciao!")]
+BOS_TEMPLATE = "{{ bos_token }}" + CHATML
+TRIMMING = CHATML.replace("message['content']", "message['content'] | trim")
+NO_STOP = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+# drops what the assistant said in earlier turns, as templates of reasoning models do with its thoughts
+FORGETFUL = (
+    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] if loop.last or m['role'] != 'assistant' else '...' }}"
+    "<|im_end|>{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+)
+# Qwen3 opens only the last answer with an empty thought
+THINKING = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if loop.last and m['role'] == 'assistant' %}<think>\n\n</think>\n\n"
+    "{% endif %}{{ m['content'] }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def trained_pieces(tokenizer, example):
+    """Return the decoded text of each run of trained tokens."""
+    pieces, run = [], []
+    for token, label in [*zip(example.input_ids, example.labels, strict=True), (None, IGNORE_INDEX)]:
+        if label != IGNORE_INDEX:
+            assert label == token
+            run.append(token)
+        elif run:
+            pieces.append(tokenizer.decode(run))
+            run = []
+    return pieces
+
+
+@pytest.mark.parametrize("template", [CHATML, BOS_TEMPLATE, TRIMMING, chat.FALLBACK_TEMPLATE.replace("ADD_BOS", "True")])
+def test_trained_tokens_of_a_multi_turn_conversation_are_exactly_the_answers(tokenizer_json, template):
+    tokenizer = make_tokenizer(tokenizer_json, template)
+    example = chat.encode(tokenizer, messages(TURNS))
+    assert trained_pieces(tokenizer, example) == ["Hello there.<|im_end|>", "Ciao!<|im_end|>"]
+
+
+def test_an_empty_thought_that_the_template_adds_is_trained_where_the_model_will_have_to_say_it(tokenizer_json):
+    tokenizer = make_tokenizer(tokenizer_json, THINKING)
+    example = chat.encode(tokenizer, messages(TURNS))
+    assert trained_pieces(tokenizer, example) == ["Hello there.<|im_end|>", "<think>\n\n</think>\n\nCiao!<|im_end|>"]
+
+
+def test_user_tokens_are_never_trained_on_even_where_they_repeat_the_answer(tokenizer):
+    example = chat.encode(tokenizer, messages([("user", "Say Yes. Yes."), ("assistant", "Yes.")]))
+    assert trained_pieces(tokenizer, example) == ["Yes.<|im_end|>"]
+    assert example.num_trained < len(example.input_ids) / 2
+
+
+def test_training_and_use_see_the_same_string(tokenizer):
+    example = chat.encode(tokenizer, messages(TURNS))
+    prompt = tokenizer.apply_chat_template(messages(TURNS[:-1]), add_generation_prompt=True, return_dict=False)
+    assert example.input_ids[: len(prompt)] == prompt
+    assert example.labels[len(prompt)] != IGNORE_INDEX
+
+
+def test_there_is_one_bos_where_the_tokenizer_adds_one_too(tokenizer_json):
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = make_tokenizer(tokenizer_json, BOS_TEMPLATE)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 3)])
+    assert tokenizer("x").input_ids[0] == tokenizer.bos_token_id  # it would add a second one
+    assert chat.encode(tokenizer, messages(TURNS)).input_ids.count(tokenizer.bos_token_id) == 1
+
+
+@pytest.mark.parametrize("adds_bos", [True, False])
+def test_fallback_template_has_the_bos_that_the_tokenizer_expects(tokenizer_json, adds_bos):
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = make_tokenizer(tokenizer_json, None)
+    if adds_bos:
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 3)])
+    assert "built in" in chat.set_template(tokenizer, None)
+    ids = chat.encode(tokenizer, messages(TURNS)).input_ids
+    assert ids.count(tokenizer.bos_token_id) == adds_bos
+    assert (ids[0] == tokenizer.bos_token_id) == adds_bos
+
+
+def test_a_template_that_never_stops_is_refused(tokenizer_json):
+    tokenizer = make_tokenizer(tokenizer_json, NO_STOP)
+    with pytest.raises(ValueError, match="never learn to stop"):
+        chat.encode(tokenizer, messages(TURNS))
+
+
+def test_a_template_that_changes_earlier_answers_is_refused(tokenizer_json):
+    tokenizer = make_tokenizer(tokenizer_json, FORGETFUL)
+    with pytest.raises(ValueError, match="message 2"):
+        chat.encode(tokenizer, messages(TURNS))
+    assert chat.encode(tokenizer, messages(TURNS[:3])).num_trained > 0
+
+
+def test_the_turn_end_is_a_stop_token_even_if_the_tokenizers_end_token_is_another(tokenizer_json):
+    tokenizer = make_tokenizer(tokenizer_json)
+    tokenizer.eos_token = "<|endoftext|>"
+    stops = chat.stop_token_ids(tokenizer)
+    assert stops == {SPECIAL.index("<|endoftext|>"), SPECIAL.index("<|im_end|>")}
+    example = chat.encode(tokenizer, messages(TURNS))
+    assert trained_pieces(tokenizer, example) == ["Hello there.<|im_end|>", "Ciao!<|im_end|>"]
+
+
+def test_stop_tokens_of_the_generation_config_are_kept(tokenizer):
+    config = transformers.GenerationConfig(eos_token_id=[7, 8])
+    assert chat.stop_token_ids(tokenizer, config) == {2, 7, 8}
+
+
+def test_train_on_all_trains_every_token(tokenizer):
+    example = chat.encode(tokenizer, messages(TURNS), train_on="all")
+    assert example.labels == example.input_ids
+
+
+def test_scripts_and_emoji_survive(tokenizer):
+    answer = "日本語 🙂 naïve \n\tcode()"
+    example = chat.encode(tokenizer, messages([("user", "x"), ("assistant", answer)]))
+    assert trained_pieces(tokenizer, example) == [answer + "<|im_end|>"]
+
+
+def test_a_template_file_is_used_and_a_bad_one_refused(tokenizer, tmp_path):
+    good, bad = tmp_path / "good.jinja", tmp_path / "bad.jinja"
+    good.write_text(BOS_TEMPLATE)
+    bad.write_text("{% for %}")
+    chat.set_template(tokenizer, str(good))
+    assert tokenizer.chat_template == BOS_TEMPLATE
+    with pytest.raises(InputError, match="bad.jinja"):
+        chat.set_template(tokenizer, str(bad))
+    with pytest.raises(InputError, match="No such file"):
+        chat.set_template(tokenizer, str(tmp_path / "none.jinja"))

@@ -1,0 +1,119 @@
+"""The merge is dequantize(NF4(W)) + scaling * B A, exactly, and from the files alone equals what training held."""
+
+import pytest
+import torch
+from bitsandbytes.functional import dequantize_4bit
+
+from qlora import adapter, base_model
+from qlora.errors import InputError
+from qlora.export import merge
+from qlora.recipe import Lora, Model, Quantization
+from tests.conftest import FAMILIES
+
+
+def make(folder, model, tmp_path, dtype=torch.float32):
+    """Return the Merge of `model` (a PeftModel) over the files in `folder`."""
+    adapter.save(model, tmp_path / "adapter", "x", None)
+    section = Model(name_or_path=str(folder))
+    checkpoint = base_model.find(section)
+    plan = merge.plan(checkpoint, base_model.load_config(checkpoint, section), dtype)
+    quantized = list(base_model.quantized_modules(model.get_base_model()))
+    quantized = [name.removesuffix(".base_layer") for name in quantized]
+    read = adapter.read(tmp_path / "adapter")
+    return merge.Merge(checkpoint, plan, read, quantized, Quantization(), torch.device("cpu"))
+
+
+@pytest.fixture
+def peft_model(load_model):
+    def build(family):
+        model = adapter.attach(load_model(family), Lora(r=4, lora_alpha=8))
+        torch.manual_seed(3)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                torch.nn.init.normal_(parameter, std=0.2)
+        return model
+
+    return build
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_parameter_is_what_the_live_model_computes_with(peft_model, tiny_model, tmp_path, family):
+    model = peft_model(family)
+    merging = make(tiny_model(family), model, tmp_path)
+    base = base_model.to_float32(model).get_base_model()
+    parameters = {name.replace(".base_layer", ""): p for name, p in base.named_parameters() if ".lora_" not in name}
+    assert [spec.name for spec in merging.plan.specs] == list(parameters)
+    for name, parameter in parameters.items():
+        found, module = merging.tensor(name), name.removesuffix(".weight")
+        expected = parameter.detach()
+        if getattr(parameter, "quant_state", None) is not None:
+            layer = base.get_submodule(module)
+            expected = dequantize_4bit(parameter.data, parameter.quant_state) + layer.get_delta_weight("default")
+            if module in merging.plan.conv1d:
+                expected = expected.T
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6, msg=name)
+
+
+def test_gpt2_stores_its_matrices_transposed_and_biases_as_they_are(peft_model, tiny_model, tmp_path):
+    merging = make(tiny_model("gpt2"), peft_model("gpt2"), tmp_path)
+    assert merging.tensor("transformer.h.0.attn.c_attn.weight").shape == (64, 192)
+    assert merging.plan.shapes["transformer.h.0.attn.c_attn"] == (192, 64)
+    original = merge._read(merging.checkpoint, merging.plan.source["transformer.h.0.attn.c_attn.bias"])
+    assert torch.equal(merging.tensor("transformer.h.0.attn.c_attn.bias"), original.float())
+    assert original.abs().sum() > 0
+
+
+def test_a_tied_head_is_written_once_and_an_untied_one_twice(peft_model, tiny_model, tmp_path):
+    names = {}
+    for family in ("llama", "llama-tied"):
+        merging = make(tiny_model(family), peft_model(family), tmp_path / family)
+        names[family] = {spec.name for spec in merging.plan.specs}
+    assert names["llama"] - names["llama-tied"] == {"lm_head.weight"}
+
+
+def test_the_embedding_and_the_head_are_not_rounded_to_nf4(peft_model, tiny_model, tmp_path):
+    merging = make(tiny_model("llama"), peft_model("llama"), tmp_path)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        assert torch.equal(merging.tensor(name), merge._read(merging.checkpoint, name).float())
+
+
+def test_what_merging_and_casting_did_is_measured_per_module(peft_model, tiny_model, tmp_path):
+    merging = make(tiny_model("llama"), peft_model("llama"), tmp_path, torch.bfloat16)
+    name = "model.layers.0.mlp.up_proj"
+    cast = merging.tensor(f"{name}.weight")
+    (measured,) = merging.modules
+    A, B = (factor.float() for factor in merging.adapter.factors[name])
+    W = merge._read(merging.checkpoint, f"{name}.weight")
+    base = merge.dequantized(W, Quantization())
+    assert measured["name"] == name
+    assert measured["delta_norm"] == pytest.approx((2 * B @ A).norm().item(), rel=1e-4)
+    assert measured["quantization_error"] == pytest.approx((base - W.float()).norm().item(), rel=1e-4)
+    assert measured["cast_error"] == pytest.approx((cast.float() - base - 2 * B @ A).norm().item(), rel=1e-3)
+    assert 0.9 < measured["changed"] <= 1
+
+
+def test_a_number_too_large_for_float16_is_an_error_that_names_the_tensor(peft_model, tiny_model, tmp_path):
+    model = peft_model("llama")
+    next(iter(adapter.lora_b(model).values())).data.fill_(1e6)
+    merging = make(tiny_model("llama"), model, tmp_path, torch.float16)
+    with pytest.raises(InputError, match=r"model.layers.0.self_attn.q_proj.weight: largest number .* --dtype bfloat16"):
+        merging.tensor("model.layers.0.self_attn.q_proj.weight")
+
+
+def test_a_tensor_that_the_files_lack_is_an_error(tiny_model):
+    section = Model(name_or_path=str(tiny_model("llama")))
+    checkpoint = base_model.find(section)
+    del checkpoint.files["model.norm.weight"]
+    with pytest.raises(InputError, match=r"model.norm.weight"):
+        merge.plan(checkpoint, base_model.load_config(checkpoint, section), torch.float16)
+
+
+def test_files_without_the_models_prefix_are_found(tiny_model):
+    # as openai-community/gpt2 has them
+    section = Model(name_or_path=str(tiny_model("gpt2")))
+    checkpoint = base_model.find(section)
+    bare = {name.removeprefix("transformer."): file for name, file in checkpoint.files.items()}
+    checkpoint.files.clear()
+    checkpoint.files.update(bare)
+    plan = merge.plan(checkpoint, base_model.load_config(checkpoint, section), torch.float16)
+    assert plan.source["transformer.wte.weight"] == "wte.weight"

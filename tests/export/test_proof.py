@@ -1,0 +1,103 @@
+"""The proof passes what is right and fails what is wrong: another base, a lost adapter, a rounded embedding, noise."""
+
+import pytest
+import torch
+
+from qlora import adapter, base_model
+from qlora.data import chat
+from qlora.export import proof
+from qlora.recipe import Lora
+from tests.conftest import CONVERSATIONS, messages
+
+
+@pytest.fixture
+def live_and_merged(load_model, tokenizer):
+    """Return (Live, a float32 model with the faithful merge): NF4 base with a strong random adapter."""
+    model = adapter.attach(load_model("llama"), Lora(r=4, lora_alpha=8))
+    torch.manual_seed(3)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
+    rows = [chat.encode(tokenizer, messages(turns)) for turns in CONVERSATIONS[:6]]
+    live = proof.Live(model.eval(), rows)
+    from bitsandbytes.functional import dequantize_4bit
+
+    plain = load_model("llama", None).float()
+    with torch.no_grad():
+        for name in base_model.linear_names(plain):
+            layer = model.get_submodule(f"base_model.model.{name}")
+            weight = layer.base_layer.weight
+            base = dequantize_4bit(weight.data, weight.quant_state)
+            plain.get_submodule(name).weight.copy_(base + layer.get_delta_weight("default"))
+    return live, plain
+
+
+def judge(live, model, dtype="float16"):
+    return proof.failures(live.scores, live.compare(model), live.base_scores, dtype)
+
+
+def test_the_faithful_merge_passes_exactly(live_and_merged):
+    live, merged = live_and_merged
+    scores = live.compare(merged)
+    assert scores.kl < 1e-9
+    assert scores.top1 == 1
+    assert scores.loss == pytest.approx(live.scores.loss, abs=1e-5)
+    assert judge(live, merged, "float32") == []
+
+
+def test_the_faithful_merge_in_float16_passes(live_and_merged):
+    live, merged = live_and_merged
+    assert judge(live, merged.half().float()) == []
+
+
+def test_the_original_base_with_the_adapter_fails(live_and_merged, load_model, tiny_model):
+    live, merged = live_and_merged
+    quantized, original = load_model("llama"), load_model("llama", None).float()
+    from bitsandbytes.functional import dequantize_4bit
+
+    with torch.no_grad():  # W + delta instead of dequantize(NF4(W)) + delta
+        for name in base_model.linear_names(original):
+            weight = quantized.get_submodule(name).weight
+            base = dequantize_4bit(weight.data, weight.quant_state).float()
+            merged.get_submodule(name).weight.add_(original.get_submodule(name).weight - base)
+    assert any("KL(trained, exported)" in failure for failure in judge(live, merged))
+
+
+def test_the_bare_base_fails_both_ways(live_and_merged, load_model):
+    live, _ = live_and_merged
+    found = judge(live, load_model("llama", None).float(), "bfloat16")
+    assert any("KL(trained, exported)" in failure for failure in found)
+    assert any("no nearer to the trained model" in failure for failure in found)
+
+
+def test_one_wrong_layer_fails(live_and_merged):
+    live, merged = live_and_merged
+    with torch.no_grad():
+        merged.model.layers[1].mlp.down_proj.weight.mul_(1.05)
+    assert judge(live, merged) != []
+
+
+def test_an_embedding_rounded_to_nf4_fails(live_and_merged):
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    live, merged = live_and_merged
+    with torch.no_grad():
+        weight = merged.model.embed_tokens.weight
+        weight.copy_(dequantize_4bit(*quantize_4bit(weight.data, blocksize=64, quant_type="nf4")))
+    assert judge(live, merged) != []
+
+
+def test_weights_that_are_not_finite_fail(live_and_merged):
+    live, merged = live_and_merged
+    with torch.no_grad():
+        merged.model.norm.weight[0] = float("nan")
+    assert judge(live, merged) != []
+
+
+def test_rows_are_as_many_as_the_memory_set_aside_holds(tokenizer):
+    rows = [chat.encode(tokenizer, messages(turns)) for turns in CONVERSATIONS]
+    assert proof.proof_rows(rows, vocab_size=512) == rows
+    assert len(proof.proof_rows(rows, vocab_size=10**9)) == 1
+    few = proof.proof_rows(rows, vocab_size=1_000_000)
+    assert 1 <= len(few) < len(rows)
+    assert sum(len(row.input_ids) - 1 for row in few) * 4 * 1_000_000 <= 256 * 2**20

@@ -1,0 +1,270 @@
+"""The base is exactly what the files hold, in NF4 and bfloat16; anything less is an error."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+from bitsandbytes.nn import Params4bit
+from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
+
+from qlora import adapter, base_model, memory
+from qlora.errors import InputError
+from qlora.recipe import Lora, Model, Quantization
+from tests.conftest import FAMILIES
+
+
+def load(folder, **settings):
+    section = Model(name_or_path=str(folder))
+    return base_model.load(base_model.find(section), section, Quantization(**settings))
+
+
+@pytest.fixture
+def broken(tiny_model, tmp_path):
+    """A copy of a tiny model to break."""
+    return shutil.copytree(tiny_model("llama"), tmp_path / "model")
+
+
+def rewrite(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+# ---- NF4 itself ------------------------------------------------------------------------------------------------------
+
+
+def test_nf4_round_trip_error_is_that_of_the_data_type():
+    # Mean absolute error on N(0, 1) in blocks of 64, over 20 other seeds of 2^18 numbers: 0.07281, standard deviation
+    # 1.5e-4 (without double quantization). Five deviations either side; 8-bit absmax adds 7.4e-5.
+    errors = {False: [], True: []}
+    for seed in range(5):
+        W = torch.randn(512, 512, generator=torch.Generator().manual_seed(seed))
+        for double in errors:
+            codes, state = quantize_4bit(W, blocksize=64, quant_type="nf4", compress_statistics=double)
+            errors[double].append((dequantize_4bit(codes, state) - W).abs().mean().item())
+    plain, double = (sum(found) / len(found) for found in errors.values())
+    assert abs(plain - NF4_ERROR_MEAN) < 5 * NF4_ERROR_STD
+    assert 0 < double - plain < 2e-4
+
+
+NF4_ERROR_MEAN, NF4_ERROR_STD = 0.07281, 1.5e-4
+
+
+def test_a_number_costs_4_127_bits():
+    weight = Params4bit(torch.randn(1024, 1024), compress_statistics=True, quant_type="nf4").to("cpu")
+    expected = 4 + 8 / 64 + 32 / (64 * 256)
+    assert memory.stored_bits_per_parameter(weight.quant_state, weight.data) == expected
+    plain = Params4bit(torch.randn(1024, 1024), compress_statistics=False, quant_type="nf4").to("cpu")
+    assert memory.stored_bits_per_parameter(plain.quant_state, plain.data) == 4 + 32 / 64
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi"])
+def test_a_quantized_layer_is_a_plain_layer_on_the_dequantized_weight(load_model, family):
+    model = load_model(family)
+    for name, module in base_model.quantized_modules(model).items():
+        x = torch.randn(3, 5, module.in_features, dtype=torch.bfloat16)
+        W = dequantize_4bit(module.weight.data, module.weight.quant_state)
+        expected = F.linear(x, W, module.bias)
+        torch.testing.assert_close(module(x), expected, msg=name)
+
+
+# ---- dtype policy ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parameter_names_by_dtype_are_exactly_these(load_model, family):
+    model = adapter.attach(load_model(family), Lora(r=4))
+    by_dtype = {}
+    for name, parameter in model.named_parameters():
+        by_dtype.setdefault(parameter.dtype, set()).add(name)
+    linear = {f"base_model.model.{name}" for name in base_model.linear_names(model.get_base_model())}
+    linear = {name.removesuffix(".base_layer") for name in linear if ".lora_" not in name}
+    assert by_dtype.pop(torch.uint8) == {f"{name}.base_layer.weight" for name in linear}
+    assert set(by_dtype) == {torch.bfloat16}  # nothing in float32
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trainable == {f"{name}.lora_{factor}.default.weight" for name in linear for factor in "AB"}
+
+
+def test_llama_has_these_linear_layers(load_model):
+    # the golden set that the test above derives from the model itself
+    names = {name.split(".", 3)[3] for name in base_model.linear_names(load_model("llama"))}
+    attention = {f"self_attn.{x}_proj" for x in "qkvo"}
+    assert names == attention | {"mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"}
+
+
+def test_the_head_and_the_embedding_are_not_quantized(load_model):
+    for family in ("llama", "llama-tied", "gpt2", "phi"):
+        model = load_model(family)
+        assert model.get_output_embeddings().weight.dtype == torch.bfloat16
+        assert model.get_input_embeddings().weight.dtype == torch.bfloat16
+
+
+def test_float32_compute_is_explicit_and_exact(tiny_model):
+    model = load(tiny_model("llama"), compute_dtype="float32")
+    assert {p.dtype for p in model.parameters()} == {torch.uint8, torch.float32}
+    module = model.model.layers[0].mlp.up_proj
+    bf16 = load(tiny_model("llama")).model.layers[0].mlp.up_proj
+    assert torch.equal(module.weight.data, bf16.weight.data)  # the same codes: W is bf16 when it is quantized
+    exact = dequantize_4bit(module.weight.data, module.weight.quant_state)
+    rounded = dequantize_4bit(bf16.weight.data, bf16.weight.quant_state)
+    assert exact.dtype == torch.float32
+    assert torch.equal(exact.bfloat16(), rounded)
+    assert not torch.equal(exact, rounded.float())
+
+
+def test_without_quantization_every_parameter_is_bfloat16(load_model):
+    model = load_model("gpt2", None)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert base_model.quantized_modules(model) == {}
+
+
+def test_parameters_are_counted_as_the_numbers_they_stand_for(load_model):
+    quantized, plain = load_model("llama-tied"), load_model("llama-tied", None)
+    assert base_model.num_parameters(quantized) == base_model.num_parameters(plain) == (0, plain.num_parameters())
+
+
+# ---- the CPU repack --------------------------------------------------------------------------------------------------
+
+
+def gradients(model, evaluate_first):
+    model = adapter.attach(model, Lora(r=4))
+    ids = torch.arange(1, 33)[None]
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
+    if evaluate_first:
+        with torch.no_grad():
+            model.eval()(input_ids=ids)
+    loss = model.train()(input_ids=ids, labels=ids).loss
+    loss.backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_evaluating_leaves_weights_and_gradients_as_they_were(load_model, family):
+    torch.manual_seed(1)
+    never = gradients(load_model(family), evaluate_first=False)
+    torch.manual_seed(1)
+    after = gradients(load_model(family), evaluate_first=True)
+    assert never.keys() == after.keys()
+    for name in never:
+        assert never[name] is not None
+        assert never[name].abs().sum() > 0
+        assert torch.equal(never[name], after[name]), name
+
+
+def test_the_repack_is_turned_off_in_every_layer(load_model):
+    modules = base_model.quantized_modules(load_model("llama"))
+    assert len(modules) == 14
+    assert not any(module.support_avx512bf16_for_cpu for module in modules.values())
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+def test_sharded_and_single_files_give_the_same_model(tiny_model):
+    single, sharded = tiny_model("llama"), tiny_model("llama", "100KB")
+    assert len(list(sharded.glob("*.safetensors"))) > 1
+    one, other = load(single).state_dict(), load(sharded).state_dict()
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_a_missing_weight_is_an_error_never_a_random_tensor(broken):
+    rewrite(broken, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
+    with pytest.raises(InputError, match=r"missing: model.layers.1.mlp.up_proj.weight"):
+        load(broken)
+
+
+def test_a_weight_that_the_config_does_not_know_is_an_error(broken):
+    rewrite(broken, lambda t: t.update({"model.layers.2.mlp.up_proj.weight": torch.zeros(128, 64, dtype=torch.bfloat16)}))
+    with pytest.raises(InputError, match=r"not used by this architecture: model.layers.2.mlp.up_proj.weight"):
+        load(broken)
+
+
+def test_a_weight_of_another_shape_is_an_error(broken):
+    rewrite(broken, lambda t: t.update({"model.norm.weight": torch.ones(65, dtype=torch.bfloat16)}))
+    with pytest.raises(InputError, match=r"model.norm.weight"):
+        load(broken)
+
+
+def edit_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize(
+    ("break_it", "expected"),
+    [
+        (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-100]), "not a whole"),
+        (lambda f: (f / "model.safetensors").write_bytes(b""), "not a whole safetensors file"),
+        (lambda f: (f / "model.safetensors").write_text("<html>login</html>" * 9), "not a whole safetensors file"),
+        (lambda f: (f / "model.safetensors").write_text("version https://git-lfs"), "not a whole safetensors file"),
+        (lambda f: (f / "model.safetensors").unlink(), "no model.safetensors"),
+        (lambda f: (f / "config.json").unlink(), "no config.json"),
+        (lambda f: (f / "config.json").write_text("{"), "config.json"),
+        (lambda f: edit_config(f, model_type="llamoid"), "llamoid"),
+        (lambda f: edit_config(f, model_type="vit"), "'vit' is not a causal language model"),
+        (lambda f: edit_config(f, model_type="bert"), "the model has"),
+        (lambda f: edit_config(f, quantization_config={"quant_method": "gptq", "bits": 4}), "quantized already"),
+        (lambda f: edit_config(f, hidden_size=128), "the model has"),
+    ],
+    ids=["cut off", "empty", "html", "lfs pointer", "no weights", "no config", "broken config", "unknown architecture",
+         "vision", "encoder", "quantized", "wrong size"],
+)  # fmt: skip
+def test_a_broken_model_folder_is_an_input_error(broken, break_it, expected):
+    break_it(broken)
+    with pytest.raises(InputError, match=expected):
+        load(broken)
+
+
+@pytest.mark.parametrize("name", ["../elsewhere.safetensors", "/etc/x.safetensors", "a/b.safetensors", "weights.bin"])
+def test_an_index_that_points_out_of_the_folder_is_refused(tiny_model, tmp_path, name):
+    folder = shutil.copytree(tiny_model("llama", "100KB"), tmp_path / "model")
+    index = folder / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"]["model.norm.weight"] = name
+    index.write_text(json.dumps(content))
+    with pytest.raises(InputError, match="not a plain safetensors file name"):
+        load(folder)
+
+
+def test_pickled_weights_are_never_read(broken):
+    (broken / "model.safetensors").rename(broken / "pytorch_model.bin")
+    with pytest.raises(InputError, match="pickled weights are not read"):
+        load(broken)
+
+
+def test_a_name_that_is_no_folder_and_not_on_the_hub_is_one_message():
+    with pytest.raises(InputError, match="no such folder, and not a hub name"):
+        base_model.find(Model(name_or_path="./none"))
+    with pytest.raises(InputError, match="the hub says"):  # offline in the tests
+        base_model.find(Model(name_or_path="nobody/nothing"))
+
+
+def test_a_revision_of_a_local_folder_is_refused(tiny_model):
+    with pytest.raises(InputError, match="has no revisions"):
+        base_model.find(Model(name_or_path=str(tiny_model("llama")), revision="main"))
+
+
+def test_a_hub_name_is_loaded_at_its_pinned_revision(tiny_model, tmp_path, monkeypatch):
+    # The one thing the network would bring: a snapshot in the hub's cache layout.
+    revision = "0123456789abcdef0123456789abcdef01234567"
+    cache = tmp_path / "hub"
+    shutil.copytree(tiny_model("llama"), cache / "models--me--tiny" / "snapshots" / revision)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    checkpoint = base_model.find(Model(name_or_path="me/tiny", revision=revision))
+    assert checkpoint.revision == revision
+    assert checkpoint.name_or_path == "me/tiny"
+    assert checkpoint.shapes()["model.norm.weight"] == (64,)
+
+
+def test_a_tokenizer_that_is_missing_is_an_input_error(broken):
+    for path in broken.glob("token*"):
+        path.unlink()
+    with pytest.raises(InputError, match="no usable tokenizer"):
+        base_model.load_tokenizer(broken, Model(name_or_path=str(broken)))

@@ -1,0 +1,109 @@
+"""The command line as a user has it: exit codes, messages without tracebacks, JSON for scripts."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.conftest import CONVERSATIONS
+
+
+def qlora(*arguments, stdin=""):
+    command = [sys.executable, "-m", "qlora", *map(str, arguments)]
+    return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture
+def recipe_file(make_recipe, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(make_recipe().to_yaml())
+    return path
+
+
+def test_help_is_fast_and_every_verb_has_an_example():
+    start = time.monotonic()
+    top = qlora("--help")
+    assert time.monotonic() - start < 5  # 0.1 s alone; this catches an import of torch at the top, which takes 6
+    assert top.returncode == 0
+    for verb in ("train", "eval", "export", "chat"):
+        assert verb in top.stdout
+        text = qlora(verb, "--help").stdout
+        assert f"Example:  qlora {verb}" in text
+
+
+def test_importing_the_package_does_not_import_torch():
+    code = "import sys, qlora, qlora.cli, qlora.recipe; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_the_whole_way_from_the_command_line(recipe_file, tmp_path):
+    trained = qlora("train", recipe_file, "training.max_steps=3", "--json")
+    assert trained.returncode == 0, trained.stderr
+    assert json.loads(trained.stdout)["last"]["step"] == 3
+    assert "100% of rows end with a stop token" in trained.stderr
+    assert "trainable parameters" in trained.stderr
+    assert "Warning" not in trained.stderr
+
+    scores = qlora("eval", tmp_path / "run", "--json", "--max-rows", "2")
+    assert scores.returncode == 0, scores.stderr
+    assert json.loads(scores.stdout)["rows"] == 2
+
+    exported = qlora("export", tmp_path / "run", "--out", tmp_path / "out")
+    assert exported.returncode == 0, exported.stderr
+    assert "proof on 6 held-out rows" in exported.stdout
+    assert "proven; the model is in" in exported.stderr
+
+    answer = qlora("chat", tmp_path / "out", "--prompt", CONVERSATIONS[0][0][1], "--max-new-tokens", "5")
+    assert answer.returncode == 0, answer.stderr
+    talked = qlora("chat", tmp_path / "out", "--max-new-tokens", "5", stdin=CONVERSATIONS[0][0][1] + "\n/new\n")
+    assert talked.stdout.strip() == answer.stdout.strip()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["train", "none.yaml"], "qlora: no recipe at none.yaml"),
+        (["train", "RECIPE", "lora.rnak=3"], "override  lora.rnak: unknown field; did you mean lora.r?"),
+        (["train", "RECIPE", "data.train=none.jsonl"], "no data file at none.jsonl"),
+        (["eval", "runs/none"], "no run at runs/none"),
+        (["export", "runs/none", "--out", "x"], "no run at runs/none"),
+        (["export", "runs/none"], "Missing option '--out'"),
+        (["chat", "./none", "--prompt", "x"], "no such folder"),
+        (["frobnicate"], "No such command"),
+    ],
+)
+def test_wrong_input_exits_2_with_one_message_and_no_traceback(recipe_file, arguments, expected):
+    done = qlora(*[recipe_file if argument == "RECIPE" else argument for argument in arguments])
+    assert done.returncode == 2
+    assert expected in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+def test_a_failed_proof_exits_4(recipe_file, tmp_path):
+    assert qlora("train", recipe_file).returncode == 0
+    code = (
+        "import sys; from qlora.export import merge; merge.merged_weight = lambda base, A, B, scaling: base\n"
+        f"sys.argv = ['qlora', 'export', {str(tmp_path / 'run')!r}, '--out', {str(tmp_path / 'out')!r}]\n"
+        "from qlora.cli import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 4
+    assert "is not the trained model" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_out_of_memory_exits_3_with_a_remedy(recipe_file):
+    code = (
+        "import sys, torch; from qlora import sft\n"
+        "def full(*args, **kwargs): raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB')\n"
+        f"sft.train = full; sys.argv = ['qlora', 'train', {str(recipe_file)!r}]\n"
+        "from qlora.cli import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 3
+    assert "out of memory: CUDA out of memory" in done.stderr
+    assert "data.max_length" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,112 @@
+"""The house: imports point down, and what the documents say exists."""
+
+import ast
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "qlora"
+
+# DESIGN: cli > commands > sft > parts > leaves > errors. A part may use another part; cycles are caught below.
+LEVELS = [
+    {"errors"},
+    {"recipe"},
+    {"rundir", "metrics"},
+    {"data", "base_model", "adapter", "memory", "export", "generate"},
+    {"sft"},
+    {"commands"},
+    {"cli"},
+    {"__main__", "__init__"},
+]
+LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
+
+
+def part_of(path):
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported_parts(path):
+    """Return the parts of qlora that a file imports, wherever in the file."""
+    package = ["qlora", *path.relative_to(PACKAGE).parent.parts]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            target = package[: len(package) - node.level + 1] + (node.module.split(".") if node.module else [])
+            found |= {target[1]} if len(target) > 1 else {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "qlora":
+            found.add((node.module.split(".") + ["__init__"])[1])
+    return found - {part_of(path)}
+
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_down(path):
+    own = part_of(path)
+    for other in imported_parts(path) - {"__init__"}:
+        assert LEVEL[other] <= LEVEL[own], f"{own} imports {other}, which is above it"
+
+
+def test_parts_have_no_import_cycles():
+    graph = {}
+    for path in FILES:
+        graph.setdefault(part_of(path), set()).update(imported_parts(path))
+    seen = set()
+
+    def visit(part, trail):
+        assert part not in trail, " > ".join([*trail, part])
+        if part not in seen:
+            for other in graph.get(part, ()):
+                visit(other, [*trail, part])
+            seen.add(part)
+
+    for part in graph:
+        visit(part, [])
+
+
+def test_only_commands_see_a_whole_recipe():
+    for path in FILES:
+        if part_of(path) not in {"commands", "cli", "recipe", "rundir", "__init__"}:
+            assert not re.search(r"\bRecipe\b", path.read_text(encoding="utf-8")), path
+
+
+def test_there_is_no_utils():
+    assert not [path for path in FILES if path.stem in {"utils", "helpers", "misc", "common"}]
+
+
+def test_the_tree_in_the_readme_is_the_tree_on_disk():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for path in FILES:
+        if path.name != "__init__.py":
+            assert re.search(rf"\b{path.name}\b", readme), f"README.md has no gloss for {path.relative_to(ROOT)}"
+
+
+@pytest.mark.parametrize("document", sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")]), ids=lambda path: path.name)
+def test_files_and_verbs_that_documents_name_exist(document):
+    text = document.read_text(encoding="utf-8")
+    for name in re.findall(r"(?:scripts|recipes|docs|tests)/[\w./-]+\.(?:sh|py|yaml|md)", text):
+        assert (ROOT / name).is_file(), name
+    for verb in re.findall(r"^ +qlora (\w+)", text, flags=re.MULTILINE):
+        assert verb in {"train", "eval", "export", "chat"}, verb
+
+
+def test_what_is_pinned_is_in_range_and_python_versions_agree():
+    from packaging.requirements import Requirement
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = {}
+    for line in lines:
+        if line and not line.startswith("#"):
+            requirement = Requirement(line)
+            pins.setdefault(requirement.name, []).append(next(iter(requirement.specifier)).version)
+    extras = [entry for group in project["optional-dependencies"].values() for entry in group]
+    for entry in [*project["dependencies"], *extras]:
+        requirement = Requirement(entry)
+        assert requirement.name in pins, f"{requirement.name} is not pinned"
+        assert all(version in requirement.specifier for version in pins[requirement.name]), entry
+    assert project["requires-python"] == ">=3.10,<3.14"

@@ -1,0 +1,132 @@
+"""The recipe is a frozen value; a wrong one is refused with every problem, its line and the remedy."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from qlora.errors import InputError
+from qlora.recipe import Recipe
+
+MINIMAL = "model: {name_or_path: m}\ndata: {train: d.jsonl}\noutput_dir: o\n"
+RECIPES = sorted((Path(__file__).parents[1] / "recipes").rglob("*.yaml"))
+
+
+def load(tmp_path, text, *overrides):
+    path = tmp_path / "r.yaml"
+    path.write_text(text, encoding="utf-8")
+    return Recipe.load(path, overrides)
+
+
+def refusal(tmp_path, text, *overrides):
+    with pytest.raises(InputError) as caught:
+        load(tmp_path, text, *overrides)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_on_disk_loads_and_says_what_it_costs(path):
+    recipe = Recipe.load(path)
+    header = path.read_text(encoding="utf-8").split("\nmodel:")[0]
+    assert recipe.quantization.quant_type == "nf4"
+    assert recipe.lora.target_modules == "all-linear"
+    assert "qlora train" in header
+    assert "measured" in header.lower()
+
+
+def test_there_are_recipes_for_the_models_people_have():
+    assert {path.parent.name for path in RECIPES} >= {"llama-2-7b", "llama-3.1-8b", "mistral-7b", "qwen2.5-7b"}
+
+
+def test_resolved_recipe_reads_back_equal(tmp_path):
+    recipe = load(tmp_path, MINIMAL, "training.learning_rate=3e-5", "lora.target_modules=[q_proj, v_proj]")
+    assert load(tmp_path, recipe.to_yaml()) == recipe
+    assert recipe.training.learning_rate == 3e-5
+
+
+def test_a_recipe_cannot_be_changed(tmp_path):
+    recipe = load(tmp_path, MINIMAL)
+    with pytest.raises(ValidationError, match="frozen"):
+        recipe.lora.r = 8
+
+
+@pytest.mark.parametrize("written", ["2e-4", "2.0e-4", "0.0002", "2E-4"])
+def test_numbers_are_numbers_however_they_are_written(tmp_path, written):
+    # YAML 1.1 reads 2e-4 as a string
+    assert load(tmp_path, f"{MINIMAL}training: {{learning_rate: {written}}}\n").training.learning_rate == 2e-4
+
+
+def test_all_problems_are_reported_together_with_their_lines(tmp_path):
+    text = "model: {name_or_path: m}\nlora:\n  rnak: 4\n  lora_dropout: 2\ntraining:\n  optim: adamw\noutput_dir: o\n"
+    message = refusal(tmp_path, text)
+    assert "has 4 problems" in message
+    assert "line 3  lora.rnak: unknown field; did you mean lora.r?" in message
+    assert "line 4  lora.lora_dropout: should be less than 1, found 2" in message
+    assert "line 6  training.optim: 'adamw' is not one of 'paged_adamw_8bit'" in message
+    assert "data: required" in message
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("lr: 1", "unknown field; did you mean training.learning_rate?"),
+        ("learning_rate: 1", "did you mean training.learning_rate?"),
+        ("lora: {rank: 4}", "did you mean lora.r?"),
+        ("lora: {r: sixteen}", "lora.r: should be a valid integer, found 'sixteen'"),
+        ("lora: {r: 1.5}", "lora.r: should be a valid integer"),
+        ("lora: {r: true}", "lora.r: should be a valid integer"),
+        ("lora: {r: 0}", "greater than or equal to 1"),
+        ("lora: 5", "lora: should be"),
+        ("training: {learning_rate: .nan}", "finite"),
+        ("training: {learning_rate: -1}", "greater than 0"),
+        ("training: {max_steps: 0}", "greater than or equal to 1"),
+        ("quantization: {quant_type: nf5}", "'nf5' is not one of 'nf4', 'fp4'"),
+        ("export: {base: original}", "'original' is not"),
+        ("memory: {gradient_checkpointing: maybe}", "gradient_checkpointing"),
+    ],
+)
+def test_wrong_values_are_refused_by_field(tmp_path, line, expected):
+    message = refusal(tmp_path, MINIMAL + line + "\n")
+    assert expected in message
+    assert "line 4" in message
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "- a\n", "model: [\n", "a: 1\na: 2\n", "a: 1\n---\nb: 2\n", "a: !!python/object:os.system x\n", "[" * 5000],
+    ids=["empty", "list", "cut off", "duplicate key", "two documents", "tag", "deep"],
+)
+def test_what_is_not_one_mapping_is_refused(tmp_path, text):
+    assert "r.yaml" in refusal(tmp_path, text)
+
+
+def test_eval_and_eval_fraction_exclude_each_other(tmp_path):
+    assert "exclude each other" in refusal(tmp_path, MINIMAL, "data.eval=e.jsonl", "data.eval_fraction=0.1")
+
+
+def test_an_override_that_is_wrong_says_so(tmp_path):
+    assert "override  lora.r" in refusal(tmp_path, MINIMAL, "lora.r=x")
+    assert "is not of the form" in refusal(tmp_path, MINIMAL, "lora.r")
+    assert "lora.rr: unknown field" in refusal(tmp_path, MINIMAL, "lora.rr=1")
+
+
+def test_an_override_reaches_a_section_that_the_file_leaves_out(tmp_path):
+    recipe = load(tmp_path, MINIMAL, "lora.r=8", "quantization=null")
+    assert recipe.lora.r == 8
+    assert recipe.quantization is None
+
+
+def test_a_missing_file_is_one_clear_message(tmp_path):
+    with pytest.raises(InputError, match="no recipe at"):
+        Recipe.load(tmp_path / "none.yaml")
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.text(max_size=200))
+def test_any_text_is_a_recipe_or_an_input_error(tmp_path_factory, text):
+    path = tmp_path_factory.mktemp("fuzz") / "r.yaml"
+    path.write_bytes(text.encode("utf-8", "surrogatepass"))
+    with pytest.raises(InputError):
+        Recipe.load(path)

@@ -1,0 +1,209 @@
+"""Training does what it says: weighted by tokens, in the precision stated, and it stops rather than lies."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from trl import SFTTrainer
+
+from qlora import adapter, base_model, sft
+from qlora.data import chat
+from qlora.errors import TrainingFailed
+from qlora.recipe import Lora, Training
+from qlora.rundir import RunDir
+from tests.conftest import CONVERSATIONS, messages
+
+# rows of very different lengths, so that a mean over rows or over micro-batches is another number than one over tokens
+UNEVEN = [[("user", "Count."), ("assistant", "1 " * n)] for n in (1, 30, 2, 25, 3, 20, 40, 4, 1, 33, 9, 5, 17, 2, 28, 6)]
+
+
+@pytest.fixture
+def fit(load_model, tokenizer, tmp_path):
+    """Return fit(turns, family="llama", **training) -> (PeftModel, Result, RunDir) after real training."""
+    runs = iter(range(100))
+
+    def fit(turns=CONVERSATIONS, family="llama", checkpointing=False, lora=Lora(r=4), held_out=(), float32=False, **settings):  # noqa: B008
+        run = RunDir(tmp_path / f"run{next(runs)}")
+        run.path.mkdir()
+        torch.manual_seed(0)
+        model = load_model(family)
+        if float32:
+            base_model.to_float32(model)
+        model = adapter.attach(model, lora)
+        defaults = {"max_steps": 1, "learning_rate": 1e-2, "warmup_ratio": 0.0, "gradient_accumulation_steps": 1,
+                    "lr_scheduler_type": "constant"}  # fmt: skip
+        examples, eval_examples = ([chat.encode(tokenizer, messages(t)) for t in rows] for rows in (turns, held_out))
+        training = Training(**{**defaults, **settings})
+        result = sft.train(model, tokenizer, examples, eval_examples, training, checkpointing, run)
+        return model, result, run
+
+    return fit
+
+
+def trained(model):
+    return {name: p.detach().float() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def records(run):
+    return [json.loads(line) for line in run.metrics_file.read_text().splitlines()]
+
+
+# ---- accumulation ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_sixteen_times_one_is_one_times_sixteen(fit, family):
+    # exact in real arithmetic; in float32 sums differ by their order, and Adam's first step is lr * sign(gradient), so
+    # gradients are what is compared, through plain SGD-like scale: the logged norm, and the loss
+    many = fit(UNEVEN, family, float32=True, per_device_train_batch_size=1, gradient_accumulation_steps=16)
+    one = fit(UNEVEN, family, float32=True, per_device_train_batch_size=16, gradient_accumulation_steps=1)
+    a, b = records(many[2])[0], records(one[2])[0]
+    assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+    assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+    assert a["tokens"] == b["tokens"]
+
+
+def test_the_logged_loss_is_the_mean_over_trained_tokens(fit, load_model, tokenizer):
+    _, _, run = fit(UNEVEN, float32=True, per_device_train_batch_size=4, gradient_accumulation_steps=4)
+    model = base_model.to_float32(load_model("llama"))
+    total, count, means = 0.0, 0, []
+    for turns in UNEVEN:
+        example = chat.encode(tokenizer, messages(turns))
+        ids, labels = torch.tensor([example.input_ids]), torch.tensor([example.labels])
+        loss = model(input_ids=ids, labels=labels).loss.item()
+        total, count = total + loss * example.num_trained, count + example.num_trained
+        means.append(loss)
+    assert records(run)[0]["loss"] == pytest.approx(total / count, rel=1e-4)
+    assert abs(sum(means) / len(means) / (total / count) - 1) > 1e-3  # the mean of means is another number
+
+
+def test_the_held_out_loss_is_the_mean_over_tokens_too(fit, tokenizer):
+    model, result, _ = fit(CONVERSATIONS, held_out=UNEVEN[:7], float32=True, per_device_eval_batch_size=2)
+    from qlora import metrics
+
+    examples = [chat.encode(tokenizer, messages(turns)) for turns in UNEVEN[:7]]
+    assert result.eval_loss == pytest.approx(metrics.mean_loss(model.eval(), examples)[0], rel=1e-4)
+
+
+def test_the_loss_on_the_cpu_is_trls_own(fit, monkeypatch):
+    ours = fit(UNEVEN, max_steps=3, float32=True, per_device_train_batch_size=4)
+    monkeypatch.setattr(sft.Trainer, "compute_loss", SFTTrainer.compute_loss)
+    theirs = fit(UNEVEN, max_steps=3, float32=True, per_device_train_batch_size=4)
+    for a, b in zip(records(ours[2]), records(theirs[2]), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma", "gpt2"])
+def test_checkpointing_changes_memory_not_gradients(fit, family):
+    plain, checkpointed = fit(family=family, max_steps=2), fit(family=family, max_steps=2, checkpointing=True)
+    assert [r["loss"] for r in records(plain[2])] == [r["loss"] for r in records(checkpointed[2])]
+    for name, value in trained(plain[0]).items():
+        assert torch.equal(value, trained(checkpointed[0])[name]), name
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(fit):
+    lora = Lora(r=4, lora_dropout=0.1)
+    one, same, other = (trained(fit(lora=lora, max_steps=3, seed=seed)[0]) for seed in (1, 1, 2))
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    assert any(not torch.equal(one[name], other[name]) for name in one)
+
+
+# ---- optimizers and precision ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "optim",
+    ["paged_adamw_8bit", "paged_adamw_32bit", "adamw_8bit", "adamw_torch", "adamw_torch_fused", "paged_lion_8bit", "paged_lion_32bit"],
+)
+def test_every_optimizer_learns(fit, optim):
+    learning_rate = 1e-3 if "lion" in optim else 1e-2
+    _, _, run = fit(optim=optim, max_steps=8, learning_rate=learning_rate, per_device_train_batch_size=8)
+    losses = [record["loss"] for record in records(run)]
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_the_default_optimizer_is_the_paged_8_bit_one(load_model, fit, monkeypatch):
+    made = []
+    original = sft.Trainer.create_optimizer
+
+    def spy(self, model=None):
+        made.append(original(self, model))
+        return made[-1]
+
+    monkeypatch.setattr(sft.Trainer, "create_optimizer", spy)
+    fit(lora=Lora(r=64), max_steps=2)  # 64 x 64 = 4096 numbers: the least that is kept in 8 bits
+    optimizer = made[0]
+    assert type(optimizer).__module__.startswith("bitsandbytes")
+    assert optimizer.is_paged
+    states = {state["state1"].dtype for state in optimizer.state.values()}
+    assert torch.uint8 in states
+
+
+def test_small_updates_are_not_lost_in_bfloat16(fit):
+    # At 1e-5 Adam's step is a 1/1000 of a typical A (0.05): below half a bf16 digit, so bf16 weights alone stand still.
+    steps = 40
+    model, _, _ = fit(max_steps=steps, learning_rate=1e-5, optim="adamw_torch", per_device_train_batch_size=8)
+    start, _, _ = fit(max_steps=1, learning_rate=1e-12, optim="adamw_torch", per_device_train_batch_size=8)
+    moved = [(trained(model)[n] != a).float().mean().item() for n, a in trained(start).items() if ".lora_A." in n]
+    assert sum(moved) / len(moved) > 0.3
+    # and what the model holds is the float32 master, rounded once
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.bfloat16}
+
+
+# ---- stopping --------------------------------------------------------------------------------------------------------
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_the_step(fit, load_model, monkeypatch):
+    before = {}
+
+    def poisoned(model, inputs, num_items):
+        loss = ORIGINAL(model, inputs, num_items)
+        before.update({n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad})
+        before["model"] = model
+        return loss * float("nan")
+
+    ORIGINAL = sft._loss_of_trained_positions
+    monkeypatch.setattr(sft, "_loss_of_trained_positions", poisoned)
+    with pytest.raises(TrainingFailed, match="not finite"):
+        fit(max_steps=3)
+    model = before.pop("model")
+    now = dict(model.named_parameters())
+    assert all(torch.equal(now[name], value) for name, value in before.items())
+
+
+def test_a_run_whose_adapters_do_not_move_stops(fit, monkeypatch):
+    monkeypatch.setattr(sft.MasterWeights, "_give_weights", lambda *args: None)
+    with pytest.raises(TrainingFailed, match="14 of 14 adapters did not move in the first step"):
+        fit(max_steps=3)
+
+
+def test_a_warmup_that_starts_at_zero_is_not_taken_for_a_stuck_adapter(fit):
+    _, result, run = fit(max_steps=4, warmup_ratio=0.5, lr_scheduler_type="cosine")
+    assert records(run)[0]["learning_rate"] == 0
+    assert result.steps == 4
+
+
+# ---- records ---------------------------------------------------------------------------------------------------------
+
+
+def test_metrics_have_the_stable_keys_and_tensorboard_the_same_numbers(fit):
+    _, result, run = fit(max_steps=2, held_out=CONVERSATIONS[:2], eval_steps=1)
+    training = [record for record in records(run) if "loss" in record]
+    keys = {"step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "memory_bytes", "time"}
+    assert all(record.keys() == keys for record in training)
+    assert [record["step"] for record in training] == [1, 2]
+    assert training[-1]["tokens"] == result.tokens
+    assert [r["eval_loss"] for r in records(run) if "eval_loss" in r][-1] == result.eval_loss
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(run.tensorboard)).Reload()
+    assert [event.value for event in board.Scalars("loss")] == pytest.approx([record["loss"] for record in training])
+
+
+def test_padding_is_not_counted_as_tokens(fit, tokenizer):
+    _, result, _ = fit(UNEVEN, num_train_epochs=1.0, max_steps=None, per_device_train_batch_size=4)
+    assert result.tokens == sum(len(chat.encode(tokenizer, messages(turns)).input_ids) for turns in UNEVEN)
+    assert dataclasses.asdict(result)["steps"] == 4

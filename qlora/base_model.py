@@ -165,9 +165,10 @@ def load(checkpoint, section, quantization, device=None):
             dtype=DTYPE_WHEN_QUANTIZED,
             quantization_config=bnb,
             device_map={"": device or default_device()},
-            attn_implementation=section.attn_implementation,
+            attn_implementation=None if section.attn_implementation == "auto" else section.attn_implementation,
             trust_remote_code=section.trust_remote_code,
             use_safetensors=True,
+            ignore_mismatched_sizes=True,  # reported like the rest, below; nothing is let through
             output_loading_info=True,
         )
     except torch.OutOfMemoryError:
@@ -192,7 +193,10 @@ def load(checkpoint, section, quantization, device=None):
 def _refuse_incomplete(checkpoint, info):
     problems = [f"missing: {key} (it would be filled with random numbers)" for key in sorted(info["missing_keys"])]
     problems += [f"not used by this architecture: {key}" for key in sorted(info["unexpected_keys"])]
-    problems += [f"wrong shape: {key}" for key in sorted(map(str, info["mismatched_keys"]))]
+    problems += [
+        f"wrong shape: {key} is {tuple(found)} in the files, {tuple(expected)} by config.json"
+        for key, found, expected in sorted(info["mismatched_keys"])
+    ]
     if problems:
         raise InputError.listing(f"{checkpoint.folder}: config.json and the weights do not fit; the model", problems)
 
@@ -227,7 +231,7 @@ def to_float32(model):
     dequantize_4bit rounds to `quant_state.dtype`, the dtype W had; in float32 the KL of a faithful merge is 3e-6
     instead of 2e-4 (measured, SmolLM2-135M).
     """
-    model.float()
+    torch.nn.Module.float(model)  # transformers refuses its own .float() on a quantized model; codes are uint8 and stay
     for module in quantized_modules(model).values():
         module.compute_dtype = torch.float32
         module.weight.quant_state.dtype = torch.float32

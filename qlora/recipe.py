@@ -33,7 +33,7 @@ class Section(BaseModel):
 class Model(Section):
     name_or_path: Annotated[str, Field(min_length=1)]
     revision: str | None = None
-    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"  # auto: sdpa where there is one
     trust_remote_code: bool = False
 
 

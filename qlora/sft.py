@@ -51,6 +51,9 @@ def train(model, tokenizer, examples, eval_examples, training, gradient_checkpoi
         processing_class=tokenizer,
         data_collator=DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id),
     )
+    for parameter in model.parameters():
+        if parameter.requires_grad:  # trl casts the adapters of a quantized base to bf16, whatever it computes in
+            parameter.data = parameter.data.to(model.get_input_embeddings().weight.dtype)
     if eval_examples:
         trainer.eval_tokens_per_row = sum(example.num_trained for example in eval_examples) / len(eval_examples)
     for printer in (PrinterCallback, ProgressCallback):
@@ -116,23 +119,35 @@ def _config(training, gradient_checkpointing, run, device, evaluates):
 
 
 class Trainer(SFTTrainer):
-    """trl's SFTTrainer with float32 master weights, a lean loss on the CPU, and eval losses weighted by tokens."""
+    """trl's SFTTrainer with float32 master weights and gradients, a lean loss on the CPU, and eval losses weighted by tokens."""
 
     eval_tokens_per_row = None
 
     def create_optimizer(self, model=None):
         if self.optimizer is None:
             make, arguments = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            live = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-            masters = MasterWeights(live)
-            self.optimizer = make([{"params": masters.masters, "weight_decay": self.args.weight_decay}], **arguments)
-            masters.follow(self.optimizer)
+            self.masters = MasterWeights([p for p in self.model.parameters() if p.requires_grad])
+            groups = [{"params": self.masters.masters, "weight_decay": self.args.weight_decay}]
+            self.optimizer = make(groups, **arguments)
+            self.optimizer.register_step_post_hook(lambda *_: self.masters.give_weights())
         return self.optimizer
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         # kept on the device: reading it here would make the GPU wait at every micro-batch
         self._num_tokens = getattr(self, "_num_tokens", 0) + inputs["attention_mask"].sum()
-        return super().training_step(model, inputs, num_items_in_batch)
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.accelerator.num_processes == 1 or self.accelerator.sync_gradients:  # else not reduced yet
+            self.masters.take_gradients()
+        return loss
+
+    def _clip_grad_norm(self, model):
+        norm = self.accelerator.clip_grad_norm_(self.masters.masters, self.args.max_grad_norm)
+        if not math.isfinite(norm):
+            raise TrainingFailed(
+                f"the gradient at step {self.state.global_step + 1} is not finite; the step was not taken. "
+                "Lower training.learning_rate, or look for a broken row"
+            )
+        return norm
 
     def num_tokens(self):
         """Return the tokens trained on so far, padding excluded."""
@@ -164,34 +179,31 @@ def _loss_of_trained_positions(model, inputs, num_items_in_batch):
 
 
 class MasterWeights:
-    """float32 copies of bf16 adapters: the optimizer steps the copies, the model gets them rounded.
+    """float32 copies of bf16 adapters: gradients are summed and steps taken in the copies, the model gets them rounded.
 
-    A bf16 number has 8 bits: an update smaller than 1/256 of a weight is lost when it is added to the weight itself.
-    At a learning rate of 2e-5 that is most of them; see docs/log.md for the measurement. Cost: 4 bytes a trained
-    parameter (160 MB for r=16 on 7B), and as much again during the step for float32 gradients.
+    A bf16 number has 8 bits: an update under 1/256 of a weight is lost when it is added to the weight itself, and so is
+    a micro-batch's gradient beside the sum of those before. docs/log.md has the measurement. Cost: 8 bytes a trained
+    parameter (320 MB for r=16 on 7B).
     """
 
     def __init__(self, live):
         self.live = live
         self.masters = [torch.nn.Parameter(parameter.detach().float()) for parameter in live]
 
-    def follow(self, optimizer):
-        """Hook the two copies around `optimizer.step`."""
-        optimizer.register_step_pre_hook(self._take_gradients)
-        optimizer.register_step_post_hook(self._give_weights)
-
-    def _take_gradients(self, optimizer, args, kwargs):
-        gradients = [parameter.grad for parameter in self.live if parameter.grad is not None]
-        if not math.isfinite(sum(torch._foreach_norm(gradients)).item()):
-            raise TrainingFailed("a gradient is not finite; the step was not taken. Lower training.learning_rate")
+    def take_gradients(self):
+        """Add the model's gradients to the masters' and clear them."""
         for master, parameter in zip(self.masters, self.live, strict=True):
-            master.grad = None if parameter.grad is None else parameter.grad.float()
+            if parameter.grad is not None:
+                gradient = parameter.grad.float()
+                master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+                parameter.grad = None
 
-    def _give_weights(self, optimizer, args, kwargs):
-        with torch.no_grad():
-            for master, parameter in zip(self.masters, self.live, strict=True):
-                parameter.copy_(master)
-                master.grad = None
+    @torch.no_grad()
+    def give_weights(self):
+        """Round the masters into the model and clear their gradients."""
+        for master, parameter in zip(self.masters, self.live, strict=True):
+            parameter.copy_(master)
+            master.grad = None
 
 
 class _FirstStep(TrainerCallback):

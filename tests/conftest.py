@@ -36,7 +36,8 @@ FAMILIES = {
     "phi": lambda: transformers.PhiConfig(**{**_SHAPE, "num_key_value_heads": 4}, tie_word_embeddings=False),
     "phi3": lambda: transformers.Phi3Config(**_SHAPE, tie_word_embeddings=False),
     "gpt2": lambda: transformers.GPT2Config(
-        vocab_size=VOCAB_SIZE, n_embd=64, n_layer=2, n_head=4, n_positions=512, bos_token_id=3, eos_token_id=2
+        vocab_size=VOCAB_SIZE, n_embd=64, n_layer=2, n_head=4, n_positions=512, bos_token_id=3, eos_token_id=2,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
     ),
 }  # fmt: skip
 

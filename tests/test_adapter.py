@@ -79,7 +79,9 @@ def test_plain_peft_opens_the_folder(saved, load_model):
     with torch.no_grad():
         expected = trained(input_ids=ids).logits
         found = PeftModel.from_pretrained(load_model("llama"), folder)(input_ids=ids).logits
-    torch.testing.assert_close(found, expected, atol=0.1, rtol=0.1)  # PEFT upcasts the adapter to float32
+        base = load_model("llama")(input_ids=ids).logits
+    # PEFT upcasts the adapter to float32, so the two differ by bf16 rounding: 20 times less than adapter and base do
+    assert (found - expected).norm() < (base - expected).norm() / 20
     config = json.loads((folder / adapter.CONFIG).read_text())
     assert (config["base_model_name_or_path"], config["revision"]) == ("base/name", "main")
 

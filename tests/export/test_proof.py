@@ -39,7 +39,7 @@ def judge(live, model, dtype="float16"):
 def test_the_faithful_merge_passes_exactly(live_and_merged):
     live, merged = live_and_merged
     scores = live.compare(merged)
-    assert scores.kl < 1e-9
+    assert scores.kl < 1e-7  # float32 sums in another order
     assert scores.top1 == 1
     assert scores.loss == pytest.approx(live.scores.loss, abs=1e-5)
     assert judge(live, merged, "float32") == []

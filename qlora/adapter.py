@@ -28,8 +28,10 @@ _UNSUPPORTED = ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", 
                 "alora_invocation_tokens", "use_qalora", "corda_config", "eva_config")  # fmt: skip
 
 
-def attach(model, section):
+def attach(model, section, seed=0):
     """Return a PeftModel: `model` with the adapters of recipe section `lora`, in the model's own floating dtype.
+
+    seed: of the random A; B starts at zero.
 
     Raises:
         InputError: a target that matches no linear layer, or the head; lists the names that exist.
@@ -47,6 +49,7 @@ def attach(model, section):
         bias="none",
         task_type="CAUSAL_LM",
     )
+    torch.manual_seed(seed)
     peft_model = get_peft_model(model, config)
     # PEFT makes float32 adapters for quantized bases; the model computes in one dtype, see sft.MasterWeights for updates
     for parameter in peft_model.parameters():

@@ -67,10 +67,10 @@ def test_the_whole_way_from_the_command_line(recipe_file, tmp_path):
         (["train", "none.yaml"], "qlora: no recipe at none.yaml"),
         (["train", "RECIPE", "lora.rnak=3"], "override  lora.rnak: unknown field; did you mean lora.r?"),
         (["train", "RECIPE", "data.train=none.jsonl"], "no data file at none.jsonl"),
-        (["eval", "runs/none"], "no run at runs/none"),
+        (["eval", "runs/none"], "no run and no model at runs/none"),
         (["export", "runs/none", "--out", "x"], "no run at runs/none"),
         (["export", "runs/none"], "Missing option '--out'"),
-        (["chat", "./none", "--prompt", "x"], "no such folder"),
+        (["chat", "./none", "--prompt", "x"], "no run and no model at ./none"),
         (["frobnicate"], "No such command"),
     ],
 )

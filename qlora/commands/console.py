@@ -23,12 +23,13 @@ def table(title, header, rows):
     """Print a small table to stdout; the first column is text, the others numbers. Silent under --json."""
     if quiet_tables:
         return
-    grid = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    grid = Table(box=box.SIMPLE_HEAD)
     for index, name in enumerate(header):
         grid.add_column(name, justify="left" if index == 0 else "right", no_wrap=True)
     for row in rows:
         grid.add_row(*row)
-    Console(highlight=False, width=max(80, _console.width)).print(grid)
+    console = Console(highlight=False, width=max(80, _console.width))
+    console.print(title, grid, sep="\n", end="")
 
 
 def hush_libraries():

@@ -37,8 +37,8 @@ def open_subject(target, overrides=()) -> Subject:
         return _open_run(RunDir.open(target), overrides)
     if overrides:
         raise InputError(f"{target} is not a run folder, so there is no recipe for {overrides[0]!r} to change")
-    if not Path(target).exists() and str(target).startswith(("runs/", "./", "/")):
-        RunDir.open(target)
+    if not Path(target).exists() and str(target).startswith(("runs/", ".", "/", "~")):
+        raise InputError(f"no run and no model at {target}; `qlora train RECIPE` makes a run")
     section = Model(name_or_path=str(target))
     checkpoint = base_model.find(section)
     tokenizer = base_model.load_tokenizer(checkpoint.folder, section)

@@ -54,7 +54,7 @@ def train(recipe: Recipe) -> RunDir:
     with console.status(f"loading {checkpoint.name_or_path}"):
         model = base_model.load(checkpoint, recipe.model, recipe.quantization)
         quantized = sorted(base_model.quantized_modules(model))
-        model = adapter.attach(model, recipe.lora)
+        model = adapter.attach(model, recipe.lora, recipe.training.seed)
     write_json(run.environment_file, _environment(checkpoint, quantized, [*sources, *eval_sources], model.device))
     _print_model(checkpoint, model, quantized, recipe)
 

@@ -19,7 +19,7 @@ from ..errors import ProofFailed
 # any wrong merge (other base, adapter lost, embedding rounded) 0.06 to 0.23. The limits stand a decade above the right
 # ones and far below the wrong ones.
 KL_LIMIT = {"float32": 1e-5, "float16": 1e-4, "bfloat16": 1e-2}
-TOP1_LIMIT = {"float32": 0.99, "float16": 0.99, "bfloat16": 0.95}
+TOP1_LIMIT = {"float32": 0.99, "float16": 0.97, "bfloat16": 0.90}  # wrong merges: 0.79 to 0.89; near-ties flip
 LOSS_LIMIT = {"float32": 1e-3, "float16": 5e-3, "bfloat16": 5e-2}  # nats a trained token
 # The merged model must be this many times nearer to the live one than the base is.
 BASE_FACTOR = 4

@@ -149,6 +149,14 @@ def test_the_run_folder_holds_what_the_contract_says(make_recipe):
     assert not [path for path in run.path.rglob("*") if path.suffix in {".bin", ".pt", ".pth", ".pkl"}]  # no pickle
 
 
+def test_the_same_recipe_gives_the_same_adapter_byte_for_byte(make_recipe, tmp_path):
+    lora = {"lora_dropout": 0.1}
+    files = [train(make_recipe(lora=lora, output_dir=str(tmp_path / name))).adapter / adapter.WEIGHTS for name in "ab"]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    other = train(make_recipe(lora=lora, output_dir=str(tmp_path / "c"), training={"seed": 7})).adapter / adapter.WEIGHTS
+    assert other.read_bytes() != files[0].read_bytes()
+
+
 def test_eval_measures_before_and_after_and_training_helped(make_recipe):
     run = train(make_recipe(training={"max_steps": 30, "per_device_train_batch_size": 6}))
     result = evaluate(run.path)
@@ -181,7 +189,7 @@ def test_the_model_learns_to_answer_and_to_stop(make_recipe, tmp_path):
     recipe = make_recipe(
         lora={"r": 32, "lora_alpha": 64},
         data={"eval_fraction": 0.0},
-        training={"max_steps": 120, "per_device_train_batch_size": 8, "learning_rate": 1e-2, "optim": "adamw_torch"},
+        training={"max_steps": 250, "per_device_train_batch_size": 8, "learning_rate": 1e-2, "optim": "adamw_torch"},
     )
     run = train(recipe)
     rows = write_jsonl(tmp_path / "seen.jsonl", [{"messages": messages(turns)} for turns in CONVERSATIONS[:12]])

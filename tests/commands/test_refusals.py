@@ -57,10 +57,10 @@ def test_a_tokenizer_of_another_model_is_refused(make_recipe, tmp_path, tiny_mod
 
     folder = shutil.copytree(tiny_model("llama"), tmp_path / "model")
     tokenizer = make_tokenizer(tokenizer_json, CHATML)
-    tokenizer.add_tokens(["<extra>"])
+    tokenizer.add_tokens([f"<extra{number}>" for number in range(300)])
     tokenizer.save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
-    rows = write_jsonl(tmp_path / "t.jsonl", [{"messages": messages([("user", "<extra>"), ("assistant", "x")])}] * 3)
+    rows = write_jsonl(tmp_path / "t.jsonl", [{"messages": messages([("user", "<extra299>"), ("assistant", "x")])}] * 3)
     assert len(tokenizer) > config["vocab_size"]
     with pytest.raises(InputError, match="do not belong together"):
         train(make_recipe(model={"name_or_path": str(folder)}, data={"train": str(rows), "eval_fraction": 0.0}))

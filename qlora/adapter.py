@@ -1,6 +1,6 @@
 """LoRA: attach to a base model, check that it trains, save, read back, hold against the base.
 
-    A (R, I), B (O, R); y = W x + scaling * B A x; scaling = lora_alpha / r, or lora_alpha / sqrt(r) with rsLoRA
+A (R, I), B (O, R); y = W x + scaling * B A x; scaling = lora_alpha / r, or lora_alpha / sqrt(r) with rsLoRA
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-
 
 from . import base_model
 from .errors import InputError, TrainingFailed
@@ -197,7 +196,9 @@ def load(model, folder):
     names = set(base_model.linear_names(model))
     missing = sorted(set(adapter.factors) - names)
     if missing:
-        raise InputError.listing(f"adapter {folder}: made for another base; it", [f"{m}: not in the base" for m in missing])
+        raise InputError.listing(
+            f"adapter {folder}: made for another base; it", [f"{m}: not in the base" for m in missing]
+        )
     # The modules are named one by one: "all-linear" in the adapter's config would also attach where nothing was trained.
     config = LoraConfig(
         r=adapter.config["r"],
@@ -221,5 +222,3 @@ def load(model, folder):
         raise InputError.listing(f"adapter {folder}: made for another base; it", problems)
     peft_model.requires_grad_(False)
     return peft_model.eval()
-
-

@@ -1,8 +1,8 @@
 """Name -> frozen base model in NF4 and its tokenizer. The dtype policy is here and nowhere else:
 
-    weight of every linear layer but the head   uint8 NF4 codes; per block of 64 an 8-bit absmax (double quantization)
-    every other parameter                       quantization.compute_dtype (bfloat16 by default)
-    buffers                                     as the architecture makes them (rotary frequencies are float32)
+weight of every linear layer but the head   uint8 NF4 codes; per block of 64 an 8-bit absmax (double quantization)
+every other parameter                       quantization.compute_dtype (bfloat16 by default)
+buffers                                     as the architecture makes them (rotary frequencies are float32)
 """
 
 from __future__ import annotations
@@ -93,9 +93,13 @@ def _weight_files(folder):
         # transformers joins these names unchecked: "../x" and absolute paths would be read
         unsafe = [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]
         if unsafe:
-            raise InputError(f"{index}: {unsafe[0]!r} is not a plain safetensors file name; the folder cannot be trusted")
+            raise InputError(
+                f"{index}: {unsafe[0]!r} is not a plain safetensors file name; the folder cannot be trusted"
+            )
     else:
-        raise InputError(f"{folder}: no model.safetensors and no model.safetensors.index.json (pickled weights are not read)")
+        raise InputError(
+            f"{folder}: no model.safetensors and no model.safetensors.index.json (pickled weights are not read)"
+        )
     files = {}
     for name in names:
         if not (folder / name).is_file():
@@ -116,11 +120,15 @@ def load_config(checkpoint, section):
         config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=section.trust_remote_code)
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise InputError(f"{checkpoint.folder / 'config.json'}: {_first_line(error)}") from None
-    known = type(config) in AutoModelForCausalLM._model_mapping or "AutoModelForCausalLM" in getattr(config, "auto_map", {})
+    known = type(config) in AutoModelForCausalLM._model_mapping or "AutoModelForCausalLM" in getattr(
+        config, "auto_map", {}
+    )
     if not known:
         raise InputError(f"{checkpoint.folder / 'config.json'}: {config.model_type!r} is not a causal language model")
     if getattr(config, "quantization_config", None):
-        raise InputError(f"{checkpoint.folder}: the weights are quantized already; give the 16-bit model it was made from")
+        raise InputError(
+            f"{checkpoint.folder}: the weights are quantized already; give the 16-bit model it was made from"
+        )
     return config
 
 

@@ -19,7 +19,9 @@ app = typer.Typer(
     help="4-bit LoRA fine-tuning on one consumer GPU, with proof.",
 )
 
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="change the recipe: section.field=value")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="change the recipe: section.field=value")
+]
 Json = Annotated[bool, typer.Option("--json", help="print the result as JSON to stdout")]
 Target = Annotated[str, typer.Argument(metavar="RUN|MODEL", help="a run folder, a model folder or a hub name")]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="longest answer, in tokens")]
@@ -126,7 +128,9 @@ def main():
     except Exception as error:
         if type(error).__name__ != "OutOfMemoryError":
             raise
-        remedy = "lower data.max_length or training.per_device_train_batch_size, or set memory.gradient_checkpointing=true"
+        remedy = (
+            "lower data.max_length or training.per_device_train_batch_size, or set memory.gradient_checkpointing=true"
+        )
         _fail(f"out of memory: {str(error).splitlines()[0]}\n  {remedy}", DoesNotFit.exit_code)
 
 

@@ -169,11 +169,11 @@ def _parse(text, path):
     return _plain(documents[0], (), lines, path), lines
 
 
-def _plain(node, at, lines, path):
+def _plain(node: Any, at, lines, path):
     if isinstance(node, dict):
         result = {}
         for key, value in node.items():
-            lines[(*at, key)] = node.lc.key(key)[0] + 1
+            lines[(*at, key)] = node.lc.key(key)[0] + 1  # type: ignore[attr-defined]
             result[key] = _plain(value, (*at, key), lines, path)
         return result
     if isinstance(node, list):
@@ -238,18 +238,29 @@ def _kinds(annotation):
     return [kind for kind in arguments if isinstance(kind, type)]
 
 
+# what other tools call it
+_SYNONYMS = {
+    "rank": "lora.r",
+    "alpha": "lora.lora_alpha",
+    "dropout": "lora.lora_dropout",
+    "lr": "training.learning_rate",
+    "epochs": "training.num_train_epochs",
+    "batch_size": "training.per_device_train_batch_size",
+    "cutoff_len": "data.max_length",
+    "max_seq_length": "data.max_length",
+    "base_model": "model.name_or_path",
+}
+
+
 def _did_you_mean(location):
     section: Any = Recipe
     for part in location[:-1]:
         section = _fields(section).get(part) or section
     name, prefix = str(location[-1]), "".join(f"{part}." for part in location[:-1])
-    home = {**{field: f"{parent}.{field}" for parent, kind in _fields(Recipe).items() if kind for field in kind.model_fields}}
-    synonyms = {"rank": "lora.r", "alpha": "lora.lora_alpha", "dropout": "lora.lora_dropout", "lr": "training.learning_rate",
-                "epochs": "training.num_train_epochs", "batch_size": "training.per_device_train_batch_size",
-                "cutoff_len": "data.max_length", "max_seq_length": "data.max_length", "base_model": "model.name_or_path"}  # fmt: skip
-    if name in home or name in synonyms:
-        return f"; did you mean {home.get(name) or synonyms[name]}?"
+    sections = {parent: kind for parent, kind in _fields(Recipe).items() if kind}
+    elsewhere = {field: f"{parent}.{field}" for parent, kind in sections.items() for field in kind.model_fields}
+    known = _SYNONYMS | elsewhere
+    if name in known:
+        return f"; did you mean {known[name]}?"
     near = difflib.get_close_matches(name, section.model_fields, n=1, cutoff=0.4)
-    if near:
-        return f"; did you mean {prefix}{near[0]}?"
-    return f"; known here: {', '.join(section.model_fields)}"
+    return f"; did you mean {prefix}{near[0]}?" if near else f"; known here: {', '.join(section.model_fields)}"

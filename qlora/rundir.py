@@ -1,10 +1,10 @@
 """The run folder: which file is where, and what makes a run whole.
 
-    recipe.yaml       the resolved recipe, copied first
-    environment.json  versions, device, base-model and data hashes
-    adapter/          PEFT format, tokenizer, chat template; appears by rename, so a folder is either whole or absent
-    metrics.jsonl     one JSON object a logged step; TensorBoard events in tensorboard/
-    data_report.json  eval.json
+recipe.yaml       the resolved recipe, copied first
+environment.json  versions, device, base-model and data hashes
+adapter/          PEFT format, tokenizer, chat template; appears by rename, so a folder is either whole or absent
+metrics.jsonl     one JSON object a logged step; TensorBoard events in tensorboard/
+data_report.json  eval.json
 """
 
 from __future__ import annotations

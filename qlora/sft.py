@@ -7,6 +7,7 @@ import math
 import time
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -122,6 +123,7 @@ class Trainer(SFTTrainer):
     """trl's SFTTrainer with float32 master weights and gradients, a lean loss on the CPU, and eval losses weighted by tokens."""
 
     eval_tokens_per_row = None
+    optimizer: Any
 
     def create_optimizer(self, model=None):
         if self.optimizer is None:
@@ -211,7 +213,7 @@ class _FirstStep(TrainerCallback):
 
     def __init__(self, model):
         self.model = model
-        self.before = {name: parameter.detach().clone() for name, parameter in adapter.lora_b(model).items()}
+        self.before: Any = {name: parameter.detach().clone() for name, parameter in adapter.lora_b(model).items()}
 
     def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
         self.learning_rate = optimizer.param_groups[0]["lr"]  # a warmup starts at 0
@@ -231,7 +233,8 @@ class _Recorder(TrainerCallback):
         self.trainer, self.listener = trainer, listener
         self.file = open(run.metrics_file, "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
         self.board = SummaryWriter(str(run.tensorboard))
-        self.last_time, self.last_tokens = None, 0
+        self.start = self.last_time = time.monotonic()
+        self.last_tokens = 0
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.start = self.last_time = time.monotonic()
@@ -241,12 +244,17 @@ class _Recorder(TrainerCallback):
             self._record(self._training_record(state, logs), state)
         elif "eval_loss" in logs:
             elapsed = time.monotonic() - self.start
-            self._record({"step": state.global_step, "epoch": state.epoch, "eval_loss": logs["eval_loss"], "time": elapsed}, state)
+            self._record(
+                {"step": state.global_step, "epoch": state.epoch, "eval_loss": logs["eval_loss"], "time": elapsed},
+                state,
+            )
             self.last_time = time.monotonic()  # evaluation is not training time
 
     def _training_record(self, state, logs):
         if not math.isfinite(logs["loss"]):
-            raise TrainingFailed(f"the loss is {logs['loss']} at step {state.global_step}; lower training.learning_rate")
+            raise TrainingFailed(
+                f"the loss is {logs['loss']} at step {state.global_step}; lower training.learning_rate"
+            )
         now, tokens = time.monotonic(), self.trainer.num_tokens()
         record = {
             "step": state.global_step,

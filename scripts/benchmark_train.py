@@ -135,14 +135,18 @@ def main():
     found = {"qlora": [], "plain": []}
     for number in range(args.rounds):
         for side in ("qlora", "plain") if number % 2 == 0 else ("plain", "qlora"):
-            done = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--side", side], stdout=subprocess.PIPE, check=True)
-            found[side].append(json.loads(done.stdout.splitlines()[-1]))
-            last = found[side][-1]
-            print(f"round {number + 1}  {side:5}  {last['rate']:7.0f} tokens/s  loss {last['losses'][0]:.4f} -> {last['losses'][-1]:.4f}")
-    rates = {side: statistics.median(one["rate"] for one in runs) for side, runs in found.items()}
-    peaks = {side: statistics.median(one["peak_bytes"] for one in runs) for side, runs in found.items()}
-    print(f"median   qlora {rates['qlora']:.0f}, plain {rates['plain']:.0f} tokens/s: ratio {rates['qlora'] / rates['plain']:.2f}")
-    print(f"peak     qlora {peaks['qlora'] / 2**30:.2f}, plain {peaks['plain'] / 2**30:.2f} GiB: ratio {peaks['qlora'] / peaks['plain']:.2f}")
+            command = [sys.executable, __file__, *sys.argv[1:], "--side", side]
+            done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
+            result = json.loads(done.stdout.splitlines()[-1])
+            found[side].append(result)
+            first, last = result["losses"][0], result["losses"][-1]
+            print(
+                f"round {number + 1}  {side:5}  {result['rate']:7.0f} tokens/s  loss {first:.4f} -> {last:.4f}",
+                flush=True,
+            )
+    for key, unit, scale in (("rate", "tokens/s", 1), ("peak_bytes", "GiB", 2**30)):
+        ours, theirs = (statistics.median(run[key] for run in found[side]) / scale for side in ("qlora", "plain"))
+        print(f"median  {key}: qlora {ours:.4g}, plain {theirs:.4g} {unit}; ratio {ours / theirs:.2f}")
 
 
 if __name__ == "__main__":

@@ -118,7 +118,12 @@ def _ordinal(day):
 
 def _date_text(rng, year, month, day):
     name = calendar.month_name[month]
-    forms = (f"{name} {day}, {year}", f"{day} {name} {year}", f"the {_ordinal(day)} of {name} {year}", f"{name} {_ordinal(day)} {year}")
+    forms = (
+        f"{name} {day}, {year}",
+        f"{day} {name} {year}",
+        f"the {_ordinal(day)} of {name} {year}",
+        f"{name} {_ordinal(day)} {year}",
+    )
     return rng.choice(forms)
 
 

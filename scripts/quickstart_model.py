@@ -66,7 +66,9 @@ def convert(gguf, folder):
     tokenizer.save_pretrained(folder)
     found = tensors_sha256(folder)
     if found != TENSORS_SHA256:
-        sys.exit(f"quickstart: the conversion gave other weights than expected ({found}); use the versions in constraints.txt")
+        sys.exit(
+            f"quickstart: the conversion gave other weights than expected ({found}); use the versions in constraints.txt"
+        )
 
 
 def make():

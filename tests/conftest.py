@@ -21,8 +21,18 @@ CHATML = (
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<s>"]
 VOCAB_SIZE = 512
 
-_SHAPE = {"vocab_size": VOCAB_SIZE, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-          "num_key_value_heads": 2, "max_position_embeddings": 512, "bos_token_id": 3, "eos_token_id": 2, "pad_token_id": 0}  # fmt: skip
+_SHAPE = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "bos_token_id": 3,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
 
 # name -> config; the families that the issue names, with tied and untied heads, biases, Conv1D, and a fused projection
 FAMILIES = {

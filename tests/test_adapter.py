@@ -34,7 +34,10 @@ def saved(load_model, tmp_path):
 def test_all_linear_is_every_linear_layer_but_the_head(load_model, family):
     model = load_model(family)
     names = set(base_model.linear_names(model))
-    adapted = {name.split(".lora_B")[0].removeprefix("base_model.model.") for name in adapter.lora_b(adapter.attach(model, Lora(r=4)))}
+    adapted = {
+        name.split(".lora_B")[0].removeprefix("base_model.model.")
+        for name in adapter.lora_b(adapter.attach(model, Lora(r=4)))
+    }
     assert adapted == names
     assert not any("lm_head" in name for name in adapted)
 
@@ -42,7 +45,11 @@ def test_all_linear_is_every_linear_layer_but_the_head(load_model, family):
 def test_named_modules_get_adapters_and_no_others(load_model):
     model = adapter.attach(load_model("llama"), Lora(r=4, target_modules=["q_proj", "model.layers.1.mlp.up_proj"]))
     adapted = sorted(name.split(".lora_B")[0].removeprefix("base_model.model.") for name in adapter.lora_b(model))
-    assert adapted == ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj", "model.layers.1.self_attn.q_proj"]
+    assert adapted == [
+        "model.layers.0.self_attn.q_proj",
+        "model.layers.1.mlp.up_proj",
+        "model.layers.1.self_attn.q_proj",
+    ]
 
 
 @pytest.mark.parametrize("targets", [["q_proj", "qq_proj"], ["lm_head"], ["embed_tokens"], "nothing.*", ["proj"]])

@@ -133,7 +133,7 @@ def gradients(model, evaluate_first):
     model = adapter.attach(model, Lora(r=4))
     ids = torch.arange(1, 33)[None]
     torch.manual_seed(0)
-    for name, parameter in model.named_parameters():
+    for parameter in model.parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.1)
     if evaluate_first:
@@ -181,7 +181,9 @@ def test_a_missing_weight_is_an_error_never_a_random_tensor(broken):
 
 
 def test_a_weight_that_the_config_does_not_know_is_an_error(broken):
-    rewrite(broken, lambda t: t.update({"model.layers.2.mlp.up_proj.weight": torch.zeros(128, 64, dtype=torch.bfloat16)}))
+    rewrite(
+        broken, lambda t: t.update({"model.layers.2.mlp.up_proj.weight": torch.zeros(128, 64, dtype=torch.bfloat16)})
+    )
     with pytest.raises(InputError, match=r"not used by this architecture: model.layers.2.mlp.up_proj.weight"):
         load(broken)
 

@@ -34,7 +34,9 @@ def test_help_is_fast_and_every_verb_has_an_example():
 
 
 def test_importing_the_package_does_not_import_torch():
-    code = "import sys, qlora, qlora.cli, qlora.recipe; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    code = (
+        "import sys, qlora, qlora.cli, qlora.recipe; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

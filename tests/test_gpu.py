@@ -48,7 +48,9 @@ def test_losses_on_the_gpu_are_those_of_the_cpu(make_recipe, tmp_path, monkeypat
 def test_optimizer_states_of_large_adapters_are_paged(make_recipe, monkeypatch):
     made = []
     original = sft.Trainer.create_optimizer
-    monkeypatch.setattr(sft.Trainer, "create_optimizer", lambda self, model=None: made.append(original(self)) or made[-1])
+    monkeypatch.setattr(
+        sft.Trainer, "create_optimizer", lambda self, model=None: made.append(original(self)) or made[-1]
+    )
     # 1,024 x 128: over the 100,000 numbers from which bitsandbytes pages
     train(make_recipe(lora={"r": 1024, "lora_alpha": 1024, "target_modules": ["down_proj"]}))
     paged = [state["state1"] for state in made[0].state.values() if getattr(state["state1"], "is_paged", False)]

@@ -2,10 +2,15 @@
 
 import ast
 import re
-import tomllib
+import sys
 from pathlib import Path
 
 import pytest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # comes with pytest there
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "qlora"
@@ -37,7 +42,7 @@ def imported_parts(path):
             target = package[: len(package) - node.level + 1] + (node.module.split(".") if node.module else [])
             found |= {target[1]} if len(target) > 1 else {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "qlora":
-            found.add((node.module.split(".") + ["__init__"])[1])
+            found.add([*node.module.split("."), "__init__"][1])
     return found - {part_of(path)}
 
 
@@ -85,7 +90,9 @@ def test_the_tree_in_the_readme_is_the_tree_on_disk():
             assert re.search(rf"\b{path.name}\b", readme), f"README.md has no gloss for {path.relative_to(ROOT)}"
 
 
-@pytest.mark.parametrize("document", sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")]), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "document", sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")]), ids=lambda path: path.name
+)
 def test_files_and_verbs_that_documents_name_exist(document):
     text = document.read_text(encoding="utf-8")
     for name in re.findall(r"(?:scripts|recipes|docs|tests)/[\w./-]+\.(?:sh|py|yaml|md)", text):

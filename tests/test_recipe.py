@@ -1,11 +1,13 @@
 """The recipe is a frozen value; a wrong one is refused with every problem, its line and the remedy."""
 
+import re
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from ruamel.yaml import YAML
 
 from qlora.errors import InputError
 from qlora.recipe import Recipe
@@ -130,3 +132,19 @@ def test_any_text_is_a_recipe_or_an_input_error(tmp_path_factory, text):
     path.write_bytes(text.encode("utf-8", "surrogatepass"))
     with pytest.raises(InputError):
         Recipe.load(path)
+
+
+def test_the_documents_list_every_field_with_its_default():
+    table = (Path(__file__).parents[1] / "docs" / "recipe.md").read_text(encoding="utf-8")
+    documented = dict(re.findall(r"^\| `([\w.]+)` \| ([^|]*) \|", table, flags=re.MULTILINE))
+    recipe = Recipe.from_dict({"model": {"name_or_path": "m"}, "data": {"train": "d"}, "output_dir": "o"}).model_dump()
+    fields = {f"{name}.{field}": value for name, section in recipe.items() if isinstance(section, dict)
+              for field, value in section.items()} | {"output_dir": "o"}  # fmt: skip
+    assert documented.keys() == fields.keys()
+    for field, value in fields.items():
+        if field not in {"model.name_or_path", "data.train", "output_dir"}:
+            assert yaml_value(documented[field]) == value, field
+
+
+def yaml_value(text):
+    return YAML(typ="safe", pure=True).load(text.strip())

@@ -18,9 +18,13 @@ def test_a_new_folder_appears_only_when_the_block_ends_well(tmp_path):
 
 
 def test_a_failed_block_leaves_nothing(tmp_path):
-    with pytest.raises(RuntimeError), new_folder(tmp_path / "out") as folder:
-        (folder / "file").write_text("x")
-        raise RuntimeError
+    def fail():
+        with new_folder(tmp_path / "out") as folder:
+            (folder / "file").write_text("x")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
     assert list(tmp_path.iterdir()) == []
 
 

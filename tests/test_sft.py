@@ -15,7 +15,12 @@ from qlora.rundir import RunDir
 from tests.conftest import CONVERSATIONS, messages
 
 # rows of very different lengths, so that a mean over rows or over micro-batches is another number than one over tokens
-UNEVEN = [[("user", "Count."), ("assistant", "1 " * n + "ab cd ef gh" * (n < 5))] for n in (1, 30, 2, 25, 3, 20, 40, 4, 1, 33, 9, 5, 17, 2, 28, 6)]
+UNEVEN = [
+    [("user", "Count."), ("assistant", "1 " * n + "ab cd ef gh" * (n < 5))]
+    for n in (1, 30, 2, 25, 3, 20, 40, 4, 1, 33, 9, 5, 17, 2, 28, 6)
+]
+
+RANK_4 = Lora(r=4)
 
 
 @pytest.fixture
@@ -23,7 +28,9 @@ def fit(load_model, tokenizer, tmp_path):
     """Return fit(turns, family="llama", **training) -> (PeftModel, Result, RunDir) after real training."""
     runs = iter(range(100))
 
-    def fit(turns=CONVERSATIONS, family="llama", checkpointing=False, lora=Lora(r=4), held_out=(), float32=False, **settings):  # noqa: B008
+    def fit(
+        turns=CONVERSATIONS, family="llama", checkpointing=False, lora=RANK_4, held_out=(), float32=False, **settings
+    ):
         run = RunDir(tmp_path / f"run{next(runs)}")
         run.path.mkdir()
         model = load_model(family)
@@ -115,7 +122,15 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(fit):
 
 @pytest.mark.parametrize(
     "optim",
-    ["paged_adamw_8bit", "paged_adamw_32bit", "adamw_8bit", "adamw_torch", "adamw_torch_fused", "paged_lion_8bit", "paged_lion_32bit"],
+    [
+        "paged_adamw_8bit",
+        "paged_adamw_32bit",
+        "adamw_8bit",
+        "adamw_torch",
+        "adamw_torch_fused",
+        "paged_lion_8bit",
+        "paged_lion_32bit",
+    ],
 )
 def test_every_optimizer_learns(fit, optim):
     learning_rate = 1e-3 if "lion" in optim else 1e-2
@@ -191,7 +206,17 @@ def test_a_warmup_that_starts_at_zero_is_not_taken_for_a_stuck_adapter(fit):
 def test_metrics_have_the_stable_keys_and_tensorboard_the_same_numbers(fit):
     _, result, run = fit(max_steps=2, held_out=CONVERSATIONS[:2], eval_steps=1)
     training = [record for record in records(run) if "loss" in record]
-    keys = {"step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "memory_bytes", "time"}
+    keys = {
+        "step",
+        "epoch",
+        "loss",
+        "learning_rate",
+        "grad_norm",
+        "tokens",
+        "tokens_per_second",
+        "memory_bytes",
+        "time",
+    }
     assert all(record.keys() == keys for record in training)
     assert [record["step"] for record in training] == [1, 2]
     assert training[-1]["tokens"] == result.tokens

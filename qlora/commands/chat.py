@@ -16,7 +16,7 @@ def chat(target, prompt, system=None, max_new_tokens=512, overrides=(), on_text=
     target: a run folder, a model folder or a hub name. on_text(piece) is called with the text as it comes.
     """
     subject = open_subject(target, overrides)
-    return _answer(subject, _opening(system) + [{"role": "user", "content": prompt}], max_new_tokens, on_text)
+    return _answer(subject, [*_opening(system), {"role": "user", "content": prompt}], max_new_tokens, on_text)
 
 
 def talk(target, system=None, max_new_tokens=512, overrides=()):

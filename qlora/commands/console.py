@@ -66,7 +66,13 @@ def status(text):
 
 def duration(seconds):
     minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}h{minutes % 60:02d}m" if minutes >= 60 else f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"
+    return (
+        f"{minutes // 60}h{minutes % 60:02d}m"
+        if minutes >= 60
+        else f"{minutes}m{seconds:02d}s"
+        if minutes
+        else f"{seconds}s"
+    )
 
 
 def size(count):

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import shutil
 import time
 from pathlib import Path
+
+import torch
 
 from .. import adapter, base_model, data, memory
 from ..data import chat
@@ -76,7 +79,9 @@ def export(run_folder, out, dtype=None, overrides=()) -> dict:
         _show(report)
         failures = proof.failures(live.scores, merged, live.base_scores, dtype)
         if failures:
-            raise ProofFailed("\n  ".join([f"the export is not the trained model; nothing was left at {out}:", *failures]))
+            raise ProofFailed(
+                "\n  ".join([f"the export is not the trained model; nothing was left at {out}:", *failures])
+            )
         write_json(folder / "export_report.json", report)
     console.say(f"proven; the model is in {out}: {console.size(total)}, {console.duration(time.monotonic() - start)}")
     return report
@@ -86,7 +91,9 @@ def _refuse_full_disk(out, num_bytes):
     parent = next(folder for folder in [out, *out.absolute().parents] if folder.is_dir())
     free = shutil.disk_usage(parent).free
     if free < num_bytes * 1.01:
-        raise InputError(f"{out}: the model takes {console.size(num_bytes)}, {console.size(free)} are free on that disk")
+        raise InputError(
+            f"{out}: the model takes {console.size(num_bytes)}, {console.size(free)} are free on that disk"
+        )
 
 
 def _proof_rows(recipe, tokenizer, config):
@@ -95,7 +102,9 @@ def _proof_rows(recipe, tokenizer, config):
     if not conversations:
         conversations, which = [c for s in data.read(recipe.data.train) for c in s.conversations], "training rows"
     section = recipe.data.model_copy(update={"overlong": "drop"})
-    dropped = {conversation.row.path: {f"longer than max_length {section.max_length}": 0} for conversation in conversations}
+    dropped = {
+        conversation.row.path: {f"longer than max_length {section.max_length}": 0} for conversation in conversations
+    }
     examples = data.encode(conversations[:256], tokenizer, section, dropped)
     return proof.proof_rows(examples, config.get_text_config().vocab_size), which
 
@@ -121,6 +130,9 @@ def _compare(checkpoint, recipe, run, rows, folder, device):
     model = adapter.load(model, run.adapter)
     live = proof.Live(model, rows)
     del model
+    gc.collect()  # peft models hold themselves in cycles; the merged model needs the room
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
     return live, live.compare(proof.reload(folder, device))
 
 
@@ -128,7 +140,12 @@ def _show(report):
     live, merged, base = report["live"], report["merged"], report["base_model"]
     rows = [
         ["trained (NF4 + adapter, live)", f"{live['loss']:.4f}", "", ""],
-        [f"exported ({report['dtype']}, reloaded)", f"{merged['loss']:.4f}", f"{merged['kl']:.1e}", f"{merged['top1']:.2%}"],
+        [
+            f"exported ({report['dtype']}, reloaded)",
+            f"{merged['loss']:.4f}",
+            f"{merged['kl']:.1e}",
+            f"{merged['top1']:.2%}",
+        ],
         ["base (NF4, no adapter)", f"{base['loss']:.4f}", f"{base['kl']:.1e}", f"{base['top1']:.2%}"],
     ]
     count = report["rows"]

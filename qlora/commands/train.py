@@ -99,7 +99,10 @@ def _environment(checkpoint, quantized, sources, device):
     import torch
 
     return {
-        "versions": {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in PACKAGES}},
+        "versions": {
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in PACKAGES},
+        },
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
         "git_commit": _git_commit(),
         "base_model": {

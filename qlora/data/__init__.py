@@ -98,7 +98,9 @@ def encode(conversations, tokenizer, section, dropped):
         else:
             problems.append(f"{conversation.row.where}  {length} tokens, data.max_length is {section.max_length}")
     if problems:
-        remedy = "raise data.max_length, or set data.overlong: drop" if "data.max_length" in problems[0] else "mend the rows"
+        remedy = (
+            "raise data.max_length, or set data.overlong: drop" if "data.max_length" in problems[0] else "mend the rows"
+        )
         raise InputError.listing("the data", [*problems, f"({remedy})"] if len(problems) < 20 else problems)
     if not examples:
         raise InputError(f"no row is left to train on: all are longer than data.max_length {section.max_length}")

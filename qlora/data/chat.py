@@ -24,6 +24,7 @@ FALLBACK_TEMPLATE = """\
 {{ '<|' + message['role'] + '|>\\n' + message['content'] + eos_token + '\\n' }}{% endfor %}\
 {% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"""
 
+_MARK = "\ue000mark\ue000"  # private use: stands in no template
 _PROBE = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "WORDS"}]
 
 
@@ -116,9 +117,23 @@ def _assistant_spans(tokenizer, messages, text):
                 f"the chat template renders what comes before message {index}, or the message itself, differently in the "
                 "whole conversation than in chat; give another data.chat_template"
             )
-        words_end = at + len(words)
-        last = index + 1 == len(messages)
-        yield len(prompt), words_end, len(text) if last else text.find(messages[index + 1]["content"].strip(), words_end)
+        yield len(prompt), at + len(words), _start_of_message(tokenizer, messages, index + 1, text)
+
+
+def _start_of_message(tokenizer, messages, index, text):
+    """Return where the content of message `index` begins in `text`, or the end of `text` if there is no such message.
+
+    Found with a mark in its place: the content itself may stand earlier too ("a" stands in "<|im_start|>").
+    """
+    if index == len(messages):
+        return len(text)
+    marked = render(tokenizer, [*messages[:index], {**messages[index], "content": _MARK}])
+    start = marked.find(_MARK)
+    if start < 0 or not text.startswith(marked[:start]):
+        raise ValueError(
+            f"the chat template renders what comes before message {index} by what it says; give another one"
+        )
+    return start
 
 
 def stop_token_ids(tokenizer, generation_config=None):

@@ -79,6 +79,6 @@ def _checked(messages, name):
 
 
 def _kind(value):
-    if value is None:
-        return "null"
-    return {dict: "an object", list: "a list" if value else "an empty list", str: "a string"}.get(type(value), repr(value))
+    if value is None or isinstance(value, (dict, str)):
+        return "null" if value is None else "an object" if isinstance(value, dict) else "a string"
+    return repr(value) if not isinstance(value, list) else "a list" if value else "an empty list"

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from json.decoder import WHITESPACE
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +41,9 @@ def read_rows(path):
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
-        raise InputError(f"{path} line {line}: not UTF-8 (byte 0x{raw[error.start]:02x}); save the file as UTF-8") from None
+        raise InputError(
+            f"{path} line {line}: not UTF-8 (byte 0x{raw[error.start]:02x}); save the file as UTF-8"
+        ) from None
     rows = _read_array(path, text) if text.lstrip()[:1] == "[" else _read_lines(path, text)
     if not rows:
         raise InputError(f"{path} has no rows")
@@ -67,13 +68,13 @@ def _read_array(path, text):
     line, counted = text.count("\n", 0, position) + 1, position
     try:
         while True:
-            position = WHITESPACE.match(text, position).end()
+            position = _skip_space(text, position)
             if text[position : position + 1] == "]":
                 break
             line, counted = line + text.count("\n", counted, position), position
             value, position = _DECODER.raw_decode(text, position)
             rows.append(Row(path, line, value))
-            position = WHITESPACE.match(text, position).end()
+            position = _skip_space(text, position)
             if text[position : position + 1] not in (",", "]"):
                 raise json.JSONDecodeError("Expecting ',' or ']'", text, position)
             position += text[position] == ","
@@ -84,11 +85,19 @@ def _read_array(path, text):
     return rows
 
 
+def _skip_space(text, position):
+    while text[position : position + 1] in _SPACE:
+        position += 1
+    return position
+
+
 def _no_duplicates(pairs):
     value = dict(pairs)
     if len(value) != len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} stands twice in one object")
+        raise ValueError(
+            f"the key {next(name for name in names if names.count(name) > 1)!r} stands twice in one object"
+        )
     return value
 
 
@@ -96,6 +105,7 @@ def _no_constant(name):
     raise ValueError(f"{name} is not JSON")
 
 
+_SPACE = (" ", "\t", "\n", "\r")
 _DECODER = json.JSONDecoder(object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
 
 

@@ -98,7 +98,9 @@ def plan(checkpoint, config, dtype, trust_remote_code=False):
 def _refuse_unequal(checkpoint, one, other):
     tensors = [_read(checkpoint, name) for name in (one, other)]
     if not torch.equal(*tensors):
-        raise InputError(f"{checkpoint.folder}: config.json ties {one} to {other}, but the files hold different weights")
+        raise InputError(
+            f"{checkpoint.folder}: config.json ties {one} to {other}, but the files hold different weights"
+        )
 
 
 def _read(checkpoint, name):
@@ -133,7 +135,8 @@ class Merge:
             base = dequantized(original, self.quantization)
         result = base
         if is_matrix and module in self.adapter.factors:
-            result = merged_weight(base, *self.adapter.factors[module], self.adapter.scaling)
+            A_RI, B_OR = self.adapter.factors[module]
+            result = merged_weight(base, A_RI, B_OR, self.adapter.scaling)
         cast = result.to(self.dtypes[name])
         self._refuse_overflow(name, result, cast)
         if result is not base:

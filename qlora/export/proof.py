@@ -107,7 +107,9 @@ def failures(live, merged, base, dtype):
     """Return what is wrong, as sentences; none means proven."""
     found = []
     if not (math.isfinite(merged.loss) and merged.kl <= KL_LIMIT[dtype]):
-        found.append(f"KL(trained, exported) is {merged.kl:.2e} nats a token, the limit for {dtype} is {KL_LIMIT[dtype]:.0e}")
+        found.append(
+            f"KL(trained, exported) is {merged.kl:.2e} nats a token, the limit for {dtype} is {KL_LIMIT[dtype]:.0e}"
+        )
     if merged.top1 < TOP1_LIMIT[dtype]:
         found.append(f"top-1 agreement is {merged.top1:.2%}, the limit for {dtype} is {TOP1_LIMIT[dtype]:.0%}")
     if abs(merged.loss - live.loss) > LOSS_LIMIT[dtype]:

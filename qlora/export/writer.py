@@ -84,6 +84,7 @@ def write(folder, specs, tensor_of, max_bytes, on_bytes=None):
 
 
 def _header(part):
+    header: dict[str, dict]
     header, offset = {"__metadata__": {"format": "pt"}}, 0
     for spec in part:
         header[spec.name] = {

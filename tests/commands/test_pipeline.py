@@ -63,7 +63,9 @@ def test_the_folder_is_an_ordinary_model(make_recipe, tmp_path):
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     trained = transformers.AutoTokenizer.from_pretrained(run.adapter)
     conversation = messages(CONVERSATIONS[0])
-    assert tokenizer.apply_chat_template(conversation, tokenize=False) == trained.apply_chat_template(conversation, tokenize=False)
+    assert tokenizer.apply_chat_template(conversation, tokenize=False) == trained.apply_chat_template(
+        conversation, tokenize=False
+    )
 
 
 def test_a_sharded_export_loads_and_is_the_same(make_recipe, tmp_path):
@@ -71,7 +73,9 @@ def test_a_sharded_export_loads_and_is_the_same(make_recipe, tmp_path):
     export(run.path, tmp_path / "one")
     export(run.path, tmp_path / "many", overrides=["export.max_shard_size=100KB"])
     assert len(list((tmp_path / "many").glob("*.safetensors"))) > 2
-    one, many = (transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("one", "many"))
+    one, many = (
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("one", "many")
+    )
     assert all(torch.equal(one[name], many[name]) for name in one)
 
 
@@ -99,7 +103,9 @@ def test_a_wrong_merge_leaves_nothing_and_is_a_failed_proof(make_recipe, tmp_pat
     assert not list(tmp_path.glob("out*"))
 
 
-def test_a_merge_killed_halfway_leaves_nothing_that_looks_whole_and_a_rerun_succeeds(make_recipe, tmp_path, monkeypatch):
+def test_a_merge_killed_halfway_leaves_nothing_that_looks_whole_and_a_rerun_succeeds(
+    make_recipe, tmp_path, monkeypatch
+):
     run = train(make_recipe())
     original = merge.Merge.tensor
 
@@ -153,7 +159,9 @@ def test_the_same_recipe_gives_the_same_adapter_byte_for_byte(make_recipe, tmp_p
     lora = {"lora_dropout": 0.1}
     files = [train(make_recipe(lora=lora, output_dir=str(tmp_path / name))).adapter / adapter.WEIGHTS for name in "ab"]
     assert files[0].read_bytes() == files[1].read_bytes()
-    other = train(make_recipe(lora=lora, output_dir=str(tmp_path / "c"), training={"seed": 7})).adapter / adapter.WEIGHTS
+    other = (
+        train(make_recipe(lora=lora, output_dir=str(tmp_path / "c"), training={"seed": 7})).adapter / adapter.WEIGHTS
+    )
     assert other.read_bytes() != files[0].read_bytes()
 
 

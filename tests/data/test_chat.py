@@ -7,10 +7,19 @@ from qlora.data import IGNORE_INDEX, chat
 from qlora.errors import InputError
 from tests.conftest import CHATML, SPECIAL, make_tokenizer, messages
 
-TURNS = [("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello there."), ("user", "Bye"), ("assistant", "Ciao!")]
+TURNS = [
+    ("system", "Be brief."),
+    ("user", "Hi"),
+    ("assistant", "Hello there."),
+    ("user", "Bye"),
+    ("assistant", "Ciao!"),
+]
 BOS_TEMPLATE = "{{ bos_token }}" + CHATML
 TRIMMING = CHATML.replace("message['content']", "message['content'] | trim")
-NO_STOP = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+NO_STOP = (
+    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
 # drops what the assistant said in earlier turns, as templates of reasoning models do with its thoughts
 FORGETFUL = (
     "{% for m in messages %}{{ m['role'] }}: {{ m['content'] if loop.last or m['role'] != 'assistant' else '...' }}"
@@ -36,7 +45,9 @@ def trained_pieces(tokenizer, example):
     return pieces
 
 
-@pytest.mark.parametrize("template", [CHATML, BOS_TEMPLATE, TRIMMING, chat.FALLBACK_TEMPLATE.replace("ADD_BOS", "True")])
+@pytest.mark.parametrize(
+    "template", [CHATML, BOS_TEMPLATE, TRIMMING, chat.FALLBACK_TEMPLATE.replace("ADD_BOS", "True")]
+)
 def test_trained_tokens_of_a_multi_turn_conversation_are_exactly_the_answers(tokenizer_json, template):
     tokenizer = make_tokenizer(tokenizer_json, template)
     example = chat.encode(tokenizer, messages(TURNS))
@@ -53,6 +64,15 @@ def test_user_tokens_are_never_trained_on_even_where_they_repeat_the_answer(toke
     example = chat.encode(tokenizer, messages([("user", "Say Yes. Yes."), ("assistant", "Yes.")]))
     assert trained_pieces(tokenizer, example) == ["Yes.<|im_end|>"]
     assert example.num_trained < len(example.input_ids) / 2
+
+
+@pytest.mark.parametrize("question", ["<", "a", "assistant", "|", "Hello there.", "\n", "<|"])
+def test_a_question_that_stands_in_the_template_too_does_not_move_the_mask(tokenizer, question):
+    turns = [("user", "Hi"), ("assistant", "Hello there."), ("user", f"{question}?"), ("assistant", "Ciao!")]
+    for content in (question, f"{question}?"):
+        turns[2] = ("user", content)
+        example = chat.encode(tokenizer, messages(turns))
+        assert trained_pieces(tokenizer, example) == ["Hello there.<|im_end|>", "Ciao!<|im_end|>"]
 
 
 def test_training_and_use_see_the_same_string(tokenizer):
@@ -128,7 +148,7 @@ def test_a_template_file_is_used_and_a_bad_one_refused(tokenizer, tmp_path):
     bad.write_text("{% for %}")
     chat.set_template(tokenizer, str(good))
     assert tokenizer.chat_template == BOS_TEMPLATE
-    with pytest.raises(InputError, match="bad.jinja"):
+    with pytest.raises(InputError, match=r"bad\.jinja"):
         chat.set_template(tokenizer, str(bad))
     with pytest.raises(InputError, match="No such file"):
         chat.set_template(tokenizer, str(tmp_path / "none.jinja"))

@@ -1,0 +1,93 @@
+"""Measure what float32 master weights are worth: the same run with and without them, at several learning rates.
+
+    python scripts/measure_master_weights.py --model FOLDER --data FILE [--steps 60] [--rates 1e-3 1e-4 1e-5]
+
+Without them the optimizer steps the bf16 adapters themselves. Printed are the mean loss of the last ten steps, and the
+share of the numbers in all A that differ from where they started.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+from pathlib import Path
+
+RATES = [1e-3, 1e-4, 1e-5]
+
+
+class NoMasters:
+    """Stands in for sft.MasterWeights: gradients and steps in the model's own bf16."""
+
+    def __init__(self, live):
+        self.live = self.masters = live
+
+    def take_gradients(self):
+        pass
+
+    def give_weights(self):
+        for parameter in self.live:
+            parameter.grad = None
+
+
+def run(args, learning_rate, masters):
+    """Return (mean loss of the last ten steps, share of A that moved)."""
+    import torch
+
+    from qlora import Recipe, adapter, sft, train
+
+    sft.MasterWeights = masters
+    start = {}
+    attach = adapter.attach
+
+    def remember(model, section, seed):
+        model = attach(model, section, seed)
+        start.update({n: p.detach().clone() for n, p in model.named_parameters() if ".lora_A." in n})
+        start["model"] = model
+        return model
+
+    adapter.attach = remember
+    with tempfile.TemporaryDirectory() as folder:
+        finished = train(
+            Recipe.from_dict(
+                {
+                    "model": {"name_or_path": args.model},
+                    "data": {"train": args.data, "max_length": 1024},
+                    "training": {
+                        "max_steps": args.steps,
+                        "per_device_train_batch_size": 8,
+                        "gradient_accumulation_steps": 1,
+                        "learning_rate": learning_rate,
+                        "lr_scheduler_type": "constant",
+                        "optim": "adamw_torch",
+                    },
+                    "output_dir": str(Path(folder) / "run"),
+                }
+            )
+        )
+        losses = [json.loads(line)["loss"] for line in finished.metrics_file.read_text().splitlines()]
+    adapter.attach = attach
+    now = dict(start.pop("model").named_parameters())
+    moved = statistics.mean((now[name] != value).to(torch.float32).mean().item() for name, value in start.items())
+    return statistics.mean(losses[-10:]), moved
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--rates", type=float, nargs="+", default=RATES)
+    args = parser.parse_args()
+    from qlora.commands.console import hush_libraries
+
+    hush_libraries()
+    from qlora import sft
+
+    for learning_rate in args.rates:
+        for name, masters in (("float32 masters", sft.MasterWeights), ("bf16 only", NoMasters)):
+            loss, moved = run(args, learning_rate, masters)
+            print(f"learning rate {learning_rate:.0e}  {name:15}  loss {loss:.4f}  A moved {moved:.1%}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -197,12 +197,12 @@ def test_the_model_learns_to_answer_and_to_stop(make_recipe, tmp_path):
     recipe = make_recipe(
         lora={"r": 32, "lora_alpha": 64},
         data={"eval_fraction": 0.0},
-        training={"max_steps": 250, "per_device_train_batch_size": 8, "learning_rate": 1e-2, "optim": "adamw_torch"},
+        training={"max_steps": 250, "per_device_train_batch_size": 8, "learning_rate": 3e-3, "optim": "adamw_torch"},
     )
     run = train(recipe)
     rows = write_jsonl(tmp_path / "seen.jsonl", [{"messages": messages(turns)} for turns in CONVERSATIONS[:12]])
     result = evaluate(run.path, rows)
-    assert result["metrics"]["exact_match"] >= 0.9
+    assert result["metrics"]["exact_match"] == 1
     assert result["before"]["metrics"]["exact_match"] == 0
     export(run.path, tmp_path / "out")
     assert chat(tmp_path / "out", CONVERSATIONS[7][0][1], max_new_tokens=60) == CONVERSATIONS[7][1][1]

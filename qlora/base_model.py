@@ -73,8 +73,17 @@ def _download(section):
     if looks_like_path:
         raise InputError(f"model.name_or_path {name}: no such folder, and not a hub name (OWNER/NAME)")
     try:
-        patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
-        folder = Path(snapshot_download(name, revision=section.revision, allow_patterns=patterns))
+        wanted = [
+            "*.safetensors",
+            "*.json",
+            "*.jinja",
+            "*.model",
+            "*.txt",
+            *(["*.py"] if section.trust_remote_code else []),
+        ]
+        unwanted = ["*/*", "consolidated*"]  # second copies of the weights, in other layouts
+        found = snapshot_download(name, revision=section.revision, allow_patterns=wanted, ignore_patterns=unwanted)
+        folder = Path(found)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"model.name_or_path {name}: no such folder, and the hub says: {reason}") from None

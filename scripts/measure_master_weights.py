@@ -83,8 +83,9 @@ def main():
     hush_libraries()
     from qlora import sft
 
+    sides = (("float32 masters", sft.MasterWeights), ("bf16 only", NoMasters))
     for learning_rate in args.rates:
-        for name, masters in (("float32 masters", sft.MasterWeights), ("bf16 only", NoMasters)):
+        for name, masters in sides:
             loss, moved = run(args, learning_rate, masters)
             print(f"learning rate {learning_rate:.0e}  {name:15}  loss {loss:.4f}  A moved {moved:.1%}", flush=True)
 

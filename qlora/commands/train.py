@@ -44,7 +44,7 @@ def train(recipe: Recipe) -> RunDir:
     with console.status("tokenizing"):
         examples = data.encode(conversations, tokenizer, recipe.data, dropped)
         eval_examples = data.encode(held_out, tokenizer, recipe.data, dropped) if held_out else []
-    _refuse_unknown_tokens(examples + eval_examples, config)
+    _refuse_what_the_model_cannot_take(examples + eval_examples, config)
     rows_per_step = recipe.training.per_device_train_batch_size * recipe.training.gradient_accumulation_steps
     report = data.report([*sources, *eval_sources], examples, dropped, stops, rows_per_step)
     _print_data(report, template, len(eval_examples))
@@ -86,12 +86,19 @@ def _checkpoints(setting, device):
     return device.type == "cuda" if setting == "auto" else setting
 
 
-def _refuse_unknown_tokens(examples, config):
+def _refuse_what_the_model_cannot_take(examples, config):
+    config = config.get_text_config()
     largest = max(max(example.input_ids) for example in examples)
-    if largest >= config.get_text_config().vocab_size:
+    if largest >= config.vocab_size:
         raise InputError(
-            f"the tokenizer makes token {largest}, the model has {config.get_text_config().vocab_size} embeddings; "
+            f"the tokenizer makes token {largest}, the model has {config.vocab_size} embeddings; "
             "tokenizer and model do not belong together"
+        )
+    longest = max(len(example.input_ids) for example in examples)
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and longest > positions:
+        raise InputError(
+            f"a row has {longest} tokens, the model {positions} positions; set data.max_length={positions}"
         )
 
 

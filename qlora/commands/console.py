@@ -110,19 +110,23 @@ class Steps:
         return self
 
     def __exit__(self, *exception):
-        self.bar.stop()
+        if _console.is_terminal:
+            self.bar.stop()
 
     def update(self, record, total_steps):
         step = record["step"]
         if "loss" not in record:
             say(f"          step {step}  held-out loss {record['eval_loss']:.4f}")
             return
+        if step == 1:
+            self.start = time.monotonic()
         loss, rate = f"{record['loss']:.4f}", f"{record['tokens_per_second']:,.0f}"
         self.bar.update(self.task, completed=step, total=total_steps, loss=loss, rate=rate)
         now = time.monotonic()
         if not _console.is_terminal and (now - self.said > self.every or step in (1, total_steps)):
-            left = duration((now - self.start) / step * (total_steps - step))
-            say(f"training  step {step}/{total_steps}  loss {loss}  {rate} tokens/s  {left} left")
+            # the first step is slow (allocation, warm-up), so the pace is that of the steps after it
+            left = f"  {duration((now - self.start) / (step - 1) * (total_steps - step))} left" if step > 1 else ""
+            say(f"training  step {step}/{total_steps}  loss {loss}  {rate} tokens/s{left}")
             self.said = now
 
 

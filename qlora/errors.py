@@ -13,12 +13,15 @@ class InputError(QLoRAError):
     exit_code = 2
 
     @classmethod
-    def listing(cls, where, problems, limit=20):
-        """Return one error that reports `problems` (strings) together: the first `limit` in full, then the count."""
+    def listing(cls, where, problems, remedy=None, limit=20):
+        """Return one error that reports `problems` (strings) together: the first `limit` in full, then the count, and
+        what to do about them."""
         head = f"{where} has {len(problems)} problem{'s' if len(problems) != 1 else ''}"
         lines = [f"  {problem}" for problem in problems[:limit]]
         if len(problems) > limit:
             lines.append(f"  ... and {len(problems) - limit} more")
+        if remedy:
+            lines.append(f"  {remedy}")
         return cls("\n".join([head, *lines]))
 
 

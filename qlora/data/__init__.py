@@ -83,12 +83,13 @@ def encode(conversations, tokenizer, section, dropped):
     Raises:
         InputError: rows too long (unless dropped) or refused by the template, all together; or none left.
     """
-    examples, problems = [], []
+    examples, refused, overlong = [], [], []
     for conversation in conversations:
+        where = conversation.row.where
         try:
             example = chat.encode(tokenizer, conversation.messages, section.train_on)
         except ValueError as error:
-            problems.append(f"{conversation.row.where}  {error}")
+            refused.append(f"{where}  {error}")
             continue
         length = len(example.input_ids)
         if length <= section.max_length:
@@ -96,12 +97,13 @@ def encode(conversations, tokenizer, section, dropped):
         elif section.overlong == "drop":
             dropped[conversation.row.path][f"longer than max_length {section.max_length}"] += 1
         else:
-            problems.append(f"{conversation.row.where}  {length} tokens, data.max_length is {section.max_length}")
-    if problems:
-        remedy = (
-            "raise data.max_length, or set data.overlong: drop" if "data.max_length" in problems[0] else "mend the rows"
+            overlong.append(f"{where}  {length} tokens, data.max_length is {section.max_length}")
+    if refused:
+        raise InputError.listing("the data", refused, "mend these rows, or give another data.chat_template")
+    if overlong:
+        raise InputError.listing(
+            "the data", overlong, "raise data.max_length, or set data.overlong=drop to leave them out"
         )
-        raise InputError.listing("the data", [*problems, f"({remedy})"] if len(problems) < 20 else problems)
     if not examples:
         raise InputError(f"no row is left to train on: all are longer than data.max_length {section.max_length}")
     return examples

@@ -59,6 +59,11 @@ def test_rows_over_max_length_are_an_error_with_their_lines_by_default(file, tok
         encode(file, tokenizer, max_length=8)
 
 
+def test_the_remedy_is_said_however_many_rows_are_wrong(file, tokenizer):
+    with pytest.raises(InputError, match=r"and 52 more\n  raise data.max_length, or set data.overlong=drop"):
+        encode(file, tokenizer, max_length=8)
+
+
 def test_dropped_rows_are_counted_by_reason(tmp_path, tokenizer):
     long = [("user", "x " * 200), ("assistant", "A")]
     file = write_jsonl(tmp_path / "d.jsonl", [{"messages": messages(turns)} for turns in [*CONVERSATIONS, long]])

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 from typing import Annotated
 
 import typer
 
-from .errors import DoesNotFit, QLoRAError
+from .errors import DoesNotFit, InputError, QLoRAError
 
 app = typer.Typer(
     name="qlora",
@@ -125,6 +126,10 @@ def main():
         _fail(error, error.exit_code)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        _fail(f"the disk is full: {error.filename or error}; free some space and run this again", InputError.exit_code)
     except Exception as error:
         if type(error).__name__ != "OutOfMemoryError":
             raise

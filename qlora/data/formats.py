@@ -1,7 +1,7 @@
 """One row of any known shape -> its conversation. The shape is read off the row's own keys.
 
     messages     {"messages": [{"role", "content"}, ...]}
-    alpaca       {"instruction", "input"?, "output", "system"?}
+    alpaca       {"instruction", "input"?, "output", "system"?, "history"?: [[user, assistant], ...]}
     completion   {"prompt", "completion"}, strings or lists of messages
 
 A `prompt`/`completion` pair of strings becomes one user and one assistant turn, so that training, `chat` and every
@@ -22,6 +22,11 @@ def to_messages(value):
     """
     if not isinstance(value, dict):
         raise ValueError(f"a row is an object with {SHAPES}, not {_kind(value)}")
+    meant = [key for key in ("tools", "functions", "images", "audio") if value.get(key)]
+    if meant:  # other unknown keys (id, source, ...) are labels; these would change what the model sees
+        raise ValueError(
+            f"{', '.join(meant)}: not supported yet, and leaving it out would train on another conversation"
+        )
     if "messages" in value:
         return "messages", _checked(value["messages"], "messages")
     if "instruction" in value and "output" in value:
@@ -47,9 +52,23 @@ def _alpaca(value):
         {"role": "user", "content": "\n\n".join(part for part in parts if part)},
         {"role": "assistant", "content": value["output"]},
     ]
+    messages = _history(value.get("history")) + messages
     if value.get("system"):
         messages.insert(0, {"role": "system", "content": value["system"]})
     return _checked(messages, "instruction + output")
+
+
+def _history(turns):
+    """Return the messages of Alpaca's `history`, a list of [user, assistant] pairs."""
+    if turns is None:
+        return []
+    if not isinstance(turns, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in turns):
+        raise ValueError("history is not a list of [user, assistant] pairs")
+    return [
+        {"role": role, "content": content}
+        for turn in turns
+        for role, content in zip(("user", "assistant"), turn, strict=True)
+    ]
 
 
 def _checked(messages, name):

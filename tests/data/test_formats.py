@@ -26,9 +26,18 @@ def test_alpaca_input_follows_the_instruction_and_system_comes_first():
     assert [message["content"] for message in messages] == ["S", "Sum up\n\ntext", "A"]
 
 
+def test_alpaca_history_is_the_turns_before():
+    row = {"instruction": "Q2", "output": "A2", "history": [["Q", "A"]], "system": "S"}
+    _, messages = to_messages(row)
+    assert [message["content"] for message in messages] == ["S", "Q", "A", "Q2", "A2"]
+    assert messages[1:3] == [USER, ANSWER]
+
+
 @pytest.mark.parametrize(
     ("row", "expected"),
     [
+        ({"instruction": "Q", "output": "A", "history": ["x"]}, "history is not a list"),
+        ({"messages": [USER, ANSWER], "tools": [{"name": "f"}]}, "tools: not supported yet"),
         ([], "not an empty list"),
         ({"text": "x"}, "keys text fit no known shape"),
         ({"messages": []}, "an empty list"),

@@ -21,6 +21,7 @@ _HOME = {
     "InputError": "errors",
     "ProofFailed": "errors",
     "train": "commands.train",
+    "inspect_data": "commands.data",
     "evaluate": "commands.eval",
     "export": "commands.export",
     "chat": "commands.chat",

@@ -58,6 +58,26 @@ def train(
         _print_json({"run": str(run.path), "last": json.loads(last)})
 
 
+@app.command("data", epilog="Example:  qlora data recipes/mine.yaml --row 17 --tokens")
+def inspect_data(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="a YAML file; see recipes/")],
+    overrides: Overrides = None,
+    row: Annotated[int | None, typer.Option(min=1, help="render this training row; default: the first two")] = None,
+    tokens: Annotated[bool, typer.Option("--tokens", help="show the id of each token")] = False,
+    as_json: Json = False,
+):
+    """Show what the model will see: rows, lengths, and which tokens are trained; reads no weights."""
+    from .recipe import Recipe
+
+    loaded = Recipe.load(recipe, overrides or ())
+    _begin(as_json)
+    from .commands.data import inspect_data as run_data
+
+    report = run_data(loaded, row, tokens)
+    if as_json:
+        _print_json(report)
+
+
 @app.command("eval", epilog="Example:  qlora eval runs/mine --data test.jsonl --json")
 def evaluate(
     target: Target,

@@ -4,6 +4,7 @@ recipe.yaml       the resolved recipe, copied first
 environment.json  versions, device, base-model and data hashes
 adapter/          PEFT format, tokenizer, chat template; appears by rename, so a folder is either whole or absent
 metrics.jsonl     one JSON object a logged step; TensorBoard events in tensorboard/
+proof_rows.json   token ids of the rows that export's proof uses, so that it needs no data file
 data_report.json  eval.json
 """
 
@@ -89,6 +90,7 @@ class RunDir:
         self.metrics_file = self.path / "metrics.jsonl"
         self.tensorboard = self.path / "tensorboard"
         self.data_report_file = self.path / "data_report.json"
+        self.proof_rows_file = self.path / "proof_rows.json"
         self.eval_file = self.path / "eval.json"
 
     @classmethod
@@ -136,7 +138,13 @@ class RunDir:
         return Recipe.load(self.recipe_file)
 
     def environment(self):
+        return self._read(self.environment_file)
+
+    def proof_rows(self):
+        return self._read(self.proof_rows_file)
+
+    def _read(self, file):
         try:
-            return json.loads(self.environment_file.read_text(encoding="utf-8"))
+            return json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise InputError(f"{self.environment_file}: {error}; the run folder is damaged") from None
+            raise InputError(f"{file}: {error}; the run folder is damaged") from None

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from typing import get_args
 
 import pytest
 import torch
@@ -120,18 +121,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(fit):
 # ---- optimizers and precision ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "optim",
-    [
-        "paged_adamw_8bit",
-        "paged_adamw_32bit",
-        "adamw_8bit",
-        "adamw_torch",
-        "adamw_torch_fused",
-        "paged_lion_8bit",
-        "paged_lion_32bit",
-    ],
-)
+@pytest.mark.parametrize("optim", get_args(Training.model_fields["optim"].annotation))
 def test_every_optimizer_learns(fit, optim):
     learning_rate = 1e-3 if "lion" in optim else 1e-2
     _, _, run = fit(optim=optim, max_steps=8, learning_rate=learning_rate, per_device_train_batch_size=8)

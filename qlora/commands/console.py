@@ -11,12 +11,24 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 _console = Console(stderr=True, highlight=False)
+_results = Console(highlight=False)
 quiet_tables = False  # set by --json, whose stdout is for scripts
 
 
 def say(text):
     """Print one line; never as markup, and never folded."""
     _console.print(text, markup=False, soft_wrap=True)
+
+
+def has_color():
+    """True if what `show` prints can be told apart by color."""
+    return _results.is_terminal and not _results.no_color
+
+
+def show(text):
+    """Print a line of the result, plain or rich text, to stdout. Silent under --json."""
+    if not quiet_tables:
+        _results.print(text, markup=False, soft_wrap=True)
 
 
 def table(title, header, rows):

@@ -25,7 +25,7 @@ def evaluate(target, data_file=None, overrides=(), max_rows=100) -> dict:
     subject = open_subject(target, overrides)
     section = subject.recipe.data if subject.recipe else Data(train=["-"])
     conversations = _held_out(subject, data_file)[:max_rows]
-    examples = data.encode(conversations, subject.tokenizer, section.model_copy(update={"overlong": "error"}), {})
+    _, examples = data.encode(conversations, subject.tokenizer, section.model_copy(update={"overlong": "error"}), {})
     result = {"rows": len(conversations), **_score(subject, conversations, examples, "answering")}
     if subject.run is not None:
         with subject.model.disable_adapter():

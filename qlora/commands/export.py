@@ -10,14 +10,13 @@ from pathlib import Path
 
 import torch
 
-from .. import adapter, base_model, data, memory
+from .. import adapter, base_model, memory
 from ..data import chat
 from ..errors import InputError, ProofFailed
 from ..export import merge, proof, writer
 from ..recipe import Recipe
 from ..rundir import RunDir, new_folder, refuse_nonempty, write_json
 from . import console
-from .eval import held_out_conversations
 from .subject import refuse_changed_base
 
 
@@ -50,7 +49,7 @@ def export(run_folder, out, dtype=None, overrides=()) -> dict:
     total = sum(spec.num_bytes for spec in plan.specs)
     _refuse_full_disk(out, total)
     tokenizer = base_model.load_tokenizer(run.adapter, recipe.model)
-    rows, which = _proof_rows(recipe, tokenizer, config)
+    rows, which = proof.from_json(run.proof_rows())
 
     device = base_model.default_device()
     quantized = run.environment()["base_model"]["quantized_modules"]
@@ -94,19 +93,6 @@ def _refuse_full_disk(out, num_bytes):
         raise InputError(
             f"{out}: the model takes {console.size(num_bytes)}, {console.size(free)} are free on that disk"
         )
-
-
-def _proof_rows(recipe, tokenizer, config):
-    """Return (examples, where they come from): held-out rows, or training rows where the recipe holds none out."""
-    conversations, which = held_out_conversations(recipe), "held-out rows"
-    if not conversations:
-        conversations, which = [c for s in data.read(recipe.data.train) for c in s.conversations], "training rows"
-    section = recipe.data.model_copy(update={"overlong": "drop"})
-    dropped = {
-        conversation.row.path: {f"longer than max_length {section.max_length}": 0} for conversation in conversations
-    }
-    examples = data.encode(conversations[:256], tokenizer, section, dropped)
-    return proof.proof_rows(examples, config.get_text_config().vocab_size), which
 
 
 def _write_configs(folder, checkpoint, config, tokenizer, dtype):

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import collections
 import importlib.metadata
 import platform
 import subprocess
 from pathlib import Path
 
-from .. import data
-from ..errors import InputError
 from ..recipe import Recipe
 from ..rundir import RunDir, new_folder, sha256, write_json
 from . import console
@@ -28,42 +25,33 @@ def train(recipe: Recipe) -> RunDir:
         TrainingFailed: a loss or gradient is not finite, or an adapter does not move.
     """
     RunDir(recipe.output_dir).refuse_used()
-    sources, eval_sources = data.read(recipe.data.train), data.read(recipe.data.eval or [])
     from .. import adapter, base_model, sft
-    from ..data import chat
+    from ..export import proof
+    from .prepared import prepare, say_report
 
-    checkpoint = base_model.find(recipe.model)
-    config = base_model.load_config(checkpoint, recipe.model)
-    tokenizer = base_model.load_tokenizer(checkpoint.folder, recipe.model)
-    template = chat.set_template(tokenizer, recipe.data.chat_template)
-    stops = chat.stop_token_ids(tokenizer)
-
-    dropped = collections.defaultdict(collections.Counter)
-    conversations, held_out = data.hold_out(sources, recipe.data.eval_fraction, recipe.training.seed)
-    held_out += [conversation for source in eval_sources for conversation in source.conversations]
-    with console.status("tokenizing"):
-        examples = data.encode(conversations, tokenizer, recipe.data, dropped)
-        eval_examples = data.encode(held_out, tokenizer, recipe.data, dropped) if held_out else []
-    _refuse_what_the_model_cannot_take(examples + eval_examples, config)
-    rows_per_step = recipe.training.per_device_train_batch_size * recipe.training.gradient_accumulation_steps
-    report = data.report([*sources, *eval_sources], examples, dropped, stops, rows_per_step)
-    _print_data(report, template, len(eval_examples))
+    prepared = prepare(recipe)
+    say_report(prepared)
+    checkpoint, tokenizer = prepared.checkpoint, prepared.tokenizer
 
     run = RunDir.create(recipe)
-    write_json(run.data_report_file, report)
+    write_json(run.data_report_file, prepared.report)
+    vocab_size = prepared.config.get_text_config().vocab_size
+    held_out = prepared.eval_examples
+    rows = proof.proof_rows(held_out or prepared.examples, vocab_size)
+    write_json(run.proof_rows_file, proof.to_json(rows, "held-out rows" if held_out else "training rows"))
     with console.status(f"loading {checkpoint.name_or_path}"):
         model = base_model.load(checkpoint, recipe.model, recipe.quantization)
         quantized = sorted(base_model.quantized_modules(model))
         model = adapter.attach(model, recipe.lora, recipe.training.seed)
-    write_json(run.environment_file, _environment(checkpoint, quantized, [*sources, *eval_sources], model.device))
+    write_json(run.environment_file, _environment(checkpoint, quantized, prepared.sources, model.device))
     _print_model(checkpoint, model, quantized, recipe)
 
     with console.Steps() as steps:
         result = sft.train(
             model,
             tokenizer,
-            examples,
-            eval_examples,
+            prepared.examples,
+            prepared.eval_examples,
             recipe.training,
             _checkpoints(recipe.memory.gradient_checkpointing, model.device),
             run,
@@ -84,22 +72,6 @@ def train(recipe: Recipe) -> RunDir:
 def _checkpoints(setting, device):
     """auto: on where GPU memory is what runs out; off on the CPU, where it only costs time (about 1.3x)."""
     return device.type == "cuda" if setting == "auto" else setting
-
-
-def _refuse_what_the_model_cannot_take(examples, config):
-    config = config.get_text_config()
-    largest = max(max(example.input_ids) for example in examples)
-    if largest >= config.vocab_size:
-        raise InputError(
-            f"the tokenizer makes token {largest}, the model has {config.vocab_size} embeddings; "
-            "tokenizer and model do not belong together"
-        )
-    longest = max(len(example.input_ids) for example in examples)
-    positions = getattr(config, "max_position_embeddings", None)
-    if positions is not None and longest > positions:
-        raise InputError(
-            f"a row has {longest} tokens, the model {positions} positions; set data.max_length={positions}"
-        )
 
 
 def _environment(checkpoint, quantized, sources, device):
@@ -130,19 +102,6 @@ def _git_commit():
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-def _print_data(report, template, num_eval):
-    tokens, length = report["tokens"], report["length"]
-    for source in report["sources"]:
-        dropped = f", {source['rows_dropped']} dropped: {source['reasons']}" if source["rows_dropped"] else ""
-        console.say(f"data      {source['path']}: {source['rows_read']} rows ({source['format']}){dropped}")
-    console.say(
-        f"          {report['rows']} rows to train on, {num_eval} held out; {tokens['total']:,} tokens, "
-        f"{tokens['trained'] / tokens['total']:.0%} trained; length p50 {length['p50']}, p95 {length['p95']}, "
-        f"max {length['max']}; {report['ends_with_stop_token']:.0%} of rows end with a stop token"
-    )
-    console.say(f"template  {template}")
 
 
 def _print_model(checkpoint, model, quantized, recipe):

@@ -11,7 +11,7 @@ from ..errors import InputError
 from . import chat, formats, sources
 from .chat import IGNORE_INDEX, Example
 
-__all__ = ["IGNORE_INDEX", "Conversation", "Example", "Source", "encode", "hold_out", "read", "report"]
+__all__ = ["IGNORE_INDEX", "Conversation", "Example", "Source", "copies", "encode", "hold_out", "read", "report"]
 
 
 @dataclass(frozen=True)
@@ -76,14 +76,14 @@ def _key(conversation):
 
 
 def encode(conversations, tokenizer, section, dropped):
-    """Return the Examples of `conversations` under the recipe section `data`.
+    """Return (conversations kept, their Examples) under the recipe section `data`.
 
     dropped: {path: Counter}; a row over max_length is counted there by reason when `section.overlong` is "drop".
 
     Raises:
         InputError: rows too long (unless dropped) or refused by the template, all together; or none left.
     """
-    examples, refused, overlong = [], [], []
+    kept, examples, refused, overlong = [], [], [], []
     for conversation in conversations:
         where = conversation.row.where
         try:
@@ -93,6 +93,7 @@ def encode(conversations, tokenizer, section, dropped):
             continue
         length = len(example.input_ids)
         if length <= section.max_length:
+            kept.append(conversation)
             examples.append(example)
         elif section.overlong == "drop":
             dropped[conversation.row.path][f"longer than max_length {section.max_length}"] += 1
@@ -106,7 +107,7 @@ def encode(conversations, tokenizer, section, dropped):
         )
     if not examples:
         raise InputError(f"no row is left to train on: all are longer than data.max_length {section.max_length}")
-    return examples
+    return kept, examples
 
 
 def report(source_list, examples, dropped, stops, rows_per_step):
@@ -136,6 +137,15 @@ def report(source_list, examples, dropped, stops, rows_per_step):
         "ends_with_stop_token": ends / len(examples),
         "packing_efficiency": None,
         "steps_per_epoch": -(-len(examples) // rows_per_step),
+    }
+
+
+def copies(conversations, held_out):
+    """Return {"duplicates": training rows that repeat another, "eval_rows_in_training": held-out rows trained on}."""
+    keys = collections.Counter(_key(conversation) for conversation in conversations)
+    return {
+        "duplicates": len(conversations) - len(keys),
+        "eval_rows_in_training": sum(_key(conversation) in keys for conversation in held_out),
     }
 
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from .. import base_model, metrics
-from ..data import IGNORE_INDEX
-from ..errors import ProofFailed
+from ..data import IGNORE_INDEX, Example
+from ..errors import InputError, ProofFailed
 
 # KL(live || merged) in nats a position. Measured on SmolLM2-135M: float16 1e-6 (10 to 40 steps), bfloat16 2.5e-4 to 1e-3;
 # any wrong merge (other base, adapter lost, embedding rounded) 0.06 to 0.23. The limits stand a decade above the right
@@ -45,6 +45,19 @@ def proof_rows(examples, vocab_size):
             break
         rows.append(example)
     return rows
+
+
+def to_json(rows, which):
+    """Return what proof_rows.json holds: the rows, and where they come from in words."""
+    return {"from": which, "rows": [{"input_ids": row.input_ids, "labels": row.labels} for row in rows]}
+
+
+def from_json(content):
+    """Return (rows, where they come from) of proof_rows.json; raises InputError if it is something else."""
+    try:
+        return [Example(row["input_ids"], row["labels"]) for row in content["rows"]], content["from"]
+    except (KeyError, TypeError):
+        raise InputError("proof_rows.json of the run holds no rows; the run folder is damaged") from None
 
 
 class Live:

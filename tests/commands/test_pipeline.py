@@ -122,6 +122,16 @@ def test_a_merge_killed_halfway_leaves_nothing_that_looks_whole_and_a_rerun_succ
     assert export(run.path, tmp_path / "out")["verified"]
 
 
+def test_export_needs_no_data_file(make_recipe, tmp_path):
+    recipe = make_recipe()
+    run = train(recipe)
+    (tmp_path / "train.jsonl").unlink()
+    report = export(run.path, tmp_path / "out")
+    assert report["rows"] == {"count": 6, "from": "held-out rows", "positions": report["rows"]["positions"]}
+    with pytest.raises(InputError, match="no data file"):
+        evaluate(run.path)
+
+
 def test_export_refuses_a_folder_in_use_and_a_full_disk(make_recipe, tmp_path, monkeypatch):
     run = train(make_recipe())
     with pytest.raises(InputError, match="not empty"):

@@ -20,7 +20,7 @@ def encode(path, tokenizer, **settings):
     dropped = collections.defaultdict(collections.Counter)
     sources = data.read([str(path)])
     section = Data(train=[str(path)], **settings)
-    return data.encode(sources[0].conversations, tokenizer, section, dropped), sources, dropped
+    return data.encode(sources[0].conversations, tokenizer, section, dropped)[1], sources, dropped
 
 
 def test_copies_of_a_row_are_never_on_both_sides(file):

@@ -36,7 +36,7 @@ def test_every_row_is_read_and_every_answer_is_trained_to_its_end(name, rows, sh
     conversations = sources[0].conversations[:200]
     section = Data(train=[path], max_length=100_000)
     for conversation, example in zip(
-        conversations, data.encode(conversations, tokenizer, section, dropped), strict=True
+        conversations, data.encode(conversations, tokenizer, section, dropped)[1], strict=True
     ):
         answers = [message["content"] for message in conversation.messages if message["role"] == "assistant"]
         trained = tokenizer.decode([label for label in example.labels if label != data.IGNORE_INDEX])

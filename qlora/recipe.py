@@ -51,9 +51,15 @@ class Lora(Section):
     use_rslora: bool = False
 
 
+Column = Literal[
+    "messages", "conversations", "system", "instruction", "input", "output", "history", "prompt", "completion"
+]
+
+
 class Data(Section):
     train: Sources
     eval: Sources | None = None
+    columns: dict[Column, str] | None = None
     eval_fraction: Share = 0.0
     max_length: Annotated[int, Field(ge=8)] = 2048
     overlong: Literal["error", "drop"] = "error"

@@ -37,7 +37,11 @@ def evaluate(target, data_file=None, overrides=(), max_rows=100) -> dict:
 
 def _held_out(subject, data_file):
     if data_file is not None:
-        return [c for source in data.read([data_file]) for c in source.conversations]
+        return [
+            c
+            for source in data.read([data_file], subject.recipe.data.columns if subject.recipe else None)
+            for c in source.conversations
+        ]
     rows = held_out_conversations(subject.recipe) if subject.recipe else []
     if not rows:
         raise InputError("no held-out rows: the recipe has neither data.eval nor data.eval_fraction; give --data FILE")
@@ -47,10 +51,12 @@ def _held_out(subject, data_file):
 def held_out_conversations(recipe):
     """Return the conversations that `recipe` keeps out of training; an empty list if it keeps none."""
     if recipe.data.eval:
-        return [c for source in data.read(recipe.data.eval) for c in source.conversations]
+        return [c for source in data.read(recipe.data.eval, recipe.data.columns) for c in source.conversations]
     if not recipe.data.eval_fraction:
         return []
-    return data.hold_out(data.read(recipe.data.train), recipe.data.eval_fraction, recipe.training.seed)[1]
+    return data.hold_out(
+        data.read(recipe.data.train, recipe.data.columns), recipe.data.eval_fraction, recipe.training.seed
+    )[1]
 
 
 def _score(subject, conversations, examples, what):

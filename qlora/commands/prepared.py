@@ -30,7 +30,8 @@ class Prepared:
 
 def prepare(recipe: Recipe) -> Prepared:
     """Read and tokenize the data of `recipe` for its model; raises InputError for whatever is wrong with either."""
-    sources, eval_sources = data.read(recipe.data.train), data.read(recipe.data.eval or [])
+    sources = data.read(recipe.data.train, recipe.data.columns)
+    eval_sources = data.read(recipe.data.eval or [], recipe.data.columns)
     checkpoint = base_model.find(recipe.model)
     config = base_model.load_config(checkpoint, recipe.model)
     tokenizer = base_model.load_tokenizer(checkpoint.folder, recipe.model)

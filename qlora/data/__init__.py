@@ -33,23 +33,25 @@ class Source:
     reasons: collections.Counter = field(default_factory=collections.Counter)
 
 
-def read(paths):
-    """Return a Source for each path, every row checked.
+def read(paths, columns=None):
+    """Return a Source for each file that `paths` (files, globs, folders) name, every row checked.
+
+    columns: {name of a known shape: the column that holds it}, or None where the rows use the known names.
 
     Raises:
         InputError: a file is missing or not JSON, or rows are of no known shape; all bad rows of a file together.
     """
-    return [_read_one(path) for path in paths]
+    return [_read_one(path, columns) for name in paths for path in sources.expand(name)]
 
 
-def _read_one(path):
+def _read_one(path, columns):
     rows = sources.read_rows(path)
     seen, conversations, problems = collections.Counter(), [], []
     for row in rows:
         try:
-            name, messages = formats.to_messages(row.value)
+            name, messages = formats.to_messages(formats.renamed(row.value, columns))
         except ValueError as error:
-            problems.append(f"line {row.line}  {error}")
+            problems.append(f"{row.place}  {error}")
         else:
             seen[name] += 1
             conversations.append(Conversation(row, messages))

@@ -3,6 +3,7 @@
     messages     {"messages": [{"role", "content"}, ...]}
     alpaca       {"instruction", "input"?, "output", "system"?, "history"?: [[user, assistant], ...]}
     completion   {"prompt", "completion"}, strings or lists of messages
+    sharegpt     {"conversations": [{"from", "value"}, ...], "system"?}
 
 A `prompt`/`completion` pair of strings becomes one user and one assistant turn, so that training, `chat` and every
 server that applies the model's chat template see the same string.
@@ -11,7 +12,24 @@ server that applies the model's chat template see the same string.
 from __future__ import annotations
 
 ROLES = ("system", "user", "assistant")
-SHAPES = '"messages", "instruction" + "output", or "prompt" + "completion"'
+SHAPES = '"messages", "instruction" + "output", "prompt" + "completion", or "conversations"'
+_SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+
+
+def renamed(value, columns):
+    """Return the row with only the fields that `columns` ({known name: column}) names, under their known names.
+
+    Raises:
+        ValueError: the row has no such column.
+    """
+    if not columns:
+        return value
+    if not isinstance(value, dict):
+        raise ValueError(f"data.columns needs rows with columns, this is {_kind(value)}")
+    missing = [column for column in columns.values() if column not in value]
+    if missing:
+        raise ValueError(f"has no column {', '.join(map(repr, missing))}; it has {', '.join(map(str, value))}")
+    return {name: value[column] for name, column in columns.items()}
 
 
 def to_messages(value):
@@ -40,7 +58,26 @@ def to_messages(value):
         if not (isinstance(prompt, list) and isinstance(completion, list)):
             raise ValueError("prompt and completion are strings or lists of messages")
         return "completion", _checked(prompt + completion, "prompt + completion")
+    if "conversations" in value:
+        return "sharegpt", _sharegpt(value)
     raise ValueError(f"keys {', '.join(map(str, value)) or 'none'} fit no known shape; give {SHAPES}")
+
+
+def _sharegpt(value):
+    turns = value["conversations"]
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise ValueError('conversations is not a list of {"from", "value"}')
+    messages = []
+    for index, turn in enumerate(turns):
+        role = _SHAREGPT_ROLES.get(turn.get("from"))
+        if role is None:
+            raise ValueError(
+                f"conversations[{index}].from is {turn.get('from')!r}, not one of {', '.join(_SHAREGPT_ROLES)}"
+            )
+        messages.append({"role": role, "content": turn.get("value")})
+    if value.get("system"):
+        messages.insert(0, {"role": "system", "content": value["system"]})
+    return _checked(messages, "conversations")
 
 
 def _alpaca(value):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from qlora.data.formats import to_messages
+from qlora.data.formats import renamed, to_messages
 
 USER, ANSWER = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
 
@@ -15,6 +15,10 @@ USER, ANSWER = {"role": "user", "content": "Q"}, {"role": "assistant", "content"
         ({"instruction": "Q", "output": "A"}, ("alpaca", [USER, ANSWER])),
         ({"prompt": "Q", "completion": "A"}, ("completion", [USER, ANSWER])),
         ({"prompt": [USER], "completion": [ANSWER]}, ("completion", [USER, ANSWER])),
+        (
+            {"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]},
+            ("sharegpt", [USER, ANSWER]),
+        ),
     ],
 )
 def test_each_shape_becomes_the_same_conversation(row, expected):
@@ -52,9 +56,18 @@ def test_alpaca_history_is_the_turns_before():
         ({"messages": [USER, {"role": "system", "content": "S"}, ANSWER]}, "can only come first"),
         ({"messages": [USER, {"role": "assistant", "content": "\ud800"}]}, "surrogate"),
         ({"instruction": "Q", "output": None}, "output is null"),
+        ({"conversations": [{"from": "observation", "value": "A"}]}, r"conversations\[0\].from is 'observation'"),
+        ({"conversations": ["hi"]}, "not a list of"),
         ({"prompt": 1, "completion": "A"}, "strings or lists"),
     ],
 )
 def test_a_bad_row_says_what_is_wrong(row, expected):
     with pytest.raises(ValueError, match=expected):
         to_messages(row)
+
+
+def test_columns_of_other_names_are_taken_by_name():
+    columns = {"prompt": "question", "completion": "answer"}
+    assert to_messages(renamed({"question": "Q", "answer": "A", "id": 1}, columns)) == ("completion", [USER, ANSWER])
+    with pytest.raises(ValueError, match="has no column 'answer'; it has question"):
+        renamed({"question": "Q"}, columns)

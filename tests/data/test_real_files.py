@@ -13,6 +13,12 @@ from tests.test_smollm2 import FOLDER, needs_model
 
 FILES = Path(__file__).parents[3] / "shared" / "data"
 
+COLUMNS = {
+    "gsm8k_train_2k.jsonl": {"prompt": "question", "completion": "answer"},
+    "e2e_cleaned.csv": {"prompt": "mr", "completion": "ref"},
+    "sst2_dev.csv": {"prompt": "sentence", "completion": "label"},
+}
+
 pytestmark = pytest.mark.skipif(not FILES.is_dir(), reason=f"no copies of public data sets in {FILES}")
 
 
@@ -25,12 +31,15 @@ pytestmark = pytest.mark.skipif(not FILES.is_dir(), reason=f"no copies of public
         ("oasst1_messages.jsonl", 723, "messages"),
         ("snips_json_dev.jsonl", 700, "messages"),
         ("oasst_zh_history.json", 519, "alpaca"),
+        ("gsm8k_train_2k.jsonl", 2000, "completion"),
+        ("e2e_cleaned.csv", 4299, "completion"),
+        ("sst2_dev.csv", 872, "completion"),
     ],
 )
 def test_every_row_is_read_and_every_answer_is_trained_to_its_end(name, rows, shape):
     path = str(FILES / name)
     tokenizer = base_model.load_tokenizer(FOLDER, Model(name_or_path=str(FOLDER)))
-    sources = data.read([path])
+    sources = data.read([path], COLUMNS.get(name))
     assert (sources[0].num_read, sources[0].format) == (rows, shape)
     dropped = collections.defaultdict(collections.Counter)
     conversations = sources[0].conversations[:200]
@@ -49,7 +58,7 @@ def test_every_row_is_read_and_every_answer_is_trained_to_its_end(name, rows, sh
         ("gsm8k_train_2k.jsonl", "keys question, answer fit no known shape"),
         ("glaive_toolcall_en_sharegpt.json", "tools: not supported yet"),
         ("c4_raw.jsonl", "keys text fit no known shape"),
-        ("e2e_cleaned.csv", "line 1  not valid JSON"),
+        ("e2e_cleaned.csv", "line 2  keys mr, ref fit no known shape"),
     ],
 )
 def test_a_shape_that_is_not_known_yet_is_refused_row_by_row(name, expected):

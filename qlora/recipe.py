@@ -63,6 +63,7 @@ class Data(Section):
     eval_fraction: Share = 0.0
     max_length: Annotated[int, Field(ge=8)] = 2048
     overlong: Literal["error", "drop"] = "error"
+    packing: bool = False
     train_on: Literal["assistant", "all"] = "assistant"
     chat_template: str | None = None
 

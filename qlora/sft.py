@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
@@ -20,6 +21,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from . import adapter, memory
 from .data import IGNORE_INDEX
 from .errors import TrainingFailed
+from .kernels.attention import within_documents
 
 
 @dataclass(frozen=True)
@@ -34,10 +36,11 @@ class Result:
     peak_bytes: int
 
 
-def train(model, tokenizer, examples, eval_examples, training, gradient_checkpointing, run, on_log=None):
+def train(model, tokenizer, examples, eval_examples, training, gradient_checkpointing, run, packed=False, on_log=None):
     """Train the adapters of `model` in place; return the Result.
 
-    model: a PeftModel whose adapters alone require gradients. examples, eval_examples: data.Example lists.
+    model: a PeftModel whose adapters alone require gradients. examples, eval_examples: data.Example lists, or
+    data.Packed if `packed` (the held-out ones with one document each: a loss a row).
     training: the recipe's section. on_log(record, total_steps): called with each line of metrics.jsonl.
 
     Raises:
@@ -46,11 +49,11 @@ def train(model, tokenizer, examples, eval_examples, training, gradient_checkpoi
     memory.reset_peak()
     trainer = Trainer(
         model=model,
-        args=_config(training, gradient_checkpointing, run, model.device, bool(eval_examples)),
-        train_dataset=_dataset(examples),
-        eval_dataset=_dataset(eval_examples) if eval_examples else None,
+        args=_config(training, gradient_checkpointing, run, model.device, bool(eval_examples), packed),
+        train_dataset=_dataset(examples, packed),
+        eval_dataset=_dataset(eval_examples, packed) if eval_examples else None,
         processing_class=tokenizer,
-        data_collator=DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id),
+        data_collator=_join_rows if packed else DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id),
     )
     for parameter in model.parameters():
         if parameter.requires_grad:  # trl casts the adapters of a quantized base to bf16, whatever it computes in
@@ -64,7 +67,7 @@ def train(model, tokenizer, examples, eval_examples, training, gradient_checkpoi
     trainer.add_callback(recorder)
     start = time.monotonic()
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), within_documents(model) if packed else contextlib.nullcontext():
             # known and harmless: said once in the docs instead of in every run
             warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
             loss = trainer.train().training_loss
@@ -81,18 +84,30 @@ def train(model, tokenizer, examples, eval_examples, training, gradient_checkpoi
     )
 
 
-def _dataset(examples):
-    return Dataset.from_dict({"input_ids": [e.input_ids for e in examples], "labels": [e.labels for e in examples]})
+def _dataset(examples, packed):
+    names = ["input_ids", "labels", *(["segments"] if packed else [])]
+    return Dataset.from_dict({name: [getattr(example, name) for example in examples] for name in names})
 
 
-def _config(training, gradient_checkpointing, run, device, evaluates):
+def _join_rows(rows):
+    """Collate packed rows into one: no padding, positions from 0 in each document, and their lengths as `segments`."""
+    segments = [length for row in rows for length in row["segments"]]
+    return {
+        "input_ids": torch.tensor([[token for row in rows for token in row["input_ids"]]]),
+        "labels": torch.tensor([[label for row in rows for label in row["labels"]]]),
+        "position_ids": torch.cat([torch.arange(length) for length in segments])[None],
+        "segments": segments,
+    }
+
+
+def _config(training, gradient_checkpointing, run, device, evaluates, packed):
     steps = training.max_steps
     return SFTConfig(
         output_dir=str(run.path),
         num_train_epochs=training.num_train_epochs,
         max_steps=-1 if steps is None else steps,
         per_device_train_batch_size=training.per_device_train_batch_size,
-        per_device_eval_batch_size=training.per_device_eval_batch_size,
+        per_device_eval_batch_size=1 if packed else training.per_device_eval_batch_size,
         gradient_accumulation_steps=training.gradient_accumulation_steps,
         learning_rate=training.learning_rate,
         optim=training.optim,
@@ -136,7 +151,9 @@ class Trainer(SFTTrainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         # kept on the device: reading it here would make the GPU wait at every micro-batch
-        self._num_tokens = getattr(self, "_num_tokens", 0) + inputs["attention_mask"].sum()
+        self._num_tokens = (
+            getattr(self, "_num_tokens", 0) + inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).sum()
+        )
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.num_processes == 1 or self.accelerator.sync_gradients:  # else not reduced yet
             self.masters.take_gradients()

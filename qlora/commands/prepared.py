@@ -25,6 +25,7 @@ class Prepared:
     conversations: list
     examples: list
     eval_examples: list
+    packed: list | None
     report: dict
 
 
@@ -44,16 +45,19 @@ def prepare(recipe: Recipe) -> Prepared:
         kept, examples = data.encode(conversations, tokenizer, recipe.data, dropped)
         kept_out, eval_examples = data.encode(held_out, tokenizer, recipe.data, dropped) if held_out else ([], [])
     _refuse_what_the_model_cannot_take(examples + eval_examples, config)
+    packed = data.pack(examples, recipe.data.max_length) if recipe.data.packing else None
     report = data.report(
         [*sources, *eval_sources],
         examples,
         dropped,
         chat.stop_token_ids(tokenizer),
         recipe.training.per_device_train_batch_size * recipe.training.gradient_accumulation_steps,
+        packed,
+        recipe.data.max_length,
     )
     report |= data.copies(kept, kept_out)
     sources += eval_sources
-    return Prepared(checkpoint, config, tokenizer, template, sources, kept, examples, eval_examples, report)
+    return Prepared(checkpoint, config, tokenizer, template, sources, kept, examples, eval_examples, packed, report)
 
 
 def _refuse_what_the_model_cannot_take(examples, config):
@@ -86,6 +90,12 @@ def say_report(prepared: Prepared):
         f"max {length['max']}"
     )
     console.say(f"          {report['ends_with_stop_token']:.0%} of rows end with a stop token; {_copies(report)}")
+    if prepared.packed is not None:
+        longest = max(len(row.input_ids) for row in prepared.packed)
+        console.say(
+            f"packing   {report['rows']:,} rows into {len(prepared.packed):,} of up to {longest:,} tokens, "
+            f"{report['packing_efficiency']:.0%} full"
+        )
     console.say(f"template  {prepared.template}")
 
 

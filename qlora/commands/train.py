@@ -7,6 +7,7 @@ import platform
 import subprocess
 from pathlib import Path
 
+from .. import data
 from ..recipe import Recipe
 from ..rundir import RunDir, new_folder, sha256, write_json
 from . import console
@@ -27,10 +28,13 @@ def train(recipe: Recipe) -> RunDir:
     RunDir(recipe.output_dir).refuse_used()
     from .. import adapter, base_model, sft
     from ..export import proof
+    from ..kernels import attention
     from .prepared import prepare, say_report
 
     prepared = prepare(recipe)
     say_report(prepared)
+    if recipe.data.packing:
+        attention.refuse_unsupported(prepared.config)
     checkpoint, tokenizer = prepared.checkpoint, prepared.tokenizer
 
     run = RunDir.create(recipe)
@@ -50,11 +54,12 @@ def train(recipe: Recipe) -> RunDir:
         result = sft.train(
             model,
             tokenizer,
-            prepared.examples,
-            prepared.eval_examples,
+            prepared.examples if prepared.packed is None else prepared.packed,
+            [data.alone(example) for example in held_out] if recipe.data.packing else held_out,
             recipe.training,
             _checkpoints(recipe.memory.gradient_checkpointing, model.device),
             run,
+            recipe.data.packing,
             steps.update,
         )
     with new_folder(run.adapter) as folder:

@@ -10,8 +10,22 @@ from dataclasses import dataclass, field
 from ..errors import InputError
 from . import chat, formats, sources
 from .chat import IGNORE_INDEX, Example
+from .packing import Packed, alone, pack
 
-__all__ = ["IGNORE_INDEX", "Conversation", "Example", "Source", "copies", "encode", "hold_out", "read", "report"]
+__all__ = [
+    "IGNORE_INDEX",
+    "Conversation",
+    "Example",
+    "Packed",
+    "Source",
+    "alone",
+    "copies",
+    "encode",
+    "hold_out",
+    "pack",
+    "read",
+    "report",
+]
 
 
 @dataclass(frozen=True)
@@ -112,10 +126,11 @@ def encode(conversations, tokenizer, section, dropped):
     return kept, examples
 
 
-def report(source_list, examples, dropped, stops, rows_per_step):
+def report(source_list, examples, dropped, stops, rows_per_step, packed=None, max_length=None):
     """Return the contents of data_report.json for the training `examples`.
 
-    stops: ids that generation stops at. rows_per_step: rows an optimizer step takes.
+    stops: ids that generation stops at. rows_per_step: rows an optimizer step takes. packed: the rows of max_length that
+    the examples were packed into, if they were.
     """
     lengths = sorted(len(example.input_ids) for example in examples)
     total, trained = sum(lengths), sum(example.num_trained for example in examples)
@@ -137,8 +152,8 @@ def report(source_list, examples, dropped, stops, rows_per_step):
         "tokens": {"total": total, "trained": trained},
         "length": {"p50": lengths[len(lengths) // 2], "p95": lengths[int(len(lengths) * 0.95)], "max": lengths[-1]},
         "ends_with_stop_token": ends / len(examples),
-        "packing_efficiency": None,
-        "steps_per_epoch": -(-len(examples) // rows_per_step),
+        "packing_efficiency": total / (len(packed) * max_length) if packed else None,
+        "steps_per_epoch": -(-len(packed or examples) // rows_per_step),
     }
 
 

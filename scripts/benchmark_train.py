@@ -115,6 +115,11 @@ def child(args):
     from qlora.commands.console import hush_libraries
 
     hush_libraries()
+    if args.cap_gib:
+        import torch
+
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(args.cap_gib * 2**30 / total)
     with tempfile.TemporaryDirectory() as folder:
         rates, losses = {"qlora": ours, "plain": plain}[args.side](args, Path(folder))
     print(json.dumps({"rate": statistics.median(rates[2:]), "losses": losses, "peak_bytes": memory.peak_bytes()}))
@@ -128,6 +133,9 @@ def main():
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--packing", type=int, help="qlora packs to rows of this many tokens, one a step")
+    parser.add_argument(
+        "--cap-gib", type=float, help="let each side have this much GPU memory, to emulate a smaller card"
+    )
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--side", choices=["qlora", "plain"], help=argparse.SUPPRESS)
     args = parser.parse_args()

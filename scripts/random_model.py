@@ -1,0 +1,64 @@
+"""Write a model folder of a known shape with random weights: right for time and memory, not for losses.
+
+    python scripts/random_model.py --shape mistral-7b --tokenizer FOLDER --out FOLDER
+
+The tokenizer is copied from another model folder and sets the vocabulary, so no hub is needed. Weights are drawn tensor by
+tensor and streamed to disk; memory stays below a gigabyte.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, MistralConfig
+
+from qlora.export.writer import Spec, write
+
+SHAPES = {
+    "tiny": lambda vocab: LlamaConfig(
+        vocab_size=vocab, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4
+    ),
+    "mistral-7b": lambda vocab: MistralConfig(vocab_size=vocab, sliding_window=None),
+    "llama-3.1-8b": lambda vocab: LlamaConfig(
+        vocab_size=vocab,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=131072,
+    ),
+}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=SHAPES, required=True)
+    parser.add_argument("--tokenizer", required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
+    config = SHAPES[args.shape](len(tokenizer))
+    config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    config.pad_token_id, config.dtype, config.tie_word_embeddings = tokenizer.pad_token_id, torch.bfloat16, False
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    config.architectures = [type(model).__name__]
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    def draw(name):
+        if len(shapes[name]) == 1:
+            return torch.ones(shapes[name], dtype=torch.bfloat16)
+        return torch.randn(shapes[name], device=device, dtype=torch.bfloat16) * 0.02
+
+    args.out.mkdir(parents=True)
+    specs = [Spec(name, shape, torch.bfloat16) for name, shape in shapes.items()]
+    total = write(args.out, specs, draw, 5 * 10**9)
+    config.save_pretrained(args.out)
+    tokenizer.save_pretrained(args.out)
+    print(f"wrote {args.shape} with {total / 2 / 1e9:.2f} G parameters to {args.out}")
+
+
+if __name__ == "__main__":
+    main()

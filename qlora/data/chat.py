@@ -82,7 +82,7 @@ def encode(tokenizer, messages, train_on="assistant"):
     Raises:
         ValueError: the template rewrites earlier turns or leaves the answer out, so the mask would be a guess.
     """
-    text = render(tokenizer, messages)
+    text = _conversation(tokenizer, messages)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
     if train_on == "all":
@@ -102,6 +102,23 @@ def encode(tokenizer, messages, train_on="assistant"):
                 "model would never learn to stop; give another data.chat_template"
             )
     return Example(ids, labels)
+
+
+def _conversation(tokenizer, messages):
+    """Return the string to train on: the template's, which for a single answer begins with what chat will show.
+
+    Some templates render a question otherwise once its answer follows: Mistral's v0.3 leaves the system message out, and
+    those of reasoning models open the answer with <think> in a prompt only. The prompt is what the model will see, so
+    for a single answer the prompt it is.
+    """
+    text = render(tokenizer, messages)
+    if sum(message["role"] == "assistant" for message in messages) == 1:
+        prompt = render(tokenizer, messages[:-1], add_generation_prompt=True)
+        at = text.rfind(messages[-1]["content"].strip())
+        if at >= 0 and not text.startswith(prompt):
+            space = "" if prompt[-1:].isspace() else text[len(text[:at].rstrip()) : at]
+            return prompt + space + text[at:]
+    return text
 
 
 def _assistant_spans(tokenizer, messages, text):

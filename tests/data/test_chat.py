@@ -117,6 +117,31 @@ def test_a_template_that_changes_earlier_answers_is_refused(tokenizer_json):
     assert chat.encode(tokenizer, messages(TURNS[:3])).num_trained > 0
 
 
+# Mistral's v0.3 puts the system message into the last user message, if that is the last message of all
+SYSTEM_LAST = (
+    "{% for m in messages if m['role'] != 'system' %}{% if m['role'] == 'user' %}[INST] "
+    "{% if loop.last and messages[0]['role'] == 'system' %}{{ messages[0]['content'] }}\n\n{% endif %}{{ m['content'] }}[/INST]"
+    "{% else %} {{ m['content'] }}<|im_end|>{% endif %}{% endfor %}"
+)
+# opens the answer with a thought in a prompt, and does not show it afterwards
+OPENED = CHATML.replace("<|im_start|>assistant\n{% endif %}", "<|im_start|>assistant\n<think>\n{% endif %}")
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [(SYSTEM_LAST, "[INST] Be brief.\n\nHi[/INST] Hello there.<|im_end|>"), (OPENED, None)],
+)
+def test_a_single_answer_follows_the_prompt_that_chat_will_show(tokenizer_json, template, expected):
+    tokenizer = make_tokenizer(tokenizer_json, template)
+    example = chat.encode(tokenizer, messages(TURNS[:3]))
+    text = tokenizer.decode(example.input_ids)
+    prompt = tokenizer.apply_chat_template(messages(TURNS[:2]), tokenize=False, add_generation_prompt=True)
+    assert text.startswith(prompt)
+    assert expected is None or text == expected
+    assert [piece.strip() for piece in trained_pieces(tokenizer, example)] == ["Hello there.<|im_end|>"]
+    assert not tokenizer.apply_chat_template(messages(TURNS[:3]), tokenize=False).startswith(prompt)
+
+
 def test_the_turn_end_is_a_stop_token_even_if_the_tokenizers_end_token_is_another(tokenizer_json):
     tokenizer = make_tokenizer(tokenizer_json)
     tokenizer.eos_token = "<|endoftext|>"

@@ -85,8 +85,7 @@ def _download(section):
         found = snapshot_download(name, revision=section.revision, allow_patterns=wanted, ignore_patterns=unwanted)
         folder = Path(found)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"model.name_or_path {name}: no such folder, and the hub says: {reason}") from None
+        raise InputError(f"model.name_or_path {name}: no such folder, and the hub says: {_first_line(error)}") from None
     return folder, folder.name
 
 

@@ -102,7 +102,7 @@ def _join_rows(rows):
 
 def _config(training, gradient_checkpointing, run, device, evaluates, packed):
     steps = training.max_steps
-    return SFTConfig(
+    config = SFTConfig(
         output_dir=str(run.path),
         num_train_epochs=training.num_train_epochs,
         max_steps=-1 if steps is None else steps,
@@ -132,6 +132,11 @@ def _config(training, gradient_checkpointing, run, device, evaluates, packed):
         report_to="none",
         disable_tqdm=True,
     )
+    # One process trains on one device: with several GPUs in sight the Trainer would multiply the batch by their number
+    # and wrap the model in DataParallel. Reading `device` first: it is what counts them.
+    assert config.device is not None
+    config._n_gpu = min(1, config.n_gpu)
+    return config
 
 
 class Trainer(SFTTrainer):

@@ -5,7 +5,6 @@
 #   ./scripts/quickstart.sh --model NAME        any hub model or folder
 #   ./scripts/quickstart.sh KEY=VALUE ...       change the recipe: training.max_steps=50
 set -euo pipefail
-. "$(dirname "$0")/setup.sh"
 
 model="" overrides=()
 while [ $# -gt 0 ]; do
@@ -16,6 +15,10 @@ while [ $# -gt 0 ]; do
     *) echo "quickstart.sh: unknown argument $1 (see --help)" >&2 && exit 2 ;;
     esac
 done
+if [ -d "$model" ]; then
+    model=$(CDPATH= cd -- "$model" && pwd) # the next line leaves this folder
+fi
+. "$(dirname "$0")/setup.sh"
 
 step() { printf '\n== %s\n' "$*"; }
 run=runs/quickstart number=1
@@ -37,7 +40,7 @@ python scripts/quickstart_data.py runs/quickstart-data
 tail -n 1 runs/quickstart-data/test.jsonl
 
 step "3/6 train: qlora train recipes/quickstart.yaml"
-qlora train recipes/quickstart.yaml "model.name_or_path=$model" "output_dir=$run" ${overrides[@]+"${overrides[@]}"}
+qlora train recipes/quickstart.yaml "model.name_or_path='$model'" "output_dir=$run" ${overrides[@]+"${overrides[@]}"}
 
 step "4/6 before and after, on names, phrasings and dates that were not in training: qlora eval $run"
 qlora eval "$run"

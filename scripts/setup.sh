@@ -1,6 +1,6 @@
 # Sourced by the other scripts: makes .venv with the tested versions, once, and activates it.
-# A changed pyproject.toml or constraints.txt makes it install again.
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# A changed pyproject.toml or constraints.txt, or another folder, makes it install again.
+CDPATH= cd -- "$(dirname "${BASH_SOURCE[0]}")/.."
 
 find_python() {
     for name in python3.13 python3.12 python3.11 python3.10 python3 python; do
@@ -13,12 +13,12 @@ find_python() {
     return 1
 }
 
-stamp=$(cat pyproject.toml constraints.txt | cksum)
+stamp=$({ pwd && cat pyproject.toml constraints.txt; } | cksum) # the folder too: a virtual environment cannot be moved
 if [ "$(cat .venv/.installed 2>/dev/null)" != "$stamp" ]; then
-    if [ ! -x .venv/bin/python ]; then
+    if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
         python=${PYTHON:-$(find_python)}
         echo "setting up .venv with $("$python" --version); this downloads PyTorch once"
-        "$python" -m venv .venv
+        "$python" -m venv --clear .venv
     fi
     # torch first: a range that another package asks for could bring a newer one
     .venv/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt torch

@@ -98,6 +98,8 @@ def _refuse_full_disk(out, num_bytes):
 def _write_configs(folder, checkpoint, config, tokenizer, dtype):
     from transformers import GenerationConfig
 
+    for code in checkpoint.folder.glob("*.py") if config.to_dict().get("auto_map") else []:
+        shutil.copy(code, folder)
     config.dtype = base_model.dtype_of(dtype)
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -112,14 +114,20 @@ def _write_configs(folder, checkpoint, config, tokenizer, dtype):
 
 
 def _compare(checkpoint, recipe, run, rows, folder, device):
-    model = base_model.load(checkpoint, recipe.model, recipe.quantization, device)
+    section = recipe.model
+    if section.attn_implementation == "flash_attention_2":  # computes in bfloat16 whatever it is given
+        section = section.model_copy(update={"attn_implementation": "auto"})
+    live_device = device
+    if recipe.quantization is None:
+        live_device = proof.device_for(2 * sum(path.stat().st_size for path in folder.glob("*.safetensors")), device)
+    model = base_model.load(checkpoint, section, recipe.quantization, live_device)
     model = adapter.load(model, run.adapter)
     live = proof.Live(model, rows)
     del model
     gc.collect()  # peft models hold themselves in cycles; the merged model needs the room
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    return live, live.compare(proof.reload(folder, device))
+    return live, live.compare(proof.reload(folder, device, section.trust_remote_code))
 
 
 def _show(report):

@@ -27,7 +27,7 @@ def train(recipe: Recipe) -> RunDir:
     """
     RunDir(recipe.output_dir).refuse_used()
     from .. import adapter, base_model, sft
-    from ..export import proof
+    from ..export import merge, proof
     from ..kernels import attention
     from .prepared import prepare, say_report
 
@@ -36,6 +36,9 @@ def train(recipe: Recipe) -> RunDir:
     if recipe.data.packing:
         attention.refuse_unsupported(prepared.config)
     checkpoint, tokenizer = prepared.checkpoint, prepared.tokenizer
+
+    # what export will need: better to know now than after the training
+    merge.plan(checkpoint, prepared.config, base_model.dtype_of(recipe.export.dtype), recipe.model.trust_remote_code)
 
     run = RunDir.create(recipe)
     write_json(run.data_report_file, prepared.report)

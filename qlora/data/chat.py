@@ -85,15 +85,18 @@ def encode(tokenizer, messages, train_on="assistant"):
     text = _conversation(tokenizer, messages)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+    spans = list(_assistant_spans(tokenizer, messages, text))
     if train_on == "all":
-        return Example(ids, list(ids))
+        return Example(ids, [IGNORE_INDEX, *ids[1:]])  # nothing stands before the first token to predict it from
     labels = [IGNORE_INDEX] * len(ids)
     stops = stop_token_ids(tokenizer)
-    for start, words_end, bound in _assistant_spans(tokenizer, messages, text):
+    for start, words_end, bound in spans:
         stopped = False
         for index, (left, right) in enumerate(offsets):
             if right <= start or left >= bound or stopped:
                 continue  # what the template puts after the end of the turn (a newline) is not the assistant's
+            if left < start and ids[index] in tokenizer.added_tokens_decoder:
+                continue  # the header's last token, which swallows spaces that the answer begins with (Phi-3)
             labels[index] = ids[index]
             stopped = left >= words_end and ids[index] in stops
         if not stopped:
@@ -114,8 +117,9 @@ def _conversation(tokenizer, messages):
     text = render(tokenizer, messages)
     if sum(message["role"] == "assistant" for message in messages) == 1:
         prompt = render(tokenizer, messages[:-1], add_generation_prompt=True)
-        at = text.rfind(messages[-1]["content"].strip())
-        if at >= 0 and not text.startswith(prompt):
+        marked = render(tokenizer, [*messages[:-1], {**messages[-1], "content": _MARK}])
+        at = marked.find(_MARK)
+        if at >= 0 and text[:at] == marked[:at] and not text.startswith(prompt):
             space = "" if prompt[-1:].isspace() else text[len(text[:at].rstrip()) : at]
             return prompt + space + text[at:]
     return text

@@ -101,14 +101,29 @@ def _loss(log_probabilities, rows):
     return torch.cat([_picked(one, row) for one, row in zip(log_probabilities, rows, strict=True)]).mean().item()
 
 
-def reload(folder, device):
-    """Return the model in `folder` as any user would load it, in float32 where that fits the device, else as stored."""
+def device_for(num_bytes, device):
+    """Return `device`, or the CPU if that many bytes and a tenth more are not free on it."""
+    if device.type == "cuda" and 1.1 * num_bytes > torch.cuda.mem_get_info(device)[0]:
+        return torch.device("cpu")
+    return device
+
+
+def reload(folder, device, trust_remote_code=False):
+    """Return the model in `folder` as any user would load it.
+
+    In float32 on `device` where that fits, else as stored on `device`, else in float32 on the CPU.
+    """
     from transformers import AutoModelForCausalLM
 
-    stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    fits = device.type != "cuda" or 2.2 * stored < torch.cuda.mem_get_info(device)[0]
+    num_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    in_float32 = device_for(2 * num_bytes, device) == device
+    device = device_for(num_bytes, device)
     model, info = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32 if fits else "auto", device_map={"": device}, output_loading_info=True
+        folder,
+        dtype=torch.float32 if in_float32 or device.type == "cpu" else "auto",
+        device_map={"": device},
+        trust_remote_code=trust_remote_code,
+        output_loading_info=True,
     )
     lost = [*info["missing_keys"], *info["unexpected_keys"], *map(str, info["mismatched_keys"])]
     if lost:
@@ -119,7 +134,9 @@ def reload(folder, device):
 def failures(live, merged, base, dtype):
     """Return what is wrong, as sentences; none means proven."""
     found = []
-    if not (math.isfinite(merged.loss) and merged.kl <= KL_LIMIT[dtype]):
+    if not (math.isfinite(merged.loss) and math.isfinite(merged.kl)):
+        return [f"its answers are not finite numbers in {dtype}; export with --dtype bfloat16 or float32"]
+    if merged.kl > KL_LIMIT[dtype]:
         found.append(
             f"KL(trained, exported) is {merged.kl:.2e} nats a token, the limit for {dtype} is {KL_LIMIT[dtype]:.0e}"
         )

@@ -142,6 +142,29 @@ def test_a_single_answer_follows_the_prompt_that_chat_will_show(tokenizer_json, 
     assert not tokenizer.apply_chat_template(messages(TURNS[:3]), tokenize=False).startswith(prompt)
 
 
+@pytest.mark.parametrize("answer", ["s", "m", "_", "im_end", "|"])
+def test_an_answer_that_stands_in_the_closing_token_too_is_found(tokenizer_json, answer):
+    tokenizer = make_tokenizer(tokenizer_json, SYSTEM_LAST)
+    example = chat.encode(tokenizer, messages([*TURNS[:2], ("assistant", answer)]))
+    assert tokenizer.decode(example.input_ids) == f"[INST] Be brief.\n\nHi[/INST] {answer}<|im_end|>"
+
+
+def test_training_on_everything_still_refuses_what_chat_would_not_show(tokenizer_json):
+    tokenizer = make_tokenizer(tokenizer_json, SYSTEM_LAST)
+    with pytest.raises(ValueError, match="message 2"):
+        chat.encode(tokenizer, messages(TURNS), train_on="all")
+
+
+def test_a_header_that_swallows_the_spaces_of_the_answer_is_not_trained(tokenizer_json):
+    from tokenizers import AddedToken
+
+    template = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|im_end|>{% endfor %}"
+    tokenizer = make_tokenizer(tokenizer_json, template + "{% if add_generation_prompt %}<|assistant|>{% endif %}")
+    tokenizer.add_tokens([AddedToken("<|assistant|>", rstrip=True, special=True)], special_tokens=True)
+    example = chat.encode(tokenizer, messages([("user", "Hi"), ("assistant", "\n  Hello")]))
+    assert [piece.strip() for piece in trained_pieces(tokenizer, example)] == ["Hello<|im_end|>"]
+
+
 def test_the_turn_end_is_a_stop_token_even_if_the_tokenizers_end_token_is_another(tokenizer_json):
     tokenizer = make_tokenizer(tokenizer_json)
     tokenizer.eos_token = "<|endoftext|>"
@@ -158,7 +181,7 @@ def test_stop_tokens_of_the_generation_config_are_kept(tokenizer):
 
 def test_train_on_all_trains_every_token(tokenizer):
     example = chat.encode(tokenizer, messages(TURNS), train_on="all")
-    assert example.labels == example.input_ids
+    assert example.labels == [IGNORE_INDEX, *example.input_ids[1:]]
 
 
 def test_scripts_and_emoji_survive(tokenizer):

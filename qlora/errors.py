@@ -13,13 +13,14 @@ class InputError(QLoRAError):
     exit_code = 2
 
     @classmethod
-    def listing(cls, where, problems, remedy=None, limit=20):
+    def listing(cls, where, problems, remedy=None, limit=20, total=None):
         """Return one error that reports `problems` (strings) together: the first `limit` in full, then the count, and
-        what to do about them."""
-        head = f"{where} has {len(problems)} problem{'s' if len(problems) != 1 else ''}"
+        what to do about them. total: how many there are, where `problems` holds only the first."""
+        total = len(problems) if total is None else total
+        head = f"{where} has {total:,} problem{'s' if total != 1 else ''}"
         lines = [f"  {problem}" for problem in problems[:limit]]
-        if len(problems) > limit:
-            lines.append(f"  ... and {len(problems) - limit} more")
+        if total > len(lines):
+            lines.append(f"  ... and {total - len(lines):,} more")
         if remedy:
             lines.append(f"  {remedy}")
         return cls("\n".join([head, *lines]))

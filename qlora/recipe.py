@@ -21,8 +21,6 @@ from .errors import InputError
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
-Sources = Annotated[list[str], Field(min_length=1), BeforeValidator(lambda v: [v] if isinstance(v, str) else v)]
-
 # YAML 1.2 (ruamel) reads 2e-4 as a number and `on:` as a word; YAML 1.1 (PyYAML) does neither.
 
 
@@ -52,8 +50,52 @@ class Lora(Section):
 
 
 Column = Literal[
-    "messages", "conversations", "system", "instruction", "input", "output", "history", "prompt", "completion"
+    "messages",
+    "conversations",
+    "system",
+    "instruction",
+    "input",
+    "output",
+    "history",
+    "prompt",
+    "completion",
+    "text",
+    "tools",
 ]
+
+
+class Source(Section):
+    """Where rows come from: local files (`path`), or a data set on the hub (`name`, as `datasets.load_dataset` takes it)."""
+
+    path: str | None = None
+    name: str | None = None
+    subset: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    format: Literal["auto", "messages", "alpaca", "completion", "sharegpt", "text"] = "auto"
+    columns: dict[Column, str] | None = None
+    sample_by: Literal["document", "paragraph", "line"] = "document"
+    weight: Annotated[float, Field(gt=0, le=1000)] = 1.0
+    max_rows: Positive | None = None
+
+    @model_validator(mode="after")
+    def _one_place(self):
+        if (self.path is None) == (self.name is None):
+            raise ValueError("give either path (a file, glob or folder) or name (a data set on the hub)")
+        hub_only = {"subset", "revision", "split"} & self.model_fields_set
+        if self.path is not None and any(getattr(self, key) not in (None, "train") for key in hub_only):
+            raise ValueError(f"{', '.join(sorted(hub_only))} belong to a hub data set (name), not to a path")
+        return self
+
+
+def _as_sources(value):
+    """A path, a source, or a list of both."""
+    return [
+        {"path": item} if isinstance(item, str) else item for item in (value if isinstance(value, list) else [value])
+    ]
+
+
+Sources = Annotated[list[Source], Field(min_length=1), BeforeValidator(_as_sources)]
 
 
 class Data(Section):
@@ -62,10 +104,12 @@ class Data(Section):
     columns: dict[Column, str] | None = None
     eval_fraction: Share = 0.0
     max_length: Annotated[int, Field(ge=8)] = 2048
-    overlong: Literal["error", "drop"] = "error"
+    overlong: Literal["error", "drop", "truncate_prompt", "truncate", "split"] = "error"
+    on_bad_row: Literal["error", "skip"] = "error"
     packing: bool = False
-    train_on: Literal["assistant", "all"] = "assistant"
+    train_on: Literal["assistant", "last_assistant", "completion", "all"] = "assistant"
     chat_template: str | None = None
+    num_proc: Positive | None = None
 
     @model_validator(mode="after")
     def _one_eval_source(self):
@@ -78,6 +122,8 @@ class Training(Section):
     num_train_epochs: Annotated[float, Field(gt=0)] = 1.0
     max_steps: Positive | None = None
     per_device_train_batch_size: Positive = 1
+    tokens_per_micro_batch: Positive | None = None
+    group_by_length: bool = False
     per_device_eval_batch_size: Positive = 1
     gradient_accumulation_steps: Positive = 16
     learning_rate: Annotated[float, Field(gt=0)] = 2e-4
@@ -118,6 +164,24 @@ class Recipe(Section):
     memory: Memory = Memory()
     export: Export = Export()
     output_dir: Annotated[str, Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _one_way_to_fill_a_micro_batch(self):
+        tokens = self.training.tokens_per_micro_batch
+        if tokens is not None and tokens < self.data.max_length:
+            raise ValueError(
+                f"training.tokens_per_micro_batch {tokens} is less than data.max_length {self.data.max_length}; "
+                "one row must fit into a micro-batch"
+            )
+        if tokens is not None and self.training.per_device_train_batch_size != 1:
+            raise ValueError(
+                "training.tokens_per_micro_batch and per_device_train_batch_size exclude each other; keep one"
+            )
+        if self.training.group_by_length and (self.data.packing or tokens is not None):
+            raise ValueError(
+                "training.group_by_length is for padded rows; leave it out with packing or tokens_per_micro_batch"
+            )
+        return self
 
     @classmethod
     def load(cls, path, overrides=()) -> Recipe:
@@ -241,8 +305,11 @@ def _fields(section):
 
 
 def _kinds(annotation):
-    arguments = getattr(annotation, "__args__", (annotation,))
-    return [kind for kind in arguments if isinstance(kind, type)]
+    """Return the classes that an annotation is made of: those in list[...] and X | None, too."""
+    arguments = getattr(annotation, "__args__", ())
+    if not arguments:
+        return [annotation] if isinstance(annotation, type) else []
+    return [kind for argument in arguments for kind in _kinds(argument)]
 
 
 # what other tools call it
@@ -255,6 +322,9 @@ _SYNONYMS = {
     "batch_size": "training.per_device_train_batch_size",
     "cutoff_len": "data.max_length",
     "max_seq_length": "data.max_length",
+    "train_on_inputs": "data.train_on",
+    "neat_packing": "data.packing",
+    "sample_packing": "data.packing",
     "base_model": "model.name_or_path",
 }
 
@@ -262,7 +332,7 @@ _SYNONYMS = {
 def _did_you_mean(location):
     section: Any = Recipe
     for part in location[:-1]:
-        section = _fields(section).get(part) or section
+        section = section if isinstance(part, int) else _fields(section).get(part) or section
     name, prefix = str(location[-1]), "".join(f"{part}." for part in location[:-1])
     sections = {parent: kind for parent, kind in _fields(Recipe).items() if kind}
     elsewhere = {field: f"{parent}.{field}" for parent, kind in sections.items() for field in kind.model_fields}

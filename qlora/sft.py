@@ -10,16 +10,18 @@ import warnings
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from torch.nn import functional as F
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from . import adapter, memory
-from .data import IGNORE_INDEX
+from . import adapter, data, memory
+from .data import IGNORE_INDEX, Packs
 from .errors import TrainingFailed
 from .kernels.attention import within_documents
 
@@ -36,30 +38,34 @@ class Result:
     peak_bytes: int
 
 
-def train(model, tokenizer, examples, eval_examples, training, gradient_checkpointing, run, packed=False, on_log=None):
+def train(model, tokenizer, examples, eval_examples, training, gradient_checkpointing, run, on_log=None):
     """Train the adapters of `model` in place; return the Result.
 
-    model: a PeftModel whose adapters alone require gradients. examples, eval_examples: data.Example lists, or
-    data.Packed if `packed` (the held-out ones with one document each: a loss a row).
+    model: a PeftModel whose adapters alone require gradients. examples: a sequence of data.Example, data.Packs, or
+    data.Batches, read when needed. eval_examples: a sequence of data.Example.
     training: the recipe's section. on_log(record, total_steps): called with each line of metrics.jsonl.
 
     Raises:
         TrainingFailed: a loss or gradient is not finite (the step is not taken), or an adapter does not move.
     """
     memory.reset_peak()
+    packed = isinstance(examples, Packs)
+    pad = DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id)
     trainer = Trainer(
         model=model,
         args=_config(training, gradient_checkpointing, run, model.device, bool(eval_examples), packed),
-        train_dataset=_dataset(examples, packed),
+        train_dataset=_dataset(examples),
         eval_dataset=_dataset(eval_examples, packed) if eval_examples else None,
         processing_class=tokenizer,
-        data_collator=_join_rows if packed else DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id),
+        data_collator=_join_rows if packed else lambda rows: pad(_unbatched(rows)),
     )
+    if training.group_by_length:
+        trainer.lengths = [int(length) for length in getattr(examples, "lengths", map(_length, examples))]
     for parameter in model.parameters():
         if parameter.requires_grad:  # trl casts the adapters of a quantized base to bf16, whatever it computes in
             parameter.data = parameter.data.to(model.get_input_embeddings().weight.dtype)
     if eval_examples:
-        trainer.eval_tokens_per_row = sum(example.num_trained for example in eval_examples) / len(eval_examples)
+        trainer.eval_tokens_per_row = _mean_trained(eval_examples)
     for printer in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printer)
     trainer.add_callback(_FirstStep(model))
@@ -84,9 +90,38 @@ def train(model, tokenizer, examples, eval_examples, training, gradient_checkpoi
     )
 
 
-def _dataset(examples, packed):
-    names = ["input_ids", "labels", *(["segments"] if packed else [])]
-    return Dataset.from_dict({name: [getattr(example, name) for example in examples] for name in names})
+def _dataset(items, alone=False):
+    """Return a Dataset of nothing but numbers, whose rows are made of `items` when the trainer asks for them."""
+
+    def rows(batch):
+        chosen = [items[index] for index in batch["index"]]
+        chosen = [data.alone(example) for example in chosen] if alone else chosen
+        if isinstance(chosen[0], list):  # a micro-batch
+            return {name: [[getattr(e, name) for e in item] for item in chosen] for name in ("input_ids", "labels")}
+        names = ["input_ids", "labels", *(["segments"] if isinstance(chosen[0], data.Packed) else [])]
+        return {name: [getattr(item, name) for item in chosen] for name in names}
+
+    return Dataset.from_dict({"index": range(len(items))}).with_transform(rows)
+
+
+def _mean_trained(examples):
+    counts = getattr(examples, "num_trained", None)
+    return float(np.mean([example.num_trained for example in examples] if counts is None else counts))
+
+
+def _length(example):
+    return len(example.input_ids)
+
+
+def _unbatched(rows):
+    """Return rows of token ids, also where each row is a micro-batch of them."""
+    if not isinstance(rows[0]["input_ids"][0], list):
+        return rows
+    return [
+        {"input_ids": ids, "labels": labels}
+        for row in rows
+        for ids, labels in zip(row["input_ids"], row["labels"], strict=True)
+    ]
 
 
 def _join_rows(rows):
@@ -143,7 +178,14 @@ class Trainer(SFTTrainer):
     """trl's SFTTrainer with float32 master weights and gradients, a lean loss on the CPU, and eval losses weighted by tokens."""
 
     eval_tokens_per_row = None
+    lengths: Any = None  # of the training rows, where rows of like length are to share a batch
     optimizer: Any
+
+    def _get_train_sampler(self, train_dataset=None):
+        if self.lengths is None:
+            return super()._get_train_sampler(train_dataset)
+        rows_per_step = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return LengthGroupedSampler(rows_per_step, lengths=self.lengths)
 
     def create_optimizer(self, model=None):
         if self.optimizer is None:

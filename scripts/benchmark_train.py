@@ -53,9 +53,12 @@ def plain(args, folder):
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    from qlora import base_model, data
+    from qlora import base_model
+    from qlora.data import formats, sources
+    from qlora.recipe import Source
 
-    rows = [c.messages for source in data.read([args.data]) for c in source.conversations]
+    read = (row for file in sources.open_source(Source(path=args.data)) for row in file.rows())
+    rows = [formats.to_conversation(row.value)[1].messages for row in read]
     dataset = Dataset.from_list([{"prompt": row[:-1], "completion": row[-1:]} for row in rows])
     bnb = BitsAndBytesConfig(
         load_in_4bit=True,

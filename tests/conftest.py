@@ -12,6 +12,8 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from qlora import base_model
+from qlora.data import chat
+from qlora.data.formats import Conversation
 from qlora.recipe import Model, Quantization, Recipe
 
 CHATML = (
@@ -58,6 +60,12 @@ CONVERSATIONS = [
 
 def messages(turns):
     return [{"role": role, "content": content} for role, content in turns]
+
+
+def encode(tokenizer, turns, train_on="assistant"):
+    """Return the one Example of a list of messages."""
+    (example,) = chat.encode(tokenizer, Conversation(turns), train_on)
+    return example
 
 
 def write_jsonl(path, rows):
@@ -132,6 +140,12 @@ def load_model(tiny_model):
         return base_model.load(base_model.find(section), section, quantization)
 
     return load
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_tokenized_rows(tmp_path_factory):
+    """Keep the suite's tokenized rows out of the user's cache."""
+    os.environ["QLORA_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture

@@ -9,11 +9,10 @@ import torch
 from trl import SFTTrainer
 
 from qlora import adapter, base_model, sft
-from qlora.data import chat
 from qlora.errors import TrainingFailed
 from qlora.recipe import Lora, Training
 from qlora.rundir import RunDir
-from tests.conftest import CONVERSATIONS, messages
+from tests.conftest import CONVERSATIONS, encode, messages
 
 # rows of very different lengths, so that a mean over rows or over micro-batches is another number than one over tokens
 UNEVEN = [
@@ -41,7 +40,7 @@ def fit(load_model, tokenizer, tmp_path):
         model = adapter.attach(model, lora)
         defaults = {"max_steps": 1, "learning_rate": 1e-2, "warmup_ratio": 0.0, "gradient_accumulation_steps": 1,
                     "lr_scheduler_type": "constant"}  # fmt: skip
-        examples, eval_examples = ([chat.encode(tokenizer, messages(t)) for t in rows] for rows in (turns, held_out))
+        examples, eval_examples = ([encode(tokenizer, messages(t)) for t in rows] for rows in (turns, held_out))
         training = Training(**{**defaults, **settings})
         result = sft.train(model, tokenizer, examples, eval_examples, training, checkpointing, run)
         return model, result, run
@@ -77,7 +76,7 @@ def test_the_logged_loss_is_the_mean_over_trained_tokens(fit, load_model, tokeni
     model = base_model.to_float32(load_model("llama"))
     total, count, means = 0.0, 0, []
     for turns in UNEVEN:
-        example = chat.encode(tokenizer, messages(turns))
+        example = encode(tokenizer, messages(turns))
         ids, labels = torch.tensor([example.input_ids]), torch.tensor([example.labels])
         loss = model(input_ids=ids, labels=labels).loss.item()
         total, count = total + loss * example.num_trained, count + example.num_trained
@@ -90,7 +89,7 @@ def test_the_held_out_loss_is_the_mean_over_tokens_too(fit, tokenizer):
     model, result, _ = fit(CONVERSATIONS, held_out=UNEVEN[:7], float32=True, per_device_eval_batch_size=2)
     from qlora import metrics
 
-    examples = [chat.encode(tokenizer, messages(turns)) for turns in UNEVEN[:7]]
+    examples = [encode(tokenizer, messages(turns)) for turns in UNEVEN[:7]]
     assert result.eval_loss == pytest.approx(metrics.mean_loss(model.eval(), examples)[0], rel=1e-4)
 
 
@@ -220,5 +219,5 @@ def test_metrics_have_the_stable_keys_and_tensorboard_the_same_numbers(fit):
 
 def test_padding_is_not_counted_as_tokens(fit, tokenizer):
     _, result, _ = fit(UNEVEN, num_train_epochs=1.0, max_steps=None, per_device_train_batch_size=4)
-    assert result.tokens == sum(len(chat.encode(tokenizer, messages(turns)).input_ids) for turns in UNEVEN)
+    assert result.tokens == sum(len(encode(tokenizer, messages(turns)).input_ids) for turns in UNEVEN)
     assert dataclasses.asdict(result)["steps"] == 4

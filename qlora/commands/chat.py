@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from .. import generate
-from ..data.chat import render
+from ..data.chat import encode_prompt
 from ..errors import InputError
 from .subject import open_subject
 
@@ -50,10 +50,9 @@ def _print_piece(text):
 
 def _answer(subject, messages, max_new_tokens, on_text):
     try:
-        text = render(subject.tokenizer, messages, add_generation_prompt=True)
+        prompt = encode_prompt(subject.tokenizer, messages)
     except ValueError as error:
         raise InputError(str(error)) from None
-    prompt = subject.tokenizer(text, add_special_tokens=False).input_ids
     return generate.stream(
         subject.model, subject.tokenizer, prompt, subject.stops, max_new_tokens, on_text or (lambda piece: None)
     ).strip()

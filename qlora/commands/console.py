@@ -7,7 +7,15 @@ import time
 
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 _console = Console(stderr=True, highlight=False)
@@ -94,6 +102,34 @@ def size(count):
             return f"{count:.0f} {unit}"
         count /= 1024
     return f"{count:.2f} GiB"
+
+
+class Reading:
+    """Progress of reading and tokenizing files: a live bar on a terminal, a plain line every `every` seconds elsewhere."""
+
+    every = 20
+
+    def __init__(self):
+        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+        self.bar = Progress(*columns, console=_console, transient=True)
+        self.task = self.bar.add_task("tokenizing", total=1.0)
+        self.start = self.said = time.monotonic()
+
+    def __enter__(self):
+        if _console.is_terminal:
+            self.bar.start()
+        return self
+
+    def __exit__(self, *exception):
+        if _console.is_terminal:
+            self.bar.stop()
+
+    def update(self, path, share, rows):
+        self.bar.update(self.task, description=f"tokenizing {path}: {rows:,} rows", completed=share)
+        now = time.monotonic()
+        if not _console.is_terminal and now - self.said > self.every:
+            say(f"data      {path}: {rows:,} rows tokenized, {share:.0%} of the file")
+            self.said = now
 
 
 class Steps:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 from rich.text import Text
 
 from ..data import IGNORE_INDEX
 from ..errors import InputError
 from ..recipe import Recipe
 from . import console
-from .prepared import prepare, say_report
+from .prepared import prepare, refuse_pointless, say_report
 
 _BARS = 10
 
@@ -25,25 +26,24 @@ def inspect_data(recipe: Recipe, row=None, tokens=False) -> dict:
     if row is not None and not 1 <= row <= len(prepared.examples):
         raise InputError(f"--row {row}: there are rows 1 to {len(prepared.examples)}")
     say_report(prepared)
-    for line in _histogram([len(example.input_ids) for example in prepared.examples], recipe.data.max_length):
+    for line in _histogram(prepared.examples.lengths, recipe.data.max_length):
         console.show(line)
     steps = prepared.report["steps_per_epoch"]
     console.show(f"steps     {steps:,} an epoch")
     for number in range(1, min(2, len(prepared.examples)) + 1) if row is None else [row]:
-        where = prepared.conversations[number - 1].row.where
+        where = prepared.examples.where(number - 1)
         console.show(
             f"\nrow {number} ({where}); {'trained tokens in green' if console.has_color() else 'trained: [[...]]'}"
         )
         console.show(_rendered(prepared.tokenizer, prepared.examples[number - 1], tokens))
+    refuse_pointless(prepared.report)
     return prepared.report
 
 
 def _histogram(lengths, max_length):
     """Return lines that draw how many rows have which length, up to the longest."""
-    step = -(-max(lengths) // _BARS)
-    counts = [0] * _BARS
-    for length in lengths:
-        counts[min((length - 1) // step, _BARS - 1)] += 1
+    step = -(-int(lengths.max()) // _BARS)
+    counts = np.bincount(np.minimum((lengths - 1) // step, _BARS - 1), minlength=_BARS).tolist()
     lines = [f"lengths   of {len(lengths):,} rows; max_length is {max_length:,}"]
     for index, count in enumerate(counts):
         bar = "#" * round(40 * count / max(counts))

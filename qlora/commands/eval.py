@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from .. import data, generate, metrics
 from ..data import chat
 from ..errors import InputError
@@ -23,58 +25,57 @@ def evaluate(target, data_file=None, overrides=(), max_rows=100) -> dict:
         InputError: no such target, or no rows to evaluate on.
     """
     subject = open_subject(target, overrides)
-    section = subject.recipe.data if subject.recipe else Data(train=["-"])
-    conversations = _held_out(subject, data_file)[:max_rows]
-    _, examples = data.encode(conversations, subject.tokenizer, section.model_copy(update={"overlong": "error"}), {})
-    result = {"rows": len(conversations), **_score(subject, conversations, examples, "answering")}
+    rows = _held_out(subject, data_file).first_rows(max_rows)
+    conversations = data.conversations(rows)
+    result = {"rows": len(conversations), **_score(subject, conversations, rows, "answering")}
     if subject.run is not None:
         with subject.model.disable_adapter():
-            result["before"] = _score(subject, conversations, examples, "answering without the adapter")
+            result["before"] = _score(subject, conversations, rows, "answering without the adapter")
         write_json(subject.run.eval_file, result)
     _show(target, result)
     return result
 
 
 def _held_out(subject, data_file):
+    """Return the Rows to evaluate on."""
+    recipe, tokenizer = subject.recipe, subject.tokenizer
     if data_file is not None:
-        return [
-            c
-            for source in data.read([data_file], subject.recipe.data.columns if subject.recipe else None)
-            for c in source.conversations
-        ]
-    rows = held_out_conversations(subject.recipe) if subject.recipe else []
-    if not rows:
-        raise InputError("no held-out rows: the recipe has neither data.eval nor data.eval_fraction; give --data FILE")
-    return rows
-
-
-def held_out_conversations(recipe):
-    """Return the conversations that `recipe` keeps out of training; an empty list if it keeps none."""
-    if recipe.data.eval:
-        return [c for source in data.read(recipe.data.eval, recipe.data.columns) for c in source.conversations]
-    if not recipe.data.eval_fraction:
-        return []
-    return data.hold_out(
-        data.read(recipe.data.train, recipe.data.columns), recipe.data.eval_fraction, recipe.training.seed
-    )[1]
-
-
-def _score(subject, conversations, examples, what):
-    loss, tokens = metrics.mean_loss(subject.model, examples)
-    references = [conversation.messages[-1]["content"] for conversation in conversations]
-    longest = max(len(subject.tokenizer(text, add_special_tokens=False).input_ids) for text in references)
-    prompts = [_prompt(subject.tokenizer, conversation) for conversation in conversations]
-    with console.counting(what, len(prompts)) as advance:
-        answers = generate.answers(
-            subject.model, subject.tokenizer, prompts, subject.stops, max_new_tokens=longest + 16, on_batch=advance
+        given = {"train": str(data_file), "overlong": "error"}
+        section = Data.model_validate(
+            {**recipe.data.model_dump(), **given} if recipe else {**given, "max_length": 2**30}
         )
-    found = metrics.task_metrics(answers, references)
+        return data.Rows(data.load(section.train, tokenizer, section, seed=0))
+    if recipe is None or not (recipe.data.eval or recipe.data.eval_fraction):
+        raise InputError("no held-out rows: the recipe has neither data.eval nor data.eval_fraction; give --data FILE")
+    section, seed = recipe.data, recipe.training.seed
+    if section.eval:
+        return data.Rows(data.load(section.eval, tokenizer, section, seed))
+    return data.hold_out(data.Rows(data.load(section.train, tokenizer, section, seed)), section.eval_fraction, seed)[1]
+
+
+def _score(subject, conversations, rows, what):
+    loss, tokens = metrics.mean_loss(subject.model, rows)
+    found = {}
+    if all(conversation.messages for conversation in conversations):  # plain text has no question
+        prompts = [
+            chat.encode_prompt(subject.tokenizer, conversation.messages[:-1], conversation.tools)
+            for conversation in conversations
+        ]
+        references = [_reference(subject.tokenizer, conversation) for conversation in conversations]
+        longest = max(len(subject.tokenizer(text, add_special_tokens=False).input_ids) for text in references)
+        with console.counting(what, len(prompts)) as advance:
+            answers = generate.answers(
+                subject.model, subject.tokenizer, prompts, subject.stops, max_new_tokens=longest + 16, on_batch=advance
+            )
+        found = metrics.task_metrics(answers, references)
     return {"loss": loss, "perplexity": metrics.perplexity(loss), "tokens": tokens, "metrics": found}
 
 
-def _prompt(tokenizer, conversation):
-    text = chat.render(tokenizer, conversation.messages[:-1], add_generation_prompt=True)
-    return tokenizer(text, add_special_tokens=False).input_ids
+def _reference(tokenizer, conversation):
+    """Return the last answer as the model has to write it, calls of tools in the template's form."""
+    example = chat.encode(tokenizer, replace(conversation, flags=()), "last_assistant")[-1]
+    trained = [label for label in example.labels if label != data.IGNORE_INDEX]
+    return tokenizer.decode(trained[:-1], skip_special_tokens=True)
 
 
 def _show(target, result):

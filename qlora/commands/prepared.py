@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,64 +14,89 @@ from . import console
 
 @dataclass
 class Prepared:
-    """Model files found, rows read and tokenized. `template` says in words which chat template is used."""
+    """Model files found, rows tokenized.
+
+    template: in words, which chat template is used. parts: the data files, held-out ones last. examples, eval_examples:
+    data.Rows. batches: what training takes one after another: the examples, or the Packs or Batches they are joined into.
+    """
 
     checkpoint: base_model.Checkpoint
     config: Any
     tokenizer: Any
     template: str
-    sources: list
-    conversations: list
-    examples: list
-    eval_examples: list
-    packed: list | None
+    parts: list
+    examples: data.Rows
+    eval_examples: data.Rows
+    batches: Any
     report: dict
 
 
 def prepare(recipe: Recipe) -> Prepared:
     """Read and tokenize the data of `recipe` for its model; raises InputError for whatever is wrong with either."""
-    sources = data.read(recipe.data.train, recipe.data.columns)
-    eval_sources = data.read(recipe.data.eval or [], recipe.data.columns)
     checkpoint = base_model.find(recipe.model)
     config = base_model.load_config(checkpoint, recipe.model)
     tokenizer = base_model.load_tokenizer(checkpoint.folder, recipe.model)
     template = chat.set_template(tokenizer, recipe.data.chat_template)
 
-    conversations, held_out = data.hold_out(sources, recipe.data.eval_fraction, recipe.training.seed)
-    held_out += [conversation for source in eval_sources for conversation in source.conversations]
-    dropped = collections.defaultdict(collections.Counter)
-    with console.status("tokenizing"):
-        kept, examples = data.encode(conversations, tokenizer, recipe.data, dropped)
-        kept_out, eval_examples = data.encode(held_out, tokenizer, recipe.data, dropped) if held_out else ([], [])
-    _refuse_what_the_model_cannot_take(examples + eval_examples, config)
-    packed = data.pack(examples, recipe.data.max_length) if recipe.data.packing else None
+    seed = recipe.training.seed
+    with console.Reading() as reading:
+        parts = data.load(recipe.data.train, tokenizer, recipe.data, seed, reading.update)
+        eval_parts = data.load(recipe.data.eval or [], tokenizer, recipe.data, seed, reading.update)
+    once, held_out = data.hold_out(data.Rows(parts), recipe.data.eval_fraction, seed)
+    held_out = data.Rows(eval_parts) if eval_parts else held_out
+    examples = data.weighted(once, seed)
+    if not len(examples):
+        raise InputError(_nothing_left(parts))
+    for rows in (examples, held_out):
+        _refuse_what_the_model_cannot_take(rows, config)
+    batches = _batches(examples, recipe)
     report = data.report(
-        [*sources, *eval_sources],
         examples,
-        dropped,
+        [*parts, *eval_parts],
         chat.stop_token_ids(tokenizer),
+        batches,
         recipe.training.per_device_train_batch_size * recipe.training.gradient_accumulation_steps,
-        packed,
-        recipe.data.max_length,
     )
-    report |= data.copies(kept, kept_out)
-    sources += eval_sources
-    return Prepared(checkpoint, config, tokenizer, template, sources, kept, examples, eval_examples, packed, report)
+    report |= {"eval_rows": len(held_out), **data.copies(once, held_out)}
+    return Prepared(checkpoint, config, tokenizer, template, [*parts, *eval_parts], examples, held_out, batches, report)
 
 
-def _refuse_what_the_model_cannot_take(examples, config):
+def _batches(examples, recipe):
+    tokens = recipe.training.tokens_per_micro_batch
+    if recipe.data.packing:
+        return data.pack(examples, tokens or recipe.data.max_length)
+    if tokens is not None:
+        return data.Batches(examples, examples.lengths, tokens, recipe.training.seed)
+    return examples
+
+
+def _nothing_left(parts):
+    lines = [f"  {part.path}: {_dropped(part.summary)}" for part in parts]
+    return "\n".join(["no row is left to train on", *lines])
+
+
+def _refuse_what_the_model_cannot_take(rows, config):
     config = config.get_text_config()
-    largest = max(max(example.input_ids) for example in examples)
+    largest = max((int(part.tokens.max()) for part in rows.parts if len(part.tokens)), default=0)
     if largest >= config.vocab_size:
         raise InputError(
             f"the tokenizer makes token {largest}, the model has {config.vocab_size} embeddings; "
             "tokenizer and model do not belong together"
         )
-    longest = max(len(example.input_ids) for example in examples)
+    longest = int(rows.lengths.max()) if len(rows) else 0
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and longest > positions:
         raise InputError(
             f"a row has {longest} tokens, the model {positions} positions; set data.max_length={positions}"
+        )
+
+
+def refuse_pointless(report):
+    """Raise InputError where training on the rows of `report` would teach the model never to stop."""
+    if report["ends_with_stop_token"] == 0:
+        raise InputError(
+            "no row ends with a token that generation stops at, because all are cut: the model would never learn to stop; "
+            "raise data.max_length, or set data.overlong to truncate_prompt or drop"
         )
 
 
@@ -81,22 +105,36 @@ def say_report(prepared: Prepared):
     report = prepared.report
     tokens, length = report["tokens"], report["length"]
     for source in report["sources"]:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in source["reasons"].items())
-        dropped = f", {source['rows_dropped']} dropped: {reasons}" if source["rows_dropped"] else ""
-        console.say(f"data      {source['path']}: {source['rows_read']:,} rows ({source['format']}){dropped}")
+        weight = f", weight {source['weight']:g}" if source["weight"] != 1 else ""
+        changed = [
+            f", {source[key]:,} {word}"
+            for key, word in (("rows_truncated", "TRUNCATED"), ("rows_split", "split"))
+            if source[key]
+        ]
+        dropped = f", {_dropped(source)}" if source["rows_dropped"] else ""
+        console.say(
+            f"data      {source['path']}: {source['rows_read']:,} rows ({source['format']}){weight}{dropped}{''.join(changed)}"
+        )
     console.say(
-        f"          {report['rows']:,} rows to train on, {len(prepared.eval_examples):,} held out; {tokens['total']:,} tokens, "
+        f"          {report['rows']:,} rows to train on, {report['eval_rows']:,} held out; {tokens['total']:,} tokens, "
         f"{tokens['trained'] / tokens['total']:.0%} trained; length p50 {length['p50']}, p95 {length['p95']}, "
         f"max {length['max']}"
     )
     console.say(f"          {report['ends_with_stop_token']:.0%} of rows end with a stop token; {_copies(report)}")
-    if prepared.packed is not None:
-        longest = max(len(row.input_ids) for row in prepared.packed)
+    batches = prepared.batches
+    if isinstance(batches, data.Packs):
         console.say(
-            f"packing   {report['rows']:,} rows into {len(prepared.packed):,} of up to {longest:,} tokens, "
+            f"packing   {report['rows']:,} rows into {len(batches):,} of up to {batches.longest:,} tokens, "
             f"{report['packing_efficiency']:.0%} full"
         )
+    elif isinstance(batches, data.Batches):
+        console.say(f"batches   {report['rows']:,} rows in {len(batches):,} micro-batches")
     console.say(f"template  {prepared.template}")
+
+
+def _dropped(source):
+    reasons = "; ".join(f"{count:,} {reason}" for reason, count in source["reasons"].items())
+    return f"{source['rows_dropped']:,} of {source['rows_read']:,} rows dropped: {reasons}"
 
 
 def _copies(report):

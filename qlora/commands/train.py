@@ -7,9 +7,8 @@ import platform
 import subprocess
 from pathlib import Path
 
-from .. import data
 from ..recipe import Recipe
-from ..rundir import RunDir, new_folder, sha256, write_json
+from ..rundir import RunDir, new_folder, write_json
 from . import console
 
 PACKAGES = ("qlora", "torch", "transformers", "bitsandbytes", "peft", "trl", "accelerate", "datasets", "safetensors")
@@ -29,10 +28,11 @@ def train(recipe: Recipe) -> RunDir:
     from .. import adapter, base_model, sft
     from ..export import merge, proof
     from ..kernels import attention
-    from .prepared import prepare, say_report
+    from .prepared import prepare, refuse_pointless, say_report
 
     prepared = prepare(recipe)
     say_report(prepared)
+    refuse_pointless(prepared.report)
     if recipe.data.packing:
         attention.refuse_unsupported(prepared.config)
     checkpoint, tokenizer = prepared.checkpoint, prepared.tokenizer
@@ -44,25 +44,24 @@ def train(recipe: Recipe) -> RunDir:
     write_json(run.data_report_file, prepared.report)
     vocab_size = prepared.config.get_text_config().vocab_size
     held_out = prepared.eval_examples
-    rows = proof.proof_rows(held_out or prepared.examples, vocab_size)
-    write_json(run.proof_rows_file, proof.to_json(rows, "held-out rows" if held_out else "training rows"))
+    rows = proof.proof_rows(held_out if len(held_out) else prepared.examples, vocab_size)
+    write_json(run.proof_rows_file, proof.to_json(rows, "held-out rows" if len(held_out) else "training rows"))
     with console.status(f"loading {checkpoint.name_or_path}"):
         model = base_model.load(checkpoint, recipe.model, recipe.quantization)
         quantized = sorted(base_model.quantized_modules(model))
         model = adapter.attach(model, recipe.lora, recipe.training.seed)
-    write_json(run.environment_file, _environment(checkpoint, quantized, prepared.sources, model.device))
+    write_json(run.environment_file, _environment(checkpoint, quantized, prepared.parts, model.device))
     _print_model(checkpoint, model, quantized, recipe)
 
     with console.Steps() as steps:
         result = sft.train(
             model,
             tokenizer,
-            prepared.examples if prepared.packed is None else prepared.packed,
-            [data.alone(example) for example in held_out] if recipe.data.packing else held_out,
+            prepared.batches,
+            held_out,
             recipe.training,
             _checkpoints(recipe.memory.gradient_checkpointing, model.device),
             run,
-            recipe.data.packing,
             steps.update,
         )
     with new_folder(run.adapter) as folder:
@@ -82,7 +81,7 @@ def _checkpoints(setting, device):
     return device.type == "cuda" if setting == "auto" else setting
 
 
-def _environment(checkpoint, quantized, sources, device):
+def _environment(checkpoint, quantized, parts, device):
     import torch
 
     return {
@@ -99,7 +98,7 @@ def _environment(checkpoint, quantized, sources, device):
             "sha256": checkpoint.file_hashes(),
             "quantized_modules": quantized,
         },
-        "data": [{"path": source.path, "sha256": sha256(source.path)} for source in sources],
+        "data": [{"path": part.path, "sha256": part.digest} for part in parts],
     }
 
 

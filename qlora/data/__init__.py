@@ -2,169 +2,222 @@
 
 from __future__ import annotations
 
-import collections
-import json
 import random
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+
+import numpy as np
 
 from ..errors import InputError
-from . import chat, formats, sources
+from . import formats, sources, tokenized
 from .chat import IGNORE_INDEX, Example
-from .packing import Packed, alone, pack
+from .packing import Batches, Packed, Packs, alone, pack
 
 __all__ = [
     "IGNORE_INDEX",
-    "Conversation",
+    "Batches",
     "Example",
     "Packed",
-    "Source",
+    "Packs",
+    "Rows",
     "alone",
+    "conversations",
     "copies",
-    "encode",
     "hold_out",
+    "load",
     "pack",
-    "read",
     "report",
+    "weighted",
 ]
 
 
-@dataclass(frozen=True)
-class Conversation:
-    """One row: where it stands, and its messages, the last of which is the assistant's."""
+class Rows(Sequence):
+    """Examples of several files, read from disk when asked for. 12 bytes of memory each, whatever their length."""
 
-    row: sources.Row
-    messages: list
+    def __init__(self, parts, part_of=None, index_in=None):
+        self.parts = parts
+        if part_of is None:
+            counts = [len(part.rows) for part in parts]
+            part_of = np.repeat(np.arange(len(parts), dtype=np.int32), counts)
+            index_in = np.concatenate([np.arange(count, dtype=np.int64) for count in [*counts, 0]])
+        self._part_of, self._index_in = part_of, index_in
+
+    def __len__(self):
+        return len(self._part_of)
+
+    def __getitem__(self, index):
+        """Return the Example at `index`, or the Rows of a slice or an array of indices."""
+        if isinstance(index, (slice, np.ndarray)):
+            return Rows(self.parts, self._part_of[index], self._index_in[index])
+        return self.parts[self._part_of[index]].example(self._index_in[index])
+
+    def where(self, index):
+        """Return the file and line of the row that the Example at `index` comes from."""
+        part = self.parts[self._part_of[index]]
+        return f"{part.path} {part.unit} {part.rows['line'][self._index_in[index]]}"
+
+    @property
+    def lengths(self):
+        """Tokens of each Example, as an array."""
+        return self._gathered(lambda part: part.lengths, np.int64)
+
+    @property
+    def keys(self):
+        """A number of each Example that is equal where rows say the same, as an array."""
+        return self._gathered(lambda part: part.rows["key"], np.uint64)
+
+    @property
+    def lines(self):
+        return self._gathered(lambda part: part.rows["line"], np.int64)
+
+    @property
+    def num_trained(self):
+        """Trained tokens of each Example, as an array."""
+        return self._gathered(lambda part: part.rows["trained"], np.int64)
+
+    @property
+    def last_trained(self):
+        """The last trained token of each Example, as an array; -1 where none is trained."""
+        return self._gathered(lambda part: part.rows["last"], np.int64)
+
+    def _row_numbers(self):
+        """Return for each Example the number, from 0, of the row that it comes from; long rows may have several."""
+        lines, parts = self.lines, self._part_of
+        new = (lines[1:] != lines[:-1]) | (parts[1:] != parts[:-1])
+        return np.concatenate([np.zeros(min(1, len(self)), np.int64), np.cumsum(new)])
+
+    def first_rows(self, count):
+        """Return the Rows of the first `count` rows of the files."""
+        return self[self._row_numbers() < count]
+
+    def one_each(self):
+        """Return the Rows without the second and later Examples of one row of a file."""
+        return self[np.diff(self._row_numbers(), prepend=-1) > 0]
+
+    def _gathered(self, column, dtype):
+        out = np.empty(len(self), dtype)
+        for number, part in enumerate(self.parts):
+            here = self._part_of == number
+            out[here] = column(part)[self._index_in[here]]
+        return out
 
 
-@dataclass
-class Source:
-    """One data file, its conversations, and the count of rows dropped by reason."""
+def load(source_list, tokenizer, section, seed, on_progress=None):
+    """Return a tokenized Part for each file that `source_list` (of the recipe's data.train or data.eval) names.
 
-    path: str
-    format: str
-    conversations: list
-    num_read: int
-    reasons: collections.Counter = field(default_factory=collections.Counter)
-
-
-def read(paths, columns=None):
-    """Return a Source for each file that `paths` (files, globs, folders) name, every row checked.
-
-    columns: {name of a known shape: the column that holds it}, or None where the rows use the known names.
+    section: the recipe's data. seed: of the draw where a source has max_rows. on_progress(path, share, rows).
 
     Raises:
-        InputError: a file is missing or not JSON, or rows are of no known shape; all bad rows of a file together.
+        InputError: a file is missing, broken, or has rows that the recipe does not say to leave out.
     """
-    return [_read_one(path, columns) for name in paths for path in sources.expand(name)]
+    parts = []
+    for source in source_list:
+        formats.refuse_bad_templates(source.columns or section.columns or {})
+        files = sources.open_source(source)
+        for file, pick in zip(files, _picks(files, source.max_rows, seed), strict=True):
+            settings = tokenized.Settings(
+                source.format,
+                source.columns or section.columns,
+                section.train_on,
+                section.max_length,
+                section.overlong,
+                section.on_bad_row,
+            )
+            report_to = (
+                None if on_progress is None else lambda share, rows, path=file.path: on_progress(path, share, rows)
+            )
+            parts.append(
+                tokenized.tokenize(file, tokenizer, settings, source.weight, pick, section.num_proc, report_to)
+            )
+    return parts
 
 
-def _read_one(path, columns):
-    rows = sources.read_rows(path)
-    seen, conversations, problems = collections.Counter(), [], []
-    for row in rows:
-        try:
-            name, messages = formats.to_messages(formats.renamed(row.value, columns))
-        except ValueError as error:
-            problems.append(f"{row.place}  {error}")
-        else:
-            seen[name] += 1
-            conversations.append(Conversation(row, messages))
-    if problems:
-        raise InputError.listing(path, problems)
-    return Source(path, ", ".join(seen), conversations, len(rows))
+def _picks(files, max_rows, seed):
+    """Return for each file the numbers of the rows to take, or None for all; a draw over all files by `seed`."""
+    if max_rows is None:
+        return [None] * len(files)
+    counts = [sum(1 for _ in file.rows()) for file in files]
+    if sum(counts) <= max_rows:
+        return [None] * len(files)
+    drawn = np.sort(np.array(random.Random(seed).sample(range(sum(counts)), max_rows)))
+    ends = np.cumsum(counts)
+    return [
+        frozenset((drawn[(drawn >= end - n) & (drawn < end)] - (end - n)).tolist())
+        for end, n in zip(ends, counts, strict=True)
+    ]
 
 
-def hold_out(source_list, fraction, seed):
-    """Return (training conversations, held-out conversations); equal conversations fall on the same side."""
-    everything = [conversation for source in source_list for conversation in source.conversations]
+def hold_out(rows, fraction, seed):
+    """Return (training Rows, held-out Rows); rows that say the same fall on the same side.
+
+    Raises:
+        InputError: nothing would be left to train on.
+    """
     if not fraction:
-        return everything, []
-    keys = sorted({_key(conversation) for conversation in everything})
-    random.Random(seed).shuffle(keys)
-    held = set(keys[: max(1, round(len(keys) * fraction))])
-    if len(held) == len(keys):
-        raise InputError(f"data.eval_fraction {fraction} leaves no training rows of {len(keys)} distinct ones")
-    return [c for c in everything if _key(c) not in held], [c for c in everything if _key(c) in held]
+        return rows, rows[:0]
+    keys = rows.keys
+    distinct = np.unique(keys)
+    random.Random(seed).shuffle(order := list(range(len(distinct))))
+    held = distinct[order[: max(1, round(len(distinct) * fraction))]]
+    if len(held) == len(distinct):
+        raise InputError(f"data.eval_fraction {fraction} leaves no training rows of {len(distinct)} distinct ones")
+    is_held = np.isin(keys, held)
+    return rows[~is_held], rows[is_held]
 
 
-def _key(conversation):
-    return json.dumps(conversation.messages, sort_keys=True)
+def weighted(rows, seed):
+    """Return the Rows of one epoch: each source's `weight` times, the fraction of a row being a draw by `seed`."""
+    if all(part.weight == 1 for part in rows.parts):
+        return rows
+    times = np.ones(len(rows), np.int64)
+    for number, part in enumerate(rows.parts):
+        here = np.flatnonzero(rows._part_of == number)
+        again = np.random.default_rng([seed, number]).permutation(len(here)) / max(1, len(here))
+        times[here] = np.floor(part.weight + again)
+    return rows[np.repeat(np.arange(len(rows)), times)]
 
 
-def encode(conversations, tokenizer, section, dropped):
-    """Return (conversations kept, their Examples) under the recipe section `data`.
-
-    dropped: {path: Counter}; a row over max_length is counted there by reason when `section.overlong` is "drop".
-
-    Raises:
-        InputError: rows too long (unless dropped) or refused by the template, all together; or none left.
-    """
-    kept, examples, refused, overlong = [], [], [], []
-    for conversation in conversations:
-        where = conversation.row.where
-        try:
-            example = chat.encode(tokenizer, conversation.messages, section.train_on)
-        except ValueError as error:
-            refused.append(f"{where}  {error}")
+def conversations(rows):
+    """Return the Conversations that the Examples of `rows` come from, one a row of a file, read from the files again."""
+    rows = rows.one_each()
+    found = {}
+    for number, part in enumerate(rows.parts):
+        wanted = set(rows.lines[rows._part_of == number].tolist())
+        if not wanted:
             continue
-        length = len(example.input_ids)
-        if length <= section.max_length:
-            kept.append(conversation)
-            examples.append(example)
-        elif section.overlong == "drop":
-            dropped[conversation.row.path][f"longer than max_length {section.max_length}"] += 1
-        else:
-            overlong.append(f"{where}  {length} tokens, data.max_length is {section.max_length}")
-    if refused:
-        raise InputError.listing("the data", refused, "mend these rows, or give another data.chat_template")
-    if overlong:
-        raise InputError.listing(
-            "the data", overlong, "raise data.max_length, or set data.overlong=drop to leave them out"
-        )
-    if not examples:
-        raise InputError(f"no row is left to train on: all are longer than data.max_length {section.max_length}")
-    return kept, examples
+        columns, only = part.settings.columns, part.settings.format
+        for row in part.file.rows():
+            if row.line in wanted:
+                found[number, row.line] = formats.to_conversation(formats.renamed(row.value, columns), only)[1]
+    return [found[key] for key in zip(rows._part_of.tolist(), rows.lines.tolist(), strict=True)]
 
 
-def report(source_list, examples, dropped, stops, rows_per_step, packed=None, max_length=None):
-    """Return the contents of data_report.json for the training `examples`.
+def report(rows, parts, stops, batches, batches_per_step):
+    """Return the contents of data_report.json for the training `rows`.
 
-    stops: ids that generation stops at. rows_per_step: rows an optimizer step takes. packed: the rows of max_length that
-    the examples were packed into, if they were.
+    parts: the files, held-out ones too. stops: ids that generation stops at. batches: what a step takes batches_per_step
+    of: `rows` themselves, or the Packs or Batches that they were joined into.
     """
-    lengths = sorted(len(example.input_ids) for example in examples)
-    total, trained = sum(lengths), sum(example.num_trained for example in examples)
-    ends = sum(_last_trained(example) in stops for example in examples)
+    lengths, trained = np.sort(rows.lengths), rows.num_trained
+    total = int(lengths.sum())
     return {
-        "sources": [
-            {
-                "path": source.path,
-                "format": source.format,
-                "rows_read": source.num_read,
-                "rows_kept": source.num_read - sum(dropped[source.path].values()),
-                "rows_dropped": sum(dropped[source.path].values()),
-                "rows_truncated": 0,
-                "reasons": dict(dropped[source.path]),
-            }
-            for source in source_list
-        ],
-        "rows": len(examples),
-        "tokens": {"total": total, "trained": trained},
-        "length": {"p50": lengths[len(lengths) // 2], "p95": lengths[int(len(lengths) * 0.95)], "max": lengths[-1]},
-        "ends_with_stop_token": ends / len(examples),
-        "packing_efficiency": total / (len(packed) * max_length) if packed else None,
-        "steps_per_epoch": -(-len(packed or examples) // rows_per_step),
+        "sources": [{"path": part.path, **part.summary, "weight": part.weight} for part in parts],
+        "rows": len(rows),
+        "tokens": {"total": total, "trained": int(trained.sum())},
+        "length": {
+            "p50": int(lengths[len(lengths) // 2]),
+            "p95": int(lengths[int(len(lengths) * 0.95)]),
+            "max": int(lengths[-1]),
+        },
+        "ends_with_stop_token": float(np.isin(rows.last_trained, list(stops)).mean()),
+        "packing_efficiency": batches.efficiency if isinstance(batches, Packs) else None,
+        "steps_per_epoch": -(-len(batches) // batches_per_step),
     }
 
 
-def copies(conversations, held_out):
+def copies(rows, held_out):
     """Return {"duplicates": training rows that repeat another, "eval_rows_in_training": held-out rows trained on}."""
-    keys = collections.Counter(_key(conversation) for conversation in conversations)
+    keys, held = rows.one_each().keys, held_out.one_each().keys
     return {
-        "duplicates": len(conversations) - len(keys),
-        "eval_rows_in_training": sum(_key(conversation) in keys for conversation in held_out),
+        "duplicates": int(len(keys) - len(np.unique(keys))),
+        "eval_rows_in_training": int(np.isin(held, keys).sum()),
     }
-
-
-def _last_trained(example):
-    return next((label for label in reversed(example.labels) if label != IGNORE_INDEX), None)

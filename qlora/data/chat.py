@@ -3,28 +3,49 @@
 The string that training sees is the string that `chat`, and any server that applies the saved template, will make:
 the conversation is rendered once, tokenized once without added special tokens (so no second BOS), and the trained
 spans are found by prefix differences of rendered strings. A trained span is an assistant's words and the token that
-ends the turn.
+ends the turn. A template that shows earlier turns otherwise once later ones follow (Mistral's moves the system message,
+those of reasoning models leave old thoughts out) gets one row per answer: the prompt that chat would show, and the answer.
 """
 
 from __future__ import annotations
 
+import bisect
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
 
 from ..errors import InputError
+from .formats import Conversation
 
 IGNORE_INDEX = -100  # what cross_entropy skips
 
-# For base models that have no template. Each turn ends with the tokenizer's own end token: always one token, and
-# always one that generation stops at (ChatML's <|im_end|> would be six ordinary tokens in most vocabularies).
+CHATML = """\
+{{ bos_token if ADD_BOS else '' }}\
+{% if tools %}{{ '<|im_start|>system\\n' }}\
+{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] + '\\n\\n' }}{% endif %}\
+{{ 'Functions that can be called, as JSON schemas, one a line:\\n<tools>' }}\
+{% for tool in tools %}{{ '\\n' + (tool | tojson) }}{% endfor %}\
+{{ '\\n</tools>\\nTo call one, write:\\n<tool_call>\\n{"name": NAME, "arguments": {...}}\\n</tool_call><|im_end|>\\n' }}\
+{% endif %}{% for message in messages %}{% if not (tools and loop.first and message['role'] == 'system') %}\
+{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] }}\
+{% for call in message['tool_calls'] or [] %}\
+{{ ('\\n' if message['content'] or not loop.first else '') + '<tool_call>\\n{"name": ' + (call['function']['name'] | tojson)
++ ', "arguments": ' + (call['function']['arguments'] | tojson) + '}\\n</tool_call>' }}{% endfor %}\
+{{ '<|im_end|>\\n' }}{% endif %}{% endfor %}\
+{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
+CHATML_MARKERS = ("<|im_start|>", "<|im_end|>")
+
+# For base models without a template and without ChatML's markers. Each turn ends with the tokenizer's own end token: always
+# one token, and one that generation stops at (ChatML's <|im_end|> would be six ordinary tokens in most vocabularies).
 FALLBACK_TEMPLATE = """\
 {{ bos_token if ADD_BOS else '' }}{% for message in messages %}\
 {{ '<|' + message['role'] + '|>\\n' + message['content'] + eos_token + '\\n' }}{% endfor %}\
 {% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"""
 
 _MARK = "\ue000mark\ue000"  # private use: stands in no template
+_AS_TEXT, _END = "\ufdd0", "\ufdd1"  # around a control token that a row holds as text; no text may hold these two
 _PROBE = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "WORDS"}]
 
 
@@ -41,11 +62,14 @@ class Example:
 
 
 def set_template(tokenizer, chat_template):
-    """Give `tokenizer` the template file `chat_template`, or its own, or the fallback; return which, in words.
+    """Give `tokenizer` the template `chat_template` (a file, or "chatml"), or its own, or a built-in one; return which,
+    in words.
 
     Raises:
-        InputError: the file is missing, or is not a Jinja template.
+        InputError: the file is missing or is not a Jinja template, or ChatML's markers are not tokens.
     """
+    if chat_template == "chatml":
+        return _set_chatml(tokenizer)
     if chat_template is not None:
         try:
             tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
@@ -55,106 +79,288 @@ def set_template(tokenizer, chat_template):
         return f"from {chat_template}"
     if tokenizer.chat_template:
         return "the model's own"
+    if all(marker in tokenizer.get_vocab() for marker in CHATML_MARKERS):
+        return f"{_set_chatml(tokenizer)} (the model has none)"
     if tokenizer.eos_token is None:
         raise InputError("the tokenizer has no chat template and no end token; give data.chat_template")
-    adds_bos = tokenizer("x").input_ids[:1] == [tokenizer.bos_token_id]
-    tokenizer.chat_template = FALLBACK_TEMPLATE.replace("ADD_BOS", str(adds_bos))
+    tokenizer.chat_template = FALLBACK_TEMPLATE.replace("ADD_BOS", str(_adds_bos(tokenizer)))
     return "built in (the model has none): <|role|> headers, turns closed by the end token"
 
 
-def render(tokenizer, messages, add_generation_prompt=False):
+def _set_chatml(tokenizer):
+    missing = [marker for marker in CHATML_MARKERS if marker not in tokenizer.get_vocab()]
+    if missing:
+        raise InputError(
+            f"data.chat_template chatml: {', '.join(missing)} are no tokens of this model, so it could never learn to stop; "
+            "leave chat_template out for a template that ends turns with the model's own end token"
+        )
+    tokenizer.chat_template = CHATML.replace("ADD_BOS", str(_adds_bos(tokenizer)))
+    return "ChatML, built in"
+
+
+def _adds_bos(tokenizer):
+    return tokenizer.bos_token_id is not None and tokenizer("x").input_ids[:1] == [tokenizer.bos_token_id]
+
+
+def render(tokenizer, messages, add_generation_prompt=False, tools=None):
     """Return the template's string for `messages`.
 
     Raises:
         ValueError: the template refuses the conversation; says why.
     """
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-    except (jinja2.TemplateError, TypeError, KeyError) as error:
+        return tokenizer.apply_chat_template(
+            messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+    except (jinja2.TemplateError, TypeError, LookupError, AttributeError) as error:
         raise ValueError(f"the chat template refuses this conversation: {error}") from None
 
 
-def encode(tokenizer, messages, train_on="assistant"):
-    """Return the Example of one conversation.
+def encode_prompt(tokenizer, messages, tools=None):
+    """Return the token ids of what the model is shown before it answers; control tokens in `messages` stay text."""
+    pattern = _facts(tokenizer).control
+    return _tokenize(
+        tokenizer, render(tokenizer, _marked(messages, pattern), True, _marked(tools, pattern) if tools else None)
+    ).ids
 
-    train_on: "assistant" trains on every assistant message and the token that ends it; "all" on every token.
+
+def encode(tokenizer, conversation: Conversation, train_on="assistant") -> list[Example]:
+    """Return the Examples of one row: one, or one per answer where the template shows earlier turns otherwise later.
+
+    train_on: "assistant" trains on every assistant message and the token that ends it; "last_assistant" on the last;
+    "completion" on those of the row's completion, or after the last user message; "all" on every token. What a row says of
+    a message itself goes before it. A row of plain text is trained whole, and ends with the tokenizer's end token.
 
     Raises:
-        ValueError: the template rewrites earlier turns or leaves the answer out, so the mask would be a guess.
+        ValueError: nothing is to be trained, or the template leaves something out, so the mask would be a guess.
     """
-    text = _conversation(tokenizer, messages)
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
-    spans = list(_assistant_spans(tokenizer, messages, text))
-    if train_on == "all":
-        return Example(ids, [IGNORE_INDEX, *ids[1:]])  # nothing stands before the first token to predict it from
-    labels = [IGNORE_INDEX] * len(ids)
-    stops = stop_token_ids(tokenizer)
-    for start, words_end, bound in spans:
-        stopped = False
-        for index, (left, right) in enumerate(offsets):
-            if right <= start or left >= bound or stopped:
-                continue  # what the template puts after the end of the turn (a newline) is not the assistant's
-            if left < start and ids[index] in tokenizer.added_tokens_decoder:
-                continue  # the header's last token, which swallows spaces that the answer begins with (Phi-3)
-            labels[index] = ids[index]
-            stopped = left >= words_end and ids[index] in stops
-        if not stopped:
+    if conversation.text is not None:
+        return [_encode_text(tokenizer, conversation.text)]
+    chosen = _chosen(conversation, train_on)
+    pattern = _facts(tokenizer).control
+    messages = _marked(conversation.messages, pattern)
+    tools = _marked(conversation.tools, pattern) if conversation.tools else None
+    everything = train_on == "all"
+    whole = _row(tokenizer, messages, tools, render(tokenizer, messages, tools=tools), chosen, everything)
+    if whole is not None:
+        return [whole]
+    rows = []
+    for index in chosen[-1:] if everything else chosen:
+        so_far = messages[: index + 1]
+        row = _row(tokenizer, so_far, tools, _as_in_chat(tokenizer, so_far, tools), [index], everything)
+        if row is None:
+            raise ValueError(
+                f"the chat template renders what comes before message {index}, or the message itself, differently in the "
+                "whole conversation than in chat, or leaves words out; give another data.chat_template"
+            )
+        rows.append(row)
+    return rows
+
+
+def _chosen(conversation, train_on):
+    """Return the indices of the assistant messages to train on; raises ValueError if there are none."""
+    flags = dict(conversation.flags)
+    if train_on == "all" and not all(flags.values()):
+        raise ValueError("says train: false of a message, and data.train_on is all; set it to assistant")
+    answers = [index for index, message in enumerate(conversation.messages) if message["role"] == "assistant"]
+    if train_on == "last_assistant":
+        chosen = set(answers[-1:])
+    elif train_on == "completion":
+        users = [index for index, message in enumerate(conversation.messages) if message["role"] == "user"]
+        start = conversation.completion if conversation.completion is not None else max(users, default=-1)
+        chosen = {index for index in answers if index >= start}
+    else:
+        chosen = set(answers)
+    trained = [index for index in answers if flags.get(index, index in chosen)]
+    if not trained:
+        raise ValueError("nothing to train on: every assistant message has train: false")
+    return trained
+
+
+def _row(tokenizer, messages, tools, text, chosen, everything):
+    """Return the Example of `text`, the rendered `messages`, with the messages `chosen` trained, or None where the text
+    does not say what was meant: it does not begin with the prompt that chat would show, or leaves words out."""
+    if not _holds(text, messages, tools):
+        return None
+    tokens = _tokenize(tokenizer, text)
+    facts = _facts(tokenizer)
+    labels = [IGNORE_INDEX] * len(tokens.ids)
+    for index in chosen:
+        prompt = render(tokenizer, messages[:index], add_generation_prompt=True, tools=tools)
+        if not text.startswith(prompt):
+            return None
+        first = bisect.bisect_right(tokens.ends, len(prompt))
+        if first < len(tokens.ids) and tokens.starts[first] < len(prompt) and tokens.ids[first] in facts.added:
+            first += 1  # the header's last token, which swallows spaces that the answer begins with (Phi-3)
+        last = next((at for at in range(first, len(tokens.ids)) if tokens.ids[at] in facts.stops), None)
+        if last is None:
             raise ValueError(
                 "the chat template does not close the assistant's turn with a token that generation stops at, so the "
                 "model would never learn to stop; give another data.chat_template"
             )
-    return Example(ids, labels)
+        # what the template puts after the end of the turn (a newline) is not the assistant's
+        if not _says(text[len(prompt) : tokens.starts[last]], messages[index]):
+            return None
+        labels[first : last + 1] = tokens.ids[first : last + 1]
+    if everything:
+        labels = [IGNORE_INDEX, *tokens.ids[1:]]  # nothing stands before the first token to predict it from
+    return Example(tokens.ids, labels)
 
 
-def _conversation(tokenizer, messages):
-    """Return the string to train on: the template's, which for a single answer begins with what chat will show.
-
-    Some templates render a question otherwise once its answer follows: Mistral's v0.3 leaves the system message out, and
-    those of reasoning models open the answer with <think> in a prompt only. The prompt is what the model will see, so
-    for a single answer the prompt it is.
-    """
-    text = render(tokenizer, messages)
-    if sum(message["role"] == "assistant" for message in messages) == 1:
-        prompt = render(tokenizer, messages[:-1], add_generation_prompt=True)
-        marked = render(tokenizer, [*messages[:-1], {**messages[-1], "content": _MARK}])
-        at = marked.find(_MARK)
-        if at >= 0 and text[:at] == marked[:at] and not text.startswith(prompt):
-            space = "" if prompt[-1:].isspace() else text[len(text[:at].rstrip()) : at]
-            return prompt + space + text[at:]
-    return text
+def _as_in_chat(tokenizer, messages, tools):
+    """Return the string of `messages` that begins with what chat would show before the last of them, the answer."""
+    text = render(tokenizer, messages, tools=tools)
+    prompt = render(tokenizer, messages[:-1], add_generation_prompt=True, tools=tools)
+    marked = render(tokenizer, [*messages[:-1], {**messages[-1], "content": _MARK}], tools=tools)
+    at = marked.find(_MARK)
+    if text.startswith(prompt) or at < 0 or text[:at] != marked[:at]:
+        return text
+    space = "" if prompt[-1:].isspace() else text[len(text[:at].rstrip()) : at]
+    return prompt + space + text[at:]
 
 
-def _assistant_spans(tokenizer, messages, text):
-    """Yield (start of the turn, end of the words, where the next message begins) in `text` for each assistant message."""
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        prompt = render(tokenizer, messages[:index], add_generation_prompt=True)
-        words = message["content"].strip()
-        at = text.find(words, len(prompt))
-        if not text.startswith(prompt) or at < 0:
-            raise ValueError(
-                f"the chat template renders what comes before message {index}, or the message itself, differently in the "
-                "whole conversation than in chat; give another data.chat_template"
-            )
-        yield len(prompt), at + len(words), _start_of_message(tokenizer, messages, index + 1, text)
-
-
-def _start_of_message(tokenizer, messages, index, text):
-    """Return where the content of message `index` begins in `text`, or the end of `text` if there is no such message.
-
-    Found with a mark in its place: the content itself may stand earlier too ("a" stands in "<|im_start|>").
-    """
-    if index == len(messages):
-        return len(text)
-    marked = render(tokenizer, [*messages[:index], {**messages[index], "content": _MARK}])
-    start = marked.find(_MARK)
-    if start < 0 or not text.startswith(marked[:start]):
+def _holds(text, messages, tools):
+    """True if `text` has the words of every system and user message, and names every tool."""
+    squeezed = None
+    for message in messages:
+        if message["role"] in ("system", "user") and message["content"].strip() not in text:
+            squeezed = squeezed if squeezed is not None else _squeezed(text)
+            if _squeezed(message["content"]) not in squeezed:
+                return False
+    missing = [tool["function"]["name"] for tool in tools or () if tool["function"]["name"] not in text]
+    if missing:
         raise ValueError(
-            f"the chat template renders what comes before message {index} by what it says; give another one"
+            f"the chat template leaves the row's tools out ({missing[0]}); give data.chat_template, e.g. chatml"
         )
-    return start
+    return True
+
+
+def _says(region, message):
+    """True if `region` is the assistant's message: its words, white space aside, with nothing after them, and its calls."""
+    calls = message.get("tool_calls", ())
+    for call in calls:
+        function = call["function"]
+        if any(word not in region for word in (function["name"], *function["arguments"])):
+            raise ValueError(
+                f"the chat template leaves the call of {function['name']} out; give data.chat_template, e.g. chatml"
+            )
+    if message.get("reasoning_content") and _squeezed(message["reasoning_content"]) not in _squeezed(region):
+        return False
+    words = message["content"].strip()
+    if calls:
+        return _squeezed(words) in _squeezed(region)
+    return region.rstrip().endswith(words) or _squeezed(region).endswith(_squeezed(words))
+
+
+def _squeezed(text):
+    return "".join(text.split())
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """ids, and where each token's characters start and end in the text."""
+
+    ids: list
+    starts: list
+    ends: list
+
+
+def token_starts(tokenizer, text):
+    """Return the position in `text` at which each of its tokens begins."""
+    return _tokenize(tokenizer, _marked(text, None)).starts
+
+
+def _tokenize(tokenizer, text):
+    backend = tokenizer.backend_tokenizer
+    if backend.truncation is not None:
+        backend.no_truncation()
+    if backend.encode_special_tokens:
+        backend.encode_special_tokens = False
+    if _AS_TEXT not in text:
+        encoding = backend.encode(text, add_special_tokens=False)
+        return _Tokens(encoding.ids, [left for left, _ in encoding.offsets], [right for _, right in encoding.offsets])
+    return _tokenize_pieces(backend, text)
+
+
+def _tokenize_pieces(backend, text):
+    """Tokenize a text in which control tokens stand between marks: those are spelled out, all else is as ever."""
+    ids, starts, ends, position = [], [], [], 0
+    for number, piece in enumerate(re.split(f"[{_AS_TEXT}{_END}]", text)):
+        spelled = number % 2 == 1
+        for token, left, right in _pieces_tokens(backend, piece, spelled, first=position == 0):
+            ids.append(token)
+            starts.append(position + left)
+            ends.append(position + right)
+        position += len(piece) + 1
+    return _Tokens(ids, starts, ends)
+
+
+def _pieces_tokens(backend, piece, spelled, first):
+    """Yield (id, start, end) of the tokens of `piece`, as it stands inside a text if not `first`."""
+    if not piece:
+        return
+    # some tokenizers put a space before a text's first word, so the piece is made to stand behind something else
+    lead = "" if first else "x" if piece[0].isspace() else "\n"
+    backend.encode_special_tokens = spelled
+    try:
+        encoding = backend.encode(lead + piece, add_special_tokens=False)
+        skip = len(backend.encode(lead, add_special_tokens=False).ids) if lead else 0
+    finally:
+        backend.encode_special_tokens = False
+    merged = lead and encoding.offsets[skip - 1][1] != len(lead)
+    if merged or (spelled and backend.token_to_id(piece) in encoding.ids):
+        raise ValueError(f"this tokenizer cannot take a control token as text ({piece[:20]!r}); take it out of the row")
+    for token, (left, right) in list(zip(encoding.ids, encoding.offsets, strict=True))[skip:]:
+        yield token, left - len(lead), right - len(lead)
+
+
+def _marked(value, pattern):
+    """Return `value` (a string, or lists and dicts of them) with marks around every control token in its strings."""
+    if isinstance(value, str):
+        if _AS_TEXT in value or _END in value:
+            raise ValueError("holds U+FDD0 or U+FDD1, which are no characters")
+        return pattern.sub(f"{_AS_TEXT}\\g<0>{_END}", value) if pattern is not None else value
+    if isinstance(value, dict):
+        return {key: _marked(inner, pattern) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_marked(inner, pattern) for inner in value]
+    return value
+
+
+def _encode_text(tokenizer, text):
+    ids = list(_tokenize(tokenizer, _marked(text, _facts(tokenizer).control)).ids)
+    if _facts(tokenizer).adds_bos:
+        ids.insert(0, tokenizer.bos_token_id)
+    if tokenizer.eos_token_id is not None:
+        ids.append(tokenizer.eos_token_id)
+    return Example(ids, [IGNORE_INDEX, *ids[1:]])
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """What is worth finding out once of a tokenizer and its template. control: matches what must stay text in a row."""
+
+    stops: frozenset
+    added: frozenset
+    control: re.Pattern | None
+    adds_bos: bool
+
+
+def _facts(tokenizer):
+    key = (tokenizer.chat_template, len(tokenizer))
+    cached = getattr(tokenizer, "_qlora_facts", None)
+    if cached is None or cached[0] != key:
+        special = sorted(
+            (t.content for t in tokenizer.added_tokens_decoder.values() if t.special), key=len, reverse=True
+        )
+        facts = _Facts(
+            frozenset(stop_token_ids(tokenizer)),
+            frozenset(tokenizer.added_tokens_decoder),
+            re.compile("|".join(map(re.escape, special))) if special else None,
+            _adds_bos(tokenizer),
+        )
+        cached = tokenizer._qlora_facts = (key, facts)
+    return cached[1]
 
 
 def stop_token_ids(tokenizer, generation_config=None):
@@ -168,15 +374,9 @@ def stop_token_ids(tokenizer, generation_config=None):
 
 
 def _turn_end_ids(tokenizer):
-    key = (tokenizer.chat_template, len(tokenizer))
-    cached = getattr(tokenizer, "_qlora_turn_end", None)
-    if cached is None or cached[0] != key:
-        cached = tokenizer._qlora_turn_end = (key, _find_turn_end_ids(tokenizer))
-    return cached[1]
-
-
-def _find_turn_end_ids(tokenizer):
     """Render a probe conversation and return the first special token after the assistant's word, as a set of 0 or 1."""
+    if not tokenizer.chat_template:
+        return set()
     try:
         tail = render(tokenizer, _PROBE).rpartition("WORDS")[2]
     except ValueError:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import bisect
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from .chat import IGNORE_INDEX
 
@@ -21,31 +24,96 @@ class Packed:
         return sum(label != IGNORE_INDEX for label in self.labels)
 
 
-def best_fit(lengths, capacity):
-    """Return lists of indices into `lengths`, each list's lengths summing to at most `capacity`.
+class Packs(Sequence):
+    """Packed rows of at most `capacity` tokens that hold every one of `examples` once; joined when asked for."""
 
-    Best fit decreasing: the longest first, each into the row that it leaves the least room in. At most 11/9 of the fewest
-    rows possible, plus one.
+    def __init__(self, examples, lengths, capacity):
+        pack_of = best_fit(lengths, capacity)
+        self.examples, self.capacity, self.num_tokens = examples, capacity, int(np.sum(lengths))
+        self._order = np.argsort(pack_of, kind="stable")
+        self._ends = np.cumsum(np.bincount(pack_of)) if len(pack_of) else np.zeros(0, np.int64)
+        self.longest = int(np.bincount(pack_of, weights=np.asarray(lengths)).max()) if len(pack_of) else 0
+
+    def __len__(self):
+        return len(self._ends)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[at] for at in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        begin = self._ends[index - 1] if index % len(self) else 0
+        return _join([self.examples[int(at)] for at in self._order[begin : self._ends[index]]])
+
+    @property
+    def efficiency(self):
+        """The share of the rows' room that holds tokens."""
+        return self.num_tokens / (len(self) * self.capacity)
+
+
+class Batches(Sequence):
+    """Padded micro-batches (lists of Examples) of at most `tokens`, padding counted, that hold every one of `examples` once.
+
+    Rows of like length share a batch: drawn by `seed` into groups of some hundred batches, sorted by length within those.
+    """
+
+    def __init__(self, examples, lengths, tokens, seed):
+        lengths = np.asarray(lengths, np.int64)
+        order = np.random.default_rng(seed).permutation(len(lengths))
+        group = max(1, 100 * tokens // max(1, int(lengths.mean())))
+        self.examples, self._order, self._begins = examples, order, []
+        for start in range(0, len(order), group):
+            part = order[start : start + group]
+            part = order[start : start + group] = part[np.argsort(-lengths[part], kind="stable")]
+            room = 0  # for rows in the batch at hand, as wide as its first, the longest
+            for at, length in enumerate(lengths[part].tolist(), start=start):
+                if room == 0:
+                    self._begins.append(at)
+                    room = max(1, tokens // length)
+                room -= 1
+
+    def __len__(self):
+        return len(self._begins)
+
+    def __getitem__(self, index):
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        index %= len(self)
+        end = self._begins[index + 1] if index + 1 < len(self) else len(self._order)
+        return [self.examples[int(at)] for at in self._order[self._begins[index] : end]]
+
+
+def best_fit(lengths, capacity):
+    """Return the pack number of each of `lengths`, as an array; the lengths of a pack sum to at most `capacity`.
+
+    Best fit decreasing: the longest first, each into the pack that it leaves the least room in. At most 11/9 of the fewest
+    packs possible, plus one.
 
     Source: Johnson et al., Worst-case performance bounds for simple one-dimensional packing algorithms, 1974.
     """
-    rows: list[list[int]] = []
-    rooms: list[int] = []  # sorted, the room left in some row
-    at: dict[int, list[int]] = {}  # room -> rows that have it
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        length = lengths[index]
-        assert length <= capacity
+    lengths = np.asarray(lengths, np.int64)
+    assert not len(lengths) or lengths.max() <= capacity
+    pack_of = np.empty(len(lengths), np.int64)
+    rooms: list[int] = []  # sorted, each room that some pack has left
+    packs_with: dict[int, list[int]] = {}  # room -> packs that have it
+    count = 0
+    order = np.argsort(-lengths, kind="stable")
+    for index, length in zip(order.tolist(), lengths[order].tolist(), strict=True):
         place = bisect.bisect_left(rooms, length)
         if place == len(rooms):
-            row, room = len(rows), capacity
-            rows.append([])
+            pack, room, count = count, capacity, count + 1
         else:
-            room = rooms.pop(place)
-            row = at[room].pop()
-        rows[row].append(index)
-        bisect.insort(rooms, room - length)
-        at.setdefault(room - length, []).append(row)
-    return rows
+            room = rooms[place]
+            pack = packs_with[room].pop()
+            if not packs_with[room]:
+                del rooms[place], packs_with[room]
+        pack_of[index] = pack
+        left = room - length
+        if left not in packs_with:
+            bisect.insort(rooms, left)
+            packs_with[left] = []
+        packs_with[left].append(pack)
+    return pack_of
 
 
 def alone(example):
@@ -54,13 +122,12 @@ def alone(example):
 
 
 def pack(examples, capacity):
-    """Return Packed rows of at most `capacity` tokens that hold every Example once, in an order that is always the same.
+    """Return the Packs of `examples` (any sequence of them): the same for the same lengths.
 
     The first token of each document loses its label: what stands before it in the row is another document.
     """
-    return [
-        _join([examples[index] for index in row]) for row in best_fit([len(e.input_ids) for e in examples], capacity)
-    ]
+    lengths = getattr(examples, "lengths", None)
+    return Packs(examples, [len(e.input_ids) for e in examples] if lengths is None else lengths, capacity)
 
 
 def _join(examples):

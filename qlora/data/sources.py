@@ -1,46 +1,131 @@
-"""Files -> rows, each with its true place. Strict readers of our own for text formats: the Arrow-backed loaders re-type
-good rows beside a bad one without a word, and count lines from a block's start."""
+"""Files and hub data sets -> rows, streamed, each with its true place. Strict readers of our own for text formats: the
+Arrow-backed loaders re-type good rows beside a bad one without a word, and count lines from a block's start."""
 
 from __future__ import annotations
 
 import csv
 import glob
-import io
+import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import InputError
 
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
-_SUFFIXES = (".json", ".jsonl", ".parquet", *_SEPARATORS)
+_SUFFIXES = (".json", ".jsonl", ".parquet", ".txt", *_SEPARATORS)
+_BLOCK = 1 << 20
 
 
-@dataclass(frozen=True)
-class Row:
-    """One record and where it stands: the line of a text file, or the number of a row in a Parquet file, from 1."""
+class Row(NamedTuple):
+    """One record: the line it starts on (Parquet and hub: its number), from 1, and what it holds, or what is wrong."""
 
-    path: str
     line: int
     value: Any
-    unit: str = "line"
+    problem: str | None = None
+
+
+@dataclass
+class File:
+    """One data file under one source of the recipe. `done` of `size` bytes or rows are read while `rows` runs."""
+
+    path: str
+    source: Any
+    done: int = field(default=0, compare=False)
 
     @property
-    def place(self):
-        return f"{self.unit} {self.line}"
+    def unit(self):
+        return "row" if Path(self.path).suffix == ".parquet" else "line"
 
     @property
-    def where(self):
-        return f"{self.path} {self.place}"
+    def size(self):
+        return Path(self.path).stat().st_size
+
+    def digest(self):
+        """Return the sha256 of the contents, in hex; raises InputError if the file cannot be read."""
+        whole = hashlib.sha256()
+        with _open(self.path) as file:
+            while block := file.read(_BLOCK):
+                whole.update(block)
+        return whole.hexdigest()
+
+    def rows(self) -> Iterator[Row]:
+        """Yield the rows in order, malformed ones with their `problem`; blank lines are passed over.
+
+        Raises:
+            InputError: the file is missing or empty, or so broken that no further row can be told apart.
+        """
+        suffix, empty = Path(self.path).suffix, True
+        reader = {".parquet": _parquet_rows, ".txt": _text_rows, **dict.fromkeys(_SEPARATORS, _table_rows)}
+        for row in reader.get(suffix, _json_rows)(self):
+            empty = False
+            yield row
+        if empty:
+            raise InputError(f"{self.path} has no rows")
 
 
-def expand(path):
-    """Return the files that `path` names, sorted: a file, a glob, or a folder (every data file in it).
+@dataclass
+class HubSplit:
+    """One split of a data set on the hub, fetched by `datasets` into its own cache."""
+
+    source: Any
+    done: int = field(default=0, compare=False)
+    unit = "row"
+
+    def __post_init__(self):
+        subset = f"/{self.source.subset}" if self.source.subset else ""
+        self.path = f"{self.source.name}{subset}:{self.source.split}"
+        self._data: Any = None
+
+    @property
+    def data(self):
+        if self._data is None:
+            self._data = _load_hub(self.source, self.path)
+        return self._data
+
+    @property
+    def size(self):
+        return len(self.data)
+
+    def digest(self):
+        """Return what `datasets` calls the fingerprint: it changes with the files, the revision and the split."""
+        return hashlib.sha256(f"{self.path} {self.source.revision} {self.data._fingerprint}".encode()).hexdigest()
+
+    def rows(self) -> Iterator[Row]:
+        """Yield the rows in order; raises InputError if the split cannot be had or is empty."""
+        if not len(self.data):
+            raise InputError(f"{self.path} has no rows")
+        for number, value in enumerate(self.data, start=1):
+            self.done = number
+            yield Row(number, _without_fillers(value))
+
+
+def _load_hub(source, path):
+    import datasets
+
+    try:
+        return datasets.load_dataset(source.name, source.subset, split=source.split, revision=source.revision)
+    except Exception as error:  # whatever a remote file makes of itself: the library raises a dozen kinds
+        reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"data set {path}: {reason}; check name, subset, split and revision, or the network"
+        ) from error
+
+
+def open_source(source):
+    """Return the File or HubSplit objects that one source of the recipe names: a file, a glob, or a folder's data files.
 
     Raises:
         InputError: there is none.
     """
+    if source.name is not None:
+        return [HubSplit(source)]
+    return [File(path, source) for path in _expand(source.path)]
+
+
+def _expand(path):
     if Path(path).is_dir():
         found = sorted(str(file) for file in Path(path).iterdir() if file.suffix in _SUFFIXES)
         if not found:
@@ -54,115 +139,225 @@ def expand(path):
     return found
 
 
-def read_rows(path):
-    """Return the rows of a JSON array, JSON Lines, CSV, TSV or Parquet file, in order; blank lines are passed over.
-
-    Raises:
-        InputError: the file is missing, empty, cut off or not UTF-8, or lines are malformed (all of them together).
-    """
-    path = str(path)
-    suffix = Path(path).suffix
+def _open(path):
     try:
-        rows = _read_parquet(path) if suffix == ".parquet" else _read_text(path, suffix)
+        return open(path, "rb")
     except FileNotFoundError:
         raise InputError(f"no data file at {path} (looked in {Path.cwd()})") from None
     except OSError as error:
         raise InputError(f"cannot read the data file {path}: {error.strerror or error}") from None
-    if not rows:
-        raise InputError(f"{path} has no rows")
-    return rows
 
 
-def _read_text(path, suffix):
-    raw = Path(path).read_bytes()
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise InputError(
-            f"{path} line {line}: not UTF-8 (byte 0x{raw[error.start]:02x}); save the file as UTF-8"
-        ) from None
-    if suffix in _SEPARATORS:
-        return _read_table(path, text, _SEPARATORS[suffix])
-    return _read_array(path, text) if text.lstrip()[:1] == "[" else _read_lines(path, text)
+def _json_rows(file):
+    with _open(file.path) as stream:
+        start = stream.read(4096)
+        while start and not start.removeprefix(b"\xef\xbb\xbf").strip() and (more := stream.read(4096)):
+            start += more
+        stream.seek(0)
+        if start.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":
+            yield from _array_rows(file, stream)
+        else:
+            yield from _line_rows(file, stream)
 
 
-def _read_table(path, text, separator):
+def _line_rows(file, stream):
+    for number, line in _decoded_lines(file, stream):  # not splitlines: U+2028 may stand inside a string
+        if isinstance(line, Row):
+            yield line
+        elif line.strip():
+            try:
+                yield Row(number, _loads(line))
+            except ValueError as error:
+                yield Row(number, None, f"not valid JSON: {error}; each line holds one object")
+
+
+def _decoded_lines(file, stream):
+    """Yield (number, text of the line), or (number, Row with the problem) where it is not UTF-8."""
+    for number, raw in enumerate(stream, start=1):
+        file.done += len(raw)
+        try:
+            yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            yield number, Row(number, None, _not_utf8(raw, error))
+
+
+def _not_utf8(raw, error):
+    return f"not UTF-8 (byte 0x{raw[error.start]:02x}); save the file as UTF-8"
+
+
+def _refuse_encoding(path):
+    """Raise InputError with the line of the first byte that is not UTF-8."""
+    with _open(path) as stream:
+        for number, raw in enumerate(stream, start=1):
+            try:
+                raw.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise InputError(f"{path} line {number}: {_not_utf8(raw, error)}") from None
+    raise InputError(f"{path}: not UTF-8; save the file as UTF-8")
+
+
+def _table_rows(file):
     """Rows of a table with a header; every value is a string. A quoted field may hold separators and line ends."""
-    rows, problems, header, line = [], [], None, 1
+    path, header, line = file.path, None, 1
     csv.field_size_limit(2**31 - 1)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
-    try:
-        for fields in reader:
-            start, line = line, reader.line_num + 1
-            if not any(field.strip() for field in fields):
-                continue
-            if header is None:
-                header = fields
-                if len(set(header)) != len(header):
-                    raise InputError(f"{path} line {start}: a column name stands twice in the header")
-            elif len(fields) != len(header):
-                problems.append(f"line {start}  {len(fields)} fields, the header has {len(header)}")
+    _open(path).close()
+    with open(path, encoding="utf-8-sig", newline="") as stream:
+        reader = csv.reader(_counted(file, stream), delimiter=_SEPARATORS[Path(path).suffix], strict=True)
+        try:
+            for fields in reader:
+                start, line = line, reader.line_num + 1
+                if not any(value.strip() for value in fields):
+                    continue
+                if header is None:
+                    header = fields
+                    if len(set(header)) != len(header):
+                        raise InputError(f"{path} line {start}: a column name stands twice in the header")
+                elif len(fields) != len(header):
+                    yield Row(start, None, f"{len(fields)} fields, the header has {len(header)}")
+                else:
+                    yield Row(start, dict(zip(header, fields, strict=True)))
+        except csv.Error as error:
+            yield Row(line, None, str(error))
+        except UnicodeDecodeError:
+            _refuse_encoding(path)
+
+
+def _counted(file, stream):
+    for line in stream:
+        file.done += len(line)
+        yield line
+
+
+def _text_rows(file):
+    """Rows {"text"} of a plain text file: the whole of it, its paragraphs (between blank lines), or its lines."""
+    by = file.source.sample_by
+    with _open(file.path) as stream:
+        start, lines = 1, []
+        for number, line in _decoded_lines(file, stream):
+            if isinstance(line, Row):
+                raise InputError(f"{file.path} line {number}: {line.problem}")
+            if by == "line":
+                yield from _text_row(number, [line], by)
+            elif by == "paragraph" and not line.strip():
+                yield from _text_row(start, lines, by)
+                start, lines = number + 1, []
             else:
-                rows.append(Row(path, start, dict(zip(header, fields, strict=True))))
-    except csv.Error as error:
-        problems.append(f"line {line}  {error}")
-    if problems:
-        raise InputError.listing(path, problems)
-    return rows
+                lines.append(line)
+        yield from _text_row(start, lines, by)
 
 
-def _read_parquet(path):
+def _text_row(line, lines, by):
+    text = "".join(lines)
+    if text.strip():
+        yield Row(line, {"text": text if by == "document" else text.rstrip("\r\n")})
+
+
+def _parquet_rows(file):
     import pyarrow
     import pyarrow.parquet
 
+    _open(file.path).close()
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            values = (value for batch in file.iter_batches() for value in batch.to_pylist())
-            return [Row(path, number, value, "row") for number, value in enumerate(values, start=1)]
+        with pyarrow.parquet.ParquetFile(file.path) as parquet:
+            number, total = 0, max(1, parquet.metadata.num_rows)
+            for batch in parquet.iter_batches(batch_size=1024):
+                for value in batch.to_pylist():
+                    number += 1
+                    yield Row(number, _without_fillers(value))
+                file.done = file.size * number // total
     except pyarrow.ArrowException as error:
-        raise InputError(f"{path} is not a whole Parquet file: {error}") from None
+        raise InputError(f"{file.path} is not a whole Parquet file: {error}") from None
 
 
-def _read_lines(path, text):
-    rows, problems = [], []
-    for number, line in enumerate(text.split("\n"), start=1):  # not splitlines: U+2028 may stand inside a string
-        if line.strip():
-            try:
-                rows.append(Row(path, number, _loads(line)))
-            except ValueError as error:
-                problems.append(f"line {number}  not valid JSON: {error}; each line holds one object")
-    if problems:
-        raise InputError.listing(path, problems)
-    return rows
+def _without_fillers(value, top=True):
+    """Return the row without the nulls that Arrow fills in where structs of one column have different keys."""
+    if isinstance(value, dict):
+        return {key: _without_fillers(inner, False) for key, inner in value.items() if top or inner is not None}
+    return [_without_fillers(inner, False) for inner in value] if isinstance(value, list) else value
 
 
-def _read_array(path, text):
-    rows, position = [], text.index("[") + 1
-    line, counted = text.count("\n", 0, position) + 1, position
+def _array_rows(file, stream):
+    """Rows of one JSON array, read block by block: no more than a block and the longest row are in memory."""
+    buffer = _Buffer(file, stream)
+    buffer.peek()
+    buffer.skip(1)  # the bracket
+    line = buffer.line
     try:
-        while True:
-            position = _skip_space(text, position)
-            if text[position : position + 1] == "]":
-                break
-            line, counted = line + text.count("\n", counted, position), position
-            value, position = _DECODER.raw_decode(text, position)
-            rows.append(Row(path, line, value))
-            position = _skip_space(text, position)
-            if text[position : position + 1] not in (",", "]"):
-                raise json.JSONDecodeError("Expecting ',' or ']'", text, position)
-            position += text[position] == ","
+        while buffer.peek() != "]":
+            line = buffer.line
+            yield Row(line, buffer.value())
+            if buffer.peek() not in (",", "]"):
+                raise ValueError(f"Expecting ',' or ']' at column {buffer.column()}")
+            if buffer.peek() == ",":
+                buffer.skip(1)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} line {getattr(error, 'lineno', line)}: not valid JSON: {_reason(error)}") from None
-    if text[position + 1 :].strip():
-        raise InputError(f"{path} line {line}: there is text after the end of the JSON array")
-    return rows
+        raise InputError(f"{file.path} line {buffer.line}: not valid JSON: {_reason(error)}") from None
+    buffer.skip(1)
+    if buffer.peek():
+        raise InputError(f"{file.path} line {buffer.line}: there is text after the end of the JSON array")
 
 
-def _skip_space(text, position):
-    while text[position : position + 1] in _SPACE:
-        position += 1
-    return position
+class _Buffer:
+    """A window on a text stream that grows until one JSON value lies in it, and knows its line."""
+
+    def __init__(self, file, stream):
+        import codecs
+
+        self.file, self.stream, self.text, self.at, self.line, self.ended = file, stream, "", 0, 1, False
+        self.decoder = codecs.getincrementaldecoder("utf-8-sig")()
+        self.last_line_end = -1
+
+    def more(self, size=_BLOCK):
+        """Append a block; return False at the end of the file."""
+        raw = self.stream.read(size)
+        self.file.done += len(raw)
+        try:
+            decoded = self.decoder.decode(raw, final=not raw)
+        except UnicodeDecodeError:
+            _refuse_encoding(self.file.path)
+        self.text, self.at, self.last_line_end = self.text[self.at :] + decoded, 0, self.last_line_end - self.at
+        self.ended = not raw
+        return not self.ended
+
+    def skip(self, count):
+        end = self.text.find("\n", self.at, self.at + count)
+        while end >= 0:
+            self.line, self.last_line_end = self.line + 1, end
+            end = self.text.find("\n", end + 1, self.at + count)
+        self.at += count
+
+    def peek(self):
+        """Return the next character that is no white space, or "" at the end."""
+        while True:
+            end = self.at
+            while self.text[end : end + 1] in _SPACE:
+                end += 1
+            self.skip(end - self.at)
+            if self.at < len(self.text) or not self.more():
+                return self.text[self.at : self.at + 1]
+
+    def column(self):
+        return self.at - self.last_line_end
+
+    def value(self):
+        self.peek()
+        size = _BLOCK
+        while True:
+            try:
+                value, end = _DECODER.raw_decode(self.text, self.at)
+            except json.JSONDecodeError as error:
+                cut_off = error.msg.startswith("Unterminated") or error.pos > len(self.text) - 16
+                if not cut_off or not self.more(size):
+                    self.skip(error.pos - self.at)
+                    raise ValueError(f"{error.msg} at column {self.column()}") from None
+                size *= 2
+            else:
+                if end < len(self.text) or self.ended or not self.more(size):
+                    self.skip(end - self.at)
+                    return value
+
+
+_SPACE = (" ", "\t", "\n", "\r")
 
 
 def _no_duplicates(pairs):
@@ -179,7 +374,6 @@ def _no_constant(name):
     raise ValueError(f"{name} is not JSON")
 
 
-_SPACE = (" ", "\t", "\n", "\r")
 _DECODER = json.JSONDecoder(object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
 
 

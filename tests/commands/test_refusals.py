@@ -38,7 +38,7 @@ def test_wrong_input_is_found_before_the_model_is_loaded(make_recipe, tmp_path, 
 
 def test_a_bad_line_is_named(make_recipe, tmp_path):
     recipe = make_recipe()
-    with open(recipe.data.train[0], "a") as file:
+    with open(recipe.data.train[0].path, "a") as file:
         file.write('{"messages": [}\n')
     with pytest.raises(InputError, match="line 25  not valid JSON"):
         train(recipe)

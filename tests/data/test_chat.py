@@ -4,8 +4,9 @@ import pytest
 import transformers
 
 from qlora.data import IGNORE_INDEX, chat
+from qlora.data.formats import Conversation
 from qlora.errors import InputError
-from tests.conftest import CHATML, SPECIAL, make_tokenizer, messages
+from tests.conftest import CHATML, SPECIAL, encode, make_tokenizer, messages
 
 TURNS = [
     ("system", "Be brief."),
@@ -50,18 +51,18 @@ def trained_pieces(tokenizer, example):
 )
 def test_trained_tokens_of_a_multi_turn_conversation_are_exactly_the_answers(tokenizer_json, template):
     tokenizer = make_tokenizer(tokenizer_json, template)
-    example = chat.encode(tokenizer, messages(TURNS))
+    example = encode(tokenizer, messages(TURNS))
     assert trained_pieces(tokenizer, example) == ["Hello there.<|im_end|>", "Ciao!<|im_end|>"]
 
 
 def test_an_empty_thought_that_the_template_adds_is_trained_where_the_model_will_have_to_say_it(tokenizer_json):
     tokenizer = make_tokenizer(tokenizer_json, THINKING)
-    example = chat.encode(tokenizer, messages(TURNS))
+    example = encode(tokenizer, messages(TURNS))
     assert trained_pieces(tokenizer, example) == ["Hello there.<|im_end|>", "<think>\n\n</think>\n\nCiao!<|im_end|>"]
 
 
 def test_user_tokens_are_never_trained_on_even_where_they_repeat_the_answer(tokenizer):
-    example = chat.encode(tokenizer, messages([("user", "Say Yes. Yes."), ("assistant", "Yes.")]))
+    example = encode(tokenizer, messages([("user", "Say Yes. Yes."), ("assistant", "Yes.")]))
     assert trained_pieces(tokenizer, example) == ["Yes.<|im_end|>"]
     assert example.num_trained < len(example.input_ids) / 2
 
@@ -71,12 +72,12 @@ def test_a_question_that_stands_in_the_template_too_does_not_move_the_mask(token
     turns = [("user", "Hi"), ("assistant", "Hello there."), ("user", f"{question}?"), ("assistant", "Ciao!")]
     for content in (question, f"{question}?"):
         turns[2] = ("user", content)
-        example = chat.encode(tokenizer, messages(turns))
+        example = encode(tokenizer, messages(turns))
         assert trained_pieces(tokenizer, example) == ["Hello there.<|im_end|>", "Ciao!<|im_end|>"]
 
 
 def test_training_and_use_see_the_same_string(tokenizer):
-    example = chat.encode(tokenizer, messages(TURNS))
+    example = encode(tokenizer, messages(TURNS))
     prompt = tokenizer.apply_chat_template(messages(TURNS[:-1]), add_generation_prompt=True, return_dict=False)
     assert example.input_ids[: len(prompt)] == prompt
     assert example.labels[len(prompt)] != IGNORE_INDEX
@@ -88,7 +89,7 @@ def test_there_is_one_bos_where_the_tokenizer_adds_one_too(tokenizer_json):
     tokenizer = make_tokenizer(tokenizer_json, BOS_TEMPLATE)
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 3)])
     assert tokenizer("x").input_ids[0] == tokenizer.bos_token_id  # it would add a second one
-    assert chat.encode(tokenizer, messages(TURNS)).input_ids.count(tokenizer.bos_token_id) == 1
+    assert encode(tokenizer, messages(TURNS)).input_ids.count(tokenizer.bos_token_id) == 1
 
 
 @pytest.mark.parametrize("adds_bos", [True, False])
@@ -99,7 +100,7 @@ def test_fallback_template_has_the_bos_that_the_tokenizer_expects(tokenizer_json
     if adds_bos:
         tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 3)])
     assert "built in" in chat.set_template(tokenizer, None)
-    ids = chat.encode(tokenizer, messages(TURNS)).input_ids
+    ids = encode(tokenizer, messages(TURNS)).input_ids
     assert ids.count(tokenizer.bos_token_id) == adds_bos
     assert (ids[0] == tokenizer.bos_token_id) == adds_bos
 
@@ -107,14 +108,21 @@ def test_fallback_template_has_the_bos_that_the_tokenizer_expects(tokenizer_json
 def test_a_template_that_never_stops_is_refused(tokenizer_json):
     tokenizer = make_tokenizer(tokenizer_json, NO_STOP)
     with pytest.raises(ValueError, match="never learn to stop"):
-        chat.encode(tokenizer, messages(TURNS))
+        encode(tokenizer, messages(TURNS))
 
 
-def test_a_template_that_changes_earlier_answers_is_refused(tokenizer_json):
+def test_a_template_that_changes_earlier_answers_gets_a_row_an_answer(tokenizer_json):
     tokenizer = make_tokenizer(tokenizer_json, FORGETFUL)
-    with pytest.raises(ValueError, match="message 2"):
-        chat.encode(tokenizer, messages(TURNS))
-    assert chat.encode(tokenizer, messages(TURNS[:3])).num_trained > 0
+    first, second = chat.encode(tokenizer, Conversation(messages(TURNS)))
+    assert (
+        tokenizer.decode(first.input_ids)
+        == "system: Be brief.<|im_end|>user: Hi<|im_end|>assistant: Hello there.<|im_end|>"
+    )
+    assert trained_pieces(tokenizer, first) == ["Hello there.<|im_end|>"]
+    assert tokenizer.decode(second.input_ids).endswith(
+        "assistant: ...<|im_end|>user: Bye<|im_end|>assistant: Ciao!<|im_end|>"
+    )
+    assert trained_pieces(tokenizer, second) == ["Ciao!<|im_end|>"]
 
 
 # Mistral's v0.3 puts the system message into the last user message, if that is the last message of all
@@ -133,7 +141,7 @@ OPENED = CHATML.replace("<|im_start|>assistant\n{% endif %}", "<|im_start|>assis
 )
 def test_a_single_answer_follows_the_prompt_that_chat_will_show(tokenizer_json, template, expected):
     tokenizer = make_tokenizer(tokenizer_json, template)
-    example = chat.encode(tokenizer, messages(TURNS[:3]))
+    example = encode(tokenizer, messages(TURNS[:3]))
     text = tokenizer.decode(example.input_ids)
     prompt = tokenizer.apply_chat_template(messages(TURNS[:2]), tokenize=False, add_generation_prompt=True)
     assert text.startswith(prompt)
@@ -145,14 +153,16 @@ def test_a_single_answer_follows_the_prompt_that_chat_will_show(tokenizer_json, 
 @pytest.mark.parametrize("answer", ["s", "m", "_", "im_end", "|"])
 def test_an_answer_that_stands_in_the_closing_token_too_is_found(tokenizer_json, answer):
     tokenizer = make_tokenizer(tokenizer_json, SYSTEM_LAST)
-    example = chat.encode(tokenizer, messages([*TURNS[:2], ("assistant", answer)]))
+    example = encode(tokenizer, messages([*TURNS[:2], ("assistant", answer)]))
     assert tokenizer.decode(example.input_ids) == f"[INST] Be brief.\n\nHi[/INST] {answer}<|im_end|>"
 
 
-def test_training_on_everything_still_refuses_what_chat_would_not_show(tokenizer_json):
+def test_training_on_everything_takes_the_string_that_chat_would_show(tokenizer_json):
     tokenizer = make_tokenizer(tokenizer_json, SYSTEM_LAST)
-    with pytest.raises(ValueError, match="message 2"):
-        chat.encode(tokenizer, messages(TURNS), train_on="all")
+    example = encode(tokenizer, messages(TURNS), train_on="all")
+    expected = "[INST] Hi[/INST] Hello there.<|im_end|>[INST] Be brief.\n\nBye[/INST] Ciao!<|im_end|>"
+    assert tokenizer.decode(example.input_ids) == expected
+    assert example.labels == [IGNORE_INDEX, *example.input_ids[1:]]
 
 
 def test_a_header_that_swallows_the_spaces_of_the_answer_is_not_trained(tokenizer_json):
@@ -161,7 +171,7 @@ def test_a_header_that_swallows_the_spaces_of_the_answer_is_not_trained(tokenize
     template = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|im_end|>{% endfor %}"
     tokenizer = make_tokenizer(tokenizer_json, template + "{% if add_generation_prompt %}<|assistant|>{% endif %}")
     tokenizer.add_tokens([AddedToken("<|assistant|>", rstrip=True, special=True)], special_tokens=True)
-    example = chat.encode(tokenizer, messages([("user", "Hi"), ("assistant", "\n  Hello")]))
+    example = encode(tokenizer, messages([("user", "Hi"), ("assistant", "\n  Hello")]))
     assert [piece.strip() for piece in trained_pieces(tokenizer, example)] == ["Hello<|im_end|>"]
 
 
@@ -170,7 +180,7 @@ def test_the_turn_end_is_a_stop_token_even_if_the_tokenizers_end_token_is_anothe
     tokenizer.eos_token = "<|endoftext|>"
     stops = chat.stop_token_ids(tokenizer)
     assert stops == {SPECIAL.index("<|endoftext|>"), SPECIAL.index("<|im_end|>")}
-    example = chat.encode(tokenizer, messages(TURNS))
+    example = encode(tokenizer, messages(TURNS))
     assert trained_pieces(tokenizer, example) == ["Hello there.<|im_end|>", "Ciao!<|im_end|>"]
 
 
@@ -180,13 +190,13 @@ def test_stop_tokens_of_the_generation_config_are_kept(tokenizer):
 
 
 def test_train_on_all_trains_every_token(tokenizer):
-    example = chat.encode(tokenizer, messages(TURNS), train_on="all")
+    example = encode(tokenizer, messages(TURNS), train_on="all")
     assert example.labels == [IGNORE_INDEX, *example.input_ids[1:]]
 
 
 def test_scripts_and_emoji_survive(tokenizer):
     answer = "日本語 🙂 naïve \n\tcode()"
-    example = chat.encode(tokenizer, messages([("user", "x"), ("assistant", answer)]))
+    example = encode(tokenizer, messages([("user", "x"), ("assistant", answer)]))
     assert trained_pieces(tokenizer, example) == [answer + "<|im_end|>"]
 
 

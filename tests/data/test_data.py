@@ -1,7 +1,9 @@
 """Splits do not leak, nothing is cut or dropped in silence, and the report counts what happened."""
 
-import collections
+import csv
+import json
 
+import numpy as np
 import pytest
 
 from qlora import data
@@ -9,84 +11,211 @@ from qlora.errors import InputError
 from qlora.recipe import Data
 from tests.conftest import CONVERSATIONS, messages, write_jsonl
 
+ROWS = [{"messages": messages(turns)} for turns in CONVERSATIONS]
+LONG = {"messages": messages([("user", "x " * 200), ("assistant", "A")])}
+
 
 @pytest.fixture
 def file(tmp_path):
-    rows = [{"messages": messages(turns)} for turns in CONVERSATIONS]
-    return write_jsonl(tmp_path / "d.jsonl", rows * 3)
+    return write_jsonl(tmp_path / "d.jsonl", ROWS * 3)
 
 
-def encode(path, tokenizer, **settings):
-    dropped = collections.defaultdict(collections.Counter)
-    sources = data.read([str(path)])
-    section = Data(train=[str(path)], **settings)
-    return data.encode(sources[0].conversations, tokenizer, section, dropped)[1], sources, dropped
+@pytest.fixture
+def load(tokenizer):
+    """Return load(train, **settings of the recipe's data) -> Rows."""
+
+    def load(train, seed=0, **settings):
+        section = Data(train=str(train) if not isinstance(train, (list, dict)) else train, **settings)
+        return data.Rows(data.load(section.train, tokenizer, section, seed))
+
+    return load
 
 
-def test_copies_of_a_row_are_never_on_both_sides(file):
-    train, held_out = data.hold_out(data.read([str(file)]), 0.25, seed=1)
-    texts = [{c.messages[0]["content"] for c in side} for side in (train, held_out)]
-    assert texts[0].isdisjoint(texts[1])
+def texts(rows, tokenizer):
+    return [tokenizer.decode(example.input_ids) for example in rows]
+
+
+def report_of(rows, stops=(2,), batches=None, batches_per_step=10):
+    return data.report(rows, rows.parts, stops, rows if batches is None else batches, batches_per_step)
+
+
+def test_copies_of_a_row_are_never_on_both_sides(file, load, tokenizer):
+    train, held_out = data.hold_out(load(file), 0.25, seed=1)
+    assert set(texts(train, tokenizer)).isdisjoint(texts(held_out, tokenizer))
     assert (len(train), len(held_out)) == (54, 18)
 
 
-def test_the_split_is_the_same_for_the_same_seed_only(file):
-    sources = data.read([str(file)])
-    first, again, other = (data.hold_out(sources, 0.25, seed=seed)[1] for seed in (1, 1, 2))
+def test_the_split_is_the_same_for_the_same_seed_only(file, load):
+    rows = load(file)
+    first, again, other = (data.hold_out(rows, 0.25, seed=seed)[1].lines.tolist() for seed in (1, 1, 2))
     assert first == again
     assert first != other
 
 
-def test_a_split_that_leaves_nothing_is_refused(tmp_path):
-    file = write_jsonl(tmp_path / "d.jsonl", [{"messages": messages(CONVERSATIONS[0])}] * 5)
+def test_a_split_that_leaves_nothing_is_refused(tmp_path, load):
+    file = write_jsonl(tmp_path / "d.jsonl", ROWS[:1] * 5)
     with pytest.raises(InputError, match="leaves no training rows"):
-        data.hold_out(data.read([str(file)]), 0.5, seed=1)
+        data.hold_out(load(file), 0.5, seed=1)
 
 
-def test_bad_rows_are_reported_together_with_file_and_line(tmp_path):
-    rows = [{"messages": messages(CONVERSATIONS[0])}, {"text": "x"}, {"messages": []}]
-    file = write_jsonl(tmp_path / "d.jsonl", rows)
+# ---- bad rows --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bad(tmp_path):
+    path = write_jsonl(tmp_path / "d.jsonl", [ROWS[0], {"words": "x"}, {"messages": []}, ROWS[1]])
+    path.write_text(path.read_text() + "nope\n")
+    return path
+
+
+def test_bad_rows_are_reported_together_with_file_and_line(bad, load):
     with pytest.raises(InputError) as caught:
-        data.read([str(file)])
+        load(bad)
     message = str(caught.value)
-    assert f"{file} has 2 problems" in message
-    assert "line 2  keys text fit no known shape" in message
+    assert f"{bad} has 3 problems" in message
+    assert "line 2  keys words fit no known shape" in message
     assert "line 3  messages is an empty list" in message
+    assert "line 5  not valid JSON" in message
+    assert "data.on_bad_row=skip" in message
 
 
-def test_rows_over_max_length_are_an_error_with_their_lines_by_default(file, tokenizer):
-    with pytest.raises(InputError, match=r"d.jsonl line 1  \d+ tokens, data.max_length is 8"):
-        encode(file, tokenizer, max_length=8)
+def test_bad_rows_are_skipped_and_counted_where_the_recipe_says_so(bad, load):
+    rows = load(bad, on_bad_row="skip")
+    summary = rows.parts[0].summary
+    assert rows.lines.tolist() == [1, 4]
+    assert (summary["rows_read"], summary["rows_kept"], summary["rows_dropped"]) == (5, 2, 3)
+    assert sum(summary["reasons"].values()) == 3
+    assert [row["row"] for row in summary["dropped_rows"]] == ["line 2", "line 3", "line 5"]
+    assert "not valid JSON" in summary["dropped_rows"][2]["reason"]
 
 
-def test_the_remedy_is_said_however_many_rows_are_wrong(file, tokenizer):
-    with pytest.raises(InputError, match=r"and 52 more\n  raise data.max_length, or set data.overlong=drop"):
-        encode(file, tokenizer, max_length=8)
+def test_the_first_twenty_are_named_and_the_rest_counted(tmp_path, load):
+    path = tmp_path / "d.jsonl"
+    path.write_text(json.dumps(ROWS[0]) + "\n" + "nope\n" * 2500)
+    with pytest.raises(InputError) as caught:
+        load(path)
+    lines = str(caught.value).splitlines()
+    assert "has 2,500 problems" in lines[0]
+    assert lines[1].startswith("  line 2 ")
+    assert lines[20].startswith("  line 21 ")
+    assert lines[21] == "  ... and 2,480 more"
+    assert load(path, on_bad_row="skip").parts[0].summary["reasons"] == {
+        "not valid JSON: Expecting value at column N; each line holds one object": 2500
+    }
 
 
-def test_dropped_rows_are_counted_by_reason(tmp_path, tokenizer):
-    long = [("user", "x " * 200), ("assistant", "A")]
-    file = write_jsonl(tmp_path / "d.jsonl", [{"messages": messages(turns)} for turns in [*CONVERSATIONS, long]])
-    examples, sources, dropped = encode(file, tokenizer, max_length=100, overlong="drop")
-    report = data.report(sources, examples, dropped, {2}, rows_per_step=10)
-    assert len(examples) == len(CONVERSATIONS) == report["rows"]
-    assert report["sources"][0]["rows_dropped"] == 1
-    assert report["sources"][0]["rows_kept"] == len(CONVERSATIONS)
-    assert report["sources"][0]["reasons"] == {"longer than max_length 100": 1}
+# ---- length ----------------------------------------------------------------------------------------------------------
 
 
-def test_dropping_every_row_is_an_error(file, tokenizer):
-    with pytest.raises(InputError, match="no row is left"):
-        encode(file, tokenizer, max_length=8, overlong="drop")
+def test_rows_over_max_length_are_an_error_with_their_lines_by_default(file, load):
+    with pytest.raises(InputError, match=r"line 1  .*\d+ tokens, data.max_length is 8"):
+        load(file, max_length=8)
 
 
-def test_the_report_counts_tokens_and_stops(file, tokenizer):
-    examples, sources, dropped = encode(file, tokenizer)
-    report = data.report(sources, examples, dropped, {2}, rows_per_step=10)
-    assert report["tokens"]["total"] == sum(len(example.input_ids) for example in examples)
-    assert report["tokens"]["trained"] == sum(label != -100 for example in examples for label in example.labels)
+def test_the_remedy_is_said_however_many_rows_are_wrong(file, load):
+    with pytest.raises(InputError, match=r"and 52 more\n  raise data.max_length, or set data.overlong to drop"):
+        load(file, max_length=8)
+
+
+@pytest.mark.parametrize(
+    ("policy", "kept", "truncated", "split", "examples"),
+    [("drop", 24, 0, 0, 24), ("truncate", 24, 0, 0, 24), ("truncate_prompt", 25, 1, 0, 25), ("split", 25, 0, 1, 25)],
+)
+def test_what_happens_to_long_rows_is_counted(tmp_path, load, policy, kept, truncated, split, examples):
+    rows = load(write_jsonl(tmp_path / "d.jsonl", [*ROWS, LONG]), max_length=100, overlong=policy)
+    summary = rows.parts[0].summary
+    assert (summary["rows_read"], summary["rows_kept"], summary["rows_dropped"]) == (25, kept, 25 - kept)
+    assert (summary["rows_truncated"], summary["rows_split"]) == (truncated, split)
+    assert len(rows) == examples
+    assert rows.lengths.max() <= 100
+    if policy in ("drop", "truncate"):
+        assert summary["reasons"] == {"prompt alone longer than max_length 100": 1}
+
+
+def test_the_report_counts_tokens_and_stops(file, load):
+    rows = load(file)
+    report = report_of(rows)
+    assert report["tokens"]["total"] == sum(len(example.input_ids) for example in rows)
+    assert report["tokens"]["trained"] == sum(example.num_trained for example in rows)
     assert report["ends_with_stop_token"] == 1.0
     assert report["steps_per_epoch"] == 8  # 72 rows
     assert report["sources"][0]["format"] == "messages"
-    never = data.report(sources, examples, dropped, {5}, rows_per_step=10)
-    assert never["ends_with_stop_token"] == 0.0
+    assert report_of(rows, stops={5})["ends_with_stop_token"] == 0.0
+
+
+def test_packing_is_in_the_report(file, load):
+    rows = load(file)
+    packs = data.pack(rows, 128)
+    report = report_of(rows, batches=packs, batches_per_step=1)
+    assert report["steps_per_epoch"] == len(packs)
+    assert report["packing_efficiency"] == pytest.approx(report["tokens"]["total"] / (128 * len(packs)))
+    assert sum(len(pack.input_ids) for pack in packs) == report["tokens"]["total"]
+
+
+# ---- mixtures --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two(tmp_path):
+    other = [{"prompt": f"Q{n}", "completion": f"A{n}"} for n in range(40)]
+    return str(write_jsonl(tmp_path / "a.jsonl", ROWS)), str(write_jsonl(tmp_path / "b.jsonl", other))
+
+
+def counts(rows):
+    return np.bincount(rows._part_of, minlength=len(rows.parts)).tolist()
+
+
+def test_a_weight_is_how_often_the_rows_of_a_source_are_seen_an_epoch(two, load):
+    rows = load([{"path": two[0], "weight": 2.5}, {"path": two[1], "weight": 0.25}])
+    mixed, again, other = (data.weighted(rows, seed) for seed in (1, 1, 2))
+    assert counts(mixed) == [60, 10]
+    seen = np.bincount(mixed.lines[mixed._part_of == 0])[1:]
+    assert sorted(set(seen.tolist())) == [2, 3]
+    assert mixed.lines.tolist() == again.lines.tolist() != other.lines.tolist()
+
+
+def test_max_rows_is_a_draw_over_all_files_of_a_source(two, load):
+    rows, again = (load([{"path": two[0]}, {"path": two[1], "max_rows": 7}], seed=3) for _ in range(2))
+    assert counts(rows) == [24, 7]
+    assert rows.lines.tolist() == again.lines.tolist()
+    assert rows.lines[24:].tolist() != list(range(1, 8))
+    assert rows.lines.tolist() != load([{"path": two[0]}, {"path": two[1], "max_rows": 7}], seed=4).lines.tolist()
+    summary = rows.parts[1].summary
+    assert (summary["rows_read"], summary["rows_kept"]) == (40, 7)
+    assert summary["reasons"] == {"not in the sample of max_rows": 33}
+    folder = two[0].rpartition("/")[0]
+    assert len(load({"path": f"{folder}/*.jsonl", "max_rows": 20})) == 20
+    assert len(load({"path": two[0], "max_rows": 500})) == 24
+
+
+def test_each_source_may_have_columns_of_its_own(tmp_path, two, load, tokenizer):
+    path = tmp_path / "c.csv"
+    with open(path, "w", newline="") as stream:
+        csv.writer(stream).writerows([("q", "a"), ("What?", "That.")])
+    rows = load([two[0], {"path": str(path), "columns": {"prompt": "q", "completion": "a"}}])
+    assert texts(rows, tokenizer)[-1] == "<|im_start|>user\nWhat?<|im_end|>\n<|im_start|>assistant\nThat.<|im_end|>\n"
+    assert rows.where(len(rows) - 1) == f"{path} line 2"
+
+
+def test_text_is_trained_whole_and_ends_with_the_end_token(tmp_path, load, tokenizer):
+    (tmp_path / "d.txt").write_text("Once upon a time.\n<|im_start|> is no token here.")
+    (example,) = load(tmp_path / "d.txt")
+    assert tokenizer.decode(example.input_ids) == "Once upon a time.\n<|im_start|> is no token here.<|im_end|>"
+    assert tokenizer.convert_tokens_to_ids("<|im_start|>") not in example.input_ids
+    assert example.labels == [data.IGNORE_INDEX, *example.input_ids[1:]]
+
+
+def test_the_conversations_of_rows_are_read_again_from_their_files(two, load):
+    rows = load(list(two))[np.array([50, 3, 3, 60])]
+    found = data.conversations(rows[:1]) + data.conversations(rows[1:])
+    assert [c.messages[-1]["content"] for c in found] == ["A26", CONVERSATIONS[3][1][1], "A36"]
+
+
+def test_rows_of_several_examples_are_counted_as_one(tmp_path, load):
+    rows = load(
+        write_jsonl(tmp_path / "d.jsonl", [LONG, ROWS[0], LONG]), max_length=64, overlong="split", train_on="all"
+    )
+    assert len(rows) > 9
+    assert rows.one_each().lines.tolist() == [1, 2, 3]
+    assert set(rows.first_rows(2).lines.tolist()) == {1, 2}
+    assert data.copies(rows, rows[:0]) == {"duplicates": 1, "eval_rows_in_training": 0}

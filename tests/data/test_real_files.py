@@ -1,22 +1,22 @@
 """Public data sets as they are published, where a copy lies beside the checkout."""
 
-import collections
 import json
 from pathlib import Path
 
 import pytest
 
 from qlora import base_model, data
+from qlora.data import chat, formats
 from qlora.errors import InputError
 from qlora.recipe import Data, Model
 from tests.test_smollm2 import FOLDER, needs_model
 
 FILES = Path(__file__).parents[3] / "shared" / "data"
 
-COLUMNS = {
-    "gsm8k_train_2k.jsonl": {"prompt": "question", "completion": "answer"},
-    "e2e_cleaned.csv": {"prompt": "mr", "completion": "ref"},
-    "sst2_dev.csv": {"prompt": "sentence", "completion": "label"},
+TOOLS = {"chat_template": "chatml"}
+MMLU = {
+    "prompt": "{{ question }}\n{% for choice in choices %}{{ 'ABCD'[loop.index0] }}. {{ choice }}\n{% endfor %}Answer:",
+    "completion": "{{ 'ABCD'[answer] }}",
 }
 
 pytestmark = pytest.mark.skipif(not FILES.is_dir(), reason=f"no copies of public data sets in {FILES}")
@@ -24,52 +24,70 @@ pytestmark = pytest.mark.skipif(not FILES.is_dir(), reason=f"no copies of public
 
 @needs_model
 @pytest.mark.parametrize(
-    ("name", "rows", "shape"),
+    ("name", "rows", "shape", "settings"),
     [
-        ("alpaca_en_6k.json", 6000, "alpaca"),
-        ("alpaca_zh_1k.json", 1000, "alpaca"),
-        ("oasst1_messages.jsonl", 723, "messages"),
-        ("snips_json_dev.jsonl", 700, "messages"),
-        ("oasst_zh_history.json", 519, "alpaca"),
-        ("gsm8k_train_2k.jsonl", 2000, "completion"),
-        ("e2e_cleaned.csv", 4299, "completion"),
-        ("sst2_dev.csv", 872, "completion"),
+        ("alpaca_en_6k.json", 6000, "alpaca", {}),
+        ("alpaca_zh_1k.json", 1000, "alpaca", {}),
+        ("c4_raw.jsonl", 200, "text", {}),
+        ("e2e_cleaned.csv", 4299, "completion", {"columns": {"prompt": "mr", "completion": "ref"}}),
+        ("glaive_toolcall_en_sharegpt.json", 200, "sharegpt", TOOLS),
+        ("gsm8k_train_2k.jsonl", 2000, "completion", {"columns": {"prompt": "question", "completion": "answer"}}),
+        ("mmlu_dev_fewshot.jsonl", 285, "completion", {"columns": MMLU}),
+        ("mmlu_val.jsonl", 1531, "completion", {"columns": {"prompt": "input", "completion": "output"}}),
+        ("oasst1_messages.jsonl", 723, "messages", {}),
+        ("oasst_zh_history.json", 519, "alpaca", {}),
+        ("sgd_tool_dialogues.jsonl", 300, "messages", TOOLS),
+        ("snips_json_dev.jsonl", 700, "messages", {}),
+        ("snips_json_train.jsonl", 12806, "messages", {}),
+        ("sst2_dev.csv", 872, "completion", {"columns": {"prompt": "sentence", "completion": "label"}}),
+        ("sst2_train.csv", 6917, "completion", {"columns": {"prompt": "sentence", "completion": "label"}}),
+        ("tiny_shakespeare.txt", 1, "text", {}),
     ],
 )
-def test_every_row_is_read_and_every_answer_is_trained_to_its_end(name, rows, shape):
-    path = str(FILES / name)
+def test_every_row_is_read_and_every_answer_is_trained_to_its_end(name, rows, shape, settings):
+    path, settings = str(FILES / name), dict(settings)
     tokenizer = base_model.load_tokenizer(FOLDER, Model(name_or_path=str(FOLDER)))
-    sources = data.read([path], COLUMNS.get(name))
-    assert (sources[0].num_read, sources[0].format) == (rows, shape)
-    dropped = collections.defaultdict(collections.Counter)
-    conversations = sources[0].conversations[:200]
-    section = Data(train=[path], max_length=100_000)
-    for conversation, example in zip(
-        conversations, data.encode(conversations, tokenizer, section, dropped)[1], strict=True
-    ):
-        answers = [message["content"] for message in conversation.messages if message["role"] == "assistant"]
+    chat.set_template(tokenizer, settings.pop("chat_template", None))
+    section = Data(train=path, max_length=2**30, **settings)
+    loaded = data.Rows(data.load(section.train, tokenizer, section, seed=0))
+    summary = loaded.parts[0].summary
+    assert (summary["rows_read"], summary["rows_kept"], summary["format"]) == (rows, rows, shape)
+    assert len(loaded) == rows
+    sample = loaded[:100]
+    for conversation, example in zip(data.conversations(sample), sample, strict=True):
         trained = tokenizer.decode([label for label in example.labels if label != data.IGNORE_INDEX])
-        assert trained == "".join(f"{answer}<|im_end|>" for answer in answers)
+        if conversation.text is not None:
+            assert trained == tokenizer.decode(tokenizer(conversation.text + "<|im_end|>").input_ids[1:])
+            continue
+        answers = [message for message in conversation.messages if message["role"] == "assistant"]
+        pieces = trained.split("<|im_end|>")
+        assert len(pieces) == len(answers) + 1
+        for answer, piece in zip(answers, pieces, strict=False):
+            assert piece.startswith(answer["content"])
+            calls = [json.loads(text.partition("</tool_call>")[0]) for text in piece.split("<tool_call>")[1:]]
+            assert calls == [call["function"] for call in answer.get("tool_calls", [])]
 
 
+@needs_model
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
         ("gsm8k_train_2k.jsonl", "keys question, answer fit no known shape"),
-        ("glaive_toolcall_en_sharegpt.json", "tools: not supported yet"),
-        ("c4_raw.jsonl", "keys text fit no known shape"),
+        ("glaive_toolcall_en_sharegpt.json", "the chat template leaves the row's tools out (search_recipes)"),
         ("e2e_cleaned.csv", "line 2  keys mr, ref fit no known shape"),
     ],
 )
-def test_a_shape_that_is_not_known_yet_is_refused_row_by_row(name, expected):
+def test_what_the_model_would_not_see_is_refused_row_by_row(name, expected):
+    tokenizer = base_model.load_tokenizer(FOLDER, Model(name_or_path=str(FOLDER)))
+    section = Data(train=str(FILES / name), max_length=2**30)
     with pytest.raises(InputError) as caught:
-        data.read([str(FILES / name)])
+        data.load(section.train, tokenizer, section, seed=0)
     assert expected in str(caught.value)
     assert "problems" in str(caught.value)
 
 
 def test_history_of_a_published_file_reaches_the_conversation():
     rows = json.loads((FILES / "oasst_zh_history.json").read_text(encoding="utf-8"))
-    (source,) = data.read([str(FILES / "oasst_zh_history.json")])
-    for row, conversation in zip(rows, source.conversations, strict=True):
+    for row in rows:
+        _, conversation = formats.to_conversation(row)
         assert len(conversation.messages) == 2 * len(row["history"]) + 2 + bool(row.get("system"))

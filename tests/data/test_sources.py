@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora.data.sources import expand, read_rows
+from qlora.data.sources import File, open_source
 from qlora.errors import InputError
+from qlora.recipe import Source
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -17,10 +18,22 @@ VALUES = st.recursive(
 )
 
 
+def read_rows(path, **settings):
+    return list(File(str(path), Source(path=str(path), **settings)).rows())
+
+
+def expand(path):
+    return [file.path for file in open_source(Source(path=str(path)))]
+
+
 def refusal(path):
     with pytest.raises(InputError) as caught:
         read_rows(path)
     return str(caught.value)
+
+
+def problems(path):
+    return [(row.line, row.problem) for row in read_rows(path) if row.problem is not None]
 
 
 def write(tmp_path, content):
@@ -51,13 +64,27 @@ def test_line_numbers_in_an_array_are_where_rows_begin(tmp_path):
     assert [row.line for row in read_rows(path)] == [2, 4, 6]
 
 
-def test_all_bad_lines_are_reported_the_first_twenty_in_full(tmp_path):
-    message = refusal(write(tmp_path, '{"a": 1}\n' + "nope\n" * 25))
-    assert "has 25 problems" in message
-    assert "line 2 " in message
-    assert "line 21 " in message
-    assert "line 22 " not in message
-    assert "and 5 more" in message
+def test_a_bad_line_is_a_row_with_a_problem_and_those_around_it_are_whole(tmp_path):
+    rows = read_rows(write(tmp_path, b'{"a": 1}\nnope\n{"a": "\xff"}\n{"a": 2}\n'))
+    assert [(row.line, row.value) for row in rows if row.problem is None] == [(1, {"a": 1}), (4, {"a": 2})]
+    assert "not valid JSON: Expecting value at column 1" in rows[1].problem
+    assert "not UTF-8 (byte 0xff)" in rows[2].problem
+
+
+@pytest.mark.parametrize(
+    ("content", "line", "expected"),
+    [
+        (b'{"a": 1}\n{"a": \xff}\n', 2, "not UTF-8 (byte 0xff)"),
+        (b'{"a": NaN}\n', 1, "not valid JSON: NaN is not JSON"),
+        (b'{"a": 1, "a": 2}\n', 1, "'a' stands twice"),
+        (b'{"a": 1} {"a": 2}\n', 1, "not valid JSON: Extra data"),
+        (b'{"a":' + b"[" * 100_000 + b"\n", 1, "not valid JSON: nested too deeply"),
+    ],
+)
+def test_what_is_wrong_with_a_line_is_said(tmp_path, content, line, expected):
+    ((number, problem),) = problems(write(tmp_path, content))
+    assert number == line
+    assert expected in problem
 
 
 @pytest.mark.parametrize(
@@ -66,14 +93,12 @@ def test_all_bad_lines_are_reported_the_first_twenty_in_full(tmp_path):
         (b"", "has no rows"),
         (b"\n \n", "has no rows"),
         (b"[]", "has no rows"),
-        (b'{"a": 1}\n{"a": \xff}\n', "line 2: not UTF-8 (byte 0xff)"),
-        (b'{"a": NaN}\n', "line 1  not valid JSON: NaN is not JSON"),
-        (b'{"a": 1, "a": 2}\n', "'a' stands twice"),
-        (b'{"a": 1} {"a": 2}\n', "line 1  not valid JSON: Extra data"),
         (b'[{"a": 1},\n{"a": 2}', "line 2: not valid JSON"),
         (b'[{"a": 1}\n{"a": 2}]', "line 2: not valid JSON"),
         (b'[{"a": 1}]\nmore', "after the end"),
-        (b'{"a":' + b"[" * 100_000 + b"\n", "line 1  not valid JSON: nested too deeply"),
+        (b'[{"a": 1},\n{"a": "\xff"}]', "line 2: not UTF-8 (byte 0xff)"),
+        (b'[{"a": 1},\n{"a": 1, "a": 2}]', "'a' stands twice"),
+        (b"[" * 100_000, "nested too deeply"),
     ],
 )
 def test_broken_files_are_refused_with_the_line(tmp_path, content, expected):
@@ -121,14 +146,110 @@ def test_tables_come_back_exactly(tmp_path_factory, rows, kind):
     assert [tuple(row.value.values()) for row in read_rows(path)] == rows
 
 
-def test_rows_with_too_few_or_too_many_fields_are_named_together(tmp_path):
-    message = refusal(write_as(tmp_path, "d.csv", "a,b\n1,2\n1\n1,2,3\n"))
-    assert "line 3  1 fields, the header has 2" in message
-    assert "line 4  3 fields, the header has 2" in message
+def test_rows_with_too_few_or_too_many_fields_are_named(tmp_path):
+    path = write_as(tmp_path, "d.csv", "a,b\n1,2\n1\n1,2,3\n")
+    assert problems(path) == [(3, "1 fields, the header has 2"), (4, "3 fields, the header has 2")]
 
 
-def test_a_quote_that_never_ends_is_refused(tmp_path):
-    assert "d.csv has 1 problem" in refusal(write_as(tmp_path, "d.csv", 'a,b\n"1,2\n3,4\n'))
+def test_a_quote_that_never_ends_is_a_problem(tmp_path):
+    assert len(problems(write_as(tmp_path, "d.csv", 'a,b\n"1,2\n3,4\n'))) == 1
+
+
+def test_a_table_that_is_not_utf8_is_refused_with_the_line(tmp_path):
+    assert "line 2: not UTF-8 (byte 0xe9)" in refusal(write_as(tmp_path, "d.csv", b"a,b\ncaf\xe9,1\n"))
+
+
+# ---- plain text ------------------------------------------------------------------------------------------------------
+
+POEM = "One\n two\n\n\nThree\r\n"
+
+
+@pytest.mark.parametrize(
+    ("by", "expected"),
+    [
+        ("document", [(1, POEM)]),
+        ("paragraph", [(1, "One\n two"), (5, "Three")]),
+        ("line", [(1, "One"), (2, " two"), (5, "Three")]),
+    ],
+)
+def test_a_text_file_is_one_row_or_its_paragraphs_or_its_lines(tmp_path, by, expected):
+    path = write_as(tmp_path, "d.txt", "\ufeff" + POEM)
+    assert [(row.line, row.value["text"]) for row in read_rows(path, sample_by=by)] == expected
+
+
+def test_text_that_is_not_utf8_is_refused_with_the_line(tmp_path):
+    assert "line 2: not UTF-8" in refusal(write_as(tmp_path, "d.txt", b"a\n\xff\n"))
+
+
+# ---- arrays are read block by block ----------------------------------------------------------------------------------
+
+
+def test_rows_longer_than_a_block_and_across_its_end_come_back(tmp_path, monkeypatch):
+    from qlora.data import sources
+
+    monkeypatch.setattr(sources, "_BLOCK", 7)
+    values = [{"a": 'é\\"' * n, "n": [n, 1.5e10, True, None]} for n in range(40)]
+    path = write_as(tmp_path, "d.json", json.dumps(values, indent=1, ensure_ascii=False))
+    assert [row.value for row in read_rows(path)] == values
+    lines = path.read_text(encoding="utf-8").split("\n")
+    assert all(lines[row.line - 1].strip() == "{" for row in read_rows(path))
+
+
+def test_a_broken_array_is_not_read_to_its_end(tmp_path):
+    path = write_as(tmp_path, "d.json", '[{"a": 1}, {"a": nope}, ' + '{"a": 1}, ' * 500_000)
+    file = File(str(path), Source(path=str(path)))
+    with pytest.raises(InputError, match="line 1: not valid JSON: Expecting value at column 18"):
+        list(file.rows())
+    assert file.done <= 2**20 + 4096 < path.stat().st_size
+
+
+# ---- the hub ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """Stand in for the network only: the split is what `datasets` makes of a local file."""
+    import datasets
+
+    path = write_as(
+        tmp_path, "hub.jsonl", "".join(json.dumps({"prompt": f"Q{n}", "completion": f"A{n}"}) + "\n" for n in range(9))
+    )
+    asked = []
+
+    def load_dataset(name, subset=None, *, split, revision, real=datasets.load_dataset):
+        asked.append((name, subset, split, revision))
+        if name != "owner/name":
+            raise FileNotFoundError(f"Couldn't find any data file at {name}.")
+        return real("json", data_files=str(path), split="train", cache_dir=str(tmp_path / "cache"))
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return asked
+
+
+def test_a_hub_data_set_is_read_by_name_subset_split_and_revision(hub):
+    source = Source(name="owner/name", subset="en", split="test", revision="abc")
+    (split,) = open_source(source)
+    rows = list(split.rows())
+    assert hub == [("owner/name", "en", "test", "abc")]
+    assert [(row.line, row.value) for row in rows[:1]] == [(1, {"prompt": "Q0", "completion": "A0"})]
+    assert (split.path, split.unit, len(rows), split.size) == ("owner/name/en:test", "row", 9, 9)
+
+
+def test_a_hub_data_set_that_cannot_be_had_is_one_clear_message(hub):
+    (split,) = open_source(Source(name="owner/none"))
+    with pytest.raises(InputError, match=r"data set owner/none:train: Couldn't find any data file.*or the network"):
+        list(split.rows())
+    assert len(hub) == 1
+
+
+def test_nulls_that_arrow_fills_in_are_not_part_of_a_row(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    calls = [{"tool_calls": [{"name": "f", "arguments": {key: 1}}], "note": None} for key in ("x", "y")]
+    path = tmp_path / "d.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(calls), path)
+    assert [row.value for row in read_rows(path)] == calls
 
 
 def test_parquet_rows_come_back_with_their_numbers(tmp_path):
@@ -140,7 +261,7 @@ def test_parquet_rows_come_back_with_their_numbers(tmp_path):
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(values), path)
     rows = read_rows(path)
     assert [row.value for row in rows] == values
-    assert rows[4].where == f"{path} row 5"
+    assert [row.line for row in rows] == [1, 2, 3, 4, 5]
     path.write_bytes(path.read_bytes()[:-10])
     assert "not a whole Parquet file" in refusal(path)
 
@@ -153,7 +274,7 @@ def test_a_glob_and_a_folder_name_their_files_in_order(tmp_path):
     (tmp_path / "d[1].json").write_text("x")
     assert expand(f"{tmp_path}/d[1].json") == [f"{tmp_path}/d[1].json"]  # a name, not a glob
     with pytest.raises(InputError, match="no data file matches"):
-        expand(f"{tmp_path}/*.txt")
+        expand(f"{tmp_path}/*.tsv")
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="holds no"):
         expand(tmp_path / "empty")

@@ -4,10 +4,9 @@ import pytest
 import torch
 
 from qlora import adapter, base_model
-from qlora.data import chat
 from qlora.export import proof
 from qlora.recipe import Lora
-from tests.conftest import CONVERSATIONS, messages
+from tests.conftest import CONVERSATIONS, encode, messages
 
 
 @pytest.fixture
@@ -18,7 +17,7 @@ def live_and_merged(load_model, tokenizer):
     for parameter in model.parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.1)
-    rows = [chat.encode(tokenizer, messages(turns)) for turns in CONVERSATIONS[:6]]
+    rows = [encode(tokenizer, messages(turns)) for turns in CONVERSATIONS[:6]]
     live = proof.Live(model.eval(), rows)
     from bitsandbytes.functional import dequantize_4bit
 
@@ -95,7 +94,7 @@ def test_weights_that_are_not_finite_fail(live_and_merged):
 
 
 def test_rows_are_as_many_as_the_memory_set_aside_holds(tokenizer):
-    rows = [chat.encode(tokenizer, messages(turns)) for turns in CONVERSATIONS]
+    rows = [encode(tokenizer, messages(turns)) for turns in CONVERSATIONS]
     assert proof.proof_rows(rows, vocab_size=512) == rows
     assert len(proof.proof_rows(rows, vocab_size=10**9)) == 1
     few = proof.proof_rows(rows, vocab_size=1_000_000)

@@ -7,12 +7,12 @@ import torch
 
 from qlora import adapter, base_model
 from qlora.commands.train import train
-from qlora.data import chat, pack
+from qlora.data import pack
 from qlora.errors import InputError
 from qlora.kernels.attention import refuse_unsupported, within_documents
 from qlora.recipe import Lora
 from qlora.sft import _join_rows
-from tests.conftest import CONVERSATIONS, FAMILIES, messages
+from tests.conftest import CONVERSATIONS, FAMILIES, encode, messages
 
 PACKABLE = [family for family in FAMILIES if family != "gemma2"]
 TURNS = [*CONVERSATIONS[:4], [("user", "Count, please."), ("assistant", "1 2 3 4 5 6 7 8 9")]]
@@ -26,7 +26,7 @@ def prepare(load_model, tokenizer, family):
     for parameter in model.parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.1)
-    examples = [chat.encode(tokenizer, messages(turns)) for turns in TURNS]
+    examples = [encode(tokenizer, messages(turns)) for turns in TURNS]
     rows = pack(examples, 96)
     assert 1 < len(rows) < len(examples)
     return model.train(), examples, _join_rows([row.__dict__ for row in rows]), rows

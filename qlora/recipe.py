@@ -140,6 +140,7 @@ class Training(Section):
     warmup_ratio: Share = 0.03
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    neftune_noise_alpha: Annotated[float, Field(gt=0)] | None = None
     logging_steps: Positive = 1
     eval_steps: Positive | None = None
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42

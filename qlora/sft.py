@@ -24,6 +24,7 @@ from . import adapter, data, memory
 from .data import IGNORE_INDEX, Packs
 from .errors import TrainingFailed
 from .kernels.attention import within_documents
+from .neftune import noisy_embeddings
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,12 @@ def train(model, tokenizer, examples, eval_examples, training, gradient_checkpoi
     trainer.add_callback(recorder)
     start = time.monotonic()
     try:
-        with warnings.catch_warnings(), within_documents(model) if packed else contextlib.nullcontext():
+        alpha = training.neftune_noise_alpha
+        with (
+            warnings.catch_warnings(),
+            within_documents(model) if packed else contextlib.nullcontext(),
+            noisy_embeddings(model, alpha) if alpha else contextlib.nullcontext(),
+        ):
             # known and harmless: said once in the docs instead of in every run
             warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
             loss = trainer.train().training_loss

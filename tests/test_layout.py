@@ -20,7 +20,7 @@ LEVELS = [
     {"errors"},
     {"recipe"},
     {"rundir", "metrics"},
-    {"data", "base_model", "adapter", "kernels", "memory", "export", "generate"},
+    {"data", "base_model", "adapter", "kernels", "memory", "neftune", "export", "generate"},
     {"sft"},
     {"commands"},
     {"cli"},

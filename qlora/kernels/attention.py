@@ -1,14 +1,19 @@
 """Attention within documents: a packed row holds several, and none sees another.
 
-The lengths of the documents travel with the batch as `segments`, and each is attended to by itself. No S x S mask is
-built, and attention costs the sum of the squares of the lengths instead of the square of the sum.
+The lengths of the documents travel with the batch as `segments`, and each is attended to by itself: on a card that can,
+all in one call of varlen_attn, else one by one. No S x S mask is built, and attention costs the sum of the squares of the
+lengths instead of the square of the sum.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
+import itertools
 
 import torch
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -22,7 +27,61 @@ NAME = "qlora_segments"
 def segment_attention(
     module, query_BHTD, key_BHTD, value_BHTD, attention_mask, segments, sliding_window=None, **kwargs
 ):
-    """Return ((B, T, H, D), None): causal attention of each of `segments` (lengths that sum to T) within itself."""
+    """Return ((B, T, H, D), None): causal attention of each of `segments` (lengths that sum to T) within itself.
+
+    sliding_window: the last tokens that a token sees, itself among them; None: all. kwargs: what transformers passes to
+    sdpa_attention_forward (dropout, scaling, ...). Key and value may have fewer heads (grouped-query attention).
+    """
+    capability = _capability(query_BHTD.device)
+    one = in_one_call if takes_one_call(module, query_BHTD, value_BHTD, capability, **kwargs) else one_by_one
+    return one(module, query_BHTD, key_BHTD, value_BHTD, segments, sliding_window, **kwargs), None
+
+
+def takes_one_call(
+    module, query, value, capability, dropout=0.0, is_causal=None, softcap=None, position_bias=None, **kwargs
+):
+    """Return whether varlen_attn computes this attention, from shapes and settings alone.
+
+    capability: (major, minor) of the card; None where varlen_attn does not run at all.
+    """
+    head_dim = query.shape[-1]
+    return (
+        capability is not None
+        and capability >= (8, 0)
+        and query.dtype in (torch.bfloat16, torch.float16)
+        # what the kernel takes; between 192 and 256 its backward needs an A100 or H100
+        and head_dim % 8 == 0
+        and (head_dim <= 192 or head_dim == 256)
+        and value.shape[-1] == head_dim
+        # what varlen_attn has no argument for: sdpa heeds it or says that it cannot
+        and not dropout
+        and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
+        and softcap is None
+        and position_bias is None
+    )
+
+
+def in_one_call(module, query_BHTD, key_BHTD, value_BHTD, segments, sliding_window=None, scaling=None, **kwargs):
+    """Return (B, T, H, D): what `one_by_one` returns, by one call of varlen_attn; `takes_one_call` says where."""
+    query_THD, key_THD, value_THD = (x[0].transpose(0, 1) for x in (query_BHTD, key_BHTD, value_BHTD))
+    offsets, longest = _offsets(tuple(segments), query_BHTD.device), max(segments)
+    output_THD = varlen_attn(
+        query_THD,
+        key_THD,
+        value_THD,
+        offsets,
+        offsets,
+        longest,
+        longest,
+        scale=scaling,
+        window_size=(sliding_window - 1 if sliding_window else -1, 0),  # tokens before and after; -1: no limit
+        enable_gqa=query_THD.shape[1] != key_THD.shape[1],
+    )
+    return output_THD.contiguous()[None]
+
+
+def one_by_one(module, query_BHTD, key_BHTD, value_BHTD, segments, sliding_window=None, **kwargs):
+    """Return (B, T, H, D), one sdpa call a document: any device and dtype."""
     outputs, start = [], 0
     for length in segments:
         part = slice(start, start + length)
@@ -32,7 +91,25 @@ def segment_attention(
         )
         outputs.append(output)
         start += length
-    return torch.cat(outputs, dim=1), None
+    return torch.cat(outputs, dim=1)
+
+
+@functools.cache
+def _capability(device):
+    """Return (major, minor) of an NVIDIA card, or None: another device, or a torch whose varlen_attn will not do.
+
+    Builds without flash attention exist, and torch 2.12 is the first to have scale, window_size and enable_gqa.
+    """
+    complete = "enable_gqa" in inspect.signature(varlen_attn).parameters
+    if device.type != "cuda" or torch.version.cuda is None or not complete:
+        return None
+    return torch.cuda.get_device_capability(device) if torch.backends.cuda.is_flash_attention_available() else None
+
+
+@functools.lru_cache(maxsize=1)  # every layer asks for the same batch; a copy to the device in each would make it wait
+def _offsets(segments, device):
+    """Return where each document starts, and the end: int32, (len(segments) + 1,)."""
+    return torch.tensor([0, *itertools.accumulate(segments)], dtype=torch.int32, device=device)
 
 
 def _band(length, window, device):

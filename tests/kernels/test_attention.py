@@ -1,14 +1,19 @@
 """A packed row computes what its documents compute alone: logits, loss and gradients; and nothing crosses over."""
 
+import inspect
 import json
+import math
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.nn.attention.varlen import varlen_attn
 
 from qlora import adapter, base_model
 from qlora.commands.train import train
 from qlora.data import pack
 from qlora.errors import InputError
+from qlora.kernels import attention
 from qlora.kernels.attention import refuse_unsupported, within_documents
 from qlora.recipe import Lora
 from qlora.sft import _join_rows
@@ -38,9 +43,15 @@ def gradients(model):
     return found
 
 
-@pytest.mark.parametrize("family", PACKABLE)
-def test_packed_loss_and_gradients_are_those_of_the_rows_alone(load_model, tokenizer, family):
+@pytest.mark.parametrize(
+    ("family", "in_one_call"), [*((family, False) for family in PACKABLE), ("llama", True), ("gpt2", True)]
+)
+def test_packed_loss_and_gradients_are_those_of_the_rows_alone(load_model, tokenizer, monkeypatch, family, in_one_call):
     model, examples, batch, _ = prepare(load_model, tokenizer, family)
+    calls = []
+    if in_one_call:
+        monkeypatch.setattr(attention, "takes_one_call", lambda *args, **kwargs: True)
+        monkeypatch.setattr(attention, "varlen_attn", lambda *a, **kw: calls.append(1) or reference_varlen(*a, **kw))
     total = sum(label != -100 for example in examples for label in example.labels)
 
     def loss_of(labels, **inputs):
@@ -56,9 +67,126 @@ def test_packed_loss_and_gradients_are_those_of_the_rows_alone(load_model, token
     with within_documents(model):
         loss = loss_of(batch.pop("labels"), **batch)
         loss.backward()
+    assert len(calls) == (2 if in_one_call else 0)  # one a layer
     assert loss.item() == pytest.approx(alone, rel=1e-5)
     for name, gradient in gradients(model).items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-5 * expected[name].abs().max().item())
+
+
+# ---- all documents in one call ---------------------------------------------------------------------------------------
+
+
+def reference_varlen(
+    query,
+    key,
+    value,
+    cu_seq_q,
+    cu_seq_k,
+    max_q,
+    max_k,
+    *,
+    return_aux=None,
+    scale=None,
+    window_size=(-1, -1),
+    enable_gqa=False,
+    seqused_k=None,
+    block_table=None,
+    num_splits=None,
+):
+    """What torch documents of varlen_attn, in float32 and by the definition of attention."""
+    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32  # all that the kernel takes
+    assert (max_q, max_k) == (cu_seq_q.diff().max(), cu_seq_k.diff().max())
+    assert enable_gqa or query.shape[1] == key.shape[1]
+    left, right = (math.inf if size == -1 else size for size in window_size)
+    outputs = []
+    for start, end in zip(cu_seq_q.tolist(), cu_seq_q.tolist()[1:], strict=False):
+        q, k, v = (x[start:end].float().transpose(0, 1) for x in (query, key, value))
+        k, v = (x.repeat_interleave(q.shape[0] // x.shape[0], 0) for x in (k, v))
+        scores = q @ k.mT * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
+        ahead = torch.arange(end - start)[None, :] - torch.arange(end - start)[:, None]  # of the key before the query
+        scores = scores.masked_fill((ahead > right) | (-ahead > left), -math.inf)
+        outputs.append((scores.softmax(-1) @ v).transpose(0, 1))
+    return torch.cat(outputs).to(query.dtype)
+
+
+def test_the_reference_has_the_signature_of_varlen_attn():
+    ours, theirs = (inspect.signature(f).parameters for f in (reference_varlen, varlen_attn))
+    assert [(p.name, p.kind, p.default) for p in ours.values()] == [
+        (p.name, p.kind, p.default) for p in theirs.values()
+    ]
+
+
+@pytest.mark.parametrize("num_kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("window", [None, 1, 3, 7, 100])
+@pytest.mark.parametrize("scaling", [None, 0.3])
+def test_one_call_is_one_call_a_document(monkeypatch, num_kv_heads, window, scaling):
+    monkeypatch.setattr(attention, "varlen_attn", reference_varlen)
+    module = SimpleNamespace(num_key_value_groups=4 // num_kv_heads)
+    segments = [5, 1, 7, 12]
+    torch.manual_seed(0)
+    inputs = [torch.randn(1, heads, sum(segments), 8, requires_grad=True) for heads in (4, num_kv_heads, num_kv_heads)]
+    grad_output = torch.randn(1, sum(segments), 4, 8)
+    found = {}
+    for path in (attention.in_one_call, attention.one_by_one):
+        output = path(module, *inputs, segments, window, scaling=scaling, dropout=0.0)
+        found[path] = [output, *torch.autograd.grad(output, inputs, grad_output)]
+    for one, other in zip(*found.values(), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)  # float32, sums in another order
+    unlimited = attention.one_by_one(module, *inputs, segments, None, scaling=scaling)
+    assert torch.allclose(unlimited, output, atol=1e-4) == (window is None or window >= max(segments))
+
+
+def test_offsets_are_made_once_a_batch():
+    cpu = torch.device("cpu")
+    offsets = attention._offsets((3, 1, 2), cpu)
+    assert offsets.tolist() == [0, 3, 4, 6]
+    assert attention._offsets((3, 1, 2), cpu) is offsets
+    assert attention._offsets((3, 3), cpu).tolist() == [0, 3, 6]
+
+
+AMPERE, TURING = (8, 6), (7, 5)
+
+
+@pytest.mark.parametrize(
+    ("taken", "case"),
+    [
+        (True, {}),
+        (True, {"dtype": torch.float16}),
+        (True, {"capability": (8, 0)}),
+        (True, {"capability": (12, 0)}),
+        (True, {"is_causal": True}),
+        (True, {"head_dim": 80}),
+        (True, {"head_dim": 256}),
+        (False, {"head_dim": 100}),
+        (False, {"head_dim": 224}),
+        (False, {"head_dim": 512}),
+        (False, {"value_dim": 32}),
+        (False, {"dtype": torch.float32}),
+        (False, {"capability": TURING}),
+        (False, {"capability": None}),
+        (False, {"dropout": 0.1}),
+        (False, {"is_causal": False}),
+        (False, {"softcap": 50.0}),
+        (False, {"position_bias": torch.zeros(1)}),
+    ],
+    ids=str,
+)
+def test_one_call_is_taken_only_where_it_computes_the_same(taken, case):
+    settings = {"capability": AMPERE, "dropout": 0.0, "scaling": 0.125, **case}
+    dtype, head_dim = settings.pop("dtype", torch.bfloat16), settings.pop("head_dim", 64)
+    query = torch.empty(1, 4, 3, head_dim, dtype=dtype)
+    value = torch.empty(1, 2, 3, settings.pop("value_dim", head_dim), dtype=dtype)
+    assert attention.takes_one_call(SimpleNamespace(), query, value, **settings) is taken
+    assert (
+        not attention.takes_one_call(SimpleNamespace(is_causal=False), query, value, **settings) or "is_causal" in case
+    )
+
+
+def test_a_cpu_has_no_capability():
+    assert attention._capability(torch.device("cpu")) is None
+
+
+# ---- what is kept apart ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", PACKABLE)

@@ -64,6 +64,7 @@ def inspect_data(
     overrides: Overrides = None,
     row: Annotated[int | None, typer.Option(min=1, help="render this training row; default: the first two")] = None,
     tokens: Annotated[bool, typer.Option("--tokens", help="show the id of each token")] = False,
+    html: Annotated[str | None, typer.Option(help="write report and rows to this file, as one page")] = None,
     as_json: Json = False,
 ):
     """Show what the model will see: rows, lengths, and which tokens are trained; reads no weights."""
@@ -73,7 +74,7 @@ def inspect_data(
     _begin(as_json)
     from .commands.data import inspect_data as run_data
 
-    report = run_data(loaded, row, tokens)
+    report = run_data(loaded, row, tokens, html)
     if as_json:
         _print_json(report)
 

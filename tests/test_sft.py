@@ -9,6 +9,7 @@ import torch
 from trl import SFTTrainer
 
 from qlora import adapter, base_model, sft
+from qlora.data import Batches
 from qlora.errors import TrainingFailed
 from qlora.recipe import Lora, Training
 from qlora.rundir import RunDir
@@ -29,7 +30,14 @@ def fit(load_model, tokenizer, tmp_path):
     runs = iter(range(100))
 
     def fit(
-        turns=CONVERSATIONS, family="llama", checkpointing=False, lora=RANK_4, held_out=(), float32=False, **settings
+        turns=CONVERSATIONS,
+        family="llama",
+        checkpointing=False,
+        lora=RANK_4,
+        held_out=(),
+        float32=False,
+        batches=None,
+        **settings,
     ):
         run = RunDir(tmp_path / f"run{next(runs)}")
         run.path.mkdir()
@@ -42,7 +50,7 @@ def fit(load_model, tokenizer, tmp_path):
                     "lr_scheduler_type": "constant"}  # fmt: skip
         examples, eval_examples = ([encode(tokenizer, messages(t)) for t in rows] for rows in (turns, held_out))
         training = Training(**{**defaults, **settings})
-        result = sft.train(model, tokenizer, examples, eval_examples, training, checkpointing, run)
+        result = sft.train(model, tokenizer, batches or examples, eval_examples, training, checkpointing, run)
         return model, result, run
 
     return fit
@@ -221,3 +229,36 @@ def test_padding_is_not_counted_as_tokens(fit, tokenizer):
     _, result, _ = fit(UNEVEN, num_train_epochs=1.0, max_steps=None, per_device_train_batch_size=4)
     assert result.tokens == sum(len(encode(tokenizer, messages(turns)).input_ids) for turns in UNEVEN)
     assert dataclasses.asdict(result)["steps"] == 4
+
+
+# ---- micro-batches by tokens -----------------------------------------------------------------------------------------
+
+
+def test_micro_batches_by_tokens_take_the_steps_of_micro_batches_by_rows(fit, tokenizer):
+    # one step over all rows is the same step, whatever micro-batches they come in
+    examples = [encode(tokenizer, messages(turns)) for turns in UNEVEN]
+    batches = Batches(examples, [len(e.input_ids) for e in examples], 256, seed=0)
+    assert 1 < len(batches) < len(UNEVEN)
+    by_rows = fit(UNEVEN, float32=True, per_device_train_batch_size=16)
+    by_tokens = fit(UNEVEN, float32=True, gradient_accumulation_steps=len(batches), batches=batches)
+    a, b = records(by_rows[2])[0], records(by_tokens[2])[0]
+    assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+    assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+    assert a["tokens"] == b["tokens"]
+
+
+def test_rows_of_like_length_share_a_batch_where_the_recipe_says_so(fit, monkeypatch, tokenizer):
+    tokens = 4 * sum(len(encode(tokenizer, messages(turns)).input_ids) for turns in UNEVEN)
+    widths = {}
+    loss = sft._loss_of_trained_positions
+
+    def noted(model, inputs, count):
+        widths.setdefault(grouped, []).append(inputs["input_ids"].shape)
+        return loss(model, inputs, count)
+
+    monkeypatch.setattr(sft, "_loss_of_trained_positions", noted)
+    for grouped in (False, True):
+        fit(UNEVEN * 4, max_steps=8, per_device_train_batch_size=8, group_by_length=grouped)
+    assert len(widths[True]) == len(widths[False])
+    padded = {grouped: sum(rows * width for rows, width in shapes) for grouped, shapes in widths.items()}
+    assert padded[True] - tokens < 0.5 * (padded[False] - tokens)

@@ -2,31 +2,34 @@
 
 from __future__ import annotations
 
-import numpy as np
+from pathlib import Path
+
 from rich.text import Text
 
-from ..data import IGNORE_INDEX
+from ..data import page
 from ..errors import InputError
 from ..recipe import Recipe
 from . import console
 from .prepared import prepare, refuse_pointless, say_report
 
-_BARS = 10
+_ON_PAGE = 20  # rows
 
 
-def inspect_data(recipe: Recipe, row=None, tokens=False) -> dict:
+def inspect_data(recipe: Recipe, row=None, tokens=False, html=None) -> dict:
     """Print rows read and dropped, lengths, the share of tokens trained, and rendered rows; return data_report.json.
 
     row: the number of the one training row to render, from 1; by default the first two. tokens: show each token's id.
+    html: a file to write the report and the first rows to, as one page.
 
     Raises:
-        InputError: the recipe or the data is wrong, nothing is left to train on, or there is no such row.
+        InputError: the recipe or the data is wrong, training would be pointless, or there is no such row.
     """
     prepared = prepare(recipe)
     if row is not None and not 1 <= row <= len(prepared.examples):
         raise InputError(f"--row {row}: there are rows 1 to {len(prepared.examples)}")
     say_report(prepared)
-    for line in _histogram(prepared.examples.lengths, recipe.data.max_length):
+    bars = page.histogram(prepared.examples.lengths)
+    for line in _drawn(bars, prepared.report["rows"], recipe.data.max_length):
         console.show(line)
     steps = prepared.report["steps_per_epoch"]
     console.show(f"steps     {steps:,} an epoch")
@@ -35,43 +38,44 @@ def inspect_data(recipe: Recipe, row=None, tokens=False) -> dict:
         console.show(
             f"\nrow {number} ({where}); {'trained tokens in green' if console.has_color() else 'trained: [[...]]'}"
         )
-        console.show(_rendered(prepared.tokenizer, prepared.examples[number - 1], tokens))
+        console.show(_rendered(page.pieces(prepared.tokenizer, prepared.examples[number - 1], tokens), tokens))
+    if html is not None:
+        _write_page(html, prepared, recipe, bars, row)
     refuse_pointless(prepared.report)
     return prepared.report
 
 
-def _histogram(lengths, max_length):
+def _drawn(bars, rows, max_length):
     """Return lines that draw how many rows have which length, up to the longest."""
-    step = -(-int(lengths.max()) // _BARS)
-    counts = np.bincount(np.minimum((lengths - 1) // step, _BARS - 1), minlength=_BARS).tolist()
-    lines = [f"lengths   of {len(lengths):,} rows; max_length is {max_length:,}"]
-    for index, count in enumerate(counts):
-        bar = "#" * round(40 * count / max(counts))
-        lines.append(f"  {index * step + 1:>7,} - {(index + 1) * step:<7,} {bar} {count:,}")
-    return lines
+    tallest = max(count for *_, count in bars)
+    return [
+        f"lengths   of {rows:,} rows; max_length is {max_length:,}",
+        *(f"  {first:>7,} - {last:<7,} {'#' * round(40 * count / tallest)} {count:,}" for first, last, count in bars),
+    ]
 
 
-def _rendered(tokenizer, example, with_ids):
+def _rendered(pieces, with_ids):
     """Return the row as it is trained, special tokens visible, trained tokens marked."""
-    text = Text()
-    for trained, ids in _runs(example):
-        for piece_ids in [[token] for token in ids] if with_ids else [ids]:
-            piece = tokenizer.decode(piece_ids, skip_special_tokens=False)
-            piece = f"{piece!r}:{piece_ids[0]} " if with_ids else piece
-            if trained and not console.has_color():
-                piece = f"[[{piece}]]"
-            text.append(piece, style="bold green" if trained else "dim")
-    return text
+    text, plain, inside = Text(), not console.has_color(), False
+    for piece, ids, trained, special in pieces:
+        if plain and trained != inside:
+            text.append("[[" if trained else "]]")
+        inside = trained
+        style = ("bold " if special else "") + ("green" if trained else "magenta" if special else "dim")
+        text.append(f"{piece!r}:{ids[0]} " if with_ids else piece, style=style)
+    return text.append("]]") if plain and inside else text
 
 
-def _runs(example):
-    """Yield (trained or not, token ids) for each longest run of one kind."""
-    run, kind = [], None
-    for token, label in zip(example.input_ids, example.labels, strict=True):
-        trained = label != IGNORE_INDEX
-        if run and trained != kind:
-            yield kind, run
-            run = []
-        run.append(token)
-        kind = trained
-    yield kind, run
+def _write_page(html, prepared, recipe, bars, row):
+    numbers = range(min(_ON_PAGE, len(prepared.examples))) if row is None else [row - 1]
+    rows = [
+        (f"row {n + 1}: {prepared.examples.where(n)}", page.pieces(prepared.tokenizer, prepared.examples[n]))
+        for n in numbers
+    ]
+    title = f"{recipe.model.name_or_path}, {recipe.output_dir}"
+    content = page.page(title, prepared.template, prepared.report, bars, recipe.data.max_length, rows)
+    try:
+        Path(html).write_text(content, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"--html {html}: {error.strerror or error}") from None
+    console.say(f"page      {html}")

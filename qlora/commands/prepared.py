@@ -42,13 +42,16 @@ def prepare(recipe: Recipe) -> Prepared:
     with console.Reading() as reading:
         parts = data.load(recipe.data.train, tokenizer, recipe.data, seed, reading.update)
         eval_parts = data.load(recipe.data.eval or [], tokenizer, recipe.data, seed, reading.update)
-    once, held_out = data.hold_out(data.Rows(parts), recipe.data.eval_fraction, seed)
+    rows = data.Rows(parts)
+    if not len(rows):
+        raise InputError(_nothing_left(parts))
+    once, held_out = data.hold_out(rows, recipe.data.eval_fraction, seed)
     held_out = data.Rows(eval_parts) if eval_parts else held_out
     examples = data.weighted(once, seed)
     if not len(examples):
-        raise InputError(_nothing_left(parts))
-    for rows in (examples, held_out):
-        _refuse_what_the_model_cannot_take(rows, config)
+        raise InputError("no row is left to train on: data.train's weights are too small")
+    for some in (examples, held_out):
+        _refuse_what_the_model_cannot_take(some, config)
     batches = _batches(examples, recipe)
     report = data.report(
         examples,

@@ -35,7 +35,44 @@ def test_tokens_are_shown_with_their_ids(make_recipe, capsys, tokenizer):
     inspect_data(make_recipe(data={"eval_fraction": 0.0}), row=1, tokens=True)
     shown = capsys.readouterr().out
     assert "'<|im_start|>':1 " in shown
-    assert "[['<|im_end|>':2 ]]" in shown
+    assert "'<|im_end|>':2 ]]'" in shown
+
+
+@pytest.mark.usefixtures("no_model_is_loaded")
+def test_a_page_holds_the_report_and_the_rows_and_nothing_of_a_row_is_markup(make_recipe, tmp_path):
+    turns = [("user", "<script>alert(1)</script>"), ("assistant", "No \x1b[31mred.")]
+    train_file = write_jsonl(tmp_path / "t.jsonl", [{"messages": messages(turns)}, {"words": 1}])
+    file = tmp_path / "page.html"
+    recipe = make_recipe(data={"train": str(train_file), "eval_fraction": 0.0, "on_bad_row": "skip"})
+    inspect_data(recipe, html=str(file))
+    page = file.read_text(encoding="utf-8")
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+    assert "<script" not in page
+    assert '<span class="t ">No ␛[31mred.</span><span class="t s">&lt;|im_end|&gt;</span>' in page
+    assert "keys words fit no known shape" in page
+    assert f"{train_file} line 1" in page
+    with pytest.raises(InputError, match="--html"):
+        inspect_data(recipe, html=str(tmp_path / "no" / "page.html"))
+
+
+@pytest.mark.usefixtures("no_model_is_loaded")
+def test_what_would_never_learn_to_stop_is_shown_and_refused(make_recipe, tmp_path, capsys):
+    turns = [("user", "Hi"), ("assistant", "word " * 100)]
+    train_file = write_jsonl(tmp_path / "t.jsonl", [{"messages": messages(turns)}])
+    recipe = make_recipe(
+        data={"train": str(train_file), "eval_fraction": 0.0, "max_length": 30, "overlong": "truncate"}
+    )
+    with pytest.raises(InputError, match="never learn to stop"):
+        inspect_data(recipe)
+    assert "1 TRUNCATED" in capsys.readouterr().err
+    with pytest.raises(InputError, match="never learn to stop"):
+        train(recipe)
+
+
+@pytest.mark.usefixtures("no_model_is_loaded")
+def test_nothing_left_is_refused_with_the_reasons(make_recipe):
+    with pytest.raises(InputError, match=r"no row is left to train on\n  .*24 of 24 rows dropped: 24 .*max_length 8"):
+        inspect_data(make_recipe(data={"max_length": 8, "overlong": "drop"}))
 
 
 @pytest.mark.usefixtures("no_model_is_loaded")

@@ -1,0 +1,56 @@
+"""What the model will see, as pieces of text and as one page of HTML that needs nothing else."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import jinja2
+import numpy as np
+
+from .chat import IGNORE_INDEX
+
+BARS = 10
+
+
+def pieces(tokenizer, example, one_by_one=False):
+    """Return [(text, ids, trained, special), ...] of the row: its longest runs of one kind, or its tokens."""
+    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    tokens = [
+        (token, label != IGNORE_INDEX, token in special)
+        for token, label in zip(example.input_ids, example.labels, strict=True)
+    ]
+    if one_by_one:
+        groups = [[token] for token in tokens]
+    else:
+        groups = [list(group) for _, group in itertools.groupby(tokens, key=lambda token: token[1:])]
+    return [
+        (_visible(tokenizer.decode(ids)), ids, *group[0][1:]) for group in groups for ids in [[t for t, *_ in group]]
+    ]
+
+
+def _visible(text):
+    """A terminal must not obey what a row holds."""
+    return text.replace("\x1b", "␛")
+
+
+def histogram(lengths):
+    """Return [(from, to, rows), ...]: how many of `lengths`, an array, lie in each of BARS equal ranges up to the longest."""
+    step = -(-int(lengths.max()) // BARS)
+    counts = np.bincount(np.minimum((lengths - 1) // step, BARS - 1), minlength=BARS).tolist()
+    return [(index * step + 1, (index + 1) * step, count) for index, count in enumerate(counts)]
+
+
+def page(title, template, report, bars, max_length, rows):
+    """Return the HTML of a report. rows: [(where, pieces of the row), ...] to show."""
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    source = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+    return environment.from_string(source).render(
+        title=title,
+        template=template,
+        report=report,
+        histogram=bars,
+        tallest=max(count for *_, count in bars),
+        max_length=max_length,
+        rows=[(where, [(text, trained, special) for text, _, trained, special in row]) for where, row in rows],
+    )

@@ -12,14 +12,14 @@ from ..recipe import Recipe
 from . import console
 from .prepared import prepare, refuse_pointless, say_report
 
-_ON_PAGE = 20  # rows
+_ON_PAGE = 20  # rows, from all over the data
 
 
 def inspect_data(recipe: Recipe, row=None, tokens=False, html=None) -> dict:
     """Print rows read and dropped, lengths, the share of tokens trained, and rendered rows; return data_report.json.
 
     row: the number of the one training row to render, from 1; by default the first two. tokens: show each token's id.
-    html: a file to write the report and the first rows to, as one page.
+    html: a file to write the report and some rows to, as one page.
 
     Raises:
         InputError: the recipe or the data is wrong, training would be pointless, or there is no such row.
@@ -67,7 +67,8 @@ def _rendered(pieces, with_ids):
 
 
 def _write_page(html, prepared, recipe, bars, row):
-    numbers = range(min(_ON_PAGE, len(prepared.examples))) if row is None else [row - 1]
+    count = len(prepared.examples)
+    numbers = sorted({n * (count - 1) // (_ON_PAGE - 1) for n in range(_ON_PAGE)}) if row is None else [row - 1]
     rows = [
         (f"row {n + 1}: {prepared.examples.where(n)}", page.pieces(prepared.tokenizer, prepared.examples[n]))
         for n in numbers

@@ -109,6 +109,8 @@ def say_report(prepared: Prepared):
     tokens, length = report["tokens"], report["length"]
     for source in report["sources"]:
         weight = f", weight {source['weight']:g}" if source["weight"] != 1 else ""
+        if 0 < source["tokens_an_epoch"] < tokens["total"]:
+            weight += f", {source['tokens_an_epoch'] / tokens['total']:.0%} of the tokens"
         changed = [
             f", {source[key]:,} {word}"
             for key, word in (("rows_truncated", "TRUNCATED"), ("rows_split", "split"))

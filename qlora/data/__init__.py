@@ -60,6 +60,12 @@ class Rows(Sequence):
         """Tokens of each Example, as an array."""
         return self._gathered(lambda part: part.lengths, np.int64)
 
+    def num_tokens_of(self, part):
+        """Return the tokens of the Examples that come from `part`."""
+        if part not in self.parts:
+            return 0
+        return int(part.lengths[self._index_in[self._part_of == self.parts.index(part)]].sum())
+
     @property
     def keys(self):
         """A number of each Example that is equal where rows say the same, as an array."""
@@ -200,7 +206,10 @@ def report(rows, parts, stops, batches, batches_per_step):
     lengths, trained = np.sort(rows.lengths), rows.num_trained
     total = int(lengths.sum())
     return {
-        "sources": [{"path": part.path, **part.summary, "weight": part.weight} for part in parts],
+        "sources": [
+            {"path": part.path, **part.summary, "weight": part.weight, "tokens_an_epoch": rows.num_tokens_of(part)}
+            for part in parts
+        ],
         "rows": len(rows),
         "tokens": {"total": total, "trained": int(trained.sum())},
         "length": {

@@ -39,6 +39,13 @@ class Checkpoint:
         names = sorted(set(self.files.values()))
         return {name: sha256(self.folder / name) for name in ["config.json", *names]}
 
+    def generation_config(self):
+        """Return what generation_config.json holds, or None where there is none."""
+        from transformers import GenerationConfig
+
+        there = (self.folder / "generation_config.json").is_file()
+        return GenerationConfig.from_pretrained(self.folder) if there else None
+
     def shapes(self):
         """Return {tensor name: shape} from the headers, without reading weights."""
         shapes = {}
@@ -48,23 +55,25 @@ class Checkpoint:
         return shapes
 
 
-def find(section):
+def find(section, weights=True):
     """Return the Checkpoint of recipe section `model`: a local folder, or a hub name (downloaded if need be).
+
+    weights: False if config and tokenizer will do: no weights are downloaded or looked at, and `files` is empty.
 
     Raises:
         InputError: no such folder or repository, no safetensors, an unsafe index, or a corrupt file.
     """
     folder, revision = Path(section.name_or_path), None
     if not folder.is_dir():
-        folder, revision = _download(section)
+        folder, revision = _download(section, weights)
     elif section.revision is not None:
         raise InputError(f"model.revision {section.revision}: {folder} is a local folder, which has no revisions")
     if not (folder / "config.json").is_file():
         raise InputError(f"model.name_or_path {folder}: no config.json; not a model folder")
-    return Checkpoint(section.name_or_path, folder, revision, _weight_files(folder))
+    return Checkpoint(section.name_or_path, folder, revision, _weight_files(folder) if weights else {})
 
 
-def _download(section):
+def _download(section, weights):
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -74,7 +83,7 @@ def _download(section):
         raise InputError(f"model.name_or_path {name}: no such folder, and not a hub name (OWNER/NAME)")
     try:
         wanted = [
-            "*.safetensors",
+            *(["*.safetensors"] if weights else []),
             "*.json",
             "*.jinja",
             "*.model",

@@ -24,7 +24,7 @@ def inspect_data(recipe: Recipe, row=None, tokens=False, html=None) -> dict:
     Raises:
         InputError: the recipe or the data is wrong, training would be pointless, or there is no such row.
     """
-    prepared = prepare(recipe)
+    prepared = prepare(recipe, weights=False)
     if row is not None and not 1 <= row <= len(prepared.examples):
         raise InputError(f"--row {row}: there are rows 1 to {len(prepared.examples)}")
     say_report(prepared)

@@ -103,10 +103,7 @@ def _write_configs(folder, checkpoint, config, tokenizer, dtype):
     config.dtype = base_model.dtype_of(dtype)
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    if (checkpoint.folder / "generation_config.json").is_file():
-        generation = GenerationConfig.from_pretrained(checkpoint.folder)
-    else:
-        generation = GenerationConfig.from_model_config(config)
+    generation = checkpoint.generation_config() or GenerationConfig.from_model_config(config)
     generation.eos_token_id = sorted(chat.stop_token_ids(tokenizer, generation))
     generation.pad_token_id = tokenizer.pad_token_id
     # not save_pretrained: it refuses sampling settings beside do_sample: false, which published models have

@@ -31,9 +31,12 @@ class Prepared:
     report: dict
 
 
-def prepare(recipe: Recipe) -> Prepared:
-    """Read and tokenize the data of `recipe` for its model; raises InputError for whatever is wrong with either."""
-    checkpoint = base_model.find(recipe.model)
+def prepare(recipe: Recipe, weights=True) -> Prepared:
+    """Read and tokenize the data of `recipe` for its model; raises InputError for whatever is wrong with either.
+
+    weights: False if the model's weights need not be there.
+    """
+    checkpoint = base_model.find(recipe.model, weights)
     config = base_model.load_config(checkpoint, recipe.model)
     tokenizer = base_model.load_tokenizer(checkpoint.folder, recipe.model)
     template = chat.set_template(tokenizer, recipe.data.chat_template)
@@ -56,7 +59,7 @@ def prepare(recipe: Recipe) -> Prepared:
     report = data.report(
         examples,
         [*parts, *eval_parts],
-        chat.stop_token_ids(tokenizer),
+        chat.stop_token_ids(tokenizer, checkpoint.generation_config()),
         batches,
         recipe.training.per_device_train_batch_size * recipe.training.gradient_accumulation_steps,
     )

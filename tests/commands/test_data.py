@@ -1,6 +1,7 @@
 """qlora data shows what training will see, and reads no weight."""
 
 import json
+import shutil
 
 import pytest
 
@@ -99,6 +100,13 @@ def test_copies_and_leaks_into_the_held_out_rows_are_counted(make_recipe, tmp_pa
 def test_a_row_that_is_not_there_is_refused(make_recipe):
     with pytest.raises(InputError, match="there are rows 1 to 18"):
         inspect_data(make_recipe(), row=19)
+
+
+def test_a_model_folder_without_weights_will_do(make_recipe, tmp_path):
+    recipe = make_recipe()
+    folder = tmp_path / "no-weights"
+    shutil.copytree(recipe.model.name_or_path, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    assert inspect_data(make_recipe(model={"name_or_path": str(folder)})) == inspect_data(recipe)
 
 
 def test_train_writes_the_same_report(make_recipe):

@@ -83,7 +83,7 @@ def _nothing_left(parts):
 
 def _refuse_what_the_model_cannot_take(rows, config):
     config = config.get_text_config()
-    largest = max((int(part.tokens.max()) for part in rows.parts if len(part.tokens)), default=0)
+    largest = rows.largest_token
     if largest >= config.vocab_size:
         raise InputError(
             f"the tokenizer makes token {largest}, the model has {config.vocab_size} embeddings; "

@@ -67,6 +67,10 @@ class Rows(Sequence):
         return int(part.lengths[self._index_in[self._part_of == self.parts.index(part)]].sum())
 
     @property
+    def largest_token(self):
+        return max((part.summary["largest_token"] for part in self.parts), default=0)
+
+    @property
     def keys(self):
         """A number of each Example that is equal where rows say the same, as an array."""
         return self._gathered(lambda part: part.rows["key"], np.uint64)
@@ -162,7 +166,7 @@ def hold_out(rows, fraction, seed):
         return rows, rows[:0]
     keys = rows.keys
     distinct = np.unique(keys)
-    random.Random(seed).shuffle(order := list(range(len(distinct))))
+    order = np.random.default_rng(seed).permutation(len(distinct))
     held = distinct[order[: max(1, round(len(distinct) * fraction))]]
     if len(held) == len(distinct):
         raise InputError(f"data.eval_fraction {fraction} leaves no training rows of {len(distinct)} distinct ones")
@@ -207,7 +211,12 @@ def report(rows, parts, stops, batches, batches_per_step):
     total = int(lengths.sum())
     return {
         "sources": [
-            {"path": part.path, **part.summary, "weight": part.weight, "tokens_an_epoch": rows.num_tokens_of(part)}
+            {
+                "path": part.path,
+                **_without(part.summary, "largest_token"),
+                "weight": part.weight,
+                "tokens_an_epoch": rows.num_tokens_of(part),
+            }
             for part in parts
         ],
         "rows": len(rows),
@@ -221,6 +230,10 @@ def report(rows, parts, stops, batches, batches_per_step):
         "packing_efficiency": batches.efficiency if isinstance(batches, Packs) else None,
         "steps_per_epoch": -(-len(batches) // batches_per_step),
     }
+
+
+def _without(summary, key):
+    return {name: value for name, value in summary.items() if name != key}
 
 
 def copies(rows, held_out):

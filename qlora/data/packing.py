@@ -98,7 +98,7 @@ def best_fit(lengths, capacity):
     packs_with: dict[int, list[int]] = {}  # room -> packs that have it
     count = 0
     order = np.argsort(-lengths, kind="stable")
-    for index, length in zip(order.tolist(), lengths[order].tolist(), strict=True):
+    for index, length in _pairs(order, lengths):
         place = bisect.bisect_left(rooms, length)
         if place == len(rooms):
             pack, room, count = count, capacity, count + 1
@@ -109,11 +109,19 @@ def best_fit(lengths, capacity):
                 del rooms[place], packs_with[room]
         pack_of[index] = pack
         left = room - length
-        if left not in packs_with:
+        if left and left not in packs_with:
             bisect.insort(rooms, left)
             packs_with[left] = []
-        packs_with[left].append(pack)
+        if left:
+            packs_with[left].append(pack)
     return pack_of
+
+
+def _pairs(order, lengths, block=1 << 16):
+    """Yield (index, length) in `order`, as Python numbers, which take 8 times the memory: some at a time."""
+    for start in range(0, len(order), block):
+        part = order[start : start + block]
+        yield from zip(part.tolist(), lengths[part].tolist(), strict=True)
 
 
 def alone(example):

@@ -294,6 +294,7 @@ class _Tally:
     def __init__(self, settings):
         self.refuses_bad, self.refuses_long = settings.on_bad_row == "error", settings.overlong == "error"
         self.rows = self.cut = self.split = self.not_picked = self.num_refused = self.num_too_long = 0
+        self.largest_token = 0
         self.formats, self.reasons = collections.Counter(), collections.Counter()
         self.refused, self.dropped = [], []  # (line, text): the first of them
 
@@ -302,6 +303,7 @@ class _Tally:
         self.cut += result.cut
         self.split += result.split
         self.formats += result.formats
+        self.largest_token = max(self.largest_token, int(result.tokens.max(initial=0)))
         for line, text in result.bad:
             self._leave_out(line, text, _sort_of(text), self.refuses_bad)
         for line, text, reason in result.too_long:
@@ -344,6 +346,7 @@ class _Tally:
             "rows_truncated": self.cut,
             "rows_split": self.split,
             "reasons": reasons,
+            "largest_token": self.largest_token,
             "dropped_rows": [{"row": f"{unit} {line}", "reason": text} for line, text in self.dropped],
         }
 

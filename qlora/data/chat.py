@@ -4,7 +4,8 @@ The string that training sees is the string that `chat`, and any server that app
 the conversation is rendered once, tokenized once without added special tokens (so no second BOS), and the trained
 spans are found by prefix differences of rendered strings. A trained span is an assistant's words and the token that
 ends the turn. A template that shows earlier turns otherwise once later ones follow (Mistral's moves the system message,
-those of reasoning models leave old thoughts out) gets one row per answer: the prompt that chat would show, and the answer.
+those of reasoning models leave old thoughts out, or open only the last answer with an empty one) gets one row per answer:
+the prompt that chat would show, and the answer.
 """
 
 from __future__ import annotations
@@ -153,8 +154,13 @@ def encode(tokenizer, conversation: Conversation, train_on="assistant") -> list[
                 f"the chat template renders what comes before message {index}, or the message itself, differently in the "
                 "whole conversation than in chat, or leaves words out; give another data.chat_template"
             )
-        rows.append(row)
+        rows.append(row if everything else _up_to_the_last_trained(row))
     return rows
+
+
+def _up_to_the_last_trained(example):
+    end = max(at for at, label in enumerate(example.labels) if label != IGNORE_INDEX) + 1
+    return Example(example.input_ids[:end], example.labels[:end])
 
 
 def _chosen(conversation, train_on):
@@ -201,6 +207,12 @@ def _row(tokenizer, messages, tools, text, chosen, everything):
         # what the template puts after the end of the turn (a newline) is not the assistant's
         if not _says(text[len(prompt) : tokens.starts[last]], messages[index]):
             return None
+        if index + 1 < len(
+            messages
+        ):  # as the answer is rendered while it is the last message, so the model has to say it
+            alone = render(tokenizer, messages[: index + 1], tools=tools)
+            if not alone.startswith(text[: tokens.ends[last]]):
+                return None
         labels[first : last + 1] = tokens.ids[first : last + 1]
     if everything:
         labels = [IGNORE_INDEX, *tokens.ids[1:]]  # nothing stands before the first token to predict it from

@@ -55,10 +55,14 @@ def test_trained_tokens_of_a_multi_turn_conversation_are_exactly_the_answers(tok
     assert trained_pieces(tokenizer, example) == ["Hello there.<|im_end|>", "Ciao!<|im_end|>"]
 
 
-def test_an_empty_thought_that_the_template_adds_is_trained_where_the_model_will_have_to_say_it(tokenizer_json):
+def test_an_empty_thought_that_the_template_adds_to_the_last_answer_is_trained_in_each(tokenizer_json):
     tokenizer = make_tokenizer(tokenizer_json, THINKING)
-    example = encode(tokenizer, messages(TURNS))
-    assert trained_pieces(tokenizer, example) == ["Hello there.<|im_end|>", "<think>\n\n</think>\n\nCiao!<|im_end|>"]
+    rows = chat.encode(tokenizer, Conversation(messages(TURNS)))
+    assert [trained_pieces(tokenizer, row) for row in rows] == [
+        ["<think>\n\n</think>\n\nHello there.<|im_end|>"],
+        ["<think>\n\n</think>\n\nCiao!<|im_end|>"],
+    ]
+    assert "Hello there.<|im_end|>\n<|im_start|>user\nBye" in tokenizer.decode(rows[1].input_ids)
 
 
 def test_user_tokens_are_never_trained_on_even_where_they_repeat_the_answer(tokenizer):

@@ -54,7 +54,10 @@ FIELDS = {
 rows = st.one_of(
     junk,
     *(
-        st.fixed_dictionaries({key: FIELDS[key] for key in shape}, optional=FIELDS)
+        st.fixed_dictionaries(
+            {key: FIELDS[key] for key in shape},
+            optional={key: field for key, field in FIELDS.items() if key not in shape},
+        )
         for shape in (["messages"], ["conversations"], ["prompt", "completion"], ["instruction", "output"])
     ),
 )

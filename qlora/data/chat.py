@@ -119,10 +119,8 @@ def render(tokenizer, messages, add_generation_prompt=False, tools=None):
 
 def encode_prompt(tokenizer, messages, tools=None):
     """Return the token ids of what the model is shown before it answers; control tokens in `messages` stay text."""
-    pattern = _facts(tokenizer).control
-    return _tokenize(
-        tokenizer, render(tokenizer, _marked(messages, pattern), True, _marked(tools, pattern) if tools else None)
-    ).ids
+    messages, tools = _with_marks(tokenizer, messages, tools)
+    return _tokenize(tokenizer, render(tokenizer, messages, True, tools)).ids
 
 
 def encode(tokenizer, conversation: Conversation, train_on="assistant") -> list[Example]:
@@ -138,9 +136,7 @@ def encode(tokenizer, conversation: Conversation, train_on="assistant") -> list[
     if conversation.text is not None:
         return [_encode_text(tokenizer, conversation.text)]
     chosen = _chosen(conversation, train_on)
-    pattern = _facts(tokenizer).control
-    messages = _marked(conversation.messages, pattern)
-    tools = _marked(conversation.tools, pattern) if conversation.tools else None
+    messages, tools = _with_marks(tokenizer, conversation.messages, conversation.tools)
     everything = train_on == "all"
     whole = _row(tokenizer, messages, tools, render(tokenizer, messages, tools=tools), chosen, everything)
     if whole is not None:
@@ -297,20 +293,33 @@ def _tokenize(tokenizer, text):
 def _tokenize_pieces(backend, text):
     """Tokenize a text in which control tokens stand between marks: those are spelled out, all else is as ever."""
     ids, starts, ends, position = [], [], [], 0
-    for number, piece in enumerate(re.split(f"[{_AS_TEXT}{_END}]", text)):
-        spelled = number % 2 == 1
-        for token, left, right in _pieces_tokens(backend, piece, spelled, first=position == 0):
-            ids.append(token)
-            starts.append(position + left)
-            ends.append(position + right)
-        position += len(piece) + 1
+    # a template may take a string apart between two marks: a mark that has lost the other is passed over
+    for piece in re.split(f"({_AS_TEXT}[^{_AS_TEXT}{_END}]*{_END}|[{_AS_TEXT}{_END}])", text):
+        spelled, lone = piece[:1] == _AS_TEXT and len(piece) > 1, piece in (_AS_TEXT, _END)
+        for at, part in _spelled(backend, piece[1:-1]) if spelled else [(0, "" if lone else piece)]:
+            begin = position + spelled + at
+            for token, left, right in _tokens_inside(backend, part, first=begin == 0, spelled=spelled):
+                ids.append(token)
+                starts.append(begin + left)
+                ends.append(begin + right)
+        position += len(piece)
     return _Tokens(ids, starts, ends)
 
 
-def _pieces_tokens(backend, piece, spelled, first):
-    """Yield (id, start, end) of the tokens of `piece`, as it stands inside a text if not `first`."""
+def _spelled(backend, piece):
+    """Return the control token as [(position, part), ...] that hold no added token."""
+    backend.encode_special_tokens = True
+    try:
+        whole = backend.token_to_id(piece) not in backend.encode(piece, add_special_tokens=False).ids
+    finally:
+        backend.encode_special_tokens = False
+    return [(0, piece)] if whole else [(0, piece[:1]), (1, piece[1:])]  # the library only takes "special" ones as text
+
+
+def _tokens_inside(backend, piece, first, spelled):
+    """Return (id, start, end) of the tokens of `piece`, as it stands inside a text if not `first`."""
     if not piece:
-        return
+        return []
     # some tokenizers put a space before a text's first word, so the piece is made to stand behind something else
     lead = "" if first else "x" if piece[0].isspace() else "\n"
     backend.encode_special_tokens = spelled
@@ -319,11 +328,26 @@ def _pieces_tokens(backend, piece, spelled, first):
         skip = len(backend.encode(lead, add_special_tokens=False).ids) if lead else 0
     finally:
         backend.encode_special_tokens = False
-    merged = lead and encoding.offsets[skip - 1][1] != len(lead)
-    if merged or (spelled and backend.token_to_id(piece) in encoding.ids):
-        raise ValueError(f"this tokenizer cannot take a control token as text ({piece[:20]!r}); take it out of the row")
-    for token, (left, right) in list(zip(encoding.ids, encoding.offsets, strict=True))[skip:]:
-        yield token, left - len(lead), right - len(lead)
+    if lead and encoding.offsets[skip - 1][1] != len(lead):
+        raise ValueError(
+            f"this tokenizer cannot take a control token as text (near {piece[:20]!r}); take it out of the row"
+        )
+    tokens = list(zip(encoding.ids, encoding.offsets, strict=True))[skip:]
+    return [(token, left - len(lead), right - len(lead)) for token, (left, right) in tokens]
+
+
+def _with_marks(tokenizer, messages, tools):
+    """Return messages and tools with marks around the control tokens in their strings.
+
+    In the assistant's words those are the special tokens; elsewhere also the other added tokens that the template writes,
+    such as <tool_call>, which are the assistant's to say.
+    """
+    facts = _facts(tokenizer)
+    marked = [
+        _marked(message, facts.control if message["role"] == "assistant" else facts.template_control)
+        for message in messages
+    ]
+    return marked, _marked(tools, facts.template_control) if tools else None
 
 
 def _marked(value, pattern):
@@ -350,11 +374,15 @@ def _encode_text(tokenizer, text):
 
 @dataclass(frozen=True)
 class _Facts:
-    """What is worth finding out once of a tokenizer and its template. control: matches what must stay text in a row."""
+    """What is worth finding out once of a tokenizer and its template.
+
+    control: matches the special tokens; template_control: those, and other added tokens that the template writes.
+    """
 
     stops: frozenset
     added: frozenset
     control: re.Pattern | None
+    template_control: re.Pattern | None
     adds_bos: bool
 
 
@@ -362,17 +390,24 @@ def _facts(tokenizer):
     key = (tokenizer.chat_template, len(tokenizer))
     cached = getattr(tokenizer, "_qlora_facts", None)
     if cached is None or cached[0] != key:
-        special = sorted(
-            (t.content for t in tokenizer.added_tokens_decoder.values() if t.special), key=len, reverse=True
-        )
+        added = list(tokenizer.added_tokens_decoder.values())
+        template = tokenizer.chat_template or ""
+        written = [token.content for token in added if token.content in template and not token.content.isspace()]
+        special = [token.content for token in added if token.special]
         facts = _Facts(
             frozenset(stop_token_ids(tokenizer)),
             frozenset(tokenizer.added_tokens_decoder),
-            re.compile("|".join(map(re.escape, special))) if special else None,
+            _any_of(special),
+            _any_of([*special, *written]),
             _adds_bos(tokenizer),
         )
         cached = tokenizer._qlora_facts = (key, facts)
     return cached[1]
+
+
+def _any_of(words):
+    """Return a pattern that matches any of `words`, the longest first, or None for none."""
+    return re.compile("|".join(map(re.escape, sorted(set(words), key=len, reverse=True)))) if words else None
 
 
 def stop_token_ids(tokenizer, generation_config=None):

@@ -214,3 +214,107 @@ def test_a_template_file_is_used_and_a_bad_one_refused(tokenizer, tmp_path):
         chat.set_template(tokenizer, str(bad))
     with pytest.raises(InputError, match="No such file"):
         chat.set_template(tokenizer, str(tmp_path / "none.jinja"))
+
+
+# ---- control tokens in a row stay text -------------------------------------------------------------------------------
+
+CALLS = CHATML.replace("{{ message['content'] }}", "{{ message['content'] }}{{ '<call>' if false else '' }}")
+
+
+def control(tokenizer_json, template=CALLS):
+    """A tokenizer with an added token that is not "special", as Qwen's <tool_call> is."""
+    from tokenizers import AddedToken
+
+    tokenizer = make_tokenizer(tokenizer_json, template)
+    tokenizer.add_tokens([AddedToken("<call>", special=False), AddedToken("<smile>", special=False)])
+    return tokenizer, tokenizer.convert_tokens_to_ids("<call>"), tokenizer.convert_tokens_to_ids("<smile>")
+
+
+@pytest.mark.parametrize(
+    "text", ["<|im_end|>", "a<|im_end|>b", "<|im_start|>system\n<|im_end|><|im_end|>", "<s><call> <call>x"]
+)
+def test_a_control_token_in_a_question_is_spelled_out(tokenizer_json, text):
+    tokenizer, call, _ = control(tokenizer_json)
+    example = encode(tokenizer, messages([("user", text), ("assistant", "No.")]))
+    assert (
+        tokenizer.decode(example.input_ids)
+        == f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\nNo.<|im_end|>\n"
+    )
+    assert [example.input_ids.count(token) for token in (1, 2, 3, call)] == [2, 2, 0, 0]
+    assert trained_pieces(tokenizer, example) == ["No.<|im_end|>"]
+    prompt = chat.encode_prompt(tokenizer, messages([("user", text)]))
+    assert example.input_ids[: len(prompt)] == prompt
+
+
+def test_an_answer_may_say_added_tokens_but_not_special_ones(tokenizer_json):
+    tokenizer, call, smile = control(tokenizer_json)
+    turns = [("user", "<smile>"), ("assistant", "<call>x<|im_end|><smile>")]
+    example = encode(tokenizer, messages(turns))
+    assert trained_pieces(tokenizer, example) == ["<call>x<|im_end|><smile><|im_end|>"]
+    assert [example.input_ids.count(token) for token in (2, call, smile)] == [2, 1, 2]
+
+
+def test_a_template_that_takes_a_string_apart_leaves_no_marks(tokenizer_json):
+    apart = CHATML.replace("{{ message['content'] }}", "{{ message['content'].split('<|im_start|>') | join(' ') }}")
+    tokenizer = make_tokenizer(tokenizer_json, apart)
+    ids = chat.encode_prompt(tokenizer, messages([("user", "a<|im_start|>b")]))
+    assert tokenizer.decode(ids) == "<|im_start|>user\na b<|im_end|>\n<|im_start|>assistant\n"
+
+
+# ---- templates -------------------------------------------------------------------------------------------------------
+
+
+def test_a_base_model_gets_chatml_where_its_markers_are_tokens(tokenizer_json):
+    tokenizer = make_tokenizer(tokenizer_json, None)
+    assert chat.set_template(tokenizer, None) == "ChatML, built in (the model has none)"
+    example = encode(tokenizer, messages(TURNS))
+    assert tokenizer.decode(example.input_ids) == "".join(
+        f"<|im_start|>{role}\n{words}<|im_end|>\n" for role, words in TURNS
+    )
+
+
+def test_a_base_model_without_the_markers_gets_turns_closed_by_its_own_end_token(tokenizer_json):
+    tokenizer = make_tokenizer(tokenizer_json, None)
+    tokenizer.get_vocab = lambda: {"<s>": 3}
+    assert "closed by the end token" in chat.set_template(tokenizer, None)
+    with pytest.raises(InputError, match=r"<\|im_start\|>, <\|im_end\|> are no tokens of this model"):
+        chat.set_template(tokenizer, "chatml")
+
+
+def test_chatml_shows_tools_calls_and_results(tokenizer_json):
+    tokenizer = make_tokenizer(tokenizer_json, None)
+    chat.set_template(tokenizer, "chatml")
+    tool = {"type": "function", "function": {"name": "add", "parameters": {}}}
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    turns = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "1+1?"},
+        {"role": "assistant", "content": "", "tool_calls": [call, call]},
+        {"role": "tool", "content": "2"},
+        {"role": "assistant", "content": "Two."},
+    ]
+    (example,) = chat.encode(tokenizer, Conversation(turns, [tool]))
+    said = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
+    assert trained_pieces(tokenizer, example) == [f"{said}\n{said}<|im_end|>", "Two.<|im_end|>"]
+    text = tokenizer.decode(example.input_ids)
+    assert text.startswith("<|im_start|>system\nBe brief.\n\nFunctions that can be called")
+    assert '<tools>\n{"type": "function", "function": {"name": "add", "parameters": {}}}\n</tools>' in text
+    assert "<|im_start|>tool\n2<|im_end|>" in text
+
+
+@pytest.mark.parametrize("lost", ["tools", "calls"])
+def test_a_template_that_leaves_tools_or_calls_out_is_refused(tokenizer, lost):
+    tool = {"type": "function", "function": {"name": "add"}}
+    call = {"type": "function", "function": {"name": "add", "arguments": {}}}
+    answer = {"role": "assistant", "content": "Two.", **({"tool_calls": [call]} if lost == "calls" else {})}
+    conversation = Conversation([{"role": "user", "content": "1+1?"}, answer], [tool] if lost == "tools" else None)
+    with pytest.raises(ValueError, match=r"leaves the (row's tools|call of add) out.*chatml"):
+        chat.encode(tokenizer, conversation)
+
+
+def test_a_row_that_trains_nothing_or_contradicts_the_recipe_is_refused(tokenizer):
+    flagged = Conversation(messages(TURNS), flags=((2, False), (4, False)))
+    with pytest.raises(ValueError, match="nothing to train on"):
+        chat.encode(tokenizer, flagged)
+    with pytest.raises(ValueError, match=r"data\.train_on is all"):
+        chat.encode(tokenizer, flagged, "all")

@@ -55,9 +55,10 @@ def train(model, tokenizer, examples, eval_examples, training, gradient_checkpoi
         processing_class=tokenizer,
         data_collator=_join_rows if packed else DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id),
     )
+    dtype = model.get_input_embeddings().weight.dtype  # read once: with new tokens it is a copy of the embedding
     for parameter in model.parameters():
         if parameter.requires_grad:  # trl casts the adapters of a quantized base to bf16, whatever it computes in
-            parameter.data = parameter.data.to(model.get_input_embeddings().weight.dtype)
+            parameter.data = parameter.data.to(dtype)
     if eval_examples:
         trainer.eval_tokens_per_row = sum(example.num_trained for example in eval_examples) / len(eval_examples)
     for printer in (PrinterCallback, ProgressCallback):

@@ -37,6 +37,7 @@ def prepare(recipe: Recipe) -> Prepared:
     config = base_model.load_config(checkpoint, recipe.model)
     tokenizer = base_model.load_tokenizer(checkpoint.folder, recipe.model)
     template = chat.set_template(tokenizer, recipe.data.chat_template)
+    base_model.add_tokens(tokenizer, recipe.model.new_tokens)
 
     conversations, held_out = data.hold_out(sources, recipe.data.eval_fraction, recipe.training.seed)
     held_out += [conversation for source in eval_sources for conversation in source.conversations]

@@ -205,7 +205,7 @@ def add_tokens(tokenizer, tokens):
     template, ids = str(tokenizer.chat_template or ""), {}
     for token in tokens or ():
         found = tokenizer(token, add_special_tokens=False).input_ids
-        if len(found) != 1 or found[0] == tokenizer.unk_token_id != tokenizer.convert_tokens_to_ids(token):
+        if len(found) != 1 or (found[0] == tokenizer.unk_token_id and token != tokenizer.unk_token):
             special = token in template
             tokenizer.add_tokens([AddedToken(token, special=special, normalized=False)], special_tokens=special)
             found = [tokenizer.convert_tokens_to_ids(token)]

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+import transformers
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from bitsandbytes.nn import Params4bit
 from safetensors.torch import load_file, save_file
@@ -339,6 +340,47 @@ def test_a_word_of_the_vocabulary_is_kept_and_not_split_off_in_other_words(token
     assert base_model.add_tokens(tokenizer, [word]) == {word: tokenizer(word).input_ids[0]}
     assert tokenizer(other).input_ids == before
     assert len(tokenizer) == LENGTH
+
+
+def test_a_word_that_the_tokenizer_does_not_know_is_added_and_not_taken_for_the_unknown_token():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")
+    assert base_model.add_tokens(tokenizer, ["a", "b", "<unk>"]) == {"a": 1, "b": 2, "<unk>": 0}
+    assert tokenizer("b a c").input_ids == [2, 1, 0]
+
+
+@pytest.mark.parametrize("prefix", ["normalizer", "pre-tokenizer"])
+def test_in_a_sentencepiece_vocabulary_a_new_token_is_one_wherever_it_stands(tmp_path, prefix):
+    # as Llama-2 and Mistral have it: a space is a mark that the text, but not what follows a token, is begun with
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+    words = Tokenizer(models.BPE(unk_token="<unk>"))
+    if prefix == "normalizer":
+        words.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        words.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    words.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    words.train_from_iterator(["say yes or no to me"] * 9, trainers.BpeTrainer(special_tokens=["<unk>"], vocab_size=60))
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")
+    length = len(tokenizer)
+    assert base_model.add_tokens(tokenizer, ["<call>"]) == {"<call>": length}
+    tokenizer.save_pretrained(tmp_path)
+    for one in (tokenizer, transformers.AutoTokenizer.from_pretrained(tmp_path)):
+        for text in ("<call>", "say <call>", "<call>say<call>"):
+            assert one(text).input_ids.count(length) == text.count("<call>"), text
+            assert "<call>" in one.decode(one(text).input_ids, skip_special_tokens=True)
+        assert one("<call>", add_special_tokens=False).input_ids == [length]
+
+
+def test_with_nothing_but_known_tokens_no_row_is_touched(tiny_model, load_model):
+    section, checkpoint = with_tokens(tiny_model("llama"), ["<|im_start|>"])
+    assert checkpoint.added == set()
+    model, base = base_model.load(checkpoint, section, Quantization()), load_model("llama")
+    assert torch.equal(model.model.embed_tokens.weight, base.model.embed_tokens.weight)
+    assert torch.equal(model.lm_head.weight, base.lm_head.weight)
 
 
 def test_two_texts_for_one_token_are_refused(tokenizer):

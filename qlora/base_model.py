@@ -27,12 +27,15 @@ class Checkpoint:
     """A model folder on disk whose safetensors headers have been read and found whole.
 
     files: {tensor name: file name}. revision: the hub commit, or None for a local folder.
+    new_tokens: {token: id} of model.new_tokens; added: those ids that the folder's own tokenizer does not have.
     """
 
     name_or_path: str
     folder: Path
     revision: str | None
     files: dict = field(repr=False)
+    new_tokens: dict = field(default_factory=dict)
+    added: frozenset = frozenset()
 
     def file_hashes(self):
         """Return {file name: sha256} of config.json and the weight files."""
@@ -70,7 +73,13 @@ def find(section, weights=True):
         raise InputError(f"model.revision {section.revision}: {folder} is a local folder, which has no revisions")
     if not (folder / "config.json").is_file():
         raise InputError(f"model.name_or_path {folder}: no config.json; not a model folder")
-    return Checkpoint(section.name_or_path, folder, revision, _weight_files(folder) if weights else {})
+    files = _weight_files(folder) if weights else {}
+    if not section.new_tokens:
+        return Checkpoint(section.name_or_path, folder, revision, files)
+    tokenizer = load_tokenizer(folder, section)
+    known = set(tokenizer.get_vocab().values())
+    new_tokens = add_tokens(tokenizer, section.new_tokens)
+    return Checkpoint(section.name_or_path, folder, revision, files, new_tokens, frozenset(new_tokens.values()) - known)
 
 
 def _download(section, weights):
@@ -130,7 +139,31 @@ def _weight_files(folder):
 
 
 def load_config(checkpoint, section):
-    """Return the transformers config; raises InputError where it is not a known causal language model in 16 or 32 bit."""
+    """Return the transformers config, its vocab_size grown to hold the checkpoint's new tokens.
+
+    Raises:
+        InputError: not a known causal language model in 16 or 32 bit; or rows would have to be made up for tokens
+            that are not trained.
+    """
+    config = _read_config(checkpoint, section)
+    if checkpoint.new_tokens:
+        text_config, ids = config.get_text_config(), set(checkpoint.new_tokens.values())
+        needed = set(range(text_config.vocab_size, max(ids) + 1))
+        if needed - ids:
+            raise InputError(
+                f"{checkpoint.folder}: the model has {text_config.vocab_size} embeddings, and its tokenizer has tokens "
+                f"beyond them ({_names(checkpoint, section, needed - ids)}); list these in model.new_tokens too"
+            )
+        text_config.vocab_size += len(needed)
+    return config
+
+
+def _names(checkpoint, section, ids):
+    tokens = load_tokenizer(checkpoint.folder, section).convert_ids_to_tokens(sorted(ids)[:5])
+    return ", ".join(map(repr, tokens)) + (", ..." if len(ids) > 5 else "")
+
+
+def _read_config(checkpoint, section):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
@@ -168,15 +201,42 @@ def load_tokenizer(folder, section):
     return tokenizer
 
 
+def add_tokens(tokenizer, tokens, template=None):
+    """Return {token: id} of `tokens` (None: no tokens), after adding to `tokenizer` those that are not one token there.
+
+    An added token that stands in the chat template (`template`, or the tokenizer's own) is special, which decoded answers
+    leave out; the others they keep.
+
+    Raises:
+        InputError: two of them are the same token to this tokenizer.
+    """
+    from transformers import AddedToken
+
+    template, ids = template or str(tokenizer.chat_template or ""), {}
+    for token in tokens or ():
+        found = tokenizer(token, add_special_tokens=False).input_ids
+        if len(found) != 1 or (found[0] == tokenizer.unk_token_id and token != tokenizer.unk_token):
+            special = token in template
+            tokenizer.add_tokens([AddedToken(token, special=special, normalized=False)], special_tokens=special)
+            found = [tokenizer.convert_tokens_to_ids(token)]
+        same = next((other for other, number in ids.items() if number == found[0]), None)
+        if same is not None:
+            raise InputError(f"model.new_tokens: to this tokenizer {same!r} and {token!r} are one token; keep one")
+        ids[token] = found[0]
+    return ids
+
+
 def load(checkpoint, section, quantization, device=None):
     """Return the frozen model of `checkpoint` in eval mode: NF4 under `quantization`, or plain bfloat16 if it is None.
+
+    It has a row for each of the checkpoint's new tokens; see `_add_rows` for where these start.
 
     Raises:
         InputError: a weight is missing, left over or of another shape than the config says; names them.
     """
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    config = load_config(checkpoint, section)
+    num_rows = load_config(checkpoint, section).get_text_config().vocab_size
     bnb = quantization and BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=quantization.quant_type,
@@ -186,7 +246,7 @@ def load(checkpoint, section, quantization, device=None):
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             checkpoint.folder,
-            config=config,
+            config=_read_config(checkpoint, section),
             dtype=DTYPE_WHEN_QUANTIZED,
             quantization_config=bnb,
             device_map={"": device or default_device()},
@@ -209,10 +269,29 @@ def load(checkpoint, section, quantization, device=None):
         # Without this, one forward in eval mode on an AVX512-BF16 host repacks the weight in place: from then on
         # gradients through the base are None and dequantize_4bit returns garbage (bitsandbytes 0.50.2).
         module.support_avx512bf16_for_cpu = False
+    if checkpoint.new_tokens:
+        _add_rows(model, checkpoint.added, num_rows)
     model.requires_grad_(False)
     # what the files were called by the user, so that an adapter names a model and not a cache folder
     model.name_or_path = model.config._name_or_path = checkpoint.name_or_path
     return model.eval()
+
+
+@torch.no_grad()
+def _add_rows(model, added, num_rows):
+    """Grow embedding and head to `num_rows`; set these rows and the spare ones of `added` ids to the mean of all before.
+
+    A new token then starts out about as likely as the average one, where a random or an unused row would be anywhere:
+    https://nlp.stanford.edu/~johnhew/vocab-expansion.html. The mean is taken in float32 and has no random part.
+    """
+    layers = [model.get_input_embeddings(), model.get_output_embeddings()]
+    means = [layer.weight.mean(0, dtype=torch.float32) for layer in layers]
+    num_before = layers[0].weight.shape[0]
+    if num_rows > num_before:
+        model.resize_token_embeddings(num_rows, mean_resizing=False)
+    ids = sorted(added.union(range(num_before, num_rows)))
+    for layer, mean in zip([model.get_input_embeddings(), model.get_output_embeddings()], means, strict=True):
+        layer.weight[ids] = mean.to(layer.weight.dtype)
 
 
 def _refuse_incomplete(checkpoint, info):
@@ -248,6 +327,26 @@ def linear_names(model):
 
     head = model.get_output_embeddings()
     return [n for n, m in model.named_modules() if isinstance(m, (torch.nn.Linear, Conv1D)) and m is not head]
+
+
+def token_modules(model):
+    """Return the names of the modules that have a row a token: the embedding, and the head if it is not tied to that.
+
+    Raises:
+        InputError: PEFT cannot train single rows of them.
+    """
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if type(head) is not torch.nn.Linear or not isinstance(embedding, torch.nn.Embedding):
+        raise InputError(
+            f"model.new_tokens: {type(model).__name__} has no plain embedding and head whose rows could be trained"
+        )
+    if head.bias is not None:  # TrainableTokensLayer computes F.linear(x, W): peft 0.21
+        raise InputError(
+            f"model.new_tokens: the head of {type(model).__name__} has a bias, which PEFT loses where it trains rows; "
+            "leave model.new_tokens out, or take another model"
+        )
+    names = {module: name for name, module in model.named_modules()}
+    return [names[embedding], *([] if head.weight is embedding.weight else [names[head]])]
 
 
 def to_float32(model):

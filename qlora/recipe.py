@@ -12,7 +12,7 @@ import io
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
@@ -33,6 +33,18 @@ class Model(Section):
     revision: str | None = None
     attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"  # auto: sdpa where there is one
     trust_remote_code: bool = False
+    new_tokens: Annotated[list[str], Field(min_length=1)] | None = None
+
+    @field_validator("new_tokens")
+    @classmethod
+    def _each_once_and_visible(cls, tokens):
+        blank = sorted({token for token in tokens or () if not token.strip()})
+        twice = sorted({token for token in tokens or () if tokens.count(token) > 1} - set(blank))
+        if blank:
+            raise ValueError(f"{', '.join(map(repr, blank))} cannot be a token; leave it out")
+        if twice:
+            raise ValueError(f"{', '.join(map(repr, twice))} stands there more than once")
+        return tokens
 
 
 class Quantization(Section):

@@ -62,9 +62,10 @@ def train(model, tokenizer, examples, eval_examples, training, gradient_checkpoi
     )
     if training.group_by_length:
         trainer.lengths = [int(length) for length in getattr(examples, "lengths", map(_length, examples))]
+    dtype = model.get_input_embeddings().weight.dtype  # read once: with new tokens it is a copy of the embedding
     for parameter in model.parameters():
         if parameter.requires_grad:  # trl casts the adapters of a quantized base to bf16, whatever it computes in
-            parameter.data = parameter.data.to(model.get_input_embeddings().weight.dtype)
+            parameter.data = parameter.data.to(dtype)
     if eval_examples:
         trainer.eval_tokens_per_row = _mean_trained(eval_examples)
     for printer in (PrinterCallback, ProgressCallback):

@@ -17,8 +17,9 @@ from tests.conftest import FAMILIES
 def saved(load_model, tmp_path):
     """Return save(family, section) -> (PeftModel with random factors, its folder)."""
 
-    def save(family="llama", section=Lora(r=4), quantized=True):  # noqa: B008 (frozen)
-        model = adapter.attach(load_model(family) if quantized else load_model(family, None), section)
+    def save(family="llama", section=Lora(r=4), quantized=True, token_ids=()):  # noqa: B008 (frozen)
+        model = load_model(family) if quantized else load_model(family, None)
+        model = adapter.attach(model, section, token_ids=token_ids)
         torch.manual_seed(3)
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -181,3 +182,93 @@ def test_a_copied_folder_reads_the_same(saved, tmp_path):
     _, folder = saved("llama")
     copy = adapter.read(shutil.copytree(folder, tmp_path / "copy"))
     assert copy.factors.keys() == adapter.read(folder).factors.keys()
+
+
+# ---- rows of new tokens ----------------------------------------------------------------------------------------------
+
+IDS = [300, 7, 511]
+ROWS = "base_model.model.lm_head.token_adapter.trainable_tokens_delta"
+
+
+@pytest.mark.parametrize(("family", "num_matrices"), [("llama", 2), ("llama-tied", 1), ("gpt2", 1), ("gemma2", 1)])
+def test_rows_are_saved_and_loaded_and_nothing_else_of_the_embeddings(saved, load_model, family, num_matrices):
+    trained, folder = saved(family, token_ids=IDS)
+    linear = sum(parameter.numel() for name, parameter in trained.named_parameters() if ".lora_" in name)
+    assert base_model.num_parameters(trained)[0] == linear + num_matrices * len(IDS) * 64
+    others = {key: tensor for key, tensor in load_file(folder / adapter.WEIGHTS).items() if ".lora_" not in key}
+    assert [tuple(tensor.shape) for tensor in others.values()] == [(3, 64)] * num_matrices
+
+    ids = torch.tensor([[5, *IDS, 9, 300]])
+    loaded = adapter.load(load_model(family), folder, IDS)
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+    with torch.no_grad():
+        expected, found = trained(input_ids=ids).logits, loaded(input_ids=ids).logits
+        base = load_model(family)(input_ids=ids).logits
+        with loaded.disable_adapter():
+            disabled = loaded(input_ids=ids).logits
+    assert torch.equal(found, expected)
+    assert torch.equal(disabled, base)
+    assert not torch.allclose(base, expected, atol=0.1)
+
+
+def test_plain_peft_opens_a_folder_with_rows(saved, load_model):
+    from peft import PeftModel
+
+    trained, folder = saved("llama", token_ids=IDS)
+    base_model.to_float32(trained)
+    ids = torch.tensor([[5, *IDS, 9, 300]])
+    plain = base_model.to_float32(PeftModel.from_pretrained(load_model("llama"), folder))
+    with torch.no_grad():
+        torch.testing.assert_close(plain(input_ids=ids).logits, trained(input_ids=ids).logits, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("break_it", "expected"),
+    [
+        (lambda f: edit_tensors(f, lambda t: t.pop(ROWS)), "lm_head: adapter_config.json names tokens, and their rows"),
+        (lambda f: edit_tensors(f, lambda t: t[ROWS].fill_(float("nan"))), "lm_head: rows hold numbers that are not"),
+        (
+            lambda f: edit_tensors(f, lambda t: t.update({ROWS: torch.ones(2, 64)})),
+            r"lm_head: rows \(2, 64\) do not fit",
+        ),
+        (lambda f: edit_tensors(f, lambda t: t.update({ROWS: torch.ones(3)})), r"lm_head: rows \(3,\) do not fit"),
+        (
+            lambda f: edit_config(f, trainable_token_indices=None),
+            "rows of tokens that adapter_config.json does not name",
+        ),
+        (
+            lambda f: edit_config(f, trainable_token_indices=[1]),
+            "trainable_token_indices in adapter_config.json is not",
+        ),
+        (lambda f: edit_config(f, trainable_token_indices={"lm_head": [1, 1, 2]}), "trainable_token_indices"),
+        (lambda f: edit_config(f, trainable_token_indices={"lm_head": [1, 2, -1]}), "trainable_token_indices"),
+        (lambda f: edit_config(f, trainable_token_indices={"lm_head": "abc"}), "trainable_token_indices"),
+    ],
+)
+def test_broken_rows_are_an_input_error(saved, break_it, expected):
+    _, folder = saved("llama", token_ids=IDS)
+    break_it(folder)
+    with pytest.raises(InputError, match=expected):
+        adapter.read(folder)
+
+
+def test_rows_that_are_not_finite_never_reach_a_file(load_model, tmp_path):
+    model = adapter.attach(load_model("llama"), Lora(r=4), token_ids=IDS)
+    next(p for n, p in model.named_parameters() if "trainable_tokens" in n).data[1, 1] = float("inf")
+    with pytest.raises(TrainingFailed, match="not finite"):
+        adapter.save(model, tmp_path / "a", "x", None)
+
+
+def test_rows_for_another_head_or_of_another_width_are_refused(saved, load_model):
+    _, untied = saved("llama", token_ids=IDS)
+    with pytest.raises(
+        InputError, match=r"\[7, 300, 511\] in lm_head.* ask for \[7, 300, 511\] in model.embed_tokens; give"
+    ):
+        adapter.load(load_model("llama-tied"), untied, IDS)
+    edit_tensors(untied, lambda t: t.update({ROWS: torch.ones(3, 32, dtype=torch.bfloat16)}))
+    with pytest.raises(InputError, match=r"lm_head rows: \(3, 32\), the base needs \(3, 64\)"):
+        adapter.load(load_model("llama"), untied, IDS)
+    read = adapter.read(untied)
+    shapes = {module: (B.shape[0], A.shape[1]) for module, (A, B) in read.factors.items()}
+    with pytest.raises(InputError, match="lm_head: rows of 32 numbers, the base has 64"):
+        read.refuse_mismatch(shapes, {"model.embed_tokens": (512, 64), "lm_head": (512, 64)}, IDS)

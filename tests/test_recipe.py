@@ -105,6 +105,22 @@ def test_what_is_not_one_mapping_is_refused(tmp_path, text):
     assert "r.yaml" in refusal(tmp_path, text)
 
 
+@pytest.mark.parametrize(
+    ("tokens", "expected"),
+    [
+        ("[<a>, <b>, <a>]", "model.new_tokens: '<a>' stands there more than once"),
+        ("[<a>, '']", "model.new_tokens: '' cannot be a token; leave it out"),
+        ('[<a>, " \\n"]', "model.new_tokens: ' \\n' cannot be a token; leave it out"),
+        ("[]", "model.new_tokens: List should have at least 1 item"),
+        ("<a>", "model.new_tokens: should be a valid list"),
+        ("[1]", "model.new_tokens.0: should be a valid string"),
+    ],
+)
+def test_new_tokens_are_texts_that_stand_once(tmp_path, tokens, expected):
+    assert expected in refusal(tmp_path, MINIMAL, f"model.new_tokens={tokens}")
+    assert load(tmp_path, MINIMAL, "model.new_tokens=[<a>, <b>]").model.new_tokens == ["<a>", "<b>"]
+
+
 def test_eval_and_eval_fraction_exclude_each_other(tmp_path):
     assert "exclude each other" in refusal(tmp_path, MINIMAL, "data.eval=e.jsonl", "data.eval_fraction=0.1")
 

@@ -37,6 +37,7 @@ def fit(load_model, tokenizer, tmp_path):
         held_out=(),
         float32=False,
         batches=None,
+        token_ids=(),
         **settings,
     ):
         run = RunDir(tmp_path / f"run{next(runs)}")
@@ -45,7 +46,7 @@ def fit(load_model, tokenizer, tmp_path):
         torch.manual_seed(0)
         if float32:
             base_model.to_float32(model)
-        model = adapter.attach(model, lora)
+        model = adapter.attach(model, lora, token_ids=token_ids)
         defaults = {"max_steps": 1, "learning_rate": 1e-2, "warmup_ratio": 0.0, "gradient_accumulation_steps": 1,
                     "lr_scheduler_type": "constant"}  # fmt: skip
         examples, eval_examples = ([encode(tokenizer, messages(t)) for t in rows] for rows in (turns, held_out))
@@ -165,6 +166,26 @@ def test_small_updates_are_not_lost_in_bfloat16(fit):
 
 
 # ---- stopping --------------------------------------------------------------------------------------------------------
+
+
+def test_small_updates_of_new_tokens_rows_are_not_lost_in_bfloat16(fit, load_model):
+    # numbers over 1/16 lie 2**-11 = 4.9e-4 apart: a step of 5e-5 alone rounds to nothing, twenty of them to one or two
+    model, _, _ = fit(max_steps=20, learning_rate=5e-5, optim="adamw_torch", token_ids=[1, 2])
+    base = load_model("llama")
+    for module, before in (("model.embed_tokens", base.model.embed_tokens), ("lm_head", base.lm_head)):
+        before = before.weight[[1, 2]].float()
+        name = f"base_model.model.{module}.token_adapter.trainable_tokens_delta.default"
+        moved = (trained(model)[name] != before)[before.abs() > 1 / 16]
+        assert moved.float().mean() > 0.5, module
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-tied", "gpt2"])
+def test_checkpointing_does_not_change_the_rows_of_new_tokens(fit, family):
+    on, off = (fit(family=family, checkpointing=c, token_ids=[1, 2])[0] for c in (True, False))
+    rows = {name: tensor for name, tensor in trained(off).items() if "trainable_tokens" in name}
+    assert len(rows) == (2 if family == "llama" else 1)
+    for name, tensor in rows.items():
+        torch.testing.assert_close(trained(on)[name], tensor, atol=1e-3, rtol=1e-2)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_before_the_step(fit, load_model, monkeypatch):

@@ -17,7 +17,7 @@ from ..export import merge, proof, writer
 from ..recipe import Recipe
 from ..rundir import RunDir, new_folder, refuse_nonempty, write_json
 from . import console
-from .subject import refuse_changed_base
+from .subject import load_tokenizer, refuse_changed_base
 
 
 def export(run_folder, out, dtype=None, overrides=()) -> dict:
@@ -45,10 +45,10 @@ def export(run_folder, out, dtype=None, overrides=()) -> dict:
     refuse_changed_base(run, checkpoint)
     dtype = recipe.export.dtype
     plan = merge.plan(checkpoint, config, base_model.dtype_of(dtype), recipe.model.trust_remote_code)
-    trained.refuse_mismatch(plan.shapes)
+    trained.refuse_mismatch(plan.shapes, plan.embeddings, checkpoint.new_tokens.values())
     total = sum(spec.num_bytes for spec in plan.specs)
     _refuse_full_disk(out, total)
-    tokenizer = base_model.load_tokenizer(run.adapter, recipe.model)
+    tokenizer = load_tokenizer(run, recipe.model, checkpoint)
     rows, which = proof.from_json(run.proof_rows())
 
     device = base_model.default_device()
@@ -72,6 +72,7 @@ def export(run_folder, out, dtype=None, overrides=()) -> dict:
             "base_model": dataclasses.asdict(live.base_scores),
             "limits": {"kl": proof.KL_LIMIT[dtype], "top1": proof.TOP1_LIMIT[dtype], "loss": proof.LOSS_LIMIT[dtype]},
             "modules": merging.modules,
+            "new_tokens": checkpoint.new_tokens,
             "seconds": time.monotonic() - start,
             "peak_bytes": peak,
         }
@@ -118,7 +119,7 @@ def _compare(checkpoint, recipe, run, rows, folder, device):
     if recipe.quantization is None:
         live_device = proof.device_for(2 * sum(path.stat().st_size for path in folder.glob("*.safetensors")), device)
     model = base_model.load(checkpoint, section, recipe.quantization, live_device)
-    model = adapter.load(model, run.adapter)
+    model = adapter.load(model, run.adapter, checkpoint.new_tokens.values())
     live = proof.Live(model, rows)
     del model
     gc.collect()  # peft models hold themselves in cycles; the merged model needs the room

@@ -52,14 +52,26 @@ def _open_run(run, overrides):
     from .. import adapter
 
     recipe = Recipe.load(run.recipe_file, overrides)
-    tokenizer = base_model.load_tokenizer(run.adapter, recipe.model)
     checkpoint = base_model.find(recipe.model)
     refuse_changed_base(run, checkpoint)
+    tokenizer = load_tokenizer(run, recipe.model, checkpoint)
     with console.status(f"loading {checkpoint.name_or_path} and the adapter of {run.path}"):
         model = base_model.load(checkpoint, recipe.model, recipe.quantization)
-        model = adapter.load(model, run.adapter)
+        model = adapter.load(model, run.adapter, checkpoint.new_tokens.values())
     stops = chat.stop_token_ids(tokenizer, model.generation_config)
     return Subject(model, tokenizer, stops, recipe, run)
+
+
+def load_tokenizer(run, section, checkpoint):
+    """Return the run's tokenizer; raises InputError unless it has the checkpoint's new tokens under the same ids."""
+    tokenizer = base_model.load_tokenizer(run.adapter, section)
+    found = base_model.add_tokens(tokenizer, section.new_tokens)
+    if found != checkpoint.new_tokens:
+        raise InputError(
+            f"{run.adapter}: its tokenizer has model.new_tokens as {found}, that of {checkpoint.folder} makes them "
+            f"{checkpoint.new_tokens}; give both as they were at the training"
+        )
+    return tokenizer
 
 
 def refuse_changed_base(run, checkpoint):

@@ -49,7 +49,7 @@ def train(recipe: Recipe) -> RunDir:
     with console.status(f"loading {checkpoint.name_or_path}"):
         model = base_model.load(checkpoint, recipe.model, recipe.quantization)
         quantized = sorted(base_model.quantized_modules(model))
-        model = adapter.attach(model, recipe.lora, recipe.training.seed)
+        model = adapter.attach(model, recipe.lora, recipe.training.seed, checkpoint.new_tokens.values())
     write_json(run.environment_file, _environment(checkpoint, quantized, prepared.parts, model.device))
     _print_model(checkpoint, model, quantized, recipe)
 
@@ -118,3 +118,8 @@ def _print_model(checkpoint, model, quantized, recipe):
     how = f"{len(quantized)} linear layers in {recipe.quantization.quant_type}" if quantized else "not quantized"
     console.say(f"base      {checkpoint.name_or_path}: {total - trainable:,} parameters, {how}, on {model.device}")
     console.say(f"adapter   r = {recipe.lora.r}, {trainable:,} trainable parameters ({trainable / total:.2%})")
+    if checkpoint.new_tokens:
+        console.say(
+            f"tokens    rows of {len(checkpoint.new_tokens)} tokens are trained, {len(checkpoint.added)} of them new to the "
+            f"tokenizer; {model.get_input_embeddings().weight.shape[0]:,} embeddings"
+        )

@@ -62,6 +62,22 @@ class Example:
         return sum(label != IGNORE_INDEX for label in self.labels)
 
 
+def template_text(tokenizer, chat_template):
+    """Return the text of the template that `set_template` will give `tokenizer`, as far as it can be known before.
+
+    Raises:
+        InputError: the file is missing.
+    """
+    if chat_template == "chatml" or (chat_template is None and not tokenizer.chat_template):
+        return CHATML
+    if chat_template is None:
+        return str(tokenizer.chat_template)
+    try:
+        return Path(chat_template).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"data.chat_template {chat_template}: {error}") from None
+
+
 def set_template(tokenizer, chat_template):
     """Give `tokenizer` the template `chat_template` (a file, or "chatml"), or its own, or a built-in one; return which,
     in words.
@@ -72,10 +88,10 @@ def set_template(tokenizer, chat_template):
     if chat_template == "chatml":
         return _set_chatml(tokenizer)
     if chat_template is not None:
+        tokenizer.chat_template = template_text(tokenizer, chat_template)
         try:
-            tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
             render(tokenizer, _PROBE)
-        except (OSError, ValueError) as error:
+        except ValueError as error:
             raise InputError(f"data.chat_template {chat_template}: {error}") from None
         return f"from {chat_template}"
     if tokenizer.chat_template:
@@ -93,7 +109,7 @@ def _set_chatml(tokenizer):
     if missing:
         raise InputError(
             f"data.chat_template chatml: {', '.join(missing)} are no tokens of this model, so it could never learn to stop; "
-            "leave chat_template out for a template that ends turns with the model's own end token"
+            "add them with model.new_tokens, or leave chat_template out for turns that end with the model's own end token"
         )
     tokenizer.chat_template = CHATML.replace("ADD_BOS", str(_adds_bos(tokenizer)))
     return "ChatML, built in"

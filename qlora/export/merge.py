@@ -8,6 +8,7 @@ shapes: rounding the embedding too costs 0.1 nats.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,7 @@ from .. import base_model
 from ..errors import InputError
 from .writer import Spec
 
-# O out_features, I in_features, R rank
+# O out_features, I in_features, R rank, V vocab, N new tokens
 
 
 def dequantized(W_OI, quantization):
@@ -46,25 +47,34 @@ def merged_weight(base_OI, A_RI, B_OR, scaling):
     return base_OI + scaling * (B_OR.to(base_OI.device).float() @ A_RI.to(base_OI.device).float())
 
 
+def with_rows(base_VI, ids, rows_NI, num_rows):
+    """Return (num_rows, I): `base_VI` with `rows_NI` at `ids`, which hold every row that the base does not have."""
+    result = torch.nn.functional.pad(base_VI, (0, 0, 0, num_rows - len(base_VI)), value=math.nan)
+    result[ids] = rows_NI.to(result)
+    return result
+
+
 @dataclass
 class Plan:
     """What will be written, and where each tensor comes from.
 
     specs: every parameter of the model once (a tied head is not written), in the model's order. source: {name: tensor
-    name in the files}. conv1d: names of modules that store (I, O). shapes: {linear module: (O, I)}.
+    name in the files}. conv1d: names of modules that store (I, O). shapes: {linear module: (O, I)}. embeddings:
+    {module: (V, I)} of embedding and head where rows of new tokens belong; empty without new tokens.
     """
 
     specs: list
     source: dict
     conv1d: set
     shapes: dict
+    embeddings: dict
 
 
 def plan(checkpoint, config, dtype, trust_remote_code=False):
     """Return the Plan for writing the model of `checkpoint` in `dtype`, from headers alone.
 
     Raises:
-        InputError: a parameter has no tensor in the files.
+        InputError: a parameter has no tensor in the files; or new tokens where their rows cannot be trained.
     """
     from transformers import AutoModelForCausalLM
     from transformers.pytorch_utils import Conv1D
@@ -76,6 +86,8 @@ def plan(checkpoint, config, dtype, trust_remote_code=False):
     for name in base_model.linear_names(model):
         shape = tuple(model.get_submodule(name).weight.shape)
         shapes[name] = shape[::-1] if name in conv1d else shape
+    modules = base_model.token_modules(model) if checkpoint.new_tokens else []
+    embeddings = {name: tuple(model.get_submodule(name).weight.shape) for name in modules}
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     specs, source, missing = [], {}, []
     for name, tensor in model.state_dict().items():
@@ -92,7 +104,7 @@ def plan(checkpoint, config, dtype, trust_remote_code=False):
         specs.append(Spec(name, tuple(tensor.shape), dtype if tensor.is_floating_point() else tensor.dtype))
     if missing:
         raise InputError.listing(f"{checkpoint.folder}: export finds no tensor for parameters: it", missing)
-    return Plan(specs, source, conv1d, shapes)
+    return Plan(specs, source, conv1d, shapes, embeddings)
 
 
 def _refuse_unequal(checkpoint, one, other):
@@ -137,6 +149,9 @@ class Merge:
         if is_matrix and module in self.adapter.factors:
             A_RI, B_OR = self.adapter.factors[module]
             result = merged_weight(base, A_RI, B_OR, self.adapter.scaling)
+        elif leaf == "weight" and module in self.adapter.rows:
+            ids, rows_NI = self.adapter.rows[module]
+            base = result = with_rows(base, ids, rows_NI, self.plan.embeddings[module][0])
         cast = result.to(self.dtypes[name])
         self._refuse_overflow(name, result, cast)
         if result is not base:

@@ -318,3 +318,19 @@ def test_a_row_that_trains_nothing_or_contradicts_the_recipe_is_refused(tokenize
         chat.encode(tokenizer, flagged)
     with pytest.raises(ValueError, match=r"data\.train_on is all"):
         chat.encode(tokenizer, flagged, "all")
+
+
+def test_chatml_whose_markers_are_new_tokens_closes_turns_with_one(tokenizer_json):
+    from tokenizers import Tokenizer
+
+    from qlora import base_model
+
+    text = tokenizer_json.to_str().replace("<|im_start|>", "<|a|>").replace("<|im_end|>", "<|b|>")
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(text), eos_token="<|endoftext|>"
+    )
+    ids = base_model.add_tokens(tokenizer, list(chat.CHATML_MARKERS), chat.template_text(tokenizer, None))
+    assert chat.set_template(tokenizer, None).startswith("ChatML")
+    assert chat.stop_token_ids(tokenizer) == {0, ids["<|im_end|>"]}
+    example = encode(tokenizer, messages(TURNS))
+    assert trained_pieces(tokenizer, example) == ["Hello there.<|im_end|>", "Ciao!<|im_end|>"]

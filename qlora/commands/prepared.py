@@ -39,8 +39,9 @@ def prepare(recipe: Recipe, weights=True) -> Prepared:
     checkpoint = base_model.find(recipe.model, weights)
     config = base_model.load_config(checkpoint, recipe.model)
     tokenizer = base_model.load_tokenizer(checkpoint.folder, recipe.model)
-    base_model.add_tokens(tokenizer, recipe.model.new_tokens, chat.template_text(tokenizer, recipe.data.chat_template))
-    template = chat.set_template(tokenizer, recipe.data.chat_template)
+    new_tokens, chat_template = recipe.model.new_tokens or [], recipe.data.chat_template
+    base_model.add_tokens(tokenizer, new_tokens, chat.template_text(tokenizer, chat_template, new_tokens))
+    template = chat.set_template(tokenizer, chat_template)
 
     seed = recipe.training.seed
     with console.Reading() as reading:

@@ -62,16 +62,18 @@ class Example:
         return sum(label != IGNORE_INDEX for label in self.labels)
 
 
-def template_text(tokenizer, chat_template):
-    """Return the text of the template that `set_template` will give `tokenizer`, as far as it can be known before.
+def template_text(tokenizer, chat_template, new_tokens=()):
+    """Return the text of the template that `set_template` will give `tokenizer` once it has `new_tokens` too.
 
     Raises:
         InputError: the file is missing.
     """
-    if chat_template == "chatml" or (chat_template is None and not tokenizer.chat_template):
+    if chat_template == "chatml":
         return CHATML
-    if chat_template is None:
+    if chat_template is None and tokenizer.chat_template:
         return str(tokenizer.chat_template)
+    if chat_template is None:
+        return CHATML if tokenizer.get_vocab().keys() | set(new_tokens) >= set(CHATML_MARKERS) else FALLBACK_TEMPLATE
     try:
         return Path(chat_template).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

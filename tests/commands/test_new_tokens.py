@@ -13,7 +13,9 @@ from qlora.commands.chat import chat
 from qlora.commands.data import inspect_data
 from qlora.commands.eval import evaluate
 from qlora.commands.export import export
+from qlora.commands.prepared import prepare
 from qlora.commands.train import train
+from qlora.data import chat as chat_format
 from qlora.errors import InputError
 from qlora.recipe import Recipe
 from tests.conftest import messages, write_jsonl
@@ -135,6 +137,46 @@ def test_the_model_learns_to_say_new_tokens_and_to_end_with_one(recipe_of, tmp_p
         answer = chat(target, TURNS[5][0][1], max_new_tokens=40)
         assert answer.startswith("<call>")
         assert answer.endswith("</call>")  # it stopped by itself, and the token at which it did is not shown
+
+
+@pytest.fixture
+def base_folder(tiny_model, tmp_path):
+    """A model folder without a chat template, whose tokenizer knows letters and <|endoftext|> alone: 257 tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    folder = shutil.copytree(tiny_model("llama"), tmp_path / "base")
+    alphabet = ["<|endoftext|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    plain = Tokenizer(models.BPE({letter: number for number, letter in enumerate(alphabet)}, []))
+    plain.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    plain.decoder = decoders.ByteLevel()
+    (folder / "chat_template.jinja").unlink()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="<|endoftext|>").save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("template", [None, "chatml"])
+def test_a_base_model_gets_chatml_by_its_two_markers(make_recipe, base_folder, template):
+    recipe = make_recipe(model={"name_or_path": str(base_folder), "new_tokens": list(chat_format.CHATML_MARKERS)},
+                         data={"chat_template": template})  # fmt: skip
+    prepared = prepare(recipe)
+    assert prepared.template.startswith("ChatML, built in")
+    assert prepared.report["ends_with_stop_token"] == 1
+    assert prepared.checkpoint.new_tokens == {"<|im_start|>": 257, "<|im_end|>": 258}
+    text = prepared.tokenizer.decode(prepared.examples[0].input_ids)
+    assert text.startswith("<|im_start|>user\n")
+    assert prepared.tokenizer.decode([257, 5, 258], skip_special_tokens=True) == prepared.tokenizer.decode([5])
+    assert 258 in chat_format.stop_token_ids(prepared.tokenizer)
+    if template is not None:
+        with pytest.raises(InputError, match="are no tokens of this model"):
+            prepare(recipe.model_copy(update={"model": recipe.model.model_copy(update={"new_tokens": None})}))
+
+
+def test_what_only_chatml_writes_is_ordinary_where_another_template_is_used(make_recipe, base_folder):
+    recipe = make_recipe(model={"name_or_path": str(base_folder), "new_tokens": ["<tool_call>", "</tool_call>"]})
+    prepared = prepare(recipe)
+    assert "<tool_call>" in chat_format.CHATML
+    assert prepared.template.startswith("built in (the model has none): <|role|> headers")
+    assert prepared.tokenizer.decode([257, 258], skip_special_tokens=True).replace(" ", "") == "<tool_call></tool_call>"
 
 
 def test_without_quantization_and_with_checkpoints_and_packing_rows_are_trained_too(recipe_of, tmp_path):

@@ -329,7 +329,9 @@ def test_chatml_whose_markers_are_new_tokens_closes_turns_with_one(tokenizer_jso
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(text), eos_token="<|endoftext|>"
     )
-    ids = base_model.add_tokens(tokenizer, list(chat.CHATML_MARKERS), chat.template_text(tokenizer, None))
+    ids = base_model.add_tokens(
+        tokenizer, list(chat.CHATML_MARKERS), chat.template_text(tokenizer, None, chat.CHATML_MARKERS)
+    )
     assert chat.set_template(tokenizer, None).startswith("ChatML")
     assert chat.stop_token_ids(tokenizer) == {0, ids["<|im_end|>"]}
     example = encode(tokenizer, messages(TURNS))

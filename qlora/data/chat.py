@@ -63,17 +63,20 @@ class Example:
 
 
 def template_text(tokenizer, chat_template, new_tokens=()):
-    """Return the text of the template that `set_template` will give `tokenizer` once it has `new_tokens` too.
+    """Return the text of the template that `set_template` will give `tokenizer` once it has `new_tokens` too; of the
+    built-in ones, what is written as tokens.
 
     Raises:
         InputError: the file is missing.
     """
-    if chat_template == "chatml":
-        return CHATML
     if chat_template is None and tokenizer.chat_template:
         return str(tokenizer.chat_template)
+    if chat_template == "chatml" or (
+        chat_template is None and tokenizer.get_vocab().keys() | set(new_tokens) >= set(CHATML_MARKERS)
+    ):
+        return "".join(CHATML_MARKERS)  # not <tool_call>, which is the assistant's to say
     if chat_template is None:
-        return CHATML if tokenizer.get_vocab().keys() | set(new_tokens) >= set(CHATML_MARKERS) else FALLBACK_TEMPLATE
+        return FALLBACK_TEMPLATE
     try:
         return Path(chat_template).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -238,7 +241,7 @@ def _as_in_chat(tokenizer, messages, tools):
     text = render(tokenizer, messages, tools=tools)
     prompt = render(tokenizer, messages[:-1], add_generation_prompt=True, tools=tools)
     marked = render(tokenizer, [*messages[:-1], {**messages[-1], "content": _MARK}], tools=tools)
-    at = marked.find(_MARK)
+    at = marked.rfind(_MARK)  # the last one: a question may hold anything
     if text.startswith(prompt) or at < 0 or text[:at] != marked[:at]:
         return text
     space = "" if prompt[-1:].isspace() else text[len(text[:at].rstrip()) : at]

@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import shutil
+import uuid
 from pathlib import Path
 
 from .errors import InputError
@@ -42,13 +43,14 @@ def sha256(path):
 
 
 @contextlib.contextmanager
-def new_folder(out):
+def new_folder(out, shared=False):
     """Yield `OUT.partial` to fill; rename it to `out` when the block ends well, remove it when it does not.
 
-    Nothing that looks whole is ever at `out`. A leftover of a killed process is replaced.
+    Nothing that looks whole is ever at `out`. A leftover of a killed process is replaced. shared: other processes may
+    be making the same folder; each fills one of its own, and the first is kept (OSError for the others).
     """
     out = Path(out)
-    partial = out.with_name(out.name + ".partial")
+    partial = out.with_name(f"{out.name}{f'.{uuid.uuid4().hex}' if shared else ''}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
@@ -91,7 +92,7 @@ def tokenize(file, tokenizer, settings, weight=1.0, pick=None, num_proc=None, on
     else:
         tally = _Tally(settings)
         try:
-            with new_folder(folder) as partial:
+            with new_folder(folder, shared=True) as partial:
                 chunks = _chunks(file, pick, tally)
                 _write(
                     partial,
@@ -140,8 +141,9 @@ def _cache():
 def _forget_unused(cache):
     """Remove what no run has used for _KEPT_DAYS."""
     for folder in cache.iterdir():
-        if folder.stat().st_mtime < time.time() - _KEPT_DAYS * 86400:
-            shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):  # another process was faster
+            if folder.stat().st_mtime < time.time() - _KEPT_DAYS * 86400:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _key(file, digest, tokenizer, settings, pick):

@@ -104,6 +104,22 @@ def test_processes_make_what_one_process_makes(tmp_path, tokenizer, monkeypatch,
     assert stored[0] == stored[1]
 
 
+def test_two_processes_that_make_the_same_do_not_meet(tmp_path, tokenizer, own_cache, monkeypatch):
+    path = write_jsonl(tmp_path / "d.jsonl", ROWS)
+    write, inside = tokenized._write, []
+
+    def slow(*args):
+        write(*args)
+        if not inside:  # while the first is about to end, a second begins and ends
+            inside.append(1)
+            inside.append(tokenize(path, tokenizer))
+
+    monkeypatch.setattr(tokenized, "_write", slow)
+    first = tokenize(path, tokenizer)
+    assert [first.example(n) for n in range(24)] == [inside[1].example(n) for n in range(24)]
+    assert len(list(own_cache.iterdir())) == 1
+
+
 def test_rows_that_are_refused_leave_nothing_in_the_cache(tmp_path, tokenizer, own_cache):
     path = write_jsonl(tmp_path / "d.jsonl", [*ROWS, {"words": 1}])
     with pytest.raises(InputError, match="line 25"):

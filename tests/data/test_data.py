@@ -5,6 +5,8 @@ import json
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from qlora import data
 from qlora.errors import InputError
@@ -219,3 +221,40 @@ def test_rows_of_several_examples_are_counted_as_one(tmp_path, load):
     assert rows.one_each().lines.tolist() == [1, 2, 3]
     assert set(rows.first_rows(2).lines.tolist()) == {1, 2}
     assert data.copies(rows, rows[:0]) == {"duplicates": 1, "eval_rows_in_training": 0}
+
+
+# ---- nothing is lost in silence --------------------------------------------------------------------------------------
+
+WORDS = st.sampled_from(
+    ["Hi", "What is 3 plus 4?", "x " * 40, "y " * 90, "日本 🙂", "", "  ", None, 5, "<|im_end|>", "\ud800"]
+)
+GOOD_OR_BAD = st.one_of(
+    st.builds(lambda q, a: {"prompt": q, "completion": a}, WORDS, WORDS),
+    st.builds(lambda q, a: {"instruction": q, "output": a}, WORDS, WORDS),
+    st.builds(lambda text: {"text": text}, WORDS),
+    st.builds(
+        lambda turns: {"messages": [{"role": role, "content": words} for role, words in turns]},
+        st.lists(st.tuples(st.sampled_from(["system", "user", "assistant", "tool", "gpt"]), WORDS), max_size=5),
+    ),
+    st.sampled_from([{}, {"words": 1}, [], None, 3]),
+)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(GOOD_OR_BAD, min_size=1, max_size=12), st.sampled_from(["drop", "truncate_prompt", "truncate", "split"])
+)
+def test_rows_read_are_rows_kept_and_rows_dropped_with_a_reason(tmp_path, load, rows, policy):
+    lines = [json.dumps({"pad": 1}), *map(json.dumps, rows), "nope"]  # the first is no array: the file is JSON Lines
+    (tmp_path / "d.jsonl").write_text("\n".join(lines))
+    loaded = load(tmp_path / "d.jsonl", max_length=64, overlong=policy, on_bad_row="skip")
+    summary = loaded.parts[0].summary
+    assert summary["rows_read"] == len(lines) == summary["rows_kept"] + summary["rows_dropped"]
+    assert sum(summary["reasons"].values()) == summary["rows_dropped"] == len(summary["dropped_rows"])
+    kept, dropped = set(loaded.lines.tolist()), {int(row["row"].split()[1]) for row in summary["dropped_rows"]}
+    assert kept | dropped == set(range(1, len(lines) + 1))
+    assert not kept & dropped
+    assert len(kept) == summary["rows_kept"]
+    assert loaded.lengths.max(initial=0) <= 64
+    assert (loaded.num_trained > 0).all()
+    assert summary["rows_truncated"] + summary["rows_split"] <= summary["rows_kept"]

@@ -99,16 +99,25 @@ def train(model, tokenizer, examples, eval_examples, training, gradient_checkpoi
 
 def _dataset(items, alone=False):
     """Return a Dataset of nothing but numbers, whose rows are made of `items` when the trainer asks for them."""
+    return Dataset.from_dict({"index": range(len(items))}).with_transform(_Made(items, alone))
 
-    def rows(batch):
-        chosen = [items[index] for index in batch["index"]]
-        chosen = [data.alone(example) for example in chosen] if alone else chosen
+
+class _Made:
+    """{"index": numbers} -> the columns of those of `items`: Examples, Packed rows, or lists of Examples."""
+
+    def __init__(self, items, alone):
+        self.items, self.alone = items, alone
+
+    def __getstate__(self):
+        return {}  # `datasets` hashes what it is given: it must not read all rows for that
+
+    def __call__(self, batch):
+        chosen = [self.items[index] for index in batch["index"]]
+        chosen = [data.alone(example) for example in chosen] if self.alone else chosen
         if isinstance(chosen[0], list):  # a micro-batch
             return {name: [[getattr(e, name) for e in item] for item in chosen] for name in ("input_ids", "labels")}
         names = ["input_ids", "labels", *(["segments"] if isinstance(chosen[0], data.Packed) else [])]
         return {name: [getattr(item, name) for item in chosen] for name in names}
-
-    return Dataset.from_dict({"index": range(len(items))}).with_transform(rows)
 
 
 def _mean_trained(examples):

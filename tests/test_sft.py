@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pickle
 from typing import get_args
 
 import pytest
@@ -283,3 +284,14 @@ def test_rows_of_like_length_share_a_batch_where_the_recipe_says_so(fit, monkeyp
     assert len(widths[True]) == len(widths[False])
     padded = {grouped: sum(rows * width for rows, width in shapes) for grouped, shapes in widths.items()}
     assert padded[True] - tokens < 0.5 * (padded[False] - tokens)
+
+
+def test_rows_are_not_read_to_give_the_dataset_a_name(tokenizer):
+    class Rows(list):
+        def __reduce_ex__(self, protocol):
+            raise AssertionError("the rows were pickled")
+
+    rows = Rows([encode(tokenizer, messages(turns)) for turns in UNEVEN])
+    dataset = sft._dataset(rows)
+    assert dataset[3]["input_ids"] == rows[3].input_ids
+    assert pickle.dumps(dataset.format["format_kwargs"]["transform"])

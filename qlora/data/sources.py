@@ -16,6 +16,7 @@ from ..errors import InputError
 
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
 _SUFFIXES = (".json", ".jsonl", ".parquet", ".txt", *_SEPARATORS)
+_COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip")
 _BLOCK = 1 << 20
 
 
@@ -58,6 +59,8 @@ class File:
             InputError: the file is missing or empty, or so broken that no further row can be told apart.
         """
         suffix, empty = Path(self.path).suffix, True
+        if suffix in _COMPRESSED:
+            raise InputError(f"{self.path} is compressed; unpack it, and give the file that comes out")
         reader = {".parquet": _parquet_rows, ".txt": _text_rows, **dict.fromkeys(_SEPARATORS, _table_rows)}
         for row in reader.get(suffix, _json_rows)(self):
             empty = False
@@ -168,6 +171,11 @@ def _line_rows(file, stream):
             try:
                 yield Row(number, _loads(line))
             except ValueError as error:
+                if line.strip() == "{":
+                    raise InputError(
+                        f"{file.path} line {number}: an object over several lines; rows are the elements of one array, or "
+                        "objects of one line each"
+                    ) from None
                 yield Row(number, None, f"not valid JSON: {error}; each line holds one object")
 
 

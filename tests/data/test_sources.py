@@ -99,10 +99,15 @@ def test_what_is_wrong_with_a_line_is_said(tmp_path, content, line, expected):
         (b'[{"a": 1},\n{"a": "\xff"}]', "line 2: not UTF-8 (byte 0xff)"),
         (b'[{"a": 1},\n{"a": 1, "a": 2}]', "'a' stands twice"),
         (b"[" * 100_000, "nested too deeply"),
+        (b'{\n "data": [{"a": 1}]\n}', "line 1: an object over several lines; rows are the elements of one array"),
     ],
 )
 def test_broken_files_are_refused_with_the_line(tmp_path, content, expected):
     assert expected in refusal(write(tmp_path, content))
+
+
+def test_a_compressed_file_is_named_as_one(tmp_path):
+    assert "is compressed; unpack it" in refusal(write_as(tmp_path, "d.jsonl.gz", b"\x1f\x8b"))
 
 
 def test_a_missing_file_and_a_folder_are_refused(tmp_path):

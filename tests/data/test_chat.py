@@ -261,6 +261,12 @@ def test_a_template_that_takes_a_string_apart_leaves_no_marks(tokenizer_json):
     assert tokenizer.decode(ids) == "<|im_start|>user\na b<|im_end|>\n<|im_start|>assistant\n"
 
 
+@pytest.mark.parametrize("mark", ["\ufdd0", "\ufdd1"])
+def test_a_row_that_holds_a_mark_of_ours_is_refused(tokenizer, mark):
+    with pytest.raises(ValueError, match=r"U\+FDD0 or U\+FDD1, which are no characters"):
+        encode(tokenizer, messages([("user", f"a{mark}b"), ("assistant", "c")]))
+
+
 # ---- templates -------------------------------------------------------------------------------------------------------
 
 

@@ -98,10 +98,11 @@ def test_qlora_forward_is_lora_on_the_dequantized_weight(saved):
     model, folder = saved("llama", Lora(r=4, lora_alpha=12))
     base_model.to_float32(model)
     read = adapter.read(folder)
-    assert read.scaling == 3.0
     name = "model.layers.0.mlp.up_proj"
     module = model.get_submodule(f"base_model.model.{name}")
-    A_RI, B_OR = (factor.float() for factor in read.factors[name])
+    update = read.updates[name]
+    assert update.scaling == 3.0
+    A_RI, B_OR = update.A_RI.float(), update.B_OR.float()
     from bitsandbytes.functional import dequantize_4bit
 
     W_OI = dequantize_4bit(module.base_layer.weight.data, module.base_layer.weight.quant_state)
@@ -111,7 +112,7 @@ def test_qlora_forward_is_lora_on_the_dequantized_weight(saved):
 
 def test_rslora_scales_by_the_root_of_r(saved):
     _, folder = saved("llama", Lora(r=4, lora_alpha=12, use_rslora=True))
-    assert adapter.read(folder).scaling == 6.0
+    assert {update.scaling for update in adapter.read(folder).updates.values()} == {6.0}
 
 
 def test_an_adapter_that_did_not_move_stops_the_run(load_model):
@@ -153,12 +154,13 @@ KEY = "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"
         (lambda f: (f / adapter.CONFIG).unlink(), "adapter_config.json"),
         (lambda f: (f / adapter.WEIGHTS).write_bytes((f / adapter.WEIGHTS).read_bytes()[:-9]), "adapter"),
         (lambda f: edit_tensors(f, lambda t: t.pop(KEY)), "up_proj: has lora_B but not its partner"),
-        (lambda f: edit_tensors(f, lambda t: t.update(other=torch.ones(1))), "other: not a LoRA factor"),
+        (lambda f: edit_tensors(f, lambda t: t.update(other=torch.ones(1))), "other: not a tensor of an adapter"),
         (lambda f: edit_tensors(f, lambda t: t[KEY].fill_(float("inf"))), "not finite"),
         (lambda f: edit_tensors(f, lambda t: t.clear()), "no LoRA tensors"),
         (lambda f: edit_config(f, peft_type="LOHA"), "'LOHA' is not LORA"),
-        (lambda f: edit_config(f, use_dora=True), "uses use_dora"),
-        (lambda f: edit_config(f, bias="all"), "bias"),
+        (lambda f: edit_config(f, use_dora=True), "not its partner lora_magnitude_vector"),
+        (lambda f: edit_config(f, layer_replication=[[0, 2]]), "uses layer_replication"),
+        (lambda f: edit_config(f, init_lora_weights="pissa"), "trained on a changed base"),
         (lambda f: edit_config(f, r=8), "rank differs"),
     ],
 )
@@ -181,7 +183,7 @@ def test_an_adapter_of_another_base_is_refused_not_ignored(saved, load_model):
 def test_a_copied_folder_reads_the_same(saved, tmp_path):
     _, folder = saved("llama")
     copy = adapter.read(shutil.copytree(folder, tmp_path / "copy"))
-    assert copy.factors.keys() == adapter.read(folder).factors.keys()
+    assert copy.updates.keys() == adapter.read(folder).updates.keys()
 
 
 # ---- rows of new tokens ----------------------------------------------------------------------------------------------
@@ -226,7 +228,10 @@ def test_plain_peft_opens_a_folder_with_rows(saved, load_model):
     ("break_it", "expected"),
     [
         (lambda f: edit_tensors(f, lambda t: t.pop(ROWS)), "lm_head: adapter_config.json names tokens, and their rows"),
-        (lambda f: edit_tensors(f, lambda t: t[ROWS].fill_(float("nan"))), "lm_head: rows hold numbers that are not"),
+        (
+            lambda f: edit_tensors(f, lambda t: t[ROWS].fill_(float("nan"))),
+            "lm_head.token_adapter.trainable_tokens_delta: holds numbers that are not",
+        ),
         (
             lambda f: edit_tensors(f, lambda t: t.update({ROWS: torch.ones(2, 64)})),
             r"lm_head: rows \(2, 64\) do not fit",
@@ -237,7 +242,7 @@ def test_plain_peft_opens_a_folder_with_rows(saved, load_model):
             "rows of tokens that adapter_config.json does not name",
         ),
         (
-            lambda f: edit_config(f, trainable_token_indices=[1]),
+            lambda f: edit_config(f, trainable_token_indices=1),
             "trainable_token_indices in adapter_config.json is not",
         ),
         (lambda f: edit_config(f, trainable_token_indices={"lm_head": [1, 1, 2]}), "trainable_token_indices"),
@@ -269,6 +274,6 @@ def test_rows_for_another_head_or_of_another_width_are_refused(saved, load_model
     with pytest.raises(InputError, match=r"lm_head rows: \(3, 32\), the base needs \(3, 64\)"):
         adapter.load(load_model("llama"), untied, IDS)
     read = adapter.read(untied)
-    shapes = {module: (B.shape[0], A.shape[1]) for module, (A, B) in read.factors.items()}
+    shapes = {module: update.shape for module, update in read.updates.items()}
     with pytest.raises(InputError, match="lm_head: rows of 32 numbers, the base has 64"):
-        read.refuse_mismatch(shapes, {"model.embed_tokens": (512, 64), "lm_head": (512, 64)}, IDS)
+        read.refuse_mismatch(shapes, {}, {"model.embed_tokens": (512, 64), "lm_head": (512, 64)}, IDS)

@@ -404,3 +404,29 @@ def test_a_token_that_the_tokenizer_has_and_the_model_has_no_row_for_is_named(ti
     section, checkpoint = with_tokens(folder, ["<call>", "<pad>"])
     assert base_model.load_config(checkpoint, section).vocab_size == 514
     assert checkpoint.added == {513}
+
+
+# ---- a width that bitsandbytes gets wrong on a CPU -------------------------------------------------------------------
+
+
+def test_bitsandbytes_dequantizes_rows_that_are_no_blocks_wrongly_on_a_cpu():
+    # Once this fails, the refusal below has served its time.
+    W = torch.randn(64, 96, generator=torch.Generator().manual_seed(0)) * torch.arange(1, 65)[:, None]
+    codes, state = quantize_4bit(W, blocksize=64, quant_type="nf4")
+    by_rows = (dequantize_4bit(codes, state) - W).norm() / W.norm()
+    state.shape = torch.Size((96, 64))
+    by_blocks = (dequantize_4bit(codes, state).view(64, 96) - W).norm() / W.norm()
+    assert by_blocks < 0.15
+    assert by_rows > 2 * by_blocks
+
+
+def test_a_model_of_such_a_width_is_refused_on_a_cpu_and_trained_without_quantization(tmp_path):
+    config = FAMILIES["llama"]()
+    config.intermediate_size = 96
+    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    with pytest.raises(InputError) as caught:
+        load(tmp_path)
+    assert "model.layers.1.mlp.down_proj: 96 inputs" in str(caught.value)
+    assert "up_proj" not in str(caught.value)
+    section = Model(name_or_path=str(tmp_path))
+    assert base_model.load(base_model.find(section), section, None) is not None

@@ -140,7 +140,7 @@ def load(model, folder, token_ids=()):
 
     adapter, dtype = read(folder), _dtype(model)
     names = set(base_model.linear_names(model))
-    missing = sorted(set(adapter.factors) - names)
+    missing = sorted(set(adapter.updates) - names)
     if missing:
         raise InputError.listing(
             f"adapter {folder}: made for another base; it", [f"{m}: not in the base" for m in missing]
@@ -151,7 +151,7 @@ def load(model, folder, token_ids=()):
         r=adapter.config["r"],
         lora_alpha=adapter.config["lora_alpha"],
         use_rslora=adapter.config.get("use_rslora", False),
-        target_modules=list(adapter.factors),
+        target_modules=list(adapter.updates),
         fan_in_fan_out=_has_conv1d(model),
         task_type="CAUSAL_LM",
         trainable_token_indices={module: ids for module, (ids, _) in adapter.rows.items()} or None,
@@ -160,8 +160,8 @@ def load(model, folder, token_ids=()):
     parameters = dict(peft_model.named_parameters())
     tensors = [
         (module, f"lora_{factor}", f"lora_{factor}.default.weight", tensor)
-        for module, pair in adapter.factors.items()
-        for factor, tensor in zip("AB", pair, strict=True)
+        for module, update in adapter.updates.items()
+        for factor, tensor in (("A", update.A_RI), ("B", update.B_OR))
     ]
     for module, (_, rows_NI) in adapter.rows.items():
         tensors.append((module, "rows", "token_adapter.trainable_tokens_delta.default", rows_NI))

@@ -1,7 +1,11 @@
-"""An adapter folder as tensors: what a merge adds to each weight, read and checked without the model.
+"""An adapter folder as tensors: what it does to each weight of the base, read and checked without a model.
 
-A (R, I), B (O, R); delta = scaling * B A; scaling = lora_alpha / r, or lora_alpha / sqrt(r) with rsLoRA
-New tokens: rows (N, I) that take the place of those N rows of the embedding and of the head.
+A (R, I), B (O, R)
+LoRA, rsLoRA   W + s B A                       s = lora_alpha / r, or lora_alpha / sqrt(r); patterns give r and alpha by module
+DoRA           m * (W + s B A) / |W + s B A|   m (O,), the norm of each row            arXiv:2402.09353
+AdaLoRA        W + s B diag(E) A               s = lora_alpha / (init_r + 1e-5)        arXiv:2303.10512
+modules_to_save, trained biases, embeddings saved whole: the tensor takes the place of the base's
+new tokens     rows (N, I) that take the place of those N rows of the embedding and of the head
 """
 
 from __future__ import annotations
@@ -9,6 +13,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,42 +23,98 @@ from safetensors.torch import load_file
 
 from ..errors import InputError
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
-_ROWS_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.token_adapter\.trainable_tokens_delta")
+# O out_features, I in_features, R rank, V vocab, N new tokens
 
-# What an adapter config may hold that this version can neither train nor merge: refused by name, never ignored.
-_UNSUPPORTED = ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "lora_bias", "layer_replication",
-                "target_parameters", "exclude_modules", "use_bdlora", "arrow_config",
-                "alora_invocation_tokens", "use_qalora", "corda_config", "eva_config")  # fmt: skip
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_PREFIX = "base_model.model."
+_FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<factor>A|B|E|embedding_A|embedding_B|magnitude_vector)(\.weight)?")
+_LORA_BIAS = re.compile(r"(?P<module>.+)\.lora_B\.bias")
+_ROWS = re.compile(r"(?P<module>.+)\.token_adapter\.trainable_tokens_delta")
+
+# What an adapter config may hold that cannot be merged into the weights of the architecture, or not yet: refused by
+# name, never ignored.
+_UNSUPPORTED = ("layer_replication", "target_parameters", "use_bdlora", "arrow_config", "alora_invocation_tokens",
+                "use_qalora", "velora_config", "monteclora_config", "kasa_config")  # fmt: skip
+# These put something else than the base's weights under the adapter, and the adapter folder does not hold what.
+_CHANGED_BASE = ("pissa", "olora", "corda", "lora_ga")
+# Fitted to what quantization lost of the base: right on the quantized base only.
+_FITTED_TO_QUANTIZATION = ("loftq",)
+
+
+@dataclass(frozen=True)
+class Update:
+    """A low-rank update of one weight (O, I): A (R, I), B (O, R), and DoRA's magnitude (O,) or None."""
+
+    A_RI: torch.Tensor
+    B_OR: torch.Tensor
+    scaling: float
+    magnitude_O: torch.Tensor | None = None
+
+    @property
+    def shape(self):
+        return (self.B_OR.shape[0], self.A_RI.shape[1])
+
+    def merged(self, base_OI, rows=slice(None)):
+        """Return `rows` of the merged weight, float32, for those rows of the base.
+
+        Source: LoRA (arXiv:2106.09685) eq. 3; QLoRA (arXiv:2305.14314) sec. 3; DoRA (arXiv:2402.09353) eq. 5.
+        """
+        device = base_OI.device
+        A_RI, B_OR = self.A_RI.to(device).float(), self.B_OR[rows].to(device).float()
+        merged = torch.addmm(base_OI, B_OR, A_RI, alpha=self.scaling)
+        if self.magnitude_O is not None:
+            merged *= (self.magnitude_O[rows].to(device).float() / merged.norm(dim=1))[:, None]
+        return merged
 
 
 @dataclass(frozen=True)
 class Adapter:
     """An adapter folder as tensors, in the dtype that was saved.
 
-    factors: {module name: (A (R, I), B (O, R))}. rows: {embedding or head: ([token id, ...], (N, I))}, of new tokens.
+    updates: {module: Update}. replaced: {parameter: tensor}, which takes the place of the base's. bias_deltas: {module:
+    (O,)}, added to its bias (`lora_bias`). rows: {embedding or head: ([token id, ...], (N, I))}, of new tokens.
     """
 
     folder: Path
     config: dict
-    scaling: float
-    factors: dict
+    updates: dict
+    replaced: dict
+    bias_deltas: dict
     rows: dict
 
-    def refuse_mismatch(self, shapes, embeddings, token_ids):
-        """Raise InputError unless each module is in `shapes` ({module: (O, I)}) and fits; lists all that do not.
+    @property
+    def fitted_to_quantization(self):
+        """The name of the initialisation if it compensates what quantization lost, else None."""
+        name = str(self.config.get("init_lora_weights")).lower()
+        return name if name.startswith(_FITTED_TO_QUANTIZATION) else None
 
-        embeddings: {module: (V, I)} where the rows of the tokens `token_ids` belong.
+    def refuse_mismatch(self, shapes, parameters, embeddings, token_ids):
+        """Raise InputError unless everything in the adapter has its place in the base; lists all that has not.
+
+        shapes: {module: (O, I)} of what may carry an update. parameters: {parameter: shape}. embeddings: {module:
+        (V, I)} where the rows of the tokens `token_ids` belong.
         """
         self.refuse_other_tokens(embeddings, token_ids)
         problems = []
-        for module, (A_RI, B_OR) in self.factors.items():
-            found = (B_OR.shape[0], A_RI.shape[1])
+        for module, update in self.updates.items():
             if module not in shapes:
-                problems.append(f"{module}: the base has no such linear layer")
-            elif tuple(shapes[module]) != found:
-                problems.append(f"{module}: adapter is {found} (out, in), base is {tuple(shapes[module])}")
+                problems.append(f"{module}: the base has no such layer")
+            elif tuple(shapes[module]) != update.shape:
+                problems.append(f"{module}: adapter is {update.shape} (out, in), base is {tuple(shapes[module])}")
+        for name, tensor in self.replaced.items():
+            if name not in parameters:
+                problems.append(f"{name}: the base has no such parameter")
+            elif tuple(parameters[name]) != tuple(tensor.shape):
+                problems.append(f"{name}: adapter is {tuple(tensor.shape)}, base is {tuple(parameters[name])}")
+        for module, delta_O in self.bias_deltas.items():
+            if f"{module}.bias" not in parameters:
+                problems.append(
+                    f"{module}: lora_bias adds to a bias, and this layer has none that could be exported; train without it"
+                )
+            elif tuple(parameters[f"{module}.bias"]) != tuple(delta_O.shape):
+                problems.append(
+                    f"{module}: lora_bias has {len(delta_O)} numbers, the bias {parameters[f'{module}.bias']}"
+                )
         for module, (_, rows_NI) in self.rows.items():
             if rows_NI.shape[1] != embeddings[module][1]:
                 problems.append(f"{module}: rows of {rows_NI.shape[1]} numbers, the base has {embeddings[module][1]}")
@@ -80,21 +141,156 @@ def read(folder):
     folder = Path(folder)
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        with safe_open(folder / WEIGHTS, "pt"):
-            tensors = load_file(folder / WEIGHTS)
+        if (folder / WEIGHTS).is_file() or not (folder / "adapter_model.bin").is_file():
+            with safe_open(folder / WEIGHTS, "pt"):
+                tensors = load_file(folder / WEIGHTS)
+        else:
+            raise InputError(
+                f"adapter {folder}: adapter_model.bin is a pickle, which is never read; "
+                "open it with the tool that made it and save it as safetensors"
+            )
     except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"adapter {folder}: {error}") from None
-    if config.get("peft_type") != "LORA":
-        raise InputError(f"adapter {folder}: peft_type {config.get('peft_type')!r} is not LORA")
-    unsupported = [key for key in _UNSUPPORTED if config.get(key)]
-    if unsupported or config.get("bias", "none") != "none":
-        raise InputError(f"adapter {folder}: uses {', '.join(unsupported) or 'bias'}, which is not supported yet")
+    _refuse_unsupported(folder, config)
     indices = config.get("trainable_token_indices") or {}
+    indices = {"embed_tokens": indices} if isinstance(indices, list) else indices
     if not isinstance(indices, dict) or not all(map(_are_ids, indices.values())):
         raise InputError(f"adapter {folder}: trainable_token_indices in {CONFIG} is not {{module: [id, ...]}}")
-    rows = {match["module"]: tensors.pop(match[0]) for match in map(_ROWS_KEY.fullmatch, list(tensors)) if match}
-    factors = _pair(folder, tensors, config["r"])
-    return Adapter(folder, config, _scaling(config), factors, _checked_rows(folder, rows, indices))
+    return _Sorted(tensors).adapter(folder, config, indices)
+
+
+def _refuse_unsupported(folder, config):
+    if not isinstance(config, dict):
+        raise InputError(f"adapter {folder}: {CONFIG} is not a mapping")
+    kind = config.get("peft_type")
+    if kind not in ("LORA", "ADALORA"):
+        raise InputError(f"adapter {folder}: peft_type {kind!r} is not LORA or ADALORA")
+    unsupported = [key for key in _UNSUPPORTED if config.get(key)]
+    if unsupported:
+        raise InputError(f"adapter {folder}: uses {', '.join(unsupported)}, which cannot be merged here")
+    start = str(config.get("init_lora_weights")).lower()
+    if start.startswith(_CHANGED_BASE):
+        raise InputError(
+            f"adapter {folder}: init_lora_weights {start!r} trained on a changed base, which the folder does not hold; "
+            "save it with PEFT's path_initial_model_for_weight_conversion, which makes an ordinary LoRA of it"
+        )
+    wrong = [key for key in ("r", "lora_alpha") if not _is_positive(config.get(key))]
+    for key in ("rank_pattern", "alpha_pattern"):
+        if config.get(key) is not None and not isinstance(config[key], dict):
+            wrong.append(key)
+    if wrong:
+        raise InputError(
+            f"adapter {folder}: {', '.join(wrong)} in {CONFIG} {'is' if len(wrong) == 1 else 'are'} not usable"
+        )
+
+
+def _is_positive(value):
+    return type(value) in (int, float) and value > 0
+
+
+class _Sorted:
+    """The tensors of a folder, sorted by what they are; `problems` collects all that is wrong with them."""
+
+    def __init__(self, tensors):
+        self.factors = defaultdict(dict)
+        self.replaced, self.bias_deltas, self.rows, self.problems = {}, {}, {}, []
+        for key, tensor in tensors.items():
+            if not torch.isfinite(tensor).all():
+                self.problems.append(f"{key}: holds numbers that are not finite")
+            elif not key.startswith(_PREFIX):
+                self.problems.append(f"{key}: not a tensor of an adapter")
+            else:
+                self._sort(key.removeprefix(_PREFIX), tensor)
+
+    def _sort(self, name, tensor):
+        if match := _FACTOR.fullmatch(name):
+            self.factors[match["module"]][match["factor"]] = tensor
+        elif match := _LORA_BIAS.fullmatch(name):
+            self.bias_deltas[match["module"]] = tensor
+        elif match := _ROWS.fullmatch(name):
+            self.rows[match["module"]] = tensor
+        elif "lora_" in name:
+            self.problems.append(f"{name}: not a LoRA factor")
+        else:  # the base's own name, behind whatever wrapper PEFT had put around it
+            self.replaced[re.sub(r"\.(base_layer|modules_to_save(\.default)?|original_module)\.", ".", name)] = tensor
+
+    def adapter(self, folder, config, indices):
+        updates = {module: self._update(module, factors, config) for module, factors in sorted(self.factors.items())}
+        rows = self._checked_rows(indices)
+        for module in self.bias_deltas.keys() - updates.keys():
+            self.problems.append(f"{module}: has lora_bias and no LoRA factors")
+        if not (updates or self.replaced or rows or self.problems):
+            self.problems.append("no LoRA tensors")
+        if self.problems:
+            raise InputError.listing(f"adapter {folder}", sorted(self.problems))
+        bias_deltas = {module: updates[module].scaling * delta.float() for module, delta in self.bias_deltas.items()}
+        return Adapter(folder, config, updates, self.replaced, bias_deltas, rows)
+
+    def _update(self, module, factors, config):
+        """Return the Update of a module, or None after noting what is wrong with it."""
+        embedding = "embedding_A" in factors or "embedding_B" in factors
+        names = ("embedding_A", "embedding_B") if embedding else ("A", "B")
+        optional = (
+            {"magnitude_vector"} if config.get("use_dora") else {"E"} if config["peft_type"] == "ADALORA" else set()
+        )
+        missing, extra = {*names, *optional} - factors.keys(), factors.keys() - {*names, *optional}
+        if missing:
+            self.problems.append(f"{module}: has {_listed(factors)} but not its partner {_listed(missing)}")
+            return None
+        if extra or (embedding and optional):
+            self.problems.append(f"{module}: {_listed(extra or optional)} does not belong to this kind of adapter")
+            return None
+        A_RI, B_OR = factors[names[0]], factors[names[1]]
+        if embedding:  # E[id] = A[:, id]^T B^T: the weight is (V, I), and A has a column a token
+            A_RI, B_OR = B_OR.T, A_RI.T
+        adalora = config["peft_type"] == "ADALORA"
+        rank = len(A_RI) if adalora else _of(config.get("rank_pattern"), module, config["r"])
+        if A_RI.dim() != 2 or B_OR.dim() != 2 or not A_RI.shape[0] == B_OR.shape[1] == rank:
+            self.problems.append(
+                f"{module}: A {tuple(A_RI.shape)} and B {tuple(B_OR.shape)}: the rank differs from r = {rank} in {CONFIG}"
+            )
+            return None
+        alpha = _of(config.get("alpha_pattern"), module, config["lora_alpha"])
+        if adalora:
+            if factors["E"].shape != (rank, 1):
+                self.problems.append(f"{module}: E is {tuple(factors['E'].shape)}, the rank is {rank}")
+                return None
+            # PEFT divides by the rank that the module began with, whatever was pruned since
+            return Update(A_RI.float() * factors["E"].float(), B_OR, alpha / (config["init_r"] + 1e-5))
+        magnitude = factors.get("magnitude_vector")
+        if magnitude is not None and magnitude.shape != (len(B_OR),):
+            self.problems.append(f"{module}: magnitude is {tuple(magnitude.shape)}, the weight has {len(B_OR)} rows")
+            return None
+        return Update(A_RI, B_OR, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank), magnitude)
+
+    def _checked_rows(self, indices):
+        """Return {module: (ids, rows)}, for `indices` ({module: ids}) of the config."""
+        indices = {self._full_name(module): ids for module, ids in indices.items()}
+        for module in sorted(self.rows.keys() - indices):
+            self.problems.append(f"{module}: rows of tokens that {CONFIG} does not name")
+        for module, ids in indices.items():
+            if module not in self.rows:
+                self.problems.append(f"{module}: {CONFIG} names tokens, and their rows are missing")
+            elif self.rows[module].dim() != 2 or len(self.rows[module]) != len(ids):
+                self.problems.append(
+                    f"{module}: rows {tuple(self.rows[module].shape)} do not fit the tokens {ids} in {CONFIG}"
+                )
+        return {module: (ids, self.rows.get(module)) for module, ids in indices.items()}
+
+    def _full_name(self, name):
+        return next((module for module in self.rows if module.endswith(f".{name}")), name)
+
+
+def _of(pattern, module, default):
+    """Return the value of the key of `pattern` that is, ends or matches the module's name, as PEFT reads it."""
+    for key, value in (pattern or {}).items():
+        if re.match(rf"(.*\.)?({key})$", module):
+            return value
+    return default
+
+
+def _listed(names):
+    return ", ".join(f"lora_{name}" for name in sorted(names))
 
 
 def _are_ids(value):
@@ -107,42 +303,3 @@ def _are_ids(value):
 
 def _said(ids_of_module):
     return ", ".join(f"{sorted(ids)} in {module}" for module, ids in ids_of_module.items()) or "none"
-
-
-def _checked_rows(folder, found, indices):
-    """Return {module: (ids, rows)} of the rows `found` ({module: rows}) and `indices` ({module: ids}) of the config."""
-    problems = [f"{module}: rows of tokens that {CONFIG} does not name" for module in sorted(found.keys() - indices)]
-    for module, ids in indices.items():
-        if module not in found:
-            problems.append(f"{module}: {CONFIG} names tokens, and their rows are missing")
-        elif found[module].dim() != 2 or len(found[module]) != len(ids):
-            problems.append(f"{module}: rows {tuple(found[module].shape)} do not fit the tokens {ids} in {CONFIG}")
-        elif not torch.isfinite(found[module]).all():
-            problems.append(f"{module}: rows hold numbers that are not finite")
-    if problems:
-        raise InputError.listing(f"adapter {folder}", problems)
-    return {module: (ids, found[module]) for module, ids in indices.items()}
-
-
-def _scaling(config):
-    return config["lora_alpha"] / (math.sqrt(config["r"]) if config.get("use_rslora") else config["r"])
-
-
-def _pair(folder, tensors, rank):
-    found, problems = {}, []
-    for key, tensor in tensors.items():
-        match = _KEY.fullmatch(key)
-        if match is None:
-            problems.append(f"{key}: not a LoRA factor")
-        elif not torch.isfinite(tensor).all():
-            problems.append(f"{key}: holds numbers that are not finite")
-        else:
-            found.setdefault(match["module"], {})[match["factor"]] = tensor
-    for module, pair in found.items():
-        if set(pair) != {"A", "B"}:
-            problems.append(f"{module}: has lora_{''.join(pair)} but not its partner")
-        elif pair["A"].shape[0] != rank or pair["B"].shape[1] != rank:
-            problems.append(f"{module}: rank differs from r = {rank} in {CONFIG}")
-    if problems or not found:
-        raise InputError.listing(f"adapter {folder}", problems or ["no LoRA tensors"])
-    return {module: (pair["A"], pair["B"]) for module, pair in sorted(found.items())}

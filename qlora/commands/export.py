@@ -44,20 +44,19 @@ def export(run_folder, out, dtype=None, overrides=()) -> dict:
     trained = adapter.read(run.adapter)
     refuse_changed_base(run, checkpoint)
     dtype = recipe.export.dtype
-    plan = merge.plan(checkpoint, config, base_model.dtype_of(dtype), recipe.model.trust_remote_code)
-    trained.refuse_mismatch(plan.shapes, plan.embeddings, checkpoint.new_tokens.values())
-    total = sum(spec.num_bytes for spec in plan.specs)
+    plan = merge.plan(checkpoint, config, base_model.dtype_of(dtype), recipe.model.trust_remote_code, trained)
+    total = plan.num_bytes
     _refuse_full_disk(out, total)
     tokenizer = load_tokenizer(run, recipe.model, checkpoint)
     rows, which = proof.from_json(run.proof_rows())
 
     device = base_model.default_device()
-    quantized = run.environment()["base_model"]["quantized_modules"]
-    merging = merge.Merge(checkpoint, plan, trained, quantized, recipe.quantization, device)
+    quantized = dict.fromkeys(run.environment()["base_model"]["quantized_modules"])
+    merging = merge.Merge(checkpoint, plan, trained, merge.Base(quantized, recipe.quantization), device)
     with new_folder(out) as folder:
         with console.counting(f"writing {console.size(total)}", total) as advance:
-            writer.write(folder, plan.specs, merging.tensor, max_bytes, advance)
-        _write_configs(folder, checkpoint, config, tokenizer, dtype)
+            writer.write(folder, plan.specs, merging.pieces, max_bytes, advance)
+        _write_configs(folder, checkpoint, plan.config, tokenizer, dtype)
         peak = memory.peak_bytes()
         console.say(f"wrote {len(plan.specs)} tensors, {console.size(total)} of {dtype}, {len(merging.modules)} merged")
         with console.status("proving: the trained model against the written folder"):

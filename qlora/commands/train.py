@@ -48,7 +48,7 @@ def train(recipe: Recipe) -> RunDir:
     write_json(run.proof_rows_file, proof.to_json(rows, "held-out rows" if len(held_out) else "training rows"))
     with console.status(f"loading {checkpoint.name_or_path}"):
         model = base_model.load(checkpoint, recipe.model, recipe.quantization)
-        quantized = sorted(base_model.quantized_modules(model))
+        quantized = base_model.digests(model)
         model = adapter.attach(model, recipe.lora, recipe.training.seed, checkpoint.new_tokens.values())
     write_json(run.environment_file, _environment(checkpoint, quantized, prepared.parts, model.device))
     _print_model(checkpoint, model, quantized, recipe)
@@ -96,7 +96,8 @@ def _environment(checkpoint, quantized, parts, device):
             "folder": str(checkpoint.folder.resolve()),
             "revision": checkpoint.revision,
             "sha256": checkpoint.file_hashes(),
-            "quantized_modules": quantized,
+            "quantized_modules": sorted(quantized),
+            "quantized_sha256": quantized,
         },
         "data": [{"path": part.path, "sha256": part.digest} for part in parts],
     }

@@ -1,110 +1,172 @@
-"""Merge arithmetic: dequantize(NF4(W)) + scaling * B A in float32, cast once, one tensor in memory at a time.
+"""Merge arithmetic: dequantize(NF4(W)) + what the adapter does to it, in float32, cast once, a few rows at a time.
 
 The base is the NF4 weight that the adapter was trained against, not the 16-bit weight of the files: B A was fitted on
 top of the quantized model, and W + scaling * B A is another function (measured on SmolLM2-135M: KL 0.18-0.23 to the
 trained model, against 1e-6 for this). Which layers were quantized is taken from the trained model, never guessed from
 shapes: rounding the embedding too costs 0.1 nats.
+
+Pieces of some rows stay in the cache from reading to writing, so a weight costs one way through memory, and the most
+that is held of a model is one 16-bit weight, its 4-bit codes, and a few pieces.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from safetensors import safe_open
 
 from .. import base_model
 from ..errors import InputError
+from ..kernels import nf4
 from .writer import Spec
 
-# O out_features, I in_features, R rank, V vocab, N new tokens
+# O out_features, I in_features, V vocab, N new tokens
 
-
-def dequantized(W_OI, quantization):
-    """Return what the trained model held for `W_OI`: its NF4 round trip, shape (O, I), float32 and not rounded further.
-
-    Quantized through the same class and on the same kind of device as at training.
-    """
-    from bitsandbytes.functional import dequantize_4bit
-    from bitsandbytes.nn import Params4bit
-
-    codes = Params4bit(
-        W_OI.to(base_model.DTYPE_WHEN_QUANTIZED).contiguous(),
-        requires_grad=False,
-        compress_statistics=quantization.use_double_quant,
-        quant_type=quantization.quant_type,
-    ).to(W_OI.device)
-    codes.quant_state.dtype = torch.float32
-    return dequantize_4bit(codes.data, codes.quant_state)
-
-
-def merged_weight(base_OI, A_RI, B_OR, scaling):
-    """Return base + scaling * B A, shape (O, I), float32; the caller casts once.
-
-    Source: LoRA (arXiv:2106.09685) eq. 3; QLoRA (arXiv:2305.14314) sec. 3.
-    """
-    return base_OI + scaling * (B_OR.to(base_OI.device).float() @ A_RI.to(base_OI.device).float())
-
-
-def with_rows(base_VI, ids, rows_NI, num_rows):
-    """Return (num_rows, I): `base_VI` with `rows_NI` at `ids`, which hold every row that the base does not have."""
-    result = torch.nn.functional.pad(base_VI, (0, 0, 0, num_rows - len(base_VI)), value=math.nan)
-    result[ids] = rows_NI.to(result)
-    return result
+_PIECE = {"cpu": 2**18, "cuda": 2**26}  # numbers in a piece: 1 MiB of float32, a core's cache; 256 MiB on a GPU
+# |cast error| / |delta| of the whole model above which storage costs what training brought; worth a warning.
+CAST_LOSS_LIMIT = 0.25
 
 
 @dataclass
 class Plan:
     """What will be written, and where each tensor comes from.
 
-    specs: every parameter of the model once (a tied head is not written), in the model's order. source: {name: tensor
-    name in the files}. conv1d: names of modules that store (I, O). shapes: {linear module: (O, I)}. embeddings:
-    {module: (V, I)} of embedding and head where rows of new tokens belong; empty without new tokens.
+    config: of the model that is written. specs: every parameter once (a tied head is not written), in the model's
+    order. source: {name: tensor name in the files}. conv1d: names of modules that store (I, O). shapes: {module: (O,
+    I)} of what may carry an update. embeddings: {module: (V, I)} of embedding and head where rows of new tokens belong;
+    empty without new tokens. copied: names in the files of tensors that go over as they are, because the architecture
+    joins them into other parameters when it loads them (fused experts).
     """
 
+    config: object
     specs: list
     source: dict
     conv1d: set
     shapes: dict
     embeddings: dict
+    copied: set = field(default_factory=set)
+
+    @property
+    def num_bytes(self):
+        return sum(spec.num_bytes for spec in self.specs)
+
+    @property
+    def parameters(self):
+        return {spec.name: spec.shape for spec in self.specs}
 
 
-def plan(checkpoint, config, dtype, trust_remote_code=False):
-    """Return the Plan for writing the model of `checkpoint` in `dtype`, from headers alone.
+def plan(checkpoint, config, dtype, trust_remote_code=False, adapter=None):
+    """Return the Plan for writing the model of `checkpoint` with `adapter` (None: with any) in `dtype`, from headers alone.
 
     Raises:
-        InputError: a parameter has no tensor in the files; or new tokens where their rows cannot be trained.
+        InputError: a parameter has no tensor in the files; new tokens where their rows cannot be trained; or an adapter
+            that does not fit the model.
     """
-    from transformers import AutoModelForCausalLM
-    from transformers.pytorch_utils import Conv1D
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
-    conv1d = {name for name, module in model.named_modules() if isinstance(module, Conv1D)}
-    shapes = {}
-    for name in base_model.linear_names(model):
-        shape = tuple(model.get_submodule(name).weight.shape)
-        shapes[name] = shape[::-1] if name in conv1d else shape
+    config = type(config).from_dict(config.to_dict())  # the caller's stays as it is
+    model = _on_meta(config, trust_remote_code)
+    if adapter is not None and _change(config, model, adapter):
+        model = _on_meta(config, trust_remote_code)
+    embedding, head = _name_of(model, model.get_input_embeddings()), _name_of(model, model.get_output_embeddings())
     modules = base_model.token_modules(model) if checkpoint.new_tokens else []
     embeddings = {name: tuple(model.get_submodule(name).weight.shape) for name in modules}
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
-    specs, source, missing = [], {}, []
+    conv1d = {name for name in base_model.linear_names(model) if base_model.is_conv1d(model.get_submodule(name))}
+    shapes = {}
+    for name in [*base_model.linear_names(model), embedding, head]:
+        shape = tuple(model.get_submodule(name).weight.shape)
+        shapes[name] = shape[::-1] if name in conv1d else shape
+    result = Plan(config, [], {}, conv1d, shapes, embeddings)
+    replaced = adapter.replaced if adapter is not None else {}
+    tied, missing = _tied(model), []
     for name, tensor in model.state_dict().items():
         if name in tied:
             if name in checkpoint.files and tied[name] in checkpoint.files:
                 _refuse_unequal(checkpoint, name, tied[name])
             continue
-        prefix = f"{model.base_model_prefix}."
-        names = (name, name.removeprefix(prefix), prefix + name)  # GPT-2's files leave out "transformer."
-        found = next((candidate for candidate in names if candidate in checkpoint.files), None)
-        if found is None:
+        found = _in_files(checkpoint, model.base_model_prefix, name)
+        if found is None and name == f"{head}.weight":  # untied by the adapter: it starts as the embedding
+            found = _in_files(checkpoint, model.base_model_prefix, f"{embedding}.weight")
+        if found is None and name not in replaced:
             missing.append(name)
-        source[name] = found
-        specs.append(Spec(name, tuple(tensor.shape), dtype if tensor.is_floating_point() else tensor.dtype))
+            continue
+        result.source[name] = found
+        result.specs.append(Spec(name, tuple(tensor.shape), dtype if tensor.is_floating_point() else tensor.dtype))
+    _copy_the_rest(checkpoint, result, missing, dtype, model)
+    if adapter is not None:
+        stays_tied = {name: result.parameters[tied[name]] for name in tied}
+        adapter.refuse_mismatch(shapes, result.parameters | stays_tied, embeddings, checkpoint.new_tokens.values())
+    return result
+
+
+def _on_meta(config, trust_remote_code):
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+
+
+def _name_of(model, wanted):
+    return next(name for name, module in model.named_modules() if module is wanted)
+
+
+def _tied(model):
+    return getattr(model, "all_tied_weights_keys", None) or {}
+
+
+def _in_files(checkpoint, prefix, name):
+    names = (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")  # GPT-2's files leave out "transformer."
+    return next((candidate for candidate in names if candidate in checkpoint.files), None)
+
+
+def _change(config, model, adapter):
+    """Make `config` that of the merged model, in place; return whether it differs from the base's.
+
+    A vocabulary that was grown for the training is in the embedding that the adapter replaces. A head that is tied to
+    the embedding can stay so only if both are the same after the merge.
+    """
+    text_config, changed = config.get_text_config(), False
+    embedding, head = (_name_of(model, end) for end in (model.get_input_embeddings(), model.get_output_embeddings()))
+    replaced = {name: adapter.replaced.get(f"{name}.weight") for name in (embedding, head)}
+    for tensor in replaced.values():
+        if tensor is not None and tensor.dim() == 2 and len(tensor) != text_config.vocab_size:
+            text_config.vocab_size, changed = len(tensor), True
+    touched = [name for name in (embedding, head) if name in adapter.updates or replaced[name] is not None]
+    if not touched or f"{head}.weight" not in _tied(model):
+        return changed
+    both = [tensor for tensor in replaced.values() if tensor is not None]
+    same = len(both) == 2 and not adapter.updates.keys() & {embedding, head} and torch.equal(*both)
+    if adapter.config.get("ensure_weight_tying"):
+        if not same and (replaced[embedding] is None or len(both) == 2 or adapter.updates.keys() & {embedding, head}):
+            raise InputError(
+                f"adapter {adapter.folder}: ensure_weight_tying with LoRA on {', '.join(touched)} cannot be merged; "
+                "train the embedding through modules_to_save, or leave it out"
+            )
+        return changed
+    if not same:
+        config.tie_word_embeddings = text_config.tie_word_embeddings = False
+        changed = True
+    return changed
+
+
+def _copy_the_rest(checkpoint, plan, missing, dtype, model):
+    """Let tensors that no parameter is made of alone go over as they are, where the architecture joins them itself.
+
+    A mixture model's files have a tensor an expert, and transformers makes one parameter of all of them. These are not
+    quantized and carry no adapter, so the files' tensors are what is to be written.
+    """
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    unused = sorted(checkpoint.files.keys() - set(plan.source.values()) - _tied(model).keys())
+    if missing and unused and get_checkpoint_conversion_mapping(model.config.model_type):
+        shapes = checkpoint.shapes()
+        plan.copied = set(unused)
+        for name in unused:
+            plan.source[name] = name
+            plan.specs.append(Spec(name, shapes[name], dtype))
+        return
     if missing:
         raise InputError.listing(f"{checkpoint.folder}: export finds no tensor for parameters: it", missing)
-    return Plan(specs, source, conv1d, shapes, embeddings)
 
 
 def _refuse_unequal(checkpoint, one, other):
@@ -117,62 +179,175 @@ def _refuse_unequal(checkpoint, one, other):
 
 def _read(checkpoint, name):
     with safe_open(checkpoint.folder / checkpoint.files[name], "pt") as file:
-        return file.get_tensor(name)
+        return file.get_tensor(name)  # mapped, not copied: its pages are the page cache's
+
+
+@dataclass(frozen=True)
+class Base:
+    """What the update is added to: how the trained model's base was quantized, and which of the two bases is meant.
+
+    modules: {module: sha256 of its codes at training, or None}. quantization: the recipe's section, None for a base that
+    was not quantized. original: add to the weights of the files instead.
+    """
+
+    modules: dict
+    quantization: object
+    original: bool = False
+
+    @property
+    def quantized(self):
+        return {} if self.original or self.quantization is None else self.modules
 
 
 class Merge:
-    """Makes the tensors of a Plan one by one, and measures what merging and casting did to each adapted module."""
+    """Makes the tensors of a Plan one by one, in pieces, and measures what merging and casting did to them.
 
-    def __init__(self, checkpoint, plan, adapter, quantized, quantization, device):
-        self.checkpoint, self.plan, self.adapter = checkpoint, plan, adapter
-        self.quantized, self.quantization, self.device = set(quantized), quantization, device
-        self.dtypes = {spec.name: spec.dtype for spec in plan.specs}
-        self.modules = []
+    modules: a record for each module that the adapter changed. underflows: {name: count} of numbers that became zero.
+    digests: {module: whether its codes are those that were trained on}, for modules whose digest was recorded.
+    """
 
-    def tensor(self, name):
-        """Return the tensor of parameter `name` as it is stored in the output.
+    def __init__(self, checkpoint, plan, adapter, base, device):
+        self.checkpoint, self.plan, self.adapter, self.base, self.device = checkpoint, plan, adapter, base, device
+        self.specs = {spec.name: spec for spec in plan.specs}
+        self.modules, self.underflows, self.digests = [], {}, {}
+
+    def pieces(self, name):
+        """Yield the tensor of parameter `name` as it is stored in the output, in order, some rows at a time.
 
         Raises:
             InputError: a number does not fit the output dtype; names the tensor and the remedy.
         """
-        stored = _read(self.checkpoint, self.plan.source[name]).to(self.device)
-        if not stored.is_floating_point():
-            return stored
+        spec = self.specs[name]
+        if not spec.dtype.is_floating_point:
+            yield _read(self.checkpoint, self.plan.source[name])
+            return
         module, _, leaf = name.rpartition(".")
-        is_matrix = leaf == "weight" and module in self.plan.shapes
-        turned = module in self.plan.conv1d and is_matrix
-        original = stored.T if turned else stored
-        base = original.to(base_model.DTYPE_WHEN_QUANTIZED).float()
-        if is_matrix and module in self.quantized:
-            base = dequantized(original, self.quantization)
-        result = base
-        if is_matrix and module in self.adapter.factors:
-            A_RI, B_OR = self.adapter.factors[module]
-            result = merged_weight(base, A_RI, B_OR, self.adapter.scaling)
-        elif leaf == "weight" and module in self.adapter.rows:
-            ids, rows_NI = self.adapter.rows[module]
-            base = result = with_rows(base, ids, rows_NI, self.plan.embeddings[module][0])
-        cast = result.to(self.dtypes[name])
-        self._refuse_overflow(name, result, cast)
-        if result is not base:
-            self._measure(module, original, base, result, cast)
-        return cast.T if turned else cast
+        start, end = self._start(name)
+        seen = _Seen(module, spec)
+        if leaf == "weight" and len(spec.shape) == 2:
+            if module in self.plan.conv1d:
+                rows = self._rows(module, spec.shape[::-1], start.T, end if end is None else end.T)
+                yield torch.cat([seen.cast(*some) for some in rows]).T
+            else:
+                yield from (seen.cast(*some) for some in self._rows(module, spec.shape, start, end))
+        else:
+            start = start.to(self.device)
+            base = self._held(start)
+            merged = base if end is None else end.to(self.device).float()
+            if leaf == "bias" and module in self.adapter.bias_deltas:
+                merged = merged + self.adapter.bias_deltas[module].to(self.device)
+            yield seen.cast(start, base, merged)
+        if seen.is_changed:
+            self.modules.append(seen.record())
+        if seen.underflow:
+            self.underflows[name] = seen.underflow
 
-    def _refuse_overflow(self, name, exact, cast):
-        if not torch.isfinite(cast).all():
+    def _start(self, name):
+        """Return (the base's own tensor, the one that the adapter puts in its place or None).
+
+        A tensor of another shape than the base's, of a grown vocabulary, counts as the base.
+        """
+        end = self.adapter.replaced.get(name)
+        source = self.plan.source.get(name)
+        start = end if source is None else _read(self.checkpoint, source)
+        return (start, end) if end is None or start.shape == end.shape else (end, None)
+
+    def _held(self, stored):
+        """Return, in float32, what the base holds of numbers that are not quantized."""
+        if self.base.original:
+            return stored.float()
+        return stored.to(base_model.DTYPE_WHEN_QUANTIZED).float()
+
+    def _rows(self, module, shape, start_OI, end_OI):
+        """Yield (rows as stored, of the base, merged) of a weight, the latter two float32, from top to bottom."""
+        update = self.adapter.updates.get(module)
+        codes = self._quantized(module, start_OI)
+        num_rows, width = shape
+        at_once = max(1, _PIECE[self.device.type] // width)
+        if codes is not None:
+            whole_blocks = nf4.BLOCKSIZE // math.gcd(width, nf4.BLOCKSIZE)  # rows that begin and end at a block
+            at_once = -(at_once // -whole_blocks) * whole_blocks
+        for first in range(0, num_rows, at_once):
+            last = min(first + at_once, num_rows)
+            stored = start_OI[first:last].to(self.device)
+            base = self._held(stored) if codes is None else codes.rows(first, last)
+            merged = base if end_OI is None else end_OI[first:last].to(self.device).float()
+            if module in self.adapter.rows:
+                ids, rows_NI = self.adapter.rows[module]
+                merged = _with_rows(merged, ids, rows_NI, first, last)
+            yield stored, base, merged if update is None else update.merged(merged, slice(first, last))
+
+    def _quantized(self, module, stored_OI):
+        """Return the nf4.Quantized weight that training held, None if it was not quantized; compares its digest."""
+        if module not in self.base.quantized:
+            return None
+        W_OI = stored_OI.to(self.device, base_model.DTYPE_WHEN_QUANTIZED).contiguous()
+        how = self.base.quantization
+        quantized = nf4.quantize(W_OI, how.quant_type, how.use_double_quant)
+        recorded = self.base.quantized[module]
+        if recorded is not None:
+            self.digests[module] = base_model.digest(quantized.codes, quantized.state) == recorded
+        return quantized
+
+
+def _with_rows(base, ids, rows_NI, first, last):
+    """Return rows first to last: those of `base`, and those of `rows_NI` whose ids fall among them.
+
+    Every row that the base does not have is one of `rows_NI`.
+    """
+    here = [index for index, token in enumerate(ids) if first <= token < last]
+    if not here:
+        return base
+    result = torch.nn.functional.pad(base, (0, 0, 0, last - first - len(base)), value=math.nan)
+    result[[ids[index] - first for index in here]] = rows_NI[here].to(result)
+    return result
+
+
+class _Seen:
+    """Casts the pieces of one tensor and sums up what that did."""
+
+    def __init__(self, module, spec):
+        self.module, self.spec = module, spec
+        self.sums = dict.fromkeys(("delta", "quantization", "cast"), 0.0)
+        self.changed = self.count = self.underflow = 0
+        self.is_changed = False
+
+    def cast(self, stored, base, merged):
+        """Return `merged` in the dtype of the output; raises InputError where a number does not fit it."""
+        dtype = self.spec.dtype
+        cast = merged.to(dtype)
+        low, high = torch.aminmax(merged)
+        largest = max(-low.item(), high.item())
+        # halfway from the largest number to the next power of two is where rounding goes to infinity
+        if not largest < torch.finfo(dtype).max * (1 + torch.finfo(dtype).eps / 4):
             raise InputError(
-                f"{name}: largest number {exact.abs().max().item():.3g} does not fit {str(cast.dtype)[6:]}; "
+                f"{self.spec.name}: largest number {largest:.3g} does not fit {str(dtype)[6:]}; "
                 "export with --dtype bfloat16 or float32"
             )
+        if dtype == torch.float16:
+            self.underflow += (torch.count_nonzero(merged) - torch.count_nonzero(cast)).item()
+        if merged is not base:
+            self.is_changed = True
+            before = torch.nn.functional.pad(base, (0, 0, 0, len(merged) - len(base))) if merged.dim() == 2 else base
+            self.sums["delta"] += _square(merged - before)
+            self.changed += torch.count_nonzero(cast != before.to(dtype)).item()
+        self.sums["quantization"] += _square(base - stored.float())
+        self.sums["cast"] += _square(cast.float() - merged)
+        self.count += merged.numel()
+        return cast
 
-    def _measure(self, module, original, base, merged, cast):
-        delta = (merged - base).norm().item()
-        self.modules.append(
-            {
-                "name": module,
-                "delta_norm": delta,
-                "quantization_error": (base - original.float()).norm().item(),
-                "cast_error": (cast.float() - merged).norm().item(),
-                "changed": (cast != base.to(cast.dtype)).float().mean().item(),
-            }
-        )
+    def record(self):
+        delta, cast = (math.sqrt(self.sums[name]) for name in ("delta", "cast"))
+        return {
+            "name": self.module,
+            "delta_norm": delta,
+            "quantization_error": math.sqrt(self.sums["quantization"]),
+            "cast_error": cast,
+            "cast_loss": cast / delta if delta else None,
+            "changed": self.changed / self.count,
+        }
+
+
+def _square(x):
+    flat = x.reshape(-1)
+    return torch.dot(flat, flat).item()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -55,32 +56,43 @@ def shards(specs, max_bytes):
     return result
 
 
-def write(folder, specs, tensor_of, max_bytes, on_bytes=None):
+def write(folder, specs, pieces_of, max_bytes, on_bytes=None):
     """Write shards and, for more than one, the index into `folder`; return the bytes of all tensors.
 
-    tensor_of(name): called once for each spec, in order; the tensor has the shape and dtype the spec says.
-    on_bytes(count): called after each tensor.
+    pieces_of(name): called once for each spec, in order; yields the tensor in pieces, first numbers first, in the dtype
+    that the spec says. on_bytes(count): called after each piece. The next piece is made while one is being written.
     """
     parts = shards(specs, max_bytes)
     total = sum(spec.num_bytes for spec in specs)
     weight_map = {}
-    for number, part in enumerate(parts, start=1):
-        single = len(parts) == 1
-        name = "model.safetensors" if single else f"model-{number:05d}-of-{len(parts):05d}.safetensors"
-        with open(folder / name, "wb") as file:
-            file.write(_header(part))
-            for spec in part:
-                tensor = tensor_of(spec.name)
-                assert tuple(tensor.shape) == spec.shape, (spec, tensor.shape)
-                assert tensor.dtype == spec.dtype, (spec, tensor.dtype)
-                file.write(tensor.contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)
-                weight_map[spec.name] = name
-                if on_bytes is not None:
-                    on_bytes(spec.num_bytes)
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        for number, part in enumerate(parts, start=1):
+            single = len(parts) == 1
+            name = "model.safetensors" if single else f"model-{number:05d}-of-{len(parts):05d}.safetensors"
+            with open(folder / name, "wb") as file:
+                file.write(_header(part))
+                for spec in part:
+                    _write_tensor(file, spec, pieces_of(spec.name), thread, on_bytes or (lambda count: None))
+                    weight_map[spec.name] = name
     if len(parts) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         write_json(folder / "model.safetensors.index.json", index)
     return total
+
+
+def _write_tensor(file, spec, pieces, thread, on_bytes):
+    waiting, written = None, 0
+    for piece in pieces:
+        assert piece.dtype == spec.dtype, (spec, piece.dtype)
+        data = piece.contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data
+        if waiting is not None:
+            waiting.result()
+        waiting = thread.submit(file.write, data)
+        written += len(data)
+        on_bytes(len(data))
+    if waiting is not None:
+        waiting.result()
+    assert written == spec.num_bytes, (spec, written)
 
 
 def _header(part):

@@ -7,6 +7,7 @@ import torch
 import transformers
 
 from qlora import adapter, base_model
+from qlora.adapter import tensors
 from qlora.commands.chat import chat
 from qlora.commands.eval import evaluate
 from qlora.commands.export import export
@@ -97,7 +98,7 @@ def test_rslora_and_named_modules_export_proven(make_recipe, tmp_path):
 
 def test_a_wrong_merge_leaves_nothing_and_is_a_failed_proof(make_recipe, tmp_path, monkeypatch):
     run = train(make_recipe())
-    monkeypatch.setattr(merge, "merged_weight", lambda base, A, B, scaling: base)  # the adapter is lost
+    monkeypatch.setattr(tensors.Update, "merged", lambda self, base, rows=None: base)  # the adapter is lost
     with pytest.raises(ProofFailed, match="is not the trained model"):
         export(run.path, tmp_path / "out")
     assert not list(tmp_path.glob("out*"))
@@ -107,14 +108,14 @@ def test_a_merge_killed_halfway_leaves_nothing_that_looks_whole_and_a_rerun_succ
     make_recipe, tmp_path, monkeypatch
 ):
     run = train(make_recipe())
-    original = merge.Merge.tensor
+    original = merge.Merge.pieces
 
     def interrupted(self, name):
         if "layers.1" in name:
             raise KeyboardInterrupt
         return original(self, name)
 
-    monkeypatch.setattr(merge.Merge, "tensor", interrupted)
+    monkeypatch.setattr(merge.Merge, "pieces", interrupted)
     with pytest.raises(KeyboardInterrupt):
         export(run.path, tmp_path / "out")
     assert not (tmp_path / "out").exists()

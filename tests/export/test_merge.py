@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
 from qlora import adapter, base_model
 from qlora.errors import InputError
@@ -11,16 +11,22 @@ from qlora.recipe import Lora, Model, Quantization
 from tests.conftest import FAMILIES
 
 
-def make(folder, model, tmp_path, dtype=torch.float32):
+def make(folder, model, tmp_path, dtype=torch.float32, original=False):
     """Return the Merge of `model` (a PeftModel) over the files in `folder`."""
     adapter.save(model, tmp_path / "adapter", "x", None)
     section = Model(name_or_path=str(folder))
     checkpoint = base_model.find(section)
-    plan = merge.plan(checkpoint, base_model.load_config(checkpoint, section), dtype)
-    quantized = list(base_model.quantized_modules(model.get_base_model()))
-    quantized = [name.removesuffix(".base_layer") for name in quantized]
     read = adapter.read(tmp_path / "adapter")
-    return merge.Merge(checkpoint, plan, read, quantized, Quantization(), torch.device("cpu"))
+    plan = merge.plan(checkpoint, base_model.load_config(checkpoint, section), dtype, adapter=read)
+    digests = base_model.digests(model.get_base_model())
+    modules = {name.removesuffix(".base_layer"): digest for name, digest in digests.items()}
+    base = merge.Base(modules, Quantization(), original)
+    return merge.Merge(checkpoint, plan, read, base, torch.device("cpu"))
+
+
+def tensor(merging, name):
+    """Return the whole tensor that is written for parameter `name`."""
+    return torch.cat([piece.reshape(-1) for piece in merging.pieces(name)]).view(merging.specs[name].shape)
 
 
 @pytest.fixture
@@ -44,7 +50,7 @@ def test_every_parameter_is_what_the_live_model_computes_with(peft_model, tiny_m
     parameters = {name.replace(".base_layer", ""): p for name, p in base.named_parameters() if ".lora_" not in name}
     assert [spec.name for spec in merging.plan.specs] == list(parameters)
     for name, parameter in parameters.items():
-        found, module = merging.tensor(name), name.removesuffix(".weight")
+        found, module = tensor(merging, name), name.removesuffix(".weight")
         expected = parameter.detach()
         if getattr(parameter, "quant_state", None) is not None:
             layer = base.get_submodule(module)
@@ -56,10 +62,10 @@ def test_every_parameter_is_what_the_live_model_computes_with(peft_model, tiny_m
 
 def test_gpt2_stores_its_matrices_transposed_and_biases_as_they_are(peft_model, tiny_model, tmp_path):
     merging = make(tiny_model("gpt2"), peft_model("gpt2"), tmp_path)
-    assert merging.tensor("transformer.h.0.attn.c_attn.weight").shape == (64, 192)
+    assert tensor(merging, "transformer.h.0.attn.c_attn.weight").shape == (64, 192)
     assert merging.plan.shapes["transformer.h.0.attn.c_attn"] == (192, 64)
     original = merge._read(merging.checkpoint, merging.plan.source["transformer.h.0.attn.c_attn.bias"])
-    assert torch.equal(merging.tensor("transformer.h.0.attn.c_attn.bias"), original.float())
+    assert torch.equal(tensor(merging, "transformer.h.0.attn.c_attn.bias"), original.float())
     assert original.abs().sum() > 0
 
 
@@ -74,17 +80,20 @@ def test_a_tied_head_is_written_once_and_an_untied_one_twice(peft_model, tiny_mo
 def test_the_embedding_and_the_head_are_not_rounded_to_nf4(peft_model, tiny_model, tmp_path):
     merging = make(tiny_model("llama"), peft_model("llama"), tmp_path)
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        assert torch.equal(merging.tensor(name), merge._read(merging.checkpoint, name).float())
+        assert torch.equal(tensor(merging, name), merge._read(merging.checkpoint, name).float())
 
 
 def test_what_merging_and_casting_did_is_measured_per_module(peft_model, tiny_model, tmp_path):
     merging = make(tiny_model("llama"), peft_model("llama"), tmp_path, torch.bfloat16)
     name = "model.layers.0.mlp.up_proj"
-    cast = merging.tensor(f"{name}.weight")
+    cast = tensor(merging, f"{name}.weight")
     (measured,) = merging.modules
-    A, B = (factor.float() for factor in merging.adapter.factors[name])
+    update = merging.adapter.updates[name]
+    A, B = update.A_RI.float(), update.B_OR.float()
     W = merge._read(merging.checkpoint, f"{name}.weight")
-    base = merge.dequantized(W, Quantization())
+    codes, state = quantize_4bit(W, blocksize=64, quant_type="nf4", compress_statistics=True)
+    state.dtype = torch.float32
+    base = dequantize_4bit(codes, state)
     assert measured["name"] == name
     assert measured["delta_norm"] == pytest.approx((2 * B @ A).norm().item(), rel=1e-4)
     assert measured["quantization_error"] == pytest.approx((base - W.float()).norm().item(), rel=1e-4)
@@ -97,7 +106,7 @@ def test_a_number_too_large_for_float16_is_an_error_that_names_the_tensor(peft_m
     next(iter(adapter.lora_b(model).values())).data.fill_(1e6)
     merging = make(tiny_model("llama"), model, tmp_path, torch.float16)
     with pytest.raises(InputError, match=r"model.layers.0.self_attn.q_proj.weight: largest number .* --dtype bfloat16"):
-        merging.tensor("model.layers.0.self_attn.q_proj.weight")
+        tensor(merging, "model.layers.0.self_attn.q_proj.weight")
 
 
 def test_a_tensor_that_the_files_lack_is_an_error(tiny_model):

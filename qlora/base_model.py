@@ -227,8 +227,8 @@ def add_tokens(tokenizer, tokens, template=None):
     return ids
 
 
-def load(checkpoint, section, quantization, device=None):
-    """Return the frozen model of `checkpoint` in eval mode: NF4 under `quantization`, or plain bfloat16 if it is None.
+def load(checkpoint, section, quantization, device=None, dtype=DTYPE_WHEN_QUANTIZED):
+    """Return the frozen model of `checkpoint` in eval mode: NF4 under `quantization`, or plain `dtype` if it is None.
 
     It has a row for each of the checkpoint's new tokens; see `_add_rows` for where these start.
 
@@ -248,7 +248,7 @@ def load(checkpoint, section, quantization, device=None):
         model, info = AutoModelForCausalLM.from_pretrained(
             checkpoint.folder,
             config=_read_config(checkpoint, section),
-            dtype=DTYPE_WHEN_QUANTIZED,
+            dtype=dtype,
             quantization_config=bnb,
             device_map={"": device or default_device()},
             attn_implementation=None if section.attn_implementation == "auto" else section.attn_implementation,
@@ -374,6 +374,19 @@ def linear_names(model):
         for name, module in model.named_modules()
         if (isinstance(module, torch.nn.Linear) or is_conv1d(module)) and module is not head
     ]
+
+
+def names_to_quantize(config, section):
+    """Return the names of the layers that `load` quantizes of a model with this config."""
+    return linear_names(on_meta(config, section.trust_remote_code))
+
+
+def on_meta(config, trust_remote_code=False):
+    """Return the model of a transformers config, with shapes and without numbers."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
 
 
 def token_modules(model):

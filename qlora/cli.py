@@ -98,19 +98,31 @@ def evaluate(
 
 @app.command(epilog="Example:  qlora export runs/mine --out models/mine --dtype bfloat16")
 def export(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="a finished run folder")],
+    target: Annotated[str, typer.Argument(metavar="RUN|ADAPTER", help="a finished run, or any PEFT adapter folder")],
     out: Annotated[str, typer.Option(help="the folder to write; absent or empty")],
     overrides: Overrides = None,
+    model: Annotated[str | None, typer.Option(help="for an adapter: the model that it was trained on")] = None,
     dtype: Annotated[str | None, typer.Option(help="float16, bfloat16 or float32; default: the recipe's")] = None,
-    base: Annotated[str | None, typer.Option(help="dequantized: the NF4 weights that were trained on")] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(help="dequantized: the 4-bit weights that were trained on; original: those of the files"),
+    ] = None,
+    compare_bases: Annotated[
+        bool, typer.Option("--compare-bases", help="measure both bases, as they are and as served in 4 bit")
+    ] = False,
+    verify: Annotated[
+        str | None, typer.Option(help="full, layers (little memory), off; default: full where it fits")
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="rows for the proof; default: those that the run holds out")] = None,
     as_json: Json = False,
 ):
     """Write the merged full-precision model, prove that it is the one that was trained, or leave nothing."""
     _begin(as_json)
     from .commands.export import export as run_export
 
-    chosen = [*(overrides or ()), *([f"export.base={base}"] if base else [])]
-    report = run_export(run, out, dtype, chosen)
+    flags = {"dtype": dtype, "base": base, "verify": verify}
+    chosen = [*(overrides or ()), *(f"export.{name}={value}" for name, value in flags.items() if value is not None)]
+    report = run_export(target, out, None, chosen, model=model, data=data, compare_bases=compare_bases)
     if as_json:
         _print_json(report)
 

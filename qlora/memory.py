@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import sys
+import threading
 
 import torch
 
@@ -30,3 +31,40 @@ def stored_bits_per_parameter(quant_state, codes):
     if quant_state.nested:
         bits += quant_state.state2.absmax.numel() * quant_state.state2.absmax.element_size() * 8
     return bits / quant_state.shape.numel()
+
+
+class Peak:
+    """The most memory that this process holds within a `with` block: `bytes`.
+
+    On a GPU what torch has allocated there. On a CPU the process' anonymous memory, seen every 10 ms: files that are
+    mapped or cached are not held, the system takes their pages back when it needs them.
+    """
+
+    def __enter__(self):
+        reset_peak()
+        self.bytes = 0
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception):
+        self._done.set()
+        self._thread.join()
+        self.bytes = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else self.bytes
+
+    def _watch(self):
+        while True:
+            self.bytes = max(self.bytes, anonymous_bytes())
+            if self._done.wait(0.01):
+                return
+
+
+def anonymous_bytes(process="self"):
+    """Return the bytes that a process holds apart from mapped files; its peak RSS where the system does not say."""
+    try:
+        with open(f"/proc/{process}/status", encoding="ascii") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon"))
+    except (OSError, StopIteration):
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -7,6 +7,7 @@ A field is named as the library that consumes it names it, so its documentation 
 
 from __future__ import annotations
 
+import copy
 import difflib
 import io
 from pathlib import Path
@@ -164,7 +165,8 @@ class Memory(Section):
 
 class Export(Section):
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"
-    base: Literal["dequantized"] = "dequantized"
+    base: Literal["dequantized", "original"] = "dequantized"
+    verify: Literal["auto", "full", "layers", "off"] = "auto"
     max_shard_size: str = "5GB"
 
 
@@ -216,9 +218,12 @@ class Recipe(Section):
         return cls._validated(values, lines, path)
 
     @classmethod
-    def from_dict(cls, values) -> Recipe:
-        """Return the recipe with these nested `values`; raises InputError like `load`."""
-        return cls._validated(values, {}, "the recipe")
+    def from_dict(cls, values, overrides=()) -> Recipe:
+        """Return the recipe with these nested `values`, `overrides` laid over them; raises InputError like `load`."""
+        values, lines = copy.deepcopy(values), {}
+        for override in overrides:
+            _apply(values, lines, override)
+        return cls._validated(values, lines, "the recipe")
 
     @classmethod
     def _validated(cls, values, lines, where):

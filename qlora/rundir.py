@@ -59,22 +59,49 @@ def new_folder(out, shared=False):
     try:
         yield partial
         for path in [*partial.rglob("*"), partial]:
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            _fsync(path)
         if out.is_dir():
             out.rmdir()  # an empty folder that the user made; a filled one was refused before
         os.rename(partial, out)
+        _fsync(out.absolute().parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
 
 
+def _fsync(path):
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def scratch_folder(beside):
+    """Yield a new folder beside `beside`, in the same file system, that is removed at the end of the block."""
+    folder = Path(beside).with_name(f"{Path(beside).name}.scratch")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def refuse_partial(out, inputs):
+    """Raise InputError where making `out` would remove one of the folders `inputs`, as the leftover of a killed process."""
+    partial = Path(f"{out}.partial")
+    for folder in inputs:
+        if partial.exists() and partial.resolve() in [folder.resolve(), *folder.resolve().parents]:
+            raise InputError(f"{out}: {partial} is needed to write it, and {folder} lies there; choose another folder")
+
+
 def refuse_nonempty(out, what):
     """Raise InputError unless `out` is absent or an empty folder."""
     out = Path(out)
+    if out.is_symlink():
+        raise InputError(f"{out} is a link to {out.readlink()}; give {what} the folder itself, absent or empty")
     if out.is_dir() and any(out.iterdir()):
         raise InputError(f"{out} is not empty; {what} never overwrites: remove it or choose another folder")
     if out.exists() and not out.is_dir():

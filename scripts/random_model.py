@@ -19,6 +19,14 @@ SHAPES = {
         vocab_size=vocab, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4
     ),
     "mistral-7b": lambda vocab: MistralConfig(vocab_size=vocab, sliding_window=None),
+    "llama-1b": lambda vocab: LlamaConfig(
+        vocab_size=vocab,
+        hidden_size=2048,
+        intermediate_size=5632,
+        num_hidden_layers=22,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+    ),
     "llama-3.1-8b": lambda vocab: LlamaConfig(
         vocab_size=vocab,
         hidden_size=4096,
@@ -35,10 +43,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=SHAPES, required=True)
     parser.add_argument("--tokenizer", required=True)
+    parser.add_argument(
+        "--vocab-size", type=int, help="embeddings, where the tokenizer has fewer tokens than the model"
+    )
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
-    config = SHAPES[args.shape](len(tokenizer))
+    config = SHAPES[args.shape](max(len(tokenizer), args.vocab_size or 0))
     config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     config.pad_token_id, config.dtype, config.tie_word_embeddings = tokenizer.pad_token_id, torch.bfloat16, False
     with torch.device("meta"):
@@ -49,8 +60,11 @@ def main():
 
     def draw(name):
         if len(shapes[name]) == 1:
-            return torch.ones(shapes[name], dtype=torch.bfloat16)
-        return torch.randn(shapes[name], device=device, dtype=torch.bfloat16) * 0.02
+            yield torch.ones(shapes[name], dtype=torch.bfloat16)
+            return
+        rows, width = shapes[name]
+        for start in range(0, rows, 1024):
+            yield torch.randn(min(1024, rows - start), width, device=device, dtype=torch.bfloat16) * 0.02
 
     args.out.mkdir(parents=True)
     specs = [Spec(name, shape, torch.bfloat16) for name, shape in shapes.items()]

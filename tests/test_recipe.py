@@ -86,7 +86,7 @@ def test_all_problems_are_reported_together_with_their_lines(tmp_path):
         ("training: {max_steps: 0}", "greater than or equal to 1"),
         ("training: {neftune_noise_alpha: 0}", "greater than 0"),
         ("quantization: {quant_type: nf5}", "'nf5' is not one of 'nf4', 'fp4'"),
-        ("export: {base: original}", "'original' is not"),
+        ("export: {base: bnb}", "'bnb' is not"),
         ("memory: {gradient_checkpointing: maybe}", "gradient_checkpointing"),
     ],
 )

@@ -9,12 +9,14 @@ from rich import box
 from rich.console import Console
 from rich.progress import (
     BarColumn,
+    DownloadColumn,
     MofNCompleteColumn,
     Progress,
     TaskProgressColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
+    TransferSpeedColumn,
 )
 from rich.table import Table
 
@@ -176,6 +178,28 @@ class Steps:
             left = f"  {duration((now - self.start) / (step - 1) * (total_steps - step))} left" if step > 1 else ""
             say(f"training  step {step}/{total_steps}  loss {loss}  {rate} tokens/s{left}")
             self.said = now
+
+
+@contextlib.contextmanager
+def writing(text, total, every=20):
+    """Yield advance(bytes): a bar with bytes and their rate on a terminal, a plain line every 20 s elsewhere."""
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(),
+               TimeRemainingColumn())  # fmt: skip
+    with Progress(*columns, console=_console, disable=not _console.is_terminal, transient=True) as bar:
+        task, start, done = bar.add_task(text, total=total), time.monotonic(), 0
+        said = start
+
+        def advance(count):
+            nonlocal done, said
+            done += count
+            bar.advance(task, count)
+            now = time.monotonic()
+            if not _console.is_terminal and now - said > every:
+                left = duration((now - start) / done * (total - done))
+                say(f"{text}   {size(done)} of {size(total)}, {size(done / (now - start))}/s, {left} left")
+                said = now
+
+        yield advance
 
 
 @contextlib.contextmanager

@@ -1,106 +1,151 @@
-"""qlora export: run folder -> a full-precision model folder, proven to be the model that was trained."""
+"""qlora export: a trained model -> a full-precision model folder, proven to be the model that was trained."""
 
 from __future__ import annotations
 
 import dataclasses
 import gc
+import math
 import shutil
 import time
 from pathlib import Path
 
 import torch
 
-from .. import adapter, base_model, memory
+from .. import adapter, base_model, memory, metrics
 from ..data import chat
 from ..errors import InputError, ProofFailed
 from ..export import merge, proof, writer
-from ..recipe import Recipe
-from ..rundir import RunDir, new_folder, refuse_nonempty, write_json
+from ..export.card import card
+from ..recipe import Model, Quantization
+from ..rundir import new_folder, refuse_nonempty, refuse_partial, scratch_folder, write_json
 from . import console
-from .subject import load_tokenizer, refuse_changed_base
+from .trained import open_trained
 
 
-def export(run_folder, out, dtype=None, overrides=()) -> dict:
-    """Write the run's merged model to folder `out`; return the contents of its export_report.json.
+def export(target, out, dtype=None, overrides=(), *, model=None, data=None, compare_bases=False) -> dict:
+    """Write the merged model of `target` to folder `out`; return the contents of its export_report.json.
 
-    Each weight is dequantize(NF4(W)) + scaling * B A, added in float32 and cast once to `dtype` ("float16",
-    "bfloat16", "float32"; the recipe's export.dtype by default). The folder is written beside `out`, reloaded by plain
-    transformers, compared with the live NF4 + adapter model on held-out rows, and renamed to `out` only if it agrees.
+    target: a finished run, or a PEFT adapter folder that was trained on `model`. Each weight is dequantize(NF4(W)) +
+    scaling * B A, added in float32 and cast once to `dtype` ("float16", "bfloat16", "float32"; the recipe's export.dtype
+    by default). The folder is written beside `out`, compared with the live model on rows (of file `data`, or those that
+    the run held out), and renamed to `out` only if it agrees. export.base=original adds to the weights of the files
+    instead. compare_bases: measure both, as they are and as served in 4 bit.
 
     Raises:
-        InputError: no finished run, another base, `out` is not empty, too little disk, a weight too large for `dtype`.
-        ProofFailed: the export is not the trained model, or no different from its base; nothing is left at `out`.
+        InputError: nothing that was trained, another base, `out` is not empty, too little disk, a weight too large for
+            `dtype`, an adapter that does not fit.
+        ProofFailed: the export is not what it should be; nothing is left at `out`.
     """
     if dtype is not None:
         overrides = [*overrides, f"export.dtype={dtype}"]
-    run, out = RunDir.open(run_folder), Path(out)
-    recipe = Recipe.load(run.recipe_file, overrides)
+    start, out = time.monotonic(), Path(out)
+    trained = open_trained(target, model, data, overrides)
+    section, recipe = trained.section, trained.recipe
     refuse_nonempty(out, "export")
-    start = time.monotonic()
-
-    max_bytes = writer.parse_size(recipe.export.max_shard_size)
-    checkpoint = base_model.find(recipe.model)
-    config = base_model.load_config(checkpoint, recipe.model)
-    trained = adapter.read(run.adapter)
-    refuse_changed_base(run, checkpoint)
-    dtype = recipe.export.dtype
-    plan = merge.plan(checkpoint, config, base_model.dtype_of(dtype), recipe.model.trust_remote_code, trained)
-    total = plan.num_bytes
-    _refuse_full_disk(out, total)
-    tokenizer = load_tokenizer(run, recipe.model, checkpoint)
-    rows, which = proof.from_json(run.proof_rows())
+    refuse_partial(out, [trained.folder, trained.checkpoint.folder, Path(target)])
+    _refuse_meaningless(trained, compare_bases)
+    plan = merge.plan(
+        trained.checkpoint,
+        trained.config,
+        base_model.dtype_of(section.dtype),
+        recipe.model.trust_remote_code,
+        trained.adapter,
+    )
+    _refuse_full_disk(out, plan.num_bytes * (2 if compare_bases else 1))
 
     device = base_model.default_device()
-    quantized = dict.fromkeys(run.environment()["base_model"]["quantized_modules"])
-    merging = merge.Merge(checkpoint, plan, trained, merge.Base(quantized, recipe.quantization), device)
     with new_folder(out) as folder:
-        with console.counting(f"writing {console.size(total)}", total) as advance:
-            writer.write(folder, plan.specs, merging.pieces, max_bytes, advance)
-        _write_configs(folder, checkpoint, plan.config, tokenizer, dtype)
-        peak = memory.peak_bytes()
-        console.say(f"wrote {len(plan.specs)} tensors, {console.size(total)} of {dtype}, {len(merging.modules)} merged")
-        with console.status("proving: the trained model against the written folder"):
-            live, merged = _compare(checkpoint, recipe, run, rows, folder, device)
+        with memory.Peak() as peak:
+            merging = _write(trained, plan, folder, section.base, device)
+        wrote = time.monotonic() - start
         report = {
-            "base": recipe.export.base,
-            "dtype": dtype,
-            "verified": not proof.failures(live.scores, merged, live.base_scores, dtype),
-            "rows": {"count": len(rows), "from": which, "positions": live.num_positions},
-            "live": {"loss": live.scores.loss, "compute_dtype": "float32"},
-            "merged": dataclasses.asdict(merged),
-            "base_model": dataclasses.asdict(live.base_scores),
-            "limits": {"kl": proof.KL_LIMIT[dtype], "top1": proof.TOP1_LIMIT[dtype], "loss": proof.LOSS_LIMIT[dtype]},
-            "modules": merging.modules,
-            "new_tokens": checkpoint.new_tokens,
-            "seconds": time.monotonic() - start,
-            "peak_bytes": peak,
+            "base": section.base,
+            "dtype": section.dtype,
+            "verify": section.verify,
+            "verified": False,
+            **_what_merging_did(trained, merging),
+            "new_tokens": trained.checkpoint.new_tokens,
+            "bytes": plan.num_bytes,
+            "write_seconds": wrote,
+            "peak_bytes": peak.bytes,
         }
-        _show(report)
-        failures = proof.failures(live.scores, merged, live.base_scores, dtype)
-        if failures:
-            raise ProofFailed(
-                "\n  ".join([f"the export is not the trained model; nothing was left at {out}:", *failures])
-            )
+        rows = []
+        if section.verify != "off":
+            report |= _prove(trained, plan, folder, device, compare_bases)
+            rows = _table(report)
+            console.table(_title(report), ["", "loss", "perplexity", "KL to trained", "same top-1"], rows)
+            _refuse_unproven(report, out)
+        _warn(report)
+        report["seconds"] = time.monotonic() - start
         write_json(folder / "export_report.json", report)
-    console.say(f"proven; the model is in {out}: {console.size(total)}, {console.duration(time.monotonic() - start)}")
+        quantized = recipe.quantization.quant_type.upper() if recipe.quantization else None
+        text = card(out.name, trained.checkpoint.name_or_path, trained.adapter.config, report, quantized, rows)
+        (folder / "README.md").write_text(text, encoding="utf-8")
+    verdict = "proven" if report["verified"] else "NOT VERIFIED (export.verify: off)"
+    console.say(
+        f"{verdict}; the model is in {out}: {console.size(plan.num_bytes)}, {console.duration(time.monotonic() - start)}"
+    )
     return report
+
+
+def _refuse_meaningless(trained, compare_bases):
+    """Raise InputError where the original base would be wrong, or is no other than the one that was trained on."""
+    if trained.section.base == "dequantized" and not compare_bases:
+        return
+    fitted = trained.adapter.fitted_to_quantization
+    if fitted and trained.section.base == "original":
+        raise InputError(
+            f"{trained.name}: init_lora_weights {fitted!r} makes the adapter repair what 4 bits lost of the base; on the "
+            "original weights it would be added twice. Export with --base dequantized"
+        )
+    if trained.recipe.quantization is None:
+        what = "--base original" if trained.section.base == "original" else "--compare-bases"
+        raise InputError(f"{trained.name}: the base was not quantized, so there is only one; leave {what} out")
+    if compare_bases and trained.section.verify == "off":
+        raise InputError("--compare-bases measures both bases, and export.verify: off measures nothing; keep one")
 
 
 def _refuse_full_disk(out, num_bytes):
     parent = next(folder for folder in [out, *out.absolute().parents] if folder.is_dir())
     free = shutil.disk_usage(parent).free
-    if free < num_bytes * 1.01:
+    needed = num_bytes + 64 * 2**20  # tokenizer, configs, report
+    if free < needed:
         raise InputError(
-            f"{out}: the model takes {console.size(num_bytes)}, {console.size(free)} are free on that disk"
+            f"{out}: the model takes {console.size(needed)}, {console.size(free)} are free on that disk; "
+            "free some, or choose another"
         )
 
 
-def _write_configs(folder, checkpoint, config, tokenizer, dtype):
+def _write(trained, plan, folder, base, device):
+    """Write the merged model into `folder`; return the Merge that made its tensors."""
+    max_bytes = writer.parse_size(trained.section.max_shard_size)
+    how = merge.Base(trained.modules, trained.recipe.quantization, base == "original")
+    merging = merge.Merge(trained.checkpoint, plan, trained.adapter, how, device)
+    with console.writing("writing ", plan.num_bytes) as advance:
+        writer.write(folder, plan.specs, merging.pieces, max_bytes, advance)
+    different = sorted(name for name, same in merging.digests.items() if not same)
+    if different:
+        raise InputError.listing(
+            f"{trained.name}: quantizing the base again gives other codes than training had; it",
+            [f"{name}: other 4-bit codes" for name in different],
+            "export with the versions in environment.json, and on a GPU if it was trained on one",
+        )
+    _write_configs(folder, trained, plan.config)
+    dtype = trained.section.dtype
+    console.say(
+        f"wrote     {len(plan.specs)} tensors, {console.size(plan.num_bytes)} of {dtype}, {len(merging.modules)} merged"
+        + (f"; {len(merging.digests)} have the 4-bit codes of the training" if merging.digests else "")
+    )
+    return merging
+
+
+def _write_configs(folder, trained, config):
     from transformers import GenerationConfig
 
+    checkpoint, tokenizer = trained.checkpoint, trained.tokenizer
     for code in checkpoint.folder.glob("*.py") if config.to_dict().get("auto_map") else []:
         shutil.copy(code, folder)
-    config.dtype = base_model.dtype_of(dtype)
+    config.dtype = base_model.dtype_of(trained.section.dtype)
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     generation = checkpoint.generation_config() or GenerationConfig.from_model_config(config)
@@ -110,35 +155,166 @@ def _write_configs(folder, checkpoint, config, tokenizer, dtype):
     write_json(folder / "generation_config.json", generation.to_diff_dict())
 
 
-def _compare(checkpoint, recipe, run, rows, folder, device):
+def _what_merging_did(trained, merging):
+    """Return the part of the report that says, for each module and for the whole, what merging and casting changed."""
+    total = {key: math.sqrt(sum(one[key] ** 2 for one in merging.modules)) for key in ("delta_norm", "cast_error")}
+    lossy = [one for one in merging.modules if one["cast_loss"] is not None]
+    worst = max(lossy, key=lambda one: one["cast_loss"], default=None)
+    return {
+        "modules": merging.modules,
+        "cast": {
+            "loss": total["cast_error"] / total["delta_norm"] if total["delta_norm"] else None,
+            "limit": merge.CAST_LOSS_LIMIT,
+            "worst": {key: worst[key] for key in ("name", "cast_loss")} if worst else None,
+            "underflows": merging.underflows,
+        },
+        "quantized": {"modules": len(trained.modules), "same_codes_as_training": len(merging.digests)},
+    }
+
+
+def _warn(report):
+    """Say what storing the model in its dtype cost, where that is much."""
+    cast, dtype = report["cast"], report["dtype"]
+    if cast["loss"] is not None and cast["loss"] > cast["limit"]:
+        remedy = {
+            "bfloat16": "--dtype float16 keeps 8 times as much, float32 all",
+            "float16": "--dtype float32 keeps all",
+        }
+        console.say(
+            f"WARNING   storing in {dtype} loses {cast['loss']:.0%} of what training changed (the worst: "
+            f"{cast['worst']['name']}, {cast['worst']['cast_loss']:.0%}); {remedy.get(dtype, '')}"
+        )
+    if cast["underflows"]:
+        name, count = max(cast["underflows"].items(), key=lambda item: item[1])
+        console.say(
+            f"          {sum(cast['underflows'].values()):,} numbers are too small for {dtype} and became 0, most of them "
+            f"in {name} ({count:,})"
+        )
+
+
+# ---- the proof -------------------------------------------------------------------------------------------------------
+
+
+def _prove(trained, plan, folder, device, compare_bases):
+    """Return the part of the report that compares the written folder with the live model."""
+    section = trained.section
+    original = section.base == "original"
+    with console.status("proving: the trained model against the written folder"):
+        live = _live(trained, plan, device)
+        merged = live.compare(proof.reload(folder, device, trained.recipe.model.trust_remote_code))
+        # what was asked for is the adapter on the original weights, and that is what the folder has to be
+        faithful = merged
+        if original:
+            wanted = _live(trained, plan, device, original=True)
+            faithful = wanted.compare(proof.reload(folder, device, trained.recipe.model.trust_remote_code))
+            failures = proof.failures(wanted.scores, faithful, wanted.base_scores, section.dtype)
+        else:
+            failures = proof.failures(live.scores, merged, live.base_scores, section.dtype)
+    limits = {"kl": proof.KL_LIMIT, "top1": proof.TOP1_LIMIT, "loss": proof.LOSS_LIMIT}
+    report = {
+        "verify": "full",
+        "verified": not failures,
+        "failures": failures,
+        "rows": {"count": len(trained.rows), "from": trained.rows_from, "positions": live.num_positions},
+        "live": {"loss": live.scores.loss, "compute_dtype": "float32"},
+        "merged": dataclasses.asdict(merged),
+        "base_model": dataclasses.asdict(live.base_scores),
+        "limits": {name: limit[section.dtype] for name, limit in limits.items()},
+    }
+    if original:
+        report["to_original"] = dataclasses.asdict(faithful)
+    if compare_bases:
+        report["comparison"] = _compare_bases(trained, plan, folder, live, merged, device)
+    return report
+
+
+def _live(trained, plan, device, original=False):
+    """Return the proof.Live of the adapter on the base that it was trained on, or on the original weights."""
+    recipe, checkpoint = trained.recipe, trained.checkpoint
     section = recipe.model
     if section.attn_implementation == "flash_attention_2":  # computes in bfloat16 whatever it is given
         section = section.model_copy(update={"attn_implementation": "auto"})
-    live_device = device
-    if recipe.quantization is None:
-        live_device = proof.device_for(2 * sum(path.stat().st_size for path in folder.glob("*.safetensors")), device)
-    model = base_model.load(checkpoint, section, recipe.quantization, live_device)
-    model = adapter.load(model, run.adapter, checkpoint.new_tokens.values())
-    live = proof.Live(model, rows)
+    quantization = None if original else recipe.quantization
+    if quantization is None:
+        device = proof.device_for(2 * plan.num_bytes, device)
+    dtype = torch.float32 if original else base_model.DTYPE_WHEN_QUANTIZED
+    model = base_model.load(checkpoint, section, quantization, device, dtype)
+    num_rows = plan.config.get_text_config().vocab_size
+    if num_rows != model.config.get_text_config().vocab_size:  # another tool had grown it; the adapter brings the rows
+        model.resize_token_embeddings(num_rows, mean_resizing=False)
+    live = proof.Live(adapter.load(model, trained.folder, checkpoint.new_tokens.values()), trained.rows)
     del model
-    gc.collect()  # peft models hold themselves in cycles; the merged model needs the room
+    _forget(device)
+    return live
+
+
+def _forget(device):
+    gc.collect()  # peft models hold themselves in cycles; the next model needs the room
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    return live, live.compare(proof.reload(folder, device, section.trust_remote_code))
 
 
-def _show(report):
-    live, merged, base = report["live"], report["merged"], report["base_model"]
-    rows = [
-        ["trained (NF4 + adapter, live)", f"{live['loss']:.4f}", "", ""],
-        [
-            f"exported ({report['dtype']}, reloaded)",
-            f"{merged['loss']:.4f}",
-            f"{merged['kl']:.1e}",
-            f"{merged['top1']:.2%}",
-        ],
-        ["base (NF4, no adapter)", f"{base['loss']:.4f}", f"{base['kl']:.1e}", f"{base['top1']:.2%}"],
+def _compare_bases(trained, plan, folder, live, merged, device):
+    """Return [{"model", "loss", "perplexity", "kl", "top1"}] of both merges, as they are and as served in 4 bit."""
+    chosen = trained.section.base
+    other = "original" if chosen == "dequantized" else "dequantized"
+    quantization = trained.recipe.quantization or Quantization()
+    found = {chosen: merged}
+    served = {chosen: _served(trained, folder, quantization, live, device)}
+    with scratch_folder(folder) as second:
+        _write(trained, plan, second, other, device)
+        with console.status(f"measuring the merge with the {other} base"):
+            found[other] = live.compare(proof.reload(second, device, trained.recipe.model.trust_remote_code))
+            served[other] = _served(trained, second, quantization, live, device)
+    names = ("dequantized", "original")
+    return [
+        *(_scored(f"{name} base, {trained.section.dtype}", found[name]) for name in names),
+        *(_scored(f"{name} base, served in {quantization.quant_type}", served[name]) for name in names),
     ]
+
+
+def _served(trained, folder, quantization, live, device):
+    """Return the Scores of the model in `folder` quantized again, as a server with little memory would load it."""
+    section = Model(name_or_path=str(folder), trust_remote_code=trained.recipe.model.trust_remote_code)
+    model = base_model.to_float32(base_model.load(base_model.find(section), section, quantization, device))
+    scores = live.compare(model)
+    del model
+    _forget(device)
+    return scores
+
+
+def _scored(name, scores):
+    return {"model": name, "perplexity": metrics.perplexity(scores.loss), **dataclasses.asdict(scores)}
+
+
+def _table(report):
+    """Return the rows of the table that is shown and goes into the model card."""
+
+    def row(name, loss, kl=None, top1=None):
+        cells = [f"{loss:.4f}", f"{metrics.perplexity(loss):.3f}"]
+        return [name, *cells, "" if kl is None else f"{kl:.1e}", "" if top1 is None else f"{top1:.2%}"]
+
+    quantized = "quantized" if report["quantized"]["modules"] else "base"
+    merged, base = report["merged"], report["base_model"]
+    rows = [
+        row(f"trained ({quantized} + adapter, live)", report["live"]["loss"]),
+        row(f"exported ({report['dtype']}, {report['base']} base)", **merged),
+    ]
+    written = f"{report['base']} base, {report['dtype']}"
+    rows += [
+        row(one["model"], one["loss"], one["kl"], one["top1"])
+        for one in report.get("comparison", ())
+        if one["model"] != written
+    ]
+    return [*rows, row("base, without the adapter", **base)]
+
+
+def _title(report):
     count = report["rows"]
-    title = f"proof on {count['count']} {count['from']}, {count['positions']} positions"
-    console.table(title, ["", "loss", "KL to trained", "same top-1"], rows)
+    return f"proof on {count['count']} {count['from']}, {count['positions']} positions"
+
+
+def _refuse_unproven(report, out):
+    if not report["verified"]:
+        what = "the trained model" if report["base"] == "dequantized" else "the adapter on the original base"
+        raise ProofFailed("\n  ".join([f"the export is not {what}; nothing was left at {out}:", *report["failures"]]))

@@ -65,9 +65,9 @@ def plan(checkpoint, config, dtype, trust_remote_code=False, adapter=None):
             that does not fit the model.
     """
     config = type(config).from_dict(config.to_dict())  # the caller's stays as it is
-    model = _on_meta(config, trust_remote_code)
+    model = base_model.on_meta(config, trust_remote_code)
     if adapter is not None and _change(config, model, adapter):
-        model = _on_meta(config, trust_remote_code)
+        model = base_model.on_meta(config, trust_remote_code)
     embedding, head = _name_of(model, model.get_input_embeddings()), _name_of(model, model.get_output_embeddings())
     modules = base_model.token_modules(model) if checkpoint.new_tokens else []
     embeddings = {name: tuple(model.get_submodule(name).weight.shape) for name in modules}
@@ -97,13 +97,6 @@ def plan(checkpoint, config, dtype, trust_remote_code=False, adapter=None):
         stays_tied = {name: result.parameters[tied[name]] for name in tied}
         adapter.refuse_mismatch(shapes, result.parameters | stays_tied, embeddings, checkpoint.new_tokens.values())
     return result
-
-
-def _on_meta(config, trust_remote_code):
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
 
 
 def _name_of(model, wanted):

@@ -47,6 +47,25 @@ def proof_rows(examples, vocab_size):
     return rows
 
 
+# For an adapter that comes without rows: text of several kinds, so that many layers and tokens have something to say.
+_SENTENCES = (
+    "A proof is a chain of small steps, each of which anybody can check.",
+    "def area(radius):\n    return 3.14159 * radius ** 2\n\nprint(area(2))",
+    '{"name": "Ada", "born": 1815, "wrote": ["notes", "letters"]}',
+    "Question: What weighs more, a pound of feathers or a pound of lead?\nAnswer: They weigh the same.",
+    "Der Zug nach Basel f\u00e4hrt um 7 Uhr 42 von Gleis 11 ab. Le train pour Lyon est en retard.",
+    "\u4eca\u5929\u5929\u6c14\u5f88\u597d\uff0c\u6211\u4eec\u53bb\u516c\u56ed\u6563\u6b65\u5427\u3002",
+    "1 2 4 8 16 32 64 128; a b c d e f g; Monday Tuesday Wednesday Thursday",
+    "Dear Sir or Madam, thank you for your letter of 3 May. We shall answer it within ten working days.",
+)
+
+
+def text_rows(tokenizer):
+    """Return rows of plain text, every token of them scored."""
+    rows = [tokenizer(text).input_ids for text in _SENTENCES]
+    return [Example(ids, ids) for ids in rows]
+
+
 def to_json(rows, which):
     """Return what proof_rows.json holds: the rows, and where they come from in words."""
     return {"from": which, "rows": [{"input_ids": row.input_ids, "labels": row.labels} for row in rows]}

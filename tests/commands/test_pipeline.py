@@ -52,7 +52,7 @@ def test_the_folder_is_an_ordinary_model(make_recipe, tmp_path):
     export(run.path, tmp_path / "out", dtype="bfloat16")
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
-                     "chat_template.jinja", "export_report.json"}  # fmt: skip
+                     "chat_template.jinja", "export_report.json", "README.md"}  # fmt: skip
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert "quantization_config" not in config
     assert config["dtype"] == "bfloat16"

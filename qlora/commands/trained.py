@@ -1,0 +1,119 @@
+"""What export writes: a trained model as the parts it is made of, from a run folder or from any PEFT adapter folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .. import adapter, base_model, data
+from ..data import chat
+from ..errors import InputError
+from ..export import proof
+from ..recipe import Data, Recipe
+from ..rundir import RunDir
+from . import console
+from .subject import load_tokenizer, refuse_changed_base
+
+
+@dataclass
+class Trained:
+    """A base, how it was quantized, and an adapter.
+
+    name: what the user called it. modules: {quantized layer: sha256 of its codes at training, or None}. rows: what the
+    proof uses, data.Examples; rows_from says in words where they are from. section: the recipe's `export`.
+    """
+
+    name: str
+    checkpoint: base_model.Checkpoint
+    config: Any
+    recipe: Recipe
+    modules: dict
+    folder: Path
+    adapter: adapter.Adapter
+    tokenizer: Any
+    rows: list
+    rows_from: str
+
+    @property
+    def section(self):
+        return self.recipe.export
+
+
+def open_trained(target, base=None, data_file=None, overrides=()) -> Trained:
+    """Return what is in `target`: a finished run, or a PEFT adapter folder that was trained on the model `base`.
+
+    data_file: rows for the proof; by default those that the run kept, or a few sentences of our own.
+
+    Raises:
+        InputError: neither a run nor an adapter; another base; or something in it that cannot be merged.
+    """
+    if RunDir.is_run(target):
+        if base is not None:
+            raise InputError(f"{target} is a run, which knows its base; leave --model out, or give {target}/adapter")
+        trained = _of_run(RunDir.open(target), overrides)
+    elif (Path(target) / adapter.CONFIG).is_file():
+        trained = _of_adapter(Path(target), base, overrides)
+    else:
+        RunDir.open(target)  # says what is wrong with it
+        raise AssertionError(target)
+    if data_file is not None:
+        given = {**trained.recipe.data.model_dump(), "train": str(data_file), "eval": None, "overlong": "truncate"}
+        section = Data.model_validate(given)
+        rows = data.Rows(data.load(section.train, trained.tokenizer, section, seed=0))
+        if not len(rows):
+            raise InputError(f"{data_file}: no row is left for the proof")
+        trained.rows = proof.proof_rows(rows, trained.config.get_text_config().vocab_size)
+        trained.rows_from = f"rows of {Path(data_file).name}"
+    return trained
+
+
+def _of_run(run, overrides):
+    recipe = Recipe.load(run.recipe_file, overrides)
+    checkpoint = base_model.find(recipe.model)
+    trained = adapter.read(run.adapter)
+    refuse_changed_base(run, checkpoint)
+    recorded = run.environment()["base_model"]
+    digests = recorded.get("quantized_sha256", {})  # runs before 0.2 have none
+    rows, rows_from = proof.from_json(run.proof_rows())
+    return Trained(
+        name=str(run.path),
+        checkpoint=checkpoint,
+        config=base_model.load_config(checkpoint, recipe.model),
+        recipe=recipe,
+        modules={name: digests.get(name) for name in recorded["quantized_modules"]},
+        folder=run.adapter,
+        adapter=trained,
+        tokenizer=load_tokenizer(run, recipe.model, checkpoint),
+        rows=rows,
+        rows_from=rows_from,
+    )
+
+
+def _of_adapter(folder, base, overrides):
+    trained = adapter.read(folder)
+    said = trained.config.get("base_model_name_or_path")
+    if base is None:
+        raise InputError(f"{folder} is an adapter; name the model it was trained on: --model {said or 'FOLDER'}")
+    values = {"model": {"name_or_path": str(base)}, "data": {"train": str(folder)}, "output_dir": str(folder)}
+    recipe = Recipe.from_dict(values, overrides)
+    if said and Path(str(said)).name.lower() != Path(str(base)).name.lower():
+        console.say(f"base      {folder} says that it was trained on {said}; it is merged with {base}")
+    checkpoint = base_model.find(recipe.model)
+    config = base_model.load_config(checkpoint, recipe.model)
+    has_tokenizer = (folder / "tokenizer.json").is_file()
+    tokenizer = base_model.load_tokenizer(folder if has_tokenizer else checkpoint.folder, recipe.model)
+    chat.set_template(tokenizer, recipe.data.chat_template)
+    modules = base_model.names_to_quantize(config, recipe.model) if recipe.quantization else []
+    return Trained(
+        name=str(folder),
+        checkpoint=checkpoint,
+        config=config,
+        recipe=recipe,
+        modules=dict.fromkeys(modules),
+        folder=folder,
+        adapter=trained,
+        tokenizer=tokenizer,
+        rows=proof.text_rows(tokenizer),
+        rows_from="sentences of no data set",
+    )

@@ -16,6 +16,7 @@ from ..data import chat
 from ..errors import InputError, ProofFailed
 from ..export import merge, proof, writer
 from ..export.card import card
+from ..kernels.threads import Cores
 from ..recipe import Model, Quantization
 from ..rundir import new_folder, refuse_nonempty, refuse_partial, scratch_folder, write_json
 from . import console
@@ -120,8 +121,8 @@ def _write(trained, plan, folder, base, device):
     """Write the merged model into `folder`; return the Merge that made its tensors."""
     max_bytes = writer.parse_size(trained.section.max_shard_size)
     how = merge.Base(trained.modules, trained.recipe.quantization, base == "original")
-    merging = merge.Merge(trained.checkpoint, plan, trained.adapter, how, device)
-    with console.writing("writing ", plan.num_bytes) as advance:
+    with console.writing("writing ", plan.num_bytes) as advance, Cores(device) as cores:
+        merging = merge.Merge(trained.checkpoint, plan, trained.adapter, how, device, cores.map)
         writer.write(folder, plan.specs, merging.pieces, max_bytes, advance)
     different = sorted(name for name, same in merging.digests.items() if not same)
     if different:

@@ -24,7 +24,7 @@ from .writer import Spec
 
 # O out_features, I in_features, V vocab, N new tokens
 
-_PIECE = {"cpu": 2**18, "cuda": 2**26}  # numbers in a piece: 1 MiB of float32, a core's cache; 256 MiB on a GPU
+_PIECE = {"cpu": 2**18, "cuda": 2**26}  # numbers in a piece: a MiB of float32, for a core's cache; 256 MiB on a GPU
 # |cast error| / |delta| of the whole model above which storage costs what training brought; worth a warning.
 CAST_LOSS_LIMIT = 0.25
 
@@ -196,11 +196,13 @@ class Merge:
     """Makes the tensors of a Plan one by one, in pieces, and measures what merging and casting did to them.
 
     modules: a record for each module that the adapter changed. underflows: {name: count} of numbers that became zero.
-    digests: {module: whether its codes are those that were trained on}, for modules whose digest was recorded.
+    digests: {module: whether its codes are those that were trained on}, for modules whose digest was recorded. each: how
+    pieces are gone through, such as threads.Cores.map.
     """
 
-    def __init__(self, checkpoint, plan, adapter, base, device):
-        self.checkpoint, self.plan, self.adapter, self.base, self.device = checkpoint, plan, adapter, base, device
+    def __init__(self, checkpoint, plan, adapter, base, device, each=map):
+        self.checkpoint, self.plan, self.adapter, self.base = checkpoint, plan, adapter, base
+        self.device, self.each = device, each
         self.specs = {spec.name: spec for spec in plan.specs}
         self.modules, self.underflows, self.digests = [], {}, {}
 
@@ -216,24 +218,25 @@ class Merge:
             return
         module, _, leaf = name.rpartition(".")
         start, end = self._start(name)
-        seen = _Seen(module, spec)
-        if leaf == "weight" and len(spec.shape) == 2:
-            if module in self.plan.conv1d:
-                rows = self._rows(module, spec.shape[::-1], start.T, end if end is None else end.T)
-                yield torch.cat([seen.cast(*some) for some in rows]).T
+        total = _Sums()
+        turned = module in self.plan.conv1d and leaf == "weight"
+        if turned:
+            start, end = start.T, end if end is None else end.T
+        parts = self._matrix if leaf == "weight" and len(spec.shape) == 2 else self._vector
+        shape = spec.shape[::-1] if turned else spec.shape
+        pieces = []
+        for piece, sums in parts(module, spec, shape, start, end):
+            total.add(sums)
+            if turned:
+                pieces.append(piece)
             else:
-                yield from (seen.cast(*some) for some in self._rows(module, spec.shape, start, end))
-        else:
-            start = start.to(self.device)
-            base = self._held(start)
-            merged = base if end is None else end.to(self.device).float()
-            if leaf == "bias" and module in self.adapter.bias_deltas:
-                merged = merged + self.adapter.bias_deltas[module].to(self.device)
-            yield seen.cast(start, base, merged)
-        if seen.is_changed:
-            self.modules.append(seen.record())
-        if seen.underflow:
-            self.underflows[name] = seen.underflow
+                yield piece
+        if turned:
+            yield torch.cat(pieces).T
+        if total.is_changed:
+            self.modules.append(total.record(module))
+        if total.underflow:
+            self.underflows[name] = total.underflow
 
     def _start(self, name):
         """Return (the base's own tensor, the one that the adapter puts in its place or None).
@@ -251,8 +254,17 @@ class Merge:
             return stored.float()
         return stored.to(base_model.DTYPE_WHEN_QUANTIZED).float()
 
-    def _rows(self, module, shape, start_OI, end_OI):
-        """Yield (rows as stored, of the base, merged) of a weight, the latter two float32, from top to bottom."""
+    def _vector(self, module, spec, shape, start, end):
+        """Yield (the tensor in its dtype, Sums) of a parameter that is not a matrix."""
+        start = start.to(self.device)
+        base = self._held(start)
+        merged = base if end is None else end.to(self.device).float()
+        if spec.name.endswith(".bias") and module in self.adapter.bias_deltas:
+            merged = merged + self.adapter.bias_deltas[module].to(self.device)
+        yield _cast(spec, start, base, merged)
+
+    def _matrix(self, module, spec, shape, start_OI, end_OI):
+        """Yield (rows in their dtype, Sums) of a weight of `shape` (O, I), from top to bottom."""
         update = self.adapter.updates.get(module)
         codes = self._quantized(module, start_OI)
         num_rows, width = shape
@@ -260,7 +272,8 @@ class Merge:
         if codes is not None:
             whole_blocks = nf4.BLOCKSIZE // math.gcd(width, nf4.BLOCKSIZE)  # rows that begin and end at a block
             at_once = -(at_once // -whole_blocks) * whole_blocks
-        for first in range(0, num_rows, at_once):
+
+        def rows(first):
             last = min(first + at_once, num_rows)
             stored = start_OI[first:last].to(self.device)
             base = self._held(stored) if codes is None else codes.rows(first, last)
@@ -268,7 +281,9 @@ class Merge:
             if module in self.adapter.rows:
                 ids, rows_NI = self.adapter.rows[module]
                 merged = _with_rows(merged, ids, rows_NI, first, last)
-            yield stored, base, merged if update is None else update.merged(merged, slice(first, last))
+            return _cast(spec, stored, base, merged if update is None else update.merged(merged, slice(first, last)))
+
+        yield from self.each(rows, range(0, num_rows, at_once))
 
     def _quantized(self, module, stored_OI):
         """Return the nf4.Quantized weight that training held, None if it was not quantized; compares its digest."""
@@ -276,7 +291,7 @@ class Merge:
             return None
         W_OI = stored_OI.to(self.device, base_model.DTYPE_WHEN_QUANTIZED).contiguous()
         how = self.base.quantization
-        quantized = nf4.quantize(W_OI, how.quant_type, how.use_double_quant)
+        quantized = nf4.quantize(W_OI, how.quant_type, how.use_double_quant, self.each)
         recorded = self.base.quantized[module]
         if recorded is not None:
             self.digests[module] = base_model.digest(quantized.codes, quantized.state) == recorded
@@ -296,49 +311,57 @@ def _with_rows(base, ids, rows_NI, first, last):
     return result
 
 
-class _Seen:
-    """Casts the pieces of one tensor and sums up what that did."""
+@dataclass
+class _Sums:
+    """What merging and casting did to some numbers: squared norms, and counts."""
 
-    def __init__(self, module, spec):
-        self.module, self.spec = module, spec
-        self.sums = dict.fromkeys(("delta", "quantization", "cast"), 0.0)
-        self.changed = self.count = self.underflow = 0
-        self.is_changed = False
+    delta: float = 0.0
+    quantization: float = 0.0
+    cast: float = 0.0
+    changed: int = 0
+    count: int = 0
+    underflow: int = 0
+    is_changed: bool = False
 
-    def cast(self, stored, base, merged):
-        """Return `merged` in the dtype of the output; raises InputError where a number does not fit it."""
-        dtype = self.spec.dtype
-        cast = merged.to(dtype)
-        low, high = torch.aminmax(merged)
-        largest = max(-low.item(), high.item())
-        # halfway from the largest number to the next power of two is where rounding goes to infinity
-        if not largest < torch.finfo(dtype).max * (1 + torch.finfo(dtype).eps / 4):
-            raise InputError(
-                f"{self.spec.name}: largest number {largest:.3g} does not fit {str(dtype)[6:]}; "
-                "export with --dtype bfloat16 or float32"
-            )
-        if dtype == torch.float16:
-            self.underflow += (torch.count_nonzero(merged) - torch.count_nonzero(cast)).item()
-        if merged is not base:
-            self.is_changed = True
-            before = torch.nn.functional.pad(base, (0, 0, 0, len(merged) - len(base))) if merged.dim() == 2 else base
-            self.sums["delta"] += _square(merged - before)
-            self.changed += torch.count_nonzero(cast != before.to(dtype)).item()
-        self.sums["quantization"] += _square(base - stored.float())
-        self.sums["cast"] += _square(cast.float() - merged)
-        self.count += merged.numel()
-        return cast
+    def add(self, other):
+        for key, value in vars(other).items():
+            setattr(self, key, getattr(self, key) + value)
 
-    def record(self):
-        delta, cast = (math.sqrt(self.sums[name]) for name in ("delta", "cast"))
+    def record(self, module):
+        delta, cast = math.sqrt(self.delta), math.sqrt(self.cast)
         return {
-            "name": self.module,
+            "name": module,
             "delta_norm": delta,
-            "quantization_error": math.sqrt(self.sums["quantization"]),
+            "quantization_error": math.sqrt(self.quantization),
             "cast_error": cast,
             "cast_loss": cast / delta if delta else None,
             "changed": self.changed / self.count,
         }
+
+
+def _cast(spec, stored, base, merged):
+    """Return (`merged` in the dtype of the output, Sums); raises InputError where a number does not fit it."""
+    dtype = spec.dtype
+    cast = merged.to(dtype)
+    low, high = torch.aminmax(merged)
+    largest = max(-low.item(), high.item())
+    # halfway from the largest number to the next power of two is where rounding goes to infinity
+    if not largest < torch.finfo(dtype).max * (1 + torch.finfo(dtype).eps / 4):
+        raise InputError(
+            f"{spec.name}: largest number {largest:.3g} does not fit {str(dtype)[6:]}; "
+            "export with --dtype bfloat16 or float32"
+        )
+    sums = _Sums(count=merged.numel())
+    if dtype == torch.float16:
+        sums.underflow = (torch.count_nonzero(merged) - torch.count_nonzero(cast)).item()
+    if merged is not base:
+        sums.is_changed = True
+        before = torch.nn.functional.pad(base, (0, 0, 0, len(merged) - len(base))) if merged.dim() == 2 else base
+        sums.changed = torch.count_nonzero(cast != before.to(dtype)).item()
+        sums.delta = _square(merged - before)
+        sums.cast = _square(cast.float() - merged)
+        sums.quantization = _square(base - stored.float())
+    return cast, sums
 
 
 def _square(x):

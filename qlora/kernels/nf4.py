@@ -8,13 +8,15 @@ a piece stays in the cache while it is scaled and compared with the 15 bounds: t
 from __future__ import annotations
 
 import functools
+import threading
 
 import torch
 
 # O out_features, I in_features
 
 BLOCKSIZE = 64  # numbers that share an absmax: what transformers asks of bitsandbytes
-_PIECE = 2**18  # numbers in a piece on the CPU: 1 MiB of float32, the size of a core's cache
+_PIECE = 2**18  # numbers in a piece on the CPU: three buffers of a MiB, about a core's cache
+_local = threading.local()
 
 
 class Quantized:
@@ -51,10 +53,11 @@ class Quantized:
         return dequantize_4bit(self.codes[first // 2 : -(last // -2)], state).view(shape)
 
 
-def quantize(W_OI, quant_type="nf4", compress_statistics=True):
+def quantize(W_OI, quant_type="nf4", compress_statistics=True, each=map):
     """Return the Quantized weight: the codes and constants of bitsandbytes' quantize_4bit, number for number.
 
-    W_OI: contiguous, in the dtype that is to be quantized. compress_statistics: double quantization.
+    W_OI: contiguous, in the dtype that is to be quantized. compress_statistics: double quantization. each: how pieces are
+    gone through, such as threads.Cores.map.
     Source: QLoRA (arXiv:2305.14314) sec. 3; the codes' equality with bitsandbytes is a test.
     """
     from bitsandbytes.functional import QuantState, get_4bit_type, quantize_4bit, quantize_blockwise
@@ -64,7 +67,7 @@ def quantize(W_OI, quant_type="nf4", compress_statistics=True):
             W_OI, blocksize=BLOCKSIZE, compress_statistics=compress_statistics, quant_type=quant_type
         )
         return Quantized(codes, state)
-    codes, absmax = _codes(W_OI.reshape(-1))
+    codes, absmax = _codes(W_OI.reshape(-1), each)
     nested = {}
     if compress_statistics:
         offset = absmax.mean()
@@ -77,25 +80,34 @@ def quantize(W_OI, quant_type="nf4", compress_statistics=True):
     return Quantized(codes[:, None], state)
 
 
-def _codes(flat):
+def _codes(flat, each):
     """Return (codes, two a byte; absmax float32 of each block) of a flat weight whose length is a multiple of 64."""
     codes = torch.empty(flat.numel() // 2, dtype=torch.uint8)
     absmax = torch.empty(flat.numel() // BLOCKSIZE)
-    scaled, above, code = torch.empty(_PIECE), torch.empty(_PIECE), torch.empty(_PIECE)
-    for start in range(0, flat.numel(), _PIECE):
-        piece = flat[start : start + _PIECE]
-        size = piece.numel()
-        x = scaled[:size].copy_(piece)
-        blocks = x.view(-1, BLOCKSIZE)
-        largest = absmax[start // BLOCKSIZE : (start + size) // BLOCKSIZE]
-        torch.amax(blocks.abs(), dim=1, out=largest)
+
+    def fill(start):
+        stop = min(start + _PIECE, flat.numel())
+        scaled, above, number = (buffer[: stop - start] for buffer in _buffers())
+        blocks = scaled.copy_(flat[start:stop]).view(-1, BLOCKSIZE)
+        largest = torch.amax(torch.abs(scaled, out=above).view(-1, BLOCKSIZE), dim=1)
+        absmax[start // BLOCKSIZE : stop // BLOCKSIZE] = largest
         blocks.mul_((1.0 / largest.clamp(min=1e-38))[:, None])  # the reciprocal: it rounds as bitsandbytes' kernels do
-        number = code[:size].zero_()
+        number.zero_()
         for bound in _bounds():  # in float32 throughout: a comparison into bool takes five times as long
-            number.add_(torch.gt(x, bound, out=above[:size]))
+            number.add_(torch.gt(scaled, bound, out=above))
         pairs = number.to(torch.uint8).view(torch.int16)  # little-endian: the first number is the low byte
-        codes[start // 2 : (start + size) // 2] = ((pairs & 0xFF) << 4) | (pairs >> 8)
+        codes[start // 2 : stop // 2] = ((pairs & 0xFF) << 4) | (pairs >> 8)
+
+    for _ in each(fill, range(0, flat.numel(), _PIECE)):
+        pass
     return codes, absmax
+
+
+def _buffers():
+    """Return three float32 pieces of this thread; new ones would be cold, and their pages cleared, every time."""
+    if not hasattr(_local, "buffers"):
+        _local.buffers = [torch.empty(_PIECE) for _ in range(3)]
+    return _local.buffers
 
 
 @functools.cache

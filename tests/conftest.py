@@ -53,6 +53,14 @@ FAMILIES = {
     ),
 }  # fmt: skip
 
+# mixtures of experts: files with a tensor an expert, which transformers joins into one parameter
+MIXTURES = {
+    "mixtral": lambda: transformers.MixtralConfig(**_SHAPE, num_local_experts=4, tie_word_embeddings=False),
+    "qwen3-moe": lambda: transformers.Qwen3MoeConfig(
+        **_SHAPE, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64, head_dim=16, tie_word_embeddings=False
+    ),
+}
+
 CONVERSATIONS = [
     [("user", f"What is {a} plus {b}?"), ("assistant", f"{a} plus {b} is {a + b}.")] for a in range(6) for b in range(4)
 ]
@@ -114,7 +122,7 @@ def tiny_model(tmp_path_factory, tokenizer_json):
         key = (family, max_shard_size)
         if key not in made:
             torch.manual_seed(0)
-            config = FAMILIES[family]()
+            config = (FAMILIES | MIXTURES)[family]()
             model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
             with torch.no_grad():  # initialised at 0.02 and zero bias, a tiny model says nearly nothing; make it speak
                 for name, parameter in model.named_parameters():

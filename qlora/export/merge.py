@@ -78,7 +78,7 @@ def plan(checkpoint, config, dtype, trust_remote_code=False, adapter=None):
         shapes[name] = shape[::-1] if name in conv1d else shape
     result = Plan(config, [], {}, conv1d, shapes, embeddings)
     replaced = adapter.replaced if adapter is not None else {}
-    tied, missing = _tied(model), []
+    tied, missing, wrong, in_files = _tied(model), [], [], checkpoint.shapes()
     for name, tensor in model.state_dict().items():
         if name in tied:
             if name in checkpoint.files and tied[name] in checkpoint.files:
@@ -90,8 +90,14 @@ def plan(checkpoint, config, dtype, trust_remote_code=False, adapter=None):
         if found is None and name not in replaced:
             missing.append(name)
             continue
+        expected = tuple(tensor.shape)
+        grows = name in replaced or name.removesuffix(".weight") in embeddings
+        if found is not None and in_files[found] != expected and not grows:
+            wrong.append(f"{name} is {in_files[found]} in the files, {expected} by config.json")
         result.source[name] = found
-        result.specs.append(Spec(name, tuple(tensor.shape), dtype if tensor.is_floating_point() else tensor.dtype))
+        result.specs.append(Spec(name, expected, dtype if tensor.is_floating_point() else tensor.dtype))
+    if wrong:
+        raise InputError.listing(f"{checkpoint.folder}: config.json and the weights do not fit; the model", wrong)
     _copy_the_rest(checkpoint, result, missing, dtype, model)
     if adapter is not None:
         stays_tied = {name: result.parameters[tied[name]] for name in tied}
@@ -154,9 +160,8 @@ def _copy_the_rest(checkpoint, plan, missing, dtype, model):
     if missing and unused and get_checkpoint_conversion_mapping(model.config.model_type):
         shapes = checkpoint.shapes()
         plan.copied = set(unused)
-        for name in unused:
-            plan.source[name] = name
-            plan.specs.append(Spec(name, shapes[name], dtype))
+        plan.source |= {name: name for name in unused}
+        plan.specs += [Spec(name, shapes[name], dtype) for name in unused]
         return
     if missing:
         raise InputError.listing(f"{checkpoint.folder}: export finds no tensor for parameters: it", missing)
@@ -345,6 +350,8 @@ def _cast(spec, stored, base, merged):
     cast = merged.to(dtype)
     low, high = torch.aminmax(merged)
     largest = max(-low.item(), high.item())
+    if not math.isfinite(largest):
+        raise InputError(f"{spec.name}: holds numbers that are not finite; the base or the adapter is broken")
     # halfway from the largest number to the next power of two is where rounding goes to infinity
     if not largest < torch.finfo(dtype).max * (1 + torch.finfo(dtype).eps / 4):
         raise InputError(

@@ -72,7 +72,12 @@ def write(folder, specs, pieces_of, max_bytes, on_bytes=None):
             with open(folder / name, "wb") as file:
                 file.write(_header(part))
                 for spec in part:
-                    _write_tensor(file, spec, pieces_of(spec.name), thread, on_bytes or (lambda count: None))
+                    try:
+                        _write_tensor(file, spec, pieces_of(spec.name), thread, on_bytes or (lambda count: None))
+                    except OSError as error:
+                        raise InputError(
+                            f"{folder / name}: {error.strerror}; {total:,} bytes are to be written"
+                        ) from None
                     weight_map[spec.name] = name
     if len(parts) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}

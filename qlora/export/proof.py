@@ -61,44 +61,72 @@ def from_json(content):
 
 
 class Live:
-    """The trained model's answers on `rows`: log probabilities after every position."""
+    """The trained model's answers on `rows`: log probabilities after every position that `columns` keeps.
 
-    def __init__(self, peft_model, rows):
+    tokens_at_once: rows go through the model together up to that many tokens, padding counted; always one. A model that
+    reads its weights from disk at each pass (streamed.py) needs few passes, another may as well take row by row.
+    """
+
+    def __init__(self, peft_model, rows, tokens_at_once=0):
         base_model.to_float32(peft_model)
         self.rows = rows
-        self.log_probabilities = [_log_probabilities(peft_model, row) for row in rows]
-        self.scores = Scores(_loss(self.log_probabilities, rows))
+        self.columns = columns(rows, peft_model.config.get_text_config().vocab_size)
+        self.batches = batches(rows, tokens_at_once)
+        self.log_probabilities = [log_p for _, log_p in sorted(self._answers(peft_model), key=lambda pair: pair[0])]
+        losses = [self._picked(number, log_p) for number, log_p in enumerate(self.log_probabilities)]
+        self.scores = Scores(torch.cat(losses).mean().item())
         with peft_model.disable_adapter():
             self.base_scores = self.compare(peft_model)
 
     @property
     def num_positions(self):
-        return sum(len(one) for one in self.log_probabilities)
+        return sum(map(len, self.columns))
 
     def compare(self, model):
         """Return the Scores of `model` against the live one."""
         losses, kl, same = [], 0.0, 0
-        for row, live_TV in zip(self.rows, self.log_probabilities, strict=True):
-            other_TV = _log_probabilities(model, row)
+        for number, other_TV in self._answers(model):
+            live_TV = self.log_probabilities[number]
             kl += metrics.kl_divergence(live_TV, other_TV)
             same += (live_TV.argmax(-1) == other_TV.argmax(-1)).sum().item()
-            losses.append(_picked(other_TV, row))
+            losses.append(self._picked(number, other_TV))
         return Scores(torch.cat(losses).mean().item(), kl / self.num_positions, same / self.num_positions)
 
+    def _answers(self, model):
+        """Yield (number of the row, log probabilities (T, V)) of every row, in no order."""
+        for batch in self.batches:
+            kept = [self.columns[number] for number in batch]
+            yield from zip(batch, metrics.log_probabilities(model, [self.rows[n] for n in batch], kept), strict=True)
 
-def _log_probabilities(model, row):
-    return metrics.log_probabilities(model, row, torch.arange(len(row.input_ids) - 1))
+    def _picked(self, number, log_probabilities_TV):
+        """Return -log p of the trained tokens of a row."""
+        kept = self.columns[number]
+        labels = torch.tensor(self.rows[number].labels[kept.start + 1 : kept.stop + 1])
+        trained = labels != IGNORE_INDEX
+        return -log_probabilities_TV[trained].gather(-1, labels[trained, None])[:, 0]
 
 
-def _picked(log_probabilities_TV, row):
-    """Return -log p of the trained tokens of `row`."""
-    labels = torch.tensor(row.labels[1:])
-    trained = labels != IGNORE_INDEX
-    return -log_probabilities_TV[trained].gather(-1, labels[trained, None])[:, 0]
+def columns(rows, vocab_size):
+    """Return the range of positions of each row that are compared: all, but of a row that alone does not fit the memory
+    set aside as many as do, up to its last trained token."""
+    most, result = max(1, _STORED_BYTES // (4 * vocab_size)), []
+    for row in rows:
+        stop = len(row.input_ids) - 1
+        if stop > most:
+            stop = max(number for number, label in enumerate(row.labels) if label != IGNORE_INDEX)
+        result.append(range(max(0, stop - most), stop))
+    return result
 
 
-def _loss(log_probabilities, rows):
-    return torch.cat([_picked(one, row) for one, row in zip(log_probabilities, rows, strict=True)]).mean().item()
+def batches(rows, tokens_at_once):
+    """Return the numbers of `rows` in lists that go through a model together, longest rows first (see Live)."""
+    result, width = [], 0
+    for number in sorted(range(len(rows)), key=lambda number: -len(rows[number].input_ids)):
+        if not result or (len(result[-1]) + 1) * width > tokens_at_once:
+            result.append([])
+            width = len(rows[number].input_ids)
+        result[-1].append(number)
+    return result
 
 
 def device_for(num_bytes, device):
@@ -113,19 +141,25 @@ def reload(folder, device, trust_remote_code=False):
 
     In float32 on `device` where that fits, else as stored on `device`, else in float32 on the CPU.
     """
-    from transformers import AutoModelForCausalLM
-
     num_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     in_float32 = device_for(2 * num_bytes, device) == device
     device = device_for(num_bytes, device)
+    return open_folder(folder, device, "float32" if in_float32 or device.type == "cpu" else "auto", trust_remote_code)
+
+
+def open_folder(folder, device, dtype="float32", trust_remote_code=False):
+    """Return the model that plain transformers makes of `folder`; raises ProofFailed unless it takes every tensor."""
+    from transformers import AutoModelForCausalLM
+
     model, info = AutoModelForCausalLM.from_pretrained(
         folder,
-        dtype=torch.float32 if in_float32 or device.type == "cpu" else "auto",
+        dtype=dtype,
         device_map={"": device},
         trust_remote_code=trust_remote_code,
+        ignore_mismatched_sizes=True,  # reported like the rest
         output_loading_info=True,
     )
-    lost = [*info["missing_keys"], *info["unexpected_keys"], *map(str, info["mismatched_keys"])]
+    lost = [*info["missing_keys"], *info["unexpected_keys"], *(key for key, *_ in info["mismatched_keys"])]
     if lost:
         raise ProofFailed(f"the written folder does not load whole: {', '.join(sorted(lost)[:5])}")
     return model.eval()

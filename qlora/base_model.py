@@ -364,13 +364,19 @@ def to_float32(model):
     return model
 
 
+def stand_in(shape, dtype, device):
+    """Return a tensor that has shape, dtype and device of a weight, takes no memory and survives to_float32 so."""
+    return torch.zeros(1, dtype=dtype, device=device).as_strided(shape, [0] * len(shape))
+
+
 def is_stand_in(tensor):
-    """True for a tensor expanded from one number: it has shape, dtype and device of a weight, and takes no memory."""
-    return tensor.numel() > 1 and not any(tensor.stride())
+    return tensor.dim() > 0 and not any(tensor.stride())
 
 
 def _upcast(tensor):
-    return tensor[(0,) * tensor.dim()].float().expand(tensor.shape) if is_stand_in(tensor) else tensor.float()
+    if is_stand_in(tensor):
+        return tensor[(0,) * tensor.dim()].float().as_strided(tensor.shape, tensor.stride())
+    return tensor.float()
 
 
 def num_parameters(model):

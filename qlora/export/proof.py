@@ -37,14 +37,13 @@ class Scores:
 
 
 def proof_rows(examples, vocab_size):
-    """Return the first rows whose positions fit the memory set aside: always one, at most 64."""
+    """Return those of the first 64 rows whose positions fit the memory set aside, or the shortest if none does."""
     budget, rows = _STORED_BYTES // (4 * vocab_size), []
     for example in examples[:64]:
-        budget -= len(example.input_ids) - 1
-        if rows and budget < 0:
-            break
-        rows.append(example)
-    return rows
+        if len(example.input_ids) - 1 <= budget:
+            budget -= len(example.input_ids) - 1
+            rows.append(example)
+    return rows or [min(examples[:64], key=lambda example: len(example.input_ids))]
 
 
 def to_json(rows, which):

@@ -14,12 +14,14 @@ import functools
 import torch
 from safetensors import safe_open
 
-from .. import base_model
+from .. import base_model, metrics
 from ..errors import InputError
 from . import proof
 
 _HEAD_BYTES = 32 * 2**20  # of the head in memory at a time
 _ACTIVATION_BYTES = 512 * 2**20  # of one layer on the rows that go through together, unless one row takes more
+_NF4_BYTES = 0.5 + 4 / 64  # a weight: a code, and the block's absmax before it is quantized itself
+_QUANTIZING_BYTES = 18  # a weight, measured on the CPU (bitsandbytes 0.50.2): 14, cast before 16, transposed 2 more
 
 
 def exported(folder, device, trust_remote_code=False):
@@ -56,6 +58,86 @@ def live(checkpoint, section, quantization, device, source):
     return model.requires_grad_(False)
 
 
+@dataclasses.dataclass(frozen=True)
+class Need:
+    """What a proof takes at most, in bytes beside Python, its libraries and mapped files (which the system may drop).
+
+    whole: both models held whole, one after the other; streamed: as here. tokens_at_once: for proof.Live, streamed.
+    num_passes: how often a model is read from disk, streamed.
+    """
+
+    whole: int
+    streamed: int
+    tokens_at_once: int
+    num_passes: int
+
+
+def need(config, rows, quantized, num_adapter_parameters=0, new_tokens=False, trust_remote_code=False):
+    """Return the Need of a proof on `rows`, from shapes alone.
+
+    config: of the model, with the rows of new tokens. quantized: names of the layers in NF4.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, trust_remote_code=trust_remote_code)
+    nf4 = {model.get_submodule(name).weight for name in quantized}
+    head = model.get_output_embeddings().weight
+    ends = {model.get_input_embeddings().weight, head}
+    layers = [set(layer.parameters()) for layer in decoder_layers(model)]
+    total, largest = set(model.parameters()), max(p.numel() for layer in layers for p in layer)
+    apart = total.difference(ends, *layers)
+
+    columns = proof.columns(rows, len(head))
+    longest = max(len(row.input_ids) for row in rows)
+    per_token = _activation_bytes(model, longest)
+    tokens_at_once = _ACTIVATION_BYTES // per_token
+    batches = proof.batches(rows, tokens_at_once)
+    num_tokens = max(len(batch) * max(len(rows[number].input_ids) for number in batch) for batch in batches)
+
+    def live(parameters):
+        return int(sum(p.numel() * (_NF4_BYTES if p in nf4 else 4) for p in parameters))
+
+    def exported(parameters):
+        return 4 * sum(p.numel() for p in parameters)
+
+    def of_head(num_positions):  # logits, with two copies where the model caps them; then pieces of those in metrics
+        return len(head) * (12 * num_positions + 48 * metrics.POSITIONS_AT_ONCE) + 3 * min(
+            _HEAD_BYTES, 4 * head.numel()
+        )
+
+    computing = 4 * largest + num_tokens * per_token  # a layer in float32 for the time that it is used
+    quantizing = _QUANTIZING_BYTES * largest if nf4 else 0
+    adapter = 8 * num_adapter_parameters + (4 * head.numel() if new_tokens else 0)  # ... and the rows in a copy
+    head_alone, head_together = (
+        of_head(max(sum(len(columns[number]) for number in batch) for batch in some))
+        for some in (proof.batches(rows, 0), batches)
+    )
+    kept = 4 * len(head) * sum(map(len, columns))
+    whole = max(
+        live(total) + adapter + max(quantizing, 4 * largest + longest * per_token, head_alone),
+        exported(total) + max(longest * per_token, head_alone),
+    )
+    streamed = max(
+        live(apart | ends if new_tokens else apart)
+        + adapter
+        + int(_NF4_BYTES * largest)  # stand-ins
+        + max(max(map(live, layers)) + max(quantizing, computing), head_together),
+        exported(apart) + max(max(map(exported, layers)) + computing, head_together),
+    )
+    return Need(kept + whole, kept + streamed, tokens_at_once, 3 * len(batches))
+
+
+def _activation_bytes(model, num_tokens):
+    """Return bytes a token that a decoder layer takes at most to compute rows of `num_tokens`, in float32."""
+    config = model.config.get_text_config()
+    wide = [max(p.shape[-2:]) for p in decoder_layers(model)[0].parameters() if p.dim() > 1]
+    numbers = 8 * config.hidden_size + 2 * sum(wide) + 3 * max(wide) + 2 * num_tokens
+    if config._attn_implementation == "eager":  # scores of all heads, their softmax and a copy
+        numbers += 3 * config.num_attention_heads * num_tokens
+    return 4 * numbers
+
+
 def decoder_layers(model):
     """Return the list of decoder layers of a plain or PEFT model: of its module lists the one with most parameters."""
     lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
@@ -89,7 +171,7 @@ class _Weights:
 def _stream(model, weights, device, whole_ends=False):
     """Make `model`, which is on the meta device, one on `device` that reads layers, embedding and head from `weights`.
 
-    Stand-ins (base_model.is_stand_in) take their places meanwhile; what is put in the place of a stand-in stays.
+    Stand-ins (base_model.stand_in) take their places meanwhile; what is put in the place of a stand-in stays.
     whole_ends: hold embedding and head in memory, like everything else that is in no layer.
     """
     prefixes = {module: f"{name}." if name else "" for name, module in model.named_modules()}
@@ -106,10 +188,11 @@ def _stream(model, weights, device, whole_ends=False):
             if parameter is None:
                 continue
             if parameter not in made:  # a parameter that two modules share stays shared
-                away = module in inside or (module in ends and leaf == "weight")
-                # one number cannot be told from a stand-in, and is no burden
-                held = stand_in(parameter) if away and parameter.numel() > 1 else None
-                made[parameter] = _parameter(weights.read(prefix + leaf, device).clone()) if held is None else held
+                # vectors (norms, biases) are no burden, and PEFT may want to train them
+                away = parameter.dim() > 1 and (module in inside or module in ends)
+                made[parameter] = (
+                    stand_in(parameter) if away else _parameter(weights.read(prefix + leaf, device).clone())
+                )
             module._parameters[leaf] = made[parameter]
     if ends:
         _read_rows(embedding, prefixes[embedding] + "weight", weights)
@@ -150,7 +233,7 @@ def _stand_ins(model, device):
 
     def stand_in(parameter):
         if not isinstance(parameter, Params4bit):
-            return _parameter(torch.zeros((), dtype=parameter.dtype, device=device).expand(parameter.shape))
+            return _parameter(base_model.stand_in(parameter.shape, parameter.dtype, device))
         settings = {name: getattr(parameter, name) for name in ("blocksize", "quant_type")}
         state = QuantState(
             absmax[: -(-parameter.numel() // parameter.blocksize)],

@@ -330,6 +330,12 @@ def linear_names(model):
     return [n for n, m in model.named_modules() if isinstance(m, (torch.nn.Linear, Conv1D)) and m is not head]
 
 
+def decoder_layers(model):
+    """Return the list of decoder layers of a plain or PEFT model: of its module lists the one with most parameters."""
+    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
+    return max(lists, key=lambda layers: sum(parameter.numel() for parameter in layers.parameters()))
+
+
 def token_modules(model):
     """Return the names of the modules that have a row a token: the embedding, and the head if it is not tied to that.
 

@@ -6,6 +6,7 @@ with the exact NF4 values, so that what is compared is the weights and not the r
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import dataclass
 
@@ -24,16 +25,23 @@ LOSS_LIMIT = {"float32": 1e-3, "float16": 5e-3, "bfloat16": 5e-2}  # nats a trai
 # The merged model must be this many times nearer to the live one than the base is.
 BASE_FACTOR = 4
 
+# B rows of a batch, T positions of a row, V vocab, L the embedding and the decoder layers, H hidden
+
 _STORED_BYTES = 256 * 2**20  # of the live model's log probabilities, kept while the merged model loads
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Of one model on the proof rows. kl and top1 are against the live model; None for the live model itself."""
+    """Of one model on the proof rows. The others are against the live model, and None for the live model itself.
+
+    hidden: how far, relatively, the hidden states are from the live model's after the embedding and after each decoder
+    layer, at the last compared position of every row.
+    """
 
     loss: float
     kl: float | None = None
     top1: float | None = None
+    hidden: tuple | None = None
 
 
 def proof_rows(examples, vocab_size):
@@ -71,7 +79,12 @@ class Live:
         self.rows = rows
         self.columns = columns(rows, peft_model.config.get_text_config().vocab_size)
         self.batches = batches(rows, tokens_at_once)
-        self.log_probabilities = [log_p for _, log_p in sorted(self._answers(peft_model), key=lambda pair: pair[0])]
+        self.hidden, found = [], {}
+        for batch in self.batches:
+            answers, hidden_LBH = self._answers(peft_model, batch)
+            found |= dict(zip(batch, answers, strict=True))
+            self.hidden.append(hidden_LBH)
+        self.log_probabilities = [found[number] for number in range(len(rows))]
         losses = [self._picked(number, log_p) for number, log_p in enumerate(self.log_probabilities)]
         self.scores = Scores(torch.cat(losses).mean().item())
         with peft_model.disable_adapter():
@@ -84,18 +97,26 @@ class Live:
     def compare(self, model):
         """Return the Scores of `model` against the live one."""
         losses, kl, same = [], 0.0, 0
-        for number, other_TV in self._answers(model):
-            live_TV = self.log_probabilities[number]
-            kl += metrics.kl_divergence(live_TV, other_TV)
-            same += (live_TV.argmax(-1) == other_TV.argmax(-1)).sum().item()
-            losses.append(self._picked(number, other_TV))
-        return Scores(torch.cat(losses).mean().item(), kl / self.num_positions, same / self.num_positions)
+        apart_L = size_L = torch.zeros(())
+        for batch, live_LBH in zip(self.batches, self.hidden, strict=True):
+            answers, hidden_LBH = self._answers(model, batch)
+            for number, other_TV in zip(batch, answers, strict=True):
+                live_TV = self.log_probabilities[number]
+                kl += metrics.kl_divergence(live_TV, other_TV)
+                same += (live_TV.argmax(-1) == other_TV.argmax(-1)).sum().item()
+                losses.append(self._picked(number, other_TV))
+            del answers, other_TV  # or they stay in memory while the next rows are computed
+            apart_L = apart_L + (hidden_LBH - live_LBH).square().sum((1, 2))
+            size_L = size_L + live_LBH.square().sum((1, 2))
+        hidden = tuple((apart_L / size_L).sqrt().tolist())
+        return Scores(torch.cat(losses).mean().item(), kl / self.num_positions, same / self.num_positions, hidden)
 
-    def _answers(self, model):
-        """Yield (number of the row, log probabilities (T, V)) of every row, in no order."""
-        for batch in self.batches:
-            kept = [self.columns[number] for number in batch]
-            yield from zip(batch, metrics.log_probabilities(model, [self.rows[n] for n in batch], kept), strict=True)
+    def _answers(self, model, batch):
+        """Return (log probabilities (T, V) of each row in `batch`, their hidden states (L, B, H)), in one pass."""
+        columns = [self.columns[number] for number in batch]
+        with _hidden_states(model, [positions.stop - 1 for positions in columns]) as hidden:
+            answers = metrics.log_probabilities(model, [self.rows[number] for number in batch], columns)
+        return answers, torch.stack(hidden)
 
     def _picked(self, number, log_probabilities_TV):
         """Return -log p of the trained tokens of a row."""
@@ -103,6 +124,24 @@ class Live:
         labels = torch.tensor(self.rows[number].labels[kept.start + 1 : kept.stop + 1])
         trained = labels != IGNORE_INDEX
         return -log_probabilities_TV[trained].gather(-1, labels[trained, None])[:, 0]
+
+
+@contextlib.contextmanager
+def _hidden_states(model, positions):
+    """Yield a list that gets (B, H) from the embedding and each decoder layer called: at one of `positions` in each row."""
+    found = []
+
+    def keep(module, args, output):
+        hidden_BTH = output[0] if isinstance(output, tuple) else output
+        found.append(hidden_BTH[torch.arange(len(positions)), positions].float().cpu())
+
+    watched = [model.get_input_embeddings(), *base_model.decoder_layers(model)]
+    hooks = [module.register_forward_hook(keep) for module in watched]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def columns(rows, vocab_size):
@@ -181,5 +220,12 @@ def failures(live, merged, base, dtype):
         found.append(
             f"the export is no nearer to the trained model (KL {merged.kl:.2e}) than the untrained base is ({base.kl:.2e}): "
             f"what was trained is lost in {dtype}"
+        )
+    if found:
+        steps = [after - before for before, after in zip((0.0, *merged.hidden), merged.hidden, strict=False)]
+        worst = max(range(len(steps)), key=steps.__getitem__)
+        found.append(
+            f"the hidden states part most in {f'decoder layer {worst - 1}' if worst else 'the embedding'}: "
+            f"{merged.hidden[worst]:.1e} off after it, {merged.hidden[-1]:.1e} after the last layer"
         )
     return found

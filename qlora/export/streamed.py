@@ -84,7 +84,7 @@ def need(config, rows, quantized, num_adapter_parameters=0, new_tokens=False, tr
     nf4 = {model.get_submodule(name).weight for name in quantized}
     head = model.get_output_embeddings().weight
     ends = {model.get_input_embeddings().weight, head}
-    layers = [set(layer.parameters()) for layer in decoder_layers(model)]
+    layers = [set(layer.parameters()) for layer in base_model.decoder_layers(model)]
     total, largest = set(model.parameters()), max(p.numel() for layer in layers for p in layer)
     apart = total.difference(ends, *layers)
 
@@ -131,17 +131,11 @@ def need(config, rows, quantized, num_adapter_parameters=0, new_tokens=False, tr
 def _activation_bytes(model, num_tokens):
     """Return bytes a token that a decoder layer takes at most to compute rows of `num_tokens`, in float32."""
     config = model.config.get_text_config()
-    wide = [max(p.shape[-2:]) for p in decoder_layers(model)[0].parameters() if p.dim() > 1]
+    wide = [max(p.shape[-2:]) for p in base_model.decoder_layers(model)[0].parameters() if p.dim() > 1]
     numbers = 8 * config.hidden_size + 2 * sum(wide) + 3 * max(wide) + 2 * num_tokens
     if config._attn_implementation == "eager":  # scores of all heads, their softmax and a copy
         numbers += 3 * config.num_attention_heads * num_tokens
     return 4 * numbers
-
-
-def decoder_layers(model):
-    """Return the list of decoder layers of a plain or PEFT model: of its module lists the one with most parameters."""
-    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
-    return max(lists, key=lambda layers: sum(parameter.numel() for parameter in layers.parameters()))
 
 
 class _Weights:
@@ -179,7 +173,7 @@ def _stream(model, weights, device, whole_ends=False):
     ends = {embedding, head} if not whole_ends and type(head) is torch.nn.Linear else set()
     _make_buffers(model, prefixes, weights, device)
     inside = set()
-    for layer in decoder_layers(model):
+    for layer in base_model.decoder_layers(model):
         inside |= set(layer.modules())
         _read_on_entry(layer, {module: prefixes[module] for module in layer.modules()}, weights, device)
     stand_in, made = _stand_ins(model, device), {}

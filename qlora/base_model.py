@@ -74,7 +74,7 @@ def find(section, weights=True):
         raise InputError(f"model.revision {section.revision}: {folder} is a local folder, which has no revisions")
     if not (folder / "config.json").is_file():
         raise InputError(f"model.name_or_path {folder}: no config.json; not a model folder")
-    files = _weight_files(folder) if weights else {}
+    files = weight_files(folder) if weights else {}
     if not section.new_tokens:
         return Checkpoint(section.name_or_path, folder, revision, files)
     tokenizer = load_tokenizer(folder, section)
@@ -108,7 +108,8 @@ def _download(section, weights):
     return folder, folder.name
 
 
-def _weight_files(folder):
+def weight_files(folder):
+    """Return {tensor name: file name} of the safetensors in `folder`; raises InputError unless they are whole."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
         names = [single.name]
@@ -230,7 +231,7 @@ def add_tokens(tokenizer, tokens, template=None):
 def load(checkpoint, section, quantization, device=None, dtype=DTYPE_WHEN_QUANTIZED):
     """Return the frozen model of `checkpoint` in eval mode: NF4 under `quantization`, or plain `dtype` if it is None.
 
-    It has a row for each of the checkpoint's new tokens; see `_add_rows` for where these start.
+    It has a row for each of the checkpoint's new tokens; see `add_rows` for where these start.
 
     Raises:
         InputError: a weight is missing, left over or of another shape than the config says; names them.
@@ -272,7 +273,7 @@ def load(checkpoint, section, quantization, device=None, dtype=DTYPE_WHEN_QUANTI
         # gradients through the base are None and dequantize_4bit returns garbage (bitsandbytes 0.50.2).
         module.support_avx512bf16_for_cpu = False
     if checkpoint.new_tokens:
-        _add_rows(model, checkpoint.added, num_rows)
+        add_rows(model, checkpoint.added, num_rows)
     model.requires_grad_(False)
     # what the files were called by the user, so that an adapter names a model and not a cache folder
     model.name_or_path = model.config._name_or_path = checkpoint.name_or_path
@@ -280,7 +281,7 @@ def load(checkpoint, section, quantization, device=None, dtype=DTYPE_WHEN_QUANTI
 
 
 @torch.no_grad()
-def _add_rows(model, added, num_rows):
+def add_rows(model, added, num_rows):
     """Grow embedding and head to `num_rows`; set these rows and the spare ones of `added` ids to the mean of all before.
 
     A new token then starts out about as likely as the average one, where a random or an unused row would be anywhere:
@@ -389,6 +390,12 @@ def on_meta(config, trust_remote_code=False):
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
 
 
+def decoder_layers(model):
+    """Return the list of decoder layers of a plain or PEFT model: of its module lists the one with most parameters."""
+    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
+    return max(lists, key=lambda layers: sum(parameter.numel() for parameter in layers.parameters()))
+
+
 def token_modules(model):
     """Return the names of the modules that have a row a token: the embedding, and the head if it is not tied to that.
 
@@ -415,11 +422,27 @@ def to_float32(model):
     dequantize_4bit rounds to `quant_state.dtype`, the dtype W had; in float32 the KL of a faithful merge is 3e-6
     instead of 2e-4 (measured, SmolLM2-135M).
     """
-    torch.nn.Module.float(model)  # transformers refuses its own .float() on a quantized model; codes are uint8 and stay
+    # transformers refuses its own .float() on a quantized model; codes are uint8 and stay
+    model._apply(lambda tensor: _upcast(tensor) if tensor.is_floating_point() else tensor)
     for module in quantized_modules(model).values():
         module.compute_dtype = torch.float32
         module.weight.quant_state.dtype = torch.float32
     return model
+
+
+def stand_in(shape, dtype, device):
+    """Return a tensor that has shape, dtype and device of a weight, takes no memory and survives to_float32 so."""
+    return torch.zeros(1, dtype=dtype, device=device).as_strided(shape, [0] * len(shape))
+
+
+def is_stand_in(tensor):
+    return tensor.dim() > 0 and not any(tensor.stride())
+
+
+def _upcast(tensor):
+    if is_stand_in(tensor):
+        return tensor[(0,) * tensor.dim()].float().as_strided(tensor.shape, tensor.stride())
+    return tensor.float()
 
 
 def num_parameters(model):

@@ -8,7 +8,9 @@ import math
 import torch
 from torch.nn import functional as F
 
-# B batch, T tokens, V vocab
+# B batch, T tokens, V vocab, N positions of all rows, P of one piece
+
+POSITIONS_AT_ONCE = 16  # where copies of (positions, V) are made
 
 
 def exact_match(answers, references):
@@ -59,22 +61,35 @@ def mean_loss(model, examples, ignore_index=-100):
     for example in examples:
         labels = torch.tensor(example.labels[1:], device=model.device)
         columns = (labels != ignore_index).nonzero().flatten()
-        logits_TV = _logits(model, example, columns)
+        ids = torch.tensor([example.input_ids], device=model.device)
+        logits_TV = model(input_ids=ids, use_cache=False, logits_to_keep=columns).logits[0].float()
         total += F.cross_entropy(logits_TV, labels[columns], reduction="sum").item()
         count += len(columns)
     return total / count, count
 
 
 @torch.no_grad()
-def log_probabilities(model, example, columns):
-    """Return log softmax of the next-token logits after each position in `columns`, (T, V) float32 on the CPU."""
-    return F.log_softmax(_logits(model, example, columns), -1).cpu()
+def log_probabilities(model, examples, columns):
+    """Return, for each of `examples`, log softmax of the next-token logits after its positions `columns` (a range).
 
-
-def _logits(model, example, columns):
-    ids = torch.tensor([example.input_ids], device=model.device)
-    columns = columns.to(model.device)
-    return model(input_ids=ids, use_cache=False, logits_to_keep=columns).logits[0].float()
+    (T, V) float32 on the CPU each, all from one forward pass: shorter rows are padded on the right, where a causal model
+    does not look, and only the wanted positions reach the head.
+    """
+    lengths = [len(example.input_ids) for example in examples]
+    ids_BT = torch.zeros(len(examples), max(lengths), dtype=torch.long)
+    wanted_BT = torch.zeros(ids_BT.shape, dtype=torch.bool)
+    for row, (example, positions) in enumerate(zip(examples, columns, strict=True)):
+        ids_BT[row, : lengths[row]] = torch.tensor(example.input_ids)
+        wanted_BT[row, positions.start : positions.stop] = True
+    ids_BT, wanted_BT = ids_BT.to(model.device), wanted_BT.to(model.device)
+    hook = model.get_output_embeddings().register_forward_pre_hook(lambda module, args: args[0][wanted_BT][None])
+    try:
+        logits_NV = model(input_ids=ids_BT, use_cache=False).logits[0].float()
+    finally:
+        hook.remove()
+    for piece_PV in logits_NV.split(POSITIONS_AT_ONCE):  # in place: there is no larger tensor
+        piece_PV.copy_(F.log_softmax(piece_PV, -1))
+    return logits_NV.cpu().split([len(positions) for positions in columns])
 
 
 def kl_divergence(live_TV, other_TV):
@@ -82,5 +97,8 @@ def kl_divergence(live_TV, other_TV):
 
     float64 because the terms cancel: at a KL of 1e-6 a float32 sum over 49,152 words keeps no digit.
     """
-    live_TV, other_TV = live_TV.double(), other_TV.double()
-    return (live_TV.exp() * (live_TV - other_TV)).sum().item()
+    total = 0.0
+    for live_PV, other_PV in zip(live_TV.split(POSITIONS_AT_ONCE), other_TV.split(POSITIONS_AT_ONCE), strict=True):
+        live_PV, other_PV = live_PV.double(), other_PV.double()
+        total += (live_PV.exp() * (live_PV - other_PV)).sum().item()
+    return total

@@ -6,6 +6,7 @@ with the exact NF4 values, so that what is compared is the weights and not the r
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import dataclass
 
@@ -24,27 +25,33 @@ LOSS_LIMIT = {"float32": 1e-3, "float16": 5e-3, "bfloat16": 5e-2}  # nats a trai
 # The merged model must be this many times nearer to the live one than the base is.
 BASE_FACTOR = 4
 
+# B rows of a batch, T positions of a row, V vocab, L the embedding and the decoder layers, H hidden
+
 _STORED_BYTES = 256 * 2**20  # of the live model's log probabilities, kept while the merged model loads
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Of one model on the proof rows. kl and top1 are against the live model; None for the live model itself."""
+    """Of one model on the proof rows. The others are against the live model, and None for the live model itself.
+
+    hidden: how far, relatively, the hidden states are from the live model's after the embedding and after each decoder
+    layer, at the last compared position of every row.
+    """
 
     loss: float
     kl: float | None = None
     top1: float | None = None
+    hidden: tuple | None = None
 
 
 def proof_rows(examples, vocab_size):
-    """Return the first rows whose positions fit the memory set aside: always one, at most 64."""
+    """Return those of the first 64 rows whose positions fit the memory set aside, or the shortest if none does."""
     budget, rows = _STORED_BYTES // (4 * vocab_size), []
     for example in examples[:64]:
-        budget -= len(example.input_ids) - 1
-        if rows and budget < 0:
-            break
-        rows.append(example)
-    return rows
+        if len(example.input_ids) - 1 <= budget:
+            budget -= len(example.input_ids) - 1
+            rows.append(example)
+    return rows or [min(examples[:64], key=lambda example: len(example.input_ids))]
 
 
 # For an adapter that comes without rows: text of several kinds, so that many layers and tokens have something to say.
@@ -80,44 +87,103 @@ def from_json(content):
 
 
 class Live:
-    """The trained model's answers on `rows`: log probabilities after every position."""
+    """The trained model's answers on `rows`: log probabilities after every position that `columns` keeps.
 
-    def __init__(self, peft_model, rows):
+    tokens_at_once: rows go through the model together up to that many tokens, padding counted; always one. A model that
+    reads its weights from disk at each pass (streamed.py) needs few passes, another may as well take row by row.
+    """
+
+    def __init__(self, peft_model, rows, tokens_at_once=0):
         base_model.to_float32(peft_model)
         self.rows = rows
-        self.log_probabilities = [_log_probabilities(peft_model, row) for row in rows]
-        self.scores = Scores(_loss(self.log_probabilities, rows))
+        self.columns = columns(rows, peft_model.config.get_text_config().vocab_size)
+        self.batches = batches(rows, tokens_at_once)
+        self.hidden, found = [], {}
+        for batch in self.batches:
+            answers, hidden_LBH = self._answers(peft_model, batch)
+            found |= dict(zip(batch, answers, strict=True))
+            self.hidden.append(hidden_LBH)
+        self.log_probabilities = [found[number] for number in range(len(rows))]
+        losses = [self._picked(number, log_p) for number, log_p in enumerate(self.log_probabilities)]
+        self.scores = Scores(torch.cat(losses).mean().item())
         with peft_model.disable_adapter():
             self.base_scores = self.compare(peft_model)
 
     @property
     def num_positions(self):
-        return sum(len(one) for one in self.log_probabilities)
+        return sum(map(len, self.columns))
 
     def compare(self, model):
         """Return the Scores of `model` against the live one."""
         losses, kl, same = [], 0.0, 0
-        for row, live_TV in zip(self.rows, self.log_probabilities, strict=True):
-            other_TV = _log_probabilities(model, row)
-            kl += metrics.kl_divergence(live_TV, other_TV)
-            same += (live_TV.argmax(-1) == other_TV.argmax(-1)).sum().item()
-            losses.append(_picked(other_TV, row))
-        return Scores(torch.cat(losses).mean().item(), kl / self.num_positions, same / self.num_positions)
+        apart_L = size_L = torch.zeros(())
+        for batch, live_LBH in zip(self.batches, self.hidden, strict=True):
+            answers, hidden_LBH = self._answers(model, batch)
+            for number, other_TV in zip(batch, answers, strict=True):
+                live_TV = self.log_probabilities[number]
+                kl += metrics.kl_divergence(live_TV, other_TV)
+                same += (live_TV.argmax(-1) == other_TV.argmax(-1)).sum().item()
+                losses.append(self._picked(number, other_TV))
+            del answers, other_TV  # or they stay in memory while the next rows are computed
+            apart_L = apart_L + (hidden_LBH - live_LBH).square().sum((1, 2))
+            size_L = size_L + live_LBH.square().sum((1, 2))
+        hidden = tuple((apart_L / size_L).sqrt().tolist())
+        return Scores(torch.cat(losses).mean().item(), kl / self.num_positions, same / self.num_positions, hidden)
+
+    def _answers(self, model, batch):
+        """Return (log probabilities (T, V) of each row in `batch`, their hidden states (L, B, H)), in one pass."""
+        columns = [self.columns[number] for number in batch]
+        with _hidden_states(model, [positions.stop - 1 for positions in columns]) as hidden:
+            answers = metrics.log_probabilities(model, [self.rows[number] for number in batch], columns)
+        return answers, torch.stack(hidden)
+
+    def _picked(self, number, log_probabilities_TV):
+        """Return -log p of the trained tokens of a row."""
+        kept = self.columns[number]
+        labels = torch.tensor(self.rows[number].labels[kept.start + 1 : kept.stop + 1])
+        trained = labels != IGNORE_INDEX
+        return -log_probabilities_TV[trained].gather(-1, labels[trained, None])[:, 0]
 
 
-def _log_probabilities(model, row):
-    return metrics.log_probabilities(model, row, torch.arange(len(row.input_ids) - 1))
+@contextlib.contextmanager
+def _hidden_states(model, positions):
+    """Yield a list that gets (B, H) from the embedding and each decoder layer called: at one of `positions` in each row."""
+    found = []
+
+    def keep(module, args, output):
+        hidden_BTH = output[0] if isinstance(output, tuple) else output
+        found.append(hidden_BTH[torch.arange(len(positions)), positions].float().cpu())
+
+    watched = [model.get_input_embeddings(), *base_model.decoder_layers(model)]
+    hooks = [module.register_forward_hook(keep) for module in watched]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
-def _picked(log_probabilities_TV, row):
-    """Return -log p of the trained tokens of `row`."""
-    labels = torch.tensor(row.labels[1:])
-    trained = labels != IGNORE_INDEX
-    return -log_probabilities_TV[trained].gather(-1, labels[trained, None])[:, 0]
+def columns(rows, vocab_size):
+    """Return the range of positions of each row that are compared: all, but of a row that alone does not fit the memory
+    set aside as many as do, up to its last trained token."""
+    most, result = max(1, _STORED_BYTES // (4 * vocab_size)), []
+    for row in rows:
+        stop = len(row.input_ids) - 1
+        if stop > most:
+            stop = max(number for number, label in enumerate(row.labels) if label != IGNORE_INDEX)
+        result.append(range(max(0, stop - most), stop))
+    return result
 
 
-def _loss(log_probabilities, rows):
-    return torch.cat([_picked(one, row) for one, row in zip(log_probabilities, rows, strict=True)]).mean().item()
+def batches(rows, tokens_at_once):
+    """Return the numbers of `rows` in lists that go through a model together, longest rows first (see Live)."""
+    result, width = [], 0
+    for number in sorted(range(len(rows)), key=lambda number: -len(rows[number].input_ids)):
+        if not result or (len(result[-1]) + 1) * width > tokens_at_once:
+            result.append([])
+            width = len(rows[number].input_ids)
+        result[-1].append(number)
+    return result
 
 
 def device_for(num_bytes, device):
@@ -132,19 +198,25 @@ def reload(folder, device, trust_remote_code=False):
 
     In float32 on `device` where that fits, else as stored on `device`, else in float32 on the CPU.
     """
-    from transformers import AutoModelForCausalLM
-
     num_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     in_float32 = device_for(2 * num_bytes, device) == device
     device = device_for(num_bytes, device)
+    return open_folder(folder, device, "float32" if in_float32 or device.type == "cpu" else "auto", trust_remote_code)
+
+
+def open_folder(folder, device, dtype="float32", trust_remote_code=False):
+    """Return the model that plain transformers makes of `folder`; raises ProofFailed unless it takes every tensor."""
+    from transformers import AutoModelForCausalLM
+
     model, info = AutoModelForCausalLM.from_pretrained(
         folder,
-        dtype=torch.float32 if in_float32 or device.type == "cpu" else "auto",
+        dtype=dtype,
         device_map={"": device},
         trust_remote_code=trust_remote_code,
+        ignore_mismatched_sizes=True,  # reported like the rest
         output_loading_info=True,
     )
-    lost = [*info["missing_keys"], *info["unexpected_keys"], *map(str, info["mismatched_keys"])]
+    lost = [*info["missing_keys"], *info["unexpected_keys"], *(key for key, *_ in info["mismatched_keys"])]
     if lost:
         raise ProofFailed(f"the written folder does not load whole: {', '.join(sorted(lost)[:5])}")
     return model.eval()
@@ -167,5 +239,12 @@ def failures(live, merged, base, dtype):
         found.append(
             f"the export is no nearer to the trained model (KL {merged.kl:.2e}) than the untrained base is ({base.kl:.2e}): "
             f"what was trained is lost in {dtype}"
+        )
+    if found:
+        steps = [after - before for before, after in zip((0.0, *merged.hidden), merged.hidden, strict=False)]
+        worst = max(range(len(steps)), key=steps.__getitem__)
+        found.append(
+            f"the hidden states part most in {f'decoder layer {worst - 1}' if worst else 'the embedding'}: "
+            f"{merged.hidden[worst]:.1e} off after it, {merged.hidden[-1]:.1e} after the last layer"
         )
     return found

@@ -6,6 +6,7 @@ import resource
 import sys
 import threading
 
+import psutil
 import torch
 
 
@@ -31,6 +32,13 @@ def stored_bits_per_parameter(quant_state, codes):
     if quant_state.nested:
         bits += quant_state.state2.absmax.numel() * quant_state.state2.absmax.element_size() * 8
     return bits / quant_state.shape.numel()
+
+
+def available_bytes(device):
+    """Return the bytes that are free on a GPU, or that the system can give without swapping."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
 
 
 class Peak:

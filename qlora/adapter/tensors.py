@@ -83,6 +83,13 @@ class Adapter:
     rows: dict
 
     @property
+    def num_parameters(self):
+        """How many numbers the folder holds."""
+        tensors = [*self.replaced.values(), *self.bias_deltas.values(), *(rows for _, rows in self.rows.values())]
+        factors = [factor for update in self.updates.values() for factor in (update.A_RI, update.B_OR)]
+        return sum(tensor.numel() for tensor in [*tensors, *factors])
+
+    @property
     def fitted_to_quantization(self):
         """The name of the initialisation if it compensates what quantization lost, else None."""
         name = str(self.config.get("init_lora_weights")).lower()

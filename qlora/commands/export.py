@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
-import gc
 import math
 import shutil
 import time
 from pathlib import Path
 
-import torch
-
-from .. import adapter, base_model, memory, metrics
+from .. import base_model, memory, metrics
 from ..data import chat
 from ..errors import InputError, ProofFailed
-from ..export import merge, proof, writer
+from ..export import merge, writer
 from ..export.card import card
 from ..kernels.threads import Cores
-from ..recipe import Model, Quantization
 from ..rundir import new_folder, refuse_nonempty, refuse_partial, scratch_folder, write_json
 from . import console
+from .proving import Prover
 from .trained import open_trained
 
 
@@ -55,6 +51,7 @@ def export(target, out, dtype=None, overrides=(), *, model=None, data=None, comp
     _refuse_full_disk(out, plan.num_bytes * (2 if compare_bases else 1))
 
     device = base_model.default_device()
+    prover = None if section.verify == "off" else Prover(trained, plan, device)
     with new_folder(out) as folder:
         with memory.Peak() as peak:
             merging = _write(trained, plan, folder, section.base, device)
@@ -71,8 +68,13 @@ def export(target, out, dtype=None, overrides=(), *, model=None, data=None, comp
             "peak_bytes": peak.bytes,
         }
         rows = []
-        if section.verify != "off":
-            report |= _prove(trained, plan, folder, device, compare_bases)
+        if prover:
+            report |= prover.prove(folder)
+            if compare_bases:
+                other = "original" if section.base == "dequantized" else "dequantized"
+                with scratch_folder(folder) as second:
+                    _write(trained, plan, second, other, device)
+                    report["comparison"] = prover.compare({section.base: folder, other: second})
             rows = _table(report)
             console.table(_title(report), ["", "loss", "perplexity", "KL to trained", "same top-1"], rows)
             _refuse_unproven(report, out)
@@ -193,101 +195,6 @@ def _warn(report):
         )
 
 
-# ---- the proof -------------------------------------------------------------------------------------------------------
-
-
-def _prove(trained, plan, folder, device, compare_bases):
-    """Return the part of the report that compares the written folder with the live model."""
-    section = trained.section
-    original = section.base == "original"
-    with console.status("proving: the trained model against the written folder"):
-        live = _live(trained, plan, device)
-        merged = live.compare(proof.reload(folder, device, trained.recipe.model.trust_remote_code))
-        # what was asked for is the adapter on the original weights, and that is what the folder has to be
-        faithful = merged
-        if original:
-            wanted = _live(trained, plan, device, original=True)
-            faithful = wanted.compare(proof.reload(folder, device, trained.recipe.model.trust_remote_code))
-            failures = proof.failures(wanted.scores, faithful, wanted.base_scores, section.dtype)
-        else:
-            failures = proof.failures(live.scores, merged, live.base_scores, section.dtype)
-    limits = {"kl": proof.KL_LIMIT, "top1": proof.TOP1_LIMIT, "loss": proof.LOSS_LIMIT}
-    report = {
-        "verify": "full",
-        "verified": not failures,
-        "failures": failures,
-        "rows": {"count": len(trained.rows), "from": trained.rows_from, "positions": live.num_positions},
-        "live": {"loss": live.scores.loss, "compute_dtype": "float32"},
-        "merged": dataclasses.asdict(merged),
-        "base_model": dataclasses.asdict(live.base_scores),
-        "limits": {name: limit[section.dtype] for name, limit in limits.items()},
-    }
-    if original:
-        report["to_original"] = dataclasses.asdict(faithful)
-    if compare_bases:
-        report["comparison"] = _compare_bases(trained, plan, folder, live, merged, device)
-    return report
-
-
-def _live(trained, plan, device, original=False):
-    """Return the proof.Live of the adapter on the base that it was trained on, or on the original weights."""
-    recipe, checkpoint = trained.recipe, trained.checkpoint
-    section = recipe.model
-    if section.attn_implementation == "flash_attention_2":  # computes in bfloat16 whatever it is given
-        section = section.model_copy(update={"attn_implementation": "auto"})
-    quantization = None if original else recipe.quantization
-    if quantization is None:
-        device = proof.device_for(2 * plan.num_bytes, device)
-    dtype = torch.float32 if original else base_model.DTYPE_WHEN_QUANTIZED
-    model = base_model.load(checkpoint, section, quantization, device, dtype)
-    num_rows = plan.config.get_text_config().vocab_size
-    if num_rows != model.config.get_text_config().vocab_size:  # another tool had grown it; the adapter brings the rows
-        model.resize_token_embeddings(num_rows, mean_resizing=False)
-    live = proof.Live(adapter.load(model, trained.folder, checkpoint.new_tokens.values()), trained.rows)
-    del model
-    _forget(device)
-    return live
-
-
-def _forget(device):
-    gc.collect()  # peft models hold themselves in cycles; the next model needs the room
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
-def _compare_bases(trained, plan, folder, live, merged, device):
-    """Return [{"model", "loss", "perplexity", "kl", "top1"}] of both merges, as they are and as served in 4 bit."""
-    chosen = trained.section.base
-    other = "original" if chosen == "dequantized" else "dequantized"
-    quantization = trained.recipe.quantization or Quantization()
-    found = {chosen: merged}
-    served = {chosen: _served(trained, folder, quantization, live, device)}
-    with scratch_folder(folder) as second:
-        _write(trained, plan, second, other, device)
-        with console.status(f"measuring the merge with the {other} base"):
-            found[other] = live.compare(proof.reload(second, device, trained.recipe.model.trust_remote_code))
-            served[other] = _served(trained, second, quantization, live, device)
-    names = ("dequantized", "original")
-    return [
-        *(_scored(f"{name} base, {trained.section.dtype}", found[name]) for name in names),
-        *(_scored(f"{name} base, served in {quantization.quant_type}", served[name]) for name in names),
-    ]
-
-
-def _served(trained, folder, quantization, live, device):
-    """Return the Scores of the model in `folder` quantized again, as a server with little memory would load it."""
-    section = Model(name_or_path=str(folder), trust_remote_code=trained.recipe.model.trust_remote_code)
-    model = base_model.to_float32(base_model.load(base_model.find(section), section, quantization, device))
-    scores = live.compare(model)
-    del model
-    _forget(device)
-    return scores
-
-
-def _scored(name, scores):
-    return {"model": name, "perplexity": metrics.perplexity(scores.loss), **dataclasses.asdict(scores)}
-
-
 def _table(report):
     """Return the rows of the table that is shown and goes into the model card."""
 
@@ -296,18 +203,16 @@ def _table(report):
         return [name, *cells, "" if kl is None else f"{kl:.1e}", "" if top1 is None else f"{top1:.2%}"]
 
     quantized = "quantized" if report["quantized"]["modules"] else "base"
-    merged, base = report["merged"], report["base_model"]
-    rows = [
-        row(f"trained ({quantized} + adapter, live)", report["live"]["loss"]),
-        row(f"exported ({report['dtype']}, {report['base']} base)", **merged),
-    ]
     written = f"{report['base']} base, {report['dtype']}"
-    rows += [
-        row(one["model"], one["loss"], one["kl"], one["top1"])
-        for one in report.get("comparison", ())
-        if one["model"] != written
+    scored = [
+        (f"exported ({report['dtype']}, {report['base']} base)", report["merged"]),
+        *((one["model"], one) for one in report.get("comparison", ()) if one["model"] != written),
+        ("base, without the adapter", report["base_model"]),
     ]
-    return [*rows, row("base, without the adapter", **base)]
+    return [
+        row(f"trained ({quantized} + adapter, live)", report["live"]["loss"]),
+        *(row(name, one["loss"], one["kl"], one["top1"]) for name, one in scored),
+    ]
 
 
 def _title(report):

@@ -37,7 +37,7 @@ def exported(folder, device, trust_remote_code=False):
     return model
 
 
-def live(checkpoint, section, quantization, device, source):
+def live(checkpoint, section, quantization, device, source, dtype=base_model.DTYPE_WHEN_QUANTIZED):
     """Return the frozen model of `checkpoint` on `device`, streamed, for adapter.load; base_model.load holds it whole.
 
     source: {parameter: name of its tensor in the files}. With new tokens embedding and head are held whole, as PEFT needs
@@ -49,7 +49,7 @@ def live(checkpoint, section, quantization, device, source):
     if quantization:  # nothing can be upcast on the meta device; proof.Live does it
         quantization = quantization.model_copy(update={"compute_dtype": "bfloat16"})
     bare = dataclasses.replace(checkpoint, new_tokens={}, added=frozenset())
-    model = base_model.load(bare, section, quantization, torch.device("meta"))
+    model = base_model.load(bare, section, quantization, torch.device("meta"), dtype)
     weights = _Weights(model, checkpoint.folder, checkpoint.files, source)
     _stream(model, weights, device, whole_ends=bool(checkpoint.new_tokens))
     if checkpoint.new_tokens:
@@ -77,10 +77,7 @@ def need(config, rows, quantized, num_adapter_parameters=0, new_tokens=False, tr
 
     config: of the model, with the rows of new tokens. quantized: names of the layers in NF4.
     """
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, trust_remote_code=trust_remote_code)
+    model = base_model.on_meta(config, trust_remote_code)
     nf4 = {model.get_submodule(name).weight for name in quantized}
     head = model.get_output_embeddings().weight
     ends = {model.get_input_embeddings().weight, head}

@@ -1,0 +1,157 @@
+"""What export proves: the written folder against the live model, both whole or both read layer by layer."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+
+import torch
+
+from .. import adapter, base_model, memory, metrics
+from ..errors import InputError
+from ..export import proof, streamed
+from ..recipe import Model, Quantization
+from . import console
+
+
+class Prover:
+    """Opens the models that are compared, and compares them.
+
+    mode: full (each model whole in memory) or layers (one decoder layer at a time, read from the files); what the recipe
+    asks for, or by auto full where it fits.
+
+    Raises:
+        InputError: layers is asked for, and the model cannot be read so.
+    """
+
+    def __init__(self, trained, plan, device):
+        self.trained, self.plan, self.device = trained, plan, device
+        self.section = trained.recipe.model
+        if self.section.attn_implementation == "flash_attention_2":  # computes in bfloat16 whatever it is given
+            self.section = self.section.model_copy(update={"attn_implementation": "auto"})
+        self.num_rows = plan.config.get_text_config().vocab_size
+        self.need = streamed.need(
+            plan.config,
+            trained.rows,
+            trained.modules if trained.recipe.quantization else (),
+            trained.adapter.num_parameters,
+            bool(trained.checkpoint.new_tokens),
+            self.section.trust_remote_code,
+        )
+        self.mode = self._mode(trained.section.verify)
+        self.live = None
+
+    def _mode(self, asked):
+        grown = self.num_rows != trained_rows(self.trained)
+        if asked == "layers" and grown:
+            raise InputError(
+                f"{self.trained.name}: brings the embeddings of a grown vocabulary, and the base cannot be read layer by "
+                "layer then; prove it with --verify full"
+            )
+        free = memory.available_bytes(self.device)
+        fits = self.need.whole < 0.9 * free
+        mode = ("full" if fits or grown or self.plan.copied else "layers") if asked == "auto" else asked
+        how = "both models whole" if mode == "full" else f"a layer at a time, read {self.need.num_passes} times"
+        most = self.need.whole if mode == "full" else self.need.streamed
+        console.say(f"proof     {mode}: {how}, at most {console.size(most)} of {console.size(free)} free")
+        return mode
+
+    def prove(self, folder):
+        """Return the part of the report that compares the written `folder` with the live model."""
+        dtype = self.trained.section.dtype
+        with console.status("proving: the trained model against the written folder"), memory.Peak() as peak:
+            self.live = live = self._answers_of_live()
+            self.merged = faithful = self._compare(live, self._written(folder))
+            judged = live
+            if self.trained.section.base == "original":
+                # what was asked for is the adapter on the original weights, and that is what the folder has to be
+                judged = self._answers_of_live(original=True)
+                faithful = self._compare(judged, self._written(folder))
+        failures = proof.failures(judged.scores, faithful, judged.base_scores, dtype)
+        limits = {"kl": proof.KL_LIMIT, "top1": proof.TOP1_LIMIT, "loss": proof.LOSS_LIMIT}
+        report = {
+            "verify": self.mode,
+            "verified": not failures,
+            "failures": failures,
+            "rows": {"count": len(self.trained.rows), "from": self.trained.rows_from, "positions": live.num_positions},
+            "live": {"loss": live.scores.loss, "compute_dtype": "float32"},
+            "merged": dataclasses.asdict(self.merged),
+            "base_model": dataclasses.asdict(live.base_scores),
+            "limits": {name: limit[dtype] for name, limit in limits.items()},
+            "proof_peak_bytes": peak.bytes,
+        }
+        if judged is not live:
+            report["to_original"] = dataclasses.asdict(faithful)
+        return report
+
+    def compare(self, folders):
+        """Return [{"model", "loss", "perplexity", "kl", "top1"}] of merges ({base: folder}), and of them in 4 bit again.
+
+        Call prove first: `kl` and `top1` are to the live model.
+        """
+        dtype, quantization = self.trained.section.dtype, self.trained.recipe.quantization or Quantization()
+        found = []
+        with console.status("comparing the bases"):
+            for base in ("dequantized", "original"):
+                is_chosen = base == self.trained.section.base
+                scores = self.merged if is_chosen else self._compare(self.live, self._written(folders[base]))
+                found.append((f"{base} base, {dtype}", scores))
+            for base in ("dequantized", "original"):
+                served = self._served(folders[base], quantization)
+                found.append((f"{base} base, served in {quantization.quant_type}", self._compare(self.live, served)))
+        return [
+            {"model": name, "perplexity": metrics.perplexity(scores.loss), **dataclasses.asdict(scores)}
+            for name, scores in found
+        ]
+
+    def _compare(self, live, model):
+        """Return the Scores of `model`, and forget it: the next one needs the room."""
+        scores = live.compare(model)
+        del model
+        self._forget()
+        return scores
+
+    def _forget(self):
+        gc.collect()  # peft models hold themselves in cycles
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _answers_of_live(self, original=False):
+        """Return the proof.Live of the adapter on the base that it was trained on, or on the weights of the files."""
+        trained, checkpoint = self.trained, self.trained.checkpoint
+        quantization = None if original else trained.recipe.quantization
+        dtype = torch.float32 if original else base_model.DTYPE_WHEN_QUANTIZED
+        if self.mode == "layers":
+            model = streamed.live(checkpoint, self.section, quantization, self.device, self.plan.source, dtype)
+        else:
+            device = self.device
+            if quantization is None:
+                device = proof.device_for(2 * self.plan.num_bytes, device)
+            model = base_model.load(checkpoint, self.section, quantization, device, dtype)
+            if self.num_rows != model.config.get_text_config().vocab_size:  # another tool grew it
+                model.resize_token_embeddings(self.num_rows, mean_resizing=False)
+        model = adapter.load(model, trained.folder, checkpoint.new_tokens.values())
+        live = proof.Live(model, trained.rows, self.need.tokens_at_once if self.mode == "layers" else 0)
+        del model
+        self._forget()
+        return live
+
+    def _written(self, folder):
+        open_ = streamed.exported if self.mode == "layers" else proof.reload
+        return open_(folder, self.device, self.section.trust_remote_code)
+
+    def _served(self, folder, quantization):
+        """Return the model in `folder` quantized again, as a server with little memory would load it."""
+        section = Model(name_or_path=str(folder), trust_remote_code=self.section.trust_remote_code)
+        checkpoint = base_model.find(section)
+        if self.mode == "layers":
+            source = {name: name for name in checkpoint.files}
+            model = streamed.live(checkpoint, section, quantization, self.device, source)
+        else:
+            model = base_model.load(checkpoint, section, quantization, self.device)
+        return base_model.to_float32(model)
+
+
+def trained_rows(trained):
+    """Return the embeddings that the base has once it is loaded, with those of new tokens."""
+    return trained.config.get_text_config().vocab_size

@@ -9,6 +9,7 @@ Anything else is refused, since llama.cpp would tokenize it, only otherwise. Rea
 from __future__ import annotations
 
 import json
+import re
 
 from ..data import chat
 from ..errors import InputError
@@ -188,14 +189,33 @@ def _prefixes_space(data, tokenizer):
     if normalizers in ([prepend, replace], [replace]) and nothing_to_split:
         return prepend in normalizers
     if not normalizers and pre and pre["type"] == "Metaspace" and pre["replacement"] == _SPACE and not pre["split"]:
-        if pre["prepend_scheme"] == "never":
+        scheme = pre["prepend_scheme"]
+        if scheme == "never":
             return False
-        # "first": before the text's first word alone, which no prompt has whose template begins with a special token
-        if pre["prepend_scheme"] == "first" and tokenizer.chat_template:
-            prompt = chat.render(tokenizer, [{"role": "user", "content": "x"}], True)
-            if tokenizer(prompt, add_special_tokens=False).input_ids[0] in tokenizer.all_special_ids:
-                return False
+        # There it is before every piece or none. Here: before every piece ("always"), or the text's first ("first"),
+        # if no space is there yet. Which of these a prompt has lies with the chat template.
+        prefixed = {
+            not piece.startswith(" ") and (scheme == "always" or at == 0)
+            for at, piece in _pieces(tokenizer, [token["content"] for token in data["added_tokens"]])
+        }
+        if len(prefixed) == 1:
+            return prefixed.pop()
     return _refuse("how it puts spaces before words has no like there")
+
+
+def _pieces(tokenizer, added):
+    """Return [(position, text)] of what stands between added tokens in chat prompts."""
+    if not tokenizer.chat_template:
+        return [(0, "x")]
+    turns = [{"role": role, "content": "x"} for role in ("user", "assistant", "user")]
+    pieces = []
+    for messages in (turns[:1], turns):
+        at = 0
+        for piece in re.split(f"({'|'.join(map(re.escape, added))})", chat.render(tokenizer, messages, True)):
+            if piece and piece not in added:
+                pieces.append((at, piece))
+            at += len(piece)
+    return pieces
 
 
 def _add_special(writer, tokenizer, stops):

@@ -23,7 +23,7 @@ from .. import base_model
 from ..data import chat
 from ..errors import InputError, ProofFailed
 from ..recipe import Model
-from . import vocabulary
+from . import proof, vocabulary
 
 KINDS = ("f16", "q8_0", "q4_k_m")
 
@@ -79,6 +79,8 @@ def write(folder, out_file, kind, on_bytes=None):
         raise InputError(f"--gguf {kind}: give one of {', '.join(KINDS)}")
     if out_file.exists():
         raise InputError(f"{out_file} is there already; nothing is overwritten: remove it or choose another name")
+    if not out_file.parent.is_dir():
+        raise InputError(f"{out_file}: there is no folder {out_file.parent}")
     quantize = _quantizer() if kind == "q4_k_m" else None
     first = "f16" if quantize else kind
     converter = _converter()
@@ -399,10 +401,10 @@ def _stored_as(new_name, shape, kind):
 def _stored(name, tensor, dtype):
     import gguf
 
-    result = gguf.quants.quantize(tensor.numpy(), dtype)
-    if not torch.isfinite(tensor).all() or tensor.abs().max() > (65504 if dtype.name == "F16" else float("inf")):
-        raise InputError(f"{name} holds {tensor.abs().max():.3g}, which float16 cannot; choose --gguf q8_0")
-    return result
+    largest = tensor.abs().max().item()
+    if not largest <= (65504 if dtype == gguf.GGMLQuantizationType.F16 else torch.finfo(torch.float32).max):
+        raise InputError(f"{name} holds {largest:.3g}, which {dtype.name.lower()} cannot; choose --gguf q8_0")
+    return gguf.quants.quantize(tensor.numpy(), dtype)
 
 
 def _numpy_dtype(dtype):
@@ -447,13 +449,25 @@ class Proof:
     widest_miss: float = 0.0
 
 
+def prompts_of(tokenizer, rows, limit=8):
+    """Return up to `limit` prompts, as strings, of Examples: what stands before the first trained token, shortest first;
+    of a row that is trained whole, its first half."""
+    starts = []
+    for row in rows:
+        first = next(at for at, label in enumerate(row.labels) if label != chat.IGNORE_INDEX)
+        starts.append(row.input_ids[: first if first > 1 else max(1, len(row.input_ids) // 2)])
+    shortest = sorted(starts, key=len)[:limit]
+    return [tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False) for ids in shortest]
+
+
 def prove(folder, gguf_file, kind, prompts, max_new_tokens=32):
     """Return the Proof that llama.cpp reads in `gguf_file` what transformers reads in `folder`.
 
     prompts: strings as the chat template renders them. llama.cpp has to make the same tokens of each, with the start
-    token put before by itself if the file says so. Then transformers (float32) answers greedily, and llama.cpp is shown
-    prompt and answer: after every token of it, the two distributions are compared. f16: equal greedy tokens, but for
-    near ties. q8_0, q4_k_m: KL at most KL_LIMIT.
+    token put before by itself if the file says so. Then transformers answers greedily (in float32 where that fits, see
+    `proof.reload`), and llama.cpp is shown prompt and answer: after every token of it, the two distributions are compared.
+    KL at most KL_LIMIT; f16 also: equal greedy tokens, but for near ties. Memory, beside the two models: 4 bytes for each
+    token of the longest prompt and each of the vocabulary.
 
     Raises:
         ProofFailed: other tokens, or other probabilities; says which.
@@ -461,13 +475,12 @@ def prove(folder, gguf_file, kind, prompts, max_new_tokens=32):
     if importlib.util.find_spec("llama_cpp") is None:
         return Proof(False, "not proven: llama-cpp-python is not installed; pip install 'qlora[gguf]' and export again")
     from llama_cpp import Llama
-    from transformers import AutoModelForCausalLM
 
     section = Model(name_or_path=str(folder))
     tokenizer = base_model.load_tokenizer(Path(folder), section)
     rows = [tokenizer(prompt, add_special_tokens=False).input_ids for prompt in prompts]
     longest = max(map(len, rows)) + max_new_tokens
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = proof.reload(Path(folder), base_model.default_device())
     # float32 keys and values: llama.cpp's default is float16, which would be compared too
     with contextlib.closing(
         Llama(str(gguf_file), n_ctx=longest, n_batch=longest, n_ubatch=longest, logits_all=True, type_k=0, type_v=0,
@@ -520,14 +533,17 @@ def _refuse_other_tokens(tokenizer, served, prompt, row):
 @torch.no_grad()
 def _compare(model, served, row, max_new_tokens):
     """Return (KL in nats, lead of the first token over the second in nats, same first token?) for each greedy token."""
-    ids = list(row)
-    for _ in range(max_new_tokens):
-        ids.append(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax().item())
-    expected = model(torch.tensor([ids[:-1]]), use_cache=False).logits[0, len(row) - 1 :].log_softmax(-1)
+    ids, rows, cache = list(row), [], None
+    while len(rows) < max_new_tokens:
+        new = torch.tensor([ids if cache is None else ids[-1:]], device=model.device)
+        output = model(new, past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        rows.append(output.logits[0, -1].float().cpu())
+        ids.append(rows[-1].argmax().item())
     served.reset()
     served.eval(ids[:-1])
-    logits = torch.from_numpy(served.scores[len(row) - 1 : len(ids) - 1].copy()).float()
-    found = logits.log_softmax(-1)
+    expected = torch.stack(rows).log_softmax(-1)
+    found = torch.from_numpy(served.scores[len(row) - 1 : len(ids) - 1].copy()).log_softmax(-1)
     top = expected.topk(2).values
     kl = (expected.exp() * (expected - found)).sum(-1)
     return kl, top[:, 0] - top[:, 1], expected.argmax(-1) == found.argmax(-1)

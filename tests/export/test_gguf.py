@@ -22,7 +22,7 @@ from qlora.errors import InputError, ProofFailed
 from qlora.export import gguf as export_gguf
 from qlora.export import vocabulary
 from qlora.recipe import Model
-from tests.conftest import CHATML, FAMILIES, SPECIAL, make_tokenizer
+from tests.conftest import CHATML, CONVERSATIONS, FAMILIES, SPECIAL, encode, make_tokenizer, messages
 from tests.data.families import BY_NAME
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
@@ -274,9 +274,9 @@ def test_nothing_is_overwritten_and_no_other_kind_is_known(tiny_model, tmp_path)
 def test_a_weight_beyond_float16_is_refused_and_fits_q8_0(tiny_model, tmp_path):
     folder = shutil.copytree(tiny_model("llama"), tmp_path / "model")
     tensors = load_file(folder / "model.safetensors")
-    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = 1e5
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = 2**17
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(InputError, match=r"up_proj.weight holds 1e\+05.*q8_0"):
+    with pytest.raises(InputError, match=r"up_proj.weight holds 1\.31e\+05.*q8_0"):
         export_gguf.write(folder, tmp_path / "out.gguf", "f16")
     assert not list(tmp_path.glob("out*"))
     export_gguf.write(folder, tmp_path / "out.gguf", "q8_0")
@@ -412,6 +412,29 @@ def test_merges_that_are_not_in_the_order_of_pieces_are_refused():
     refused(data | {"model": lacking}, "never joins", **names)
 
 
+def phi_3():
+    """Return a tokenizer with Phi-3's special tokens, which take the white space after them along; all but three."""
+    data = json.loads(sentencepiece(True).backend_tokenizer.to_str())
+    for token in ("<|endoftext|>", "<|user|>", "<|end|>"):
+        data["added_tokens"].append(
+            {**data["added_tokens"][0], "id": 4000 + len(data["added_tokens"]), "content": token}
+        )
+    for token in data["added_tokens"]:
+        token["rstrip"] = token["content"] in ("</s>", "<|user|>", "<|end|>")
+        token["id"] = data["model"]["vocab"].setdefault(token["content"], len(data["model"]["vocab"]))
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(data)), bos_token="<s>", eos_token="<|end|>", unk_token="<unk>"
+    )
+    tokenizer.chat_template = "{% for m in messages %}<|user|>\n{{ m['content'] }}<|end|>\n{% endfor %}"
+    return tokenizer
+
+
+def test_a_start_token_that_only_the_template_knows_is_refused(tokenizer):
+    tokenizer.chat_template, tokenizer.bos_token = "{{ bos_token }}" + CHATML, None
+    with pytest.raises(InputError, match="start token"):
+        vocabulary.add(gguf.GGUFWriter(None, "llama"), tokenizer, 4096, [2])
+
+
 TOKENIZERS = {
     "gpt-2": lambda: byte_level(pre_tokenizers.ByteLevel(False)),
     "smollm": lambda: byte_level(
@@ -422,6 +445,7 @@ TOKENIZERS = {
     "qwen2": lambda: byte_level(split(vocabulary._QWEN_2)),
     "sentencepiece, space before": lambda: sentencepiece(True),
     "sentencepiece, no space": lambda: sentencepiece(False),
+    "phi-3": phi_3,
 }
 
 
@@ -431,17 +455,18 @@ def test_llama_cpp_makes_the_same_tokens_of_random_text(tmp_path, name):
     tokenizer = TOKENIZERS[name]()
     served = vocabulary_in_llama_cpp(tokenizer, tmp_path / "out.gguf")
     rng, texts = random.Random(0), corpus()
-    start = "<s>" if "sentencepiece" in name else "<|im_start|>"
+    start = "<s>" if "sentencepiece" in name else "<|user|>\n" if name == "phi-3" else "<|im_start|>"
     for _ in range(300):
         text = rng.choice([text for text in texts if len(text) > 300])
         at = rng.randrange(len(text) - 200)
         text = text[at : at + rng.randrange(1, 200)] + rng.choice(["", "   ", "漢字🙂é 12345", "\n\n \t", "it'S I'LL"])
         prompt = f"{start}{text}{start} {text[::-1]}"
-        if any(token in text + text[::-1] for token in (*SPECIAL, "</s>", "-" * 16)):
+        if any(token in text + text[::-1] for token in (*SPECIAL, "</s>", "<|user|>", "<|end|>", "-" * 16)):
             continue  # a control token in the source text; tokens over 32 characters are cut by llama-cpp-python
         ids = tokenizer(prompt, add_special_tokens=False).input_ids
         assert served.tokenize(prompt.encode(), add_bos=False, special=True) == ids, prompt
-        assert served.detokenize(ids, special=True).decode(errors="replace").replace(" ", "") == prompt.replace(" ", "")
+        said = served.detokenize(ids, special=True).decode(errors="replace")
+        assert "".join(said.split()) == "".join(prompt.split())
 
 
 def vocabulary_in_llama_cpp(tokenizer, file):
@@ -449,7 +474,9 @@ def vocabulary_in_llama_cpp(tokenizer, file):
 
     writer = gguf.GGUFWriter(file, "llama")
     name = vocabulary.add(writer, tokenizer, len(tokenizer) + 3, [tokenizer.eos_token_id])
-    assert name is None
+    assert name == ("phi-3" if "<|user|>" in tokenizer.get_vocab() else None)
+    if name is not None:
+        writer.add_name(name)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
@@ -514,6 +541,13 @@ def test_without_the_gguf_package_it_is_named(tmp_path, monkeypatch, tiny_model)
 
 
 # --- what llama.cpp says
+
+
+def test_prompts_are_what_stands_before_the_answer(tokenizer):
+    rows = [encode(tokenizer, messages(turns)) for turns in CONVERSATIONS[:3]]
+    assert export_gguf.prompts_of(tokenizer, rows, limit=2) == [
+        f"<|im_start|>user\nWhat is 0 plus {b}?<|im_end|>\n<|im_start|>assistant\n" for b in range(2)
+    ]
 
 
 @needs_llama_cpp

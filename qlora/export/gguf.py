@@ -368,12 +368,11 @@ def _is_conv1d(name, architecture):
 
 
 def _as_llama_cpp(name, tensor, config, architecture):
-    """Return the tensor `name` in float32 as llama.cpp wants it: its row order, its orientation, its zero."""
-    tensor = tensor.float()
+    """Return the tensor `name` as llama.cpp wants it: its row order, its orientation, its zero."""
     if _is_conv1d(name, architecture):
-        return tensor.T.contiguous()
+        return tensor.T
     if architecture.norms_from_zero and name.endswith("norm.weight"):
-        return tensor + 1
+        return tensor.float() + 1
     if architecture.permuted and name.endswith(("q_proj.weight", "q_proj.bias")):
         return permuted(tensor, config.num_attention_heads)
     if architecture.permuted and name.endswith(("k_proj.weight", "k_proj.bias")):
@@ -399,12 +398,22 @@ def _stored_as(new_name, shape, kind):
 
 
 def _stored(name, tensor, dtype):
+    """Return the bytes of `tensor` as GGML type `dtype`, made a few rows at a time: float32 of all would be twice the file."""
     import gguf
+    import numpy as np
 
-    largest = tensor.abs().max().item()
-    if not largest <= (65504 if dtype == gguf.GGMLQuantizationType.F16 else torch.finfo(torch.float32).max):
-        raise InputError(f"{name} holds {largest:.3g}, which {dtype.name.lower()} cannot; choose --gguf q8_0")
-    return gguf.quants.quantize(tensor.numpy(), dtype)
+    limit = 65504 if dtype == gguf.GGMLQuantizationType.F16 else torch.finfo(torch.float32).max
+    result, step = None, max(1, 2**22 // tensor[0].numel())
+    for start in range(0, len(tensor), step):
+        rows = tensor[start : start + step].float().contiguous()
+        largest = rows.abs().max().item()
+        if not largest <= limit:
+            raise InputError(f"{name} holds {largest:.3g}, which {dtype.name.lower()} cannot; choose --gguf q8_0")
+        part = gguf.quants.quantize(rows.numpy(), dtype)
+        if result is None:
+            result = np.empty((len(tensor), *part.shape[1:]), part.dtype)
+        result[start : start + step] = part
+    return result
 
 
 def _numpy_dtype(dtype):

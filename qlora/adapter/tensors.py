@@ -23,9 +23,8 @@ _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.we
 _ROWS_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.token_adapter\.trainable_tokens_delta")
 
 # What an adapter config may hold that this version can neither train nor merge: refused by name, never ignored.
-_UNSUPPORTED = ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "lora_bias", "layer_replication",
-                "target_parameters", "exclude_modules", "use_bdlora", "arrow_config",
-                "alora_invocation_tokens", "use_qalora", "corda_config", "eva_config")  # fmt: skip
+_UNSUPPORTED = ("layer_replication", "target_parameters", "use_bdlora", "arrow_config",
+                "alora_invocation_tokens", "use_qalora", "corda_config")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -84,15 +83,18 @@ def read(folder):
             tensors = load_file(folder / WEIGHTS)
     except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"adapter {folder}: {error}") from None
-    if config.get("peft_type") != "LORA":
+    if config.get("peft_type") not in ("LORA", "ADALORA"):
         raise InputError(f"adapter {folder}: peft_type {config.get('peft_type')!r} is not LORA")
     unsupported = [key for key in _UNSUPPORTED if config.get(key)]
-    if unsupported or config.get("bias", "none") != "none":
-        raise InputError(f"adapter {folder}: uses {', '.join(unsupported) or 'bias'}, which is not supported yet")
+    if unsupported:
+        raise InputError(f"adapter {folder}: uses {', '.join(unsupported)}, which is not supported yet")
     indices = config.get("trainable_token_indices") or {}
     if not isinstance(indices, dict) or not all(map(_are_ids, indices.values())):
         raise InputError(f"adapter {folder}: trainable_token_indices in {CONFIG} is not {{module: [id, ...]}}")
     rows = {match["module"]: tensors.pop(match[0]) for match in map(_ROWS_KEY.fullmatch, list(tensors)) if match}
+    new = ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "lora_bias")
+    if config["peft_type"] == "ADALORA" or config.get("bias", "none") != "none" or any(map(config.get, new)):
+        return Adapter(folder, config, math.nan, {}, _checked_rows(folder, rows, indices))
     factors = _pair(folder, tensors, config["r"])
     return Adapter(folder, config, _scaling(config), factors, _checked_rows(folder, rows, indices))
 

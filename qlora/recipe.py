@@ -104,9 +104,9 @@ class Lora(Section):
     @model_validator(mode="after")
     def _what_goes_together(self):
         start = self.init_lora_weights
-        if self.layers_to_transform is not None and isinstance(self.target_modules, str):
-            if self.target_modules != "all-linear":
-                raise ValueError("layers_to_transform is for a list of target_modules; put it into the expression")
+        expression = isinstance(self.target_modules, str) and self.target_modules != "all-linear"
+        if expression and self.layers_to_transform is not None:
+            raise ValueError("layers_to_transform is for a list of target_modules; put it into the expression")
         if self.use_dora and self.lora_bias:
             raise ValueError("use_dora and lora_bias exclude each other; keep one")
         if self.use_dora and start == "loftq":

@@ -407,13 +407,8 @@ def _saved_config(folder, config, model, tensors, rows):
     missing = [f"{name}: not in the base" for name in targets if name not in modules]
     if missing or not targets:
         raise InputError.listing(f"adapter {folder}: made for another base; it", missing or ["no LoRA tensors"])
-    # PEFT takes a module whose name ends like one that is listed; only those that have a tensor here were trained
-    whole = [
-        name
-        for name in sorted(modules)
-        if any(name.endswith(one) for one in config.get("modules_to_save") or ())
-        and any(key.startswith(f"{name}.") and not _FACTOR.search(key) for key in keys)
-    ]
+    # as PEFT reads it: every module whose name ends like that
+    whole = sorted(name for name in modules if any(name.endswith(one) for one in config.get("modules_to_save") or ()))
     followed, kind = (_ADALORA, AdaLoraConfig) if config["peft_type"] == "ADALORA" else (_LORA, LoraConfig)
     return kind(
         **{key: config[key] for key in followed if config.get(key) is not None},

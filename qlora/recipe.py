@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import io
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -243,10 +244,6 @@ class Recipe(Section):
                 f"lora.init_lora_weights {start} is for a base in 16 bit; loftq starts from what quantization has lost, or "
                 "set quantization: null"
             )
-        if start in ("pissa", "olora") and self.training.weight_decay:
-            raise ValueError(
-                f"training.weight_decay would change what lora.init_lora_weights {start} starts from; leave it out"
-            )
         if start == "loftq" and self.quantization is None:
             raise ValueError(
                 "lora.init_lora_weights loftq corrects a quantized base; with quantization: null take pissa"
@@ -255,12 +252,10 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _steps_for_the_ranks_to_shrink_in(self):
-        total, lora = self.training.max_steps, self.lora
-        fixed = sum(value * (total or 0) if value < 1 else value for value in (lora.tinit, lora.tfinal))
-        if lora.peft_type == "ADALORA" and total is not None and fixed >= total:
-            raise ValueError(
-                f"lora.tinit and lora.tfinal leave none of training.max_steps {total} for the ranks to shrink in"
-            )
+        total, ends = self.training.max_steps, (self.lora.tinit, self.lora.tfinal)
+        share = sum(end if end < 1 else end / (total or math.inf) for end in ends)
+        if self.lora.peft_type == "ADALORA" and share >= 1:
+            raise ValueError("lora.tinit and lora.tfinal leave none of the steps for the ranks to shrink in")
         return self
 
     @model_validator(mode="after")
@@ -437,5 +432,7 @@ def _did_you_mean(location):
     known = _SYNONYMS | elsewhere
     if name in known:
         return f"; did you mean {known[name]}?"
-    near = difflib.get_close_matches(name, section.model_fields, n=1, cutoff=0.4)
-    return f"; did you mean {prefix}{near[0]}?" if near else f"; known here: {', '.join(section.model_fields)}"
+    here = {field: f"{prefix}{field}" for field in section.model_fields}
+    here |= {other: field for other, field in _SYNONYMS.items() if field in here.values()}
+    near = difflib.get_close_matches(name, here, n=1, cutoff=0.4)
+    return f"; did you mean {here[near[0]]}?" if near else f"; known here: {', '.join(section.model_fields)}"

@@ -51,6 +51,7 @@ def train(model, tokenizer, examples, eval_examples, training, gradient_checkpoi
     """
     memory.reset_peak()
     packed = isinstance(examples, Packs)
+    dtype = model.get_input_embeddings().weight.dtype  # now: trl casts what is trained, the embedding maybe with it
     pad = DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id)
     trainer = Trainer(
         model=model,
@@ -62,7 +63,6 @@ def train(model, tokenizer, examples, eval_examples, training, gradient_checkpoi
     )
     if training.group_by_length:
         trainer.lengths = [int(length) for length in getattr(examples, "lengths", map(_length, examples))]
-    dtype = model.get_input_embeddings().weight.dtype  # read once: with new tokens it is a copy of the embedding
     for parameter in model.parameters():
         if parameter.requires_grad:  # trl casts the adapters of a quantized base to bf16, whatever it computes in
             parameter.data = parameter.data.to(dtype)
@@ -288,6 +288,9 @@ class MasterWeights:
     A bf16 number has 8 bits: an update under 1/256 of a weight is lost when it is added to the weight itself, and so is
     a micro-batch's gradient beside the sum of those before. docs/log.md has the measurement. Cost: 8 bytes a trained
     parameter (320 MB for r=16 on 7B).
+
+    A parameter with an attribute `held`, an index, keeps those numbers; zero gradients alone do not see to that, because
+    an 8-bit optimizer rounds a zero to something else where larger numbers share its block.
     """
 
     def __init__(self, live):
@@ -299,6 +302,8 @@ class MasterWeights:
         for master, parameter in zip(self.masters, self.live, strict=True):
             if parameter.grad is not None:
                 gradient = parameter.grad.float()
+                if hasattr(parameter, "held"):
+                    gradient[parameter.held] = 0
                 master.grad = gradient if master.grad is None else master.grad.add_(gradient)
                 parameter.grad = None
 
@@ -306,6 +311,8 @@ class MasterWeights:
     def give_weights(self):
         """Round the masters into the model."""
         for master, parameter in zip(self.masters, self.live, strict=True):
+            if hasattr(parameter, "held"):
+                master[parameter.held] = parameter[parameter.held].to(master.dtype)
             parameter.copy_(master)
 
     def clear_gradients(self):

@@ -308,6 +308,9 @@ KINDS = {
     "tied-head": ("llama-tied", {"modules_to_save": ["lm_head"]}, {}),
     "tied-embedding": ("llama-tied", {"modules_to_save": ["embed_tokens"]}, {}),
     "tied-both": ("llama-tied", {"modules_to_save": ["embed_tokens", "lm_head"]}, {}),
+    "tied-as-one-by-the-head": (
+        "qwen2", {"modules_to_save": ["lm_head", "model.norm"], "ensure_weight_tying": True}, {},
+    ),
     "tied-as-one": ("llama-tied", {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}, {}),
     "head-with-bias": ("phi", {"modules_to_save": ["lm_head"], "bias": "all"}, {}),
     "wte": ("gpt2", {"modules_to_save": ["wte", "ln_f"]}, {}),
@@ -329,6 +332,7 @@ KINDS = {
     "loftq": ("llama", {"init_lora_weights": "loftq"}, {}),
     "loftq-conv1d": ("gpt2", {"init_lora_weights": "loftq"}, {}),
     "eva": ("llama", {"init_lora_weights": "eva"}, {}),
+    "eva-dora-rslora": ("qwen2", {"init_lora_weights": "eva", "use_dora": True, "use_rslora": True}, {}),
     "eva-conv1d": ("gpt2", {"init_lora_weights": "eva"}, {}),
 }  # fmt: skip
 
@@ -463,6 +467,11 @@ def test_what_cannot_be_trained_in_16_bit_is_refused_with_the_reason(load_model)
             adapter.attach(load_model("llama", None), Lora(r=4, **lora))
 
 
+def test_a_tie_that_peft_does_not_know_of_is_refused(load_model):
+    with pytest.raises(InputError, match="PEFT does that for embed_tokens and lm_head"):
+        adapter.attach(load_model("gpt2"), Lora(r=4, modules_to_save=["wte"], ensure_weight_tying=True))
+
+
 @pytest.mark.parametrize("name", ["lm_head", "embed_tokens", "wte"])
 def test_rows_and_the_whole_of_a_matrix_are_not_trained_at_once(load_model, name):
     model = load_model("gpt2" if name == "wte" else "llama")
@@ -547,6 +556,9 @@ def test_pissa_trains_what_pefts_pissa_trains_and_leaves_the_base_alone(load_mod
         for _ in range(2):
             optimizer.zero_grad()
             model(input_ids=ids, labels=ids).loss.backward()
+            for parameter in trained:  # as sft.MasterWeights does
+                if hasattr(parameter, "held"):
+                    parameter.grad[parameter.held] = 0
             optimizer.step()
         return logits(model)
 

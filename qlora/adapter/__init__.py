@@ -62,6 +62,10 @@ def attach(model, section, seed=0, token_ids=(), checkpoint=None, examples=()):
     common = {"modules_to_save": whole or None, "trainable_token_indices": _token_indices(model, token_ids)}
     torch.manual_seed(seed)
     peft_model = _peft_model(model, _config(section, model, targets, common))
+    if section.ensure_weight_tying and model.get_input_embeddings().weight is not model.get_output_embeddings().weight:
+        raise InputError(
+            "lora.ensure_weight_tying: PEFT does that for embed_tokens and lm_head, under these names; leave it out"
+        )
     start.initialize(peft_model, section, checkpoint, examples)
     to_dtype(peft_model, _dtype(model))
     return peft_model
@@ -106,6 +110,7 @@ def _peft_model(model, config):
         # a tied head that is trained apart from the embedding is untied on purpose; and PEFT finds out by itself which
         # layers are Conv1D
         warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
+        warnings.filterwarnings("ignore", message="You have requested `ensure_weight_tying`")  # attach refuses instead
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
         # attach has checked the patterns; in the folder of an AdaLoRA, rank_pattern names tensors
         warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not match")
@@ -166,7 +171,7 @@ def _target_names(model, section):
     leaves = sorted({name.rpartition(".")[2] for name in linear})
     targets = leaves if section.target_modules == "all-linear" else section.target_modules
     names = {module: name for name, module in model.named_modules()}
-    ends = [names[model.get_input_embeddings()], names[model.get_output_embeddings()]]
+    ends = [names[end] for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None]
     problems = []
     for field, wanted in (("target_modules", targets), ("exclude_modules", section.exclude_modules or [])):
         for one in _one_by_one(wanted):
@@ -297,8 +302,10 @@ def save(peft_model, folder, base_name, revision):
     broken = [n for n, p in peft_model.named_parameters() if p.requires_grad and not torch.isfinite(p).all()]
     if broken:
         raise TrainingFailed(f"{len(broken)} adapter tensors hold numbers that are not finite ({broken[0]}); not saved")
-    config, tensors = copy.copy(peft_model.peft_config["default"]), _tensors(peft_model)
+    tensors = _tensors(peft_model)  # first: AdaLoRA's config is made ready for saving there
+    config = copy.copy(peft_model.peft_config["default"])
     config.base_model_name_or_path, config.revision, config.inference_mode = str(base_name), revision, True
+    config.target_modules = sorted(config.target_modules)  # from a set, whose order is another in each process
     config.save_pretrained(folder)
     # cloned: safetensors takes no two names of one tensor, and a tied head has two
     tensors = {

@@ -227,7 +227,7 @@ def _split_off(peft_model, kind):
             A0, B0 = R[:rank], Q[:, :rank]
         A.copy_(torch.cat([A0, A0]))
         B.copy_(torch.cat([B0, -B0], dim=1))
-        A.register_hook(lambda gradient, rank=rank: torch.cat([gradient[:rank], torch.zeros_like(gradient[rank:])]))
-        B.register_hook(
-            lambda gradient, rank=rank: torch.cat([gradient[:, :rank], torch.zeros_like(gradient[:, rank:])], dim=1)
-        )
+        A.held, B.held = (
+            (slice(rank, None),),
+            (slice(None), slice(rank, None)),
+        )  # sft.MasterWeights keeps these as they are

@@ -290,7 +290,7 @@ class MasterWeights:
     parameter (320 MB for r=16 on 7B).
 
     A parameter with an attribute `held`, an index, keeps those numbers; zero gradients alone do not see to that, because
-    an 8-bit optimizer rounds a zero to something else where larger numbers share its block.
+    8-bit optimizers round a zero to something else where larger numbers share its block (bitsandbytes 0.50.2).
     """
 
     def __init__(self, live):

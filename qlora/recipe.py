@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import difflib
 import io
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,6 +22,8 @@ from .errors import InputError
 
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
+Number = Annotated[float, Field(gt=0)]
+Names = Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
 
 # YAML 1.2 (ruamel) reads 2e-4 as a number and `on:` as a word; YAML 1.1 (PyYAML) does neither.
 
@@ -55,11 +58,66 @@ class Quantization(Section):
 
 
 class Lora(Section):
+    peft_type: Literal["LORA", "ADALORA"] = "LORA"
     r: Positive = 16
-    lora_alpha: Annotated[float, Field(gt=0)] = 32
+    lora_alpha: Number = 32
     lora_dropout: Share = 0.0
-    target_modules: str | Annotated[list[str], Field(min_length=1)] = "all-linear"
+    target_modules: str | Names = "all-linear"
+    exclude_modules: str | Names | None = None
+    layers_to_transform: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = None
+    rank_pattern: dict[str, Positive] = {}
+    alpha_pattern: dict[str, Number] = {}
     use_rslora: bool = False
+    use_dora: bool = False
+    init_lora_weights: Literal[True, "gaussian", "orthogonal", "loftq", "eva", "pissa", "olora"] = True
+    bias: Literal["none", "all", "lora_only"] = "none"
+    lora_bias: bool = False
+    modules_to_save: Names | None = None
+    ensure_weight_tying: bool = False
+    init_r: Positive = 12
+    target_r: Positive = 8
+    tinit: Annotated[int, Field(ge=0)] | Share = 0.1
+    tfinal: Annotated[int, Field(ge=0)] | Share = 0.3
+    deltaT: Positive = 1
+    beta1: Annotated[float, Field(gt=0, lt=1)] = 0.85
+    beta2: Annotated[float, Field(gt=0, lt=1)] = 0.85
+    orth_reg_weight: Annotated[float, Field(ge=0)] = 0.5
+
+    def changed(self, *names):
+        """Return those of the fields `names` that do not have their default."""
+        return [name for name in names if getattr(self, name) != type(self).model_fields[name].default]
+
+    @model_validator(mode="after")
+    def _fields_of_one_kind(self):
+        adaptive = self.peft_type == "ADALORA"
+        of_lora = ("r", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "init_lora_weights", "lora_bias",
+                   "ensure_weight_tying")  # fmt: skip
+        of_adalora = ("init_r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight")
+        strange = self.changed(*(of_lora if adaptive else of_adalora))
+        if strange:
+            instead = "init_r and target_r are its ranks" if adaptive else "set peft_type: ADALORA"
+            raise ValueError(f"{', '.join(strange)}: not for peft_type {self.peft_type}; {instead}")
+        if adaptive and self.target_r >= self.init_r:
+            raise ValueError(
+                f"target_r {self.target_r} must be less than init_r {self.init_r}, which ranks shrink from"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _what_goes_together(self):
+        start = self.init_lora_weights
+        expression = isinstance(self.target_modules, str) and self.target_modules != "all-linear"
+        if expression and self.layers_to_transform is not None:
+            raise ValueError("layers_to_transform is for a list of target_modules; put it into the expression")
+        if self.use_dora and self.lora_bias:
+            raise ValueError("use_dora and lora_bias exclude each other; keep one")
+        if self.use_dora and start == "loftq":
+            raise ValueError("use_dora and init_lora_weights loftq exclude each other; keep one")
+        if start == "orthogonal" and any(rank % 2 for rank in (self.r, *self.rank_pattern.values())):
+            raise ValueError("init_lora_weights orthogonal needs even ranks; change r or rank_pattern")
+        if self.ensure_weight_tying and self.modules_to_save is None:
+            raise ValueError("ensure_weight_tying is for modules_to_save; name the embedding there, or leave it out")
+        return self
 
 
 Column = Literal[
@@ -179,6 +237,28 @@ class Recipe(Section):
     memory: Memory = Memory()
     export: Export = Export()
     output_dir: Annotated[str, Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _a_start_that_fits_the_base(self):
+        start = self.lora.init_lora_weights
+        if start in ("pissa", "olora") and self.quantization is not None:
+            raise ValueError(
+                f"lora.init_lora_weights {start} is for a base in 16 bit; loftq starts from what quantization has lost, or "
+                "set quantization: null"
+            )
+        if start == "loftq" and self.quantization is None:
+            raise ValueError(
+                "lora.init_lora_weights loftq corrects a quantized base; with quantization: null take pissa"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _steps_for_the_ranks_to_shrink_in(self):
+        total, ends = self.training.max_steps, (self.lora.tinit, self.lora.tfinal)
+        share = sum(end if end < 1 else end / (total or math.inf) for end in ends)
+        if self.lora.peft_type == "ADALORA" and share >= 1:
+            raise ValueError("lora.tinit and lora.tfinal leave none of the steps for the ranks to shrink in")
+        return self
 
     @model_validator(mode="after")
     def _one_way_to_fill_a_micro_batch(self):
@@ -357,5 +437,7 @@ def _did_you_mean(location):
     known = _SYNONYMS | elsewhere
     if name in known:
         return f"; did you mean {known[name]}?"
-    near = difflib.get_close_matches(name, section.model_fields, n=1, cutoff=0.4)
-    return f"; did you mean {prefix}{near[0]}?" if near else f"; known here: {', '.join(section.model_fields)}"
+    here = {field: f"{prefix}{field}" for field in section.model_fields}
+    here |= {other: field for other, field in _SYNONYMS.items() if field in here.values()}
+    near = difflib.get_close_matches(name, here, n=1, cutoff=0.4)
+    return f"; did you mean {here[near[0]]}?" if near else f"; known here: {', '.join(section.model_fields)}"

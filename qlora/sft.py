@@ -51,6 +51,7 @@ def train(model, tokenizer, examples, eval_examples, training, gradient_checkpoi
     """
     memory.reset_peak()
     packed = isinstance(examples, Packs)
+    dtype = model.get_input_embeddings().weight.dtype  # now: trl casts what is trained, the embedding maybe with it
     pad = DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id)
     trainer = Trainer(
         model=model,
@@ -62,7 +63,6 @@ def train(model, tokenizer, examples, eval_examples, training, gradient_checkpoi
     )
     if training.group_by_length:
         trainer.lengths = [int(length) for length in getattr(examples, "lengths", map(_length, examples))]
-    dtype = model.get_input_embeddings().weight.dtype  # read once: with new tokens it is a copy of the embedding
     for parameter in model.parameters():
         if parameter.requires_grad:  # trl casts the adapters of a quantized base to bf16, whatever it computes in
             parameter.data = parameter.data.to(dtype)
@@ -70,7 +70,7 @@ def train(model, tokenizer, examples, eval_examples, training, gradient_checkpoi
         trainer.eval_tokens_per_row = _mean_trained(eval_examples)
     for printer in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printer)
-    trainer.add_callback(_FirstStep(model))
+    trainer.add_callback(_Schedule(trainer.ranks))
     recorder = _Recorder(trainer, run, on_log)
     trainer.add_callback(recorder)
     start = time.monotonic()
@@ -197,6 +197,11 @@ class Trainer(SFTTrainer):
     lengths: Any = None  # of the training rows, where rows of like length are to share a batch
     optimizer: Any
 
+    def __init__(self, model, **arguments):
+        self.ranks = adapter.Ranks(model)
+        self.before: Any = {name: p.detach().clone() for name, p in adapter.first_to_move(model).items()}
+        super().__init__(model, **arguments)
+
     def _get_train_sampler(self, train_dataset=None):
         if self.lengths is None:
             return super()._get_train_sampler(train_dataset)
@@ -206,11 +211,24 @@ class Trainer(SFTTrainer):
     def create_optimizer(self, model=None):
         if self.optimizer is None:
             make, arguments = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            self.trained = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
             self.masters = MasterWeights([p for p in self.model.parameters() if p.requires_grad])
             groups = [{"params": self.masters.masters, "weight_decay": self.args.weight_decay}]
             self.optimizer = make(groups, **arguments)
-            self.optimizer.register_step_post_hook(lambda *_: self.masters.give_weights())
+            self.optimizer.register_step_post_hook(lambda *_: self._finish_step())
         return self.optimizer
+
+    def _finish_step(self):
+        """After the optimizer: the model gets the new weights; all have moved in the first step with a learning rate."""
+        self.masters.give_weights()
+        if self.before is not None and self.optimizer.param_groups[0]["lr"] > 0:  # a warmup starts at 0
+            adapter.refuse_unmoved(self.model, self.before)
+            self.before = None
+        if self.ranks.adaptive:
+            with self.masters.in_the_model():
+                self.ranks.shrink(self.state.global_step + 1)
+            self.masters.give_weights()
+        self.masters.clear_gradients()
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         # kept on the device: reading it here would make the GPU wait at every micro-batch
@@ -223,6 +241,10 @@ class Trainer(SFTTrainer):
         return loss
 
     def _clip_grad_norm(self, model):
+        if (
+            self.ranks.adaptive
+        ):  # once a step, however many micro-batches it has; and logged losses stay cross entropies
+            self.ranks.penalty(zip(self.trained, self.masters.masters, strict=True)).backward()
         norm = self.accelerator.clip_grad_norm_(self.masters.masters, self.args.max_grad_norm)
         if not math.isfinite(norm):
             raise TrainingFailed(
@@ -266,6 +288,9 @@ class MasterWeights:
     A bf16 number has 8 bits: an update under 1/256 of a weight is lost when it is added to the weight itself, and so is
     a micro-batch's gradient beside the sum of those before. docs/log.md has the measurement. Cost: 8 bytes a trained
     parameter (320 MB for r=16 on 7B).
+
+    A parameter with an attribute `held`, an index, keeps those numbers; zero gradients alone do not see to that, because
+    8-bit optimizers round a zero to something else where larger numbers share its block (bitsandbytes 0.50.2).
     """
 
     def __init__(self, live):
@@ -277,31 +302,46 @@ class MasterWeights:
         for master, parameter in zip(self.masters, self.live, strict=True):
             if parameter.grad is not None:
                 gradient = parameter.grad.float()
+                if hasattr(parameter, "held"):
+                    gradient[parameter.held] = 0
                 master.grad = gradient if master.grad is None else master.grad.add_(gradient)
                 parameter.grad = None
 
     @torch.no_grad()
     def give_weights(self):
-        """Round the masters into the model and clear their gradients."""
+        """Round the masters into the model."""
         for master, parameter in zip(self.masters, self.live, strict=True):
+            if hasattr(parameter, "held"):
+                master[parameter.held] = parameter[parameter.held].to(master.dtype)
             parameter.copy_(master)
+
+    def clear_gradients(self):
+        for master in self.masters:
             master.grad = None
 
+    @contextlib.contextmanager
+    def in_the_model(self):
+        """Let the model hold the masters themselves, with their gradients, while the block runs."""
+        rounded = [parameter.data for parameter in self.live]
+        for master, parameter in zip(self.masters, self.live, strict=True):
+            parameter.data = master.data
+            parameter.grad = torch.zeros_like(master) if master.grad is None else master.grad
+        try:
+            yield
+        finally:
+            for parameter, data in zip(self.live, rounded, strict=True):
+                parameter.grad = None
+                parameter.data = data
 
-class _FirstStep(TrainerCallback):
-    """After the first step with a learning rate above 0, every B has moved, or the run stops."""
 
-    def __init__(self, model):
-        self.model = model
-        self.before: Any = {name: parameter.detach().clone() for name, parameter in adapter.lora_b(model).items()}
+class _Schedule(TrainerCallback):
+    """Tells AdaLoRA how many steps there will be."""
 
-    def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
-        self.learning_rate = optimizer.param_groups[0]["lr"]  # a warmup starts at 0
+    def __init__(self, ranks):
+        self.ranks = ranks
 
-    def on_step_end(self, args, state, control, **kwargs):
-        if self.before is not None and self.learning_rate > 0:
-            adapter.refuse_unmoved(self.model, self.before)
-            self.before = None
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.ranks.begin(state.max_steps)
 
 
 class _Recorder(TrainerCallback):
@@ -347,6 +387,8 @@ class _Recorder(TrainerCallback):
             "memory_bytes": memory.peak_bytes(),
             "time": now - self.start,
         }
+        if self.trainer.ranks.adaptive:
+            record["mean_rank"] = self.trainer.ranks.mean()
         self.last_time, self.last_tokens = now, tokens
         return record
 

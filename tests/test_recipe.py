@@ -121,6 +121,63 @@ def test_new_tokens_are_texts_that_stand_once(tmp_path, tokens, expected):
     assert load(tmp_path, MINIMAL, "model.new_tokens=[<a>, <b>]").model.new_tokens == ["<a>", "<b>"]
 
 
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["lora.peft_type=LOHA"], "lora.peft_type: 'LOHA' is not one of 'LORA', 'ADALORA'"),
+        (["lora.init_r=8"], "lora: init_r: not for peft_type LORA; set peft_type: ADALORA"),
+        (["lora.tinit=5", "lora.beta1=0.5"], "lora: tinit, beta1: not for peft_type LORA"),
+        (
+            ["lora.peft_type=ADALORA", "lora.r=8"],
+            "lora: r: not for peft_type ADALORA; init_r and target_r are its ranks",
+        ),
+        (["lora.peft_type=ADALORA", "lora.use_dora=true"], "lora: use_dora: not for peft_type ADALORA"),
+        (["lora.peft_type=ADALORA", "lora.rank_pattern={q_proj: 2}"], "rank_pattern: not for peft_type ADALORA"),
+        (["lora.peft_type=ADALORA", "lora.init_lora_weights=eva"], "init_lora_weights: not for peft_type ADALORA"),
+        (["lora.peft_type=ADALORA", "lora.target_r=12"], "target_r 12 must be less than init_r 12"),
+        (
+            ["lora.peft_type=ADALORA", "lora.tinit=20", "training.max_steps=20"],
+            "lora.tinit and lora.tfinal leave none of the steps",
+        ),
+        (["lora.peft_type=ADALORA", "lora.tfinal=0.95"], "lora.tinit and lora.tfinal leave none"),
+        (["lora.modules_to_save=[]"], "lora.modules_to_save: List should have at least 1 item"),
+        (["lora.rank_pattern={q_proj: 0}"], "lora.rank_pattern.q_proj: should be greater than or equal to 1"),
+        (["lora.alpha_pattern={q_proj: -1}"], "lora.alpha_pattern.q_proj: should be greater than 0"),
+        (["lora.layers_to_transform=[1]", "lora.target_modules=.*_proj"], "layers_to_transform is for a list"),
+        (["lora.bias=lora"], "lora.bias: 'lora' is not one of 'none', 'all', 'lora_only'"),
+        (["lora.use_dora=true", "lora.lora_bias=true"], "use_dora and lora_bias exclude each other"),
+        (["lora.use_dora=true", "lora.init_lora_weights=loftq"], "use_dora and init_lora_weights loftq exclude each"),
+        (["lora.init_lora_weights=orthogonal", "lora.r=5"], "init_lora_weights orthogonal needs even ranks"),
+        (["lora.init_lora_weights=orthogonal", "lora.rank_pattern={q_proj: 3}"], "needs even ranks"),
+        (["lora.init_lora_weights=corda"], "lora.init_lora_weights: 'corda' is not one of True, 'gaussian'"),
+        (["lora.init_lora_weights=false"], "lora.init_lora_weights: False is not one of True"),
+        (["lora.init_lora_weights=pissa"], "lora.init_lora_weights pissa is for a base in 16 bit"),
+        (
+            ["lora.init_lora_weights=loftq", "quantization=null"],
+            "lora.init_lora_weights loftq corrects a quantized base",
+        ),
+        (["lora.ensure_weight_tying=true"], "ensure_weight_tying is for modules_to_save"),
+        (["lora.target_parameters=[x]"], "lora.target_parameters: unknown field"),
+    ],
+)
+def test_adapter_settings_that_do_not_go_together_are_refused(tmp_path, overrides, expected):
+    assert expected in refusal(tmp_path, MINIMAL, *overrides)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["lora.peft_type=ADALORA", "lora.init_r=8", "lora.target_r=4", "lora.tinit=10", "lora.tfinal=0.2"],
+        ["lora.use_dora=true", "lora.rank_pattern={q_proj: 8}", "lora.alpha_pattern={q_proj: 16}", "lora.bias=all"],
+        ["lora.init_lora_weights=pissa", "quantization=null"],
+        ["lora.init_lora_weights=loftq", "lora.modules_to_save=[lm_head]", "lora.layers_to_transform=[0, 1]"],
+    ],
+)
+def test_a_recipe_of_any_kind_reads_back_equal(tmp_path, overrides):
+    recipe = load(tmp_path, MINIMAL, *overrides)
+    assert load(tmp_path, recipe.to_yaml()) == recipe
+
+
 def test_eval_and_eval_fraction_exclude_each_other(tmp_path):
     assert "exclude each other" in refusal(tmp_path, MINIMAL, "data.eval=e.jsonl", "data.eval_fraction=0.1")
 

@@ -11,8 +11,8 @@ from trl import SFTTrainer
 
 from qlora import adapter, base_model, sft
 from qlora.data import Batches
-from qlora.errors import TrainingFailed
-from qlora.recipe import Lora, Training
+from qlora.errors import InputError, TrainingFailed
+from qlora.recipe import Lora, Quantization, Training
 from qlora.rundir import RunDir
 from tests.conftest import CONVERSATIONS, encode, messages
 
@@ -39,11 +39,12 @@ def fit(load_model, tokenizer, tmp_path):
         float32=False,
         batches=None,
         token_ids=(),
+        quantization=Quantization(),  # noqa: B008 (frozen)
         **settings,
     ):
         run = RunDir(tmp_path / f"run{next(runs)}")
         run.path.mkdir()
-        model = load_model(family)
+        model = load_model(family, quantization)
         torch.manual_seed(0)
         if float32:
             base_model.to_float32(model)
@@ -138,6 +139,18 @@ def test_every_optimizer_learns(fit, optim):
     assert losses[-1] < 0.9 * losses[0]
 
 
+@pytest.mark.parametrize("optim", get_args(Training.model_fields["optim"].annotation))
+def test_no_optimizer_moves_what_pissa_starts_from(fit, load_model, optim):
+    lora = Lora(r=64, init_lora_weights="pissa", target_modules=["q_proj"])  # 128 x 64: enough for 8-bit states
+    start = trained(adapter.attach(load_model("llama", None), lora, 0))
+    model, _, _ = fit(lora=lora, quantization=None, max_steps=3, optim=optim, weight_decay=0.1)
+    for name, tensor in trained(model).items():
+        dim = 0 if ".lora_A." in name else 1
+        (new, held), (old, first) = tensor.split(64, dim), start[name].split(64, dim)
+        assert torch.equal(held, first), name
+        assert not torch.equal(new, old), name
+
+
 def test_the_default_optimizer_is_the_paged_8_bit_one(load_model, fit, monkeypatch):
     made = []
     original = sft.Trainer.create_optimizer
@@ -217,6 +230,113 @@ def test_a_warmup_that_starts_at_zero_is_not_taken_for_a_stuck_adapter(fit):
     _, result, run = fit(max_steps=4, warmup_ratio=0.5, lr_scheduler_type="cosine")
     assert records(run)[0]["learning_rate"] == 0
     assert result.steps == 4
+
+
+# ---- AdaLoRA ---------------------------------------------------------------------------------------------------------
+
+ADALORA = Lora(peft_type="ADALORA", lora_alpha=64, init_r=6, target_r=3, tinit=1, tfinal=2)
+
+
+def singular_values(model):
+    return {name: p.detach().flatten() for name, p in model.named_parameters() if ".lora_E." in name}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_ranks_shrink_to_the_target_on_average_and_what_is_pruned_is_zero(fit, family, tmp_path):
+    model, _, run = fit(family=family, lora=ADALORA, max_steps=8, per_device_train_batch_size=8)
+    values = singular_values(model)
+    ranks = [int((tensor != 0).sum()) for tensor in values.values()]
+    assert sum(ranks) == 3 * len(values)
+    assert len(set(ranks)) > 1  # shared out by importance
+    mean_ranks = [record["mean_rank"] for record in records(run)]
+    assert mean_ranks[0] == 6
+    assert mean_ranks == sorted(mean_ranks, reverse=True)
+    assert mean_ranks[-3:] == [3, 3, 3]
+    adapter.save(model, tmp_path / "adapter", "base", None)
+    pattern = json.loads((tmp_path / "adapter" / adapter.CONFIG).read_text())["rank_pattern"]
+    assert {name: sum(kept) for name, kept in pattern.items()} == {
+        name.removeprefix("base_model.model.").removesuffix(".default"): int((tensor != 0).sum())
+        for name, tensor in values.items()
+    }
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_adalora_takes_the_steps_of_pefts_own_loop(fit, load_model, tokenizer, accumulation):
+    from peft import AdaLoraConfig, get_peft_model
+
+    rows = UNEVEN[:8]
+    # PEFT's documented loop, on PEFT's loss (which has the penalty in it), one row of all a step
+    examples = [encode(tokenizer, messages(turns)) for turns in rows]
+    length = max(len(example.input_ids) for example in examples)
+
+    def padded(values, fill):
+        return torch.tensor([[*row, *[fill] * (length - len(row))] for row in values])
+
+    ids, labels = padded([e.input_ids for e in examples], 0), padded([e.labels for e in examples], -100)
+    mask = padded([[1] * len(e.input_ids) for e in examples], 0)
+    base = base_model.to_float32(load_model("llama"))
+    names = base_model.linear_names(base)
+    torch.manual_seed(0)
+    reference = get_peft_model(base, AdaLoraConfig(init_r=6, target_r=3, lora_alpha=64, tinit=1, tfinal=2, total_step=6,
+                                                   target_modules=names, task_type="CAUSAL_LM"))  # fmt: skip
+    start = trained(adapter.attach(base_model.to_float32(load_model("llama")), ADALORA))
+    with torch.no_grad():
+        for name, parameter in reference.named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(start[name])
+    optimizer = torch.optim.AdamW([p for p in reference.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0)
+    reference.train()
+    losses = []
+    for step in range(1, 7):
+        loss = reference(input_ids=ids, attention_mask=mask, labels=labels).loss
+        losses.append(loss.item())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_([p for p in reference.parameters() if p.requires_grad], 1.0)
+        optimizer.step()
+        reference.base_model.update_and_allocate(step)
+        optimizer.zero_grad()
+
+    model, _, run = fit(rows, lora=ADALORA, float32=True, max_steps=6, optim="adamw_torch",
+                        per_device_train_batch_size=8 // accumulation, gradient_accumulation_steps=accumulation)  # fmt: skip
+    found, expected = singular_values(model), singular_values(reference)
+    for name, tensor in expected.items():
+        assert torch.equal(found[name] != 0, tensor != 0), name
+        torch.testing.assert_close(found[name], tensor, atol=1e-4, rtol=1e-2)
+    # the logged loss is the cross entropy alone; at the start it is the base's, as E is 0
+    with reference.disable_adapter(), torch.no_grad():
+        entropy = reference(input_ids=ids, attention_mask=mask, labels=labels, return_dict=False)[0].item()
+    assert records(run)[0]["loss"] == pytest.approx(entropy, rel=1e-4)
+    assert losses[0] > entropy + 0.5
+
+
+def test_a_schedule_without_a_step_to_shrink_in_is_refused(fit):
+    with pytest.raises(InputError, match=r"lora.tinit 1 and lora.tfinal 2 leave none of 3 steps"):
+        fit(lora=ADALORA, max_steps=3)
+
+
+@pytest.mark.parametrize(
+    ("family", "lora"),
+    [
+        ("llama", ADALORA),
+        ("llama", Lora(r=4, use_dora=True, modules_to_save=["embed_tokens", "lm_head"])),
+        ("llama-tied", Lora(r=4, modules_to_save=["embed_tokens"], ensure_weight_tying=True)),
+        ("phi", Lora(r=4, bias="all", modules_to_save=["lm_head"])),
+    ],
+)
+def test_every_kind_has_the_gradients_of_trls_own_loss(fit, monkeypatch, family, lora):
+    settings = {"family": family, "lora": lora, "max_steps": 4, "float32": True, "per_device_train_batch_size": 4}
+    ours = fit(UNEVEN, **settings)
+    monkeypatch.setattr(sft.Trainer, "compute_loss", SFTTrainer.compute_loss)
+    theirs = fit(UNEVEN, **settings)
+    for a, b in zip(records(ours[2]), records(theirs[2]), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+
+
+@pytest.mark.parametrize("lora", [ADALORA, Lora(r=4, use_dora=True, modules_to_save=["embed_tokens", "lm_head"])])
+def test_checkpointing_does_not_change_what_other_kinds_learn(fit, lora):
+    plain, checkpointed = (fit(lora=lora, max_steps=4, checkpointing=on) for on in (False, True))
+    assert [r["loss"] for r in records(plain[2])] == [r["loss"] for r in records(checkpointed[2])]
 
 
 # ---- records ---------------------------------------------------------------------------------------------------------

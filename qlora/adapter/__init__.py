@@ -1,55 +1,89 @@
-"""LoRA: attach to a base model, check that it trains, save, read back, hold against the base.
+"""Adapters in the model: attach, check that they train, save, load again on the base they were made for.
 
 A (R, I), B (O, R); y = W x + scaling * B A x; scaling = lora_alpha / r, or lora_alpha / sqrt(r) with rsLoRA
+DoRA: magnitude m (O); W + scaling * B A, each row scaled to the length m
+AdaLoRA: E (R, 1); y = W x + lora_alpha / init_r * B (E * A) x
 New tokens: rows (N, I) that take the place of those N rows of the embedding and of the head.
+modules_to_save, bias: weights of the base itself, trained whole.
 """
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import re
+import warnings
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from .. import base_model
 from ..errors import InputError, TrainingFailed
-from .tensors import CONFIG, WEIGHTS, Adapter, read
+from . import start
+from .ranks import SCHEDULE, Ranks
+from .tensors import ADALORA_FIELDS, CONFIG, LORA_FIELDS, WEIGHTS, Adapter, read
 
-__all__ = ["CONFIG", "WEIGHTS", "Adapter", "attach", "load", "lora_b", "read", "refuse_unmoved", "save"]
+__all__ = ["CONFIG", "WEIGHTS", "Adapter", "Ranks", "attach", "first_to_move", "load", "read", "refuse_unmoved", "save"]
+
+_PREFIX = "base_model.model."
+_FACTOR = re.compile(r"\.lora_(A|B|E|embedding_A|embedding_B|magnitude_vector)\b")
+
+# ---- attach ----------------------------------------------------------------------------------------------------------
 
 
-def attach(model, section, seed=0, token_ids=()):
-    """Return a PeftModel: `model` with the adapters of recipe section `lora`, in the model's own floating dtype.
+def attach(model, section, seed=0, token_ids=(), checkpoint=None, examples=()):
+    """Return a PeftModel: `model` with what recipe section `lora` trains, in the model's own floating dtype.
 
-    seed: of the random A; B starts at zero. token_ids: tokens whose rows in embedding and head are trained too; they
-    start as the model has them.
+    seed: of the random numbers it starts from. token_ids: tokens whose rows in embedding and head are trained too; they
+    start as the model has them. checkpoint: where the model's 16-bit weights are; examples: what is trained on; LoftQ
+    starts from the first, EVA from the second.
 
     Raises:
-        InputError: a target that matches no linear layer, or the head; lists the names that exist. Or rows that
-            cannot be trained.
+        InputError: a name or pattern that matches nothing, with the names that exist; or something that cannot be trained.
     """
-    from peft import LoraConfig
-
-    _check_targets(model, section.target_modules)
-    config = LoraConfig(
-        r=section.r,
-        lora_alpha=section.lora_alpha,
-        lora_dropout=section.lora_dropout,
-        target_modules=section.target_modules,
-        use_rslora=section.use_rslora,
-        fan_in_fan_out=_has_conv1d(model),
-        bias="none",
-        task_type="CAUSAL_LM",
-        trainable_token_indices=_token_indices(model, token_ids),
-    )
-    dtype = _dtype(model)
+    targets = _target_names(model, section)
+    whole = _whole_names(model, section, targets, token_ids)
+    targets = [name for name in targets if not _is_within(name, whole)]
+    _refuse_patterns(section, targets)
+    _refuse_biases(model, section, targets)
+    start.refuse(model, section, targets)
+    common = {"modules_to_save": whole or None, "trainable_token_indices": _token_indices(model, token_ids)}
     torch.manual_seed(seed)
-    peft_model = _peft_model(model, config)
-    # PEFT makes float32 adapters for quantized bases; the model computes in one dtype, see sft.MasterWeights for updates
-    for parameter in peft_model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.to(dtype)
+    peft_model = _peft_model(model, _config(section, model, targets, common))
+    if section.ensure_weight_tying and model.get_input_embeddings().weight is not model.get_output_embeddings().weight:
+        raise InputError(
+            "lora.ensure_weight_tying: PEFT does that for embed_tokens and lm_head, under these names; leave it out"
+        )
+    start.initialize(peft_model, section, checkpoint, examples)
+    to_dtype(peft_model, _dtype(model))
     return peft_model
+
+
+def _config(section, model, targets, common):
+    from peft import AdaLoraConfig, LoraConfig
+
+    common |= {
+        "lora_dropout": section.lora_dropout,
+        "target_modules": targets,
+        "bias": section.bias,
+        "fan_in_fan_out": _has_conv1d(model),
+        "task_type": "CAUSAL_LM",
+    }
+    if section.peft_type == "ADALORA":
+        ranks = {"init_r": section.init_r, "target_r": section.target_r}
+        config = AdaLoraConfig(**common, **ranks, lora_alpha=section.lora_alpha, total_step=1)
+        for name in SCHEDULE:  # tinit and tfinal may be shares, until Ranks knows the number of steps
+            setattr(config, name, getattr(section, name))
+        return config
+    return LoraConfig(
+        **common,
+        use_rslora=section.use_rslora,
+        use_dora=section.use_dora,
+        lora_bias=section.lora_bias,
+        ensure_weight_tying=section.ensure_weight_tying,
+        **start.settings(section),
+    )
 
 
 def _token_indices(model, token_ids):
@@ -59,13 +93,35 @@ def _token_indices(model, token_ids):
 
 def _peft_model(model, config):
     from peft import get_peft_model
-    from peft.utils import TrainableTokensWrapper
+    from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper
 
-    peft_model = get_peft_model(model, config)
+    with warnings.catch_warnings():
+        # a tied head that is trained apart from the embedding is untied on purpose; and PEFT finds out by itself which
+        # layers are Conv1D
+        warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
+        warnings.filterwarnings("ignore", message="You have requested `ensure_weight_tying`")  # attach refuses instead
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
+        # attach has checked the patterns; in the folder of an AdaLoRA, rank_pattern names tensors
+        warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not match")
+        warnings.filterwarnings("ignore", message="lora with eva initialization used with low_cpu_mem_usage=False")
+        peft_model = get_peft_model(model, config)
+    whole = [n for n, m in peft_model.get_base_model().named_modules() if isinstance(m, ModulesToSaveWrapper)]
     if config.trainable_token_indices:
         ends = [model.get_input_embeddings(), model.get_output_embeddings()]
         assert all(isinstance(end, TrainableTokensWrapper) for end in ends), "PEFT left the embedding or the head out"
+    tied = set(getattr(config, "modules_to_tie", None) or ())
+    assert set(whole) - tied == set(config.modules_to_save or ()), "PEFT trains other modules than it was told"
     return peft_model
+
+
+def to_dtype(peft_model, dtype):
+    """Cast what is trained to `dtype`.
+
+    PEFT makes float32 adapters for quantized bases; the model computes in one dtype, see sft.MasterWeights for updates.
+    """
+    for parameter in peft_model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
 
 
 def _dtype(model):
@@ -78,37 +134,148 @@ def _has_conv1d(model):
     return any(isinstance(module, Conv1D) for module in model.modules())
 
 
-def _check_targets(model, targets):
-    if targets == "all-linear":
-        return
-    names = base_model.linear_names(model)
-    leaves = sorted({name.rpartition(".")[2] for name in names})
-    if isinstance(targets, str):
-        try:
-            unmatched = [] if any(re.fullmatch(targets, name) for name in names) else [targets]
-        except re.error as error:
-            raise InputError(f"lora.target_modules {targets!r}: not a regular expression: {error}") from None
-    else:
-        unmatched = [t for t in targets if not any(name == t or name.endswith(f".{t}") for name in names)]
-    if unmatched:
-        raise InputError(
-            f"lora.target_modules: {', '.join(map(repr, unmatched))} matches no linear layer (the head is left out); "
-            f"this model has: {', '.join(leaves)}"
+def _matching(field, wanted, names, **restrictions):
+    """Return those of `names` that `wanted` (a regular expression, or a list of names) means, by PEFT's own rules."""
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    config = LoraConfig(target_modules=wanted, **restrictions)
+    try:
+        return [name for name in names if check_target_module_exists(config, name)]
+    except re.error as error:
+        raise InputError(f"lora.{field} {wanted!r}: not a regular expression: {error}") from None
+
+
+def _one_by_one(wanted):
+    return [wanted] if isinstance(wanted, str) else [[one] for one in wanted]
+
+
+def _said(entry):
+    return repr(entry if isinstance(entry, str) else entry[0])
+
+
+def _target_names(model, section):
+    """Return the full names of the layers that get an adapter."""
+    linear = base_model.linear_names(model)
+    leaves = sorted({name.rpartition(".")[2] for name in linear})
+    targets = leaves if section.target_modules == "all-linear" else section.target_modules
+    names = {module: name for name, module in model.named_modules()}
+    ends = [names[end] for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None]
+    problems = []
+    for field, wanted in (("target_modules", targets), ("exclude_modules", section.exclude_modules or [])):
+        for one in _one_by_one(wanted):
+            end = field == "target_modules" and _matching(field, one, ends)
+            if end:
+                problems.append(
+                    f"lora.{field}: {_said(one)} takes no adapter (trl computes the loss from the head's weight alone); "
+                    f"modules_to_save: [{end[0].rpartition('.')[2]}] trains it whole, model.new_tokens rows of it"
+                )
+            elif not _matching(field, one, linear):
+                problems.append(f"lora.{field}: {_said(one)} matches no linear layer")
+    if problems:
+        raise InputError.listing("the recipe", problems, f"this model has: {', '.join(leaves)}")
+    chosen = _matching("target_modules", targets, linear, exclude_modules=section.exclude_modules)
+    if section.layers_to_transform is not None:
+        layers = {index: _matching("target_modules", targets, chosen, layers_to_transform=[index])
+                  for index in section.layers_to_transform}  # fmt: skip
+        absent = [str(index) for index, found in layers.items() if not found]
+        if absent:
+            raise InputError(f"lora.layers_to_transform: no layer {', '.join(absent)} that an adapter could go to")
+        chosen = [name for name in chosen if any(name in found for found in layers.values())]
+    if not chosen:
+        raise InputError("lora.exclude_modules: no layer is left that an adapter could go to")
+    return chosen
+
+
+def _whole_names(model, section, targets, token_ids):
+    """Return the full names of the modules in modules_to_save."""
+    modules = dict(model.named_modules())
+    quantized = base_model.quantized_modules(model)
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    whole, problems = [], []
+    for wanted in section.modules_to_save or ():
+        found = [name for name in modules if name == wanted or name.endswith(f".{wanted}")]
+        whole += found
+        for name in found or [wanted]:
+            module = modules.get(name)
+            adapted = [target for target in targets if _is_within(target, [name])]
+            if module is None:
+                problem = "the model has no such module"
+            elif any(_is_within(layer, [name]) for layer in quantized):
+                problem = "its 4-bit weights cannot be trained; name it in target_modules, or set quantization: null"
+            elif adapted and section.target_modules != "all-linear":
+                problem = f"target_modules names {adapted[0]} too; name it once"
+            elif isinstance(module, torch.nn.ModuleList) or next(module.parameters(), None) is None:
+                problem = f"a {type(module).__name__} has no weights of its own"
+            elif token_ids and any(end in ends for end in module.modules()):
+                problem = "model.new_tokens trains rows of it; leave one of the two out"
+            else:
+                continue
+            problems.append(f"lora.modules_to_save: {name}: {problem}")
+    nested = [name for name in whole if _is_within(name, set(whole) - {name})]
+    problems += [f"lora.modules_to_save: {name}: part of another one that is listed" for name in nested]
+    if set(targets) <= {name for name in targets if _is_within(name, whole)}:
+        problems.append("lora.modules_to_save: no layer is left that an adapter could go to")
+    tied = ends[0].weight is ends[1].weight
+    if section.ensure_weight_tying and not (tied and any(modules[name] in ends for name in whole)):
+        problems.append(
+            "lora.ensure_weight_tying: has no effect; it is for modules_to_save that name the embedding or the head of a "
+            "model where they are one matrix"
         )
+    if problems:
+        raise InputError("\n".join(problems))
+    return sorted(set(whole))
 
 
-def lora_b(peft_model):
-    """Return {name: parameter} of every B."""
-    return {name: parameter for name, parameter in peft_model.named_parameters() if ".lora_B." in name}
+def _is_within(name, modules):
+    return any(name == module or name.startswith(f"{module}.") for module in modules)
+
+
+def _refuse_patterns(section, targets):
+    problems = []
+    for field in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(section, field):
+            try:
+                matches = any(re.match(rf"(.*\.)?({pattern})$", name) for name in targets)  # as PEFT's get_pattern_key
+            except re.error as error:
+                problems.append(f"lora.{field}: {pattern!r} is not a regular expression: {error}")
+            else:
+                problems += [] if matches else [f"lora.{field}: {pattern!r} matches no layer that gets an adapter"]
+    if problems:
+        leaves = sorted({name.rpartition(".")[2] for name in targets})
+        raise InputError.listing("the recipe", problems, f"adapters go to: {', '.join(leaves)}")
+
+
+def _refuse_biases(model, section, targets):
+    without = [name for name in targets if getattr(model.get_submodule(name), "bias", None) is None]
+    if section.lora_bias and without:
+        raise InputError(
+            f"lora.lora_bias: {len(without)} of {len(targets)} layers have no bias that it could be merged into "
+            f"({without[0]}, ...); name layers that have one in target_modules"
+        )
+    if section.bias == "lora_only" and len(without) == len(targets):
+        raise InputError("lora.bias lora_only: no layer that gets an adapter has a bias; leave it out")
+    if section.bias == "all" and not any(name.endswith(".bias") for name, _ in model.named_parameters()):
+        raise InputError(f"lora.bias all: {type(model).__name__} has no bias; leave it out")
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+
+def first_to_move(peft_model):
+    """Return {name: parameter} of what gets a gradient in the first step: every B, for AdaLoRA every E."""
+    factor = ".lora_E." if peft_model.peft_config["default"].peft_type == "ADALORA" else ".lora_B."
+    return {name: parameter for name, parameter in peft_model.named_parameters() if factor in name}
 
 
 def refuse_unmoved(peft_model, before):
-    """Raise TrainingFailed unless every B differs from `before` ({name: tensor}); names those that do not.
+    """Raise TrainingFailed unless everything in `before` ({name: tensor}) differs from it now; names what does not.
 
-    B starts at zero and gets a gradient at the first step. One that stays is cut off from the loss (a repacked base
-    weight, checkpointing without input gradients), and would be exported as if it had been trained.
+    B starts at zero (or small) and gets a gradient at the first step. One that stays is cut off from the loss (a repacked
+    base weight, checkpointing without input gradients), and would be exported as if it had been trained.
     """
-    stuck = [name for name, parameter in lora_b(peft_model).items() if torch.equal(parameter, before[name])]
+    now = first_to_move(peft_model)
+    stuck = [name for name, tensor in before.items() if torch.equal(now[name], tensor)]
     if stuck:
         raise TrainingFailed(
             f"{len(stuck)} of {len(before)} adapters did not move in the first step, so they are not being trained: "
@@ -116,63 +283,139 @@ def refuse_unmoved(peft_model, before):
         )
 
 
+# ---- save and load ---------------------------------------------------------------------------------------------------
+
+
 def save(peft_model, folder, base_name, revision):
     """Write PEFT's adapter folder; raises TrainingFailed before anything is written if a number is not finite."""
     broken = [n for n, p in peft_model.named_parameters() if p.requires_grad and not torch.isfinite(p).all()]
     if broken:
         raise TrainingFailed(f"{len(broken)} adapter tensors hold numbers that are not finite ({broken[0]}); not saved")
-    config = peft_model.peft_config["default"]
-    config.base_model_name_or_path, config.revision = str(base_name), revision
-    peft_model.save_pretrained(folder, save_embedding_layers=False)
-    (Path(folder) / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+    tensors = _tensors(peft_model)  # first: AdaLoRA's config is made ready for saving there
+    config = copy.copy(peft_model.peft_config["default"])
+    config.base_model_name_or_path, config.revision, config.inference_mode = str(base_name), revision, True
+    config.target_modules = sorted(config.target_modules)  # from a set, whose order is another in each process
+    config.save_pretrained(folder)
+    # cloned: safetensors takes no two names of one tensor, and a tied head has two
+    tensors = {
+        key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()
+    }
+    save_file(tensors, Path(folder) / WEIGHTS, metadata={"format": "pt"})
     (Path(folder) / WEIGHTS).chmod((Path(folder) / CONFIG).stat().st_mode)  # safetensors ignores the umask: 0600
+
+
+def _tensors(peft_model):
+    """Return {key in an adapter folder: tensor}."""
+    from peft import get_peft_model_state_dict
+
+    parameters = dict(peft_model.named_parameters(remove_duplicate=False))
+    return _once(get_peft_model_state_dict(peft_model, state_dict=parameters, save_embedding_layers=False))
+
+
+def _once(tensors):
+    """Leave out what PEFT 0.21 saves again with `bias: all`: the biases of modules_to_save, untrained and trained."""
+    return {
+        key: tensor for key, tensor in tensors.items() if not re.search(r"\.(original_module|modules_to_save)\.", key)
+    }
 
 
 def load(model, folder, token_ids=()):
     """Return a PeftModel: `model` with the adapter in `folder`, frozen, in eval mode.
 
-    token_ids: the tokens whose rows were trained.
+    The folder may be one of `save`, or one that another tool wrote with PEFT. token_ids: the tokens whose rows were
+    trained.
 
     Raises:
-        InputError: any tensor of the adapter finds no place in the model, or the other way round.
+        InputError: any tensor of the adapter finds no place in the model, or the other way round; a setting that this
+            version does not follow.
     """
-    from peft import LoraConfig
+    from peft import set_peft_model_state_dict
 
-    adapter, dtype = read(folder), _dtype(model)
-    names = set(base_model.linear_names(model))
-    missing = sorted(set(adapter.updates) - names)
-    if missing:
-        raise InputError.listing(
-            f"adapter {folder}: made for another base; it", [f"{m}: not in the base" for m in missing]
-        )
+    folder, adapter = Path(folder), read(folder)
     adapter.refuse_other_tokens(base_model.token_modules(model) if token_ids else [], token_ids)
-    # The modules are named one by one: "all-linear" in the adapter's config would also attach where nothing was trained.
-    config = LoraConfig(
-        r=adapter.config["r"],
-        lora_alpha=adapter.config["lora_alpha"],
-        use_rslora=adapter.config.get("use_rslora", False),
-        target_modules=list(adapter.updates),
-        fan_in_fan_out=_has_conv1d(model),
-        task_type="CAUSAL_LM",
-        trainable_token_indices={module: ids for module, (ids, _) in adapter.rows.items()} or None,
-    )
-    peft_model = _peft_model(model, config)
-    parameters = dict(peft_model.named_parameters())
-    tensors = [
-        (module, f"lora_{factor}", f"lora_{factor}.default.weight", tensor)
-        for module, update in adapter.updates.items()
-        for factor, tensor in (("A", update.A_RI), ("B", update.B_OR))
+    tensors = _once(load_file(folder / WEIGHTS))
+    peft_model = _peft_model(model, _saved_config(folder, adapter.config, model, tensors, adapter.rows))
+    parameters = dict(peft_model.named_parameters(remove_duplicate=False))
+    base = {key: parameters[key] for key in tensors if key in parameters}  # biases; embeddings that were saved whole
+    expected = _tensors(peft_model)
+    for end in (model.get_input_embeddings(), model.get_output_embeddings()):
+        expected |= {key: place for key, place in base.items() if place is getattr(end, "weight", None)}
+    problems = [f"{_shown(key)}: not in the base" for key in sorted(tensors.keys() - expected.keys())]
+    problems += [f"{_shown(key)}: missing" for key in sorted(expected.keys() - tensors.keys())]
+    problems += [
+        f"{_shown(key)}: {tuple(tensors[key].shape)}, the base needs {tuple(place.shape)}"
+        for key, place in sorted(expected.items())
+        if key in tensors and tensors[key].shape != place.shape
     ]
-    for module, (_, rows_NI) in adapter.rows.items():
-        tensors.append((module, "rows", "token_adapter.trainable_tokens_delta.default", rows_NI))
-    problems = []
-    for module, what, name, tensor in tensors:
-        place = parameters[f"base_model.model.{module}.{name}"]
-        if place.shape != tensor.shape:
-            problems.append(f"{module} {what}: {tuple(tensor.shape)}, the base needs {tuple(place.shape)}")
-        else:
-            place.data = tensor.to(device=place.device, dtype=dtype)
     if problems:
         raise InputError.listing(f"adapter {folder}: made for another base; it", problems)
+    untrained = {place: place.detach().clone() for place in base.values()}
+    left = set_peft_model_state_dict(peft_model, tensors).unexpected_keys
+    assert not left, f"PEFT found no place for {left}"
+    differing = [key for key, place in base.items() if not torch.equal(place, tensors[key].to(place))]
+    if differing:
+        raise InputError(
+            f"adapter {folder}: {_shown(differing[0])} is tied to another weight in the base, not in the adapter"
+        )
+    to_dtype(peft_model, _dtype(model))
+    return _frozen(peft_model, untrained)
+
+
+def _shown(key):
+    return key.removeprefix(_PREFIX)
+
+
+def _saved_config(folder, config, model, tensors, rows):
+    """Return PEFT's config for what `tensors` holds, by full names: "all-linear" would also attach where nothing was
+    trained, and an initialisation would start again."""
+    from peft import AdaLoraConfig, LoraConfig
+
+    keys = [_shown(key) for key in tensors]
+    modules = {name for name, _ in model.named_modules()}
+    targets = sorted({key[: match.start()] for key in keys for match in [_FACTOR.search(key)] if match})
+    missing = [f"{name}: not in the base" for name in targets if name not in modules]
+    if missing or not targets:
+        raise InputError.listing(f"adapter {folder}: made for another base; it", missing or ["no LoRA tensors"])
+    # as PEFT reads it: every module whose name ends like that
+    whole = sorted(name for name in modules if any(name.endswith(one) for one in config.get("modules_to_save") or ()))
+    followed, kind = (ADALORA_FIELDS, AdaLoraConfig) if config["peft_type"] == "ADALORA" else (LORA_FIELDS, LoraConfig)
+    return kind(
+        **{key: config[key] for key in followed if config.get(key) is not None},
+        target_modules=targets,
+        modules_to_save=whole or None,
+        trainable_token_indices={module: ids for module, (ids, _) in rows.items()} or None,
+        fan_in_fan_out=_has_conv1d(model),
+        task_type="CAUSAL_LM",
+    )
+
+
+def _frozen(peft_model, untrained):
+    """Return `peft_model` in eval mode, requiring no gradients; `disable_adapter` gives the base, always.
+
+    PEFT 0.21 leaves trained biases where they are under disable_adapter, with a warning, and what it enables again
+    afterwards requires gradients. untrained: {parameter of the base: its numbers before the adapter was loaded}.
+    """
+    disable = peft_model.disable_adapter
+
+    @contextlib.contextmanager
+    def disable_adapter():
+        trained = {parameter: parameter.detach().clone() for parameter in untrained}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Careful, disabling adapter layers with bias")
+            try:
+                _give(untrained)
+                with disable():
+                    yield
+            finally:
+                _give(trained)
+                peft_model.requires_grad_(False)
+
+    peft_model.disable_adapter = disable_adapter
     peft_model.requires_grad_(False)
     return peft_model.eval()
+
+
+@torch.no_grad()
+def _give(values):
+    for parameter, value in values.items():
+        parameter.copy_(value)  # cast, where the model computes in float32 since

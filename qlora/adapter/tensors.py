@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from ..errors import InputError
+from .ranks import SCHEDULE
 
 # O out_features, I in_features, R rank, V vocab, N new tokens
 
@@ -31,14 +32,18 @@ _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<factor>A|B|E|embedding_A|embeddi
 _LORA_BIAS = re.compile(r"(?P<module>.+)\.lora_B\.bias")
 _ROWS = re.compile(r"(?P<module>.+)\.token_adapter\.trainable_tokens_delta")
 
-# What an adapter config may hold that cannot be merged into the weights of the architecture, or not yet: refused by
-# name, never ignored.
-_UNSUPPORTED = ("layer_replication", "target_parameters", "use_bdlora", "arrow_config", "alora_invocation_tokens",
-                "use_qalora", "velora_config", "monteclora_config", "kasa_config")  # fmt: skip
-# These put something else than the base's weights under the adapter, and the adapter folder does not hold what.
-_CHANGED_BASE = ("pissa", "olora", "corda", "lora_ga")
-# Fitted to what quantization lost of the base: right on the quantized base only.
-_FITTED_TO_QUANTIZATION = ("loftq",)
+# Settings of an adapter folder that are followed here, and those that say nothing about what the adapter computes, or say
+# again what the names of the tensors say. Any other that is set is refused by name.
+LORA_FIELDS = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "bias", "lora_bias",
+         "ensure_weight_tying")  # fmt: skip
+ADALORA_FIELDS = ("lora_alpha", "rank_pattern", "bias", "init_r", "target_r", "total_step")
+_SILENT = {"peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision",
+           "inference_mode", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "lora_dropout",
+           "fan_in_fan_out", "modules_to_save", "trainable_token_indices", "init_lora_weights", "eva_config",
+           "loftq_config", "runtime_config", "megatron_core", "qalora_group_size"}  # fmt: skip
+# As PEFT makes these starts, they put something else than the base's weights under the adapter, and the folder does not
+# hold what. Those of qlora (start.py) leave the base alone, and say so in the config.
+_CHANGED_BASE = ("loftq", "pissa", "olora", "corda", "lora_ga")
 
 
 @dataclass(frozen=True)
@@ -88,12 +93,6 @@ class Adapter:
         tensors = [*self.replaced.values(), *self.bias_deltas.values(), *(rows for _, rows in self.rows.values())]
         factors = [factor for update in self.updates.values() for factor in (update.A_RI, update.B_OR)]
         return sum(tensor.numel() for tensor in [*tensors, *factors])
-
-    @property
-    def fitted_to_quantization(self):
-        """The name of the initialisation if it compensates what quantization lost, else None."""
-        name = str(self.config.get("init_lora_weights")).lower()
-        return name if name.startswith(_FITTED_TO_QUANTIZATION) else None
 
     def refuse_mismatch(self, shapes, parameters, embeddings, token_ids):
         """Raise InputError unless everything in the adapter has its place in the base; lists all that has not.
@@ -172,9 +171,10 @@ def _refuse_unsupported(folder, config):
     kind = config.get("peft_type")
     if kind not in ("LORA", "ADALORA"):
         raise InputError(f"adapter {folder}: peft_type {kind!r} is not LORA or ADALORA")
-    unsupported = [key for key in _UNSUPPORTED if config.get(key)]
-    if unsupported:
-        raise InputError(f"adapter {folder}: uses {', '.join(unsupported)}, which cannot be merged here")
+    followed = {*_SILENT, *((*ADALORA_FIELDS, *SCHEDULE, "r") if kind == "ADALORA" else LORA_FIELDS)}
+    others = sorted(key for key, value in config.items() if value and key not in followed)
+    if others:
+        raise InputError(f"adapter {folder}: uses {', '.join(others)}, which is not supported")
     start = str(config.get("init_lora_weights")).lower()
     if start.startswith(_CHANGED_BASE):
         raise InputError(
@@ -219,7 +219,9 @@ class _Sorted:
         elif "lora_" in name:
             self.problems.append(f"{name}: not a LoRA factor")
         else:  # the base's own name, behind whatever wrapper PEFT had put around it
-            self.replaced[re.sub(r"\.(base_layer|modules_to_save(\.default)?|original_module)\.", ".", name)] = tensor
+            if ".original_module." in name or name.endswith(".modules_to_save.bias"):
+                return  # of `bias: all`, beside the trained copy that is in the file under its own name
+            self.replaced[re.sub(r"\.(base_layer|modules_to_save(\.default)?)\.", ".", name)] = tensor
 
     def adapter(self, folder, config, indices):
         updates = {module: self._update(module, factors, config) for module, factors in sorted(self.factors.items())}

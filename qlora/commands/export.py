@@ -95,10 +95,9 @@ def _refuse_meaningless(trained, compare_bases):
     """Raise InputError where the original base would be wrong, or is no other than the one that was trained on."""
     if trained.section.base == "dequantized" and not compare_bases:
         return
-    fitted = trained.adapter.fitted_to_quantization
-    if fitted and trained.section.base == "original":
+    if trained.recipe.lora.init_lora_weights == "loftq" and trained.section.base == "original":
         raise InputError(
-            f"{trained.name}: init_lora_weights {fitted!r} makes the adapter repair what 4 bits lost of the base; on the "
+            f"{trained.name}: lora.init_lora_weights loftq makes the adapter repair what 4 bits lost of the base; on the "
             "original weights it would be added twice. Export with --base dequantized"
         )
     if trained.recipe.quantization is None:

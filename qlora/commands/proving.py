@@ -130,6 +130,7 @@ class Prover:
             model = base_model.load(checkpoint, self.section, quantization, device, dtype)
             if self.num_rows != model.config.get_text_config().vocab_size:  # another tool grew it
                 model.resize_token_embeddings(self.num_rows, mean_resizing=False)
+        base_model.to_float32(model)  # before the adapter, which is then not rounded to bfloat16 where it is float32
         model = adapter.load(model, trained.folder, checkpoint.new_tokens.values())
         live = proof.Live(model, trained.rows, self.need.tokens_at_once if self.mode == "layers" else 0)
         del model

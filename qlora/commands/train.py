@@ -49,7 +49,9 @@ def train(recipe: Recipe) -> RunDir:
     with console.status(f"loading {checkpoint.name_or_path}"):
         model = base_model.load(checkpoint, recipe.model, recipe.quantization)
         quantized = base_model.digests(model)
-        model = adapter.attach(model, recipe.lora, recipe.training.seed, checkpoint.new_tokens.values())
+        model = adapter.attach(
+            model, recipe.lora, recipe.training.seed, checkpoint.new_tokens.values(), checkpoint, prepared.examples
+        )
     write_json(run.environment_file, _environment(checkpoint, quantized, prepared.parts, model.device))
     _print_model(checkpoint, model, quantized, recipe)
 
@@ -112,13 +114,20 @@ def _git_commit():
         return None
 
 
+def _kind(lora):
+    if lora.peft_type == "ADALORA":
+        return f"AdaLoRA, ranks {lora.init_r} to {lora.target_r} on average"
+    start = "" if lora.init_lora_weights is True else f", from {lora.init_lora_weights}"
+    return f"{'DoRA, ' if lora.use_dora else ''}r = {lora.r}{start}"
+
+
 def _print_model(checkpoint, model, quantized, recipe):
     from .. import base_model
 
     trainable, total = base_model.num_parameters(model)
     how = f"{len(quantized)} linear layers in {recipe.quantization.quant_type}" if quantized else "not quantized"
     console.say(f"base      {checkpoint.name_or_path}: {total - trainable:,} parameters, {how}, on {model.device}")
-    console.say(f"adapter   r = {recipe.lora.r}, {trainable:,} trainable parameters ({trainable / total:.2%})")
+    console.say(f"adapter   {_kind(recipe.lora)}, {trainable:,} trainable parameters ({trainable / total:.2%})")
     if checkpoint.new_tokens:
         console.say(
             f"tokens    rows of {len(checkpoint.new_tokens)} tokens are trained, {len(checkpoint.added)} of them new to the "

@@ -20,6 +20,7 @@ from . import proof
 
 _HEAD_BYTES = 32 * 2**20  # of the head in memory at a time
 _ACTIVATION_BYTES = 512 * 2**20  # of one layer on the rows that go through together, unless one row takes more
+_SLACK_BYTES = 32 * 2**20  # freed, and kept by the C library: pieces of up to 32 MiB
 _NF4_BYTES = 0.5 + 4 / 64  # a weight: a code, and the block's absmax before it is quantized itself
 _QUANTIZING_BYTES = 18  # a weight, measured on the CPU (bitsandbytes 0.50.2): 14, cast before 16, transposed 2 more
 
@@ -122,6 +123,7 @@ def need(config, rows, quantized, num_adapter_parameters=0, new_tokens=False, tr
         + max(max(map(live, layers)) + max(quantizing, computing), head_together),
         exported(apart) + max(max(map(exported, layers)) + computing, head_together),
     )
+    kept += _SLACK_BYTES
     return Need(kept + whole, kept + streamed, tokens_at_once, 3 * len(batches))
 
 

@@ -82,11 +82,9 @@ def test_both_bases_are_compared_as_they_are_and_as_served_in_4_bit(run, tmp_pat
 
 
 def test_the_original_base_is_refused_where_it_would_be_wrong_or_nothing_else(run, make_recipe, tmp_path):
-    fitted = shutil.copytree(run.path, tmp_path / "fitted")
-    path = fitted / "adapter" / adapter.CONFIG
-    path.write_text(json.dumps({**json.loads(path.read_text()), "init_lora_weights": "loftq"}))
-    with pytest.raises(InputError, match=r"'loftq' makes the adapter repair .* --base dequantized"):
-        export(fitted, tmp_path / "out", overrides=["export.base=original"])
+    fitted = train(make_recipe(lora={"init_lora_weights": "loftq"}, output_dir=str(tmp_path / "fitted")))
+    with pytest.raises(InputError, match=r"loftq makes the adapter repair .* --base dequantized"):
+        export(fitted.path, tmp_path / "out", overrides=["export.base=original"])
     plain = train(Recipe.from_dict({**make_recipe().model_dump(), "quantization": None}))
     for overrides, compare, flag in (
         (["export.base=original"], False, "--base original"),

@@ -1,8 +1,11 @@
 """The merge is dequantize(NF4(W)) + scaling * B A, exactly, and from the files alone equals what training held."""
 
+import shutil
+
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+from safetensors.torch import load_file, save_file
 
 from qlora import adapter, base_model
 from qlora.errors import InputError
@@ -103,7 +106,7 @@ def test_what_merging_and_casting_did_is_measured_per_module(peft_model, tiny_mo
 
 def test_a_number_too_large_for_float16_is_an_error_that_names_the_tensor(peft_model, tiny_model, tmp_path):
     model = peft_model("llama")
-    next(iter(adapter.lora_b(model).values())).data.fill_(1e6)
+    next(iter(adapter.first_to_move(model).values())).data.fill_(1e6)
     merging = make(tiny_model("llama"), model, tmp_path, torch.float16)
     with pytest.raises(InputError, match=r"model.layers.0.self_attn.q_proj.weight: largest number .* --dtype bfloat16"):
         tensor(merging, "model.layers.0.self_attn.q_proj.weight")
@@ -117,12 +120,13 @@ def test_a_tensor_that_the_files_lack_is_an_error(tiny_model):
         merge.plan(checkpoint, base_model.load_config(checkpoint, section), torch.float16)
 
 
-def test_files_without_the_models_prefix_are_found(tiny_model):
+def test_files_without_the_models_prefix_are_found(tiny_model, tmp_path):
     # as openai-community/gpt2 has them
-    section = Model(name_or_path=str(tiny_model("gpt2")))
+    folder = shutil.copytree(tiny_model("gpt2"), tmp_path / "gpt2")
+    tensors = load_file(folder / "model.safetensors")
+    bare = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    save_file(bare, folder / "model.safetensors", metadata={"format": "pt"})
+    section = Model(name_or_path=str(folder))
     checkpoint = base_model.find(section)
-    bare = {name.removeprefix("transformer."): file for name, file in checkpoint.files.items()}
-    checkpoint.files.clear()
-    checkpoint.files.update(bare)
     plan = merge.plan(checkpoint, base_model.load_config(checkpoint, section), torch.float16)
     assert plan.source["transformer.wte.weight"] == "wte.weight"

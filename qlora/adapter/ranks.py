@@ -1,0 +1,68 @@
+"""AdaLoRA while it trains: every layer starts with init_r ranks, and the least important of all layers are taken away.
+
+delta = lora_alpha / init_r * B (E * A): E (R, 1) takes the place of singular values; a rank whose E is 0 is gone.
+Source: Zhang et al., AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning, 2023 (arXiv:2303.10512).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..errors import InputError
+
+SCHEDULE = ("tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight")
+
+
+class Ranks:
+    """What AdaLoRA needs of a training loop beside the forward pass. adaptive: False for every other adapter."""
+
+    def __init__(self, peft_model):
+        self.tuner, self.config = peft_model.base_model, peft_model.peft_config["default"]
+        self.adaptive = self.config.peft_type == "ADALORA"
+
+    def begin(self, total_steps):
+        """Fix the schedule: tinit and tfinal as numbers of steps.
+
+        Raises:
+            InputError: no step is left between them.
+        """
+        if not self.adaptive:
+            return
+        config = self.config
+        tinit, tfinal = (int(value * total_steps) if value < 1 else value for value in (config.tinit, config.tfinal))
+        if tinit + tfinal >= total_steps:
+            raise InputError(
+                f"lora.tinit {tinit} and lora.tfinal {tfinal} leave none of {total_steps} steps for the ranks to shrink in; "
+                "give fewer steps, or shares"
+            )
+        config.tinit, config.tfinal, config.total_step = tinit, tfinal, total_steps
+
+    def penalty(self, named_parameters):
+        """Return orth_reg_weight * mean over A and B of |P P' - 1|, the part of AdaLoRA's loss that is no cross entropy.
+
+        PEFT adds it to the loss that the model returns, which trl does not use.
+        """
+        norms = [
+            torch.linalg.norm(factor - torch.eye(len(factor), device=factor.device))
+            for name, parameter in named_parameters
+            for factor in _grams(name, parameter)
+        ]
+        return self.config.orth_reg_weight * torch.stack(norms).mean()
+
+    def shrink(self, step):
+        """Take ranks away after optimizer step `step` (1, 2, ...): the model's E of these becomes 0.
+
+        The model's parameters must hold what the step has made of them, and the gradients that it was made from.
+        """
+        self.tuner.update_and_allocate(step)
+
+    def mean(self):
+        """Return the mean rank of a layer."""
+        pattern = self.config.rank_pattern
+        return sum(map(sum, pattern.values())) / len(pattern) if pattern else float(self.config.init_r)
+
+
+def _grams(name, P):
+    if ".lora_A." in name:
+        return [P @ P.T]
+    return [P.T @ P] if ".lora_B." in name else []

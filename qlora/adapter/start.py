@@ -1,0 +1,232 @@
+"""What adapters start from, where that is not a random A and B = 0 (`init_lora_weights`). None of it changes the base.
+
+loftq           s B A is the best approximation of what quantization has lost, W - dequantize(NF4(W))
+eva             A spans what the layer's inputs vary in most; ranks go to the layers where that explains most
+orthogonal      A and B random, B A = 0
+pissa, olora    s B A is the main part of W, and W is trained without that part: y = W x + s (B A - B0 A0) x
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import torch
+from safetensors import safe_open
+
+from .. import base_model
+from ..errors import InputError
+
+_SPLIT = ("pissa", "olora")
+_EVA_TOKENS = 16  # trained tokens a batch and principal component: fewer make the components those of the batch
+_EVA_BATCHES, _EVA_PASSES = 64, 50
+
+
+def settings(section):
+    """Return what peft.LoraConfig is told of ranks and initialisation."""
+    from peft import EvaConfig
+
+    chosen = section.init_lora_weights
+    # [B, -B0] [A; A0] has rank 2 r; scaling stays what it is
+    ranks, alphas = (2, math.sqrt(2) if section.use_rslora else 2) if chosen in _SPLIT else (1, 1)
+    return {
+        "r": ranks * section.r,
+        "lora_alpha": alphas * section.lora_alpha,
+        "rank_pattern": {name: ranks * rank for name, rank in section.rank_pattern.items()},
+        "alpha_pattern": {name: alphas * alpha for name, alpha in section.alpha_pattern.items()},
+        "init_lora_weights": chosen if chosen in (True, "gaussian", "eva") else True,
+        "eva_config": EvaConfig() if chosen == "eva" else None,
+    }
+
+
+def refuse(model, section, targets):
+    """Raise InputError where the start that `section` asks for cannot be made for the layers `targets`."""
+    chosen, quantized = section.init_lora_weights, base_model.quantized_modules(model)
+    where = f"lora.init_lora_weights {chosen}"
+    if chosen in _SPLIT and quantized:
+        raise InputError(
+            f"{where}: is for a base in 16 bit; loftq starts from what quantization has lost, or set quantization: null"
+        )
+    if chosen == "loftq" and not quantized:
+        raise InputError(f"{where}: the base is not quantized, so nothing is lost; pissa and olora are for such a base")
+    if chosen in ("loftq", "eva", *_SPLIT):
+        rank = max([section.r, *section.rank_pattern.values()]) * (2 if chosen == "eva" else 1)  # EVA: up to 2 r
+        for name in targets:
+            layer = model.get_submodule(name)
+            sizes = (layer.in_features, layer.out_features) if hasattr(layer, "in_features") else layer.weight.shape
+            if rank > min(sizes):
+                raise InputError(f"{where}: needs ranks up to {rank}, {name} is {tuple(sizes)}; lower lora.r")
+
+
+def initialize(peft_model, section, checkpoint, examples):
+    """Set A and B of a new PeftModel as `section` says; its config says from then on that nothing is to be initialised."""
+    if section.init_lora_weights == "loftq":
+        _correct_quantization(peft_model, checkpoint)
+    elif section.init_lora_weights == "orthogonal":
+        _make_orthogonal(peft_model)
+    elif section.init_lora_weights == "eva":
+        _span_the_inputs(peft_model, examples)
+    elif section.init_lora_weights in _SPLIT:
+        _split_off(peft_model, section.init_lora_weights)
+    config = peft_model.peft_config["default"]
+    config.init_lora_weights, config.eva_config = True, None
+
+
+def _layers(peft_model):
+    """Yield (name in the base, LoRA layer) of the layers that have A and B."""
+    from peft.tuners.lora import LoraLayer
+
+    for name, module in peft_model.get_base_model().named_modules():
+        if isinstance(module, LoraLayer) and "default" in module.lora_A:
+            yield name, module
+
+
+# ---- LoftQ -----------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def _correct_quantization(peft_model, checkpoint):
+    """Set s B A of each 4-bit layer to the best approximation of rank r of W - dequantize(NF4(W)), W from the files.
+
+    This is the first of LoftQ's alternating steps; the later ones change the base. PEFT's replace_lora_weights_loftq
+    leaves out s, and runs on CUDA alone.
+
+    Source: Li et al., LoftQ: LoRA-Fine-Tuning-Aware Quantization for LLMs, 2023 (arXiv:2310.08659), algorithm 1, T = 1.
+    """
+    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.nn import Linear4bit
+    from transformers.pytorch_utils import Conv1D
+
+    prefix = f"{peft_model.get_base_model().base_model_prefix}."
+    for name, layer in _layers(peft_model):
+        base = layer.get_base_layer()
+        if not isinstance(base, Linear4bit):
+            continue
+        W_OI = _stored(checkpoint, f"{name}.weight", prefix).to(base.weight.device, torch.float32)
+        exact = copy.copy(base.weight.quant_state)
+        exact.dtype = torch.float32  # else it is rounded to bfloat16
+        W_OI = W_OI.T if issubclass(base.source_cls, Conv1D) else W_OI
+        A_RI, B_OR = low_rank(W_OI - dequantize_4bit(base.weight.data, exact), layer.r["default"])
+        scale = layer.scaling["default"] ** -0.5
+        layer.lora_A["default"].weight.copy_(A_RI * scale)
+        layer.lora_B["default"].weight.copy_(B_OR * scale)
+
+
+def low_rank(M_OI, rank):
+    """Return A (R, I), B (O, R) with B A the best approximation of M, |A| = |B| column for row.
+
+    From the eigenvectors of the smaller of M M' and M' M: exact to float32, many times faster than the SVD of a wide M.
+    """
+    if M_OI.shape[0] > M_OI.shape[1]:
+        A_RO, B_IR = low_rank(M_OI.T, rank)
+        return B_IR.T, A_RO.T
+    U_OR = torch.linalg.eigh(M_OI @ M_OI.T).eigenvectors[:, -rank:]
+    A_RI = U_OR.T @ M_OI
+    roots_R = A_RI.norm(dim=1).clamp_min(torch.finfo(A_RI.dtype).tiny).sqrt()
+    return A_RI / roots_R[:, None], U_OR * roots_R
+
+
+def _stored(checkpoint, name, prefix):
+    """Return the tensor of the files that parameter `name` is made from (GPT-2's files leave out "transformer.")."""
+    found = next(one for one in (name, name.removeprefix(prefix), prefix + name) if one in checkpoint.files)
+    with safe_open(checkpoint.folder / checkpoint.files[found], "pt") as file:
+        return file.get_tensor(found)
+
+
+# ---- orthogonal ------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def _make_orthogonal(peft_model):
+    """Set A and B to random numbers with B A = 0; PEFT 0.21's own casts them to the uint8 of 4-bit codes.
+
+    Source: https://datta0.github.io/posts/rethink-lora-init/#orthogonal-initialisation
+    """
+    for _, layer in _layers(peft_model):
+        rank, A, B = layer.r["default"], layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        Q, _ = torch.linalg.qr(torch.randn(rank, rank))
+        A.copy_(Q[0::2].T @ torch.randn(rank // 2, layer.in_features) / 10)
+        B.copy_(torch.randn(layer.out_features, rank // 2) @ Q[1::2] / 10)
+
+
+# ---- EVA -------------------------------------------------------------------------------------------------------------
+
+
+def _span_the_inputs(peft_model, examples):
+    """Let PEFT's EVA read `examples` through the base, set each A, and share the ranks out anew among the layers.
+
+    Source: Paischer et al., One Initialization to Rule them All: Fine-tuning via Explained Variance Adaptation, 2024
+    (arXiv:2410.07170).
+
+    Raises:
+        InputError: too few trained tokens, or components that never settle.
+    """
+    from peft.tuners.lora.eva import initialize_lora_eva_weights
+
+    components = 2 * max(layer.r["default"] for _, layer in _layers(peft_model))
+    batches, passes = _batches(examples, components), iter(range(_EVA_PASSES * _EVA_BATCHES))
+
+    def forward(model, inputs):
+        if next(passes, None) is None:
+            raise InputError("lora.init_lora_weights eva: the inputs' components do not settle; give it more rows")
+        model(inputs["input_ids"], attention_mask=inputs["attention_mask"], logits_to_keep=1, use_cache=False)
+
+    initialize_lora_eva_weights(peft_model, batches, forward_fn=forward, show_progress_bar=False)
+
+
+def _batches(examples, components):
+    """Return padded batches of the first examples, with enough trained tokens each."""
+    batches, rows = [], []
+    for example in examples:
+        rows.append(example)
+        if sum(row.num_trained for row in rows) >= _EVA_TOKENS * components:
+            batches.append(_pad(rows))
+            rows = []
+        if len(batches) == _EVA_BATCHES:
+            break
+    if not batches:
+        found = sum(row.num_trained for row in rows)
+        if found < components:
+            raise InputError(
+                f"lora.init_lora_weights eva: {found} trained tokens are too few for lora.r; give more rows"
+            )
+        batches.append(_pad(rows))
+    return batches
+
+
+def _pad(rows):
+    pad = torch.nn.utils.rnn.pad_sequence
+    ids = pad([torch.tensor(row.input_ids) for row in rows], batch_first=True)
+    labels = pad([torch.tensor(row.labels) for row in rows], batch_first=True, padding_value=-100)
+    mask = pad([torch.ones(len(row.input_ids), dtype=torch.long) for row in rows], batch_first=True)
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+# ---- PiSSA, OLoRA ----------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def _split_off(peft_model, kind):
+    """Set A = [A0; A0], B = [B0, -B0] with s B0 A0 the main part of W, and train the first half of each.
+
+    That is W - s B0 A0 + s B A, the model PiSSA and OLoRA train, with W left alone: PEFT subtracts s B0 A0 from W, where
+    rounding to bfloat16 makes another base of it, and what is saved fits no other.
+
+    Source: Meng et al., PiSSA: Principal Singular Values and Singular Vectors Adaptation of LLMs, 2024
+    (arXiv:2404.02948); Bueyuekakyuez, OLoRA: Orthonormal Low-Rank Adaptation of LLMs, 2024 (arXiv:2406.01775).
+    """
+    for _, layer in _layers(peft_model):
+        rank, A, B = layer.r["default"] // 2, layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        W_OI = layer.get_base_layer().weight.float()
+        W_OI = W_OI.T if layer.fan_in_fan_out else W_OI
+        if kind == "pissa":
+            A0, B0 = (factor * layer.scaling["default"] ** -0.5 for factor in low_rank(W_OI, rank))
+        else:
+            Q, R = torch.linalg.qr(W_OI)
+            A0, B0 = R[:rank], Q[:, :rank]
+        A.copy_(torch.cat([A0, A0]))
+        B.copy_(torch.cat([B0, -B0], dim=1))
+        A.held, B.held = (
+            (slice(rank, None),),
+            (slice(None), slice(rank, None)),
+        )  # sft.MasterWeights keeps these as they are

@@ -435,6 +435,15 @@ def stand_in(shape, dtype, device):
     return torch.zeros(1, dtype=dtype, device=device).as_strided(shape, [0] * len(shape))
 
 
+def replace_by_stand_ins(model):
+    """Put a stand-in on the CPU in the place of every parameter of a model on the meta device."""
+    for module in model.modules():
+        for leaf, parameter in module._parameters.items():
+            if parameter is not None:
+                made = stand_in(parameter.shape, parameter.dtype, "cpu")
+                module._parameters[leaf] = torch.nn.Parameter(made, requires_grad=False)
+
+
 def is_stand_in(tensor):
     return tensor.dim() > 0 and not any(tensor.stride())
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -98,9 +99,14 @@ def evaluate(
 
 @app.command(epilog="Example:  qlora export runs/mine --out models/mine --dtype bfloat16")
 def export(
-    target: Annotated[str, typer.Argument(metavar="RUN|ADAPTER", help="a finished run, or any PEFT adapter folder")],
+    targets: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RUN|ADAPTER|RUN:WEIGHT... [KEY=VALUE]...",
+            help="a finished run, any PEFT adapter folder, or several runs with their weights; changes of the recipe",
+        ),
+    ],
     out: Annotated[str, typer.Option(help="the folder to write; absent or empty")],
-    overrides: Overrides = None,
     model: Annotated[str | None, typer.Option(help="for an adapter: the model that it was trained on")] = None,
     dtype: Annotated[str | None, typer.Option(help="float16, bfloat16 or float32; default: the recipe's")] = None,
     base: Annotated[
@@ -114,6 +120,9 @@ def export(
         str | None, typer.Option(help="full, layers (little memory), off; default: full where it fits")
     ] = None,
     data: Annotated[str | None, typer.Option(help="rows for the proof; default: those that the run holds out")] = None,
+    gguf: Annotated[
+        str | None, typer.Option(help="f16, q8_0 or q4_k_m: add a GGUF file and an Ollama Modelfile")
+    ] = None,
     as_json: Json = False,
 ):
     """Write the merged full-precision model, prove that it is the one that was trained, or leave nothing."""
@@ -121,10 +130,28 @@ def export(
     from .commands.export import export as run_export
 
     flags = {"dtype": dtype, "base": base, "verify": verify}
-    chosen = [*(overrides or ()), *(f"export.{name}={value}" for name, value in flags.items() if value is not None)]
-    report = run_export(target, out, None, chosen, model=model, data=data, compare_bases=compare_bases)
+    overrides = [target for target in targets if "=" in target and not Path(target).exists()]
+    targets = [target for target in targets if target not in overrides]
+    if not targets:
+        raise InputError("name the run that is to be exported; `qlora adapters` lists what there is")
+    chosen = [*overrides, *(f"export.{name}={value}" for name, value in flags.items() if value is not None)]
+    report = run_export(targets, out, None, chosen, model=model, data=data, compare_bases=compare_bases, gguf=gguf)
     if as_json:
         _print_json(report)
+
+
+@app.command(epilog="Example:  qlora adapters runs --json")
+def adapters(
+    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="where to look, with all that is in it")] = "runs",
+    as_json: Json = False,
+):
+    """List runs, checkpoints and adapters with what they were trained on and how good they are."""
+    _begin(as_json)
+    from .commands.adapters import adapters as list_adapters
+
+    found = list_adapters(folder)
+    if as_json:
+        _print_json(found)
 
 
 @app.command(epilog='Example:  qlora chat runs/mine --prompt "What can you do?"')

@@ -7,7 +7,7 @@ import sys
 from .. import generate
 from ..data.chat import encode_prompt
 from ..errors import InputError
-from .subject import open_subject
+from .subject import open_subject, switch
 
 
 def chat(target, prompt, system=None, max_new_tokens=512, overrides=(), on_text=None) -> str:
@@ -25,19 +25,33 @@ def talk(target, system=None, max_new_tokens=512, overrides=()):
     messages = _opening(system)
     interactive = sys.stdin.isatty()
     if interactive:
-        print("Type a message; /new starts over, Ctrl-D ends.", file=sys.stderr)
+        print("Type a message; /new starts over, /adapter RUN|none switches, Ctrl-D ends.", file=sys.stderr)
     while True:
         try:
             prompt = input("> " if interactive else "")
         except EOFError:
             return
-        if prompt.strip() == "/new":
+        command, _, argument = prompt.strip().partition(" ")
+        if command == "/new":
             messages = _opening(system)
+        elif command == "/adapter":
+            try:
+                print(_switch(subject, argument.strip()), file=sys.stderr)
+            except InputError as error:  # the conversation goes on as it was
+                print(f"qlora: {error}", file=sys.stderr)
         elif prompt.strip():
             messages.append({"role": "user", "content": prompt})
             answer = _answer(subject, messages, max_new_tokens, _print_piece)
             print()
             messages.append({"role": "assistant", "content": answer})
+
+
+def _switch(subject, name):
+    """Make the adapter of run `name` the one that answers ("none": the base alone); return what is so now, in words."""
+    if name:
+        switch(subject, None if name == "none" else name)
+    listed = ", ".join(["none", *(str(one) for one in subject.voices if one is not None)])
+    return f"answering: {subject.speaking or 'the base alone'}; known: {listed}"
 
 
 def _opening(system):

@@ -14,19 +14,21 @@ from ..export import merge, writer
 from ..export.card import card
 from ..kernels.threads import Cores
 from ..rundir import new_folder, refuse_nonempty, refuse_partial, scratch_folder, write_json
-from . import console
+from . import console, serving
 from .proving import Prover
 from .trained import open_trained
 
 
-def export(target, out, dtype=None, overrides=(), *, model=None, data=None, compare_bases=False) -> dict:
+def export(target, out, dtype=None, overrides=(), *, model=None, data=None, compare_bases=False, gguf=None) -> dict:
     """Write the merged model of `target` to folder `out`; return the contents of its export_report.json.
 
-    target: a finished run, or a PEFT adapter folder that was trained on `model`. Each weight is dequantize(NF4(W)) +
+    target: a finished run, or a PEFT adapter folder that was trained on `model`; or a list of "RUN:WEIGHT", whose adapters
+    are added up. Each weight is dequantize(NF4(W)) +
     scaling * B A, added in float32 and cast once to `dtype` ("float16", "bfloat16", "float32"; the recipe's export.dtype
     by default). The folder is written beside `out`, compared with the live model on rows (of file `data`, or those that
     the run held out), and renamed to `out` only if it agrees. export.base=original adds to the weights of the files
-    instead. compare_bases: measure both, as they are and as served in 4 bit.
+    instead. compare_bases: measure both, as they are and as served in 4 bit. gguf: "f16", "q8_0" or "q4_k_m", to add a
+    GGUF file and an Ollama Modelfile.
 
     Raises:
         InputError: nothing that was trained, another base, `out` is not empty, too little disk, a weight too large for
@@ -36,10 +38,11 @@ def export(target, out, dtype=None, overrides=(), *, model=None, data=None, comp
     if dtype is not None:
         overrides = [*overrides, f"export.dtype={dtype}"]
     start, out = time.monotonic(), Path(out)
-    trained = open_trained(target, model, data, overrides)
+    targets = [target] if isinstance(target, (str, Path)) else list(target)
+    trained = open_trained(targets, model, data, overrides)
     section, recipe = trained.section, trained.recipe
     refuse_nonempty(out, "export")
-    refuse_partial(out, [trained.folder, trained.checkpoint.folder, Path(target)])
+    refuse_partial(out, [trained.folder, trained.checkpoint.folder, *map(Path, targets)])
     _refuse_meaningless(trained, compare_bases)
     plan = merge.plan(
         trained.checkpoint,
@@ -48,7 +51,10 @@ def export(target, out, dtype=None, overrides=(), *, model=None, data=None, comp
         recipe.model.trust_remote_code,
         trained.adapter,
     )
-    _refuse_full_disk(out, plan.num_bytes * (2 if compare_bases else 1))
+    if gguf:
+        serving.refuse(trained, plan, gguf)
+    more = serving.num_bytes(gguf, plan) if gguf else 0
+    _refuse_full_disk(out, plan.num_bytes + max(more, plan.num_bytes if compare_bases else 0))
 
     device = base_model.default_device()
     prover = None if section.verify == "off" else Prover(trained, plan, device)
@@ -79,6 +85,8 @@ def export(target, out, dtype=None, overrides=(), *, model=None, data=None, comp
             console.table(_title(report), ["", "loss", "perplexity", "KL to trained", "same top-1"], rows)
             _refuse_unproven(report, out)
         _warn(report)
+        if gguf:
+            report["gguf"] = serving.add_gguf(trained, folder, out.name, gguf, plan)
         report["seconds"] = time.monotonic() - start
         write_json(folder / "export_report.json", report)
         quantized = recipe.quantization.quant_type.upper() if recipe.quantization else None

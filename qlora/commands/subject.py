@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,19 @@ from . import console
 
 @dataclass
 class Subject:
-    """A model ready to answer. `run` and `recipe` are None for a plain model."""
+    """A model ready to answer. `run` and `recipe` are None for a plain model.
+
+    voices: {run folder as it was named, None for the base alone: (PEFT's name of its adapter, tokenizer, stops)};
+    speaking: which of them answers.
+    """
 
     model: Any
     tokenizer: Any
     stops: set
     recipe: Recipe | None
     run: RunDir | None
+    voices: dict = field(default_factory=dict)
+    speaking: str | None = None
 
 
 def open_subject(target, overrides=()) -> Subject:
@@ -59,7 +65,33 @@ def _open_run(run, overrides):
         model = base_model.load(checkpoint, recipe.model, recipe.quantization)
         model = adapter.load(model, run.adapter, checkpoint.new_tokens.values())
     stops = chat.stop_token_ids(tokenizer, model.generation_config)
-    return Subject(model, tokenizer, stops, recipe, run)
+    voices = {str(run.path): ("default", tokenizer, stops), None: (None, tokenizer, stops)}
+    return Subject(model, tokenizer, stops, recipe, run, voices, str(run.path))
+
+
+def switch(subject, name):
+    """Let the adapter of run `name` answer, loading it if it is new; None: the base alone.
+
+    Raises:
+        InputError: not a finished run on the same base, or an adapter that cannot lie beside another. Nothing changes.
+    """
+    from .. import adapter
+
+    if subject.run is None:
+        raise InputError("a plain model has no adapters; open a run: qlora chat RUN")
+    if name not in subject.voices:
+        run = RunDir.open(name)
+        recipe = run.recipe()
+        ours, theirs = (one.environment()["base_model"] for one in (subject.run, run))
+        if recipe.quantization != subject.recipe.quantization or ours["sha256"] != theirs["sha256"]:
+            raise InputError(f"{name}: trained on another base than {subject.run.path}")
+        adapter.add(subject.model, run.adapter, name)
+        tokenizer = base_model.load_tokenizer(run.adapter, recipe.model)
+        stops = chat.stop_token_ids(tokenizer, subject.model.generation_config)
+        subject.voices[name] = (adapter.peft_name(name), tokenizer, stops)
+    chosen, subject.tokenizer, subject.stops = subject.voices[name]
+    adapter.activate(subject.model, chosen)
+    subject.speaking = name
 
 
 def load_tokenizer(run, section, checkpoint):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from ..export import proof
 from ..recipe import Data, Recipe
 from ..rundir import RunDir
 from . import console
+from .adapters import combined, parse_weighted
 from .subject import load_tokenizer, refuse_changed_base
 
 
@@ -34,29 +36,25 @@ class Trained:
     tokenizer: Any
     rows: list
     rows_from: str
+    keep: Any = None  # the temporary folder that `folder` is in, if it is in one
 
     @property
     def section(self):
         return self.recipe.export
 
 
-def open_trained(target, base=None, data_file=None, overrides=()) -> Trained:
-    """Return what is in `target`: a finished run, or a PEFT adapter folder that was trained on the model `base`.
+def open_trained(targets, base=None, data_file=None, overrides=()) -> Trained:
+    """Return what is in `targets`: a finished run, or a PEFT adapter folder that was trained on the model `base`.
 
-    data_file: rows for the proof; by default those that the run kept, or a few sentences of our own.
+    Several are strings "RUN:WEIGHT" of runs on one base; their adapters are added up. data_file: rows for the proof; by default those that the run kept, or a few sentences of our own.
 
     Raises:
         InputError: neither a run nor an adapter; another base; or something in it that cannot be merged.
     """
-    if RunDir.is_run(target):
-        if base is not None:
-            raise InputError(f"{target} is a run, which knows its base; leave --model out, or give {target}/adapter")
-        trained = _of_run(RunDir.open(target), overrides)
-    elif (Path(target) / adapter.CONFIG).is_file():
-        trained = _of_adapter(Path(target), base, overrides)
+    if len(targets) > 1:
+        trained = _of_several(parse_weighted(targets), base, overrides)
     else:
-        RunDir.open(target)  # says what is wrong with it
-        raise AssertionError(target)
+        trained = _of_one(targets[0], base, overrides)
     if data_file is not None:
         given = {**trained.recipe.data.model_dump(), "train": str(data_file), "eval": None, "overlong": "truncate"}
         section = Data.model_validate(given)
@@ -66,6 +64,39 @@ def open_trained(target, base=None, data_file=None, overrides=()) -> Trained:
         trained.rows = proof.proof_rows(rows, trained.config.get_text_config().vocab_size)
         trained.rows_from = f"rows of {Path(data_file).name}"
     return trained
+
+
+def _of_one(target, base, overrides):
+    if RunDir.is_run(target):
+        if base is not None:
+            raise InputError(f"{target} is a run, which knows its base; leave --model out, or give {target}/adapter")
+        trained = _of_run(RunDir.open(target), overrides)
+    elif (Path(target) / adapter.CONFIG).is_file():
+        trained = _of_adapter(Path(target), base, overrides)
+    else:
+        RunDir.open(target)  # says what is wrong with it
+        raise AssertionError(target)
+    return trained
+
+
+def _of_several(weighted, base, overrides):
+    """Return the weighted sum of several runs, as if it had been trained: with the rows of the first."""
+    found = [_of_one(target, base, overrides) for target, _ in weighted]
+    first = found[0]
+    for other in found[1:]:
+        same = (
+            other.checkpoint.file_hashes() == first.checkpoint.file_hashes()
+            and other.recipe.quantization == first.recipe.quantization
+            and other.modules == first.modules
+        )
+        if not same:
+            raise InputError(f"{other.name}: trained on another base than {first.name}; such adapters do not add up")
+    weights = [weight for _, weight in weighted]
+    folder = combined([one.folder for one in found], weights, first.config, first.recipe.model.trust_remote_code)
+    read = adapter.read(folder.name)
+    named = " + ".join(f"{weight:g} * {target}" for target, weight in weighted)
+    console.say(f"adapter   {named}, side by side: r = {read.config['r']}")
+    return dataclasses.replace(first, name=named, folder=Path(folder.name), adapter=read, keep=folder)
 
 
 def _of_run(run, overrides):

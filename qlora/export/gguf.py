@@ -64,6 +64,25 @@ _ARCHITECTURES = {
 }
 
 
+def refuse(folder, config, tokenizer, stops, kind):
+    """Raise InputError where `write` would: an unknown kind, a missing tool, a model that cannot be converted right.
+
+    folder: of the base, for what is said; config and tokenizer: of the model that will be exported.
+    """
+    if kind not in KINDS:
+        raise InputError(f"--gguf {kind}: give one of {', '.join(KINDS)}")
+    if kind == "q4_k_m":
+        _quantizer()
+    if _converter() is not None:
+        return
+    if importlib.util.find_spec("gguf") is None:
+        raise InputError("--gguf needs the package gguf; pip install 'qlora[gguf]'")
+    import gguf
+
+    _rope_factors(folder, config, _architecture(folder, config))
+    vocabulary.add(gguf.GGUFWriter(None, "llama"), tokenizer, config.vocab_size, sorted(stops))
+
+
 def write(folder, out_file, kind, on_bytes=None):
     """Write the model in `folder` to `out_file` as GGUF of `kind` ("f16", "q8_0", "q4_k_m"); return its size in bytes.
 

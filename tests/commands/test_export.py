@@ -1,5 +1,6 @@
 """Export from outside: both bases, any PEFT adapter, mixtures, and nothing half-done whatever is in the way."""
 
+import importlib.util
 import json
 import os
 import re
@@ -333,3 +334,26 @@ def test_every_kind_that_can_be_trained_exports_proven(make_recipe, tmp_path, ki
     assert tied == (
         base.get("tie_word_embeddings", True) and kind not in ("tied-head", "tied-embedding", "tied-both", "wte")
     )
+
+
+# ---- further targets -------------------------------------------------------------------------------------------------
+
+
+def test_a_gguf_file_and_a_modelfile_lie_in_the_folder_and_the_report_says_what_is_proven(run, tmp_path, capsys):
+    report = export(run.path, tmp_path / "out", gguf="q8_0")
+    found = report["gguf"]
+    assert (tmp_path / "out" / "out-q8_0.gguf").stat().st_size == found["bytes"]
+    assert found["proven"] == (importlib.util.find_spec("llama_cpp") is not None)
+    assert found["proven"] or "llama-cpp-python" in found["why_not"]
+    said = capsys.readouterr().err
+    assert ("not proven" in said) != found["proven"]
+    assert "FROM ./out-q8_0.gguf" in (tmp_path / "out" / "Modelfile").read_text()
+
+
+def test_what_no_gguf_file_can_hold_is_refused_before_anything_is_written(run, make_recipe, tmp_path):
+    with pytest.raises(InputError, match="--gguf q5: give one of f16, q8_0, q4_k_m"):
+        export(run.path, tmp_path / "out", gguf="q5")
+    mixture = train(make_recipe("mixtral", lora={"target_modules": ["q_proj"]}))
+    with pytest.raises(InputError, match="mixtral"):
+        export(mixture.path, tmp_path / "out", gguf="f16")
+    assert not list(tmp_path.glob("out*"))

@@ -1,0 +1,146 @@
+"""qlora adapters: what has been trained, in which folder, and how good it is; and several of them joined into one."""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+import time
+from pathlib import Path
+
+from .. import adapter
+from ..errors import InputError, QLoRAError
+from ..rundir import RunDir
+from . import console
+
+
+def adapters(folder="runs") -> list:
+    """Return what is known of every run, checkpoint and adapter under `folder`, newest first.
+
+    Each is {"path", "kind", "base", "state", "steps", "loss", "eval_loss", "metrics", "time"}; what is not known is None.
+    state: "finished", "unfinished", or what is wrong with it in words.
+
+    Raises:
+        InputError: no such folder.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"no folder {folder}; `qlora train RECIPE` makes runs, or give the folder they are in")
+    runs = {path.parent for path in [folder / "recipe.yaml", *folder.rglob("recipe.yaml")] if path.is_file()}
+    own = {run / "adapter" for run in runs}
+    others = {path.parent for path in folder.rglob(adapter.CONFIG)} - own
+    found = [*map(_of_run, runs), *(_entry(path) for path in others)]
+    found.sort(key=lambda one: -one["time"])
+    _show(folder, found)
+    return found
+
+
+def _entry(path, folder=None):
+    """Return the entry of the adapter in `path`, as part of run `folder` where it is one."""
+    entry = dict.fromkeys(("kind", "base", "steps", "loss", "eval_loss", "metrics"))
+    entry |= {"path": str(folder or path), "state": "finished", "time": (folder or path).stat().st_mtime}
+    try:
+        config = json.loads((path / adapter.CONFIG).read_text(encoding="utf-8"))
+        name = {"ADALORA": "AdaLoRA"}.get(config["peft_type"], "DoRA" if config.get("use_dora") else "LoRA")
+        entry["kind"] = f"{name} r={config.get('target_r') if name == 'AdaLoRA' else config['r']}"
+        entry["base"] = config.get("base_model_name_or_path")
+        entry["time"] = (path / adapter.CONFIG).stat().st_mtime
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        entry["state"] = f"not readable: {error!r}"
+    return entry
+
+
+def _of_run(folder):
+    run = RunDir(folder)
+    if not run.adapter.is_dir():
+        entry = _entry(folder, folder) | {"state": "unfinished", "time": folder.stat().st_mtime}
+    else:
+        entry = _entry(run.adapter, folder)
+    try:
+        entry["base"] = run.recipe().model.name_or_path
+        records = [json.loads(line) for line in run.metrics_file.read_text(encoding="utf-8").splitlines()]
+        for record in records:
+            entry["steps"] = record["step"]
+            entry["loss"] = record.get("loss", entry["loss"])
+            entry["eval_loss"] = record.get("eval_loss", entry["eval_loss"])
+        if run.eval_file.is_file():
+            entry["metrics"] = json.loads(run.eval_file.read_text(encoding="utf-8"))["metrics"]
+    except (OSError, ValueError, KeyError, QLoRAError) as error:
+        if entry["state"] == "finished":
+            entry["state"] = f"damaged: {str(error).splitlines()[0]}"
+    return entry
+
+
+def _show(folder, found):
+    def number(value, form):
+        return "" if value is None else format(value, form)
+
+    rows = []
+    for one in found:
+        metrics = ", ".join(f"{name.replace('_', ' ')} {value:.0%}" for name, value in (one["metrics"] or {}).items())
+        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(one["time"]))
+        state = "" if one["state"] == "finished" else one["state"]
+        base = Path(one["base"]).name if one["base"] else ""
+        rows.append(
+            [one["path"], one["kind"] or "", base, number(one["steps"], "d"), number(one["loss"], ".4f"),
+             number(one["eval_loss"], ".4f"), metrics or state, when]
+        )  # fmt: skip
+    header = ["", "kind", "base", "steps", "loss", "held-out loss", "scores", "trained"]
+    console.table(f"{len(found)} in {folder}", header, rows)
+
+
+# ---- several as one --------------------------------------------------------------------------------------------------
+
+
+def parse_weighted(targets):
+    """Return [(path, weight)] of "RUN:0.7" strings; raises InputError where a weight is missing or no number."""
+    found = []
+    for target in targets:
+        path, colon, weight = str(target).rpartition(":")
+        try:
+            number = float(weight) if colon else math.nan
+        except ValueError:
+            number = math.nan
+        if not math.isfinite(number) or number == 0:
+            raise InputError(f"{target}: to combine adapters give each its weight, as in runs/a:0.7 runs/b:0.3")
+        found.append((path, number))
+    paths = [path for path, _ in found]
+    twice = sorted({path for path in paths if paths.count(path) > 1})
+    if twice:
+        raise InputError(f"{', '.join(twice)}: named more than once; give its weights as one")
+    return found
+
+
+def combined(folders, weights, config, trust_remote_code):
+    """Return a temporary folder (an object with .name) that holds one LoRA whose update is the weighted sum of several.
+
+    folders: adapter folders for one base, with this transformers config. Through PEFT's add_weighted_adapter, which
+    sets factors side by side ("cat"): the sum is exact, and the rank the sum of the ranks.
+
+    Raises:
+        InputError: an adapter that is more than low-rank updates.
+    """
+    from peft import PeftModel
+
+    from .. import base_model
+
+    for folder in folders:
+        read = adapter.read(folder)
+        if read.replaced or read.rows or read.bias_deltas or read.config["peft_type"] != "LORA" or any(
+            update.magnitude_O is not None for update in read.updates.values()
+        ):
+            raise InputError(
+                f"{folder}: only LoRA and rsLoRA adapters add up; this one has other trained weights (DoRA, AdaLoRA, "
+                "modules_to_save, biases or new tokens)"
+            )
+    # PEFT wants a model to put the adapters on; their sum does not depend on its weights, so it gets none
+    model = base_model.on_meta(config, trust_remote_code)
+    base_model.replace_by_stand_ins(model)
+    names = [f"adapter{number}" for number in range(len(folders))]
+    peft_model = PeftModel.from_pretrained(model, folders[0], adapter_name=names[0])
+    for folder, name in zip(folders[1:], names[1:], strict=True):
+        peft_model.load_adapter(folder, adapter_name=name)
+    peft_model.add_weighted_adapter(names, weights, "combined", combination_type="cat")
+    folder = tempfile.TemporaryDirectory()
+    peft_model.save_pretrained(folder.name, selected_adapters=["combined"])
+    return folder

@@ -1,0 +1,56 @@
+"""What export adds for servers on request: a GGUF file and an Ollama Modelfile, from the folder that was just proven."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from ..data import chat
+from ..errors import InputError
+from ..export import gguf, ollama
+from . import console
+
+_SIZE = {"f16": 1.0, "q8_0": 0.54, "q4_k_m": 1.35}  # of 2 bytes a number; q4_k_m with the f16 file that it is made from
+
+
+def num_bytes(kind, plan):
+    """Return what writing a GGUF file of this kind takes on the disk, at most."""
+    numbers = sum(spec.num_bytes // spec.dtype.itemsize for spec in plan.specs)
+    return int(2 * numbers * _SIZE.get(kind, 1.0) * 1.02)
+
+
+def refuse(trained, plan, kind):
+    """Raise InputError ahead where no right GGUF file could be written in the end."""
+    checkpoint = trained.checkpoint
+    stops = chat.stop_token_ids(trained.tokenizer, checkpoint.generation_config())
+    gguf.refuse(checkpoint.folder, plan.config, trained.tokenizer, stops, kind)
+
+
+def add_gguf(trained, folder, name, kind, plan):
+    """Write the GGUF file and the Modelfile into the exported `folder`; return their part of the report.
+
+    Raises:
+        InputError: the model cannot be converted right.
+        ProofFailed: llama.cpp reads another model in the file.
+    """
+    file = folder / f"{name}-{kind}.gguf"
+    with console.writing(f"writing {file.name}", num_bytes(kind, plan)) as advance:
+        size = gguf.write(folder, file, kind, advance)
+    tokenizer = trained.tokenizer
+    prompts = gguf.prompts_of(tokenizer, trained.rows)
+    with console.status("proving: the exported folder against the GGUF file in llama.cpp"):
+        proof = gguf.prove(folder, file, kind, prompts)
+    if proof.proven:
+        said = f"{proof.same_top1:.1%} of {proof.num_tokens} greedy tokens the same, KL {proof.kl:.1e}"
+    else:
+        said = proof.why_not
+    console.say(f"gguf      {file.name}, {console.size(size)}: {said}")
+    report = {"file": file.name, "bytes": size, **dataclasses.asdict(proof), "modelfile": None}
+    stops = chat.stop_token_ids(tokenizer, trained.checkpoint.generation_config())
+    try:
+        text = ollama.modelfile(tokenizer, file.name, stops, gguf.adds_bos(file))
+    except InputError as error:  # the GGUF file is none the worse for it
+        console.say(f"          no Modelfile for Ollama: {error}")
+        return report | {"why_no_modelfile": str(error)}
+    (folder / "Modelfile").write_text(text, encoding="utf-8")
+    console.say("ollama    Modelfile: its prompts are the chat template's, to the character")
+    return report | {"modelfile": "Modelfile"}

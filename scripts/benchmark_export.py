@@ -5,12 +5,14 @@
 A model of that shape with random weights is written shard by shard (scripts/random_model.py), and a random adapter of rank
 16 on all linear layers. Each round, in alternating order: `qlora export --verify off` (read, quantize, dequantize, add, cast,
 write, fsync), `cp` of what it wrote with fsync, and with --peft loading in bfloat16, merge_and_unload and save_pretrained.
+Before each the files are put out of the page cache, so that every side reads from the disk.
 Peak memory is the process' anonymous memory (RssAnon), seen every 10 ms from outside: pages of mapped and cached files are
 not counted, since the system takes them back at will. Printed are medians and their ratios.
 """
 
 import argparse
 import json
+import os
 import shutil
 import statistics
 import subprocess
@@ -47,6 +49,14 @@ def random_adapter(base, folder, rank=16):
     config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": "all-linear",
               "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base)}  # fmt: skip
     (folder / "adapter_config.json").write_text(json.dumps(config))
+
+
+def put_out_of_the_cache(*folders):
+    for path in [path for folder in folders for path in folder.glob("*.safetensors")]:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
 
 
 def run(command):
@@ -102,6 +112,7 @@ def main():
         for side in order if number % 2 == 0 else ["qlora", *reversed(order[1:])]:
             for folder in {"qlora": (out,), "cp": (copy,), "peft": (args.folder / "peft",)}[side]:
                 shutil.rmtree(folder, ignore_errors=True)
+            put_out_of_the_cache(base, out)
             took, peak = run(sides[side])
             seconds[side].append(took)
             peaks[side].append(peak)

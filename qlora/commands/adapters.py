@@ -126,8 +126,12 @@ def combined(folders, weights, config, trust_remote_code):
 
     for folder in folders:
         read = adapter.read(folder)
-        if read.replaced or read.rows or read.bias_deltas or read.config["peft_type"] != "LORA" or any(
-            update.magnitude_O is not None for update in read.updates.values()
+        if (
+            read.replaced
+            or read.rows
+            or read.bias_deltas
+            or read.config["peft_type"] != "LORA"
+            or any(update.magnitude_O is not None for update in read.updates.values())
         ):
             raise InputError(
                 f"{folder}: only LoRA and rsLoRA adapters add up; this one has other trained weights (DoRA, AdaLoRA, "

@@ -12,6 +12,7 @@ from ..data import chat
 from ..errors import InputError, ProofFailed
 from ..export import merge, writer
 from ..export.card import card
+from ..export.reader import Reader
 from ..kernels.threads import Cores
 from ..rundir import new_folder, refuse_nonempty, refuse_partial, scratch_folder, write_json
 from . import console, serving
@@ -130,8 +131,12 @@ def _write(trained, plan, folder, base, device):
     """Write the merged model into `folder`; return the Merge that made its tensors."""
     max_bytes = writer.parse_size(trained.section.max_shard_size)
     how = merge.Base(trained.modules, trained.recipe.quantization, base == "original")
-    with console.writing("writing ", plan.num_bytes) as advance, Cores(device) as cores:
-        merging = merge.Merge(trained.checkpoint, plan, trained.adapter, how, device, cores.map)
+    with (
+        console.writing("writing ", plan.num_bytes) as advance,
+        Cores(device) as cores,
+        Reader(trained.checkpoint) as reader,
+    ):
+        merging = merge.Merge(reader, plan, trained.adapter, how, device, cores.map)
         writer.write(folder, plan.specs, merging.pieces, max_bytes, advance)
     different = sorted(name for name, same in merging.digests.items() if not same)
     if different:

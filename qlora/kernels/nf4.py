@@ -53,11 +53,11 @@ class Quantized:
         return dequantize_4bit(self.codes[first // 2 : -(last // -2)], state).view(shape)
 
 
-def quantize(W_OI, quant_type="nf4", compress_statistics=True, each=map):
+def quantize(W_OI, quant_type="nf4", compress_statistics=True, each=map, memory=None):
     """Return the Quantized weight: the codes and constants of bitsandbytes' quantize_4bit, number for number.
 
     W_OI: contiguous, in the dtype that is to be quantized. compress_statistics: double quantization. each: how pieces are
-    gone through, such as threads.Cores.map.
+    gone through, such as threads.Cores.map. memory: uint8, where the codes may be put.
     Source: QLoRA (arXiv:2305.14314) sec. 3; the codes' equality with bitsandbytes is a test.
     """
     from bitsandbytes.functional import QuantState, get_4bit_type, quantize_4bit, quantize_blockwise
@@ -67,7 +67,7 @@ def quantize(W_OI, quant_type="nf4", compress_statistics=True, each=map):
             W_OI, blocksize=BLOCKSIZE, compress_statistics=compress_statistics, quant_type=quant_type
         )
         return Quantized(codes, state)
-    codes, absmax = _codes(W_OI.reshape(-1), each)
+    codes, absmax = _codes(W_OI.reshape(-1), each, memory)
     nested = {}
     if compress_statistics:
         offset = absmax.mean()
@@ -80,9 +80,9 @@ def quantize(W_OI, quant_type="nf4", compress_statistics=True, each=map):
     return Quantized(codes[:, None], state)
 
 
-def _codes(flat, each):
+def _codes(flat, each, memory):
     """Return (codes, two a byte; absmax float32 of each block) of a flat weight whose length is a multiple of 64."""
-    codes = torch.empty(flat.numel() // 2, dtype=torch.uint8)
+    codes = torch.empty(flat.numel() // 2, dtype=torch.uint8) if memory is None else memory[: flat.numel() // 2]
     absmax = torch.empty(flat.numel() // BLOCKSIZE)
 
     def fill(start):

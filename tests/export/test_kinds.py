@@ -17,6 +17,7 @@ from qlora import adapter, base_model
 from qlora.adapter.tensors import Update
 from qlora.errors import InputError
 from qlora.export import merge, writer
+from qlora.export.reader import Reader
 from qlora.recipe import Model
 
 ALL = {"llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
@@ -76,7 +77,7 @@ def export(base_folder, adapter_folder, out):
     checkpoint = base_model.find(section)
     read = adapter.read(adapter_folder)
     plan = merge.plan(checkpoint, base_model.load_config(checkpoint, section), torch.float32, adapter=read)
-    merging = merge.Merge(checkpoint, plan, read, merge.Base({}, None, original=True), torch.device("cpu"))
+    merging = merge.Merge(Reader(checkpoint), plan, read, merge.Base({}, None, original=True), torch.device("cpu"))
     out.mkdir()
     writer.write(out, plan.specs, merging.pieces, 10**9)
     plan.config.save_pretrained(out)

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from qlora import adapter, base_model
 from qlora.errors import InputError
 from qlora.export import merge
+from qlora.export.reader import Reader
 from qlora.recipe import Lora, Model, Quantization
 from tests.conftest import FAMILIES
 
@@ -24,7 +25,7 @@ def make(folder, model, tmp_path, dtype=torch.float32, original=False):
     digests = base_model.digests(model.get_base_model())
     modules = {name.removesuffix(".base_layer"): digest for name, digest in digests.items()}
     base = merge.Base(modules, Quantization(), original)
-    return merge.Merge(checkpoint, plan, read, base, torch.device("cpu"))
+    return merge.Merge(Reader(checkpoint), plan, read, base, torch.device("cpu"))
 
 
 def tensor(merging, name):
@@ -67,7 +68,7 @@ def test_gpt2_stores_its_matrices_transposed_and_biases_as_they_are(peft_model, 
     merging = make(tiny_model("gpt2"), peft_model("gpt2"), tmp_path)
     assert tensor(merging, "transformer.h.0.attn.c_attn.weight").shape == (64, 192)
     assert merging.plan.shapes["transformer.h.0.attn.c_attn"] == (192, 64)
-    original = merge._read(merging.checkpoint, merging.plan.source["transformer.h.0.attn.c_attn.bias"])
+    original = merging.reader.rows(merging.plan.source["transformer.h.0.attn.c_attn.bias"])[:]
     assert torch.equal(tensor(merging, "transformer.h.0.attn.c_attn.bias"), original.float())
     assert original.abs().sum() > 0
 
@@ -83,7 +84,7 @@ def test_a_tied_head_is_written_once_and_an_untied_one_twice(peft_model, tiny_mo
 def test_the_embedding_and_the_head_are_not_rounded_to_nf4(peft_model, tiny_model, tmp_path):
     merging = make(tiny_model("llama"), peft_model("llama"), tmp_path)
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        assert torch.equal(tensor(merging, name), merge._read(merging.checkpoint, name).float())
+        assert torch.equal(tensor(merging, name), merging.reader.rows(name)[:].float())
 
 
 def test_what_merging_and_casting_did_is_measured_per_module(peft_model, tiny_model, tmp_path):
@@ -93,7 +94,7 @@ def test_what_merging_and_casting_did_is_measured_per_module(peft_model, tiny_mo
     (measured,) = merging.modules
     update = merging.adapter.updates[name]
     A, B = update.A_RI.float(), update.B_OR.float()
-    W = merge._read(merging.checkpoint, f"{name}.weight")
+    W = merging.reader.rows(f"{name}.weight")[:]
     codes, state = quantize_4bit(W, blocksize=64, quant_type="nf4", compress_statistics=True)
     state.dtype = torch.float32
     base = dequantize_4bit(codes, state)
@@ -101,7 +102,6 @@ def test_what_merging_and_casting_did_is_measured_per_module(peft_model, tiny_mo
     assert measured["delta_norm"] == pytest.approx((2 * B @ A).norm().item(), rel=1e-4)
     assert measured["quantization_error"] == pytest.approx((base - W.float()).norm().item(), rel=1e-4)
     assert measured["cast_error"] == pytest.approx((cast.float() - base - 2 * B @ A).norm().item(), rel=1e-3)
-    assert 0.9 < measured["changed"] <= 1
 
 
 def test_a_number_too_large_for_float16_is_an_error_that_names_the_tensor(peft_model, tiny_model, tmp_path):

@@ -24,7 +24,8 @@ from . import start
 from .ranks import SCHEDULE, Ranks
 from .tensors import ADALORA_FIELDS, CONFIG, LORA_FIELDS, WEIGHTS, Adapter, read
 
-__all__ = ["CONFIG", "WEIGHTS", "Adapter", "Ranks", "attach", "first_to_move", "load", "read", "refuse_unmoved", "save"]
+__all__ = ["CONFIG", "WEIGHTS", "Adapter", "Ranks", "activate", "add", "attach", "first_to_move", "load", "peft_name",
+           "read", "refuse_unmoved", "save"]  # fmt: skip
 
 _PREFIX = "base_model.model."
 _FACTOR = re.compile(r"\.lora_(A|B|E|embedding_A|embedding_B|magnitude_vector)\b")
@@ -419,3 +420,42 @@ def _frozen(peft_model, untrained):
 def _give(values):
     for parameter, value in values.items():
         parameter.copy_(value)  # cast, where the model computes in float32 since
+
+
+# ---- several on one base ---------------------------------------------------------------------------------------------
+
+
+def add(peft_model, folder, name):
+    """Load the adapter in `folder` beside those that `peft_model` has, under `peft_name(name)`; it is not yet active.
+
+    Raises:
+        InputError: as `read` does; an adapter for another base; or a kind that cannot lie beside another.
+    """
+    adapter = read(folder)
+    adapter.refuse_more_than_low_rank("cannot lie beside another adapter; open it by itself")
+    layers = set(dict(peft_model.get_base_model().named_modules()))
+    missing = [f"{module}: not in the base" for module in adapter.updates if module not in layers]
+    if missing:
+        raise InputError.listing(f"adapter {folder}: made for another base; it", missing)
+    left = peft_model.load_adapter(str(folder), adapter_name=peft_name(name)).unexpected_keys
+    assert not left, f"PEFT found no place for {left}"
+    dtype = _dtype(peft_model.get_base_model())
+    for key, parameter in peft_model.named_parameters():
+        if f".{peft_name(name)}." in key:
+            parameter.data = parameter.data.to(dtype)
+    peft_model.requires_grad_(False).eval()
+
+
+def peft_name(name):
+    """Return what PEFT is told to call the adapter of a run folder: it takes no dots."""
+    return re.sub(r"\W", "_", str(name))
+
+
+def activate(peft_model, name):
+    """Let the adapter that PEFT knows as `name` compute from now on; None: the base alone."""
+    if name is None:
+        peft_model.base_model.disable_adapter_layers()
+    else:
+        peft_model.base_model.enable_adapter_layers()
+        peft_model.set_adapter(name)
+        peft_model.requires_grad_(False)

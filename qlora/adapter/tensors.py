@@ -94,6 +94,14 @@ class Adapter:
         factors = [factor for update in self.updates.values() for factor in (update.A_RI, update.B_OR)]
         return sum(tensor.numel() for tensor in [*tensors, *factors])
 
+    def refuse_more_than_low_rank(self, why):
+        """Raise InputError, which ends with `why`, if the adapter is more than LoRA or DoRA updates."""
+        others = {"AdaLoRA": self.config["peft_type"] != "LORA", "new tokens": self.rows,
+                  "trained biases or modules": self.replaced or self.bias_deltas}  # fmt: skip
+        found = [name for name, there in others.items() if there]
+        if found:
+            raise InputError(f"adapter {self.folder}: with {', '.join(found)} it {why}")
+
     def refuse_mismatch(self, shapes, parameters, embeddings, token_ids):
         """Raise InputError unless everything in the adapter has its place in the base; lists all that has not.
 

@@ -126,17 +126,9 @@ def combined(folders, weights, config, trust_remote_code):
 
     for folder in folders:
         read = adapter.read(folder)
-        if (
-            read.replaced
-            or read.rows
-            or read.bias_deltas
-            or read.config["peft_type"] != "LORA"
-            or any(update.magnitude_O is not None for update in read.updates.values())
-        ):
-            raise InputError(
-                f"{folder}: only LoRA and rsLoRA adapters add up; this one has other trained weights (DoRA, AdaLoRA, "
-                "modules_to_save, biases or new tokens)"
-            )
+        read.refuse_more_than_low_rank("cannot be added to another")
+        if read.config.get("use_dora"):
+            raise InputError(f"adapter {folder}: DoRA rescales the weight, so that such adapters do not add up")
     # PEFT wants a model to put the adapters on; their sum does not depend on its weights, so it gets none
     model = base_model.on_meta(config, trust_remote_code)
     base_model.replace_by_stand_ins(model)

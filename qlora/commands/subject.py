@@ -79,6 +79,7 @@ def switch(subject, name):
 
     if subject.run is None:
         raise InputError("a plain model has no adapters; open a run: qlora chat RUN")
+    adapter.read(subject.run.adapter).refuse_more_than_low_rank("cannot make room for another")
     if name not in subject.voices:
         run = RunDir.open(name)
         recipe = run.recipe()

@@ -46,15 +46,14 @@ class Trained:
 def open_trained(targets, base=None, data_file=None, overrides=()) -> Trained:
     """Return what is in `targets`: a finished run, or a PEFT adapter folder that was trained on the model `base`.
 
-    Several are strings "RUN:WEIGHT" of runs on one base; their adapters are added up. data_file: rows for the proof; by default those that the run kept, or a few sentences of our own.
+    Several are strings "RUN:WEIGHT" of runs on one base; their adapters are added up. data_file: rows for the proof; by
+    default those that the run kept, or a few sentences of our own.
 
     Raises:
         InputError: neither a run nor an adapter; another base; or something in it that cannot be merged.
     """
-    if len(targets) > 1:
-        trained = _of_several(parse_weighted(targets), base, overrides)
-    else:
-        trained = _of_one(targets[0], base, overrides)
+    one = len(targets) == 1
+    trained = _of_one(targets[0], base, overrides) if one else _of_several(parse_weighted(targets), base, overrides)
     if data_file is not None:
         given = {**trained.recipe.data.model_dump(), "train": str(data_file), "eval": None, "overlong": "truncate"}
         section = Data.model_validate(given)

@@ -82,6 +82,7 @@ class _File:
 
     def __init__(self, path):
         self._cached, self._direct = os.open(path, os.O_RDONLY), None
+        self._looks_into_the_cache = True
         if hasattr(os, "O_DIRECT") and hasattr(os, "RWF_NOWAIT"):
             try:
                 self._direct = os.open(path, os.O_RDONLY | os.O_DIRECT)
@@ -109,27 +110,28 @@ class _File:
             done += count
 
     def _some(self, view, offset):
-        if self._direct is not None:
+        direct = self._direct  # other threads read too
+        if direct is not None and self._looks_into_the_cache:
             try:
                 return os.preadv(self._cached, [view], offset, os.RWF_NOWAIT)
             except BlockingIOError:  # not in the cache
-                return self._past_the_cache(view, offset)
+                return _past_the_cache(direct, view, offset)
             except OSError as error:
                 if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
                     raise
-                os.close(self._direct)
-                self._direct = None  # not on this file system
+                self._looks_into_the_cache = False  # not on this file system
         return os.preadv(self._cached, [view], offset)
 
-    def _past_the_cache(self, view, offset):
-        """Read some bytes by whole pages, into memory that begins at a page, and copy those that are wanted."""
-        if not hasattr(_local, "pages"):
-            _local.pages = mmap.mmap(-1, _PIECE_BYTES + 2 * mmap.PAGESIZE)
-        before = offset % mmap.PAGESIZE
-        wanted = min(len(view), _PIECE_BYTES)
-        pages = -(-(before + wanted) // mmap.PAGESIZE) * mmap.PAGESIZE
-        with memoryview(_local.pages) as memory:
-            count = os.preadv(self._direct, [memory[:pages]], offset - before)
-            found = max(0, min(count - before, wanted))
-            view[:found] = memory[before : before + found]
-        return found
+
+def _past_the_cache(descriptor, view, offset):
+    """Read some bytes by whole pages, into memory that begins at a page, and copy those that are wanted."""
+    if not hasattr(_local, "pages"):
+        _local.pages = mmap.mmap(-1, _PIECE_BYTES + 2 * mmap.PAGESIZE)
+    before = offset % mmap.PAGESIZE
+    wanted = min(len(view), _PIECE_BYTES)
+    pages = -(-(before + wanted) // mmap.PAGESIZE) * mmap.PAGESIZE
+    with memoryview(_local.pages) as memory:
+        count = os.preadv(descriptor, [memory[:pages]], offset - before)
+        found = max(0, min(count - before, wanted))
+        view[:found] = memory[before : before + found]
+    return found

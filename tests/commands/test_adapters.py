@@ -1,0 +1,201 @@
+"""Adapters as such: listed with their scores, added up with weights, and switched while talking."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from qlora import adapter, base_model
+from qlora.commands import chat as chat_verb
+from qlora.commands.adapters import adapters, parse_weighted
+from qlora.commands.eval import evaluate
+from qlora.commands.export import export
+from qlora.commands.subject import open_subject, switch
+from qlora.commands.train import train
+from qlora.errors import InputError
+from qlora.recipe import Recipe
+from tests.conftest import CONVERSATIONS, messages, write_jsonl
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, tiny_model):
+    """Return make(name, **sections) -> a finished run on the tiny Llama, made once for each name."""
+    folder, made = tmp_path_factory.mktemp("several"), {}
+    rows = write_jsonl(folder / "train.jsonl", [{"messages": messages(turns)} for turns in CONVERSATIONS])
+
+    def make(name, family="llama", **sections):
+        if name not in made:
+            values = {
+                "model": {"name_or_path": str(tiny_model(family))},
+                "lora": {"r": 4, "lora_alpha": 8},
+                "data": {"train": str(rows), "max_length": 128, "eval_fraction": 0.25},
+                "training": {"max_steps": 3, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1,
+                             "learning_rate": 2e-2, "warmup_ratio": 0},
+                "output_dir": str(folder / name),
+            }  # fmt: skip
+            made[name] = train(Recipe.from_dict({**values, **sections}))
+        return made[name]
+
+    return make
+
+
+@pytest.fixture
+def two(runs):
+    lora = {"r": 6, "lora_alpha": 3, "use_rslora": True, "target_modules": ["q_proj", "down_proj"]}
+    return runs("one"), runs("other", lora=lora)
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=torch.arange(4, 60)[None]).logits.float()
+
+
+# ---- listed ----------------------------------------------------------------------------------------------------------
+
+
+def test_runs_adapters_and_what_is_damaged_are_listed_with_their_scores(two, tmp_path, capsys):
+    one = shutil.copytree(two[0].path, tmp_path / "one")
+    evaluate(one)
+    shutil.copytree(two[1].path, tmp_path / "deeper" / "other")
+    shutil.copytree(two[1].adapter, tmp_path / "one" / "checkpoints" / "checkpoint-2")
+    shutil.copytree(two[0].path, tmp_path / "unfinished", ignore=shutil.ignore_patterns("adapter"))
+    damaged = shutil.copytree(two[0].path, tmp_path / "damaged")
+    (damaged / "adapter" / adapter.CONFIG).write_text("{")
+    capsys.readouterr()
+    found = {entry["path"].removeprefix(f"{tmp_path}/"): entry for entry in adapters(tmp_path)}
+    assert set(found) == {"one", "deeper/other", "one/checkpoints/checkpoint-2", "unfinished", "damaged"}
+    assert found["one"]["kind"] == "LoRA r=4"
+    assert found["one"]["steps"] == 3
+    assert found["one"]["metrics"].keys() == {"exact_match"}
+    last = json.loads((one / "metrics.jsonl").read_text().splitlines()[-1])
+    assert found["one"]["eval_loss"] == last["eval_loss"]
+    assert found["deeper/other"]["kind"] == "LoRA r=6"
+    assert found["unfinished"]["state"] == "unfinished"
+    assert found["damaged"]["state"].startswith("not readable")
+    assert found["one/checkpoints/checkpoint-2"]["loss"] is None
+    shown = capsys.readouterr().out
+    assert "5 in" in shown
+    assert "exact match" in shown
+
+
+def test_a_folder_that_is_not_there_is_an_input_error(tmp_path):
+    with pytest.raises(InputError, match=r"no folder .*qlora train RECIPE"):
+        adapters(tmp_path / "none")
+    assert adapters(tmp_path) == []
+
+
+# ---- added up --------------------------------------------------------------------------------------------------------
+
+
+def test_a_weighted_sum_is_the_sum_of_the_updates_and_exports_proven(two, tmp_path):
+    one, other = two
+    report = export([f"{one.path}:0.7", f"{other.path}:-0.3"], tmp_path / "out", "float32")
+    assert report["verified"]
+    exported = transformers_logits(tmp_path / "out")
+    recipe = one.recipe()
+    base = base_model.to_float32(base_model.load(base_model.find(recipe.model), recipe.model, recipe.quantization))
+    deltas = {}
+    for run, weight in ((one, 0.7), (other, -0.3)):
+        for name, update in adapter.read(run.adapter).updates.items():
+            delta = weight * update.scaling * update.B_OR.float() @ update.A_RI.float()
+            deltas[name] = deltas.get(name, 0) + delta
+    hooks = [
+        base.get_submodule(name).register_forward_hook(lambda m, x, y, d=delta: y + x[0] @ d.T)
+        for name, delta in deltas.items()
+    ]
+    torch.testing.assert_close(exported, logits(base), atol=1e-4, rtol=1e-4)
+    for hook in hooks:
+        hook.remove()
+    assert (exported - logits(base)).abs().max() > 0.05
+
+
+def transformers_logits(folder):
+    import transformers
+
+    return logits(transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
+
+
+def test_the_whole_weight_on_one_is_that_one(two, tmp_path):
+    export(two[0].path, tmp_path / "alone", "float32")
+    export([f"{two[0].path}:1", f"{two[1].path}:1e-9"], tmp_path / "sum", "float32")
+    torch.testing.assert_close(
+        transformers_logits(tmp_path / "sum"), transformers_logits(tmp_path / "alone"), atol=1e-4, rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize(
+    ("targets", "expected"),
+    [
+        (["runs/a:0.7", "runs/b"], "runs/b: to combine adapters give each its weight"),
+        (["runs/a:0.7", "runs/b:x"], "runs/b:x: to combine"),
+        (["runs/a:nan", "runs/b:1"], "runs/a:nan: to combine"),
+        (["runs/a:1", "runs/b:0"], "runs/b:0: to combine"),
+        (["runs/a:1", "runs/a:2"], "runs/a: named more than once"),
+    ],
+)
+def test_weights_are_numbers_for_different_runs(targets, expected):
+    with pytest.raises(InputError, match=expected):
+        parse_weighted(targets)
+
+
+def test_only_low_rank_updates_on_one_base_add_up(runs, two, tmp_path):
+    dora = runs("dora", lora={"r": 4, "use_dora": True})
+    head = runs("head", lora={"r": 4, "modules_to_save": ["lm_head"]})
+    mistral = runs("mistral", family="mistral")
+    for run, expected in ((dora, "DoRA rescales"), (head, "with trained biases or modules it cannot be added"),
+                          (mistral, "trained on another base")):  # fmt: skip
+        with pytest.raises(InputError, match=expected):
+            export([f"{two[0].path}:1", f"{run.path}:1"], tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+# ---- switched --------------------------------------------------------------------------------------------------------
+
+
+def test_switching_computes_what_each_run_computes_alone(two, runs):
+    one, other = (str(run.path) for run in two)
+    dora = str(runs("dora", lora={"r": 4, "use_dora": True}).path)
+    alone = {name: logits(open_subject(name).model) for name in (one, other, dora)}
+    subject = open_subject(one)
+    with subject.model.disable_adapter():
+        alone[None] = logits(subject.model)
+    for name in (other, one, None, dora, None, other):
+        switch(subject, name)
+        assert subject.speaking == name
+        assert torch.equal(logits(subject.model), alone[name]), name
+    found = list(alone.values())
+    assert all(not torch.equal(a, b) for i, a in enumerate(found) for b in found[:i])
+
+
+def test_a_run_that_cannot_be_switched_to_changes_nothing(two, runs):
+    subject = open_subject(two[0].path)
+    before = logits(subject.model)
+    for name, expected in (
+        ("nowhere", "no run at nowhere"),
+        (str(runs("mistral", family="mistral").path), "trained on another base"),
+        (str(runs("head", lora={"r": 4, "modules_to_save": ["lm_head"]}).path), "cannot lie beside another"),
+    ):
+        with pytest.raises(InputError, match=expected):
+            switch(subject, name)
+        assert subject.speaking == str(two[0].path)
+        assert torch.equal(logits(subject.model), before)
+
+
+def test_the_command_in_a_conversation(two, monkeypatch, capsys):
+    lines = iter(
+        ["hello", f"/adapter {two[1].path}", "hello", "/adapter", "/adapter nowhere", "/adapter none", "hello"]
+    )
+
+    def read(prompt):
+        try:
+            return next(lines)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", read)
+    chat_verb.talk(two[0].path, max_new_tokens=4)
+    said = capsys.readouterr().err
+    assert f"answering: {two[1].path}" in said
+    assert "qlora: no run at nowhere" in said
+    assert "answering: the base alone" in said

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import tempfile
 import time
 from pathlib import Path
 
@@ -111,8 +110,8 @@ def parse_weighted(targets):
     return found
 
 
-def combined(folders, weights, config, trust_remote_code):
-    """Return a temporary folder (an object with .name) that holds one LoRA whose update is the weighted sum of several.
+def combine(folders, weights, config, trust_remote_code, out):
+    """Write one LoRA whose update is the weighted sum of several into folder `out`; return where it lies.
 
     folders: adapter folders for one base, with this transformers config. Through PEFT's add_weighted_adapter, which
     sets factors side by side ("cat"): the sum is exact, and the rank the sum of the ranks.
@@ -137,6 +136,5 @@ def combined(folders, weights, config, trust_remote_code):
     for folder, name in zip(folders[1:], names[1:], strict=True):
         peft_model.load_adapter(folder, adapter_name=name)
     peft_model.add_weighted_adapter(names, weights, "combined", combination_type="cat")
-    folder = tempfile.TemporaryDirectory()
-    peft_model.save_pretrained(folder.name, selected_adapters=["combined"])
-    return folder
+    peft_model.save_pretrained(out, selected_adapters=["combined"])
+    return Path(out) / "combined"

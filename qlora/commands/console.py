@@ -50,7 +50,8 @@ def table(title, header, rows):
         grid.add_column(name, justify="left" if index == 0 else "right", no_wrap=True)
     for row in rows:
         grid.add_row(*row)
-    console = Console(highlight=False, width=max(80, _console.width))
+    # cut to the window on a terminal; whole in a file
+    console = Console(highlight=False, width=max(80, _console.width) if _results.is_terminal else 1000)
     console.print(title, grid, sep="\n", end="")
 
 

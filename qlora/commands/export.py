@@ -40,10 +40,14 @@ def export(target, out, dtype=None, overrides=(), *, model=None, data=None, comp
         overrides = [*overrides, f"export.dtype={dtype}"]
     start, out = time.monotonic(), Path(out)
     targets = [target] if isinstance(target, (str, Path)) else list(target)
-    trained = open_trained(targets, model, data, overrides)
+    with open_trained(targets, model, data, overrides) as trained:
+        return _export(trained, out, [*map(Path, targets)], compare_bases, gguf, start)
+
+
+def _export(trained, out, targets, compare_bases, gguf, start):
     section, recipe = trained.section, trained.recipe
     refuse_nonempty(out, "export")
-    refuse_partial(out, [trained.folder, trained.checkpoint.folder, *map(Path, targets)])
+    refuse_partial(out, [trained.folder, trained.checkpoint.folder, *targets])
     _refuse_meaningless(trained, compare_bases)
     plan = merge.plan(
         trained.checkpoint,

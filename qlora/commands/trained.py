@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from ..export import proof
 from ..recipe import Data, Recipe
 from ..rundir import RunDir
 from . import console
-from .adapters import combined, parse_weighted
+from .adapters import combine, parse_weighted
 from .subject import load_tokenizer, refuse_changed_base
 
 
@@ -36,7 +37,14 @@ class Trained:
     tokenizer: Any
     rows: list
     rows_from: str
-    keep: Any = None  # the temporary folder that `folder` is in, if it is in one
+    temporary: Any = None  # what `folder` is in, if that goes away with the `with` block
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        if self.temporary is not None:
+            self.temporary.cleanup()
 
     @property
     def section(self):
@@ -44,7 +52,7 @@ class Trained:
 
 
 def open_trained(targets, base=None, data_file=None, overrides=()) -> Trained:
-    """Return what is in `targets`: a finished run, or a PEFT adapter folder that was trained on the model `base`.
+    """Return, for a `with` block, what is in `targets`: a run, or a PEFT adapter folder that was trained on `base`.
 
     Several are strings "RUN:WEIGHT" of runs on one base; their adapters are added up. data_file: rows for the proof; by
     default those that the run kept, or a few sentences of our own.
@@ -91,11 +99,17 @@ def _of_several(weighted, base, overrides):
         if not same:
             raise InputError(f"{other.name}: trained on another base than {first.name}; such adapters do not add up")
     weights = [weight for _, weight in weighted]
-    folder = combined([one.folder for one in found], weights, first.config, first.recipe.model.trust_remote_code)
-    read = adapter.read(folder.name)
+    temporary = tempfile.TemporaryDirectory()
+    try:
+        folders, trust = [one.folder for one in found], first.recipe.model.trust_remote_code
+        folder = combine(folders, weights, first.config, trust, temporary.name)
+        read = adapter.read(folder)
+    except BaseException:
+        temporary.cleanup()
+        raise
     named = " + ".join(f"{weight:g} * {target}" for target, weight in weighted)
     console.say(f"adapter   {named}, side by side: r = {read.config['r']}")
-    return dataclasses.replace(first, name=named, folder=Path(folder.name), adapter=read, keep=folder)
+    return dataclasses.replace(first, name=named, folder=folder, adapter=read, temporary=temporary)
 
 
 def _of_run(run, overrides):

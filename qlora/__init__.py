@@ -24,6 +24,7 @@ _HOME = {
     "inspect_data": "commands.data",
     "evaluate": "commands.eval",
     "export": "commands.export",
+    "adapters": "commands.adapters",
     "chat": "commands.chat",
 }
 __all__ = list(_HOME)

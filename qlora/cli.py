@@ -102,8 +102,8 @@ def export(
     targets: Annotated[
         list[str],
         typer.Argument(
-            metavar="RUN|ADAPTER|RUN:WEIGHT... [KEY=VALUE]...",
-            help="a finished run, any PEFT adapter folder, or several runs with their weights; changes of the recipe",
+            metavar="RUN|ADAPTER [KEY=VALUE]",
+            help="a finished run, any PEFT adapter folder, or several RUN:WEIGHT to add up; then changes of the recipe",
         ),
     ],
     out: Annotated[str, typer.Option(help="the folder to write; absent or empty")],

@@ -15,3 +15,4 @@ python scripts/quickstart_data.py runs/quickstart-data
 common="--model $folder --data runs/quickstart-data/train.jsonl --steps 12 --rounds 3 --cap-gib 23.5 --checkpointing"
 python scripts/benchmark_train.py $common --batch 8
 python scripts/benchmark_train.py $common --batch 16 --packing 2048
+python scripts/benchmark_export.py --shape mistral-7b --tokenizer "$tokenizer" --folder "$(dirname "$folder")"

@@ -28,9 +28,11 @@ def test_nf4_codes_and_constants_are_the_same_on_cpu_and_cuda():
 def test_training_on_the_gpu_exports_proven(make_recipe, tmp_path, family):
     run = train(make_recipe(family))
     assert "cpu" not in run.environment()["device"]
-    report = export(run.path, tmp_path / "out")
-    assert report["verified"]
-    assert report["merged"]["kl"] < 1e-4
+    for verify in ("full", "layers"):
+        report = export(run.path, tmp_path / verify, overrides=[f"export.verify={verify}"])
+        assert report["verified"]
+        assert report["merged"]["kl"] < 1e-4
+        assert report["quantized"]["same_codes_as_training"] == report["quantized"]["modules"]
 
 
 def test_losses_on_the_gpu_are_those_of_the_cpu(make_recipe, tmp_path, monkeypatch):

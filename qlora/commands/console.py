@@ -52,7 +52,8 @@ def table(title, header, rows):
         grid.add_row(*row)
     # cut to the window on a terminal; whole in a file
     console = Console(highlight=False, width=max(80, _console.width) if _results.is_terminal else 1000)
-    console.print(title, grid, sep="\n", end="")
+    console.print(title)
+    console.print(grid, end="")
 
 
 def hush_libraries():

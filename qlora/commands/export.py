@@ -90,6 +90,7 @@ def _export(trained, out, targets, compare_bases, gguf, start):
             console.table(_title(report), ["", "loss", "perplexity", "KL to trained", "same top-1"], rows)
             _refuse_unproven(report, out)
         _warn(report)
+        _advise(report)
         if gguf:
             report["gguf"] = serving.add_gguf(trained, folder, out.name, gguf, plan)
         report["seconds"] = time.monotonic() - start
@@ -209,6 +210,18 @@ def _warn(report):
             f"          {sum(cast['underflows'].values()):,} numbers are too small for {dtype} and became 0, most of them "
             f"in {name} ({count:,})"
         )
+
+
+def _advise(report):
+    """Say which base is the better one, where both were compared."""
+    for how in ("served in", report["dtype"]):
+        pair = [one for one in report.get("comparison", ()) if how in one["model"]]
+        if pair:
+            best, worse = sorted(pair, key=lambda one: one["loss"])
+            where = best["model"].partition(", ")[2]
+            console.say(
+                f"better    {where}: the {best['model'].split()[0]} base, loss {best['loss']:.4f} against {worse['loss']:.4f}"
+            )
 
 
 def _table(report):

@@ -143,6 +143,12 @@ def _of_adapter(folder, base, overrides):
     recipe = Recipe.from_dict(values, overrides)
     if said and Path(str(said)).name.lower() != Path(str(base)).name.lower():
         console.say(f"base      {folder} says that it was trained on {said}; it is merged with {base}")
+    if recipe.quantization:
+        double = " and double quantization" if recipe.quantization.use_double_quant else ""
+        console.say(
+            f"base      taken as quantized to {recipe.quantization.quant_type}{double}, which the adapter does not say; if it "
+            "was trained on 16 bit: quantization=null"
+        )
     checkpoint = base_model.find(recipe.model)
     config = base_model.load_config(checkpoint, recipe.model)
     has_tokenizer = (folder / "tokenizer.json").is_file()

@@ -15,8 +15,11 @@ import os
 import threading
 
 import torch
-from safetensors.torch import _TYPES as DTYPES
 
+from ..errors import InputError
+from .writer import DTYPE_NAMES
+
+_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 _PIECE_BYTES = 8 * 2**20
 _local = threading.local()
 
@@ -32,7 +35,9 @@ class Reader:
             header = json.loads(file.read(length, 8))
             for tensor, entry in header.items():
                 if tensor != "__metadata__":
-                    place = (file, DTYPES[entry["dtype"]], tuple(entry["shape"]))
+                    if entry["dtype"] not in _DTYPES:
+                        raise InputError(f"{checkpoint.folder / name}: {tensor} is {entry['dtype']}, not 16 or 32 bit")
+                    place = (file, _DTYPES[entry["dtype"]], tuple(entry["shape"]))
                     self._places[tensor] = (*place, 8 + length + entry["data_offsets"][0])
 
     def __enter__(self):
@@ -81,6 +86,7 @@ class _File:
     """A file that is read from the page cache where it is there, and past it where it is not."""
 
     def __init__(self, path):
+        self.path = path
         self._cached, self._direct = os.open(path, os.O_RDONLY), None
         self._looks_into_the_cache = True
         if hasattr(os, "O_DIRECT") and hasattr(os, "RWF_NOWAIT"):
@@ -101,12 +107,12 @@ class _File:
         return data.numpy().tobytes()
 
     def fill(self, data, offset):
-        """Read len(data) bytes from `offset` into `data`, uint8; raises EOFError if the file is shorter."""
+        """Read len(data) bytes from `offset` into `data`, uint8; raises InputError if the file is shorter."""
         view, done = memoryview(data.numpy()), 0
         while done < len(view):
             count = self._some(view[done:], offset + done)
             if count == 0:
-                raise EOFError(f"{len(view) - done} bytes are missing at the end of a weight file")
+                raise InputError(f"{self.path}: {len(view) - done} bytes are missing at its end; download it again")
             done += count
 
     def _some(self, view, offset):

@@ -20,8 +20,9 @@ import torch
 from ..errors import InputError
 from ..rundir import write_json
 
-_DTYPE_NAMES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.int64: "I64",
-                torch.int32: "I32", torch.uint8: "U8", torch.int8: "I8", torch.bool: "BOOL"}  # fmt: skip
+DTYPE_NAMES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.int64: "I64",
+                torch.int32: "I32", torch.uint8: "U8", torch.int8: "I8", torch.bool: "BOOL",
+                torch.float64: "F64", torch.int16: "I16"}  # fmt: skip
 _BUFFER_BYTES = 8 * 2**20
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -161,7 +162,7 @@ def _header(part):
     header, offset = {"__metadata__": {"format": "pt"}}, 0
     for spec in part:
         header[spec.name] = {
-            "dtype": _DTYPE_NAMES[spec.dtype],
+            "dtype": DTYPE_NAMES[spec.dtype],
             "shape": list(spec.shape),
             "data_offsets": [offset, offset + spec.num_bytes],
         }

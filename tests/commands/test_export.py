@@ -158,6 +158,48 @@ def test_an_adapter_needs_a_base_and_a_run_has_one(foreign, run, tiny_model, tmp
         export(tmp_path / "foreign", tmp_path / "out", model=tiny_model("gpt2"))
 
 
+def test_a_vocabulary_that_another_tool_grew_is_exported_proven(tiny_model, tmp_path):
+    section = Model(name_or_path=str(tiny_model("llama")))
+    model = base_model.load(base_model.find(section), section, Recipe.model_fields["quantization"].default)
+    model.resize_token_embeddings(530, mean_resizing=False)
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"])
+    model = peft.get_peft_model(model, config)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(tmp_path / "grown")
+    report = export(tmp_path / "grown", tmp_path / "out", model=tiny_model("llama"))
+    assert (report["verified"], report["verify"]) == (True, "full")
+    assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.vocab_size == 530
+    with pytest.raises(InputError, match=r"grown vocabulary.* --verify full"):
+        export(tmp_path / "grown", tmp_path / "out2", overrides=["export.verify=layers"], model=tiny_model("llama"))
+
+
+# ---- how much is proven, and in how much memory ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("free", "expected"), [(2**40, "full"), (2**27, "layers")])
+def test_the_proof_is_whole_where_that_fits_and_says_its_bound_ahead(
+    run, tmp_path, monkeypatch, capsys, free, expected
+):
+    monkeypatch.setattr("qlora.memory.available_bytes", lambda device: free)
+    report = export(run.path, tmp_path / "out")
+    assert (report["verify"], report["verified"]) == (expected, True)
+    said = capsys.readouterr().err
+    assert said.index(f"proof     {expected}:") < said.index("wrote ")
+
+
+def test_both_ways_of_proving_give_the_same_numbers(run, tmp_path):
+    full, layers = (
+        export(run.path, tmp_path / how, overrides=[f"export.verify={how}"], compare_bases=True)
+        for how in ("full", "layers")
+    )
+    for key in ("loss", "kl"):
+        assert layers["merged"][key] == pytest.approx(full["merged"][key], rel=0.05, abs=1e-7)
+        for one, other in zip(layers["comparison"], full["comparison"], strict=True):
+            assert one[key] == pytest.approx(other[key], rel=0.01, abs=1e-6)
+
+
 # ---- mixtures of experts ---------------------------------------------------------------------------------------------
 
 
@@ -172,6 +214,8 @@ def test_a_mixture_exports_with_its_experts_as_the_files_have_them(make_recipe, 
     experts = [name for name in before if ".experts." in name]
     assert len(experts) == 2 * 4 * 3
     assert all(torch.equal(before[name], after[name]) for name in experts)
+    with pytest.raises(InputError, match="--verify full"):
+        export(tmp_path / "run", tmp_path / "out2", overrides=["export.verify=layers"])
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert {name.split(".")[-2] for name in changed} == {"q_proj", "k_proj", "v_proj", "o_proj"}
 

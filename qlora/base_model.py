@@ -343,21 +343,18 @@ def quantized_modules(model):
     return {name: module for name, module in model.named_modules() if isinstance(module, Linear4bit)}
 
 
-def digest(codes, state):
-    """Return the sha256 of a 4-bit weight: its codes, and the absmax of its blocks as they are stored.
+def digest(codes):
+    """Return the sha256 of the codes of a 4-bit weight.
 
-    The few float32 constants of double quantization are left out: their mean may be summed in another order.
+    They depend on nothing but the weight. The constants of double quantization do on the order in which a mean is summed,
+    so on the number of threads.
     """
-    result = hashlib.sha256(codes.cpu().contiguous().numpy())
-    result.update(state.absmax.cpu().contiguous().numpy())
-    return result.hexdigest()
+    return hashlib.sha256(codes.cpu().contiguous().numpy()).hexdigest()
 
 
 def digests(model):
     """Return {name: digest} of the 4-bit linear layers of a plain model."""
-    return {
-        name: digest(module.weight.data, module.weight.quant_state) for name, module in quantized_modules(model).items()
-    }
+    return {name: digest(module.weight.data) for name, module in quantized_modules(model).items()}
 
 
 def is_conv1d(module):

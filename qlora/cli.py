@@ -130,7 +130,8 @@ def export(
     from .commands.export import export as run_export
 
     flags = {"dtype": dtype, "base": base, "verify": verify}
-    overrides = [target for target in targets if "=" in target and not Path(target).exists()]
+    paths = [target for target in targets if Path(target).exists() or Path(target.rpartition(":")[0] or "?").exists()]
+    overrides = [target for target in targets if "=" in target and target not in paths]
     targets = [target for target in targets if target not in overrides]
     if not targets:
         raise InputError("name the run that is to be exported; `qlora adapters` lists what there is")

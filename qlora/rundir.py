@@ -52,7 +52,8 @@ def new_folder(out, shared=False):
     out = Path(out)
     partial = out.with_name(f"{out.name}{f'.{uuid.uuid4().hex}' if shared else ''}.partial")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
+        for leftover in [partial] if shared else _leftovers(out):
+            shutil.rmtree(leftover, ignore_errors=True)
         partial.mkdir(parents=True)
     except OSError as error:
         raise InputError(f"cannot write {out}: {error.strerror}; choose another folder") from None
@@ -89,12 +90,24 @@ def scratch_folder(beside):
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def refuse_partial(out, inputs):
-    """Raise InputError where making `out` would remove one of the folders `inputs`, as the leftover of a killed process."""
+def _leftovers(out):
+    """Return the folders that making `out` needs, where a killed process may have left something."""
     partial = Path(f"{out}.partial")
-    for folder in inputs:
-        if partial.exists() and partial.resolve() in [folder.resolve(), *folder.resolve().parents]:
-            raise InputError(f"{out}: {partial} is needed to write it, and {folder} lies there; choose another folder")
+    return [partial, Path(f"{partial}.scratch")]
+
+
+def leftover_bytes(out):
+    """Return what a killed process has left of `out`, and making it again removes."""
+    files = [path for folder in _leftovers(out) for path in folder.rglob("*") if path.is_file()]
+    return sum(path.stat().st_blocks * 512 for path in files)
+
+
+def refuse_partial(out, inputs):
+    """Raise InputError where making `out` would remove one of `inputs`, as the leftover of a killed process."""
+    for place in _leftovers(out):
+        for path in inputs:
+            if place.exists() and place.resolve() in [path.resolve(), *path.resolve().parents]:
+                raise InputError(f"{out}: {place} is needed to write it, and {path} lies there; choose another folder")
 
 
 def refuse_nonempty(out, what):

@@ -24,7 +24,7 @@ from . import start
 from .ranks import SCHEDULE, Ranks
 from .tensors import ADALORA_FIELDS, CONFIG, LORA_FIELDS, WEIGHTS, Adapter, read
 
-__all__ = ["CONFIG", "WEIGHTS", "Adapter", "Ranks", "activate", "add", "attach", "first_to_move", "load", "peft_name",
+__all__ = ["CONFIG", "WEIGHTS", "Adapter", "Ranks", "activate", "add", "attach", "first_to_move", "load",
            "read", "refuse_unmoved", "save"]  # fmt: skip
 
 _PREFIX = "base_model.model."
@@ -426,7 +426,7 @@ def _give(values):
 
 
 def add(peft_model, folder, name):
-    """Load the adapter in `folder` beside those that `peft_model` has, under `peft_name(name)`; it is not yet active.
+    """Load the adapter in `folder` beside those that `peft_model` has, under a new `name`; it is not yet active.
 
     Raises:
         InputError: as `read` does; an adapter for another base; or a kind that cannot lie beside another.
@@ -437,18 +437,14 @@ def add(peft_model, folder, name):
     missing = [f"{module}: not in the base" for module in adapter.updates if module not in layers]
     if missing:
         raise InputError.listing(f"adapter {folder}: made for another base; it", missing)
-    left = peft_model.load_adapter(str(folder), adapter_name=peft_name(name)).unexpected_keys
+    assert name not in peft_model.peft_config, name  # PEFT would load over it
+    left = peft_model.load_adapter(str(folder), adapter_name=name).unexpected_keys
     assert not left, f"PEFT found no place for {left}"
     dtype = _dtype(peft_model.get_base_model())
     for key, parameter in peft_model.named_parameters():
-        if f".{peft_name(name)}." in key:
+        if f".{name}." in key:
             parameter.data = parameter.data.to(dtype)
     peft_model.requires_grad_(False).eval()
-
-
-def peft_name(name):
-    """Return what PEFT is told to call the adapter of a run folder: it takes no dots."""
-    return re.sub(r"\W", "_", str(name))
 
 
 def activate(peft_model, name):

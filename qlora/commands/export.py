@@ -14,7 +14,7 @@ from ..export import merge, writer
 from ..export.card import card
 from ..export.reader import Reader
 from ..kernels.threads import Cores
-from ..rundir import new_folder, refuse_nonempty, refuse_partial, scratch_folder, write_json
+from ..rundir import leftover_bytes, new_folder, refuse_nonempty, refuse_partial, scratch_folder, write_json
 from . import console, serving
 from .proving import Prover
 from .trained import open_trained
@@ -41,13 +41,14 @@ def export(target, out, dtype=None, overrides=(), *, model=None, data=None, comp
     start, out = time.monotonic(), Path(out)
     targets = [target] if isinstance(target, (str, Path)) else list(target)
     with open_trained(targets, model, data, overrides) as trained:
-        return _export(trained, out, [*map(Path, targets)], compare_bases, gguf, start)
+        inputs = [Path(data)] if data is not None else []
+        return _export(trained, out, inputs, compare_bases, gguf, start)
 
 
-def _export(trained, out, targets, compare_bases, gguf, start):
+def _export(trained, out, inputs, compare_bases, gguf, start):
     section, recipe = trained.section, trained.recipe
     refuse_nonempty(out, "export")
-    refuse_partial(out, [trained.folder, trained.checkpoint.folder, *targets])
+    refuse_partial(out, [*trained.inputs, *inputs])
     _refuse_meaningless(trained, compare_bases)
     plan = merge.plan(
         trained.checkpoint,
@@ -109,7 +110,7 @@ def _refuse_meaningless(trained, compare_bases):
     """Raise InputError where the original base would be wrong, or is no other than the one that was trained on."""
     if trained.section.base == "dequantized" and not compare_bases:
         return
-    if trained.recipe.lora.init_lora_weights == "loftq" and trained.section.base == "original":
+    if trained.fitted and trained.section.base == "original":
         raise InputError(
             f"{trained.name}: lora.init_lora_weights loftq makes the adapter repair what 4 bits lost of the base; on the "
             "original weights it would be added twice. Export with --base dequantized"
@@ -123,7 +124,7 @@ def _refuse_meaningless(trained, compare_bases):
 
 def _refuse_full_disk(out, num_bytes):
     parent = next(folder for folder in [out, *out.absolute().parents] if folder.is_dir())
-    free = shutil.disk_usage(parent).free
+    free = shutil.disk_usage(parent).free + leftover_bytes(out)  # which is replaced
     needed = num_bytes + 64 * 2**20  # tokenizer, configs, report
     if free < needed:
         raise InputError(
@@ -138,8 +139,8 @@ def _write(trained, plan, folder, base, device):
     how = merge.Base(trained.modules, trained.recipe.quantization, base == "original")
     with (
         console.writing("writing ", plan.num_bytes) as advance,
-        Cores(device) as cores,
         Reader(trained.checkpoint) as reader,
+        Cores(device) as cores,
     ):
         merging = merge.Merge(reader, plan, trained.adapter, how, device, cores.map)
         writer.write(folder, plan.specs, merging.pieces, max_bytes, advance)

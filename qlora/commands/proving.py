@@ -43,17 +43,21 @@ class Prover:
 
     def _mode(self, asked):
         grown = self.num_rows != trained_rows(self.trained)
-        if asked == "layers" and grown:
+        if asked == "layers" and (grown or self.plan.copied):
+            why = (
+                "brings the embeddings of a grown vocabulary"
+                if grown
+                else "has experts that are joined when it is loaded"
+            )
             raise InputError(
-                f"{self.trained.name}: brings the embeddings of a grown vocabulary, and the base cannot be read layer by "
-                "layer then; prove it with --verify full"
+                f"{self.trained.name}: {why}, and cannot be read layer by layer; prove it with --verify full"
             )
         free = memory.available_bytes(self.device)
         fits = self.need.whole < 0.9 * free
         mode = ("full" if fits or grown or self.plan.copied else "layers") if asked == "auto" else asked
         how = "both models whole" if mode == "full" else f"a layer at a time, read {self.need.num_passes} times"
-        most = self.need.whole if mode == "full" else self.need.streamed
-        console.say(f"proof     {mode}: {how}, at most {console.size(most)} of {console.size(free)} free")
+        most = memory.anonymous_bytes() + (self.need.whole if mode == "full" else self.need.streamed)
+        console.say(f"proof     {mode}: {how}, at most {console.size(most)} in all; {console.size(free)} are free")
         return mode
 
     def prove(self, folder):

@@ -79,17 +79,19 @@ def switch(subject, name):
 
     if subject.run is None:
         raise InputError("a plain model has no adapters; open a run: qlora chat RUN")
-    adapter.read(subject.run.adapter).refuse_more_than_low_rank("cannot make room for another")
+    if name != str(subject.run.path):
+        adapter.read(subject.run.adapter).refuse_more_than_low_rank("cannot be switched off; open the other by itself")
     if name not in subject.voices:
         run = RunDir.open(name)
         recipe = run.recipe()
         ours, theirs = (one.environment()["base_model"] for one in (subject.run, run))
         if recipe.quantization != subject.recipe.quantization or ours["sha256"] != theirs["sha256"]:
             raise InputError(f"{name}: trained on another base than {subject.run.path}")
-        adapter.add(subject.model, run.adapter, name)
+        own = f"voice{len(subject.voices)}"
+        adapter.add(subject.model, run.adapter, own)
         tokenizer = base_model.load_tokenizer(run.adapter, recipe.model)
         stops = chat.stop_token_ids(tokenizer, subject.model.generation_config)
-        subject.voices[name] = (adapter.peft_name(name), tokenizer, stops)
+        subject.voices[name] = (own, tokenizer, stops)
     chosen, subject.tokenizer, subject.stops = subject.voices[name]
     adapter.activate(subject.model, chosen)
     subject.speaking = name

@@ -24,7 +24,8 @@ class Trained:
     """A base, how it was quantized, and an adapter.
 
     name: what the user called it. modules: {quantized layer: sha256 of its codes at training, or None}. rows: what the
-    proof uses, data.Examples; rows_from says in words where they are from. section: the recipe's `export`.
+    proof uses, data.Examples; rows_from says in words where they are from. inputs: folders that are read. fitted: the
+    adapter was started from what quantization has lost (LoftQ), so it is right on the quantized base only.
     """
 
     name: str
@@ -37,6 +38,8 @@ class Trained:
     tokenizer: Any
     rows: list
     rows_from: str
+    inputs: list
+    fitted: bool
     temporary: Any = None  # what `folder` is in, if that goes away with the `with` block
 
     def __enter__(self):
@@ -109,11 +112,22 @@ def _of_several(weighted, base, overrides):
         raise
     named = " + ".join(f"{weight:g} * {target}" for target, weight in weighted)
     console.say(f"adapter   {named}, side by side: r = {read.config['r']}")
-    return dataclasses.replace(first, name=named, folder=folder, adapter=read, temporary=temporary)
+    return dataclasses.replace(
+        first,
+        name=named,
+        folder=folder,
+        adapter=read,
+        inputs=[folder for one in found for folder in one.inputs],
+        fitted=any(one.fitted for one in found),
+        temporary=temporary,
+    )
 
 
 def _of_run(run, overrides):
-    recipe = Recipe.load(run.recipe_file, overrides)
+    recipe, as_trained = Recipe.load(run.recipe_file, overrides), run.recipe()
+    for name in ("quantization", "lora"):
+        if getattr(recipe, name) != getattr(as_trained, name):
+            raise InputError(f"{name}: {run.path} was trained with another; export follows the run, leave it out")
     checkpoint = base_model.find(recipe.model)
     trained = adapter.read(run.adapter)
     refuse_changed_base(run, checkpoint)
@@ -131,6 +145,8 @@ def _of_run(run, overrides):
         tokenizer=load_tokenizer(run, recipe.model, checkpoint),
         rows=rows,
         rows_from=rows_from,
+        inputs=[run.path, checkpoint.folder],
+        fitted=recipe.lora.init_lora_weights == "loftq",
     )
 
 
@@ -166,4 +182,12 @@ def _of_adapter(folder, base, overrides):
         tokenizer=tokenizer,
         rows=proof.text_rows(tokenizer),
         rows_from="sentences of no data set",
+        inputs=[folder, checkpoint.folder],
+        fitted=_is_fitted(folder),
     )
+
+
+def _is_fitted(folder):
+    """True if the adapter lies in the folder of a run that started it from what quantization has lost."""
+    run = RunDir(folder.parent)
+    return run.recipe_file.is_file() and run.recipe().lora.init_lora_weights == "loftq"

@@ -156,8 +156,9 @@ def _copy_the_rest(checkpoint, plan, missing, dtype, model):
     """
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
+    adapted = [name for name in missing if name.rpartition(".")[0] in plan.shapes]
     unused = sorted(checkpoint.files.keys() - set(plan.source.values()) - _tied(model).keys())
-    if missing and unused and get_checkpoint_conversion_mapping(model.config.model_type):
+    if missing and unused and not adapted and get_checkpoint_conversion_mapping(model.config.model_type):
         shapes = checkpoint.shapes()
         plan.copied = set(unused)
         plan.source |= {name: name for name in unused}
@@ -249,21 +250,26 @@ class Merge:
         quantized is read when its rows are asked for.
         """
         end, source = self.adapter.replaced.get(name), self.plan.source.get(name)
-        if end is not None and (source is None or self.reader.shape(source) != tuple(end.shape)):
+        if end is not None and self._grows(name):
             return end, None
         by_rows = len(self.specs[name].shape) == 2 and module not in {*self.base.quantized, *self.plan.conv1d}
         return self.reader.rows(source) if by_rows else self.reader.whole(source, self.each), end
 
-    def _held(self, stored):
-        """Return, in float32, what the base holds of numbers that are not quantized."""
-        if self.base.original:
+    def _grows(self, name):
+        """True if the files have no tensor of this parameter's shape."""
+        source = self.plan.source.get(name)
+        return source is None or self.reader.shape(source) != self.specs[name].shape
+
+    def _held(self, name, stored):
+        """Return, in float32, what the base holds of numbers that are not quantized; the adapter's own stay as they are."""
+        if self.base.original or (name in self.adapter.replaced and self._grows(name)):
             return stored.float()
         return stored.to(base_model.DTYPE_WHEN_QUANTIZED).float()
 
     def _vector(self, module, spec, start, end):
         """Yield (the tensor in its dtype, Sums) of a parameter that is not a matrix."""
         start = start.to(self.device)
-        base = self._held(start)
+        base = self._held(spec.name, start)
         merged = base if end is None else end.to(self.device).float()
         if spec.name.endswith(".bias") and module in self.adapter.bias_deltas:
             merged = merged + self.adapter.bias_deltas[module].to(self.device)
@@ -282,7 +288,7 @@ class Merge:
         def rows(first):
             last = min(first + at_once, num_rows)
             stored = start_OI[first:last].to(self.device)
-            base = self._held(stored) if codes is None else codes.rows(first, last)
+            base = self._held(spec.name, stored) if codes is None else codes.rows(first, last)
             merged = base if end_OI is None else end_OI[first:last].to(self.device).float()
             if module in self.adapter.rows:
                 ids, rows_NI = self.adapter.rows[module]
@@ -300,7 +306,7 @@ class Merge:
         quantized = nf4.quantize(W_OI, how.quant_type, how.use_double_quant, self.each, self._codes)
         recorded = self.base.quantized[module]
         if recorded is not None:
-            self.digests[module] = base_model.digest(quantized.codes, quantized.state) == recorded
+            self.digests[module] = base_model.digest(quantized.codes) == recorded
         return quantized
 
 

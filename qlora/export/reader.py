@@ -20,6 +20,7 @@ from ..errors import InputError
 from .writer import DTYPE_NAMES
 
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+_NOT_HERE = (errno.EINVAL, errno.EOPNOTSUPP)  # what a file system says of what it cannot do
 _PIECE_BYTES = 8 * 2**20
 _local = threading.local()
 
@@ -93,7 +94,7 @@ class _File:
             try:
                 self._direct = os.open(path, os.O_RDONLY | os.O_DIRECT)
             except OSError as error:
-                if error.errno != errno.EINVAL:  # tmpfs and others have no O_DIRECT
+                if error.errno not in _NOT_HERE:  # tmpfs and others have no O_DIRECT
                     raise
 
     def close(self):
@@ -110,7 +111,10 @@ class _File:
         """Read len(data) bytes from `offset` into `data`, uint8; raises InputError if the file is shorter."""
         view, done = memoryview(data.numpy()), 0
         while done < len(view):
-            count = self._some(view[done:], offset + done)
+            try:
+                count = self._some(view[done:], offset + done)
+            except OSError as error:
+                raise InputError(f"{self.path}: {error.strerror}; it cannot be read") from None
             if count == 0:
                 raise InputError(f"{self.path}: {len(view) - done} bytes are missing at its end; download it again")
             done += count
@@ -119,11 +123,12 @@ class _File:
         direct = self._direct  # other threads read too
         if direct is not None and self._looks_into_the_cache:
             try:
-                return os.preadv(self._cached, [view], offset, os.RWF_NOWAIT)
-            except BlockingIOError:  # not in the cache
-                return _past_the_cache(direct, view, offset)
+                try:
+                    return os.preadv(self._cached, [view], offset, os.RWF_NOWAIT)
+                except BlockingIOError:  # not in the cache
+                    return _past_the_cache(direct, view, offset)
             except OSError as error:
-                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                if error.errno not in _NOT_HERE:
                     raise
                 self._looks_into_the_cache = False  # not on this file system
         return os.preadv(self._cached, [view], offset)

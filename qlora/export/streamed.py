@@ -123,8 +123,8 @@ def need(config, rows, quantized, num_adapter_parameters=0, new_tokens=False, tr
         + max(max(map(live, layers)) + max(quantizing, computing), head_together),
         exported(apart) + max(max(map(exported, layers)) + computing, head_together),
     )
-    kept += _SLACK_BYTES
-    return Need(kept + whole, kept + streamed, tokens_at_once, 3 * len(batches))
+    whole, streamed = (int(1.1 * (kept + most)) + _SLACK_BYTES for most in (whole, streamed))
+    return Need(whole, streamed, tokens_at_once, 3 * len(batches))
 
 
 def _activation_bytes(model, num_tokens):

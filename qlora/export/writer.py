@@ -114,7 +114,7 @@ class _Output:
         try:
             self.file = os.open(path, flags | getattr(os, "O_DIRECT", 0), 0o666)
         except OSError as error:
-            if error.errno != errno.EINVAL:  # tmpfs and others have no O_DIRECT
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # tmpfs and others have no O_DIRECT
                 raise
             self.file = os.open(path, flags & ~os.O_EXCL, 0o666)
 

@@ -13,7 +13,7 @@ from qlora.commands.eval import evaluate
 from qlora.commands.export import export
 from qlora.commands.subject import open_subject, switch
 from qlora.commands.train import train
-from qlora.errors import InputError
+from qlora.errors import InputError, ProofFailed
 from qlora.recipe import Recipe
 from tests.conftest import CONVERSATIONS, messages, write_jsonl
 
@@ -88,8 +88,9 @@ def test_a_folder_that_is_not_there_is_an_input_error(tmp_path):
 # ---- added up --------------------------------------------------------------------------------------------------------
 
 
-def test_a_weighted_sum_is_the_sum_of_the_updates_and_exports_proven(two, tmp_path):
-    one, other = two
+@pytest.mark.parametrize("order", [1, -1])  # PEFT makes the sum of the first one's settings
+def test_a_weighted_sum_is_the_sum_of_the_updates_and_exports_proven(two, tmp_path, order):
+    one, other = two[::order]
     report = export([f"{one.path}:0.7", f"{other.path}:-0.3"], tmp_path / "out", "float32")
     assert report["verified"]
     exported = transformers_logits(tmp_path / "out")
@@ -166,6 +167,30 @@ def test_switching_computes_what_each_run_computes_alone(two, runs):
         assert torch.equal(logits(subject.model), alone[name]), name
     found = list(alone.values())
     assert all(not torch.equal(a, b) for i, a in enumerate(found) for b in found[:i])
+
+
+def test_runs_of_like_names_are_different_voices(two, tmp_path):
+    one, other = (shutil.copytree(run.path, tmp_path / name) for run, name in zip(two, ("v1.0", "v1-0"), strict=True))
+    default = shutil.copytree(two[0].path, tmp_path / "default")
+    subject = open_subject(other)
+    alone = {str(path): logits(open_subject(path).model) for path in (one, other, default)}
+    for name in (one, other, default, other, one):
+        switch(subject, str(name))
+        assert torch.equal(logits(subject.model), alone[str(name)]), name
+
+
+def test_a_sum_that_is_another_one_is_noticed(two, tmp_path, monkeypatch):
+    from peft.tuners.lora import LoraModel
+
+    original = LoraModel.add_weighted_adapter
+    monkeypatch.setattr(
+        LoraModel, "add_weighted_adapter", lambda self, names, weights, *rest, **more: original(
+            self, names, [2 * weight for weight in weights], *rest, **more
+        )
+    )  # fmt: skip
+    with pytest.raises(ProofFailed, match="PEFT's sum of the adapters is another one"):
+        export([f"{two[0].path}:0.7", f"{two[1].path}:0.3"], tmp_path / "out")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_run_that_cannot_be_switched_to_changes_nothing(two, runs):

@@ -151,6 +151,9 @@ def test_a_vocabulary_that_another_tool_grew_is_written(tiny_model, tmp_path, fa
     export(tiny_model(family), tmp_path / "adapter", tmp_path / "out")
     exported = reload(tmp_path / "out")
     assert exported.config.vocab_size == 530
+    trained = model.get_input_embeddings().weight  # in float32, and not rounded on the way
+    assert torch.equal(exported.get_input_embeddings().weight, trained)
+    assert not torch.equal(trained, trained.bfloat16().float())
     torch.testing.assert_close(logits(exported), logits(model), atol=2e-4, rtol=1e-4)
 
 

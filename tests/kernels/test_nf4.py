@@ -77,3 +77,16 @@ def test_what_training_holds_is_what_export_makes():
     found = nf4.quantize(W)
     assert torch.equal(found.codes, trained.data)
     assert torch.equal(found.state.absmax, trained.quant_state.absmax)
+
+
+def test_codes_are_the_same_with_any_number_of_threads():
+    # the mean of the absmax of so many blocks is summed in parts by as many threads as there are
+    W = torch.randn(2048, 4096, generator=torch.Generator().manual_seed(0)).bfloat16()
+    before, found = torch.get_num_threads(), []
+    try:
+        for number in (1, 2, 7):
+            torch.set_num_threads(number)
+            found.append(nf4.quantize(W).codes)
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(codes, found[0]) for codes in found)

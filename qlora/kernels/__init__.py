@@ -1,1 +1,96 @@
-"""What makes training faster without changing what is computed; each with a test of that."""
+"""What makes a step fast: parts of the model computed in another way, with the same results and less kept.
+
+Installed for the time of training; before one is used it is compared with the module that it takes the place of, on that
+module's own weights. docs/benchmarks.md says what each gains.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass, field
+
+import torch
+
+from . import linear, norm, swiglu
+
+_KINDS = {"swiglu": swiglu, "rmsnorm": norm, "lora": linear}  # a feed-forward part before the layers in it
+_TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 1e-2, torch.float32: 1e-5}  # of the norm of output and gradient
+
+
+@dataclass
+class Installed:
+    """modules: {kind: how many modules}. refused: {kind: names of classes whose output it did not reproduce}."""
+
+    modules: dict = field(default_factory=dict)
+    refused: dict = field(default_factory=dict)
+
+
+@contextlib.contextmanager
+def installed(peft_model, setting="auto"):
+    """Compute with kernels while the block runs; yields what is Installed. setting: "auto", or "off" for none."""
+    found, patched = Installed(), []
+    if setting != "off":
+        _install(peft_model, found, patched)
+    try:
+        yield found
+    finally:
+        for module in patched:
+            del module.forward
+
+
+def _install(peft_model, found, patched):
+    checked, within = {}, set()
+    for kind, source in _KINDS.items():
+        for module in peft_model.modules():
+            forward = None if module in within else source.forward_of(module)
+            if forward is None:
+                continue
+            key = (kind, _signature(module))
+            if key not in checked:
+                checked[key] = _reproduces(module, forward)
+            if not checked[key]:
+                names = found.refused.setdefault(kind, [])
+                names += [type(module).__name__] if type(module).__name__ not in names else []
+                continue
+            module.forward = forward
+            patched.append(module)
+            found.modules[kind] = found.modules.get(kind, 0) + 1
+            if kind == "swiglu":
+                within.update(module.modules())
+
+
+def _signature(module):
+    """Modules with the same classes and shapes within are checked once."""
+    shapes = tuple((name, tuple(p.shape)) for name, p in module.named_parameters())
+    return tuple(type(part) for part in module.modules()), shapes
+
+
+def _reproduces(module, forward):
+    """Return whether `forward` gives the output and the gradients of the module's own forward, on four random tokens."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    weight = parameters[0] if parameters else module.weight
+    if weight.device.type == "meta":
+        return True
+    width = getattr(module, "in_features", None) or _width(module)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 4, width, generator=generator).to(weight.device, weight.dtype)
+    training = module.training
+    module.eval()  # dropout is left out of the comparison
+    results = []
+    try:
+        for run in (module.forward, forward):
+            leaf = x.clone().requires_grad_()
+            output = run(leaf)
+            weights = torch.linspace(-1, 1, output.numel(), device=output.device).view(output.shape).to(output.dtype)
+            results.append([output, *torch.autograd.grad(output, [leaf, *parameters], weights)])
+    finally:
+        module.train(training)
+    allowed = _TOLERANCE[weight.dtype]
+    return all(
+        bool((one.float() - other.float()).norm() <= allowed * one.float().norm().clamp(min=1e-12))
+        for one, other in zip(*results, strict=True)
+    )
+
+
+def _width(module):
+    return module.gate_proj.in_features if hasattr(module, "gate_proj") else module.weight.shape[-1]

@@ -2,7 +2,7 @@
 
 The lengths of the documents travel with the batch as `segments`, and each is attended to by itself: on a card that can,
 all in one call of varlen_attn, else one by one. No S x S mask is built, and attention costs the sum of the squares of the
-lengths instead of the square of the sum.
+lengths instead of the square of the sum. With kernels off each document goes through torch's own attention.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ..errors import InputError
+from .causal import causal_attention
 
-NAME = "qlora_segments"
+NAME, PLAIN = "qlora_segments", "qlora_segments_plain"
 
 # B batch (1), H heads, T tokens of the packed row, D head dim
 
@@ -32,14 +33,19 @@ def segment_attention(
     sliding_window: the last tokens that a token sees, itself among them; None: all. kwargs: what transformers passes to
     sdpa_attention_forward (dropout, scaling, ...). Key and value may have fewer heads (grouped-query attention).
     """
-    capability = _capability(query_BHTD.device)
-    one = in_one_call if takes_one_call(module, query_BHTD, value_BHTD, capability, **kwargs) else one_by_one
-    return one(module, query_BHTD, key_BHTD, value_BHTD, segments, sliding_window, **kwargs), None
+    if takes_one_call(module, query_BHTD, value_BHTD, _capability(query_BHTD.device), **kwargs):
+        return in_one_call(module, query_BHTD, key_BHTD, value_BHTD, segments, sliding_window, **kwargs), None
+    if query_BHTD.device.type == "cpu" and _is_plain(module, query_BHTD, value_BHTD, **kwargs):
+        return in_blocks(module, query_BHTD, key_BHTD, value_BHTD, segments, sliding_window, **kwargs), None
+    return one_by_one(module, query_BHTD, key_BHTD, value_BHTD, segments, sliding_window, **kwargs), None
 
 
-def takes_one_call(
-    module, query, value, capability, dropout=0.0, is_causal=None, softcap=None, position_bias=None, **kwargs
-):
+def plain_segment_attention(module, query, key, value, attention_mask, segments, sliding_window=None, **kwargs):
+    """What segment_attention returns, by torch's own attention a document."""
+    return one_by_one(module, query, key, value, segments, sliding_window, **kwargs), None
+
+
+def takes_one_call(module, query, value, capability, **kwargs):
     """Return whether varlen_attn computes this attention, from shapes and settings alone.
 
     capability: (major, minor) of the card; None where varlen_attn does not run at all.
@@ -52,8 +58,14 @@ def takes_one_call(
         # what the kernel takes; between 192 and 256 its backward needs an A100 or H100
         and head_dim % 8 == 0
         and (head_dim <= 192 or head_dim == 256)
-        and value.shape[-1] == head_dim
-        # what varlen_attn has no argument for: sdpa heeds it or says that it cannot
+        and _is_plain(module, query, value, **kwargs)
+    )
+
+
+def _is_plain(module, query, value, dropout=0.0, is_causal=None, softcap=None, position_bias=None, **kwargs):
+    """Return whether nothing is asked for but causal attention: sdpa heeds the rest, or says that it cannot."""
+    return (
+        value.shape[-1] == query.shape[-1]
         and not dropout
         and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
         and softcap is None
@@ -78,6 +90,14 @@ def in_one_call(module, query_BHTD, key_BHTD, value_BHTD, segments, sliding_wind
         enable_gqa=query_THD.shape[1] != key_THD.shape[1],
     )
     return output_THD.contiguous()[None]
+
+
+def in_blocks(module, query_BHTD, key_BHTD, value_BHTD, segments, sliding_window=None, scaling=None, **kwargs):
+    """Return (B, T, H, D): what `one_by_one` returns, by causal_attention; on a CPU."""
+    scale = query_BHTD.shape[-1] ** -0.5 if scaling is None else scaling
+    parts = zip(*(x[0].split(list(segments), dim=1) for x in (query_BHTD, key_BHTD, value_BHTD)), strict=True)
+    outputs = [causal_attention(q, k, v, scale, sliding_window).transpose(0, 1) for q, k, v in parts]
+    return torch.cat(outputs)[None]
 
 
 def one_by_one(module, query_BHTD, key_BHTD, value_BHTD, segments, sliding_window=None, **kwargs):
@@ -118,28 +138,37 @@ def _band(length, window, device):
     return ((distance >= 0) & (distance < window))[None, None]
 
 
-AttentionInterface.register(NAME, segment_attention)
-AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)
+for _name, _function in ((NAME, segment_attention), (PLAIN, plain_segment_attention)):
+    AttentionInterface.register(_name, _function)
+    AttentionMaskInterface.register(_name, lambda *args, **kwargs: None)
+
+
+def why_not(config):
+    """Return why the documents of a row cannot be kept apart in the architecture of `config`, in words; None if they can."""
+    config = config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
+    if kinds:
+        return f"{', '.join(sorted(kinds))} layers carry state across rows"
+    if getattr(config, "attn_logit_softcapping", None):
+        return "this architecture caps its attention logits"
+    if config.model_type == "gpt_oss":
+        return "this architecture has attention sinks"
+    return None
 
 
 def refuse_unsupported(config):
     """Raise InputError where documents of a packed row cannot be kept apart in this architecture."""
-    config = config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
-    if kinds:
-        raise InputError(
-            f"data.packing: {', '.join(sorted(kinds))} layers carry state across rows; set data.packing=false"
-        )
-    if getattr(config, "attn_logit_softcapping", None):
-        raise InputError("data.packing: this architecture caps its attention logits; set data.packing=false")
+    reason = why_not(config)
+    if reason:
+        raise InputError(f"data.packing: {reason}; set data.packing=false")
 
 
 @contextlib.contextmanager
-def within_documents(model):
-    """Attend within documents while the block runs; batches must carry `segments`."""
-    before = model.config._attn_implementation
-    model.set_attn_implementation(NAME)
-    if model.config._attn_implementation != NAME:
+def within_documents(model, plain=False):
+    """Attend within documents while the block runs; batches must carry `segments`. plain: by torch's own attention."""
+    before, name = model.config._attn_implementation, PLAIN if plain else NAME
+    model.set_attn_implementation(name)
+    if model.config._attn_implementation != name:
         raise InputError(
             f"data.packing: {type(model).__name__} does not let its attention be replaced; set data.packing=false"
         )

@@ -1,0 +1,367 @@
+"""Each kernel against the modules that it takes the place of: losses, gradients, and what is kept."""
+
+import contextlib
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from qlora import adapter, kernels
+from qlora.kernels import attention, linear, loss, norm, swiglu
+from qlora.kernels.allocation import kept_memory
+from qlora.kernels.causal import causal_attention
+from qlora.recipe import Lora, Quantization
+
+# kinds installed in each family; "all" is what a training installs
+EXPECTED = {
+    "llama": {"lora": 8, "rmsnorm": 5, "swiglu": 2},
+    "qwen2": {"lora": 8, "rmsnorm": 5, "swiglu": 2},
+    "gemma": {"lora": 8, "rmsnorm": 5, "swiglu": 2},
+    "qwen3": {"lora": 8, "rmsnorm": 9, "swiglu": 2},
+    "phi3": {"lora": 8, "rmsnorm": 5},
+    "phi": {"lora": 12},
+    "gpt2": {"lora": 8},  # in 4 bit its Conv1D layers are linear ones
+}
+
+
+@pytest.fixture
+def load(load_model):
+    def load(family, dtype="bfloat16", **lora):
+        section = Lora(**{"r": 4, "lora_alpha": 8, **lora})
+        model = adapter.attach(load_model(family, Quantization(compute_dtype=dtype)), section)
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if parameter.requires_grad and ".lora_B." in name:
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+        return model.train()
+
+    return load
+
+
+def batch(seed=0, rows=3, length=40):
+    ids = torch.randint(5, 500, (rows, length), generator=torch.Generator().manual_seed(seed))
+    labels = ids.clone()
+    labels[:, :10] = -100
+    return {"input_ids": ids, "labels": labels}
+
+
+def trained(model):
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def gradients(model, setting="off", kinds=None, monkeypatch=None):
+    """Return (loss, one flat gradient, Installed) of a batch."""
+    if kinds is not None:
+        monkeypatch.setattr(kernels, "_KINDS", kinds)
+    with kernels.installed(model, setting) as found:
+        value = model(**batch(), use_cache=False).loss
+        found_gradients = torch.autograd.grad(value, trained(model))
+    return value.item(), torch.cat([gradient.flatten().float() for gradient in found_gradients]), found
+
+
+@pytest.mark.parametrize("kind", ["lora", "rmsnorm", "swiglu", "all"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma", "gpt2", "qwen3", "phi3", "phi"])
+def test_gradients_are_those_of_the_plain_modules(load, monkeypatch, family, kind):
+    kinds = {name: source for name, source in kernels._KINDS.items() if kind in (name, "all")}
+    for dtype in ("float32", "bfloat16"):
+        model = load(family, dtype)
+        plain_loss, plain, _ = gradients(model)
+        fast_loss, fast, found = gradients(model, "auto", kinds, monkeypatch)
+        assert not found.refused
+        if kind == "all":
+            assert found.modules == EXPECTED[family]
+        if dtype == "float32":
+            assert fast_loss == pytest.approx(plain_loss, rel=1e-5)
+            assert (fast - plain).norm() <= 1e-5 * plain.norm()
+        else:
+            assert fast_loss == pytest.approx(plain_loss, rel=1e-2)
+            assert F.cosine_similarity(fast, plain, dim=0) > 0.999
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma", "gpt2"])
+def test_ten_steps_have_the_losses_of_the_plain_modules(load, family):
+    losses = {}
+    for setting in ("off", "auto"):
+        model = load(family)
+        masters = [parameter.detach().float().requires_grad_() for parameter in trained(model)]
+        optimizer = torch.optim.AdamW(masters, lr=5e-3)
+        with kernels.installed(model, setting):
+            losses[setting] = []
+            for step in range(10):
+                value = model(**batch(seed=step % 2), use_cache=False).loss
+                for master, gradient in zip(masters, torch.autograd.grad(value, trained(model)), strict=True):
+                    master.grad = gradient.float()
+                optimizer.step()
+                with torch.no_grad():
+                    for master, parameter in zip(masters, trained(model), strict=True):
+                        parameter.copy_(master)
+                losses[setting].append(value.item())
+    assert losses["auto"] == pytest.approx(losses["off"], rel=1e-2)
+    assert losses["off"][-1] < losses["off"][0] - 0.1  # there was something to learn
+
+
+@pytest.mark.parametrize("settings", [{"lora_dropout": 0.3}, {"use_rslora": True}, {"rank_pattern": {"q_proj": 7}}])
+def test_adapters_with_dropout_scaling_and_ranks_of_their_own(load, monkeypatch, settings):
+    model = load("qwen2", "float32", **settings)
+    torch.manual_seed(3)
+    plain_loss, plain, _ = gradients(model)
+    torch.manual_seed(3)
+    fast_loss, fast, found = gradients(model, "auto")
+    assert found.modules["lora"] == (14 if "lora_dropout" in settings else 8)
+    assert ("swiglu" in found.modules) == ("lora_dropout" not in settings)
+    assert fast_loss == pytest.approx(plain_loss, rel=1e-5)
+    assert (fast - plain).norm() <= 1e-5 * plain.norm()
+
+
+def test_adapters_on_a_16_bit_base(load_model):
+    model = adapter.attach(load_model("llama", None), Lora(r=4, init_lora_weights="gaussian")).train()
+    _, plain, _ = gradients(model)
+    _, fast, found = gradients(model, "auto")
+    assert found.modules == EXPECTED["llama"]
+    assert F.cosine_similarity(fast, plain, dim=0) > 0.999
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"use_dora": True},
+        {"peft_type": "ADALORA", "r": Lora.model_fields["r"].default},  # AdaLoRA's own is init_r
+        {"bias": "lora_only", "target_modules": ["q_proj"]},
+    ],
+)
+def test_what_the_kernel_does_not_compute_is_left_to_peft(load, settings):
+    with kernels.installed(load("qwen2", **settings)) as found:
+        assert "lora" not in found.modules
+        assert "swiglu" not in found.modules
+        assert found.modules["rmsnorm"] == 5
+
+
+def test_a_trained_norm_is_left_alone(load):
+    model = load("llama", modules_to_save=["norm"])
+    with kernels.installed(model):
+        norms = {m for m in model.modules() if type(m).__name__ == "LlamaRMSNorm"}
+        assert {m for m in norms if "forward" in vars(m)} == {m for m in norms if not m.weight.requires_grad}
+    assert any(m.weight.requires_grad for m in norms)
+
+
+def test_a_kernel_that_computes_something_else_is_not_used(load, monkeypatch):
+    model = load("llama")
+    expected = gradients(model)[1]
+    right = norm.forward_of
+
+    def wrong(module):
+        forward = right(module)
+        return forward and (lambda x: forward(x) * 1.1)
+
+    monkeypatch.setattr(norm, "forward_of", wrong)
+    with kernels.installed(model) as found:
+        assert found.refused == {"rmsnorm": ["LlamaRMSNorm"]}
+        assert "rmsnorm" not in found.modules
+        got = torch.autograd.grad(model(**batch(), use_cache=False).loss, trained(model))
+    assert F.cosine_similarity(torch.cat([g.flatten().float() for g in got]), expected, dim=0) > 0.999
+
+
+def test_afterwards_the_model_is_as_before(load):
+    model = load("llama")
+    before = [module.forward.__func__ for module in model.modules()]
+    with contextlib.suppress(RuntimeError), kernels.installed(model):
+        assert [module.forward for module in model.modules() if "forward" in vars(module)]
+        raise RuntimeError
+    assert [module.forward.__func__ for module in model.modules()] == before
+    with kernels.installed(model, "off") as found:
+        assert not found.modules
+        assert [module.forward.__func__ for module in model.modules()] == before
+
+
+def kept_bytes(run):
+    """Return the bytes of the tensors that autograd keeps in `run`, parameters apart, each storage once."""
+    storages = {}
+
+    def note(tensor):
+        if not isinstance(tensor, torch.nn.Parameter):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        output = run()
+    del output
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+def test_less_is_kept(load):
+    model = load("llama")
+    layer = model.get_base_model().model.layers[0]
+    x = torch.randn(1, 64, 64, dtype=torch.bfloat16, requires_grad=True)
+    tokens, hidden, inner, rank = 64, 64, 128, 4
+    plain = kept_bytes(lambda: layer.mlp(x))
+    with kernels.installed(model):
+        fast = kept_bytes(lambda: layer.mlp(x))
+        normed = kept_bytes(lambda: layer.input_layernorm(x))
+    # x, gate, up; A x of the three adapters; and nothing else
+    assert fast == tokens * 2 * (hidden + 2 * inner + 3 * rank)
+    assert plain > 1.5 * fast
+    assert normed == tokens * (2 * hidden + 4) + 4 * hidden  # x, one number a token; the weight in float32
+
+
+def test_a_checkpointed_layer_does_not_multiply_by_down_again(load, monkeypatch):
+    model = load("llama", "float32")
+    mlp = model.get_base_model().model.layers[0].mlp
+    x = torch.randn(1, 8, 64, requires_grad=True)
+    products = []
+    original = linear.Base.weight
+    monkeypatch.setattr(linear.Base, "weight", lambda self: products.append(self) or original(self))
+    with kernels.installed(model):
+        products.clear()
+        output = checkpoint(lambda x: x + mlp(x), x, use_reentrant=False)
+        assert len(products) == 3
+        products.clear()
+        checkpointed = torch.autograd.grad(output.sin().sum(), [x, *trained(mlp)])
+        assert len(products) == 5  # gate and up again, then each for its gradient; a third time for down would be 6
+        plain = torch.autograd.grad((x + mlp(x)).sin().sum(), [x, *trained(mlp)])
+    for one, other in zip(checkpointed, plain, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("act", ["silu", "gelu_pytorch_tanh", "gelu"])
+def test_each_activation_has_its_derivative(act):
+    from transformers.activations import ACT2FN
+
+    module = ACT2FN[act]
+    x = torch.linspace(-4, 4, 101, dtype=torch.float64, requires_grad=True)
+    (expected,) = torch.autograd.grad(module(x).sum(), x)
+    got = swiglu._BACKWARD[type(module).__name__](torch.ones_like(x), x.detach())
+    torch.testing.assert_close(got, expected)
+
+
+# ---- attention on a CPU ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("window", [None, 1, 50, 128, 300])
+@pytest.mark.parametrize("length", [1, 37, 128, 129, 300])
+def test_causal_attention_is_torchs_own(length, window):
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(heads, length, 16, generator=generator) for heads in (6, 2, 2)]
+    grad = torch.randn(6, length, 16, generator=generator)
+    distance = torch.arange(length)[:, None] - torch.arange(length)
+    seen = (distance >= 0) & (distance < (window or length))
+    ways = (
+        lambda q, k, v: F.scaled_dot_product_attention(
+            q[None], k[None], v[None], attn_mask=seen, enable_gqa=True, scale=0.3
+        )[0],
+        lambda q, k, v: causal_attention(q, k, v, 0.3, window),
+    )
+    found = []
+    for way in ways:
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        output = way(*leaves)
+        found.append([output, *torch.autograd.grad(output, leaves, grad)])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
+def test_causal_attention_in_bfloat16_is_no_further_off_than_torchs_own():
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(heads, 256, 64, generator=generator).bfloat16() for heads in (6, 2, 2)]
+    grad = torch.randn(6, 256, 64, generator=generator).bfloat16()
+
+    def own(q, k, v):
+        return F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, enable_gqa=True)[0]
+
+    def results(way, dtype):
+        leaves = [x.to(dtype).requires_grad_() for x in inputs]
+        output = way(*leaves)
+        return [x.float() for x in (output, *torch.autograd.grad(output, leaves, grad.to(dtype)))]
+
+    exact = results(own, torch.float32)
+    ours = results(lambda q, k, v: causal_attention(q, k, v, 64**-0.5), torch.bfloat16)
+    torchs = results(own, torch.bfloat16)
+    errors = [[((x - y).norm() / y.norm()).item() for x, y in zip(way, exact, strict=True)] for way in (ours, torchs)]
+    assert all(mine < 1.5 * theirs for mine, theirs in zip(*errors, strict=True)), errors
+
+
+# ---- loss ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 64, 65, 200])
+def test_cross_entropy_is_that_of_the_logits(count):
+    generator = torch.Generator().manual_seed(0)
+    head = torch.nn.Linear(16, 301, bias=False).requires_grad_(False)
+    hidden, targets = torch.randn(count, 16, generator=generator), torch.randint(301, (count,), generator=generator)
+    found = []
+    for way in (
+        lambda h: F.cross_entropy(head(h), targets, reduction="sum"),
+        lambda h: loss.cross_entropy(h, head, targets),
+    ):
+        leaf = hidden.clone().requires_grad_()
+        value = way(leaf) / 7
+        found.append([value, *torch.autograd.grad(value, leaf)])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_large_logits_do_not_overflow():
+    head = torch.nn.Linear(2, 3, bias=False).requires_grad_(False)
+    with torch.no_grad():
+        head.weight.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]))
+    value = loss.cross_entropy(torch.tensor([[1e4, -1e4]]), head, torch.tensor([0]))
+    assert value == pytest.approx(0.0, abs=1e-6)
+
+
+def test_hidden_states_are_what_the_head_gets(load):
+    model = load("llama")
+    columns = torch.tensor([3, 7])
+    ids = batch()["input_ids"]
+    with torch.no_grad():
+        hidden = loss.hidden_states(model, columns, input_ids=ids)
+        logits = model(input_ids=ids, use_cache=False, logits_to_keep=columns).logits
+        torch.testing.assert_close(model.get_output_embeddings()(hidden), logits)
+
+
+def test_the_loss_kernel_leaves_what_is_between_hidden_states_and_loss(load_model):
+    assert loss.takes(load_model("llama"))
+    assert loss.takes(load_model("gpt2"))
+    assert not loss.takes(load_model("gemma2"))  # caps its logits
+    assert not loss.takes(load_model("phi"))  # the head has a bias
+    trained_head = load_model("llama")
+    trained_head.get_output_embeddings().weight.requires_grad_(True)
+    assert not loss.takes(trained_head)
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+
+def test_freed_memory_is_kept_and_given_back():
+    import resource
+
+    def faults():
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(5):
+            torch.ones(16 * 2**20)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    outside = faults()
+    with kept_memory(torch.device("cpu")) as kept:
+        if not kept:
+            pytest.skip("this system's allocator cannot be told to keep memory")
+        faults()
+        assert faults() < outside / 4
+    assert faults() > outside / 4
+
+
+def test_packed_rows_go_through_the_plain_attention_with_kernels_off(load, monkeypatch):
+    called = []
+    monkeypatch.setattr(attention, "causal_attention", lambda *args: called.append(args) or causal_attention(*args))
+    model = load("llama")
+    inputs = {
+        "input_ids": batch(rows=1)["input_ids"],
+        "segments": [15, 25],
+        "position_ids": torch.cat([torch.arange(15), torch.arange(25)])[None],
+    }
+    results = {}
+    for plain in (True, False):
+        with attention.within_documents(model, plain):
+            results[plain] = model(**inputs, use_cache=False).logits
+        assert bool(called) is not plain
+    assert F.cosine_similarity(results[True].flatten().float(), results[False].flatten().float(), dim=0) > 0.999

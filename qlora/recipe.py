@@ -218,7 +218,8 @@ class Training(Section):
 
 
 class Memory(Section):
-    gradient_checkpointing: Literal["auto"] | bool = "auto"
+    gradient_checkpointing: Literal["auto"] | bool | Annotated[int, Field(ge=0)] = "auto"
+    offload: Literal["auto"] | bool = "auto"
 
 
 class Export(Section):

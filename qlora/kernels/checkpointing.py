@@ -10,6 +10,7 @@ import contextlib
 import functools
 import weakref
 from collections import deque
+from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -159,7 +160,7 @@ class _Stored:
         self.host, self.before = host, before
         self.empty = functools.partial(torch.empty, x.shape, dtype=x.dtype, device=x.device)
         self.buffer = host.leave(x)
-        self.coming = None  # (hidden state, the event after its copy)
+        self.coming: Any = None  # (hidden state, the event after its copy)
 
     def bring(self):
         """Start the copy back to the device."""

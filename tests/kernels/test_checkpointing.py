@@ -218,12 +218,15 @@ def test_accumulated_gradients_of_rows_of_any_length_are_the_same(prepared):
 def test_more_layers_than_there_are_and_layers_of_another_kind_are_refused(prepared):
     model = prepared()
     layers = base_model.decoder_layers(model)
-    with pytest.raises(InputError, match="memory.gradient_checkpointing is 3, the model has 2 layers"), checkpointed(layers, 3):
+    with (
+        pytest.raises(InputError, match=r"memory.gradient_checkpointing is 3, the model has 2 layers"),
+        checkpointed(layers, 3),
+    ):
         pass
     plain = torch.nn.ModuleList(torch.nn.TransformerEncoderLayer(8, 2) for _ in range(2))
     with checkpointed(plain, 0):
         pass
     with pytest.raises(InputError, match="TransformerEncoderLayer cannot be checkpointed"), checkpointed(plain, 1):
         pass
-    with pytest.raises(InputError, match="set memory.offload=false"):
+    with pytest.raises(InputError, match=r"set memory.offload=false"):
         Host().checkpoint(True, lambda: None)

@@ -24,13 +24,15 @@ def peak_bytes():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+# of c10's allocator for the CPU; of CUDA where memory is pinned; of oneDNN when it gets none for its code (torch 2.13)
+_REFUSALS = ("can't allocate memory", "CUDA error: out of memory", "could not create a primitive")
+
+
 def is_refusal(error):
     """Return whether an exception says that a GPU, or the allocator of a CPU, had not as much memory as was asked for."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    # the first from c10's CPU allocator, the other from CUDA where memory is pinned
-    said = "can't allocate memory" in str(error) or "CUDA error: out of memory" in str(error)
-    return isinstance(error, RuntimeError) and said
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _REFUSALS)
 
 
 def refused(error):

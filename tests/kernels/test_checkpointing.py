@@ -1,5 +1,6 @@
 """Checkpointed layers change what is kept, never what is computed; and the host holds exactly what the device does not."""
 
+import copy
 import gc
 import random
 import weakref
@@ -180,6 +181,68 @@ def test_two_steps_at_once_and_steps_broken_off_do_not_share_what_they_hold(prep
             gc.collect()
             assert len(host.free) == 4, hook
             assert same(step(model), plain[3])
+
+
+class Late:
+    """A copy stream at its slowest: nothing is copied before the main stream waits for it.
+
+    It holds no memory: what is copied must still be there then.
+    """
+
+    def __init__(self):
+        self.waiting, self.num_begun, self.num_done, self.most = [], 0, 0, 0
+
+    def copy(self, host, target, source, device):
+        self.waiting.append([self._weak(target), self._weak(source)])
+        self.num_begun += 1
+        self.most = max(self.most, len(self.waiting))
+        return self.num_begun
+
+    def wait_event(self, event):
+        while self.num_done < event:
+            target, source = map(self._strong, self.waiting.pop(0))
+            target.copy_(source)
+            self.num_done += 1
+
+    @staticmethod
+    def _weak(x):
+        return weakref.ref(x.untyped_storage()), x.dtype, x.storage_offset(), x.shape, x.stride()
+
+    @staticmethod
+    def _strong(weak):
+        storage, dtype, *place = weak
+        assert storage() is not None, "freed before it was copied"
+        return torch.empty(0, dtype=dtype).set_(storage(), *place)
+
+
+def test_copies_may_be_as_late_as_the_events_allow(load_model, monkeypatch):
+    late = Late()
+    model = adapter.attach(load_model(), DROPOUT).train()
+    layers = base_model.decoder_layers(model)
+    layers.extend(copy.deepcopy(layer) for layer in list(layers) * 2)  # six
+    for index, layer in enumerate(layers):
+        layer.self_attn.layer_idx = index
+    model.config.num_hidden_layers = len(layers)
+    plain = step(model)
+    monkeypatch.setattr(Host, "copy", lambda host, *args: late.copy(host, *args))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: late)
+    with checkpointed(layers, 5, offload=True) as host:
+        for _ in range(3):
+            assert same(step(model), plain)
+            assert len(host.free) == 5
+        assert late.num_done == late.num_begun == 3 * 2 * 5
+        assert late.most == Host.IN_FLIGHT
+        handle = layers[3].register_full_backward_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):  # broken off when one is on its way back
+            step(model)
+        handle.remove()
+        gc.collect()
+        model.zero_grad()
+        assert late.num_done == late.num_begun
+        assert same(step(model), plain)
+        forward(model)
+        assert late.num_begun - late.num_done == Host.IN_FLIGHT
+    assert late.num_done == late.num_begun
 
 
 def test_evaluation_in_between_is_neither_checkpointed_nor_stored(prepared):

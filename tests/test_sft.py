@@ -463,6 +463,24 @@ def test_the_rehearsal_leaves_no_trace(fit, lora, settings):
     assert (one[5].rehearsed_bytes is not None, other[5].rehearsed_bytes) == (True, None)
 
 
+def test_the_rehearsal_is_not_in_trls_own_counters(fit, monkeypatch):
+    # on a GPU trl computes the loss, and its accuracy, entropy and tokens along with it
+    monkeypatch.setattr(sft.Trainer, "compute_loss", SFTTrainer.compute_loss)
+    logged, original = [], SFTTrainer.log
+
+    def log(self, logs, start_time=None):
+        original(self, logs, start_time)
+        logged[-1].append({key: value for key, value in self.state.log_history[-1].items() if "runtime" not in key})
+
+    monkeypatch.setattr(SFTTrainer, "log", log)
+    for rehearse in (True, False):
+        logged.append([])
+        fit(UNEVEN, max_steps=2, rehearse=rehearse)
+    (one, _), (other, _) = ([history[:2], history[2:]] for history in logged)
+    assert one == other
+    assert one[0]["num_tokens"] > 0
+
+
 def padded_tokens(inputs):
     return inputs["input_ids"].numel()
 

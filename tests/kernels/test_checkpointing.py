@@ -226,10 +226,14 @@ def test_copies_may_be_as_late_as_the_events_allow(load_model, monkeypatch):
     plain = step(model)
     monkeypatch.setattr(Host, "copy", lambda host, *args: late.copy(host, *args))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: late)
+    coming = []
+    handle = layers[2].register_full_backward_hook(lambda *_: coming.append(late.num_begun - late.num_done))
     with checkpointed(layers, 5, offload=True) as host:
         for _ in range(3):
             assert same(step(model), plain)
-            assert len(host.free) == 5
+        assert coming == [1] * 3  # that of layer 1 was on its way while layer 2 ran backward
+        handle.remove()
+        assert len(host.free) == 5
         assert late.num_done == late.num_begun == 3 * 2 * 5
         assert late.most == Host.IN_FLIGHT
         handle = layers[3].register_full_backward_hook(lambda *_: 1 / 0)

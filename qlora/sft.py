@@ -196,7 +196,7 @@ class Moment:
         if self.inputs is None:
             return ""
         segments, width = self.inputs.get("segments"), self.inputs["input_ids"].shape[1]
-        lengths = self.inputs["attention_mask"].sum(1).tolist() if segments is None else segments
+        lengths = self.inputs["attention_mask"].cpu().sum(1).tolist() if segments is None else segments
         many = len(lengths) > 1
         numbers = _few([f"{number + 1:,}" for number in self.rows])
         together = f", {'padded to' if segments is None else 'joined to one row of'} {width:,}" if many else ""
@@ -495,6 +495,7 @@ class MasterWeights:
 def _undone(trainer):
     """Leave random numbers, counters, gradients and buffers as they were before the block."""
     model = trainer.model
+    # what trl 1.16 counts where it computes the loss
     kept = {name: copy.deepcopy(getattr(trainer, name)) for name in ("_metrics", "_total_train_tokens")}
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     training, python, numpy = model.training, random.getstate(), np.random.get_state()

@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from .errors import InputError
+from . import memory
+from .errors import DoesNotFit, InputError
 from .rundir import sha256
 
 # W is cast to bfloat16 before it is quantized, whatever the files hold: fp32, fp16 and bf16 copies of one weight give
@@ -234,6 +235,7 @@ def load(checkpoint, section, quantization, device=None, dtype=DTYPE_WHEN_QUANTI
     It has a row for each of the checkpoint's new tokens; see `add_rows` for where these start.
 
     Raises:
+        DoesNotFit: there is not enough memory.
         InputError: a weight is missing, left over or of another shape than the config says; names them.
     """
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -258,9 +260,12 @@ def load(checkpoint, section, quantization, device=None, dtype=DTYPE_WHEN_QUANTI
             ignore_mismatched_sizes=True,  # reported like the rest, below; nothing is let through
             output_loading_info=True,
         )
-    except torch.OutOfMemoryError:
-        raise
-    except (ValueError, RuntimeError, OSError, ImportError, SafetensorError) as error:
+    except (ValueError, RuntimeError, OSError, ImportError, SafetensorError, MemoryError) as error:
+        if memory.is_refusal(error):
+            raise DoesNotFit(
+                f"out of memory while {checkpoint.name_or_path} was loaded: {memory.refused(error)}\n  free some, take a "
+                f"smaller model{'' if quantization else ', or leave out quantization: null'}"
+            ) from None
         raise InputError(f"{checkpoint.folder}: cannot load the model: {_first_line(error)}") from None
     _refuse_incomplete(checkpoint, info)
     if quantization and quantization.compute_dtype == "float32":

@@ -192,12 +192,12 @@ def main():
             raise
         _fail(f"the disk is full: {error.filename or error}; free some space and run this again", InputError.exit_code)
     except Exception as error:
-        if type(error).__name__ != "OutOfMemoryError":
+        from .memory import is_refusal, refused
+
+        if not is_refusal(error):
             raise
-        remedy = (
-            "lower data.max_length or training.per_device_train_batch_size, or set memory.gradient_checkpointing=true"
-        )
-        _fail(f"out of memory: {str(error).splitlines()[0]}\n  {remedy}", DoesNotFit.exit_code)
+        remedy = "free some memory, or take fewer or shorter rows or a smaller model"
+        _fail(f"out of memory: {refused(error)}\n  {remedy}", DoesNotFit.exit_code)
 
 
 def _fail(message, code):

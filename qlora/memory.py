@@ -1,7 +1,8 @@
-"""Memory in bytes: measured, and counted from stored tensors."""
+"""Memory in bytes: measured, counted from stored tensors, and refused."""
 
 from __future__ import annotations
 
+import re
 import resource
 import sys
 import threading
@@ -21,6 +22,27 @@ def peak_bytes():
         return torch.cuda.max_memory_allocated()
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is bytes on macOS, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+# of c10's allocator for the CPU; of CUDA where memory is pinned; of oneDNN when it gets none for its code (torch 2.13)
+_REFUSALS = ("can't allocate memory", "CUDA error: out of memory", "could not create a primitive")
+
+
+def is_refusal(error):
+    """Return whether an exception says that a GPU, or the allocator of a CPU, had not as much memory as was asked for."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _REFUSALS)
+
+
+def refused(error):
+    """Return what was asked for, and what was free where torch says that, in words."""
+    text = str(error)
+    asked = re.search(r"tried to allocate ([\d.]+ \w+)", text, re.IGNORECASE)
+    free = re.search(r"of which ([\d.]+ \w+) is free", text)
+    if asked is None:
+        return next(iter(text.splitlines()), "") or "no more memory is to be had"
+    return f"{asked[1]} asked for" + (f", {free[1]} free" if free else "")
 
 
 def stored_bits_per_parameter(quant_state, codes):

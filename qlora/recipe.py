@@ -217,8 +217,16 @@ class Training(Section):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
 
 
+def _auto_or_layers(value):
+    """One message for what would be three, one for each type."""
+    if value == "auto" or (isinstance(value, int) and value >= 0):
+        return value
+    raise ValueError("should be auto, true, false or a number of layers")
+
+
 class Memory(Section):
-    gradient_checkpointing: Literal["auto"] | bool = "auto"
+    gradient_checkpointing: Annotated[Literal["auto"] | bool | int, BeforeValidator(_auto_or_layers)] = "auto"
+    offload: Literal["auto"] | bool = "auto"
 
 
 class Export(Section):

@@ -3,6 +3,7 @@
 recipe.yaml       the resolved recipe, copied first
 environment.json  versions, device, base-model and data hashes
 adapter/          PEFT format, tokenizer, chat template; appears by rename, so a folder is either whole or absent
+memory.json       layers that were checkpointed, and the memory that was predicted and measured; also after running out
 metrics.jsonl     one JSON object a logged step; TensorBoard events in tensorboard/
 proof_rows.json   token ids of the rows that export's proof uses, so that it needs no data file
 data_report.json  eval.json
@@ -130,6 +131,7 @@ class RunDir:
         self.environment_file = self.path / "environment.json"
         self.adapter = self.path / "adapter"
         self.metrics_file = self.path / "metrics.jsonl"
+        self.memory_file = self.path / "memory.json"
         self.tensorboard = self.path / "tensorboard"
         self.data_report_file = self.path / "data_report.json"
         self.proof_rows_file = self.path / "proof_rows.json"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import math
+import random
 import time
 import warnings
 from dataclasses import dataclass
@@ -20,16 +22,21 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from . import adapter, data, memory
+from . import adapter, base_model, data, memory
 from .data import IGNORE_INDEX, Packs
-from .errors import TrainingFailed
+from .errors import DoesNotFit, TrainingFailed
 from .kernels.attention import within_documents
+from .kernels.checkpointing import checkpointed
 from .neftune import noisy_embeddings
+from .rundir import write_json
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a finished run measured. Losses are nats a trained token."""
+    """What a finished run measured. Losses are nats a trained token.
+
+    seconds: from the first step to the end. peak_bytes: the most that was held; rehearsed_bytes: before the first step.
+    """
 
     steps: int
     loss: float
@@ -37,32 +44,53 @@ class Result:
     tokens: int
     seconds: float
     peak_bytes: int
+    rehearsed_bytes: int | None
+    predicted_bytes: int | None
 
 
-def train(model, tokenizer, examples, eval_examples, training, gradient_checkpointing, run, on_log=None):
+def train(
+    model,
+    tokenizer,
+    examples,
+    eval_examples,
+    training,
+    run,
+    checkpointed_layers=0,
+    offload=False,
+    predicted_bytes=None,
+    on_log=None,
+    rehearse=True,
+):
     """Train the adapters of `model` in place; return the Result.
 
     model: a PeftModel whose adapters alone require gradients. examples: a sequence of data.Example, data.Packs, or
     data.Batches, read when needed. eval_examples: a sequence of data.Example.
     training: the recipe's section. on_log(record, total_steps): called with each line of metrics.jsonl.
+    checkpointed_layers, offload: of kernels.checkpointing. predicted_bytes: what somebody expects the peak to be; is only
+    written down, in memory.json, beside what was measured. rehearse: run the largest micro-batch once before the first
+    step; it changes no number.
 
     Raises:
+        DoesNotFit: there is not enough memory; says for which rows, and what to change.
+        InputError: the layers cannot be checkpointed.
         TrainingFailed: a loss or gradient is not finite (the step is not taken), or an adapter does not move.
     """
     memory.reset_peak()
     packed = isinstance(examples, Packs)
     dtype = model.get_input_embeddings().weight.dtype  # now: trl casts what is trained, the embedding maybe with it
+    layers = base_model.decoder_layers(model)
     pad = DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id)
     trainer = Trainer(
         model=model,
-        args=_config(training, gradient_checkpointing, run, model.device, bool(eval_examples), packed),
+        args=_config(training, run, model.device, bool(eval_examples), packed),
         train_dataset=_dataset(examples),
         eval_dataset=_dataset(eval_examples, packed) if eval_examples else None,
         processing_class=tokenizer,
-        data_collator=_join_rows if packed else lambda rows: pad(_unbatched(rows)),
+        data_collator=_numbered(_join_rows if packed else lambda rows: pad(_unbatched(rows))),
     )
+    lengths = [int(length) for length in getattr(examples, "lengths", map(_length, examples))]
     if training.group_by_length:
-        trainer.lengths = [int(length) for length in getattr(examples, "lengths", map(_length, examples))]
+        trainer.lengths = lengths
     for parameter in model.parameters():
         if parameter.requires_grad:  # trl casts the adapters of a quantized base to bf16, whatever it computes in
             parameter.data = parameter.data.to(dtype)
@@ -71,13 +99,21 @@ def train(model, tokenizer, examples, eval_examples, training, gradient_checkpoi
     for printer in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printer)
     trainer.add_callback(_Schedule(trainer.ranks))
+    if rehearse:
+        trainer.add_callback(_Rehearsal(trainer, lengths))
     recorder = _Recorder(trainer, run, on_log)
     trainer.add_callback(recorder)
-    start = time.monotonic()
+    measured: dict[str, Any] = {
+        "layers": len(layers),
+        "checkpointed_layers": checkpointed_layers,
+        "offload": offload,
+        "predicted_bytes": predicted_bytes,
+    }
     try:
         alpha = training.neftune_noise_alpha
         with (
             warnings.catch_warnings(),
+            checkpointed(layers, checkpointed_layers, offload),
             within_documents(model) if packed else contextlib.nullcontext(),
             noisy_embeddings(model, alpha) if alpha else contextlib.nullcontext(),
         ):
@@ -85,16 +121,91 @@ def train(model, tokenizer, examples, eval_examples, training, gradient_checkpoi
             warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
             loss = trainer.train().training_loss
             eval_loss = trainer.evaluate()["eval_loss"] if eval_examples else None
+    except (RuntimeError, MemoryError) as error:
+        if not memory.is_refusal(error):
+            raise
+        longest = max(map(_length, eval_examples)) if trainer.moment.evaluates else max(lengths)
+        changes = _changes(training, measured, model.device.type == "cuda", trainer.moment.evaluates, longest)
+        measured["out_of_memory"] = f"{trainer.moment.when}: {memory.refused(error)}"
+        raise DoesNotFit(_too_much(trainer, measured, changes)) from None
     finally:
         recorder.close()
+        measured |= {"rehearsed_bytes": trainer.rehearsed_bytes, "peak_bytes": memory.peak_bytes()}
+        write_json(run.memory_file, measured)
     return Result(
         steps=trainer.state.global_step,
         loss=loss,
         eval_loss=eval_loss,
         tokens=trainer.num_tokens(),
-        seconds=time.monotonic() - start,
-        peak_bytes=memory.peak_bytes(),
+        seconds=time.monotonic() - recorder.start,
+        peak_bytes=measured["peak_bytes"],
+        rehearsed_bytes=trainer.rehearsed_bytes,
+        predicted_bytes=predicted_bytes,
     )
+
+
+def _too_much(trainer, measured, changes):
+    """Return the message: when, for which rows, what was asked for and expected, and what to change, best first."""
+    lines = [f"out of memory {measured['out_of_memory']}"]
+    lines += [f"  {trainer.moment.batch()}"] if trainer.moment.batch() else []
+    known = {"predicted": measured["predicted_bytes"], "measured in the rehearsal": trainer.rehearsed_bytes}
+    peaks = [f"{word} {num_bytes / 2**30:.2f} GiB" for word, num_bytes in known.items() if num_bytes]
+    lines += [f"  peak {', '.join(peaks)}"] if peaks else []
+    return "\n".join([*lines, "  to make it fit, what costs least first:", *(f"    {change}" for change in changes)])
+
+
+def _changes(training, measured, on_gpu, evaluates, longest):
+    """Return what can be changed for less memory, what costs least first.
+
+    evaluates: it ran out in an evaluation, which has no backward pass. longest: tokens of the longest row, pack or batch.
+    """
+    number, total = measured["checkpointed_layers"], measured["layers"]
+    rows, steps = training.per_device_train_batch_size, training.gradient_accumulation_steps
+    shorter = f"set a data.max_length under {longest:,}, the longest there is, and data.overlong=truncate or split"
+    if evaluates:
+        rows = training.per_device_eval_batch_size
+        return ([f"set training.per_device_eval_batch_size=1 (now {rows})"] if rows > 1 else []) + [shorter]
+    found = []
+    if training.optim != "paged_adamw_8bit":
+        found.append(f"set training.optim=paged_adamw_8bit (now {training.optim})")
+    if number < total:
+        found.append(f"set memory.gradient_checkpointing=true (now {number} of {total} layers)")
+    if rows > 1:
+        found.append(
+            f"set training.per_device_train_batch_size={rows // 2} training.gradient_accumulation_steps={2 * steps} "
+            f"(now {rows} and {steps})"
+        )
+    if training.tokens_per_micro_batch:
+        found.append(f"set a lower training.tokens_per_micro_batch (now {training.tokens_per_micro_batch:,})")
+    if on_gpu and not measured["offload"]:
+        found.append("set memory.offload=true memory.gradient_checkpointing=true")
+    return [*found, shorter]
+
+
+@dataclass
+class Moment:
+    """What the trainer is about: when, in words, and with which rows. evaluates: these are held-out rows."""
+
+    when: str
+    inputs: Any = None
+    rows: Any = ()  # their numbers, from 0
+    evaluates: bool = False
+
+    def batch(self):
+        """Return the rows of the micro-batch in words: which, and how long."""
+        if self.inputs is None:
+            return ""
+        segments, width = self.inputs.get("segments"), self.inputs["input_ids"].shape[1]
+        lengths = self.inputs["attention_mask"].cpu().sum(1).tolist() if segments is None else segments
+        many = len(lengths) > 1
+        numbers = _few([f"{number + 1:,}" for number in self.rows])
+        together = f", {'padded to' if segments is None else 'joined to one row of'} {width:,}" if many else ""
+        kind = "held-out" if self.evaluates else "training"
+        return f"{kind} row{'s' * many} {numbers}: {_few([f'{n:,}' for n in lengths])} tokens{together}"
+
+
+def _few(words, limit=8):
+    return ", ".join(words[:limit]) + (f" and {len(words) - limit:,} more" if len(words) > limit else "")
 
 
 def _dataset(items, alone=False):
@@ -113,11 +224,13 @@ class _Made:
 
     def __call__(self, batch):
         chosen = [self.items[index] for index in batch["index"]]
+        numbers = getattr(self.items, "rows", lambda index: [index])
+        rows = {"rows": [numbers(index) for index in batch["index"]]}
         chosen = [data.alone(example) for example in chosen] if self.alone else chosen
-        if isinstance(chosen[0], list):  # a micro-batch
-            return {name: [[getattr(e, name) for e in item] for item in chosen] for name in ("input_ids", "labels")}
         names = ["input_ids", "labels", *(["segments"] if isinstance(chosen[0], data.Packed) else [])]
-        return {name: [getattr(item, name) for item in chosen] for name in names}
+        if isinstance(chosen[0], list):  # a micro-batch
+            return {name: [[getattr(e, name) for e in item] for item in chosen] for name in names} | rows
+        return {name: [getattr(item, name) for item in chosen] for name in names} | rows
 
 
 def _mean_trained(examples):
@@ -140,6 +253,11 @@ def _unbatched(rows):
     ]
 
 
+def _numbered(collate):
+    """Return a collator that adds the numbers of the rows, as `rows`: they are for messages, the model does not see them."""
+    return lambda rows: {**collate(rows), "rows": [number for row in rows for number in row["rows"]]}
+
+
 def _join_rows(rows):
     """Collate packed rows into one: no padding, positions from 0 in each document, and their lengths as `segments`."""
     segments = [length for row in rows for length in row["segments"]]
@@ -151,7 +269,7 @@ def _join_rows(rows):
     }
 
 
-def _config(training, gradient_checkpointing, run, device, evaluates, packed):
+def _config(training, run, device, evaluates, packed):
     steps = training.max_steps
     config = SFTConfig(
         output_dir=str(run.path),
@@ -172,8 +290,8 @@ def _config(training, gradient_checkpointing, run, device, evaluates, packed):
         eval_steps=training.eval_steps,
         save_strategy="no",
         seed=training.seed,
-        gradient_checkpointing=gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if gradient_checkpointing else None,
+        gradient_checkpointing=False,  # trl knows all layers or none; kernels.checkpointing takes some
+        prediction_loss_only=True,  # an evaluation that kept logits would hold vocabulary * tokens of them
         bf16=False,  # autocast off: the model is bf16 throughout, and autocast would only add copies
         max_length=None,
         dataset_kwargs={"skip_prepare_dataset": True},
@@ -195,6 +313,9 @@ class Trainer(SFTTrainer):
 
     eval_tokens_per_row = None
     lengths: Any = None  # of the training rows, where rows of like length are to share a batch
+    rehearsed_bytes = None
+    moment = Moment("before the first step")
+    micro_batches = 0  # of the step at hand
     optimizer: Any
 
     def __init__(self, model, **arguments):
@@ -229,8 +350,39 @@ class Trainer(SFTTrainer):
                 self.ranks.shrink(self.state.global_step + 1)
             self.masters.give_weights()
         self.masters.clear_gradients()
+        self.micro_batches = 0
+
+    def rehearse(self, largest):
+        """Run the rows `largest` of the training data forward and backward as if the run were well under way; undo it all.
+
+        What a first step lacks is there: the optimizer's state, and the sum of earlier micro-batches' gradients.
+        """
+        inputs = self.data_collator([self.train_dataset[int(index)] for index in largest])
+        rows = inputs.pop("rows")
+        self.moment = Moment("in the rehearsal, before the first step", inputs, rows)
+        with self._held_later(), _undone(self):
+            super().training_step(self.model_wrapped, dict(inputs), (inputs["labels"][:, 1:] != IGNORE_INDEX).sum())
+        self.rehearsed_bytes = memory.peak_bytes()
+
+    @contextlib.contextmanager
+    def _held_later(self):
+        """Hold what later micro-batches find beside the model."""
+        masters = self.masters.masters
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        held = [torch.empty_like(m) for m in masters] if self.args.gradient_accumulation_steps > 1 else []
+        if hasattr(optimizer, "init_state"):  # of bitsandbytes: what its first step begins with, paged where that is
+            for at, master in enumerate(masters):
+                if not optimizer.state[master]:
+                    optimizer.init_state(optimizer.param_groups[0], master, 0, at)
+        else:
+            held += [torch.empty_like(m) for m in masters for _ in ("exp_avg", "exp_avg_sq")]
+        yield
+        held.clear()
 
     def training_step(self, model, inputs, num_items_in_batch=None):
+        self.micro_batches += 1
+        when = f"in step {self.state.global_step + 1}, micro-batch {self.micro_batches}"
+        self.moment = Moment(when, inputs, inputs.pop("rows"))
         # kept on the device: reading it here would make the GPU wait at every micro-batch
         self._num_tokens = (
             getattr(self, "_num_tokens", 0) + inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).sum()
@@ -240,10 +392,15 @@ class Trainer(SFTTrainer):
             self.masters.take_gradients()
         return loss
 
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        when = f"in the evaluation after step {self.state.global_step}"
+        self.moment = Moment(when, inputs, inputs.pop("rows"), evaluates=True)
+        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+
     def _clip_grad_norm(self, model):
-        if (
-            self.ranks.adaptive
-        ):  # once a step, however many micro-batches it has; and logged losses stay cross entropies
+        self.moment = Moment(f"in step {self.state.global_step + 1}, when the weights were changed")
+        # once a step, however many micro-batches it has; and logged losses stay cross entropies
+        if self.ranks.adaptive:
             self.ranks.penalty(zip(self.trained, self.masters.masters, strict=True)).backward()
         norm = self.accelerator.clip_grad_norm_(self.masters.masters, self.args.max_grad_norm)
         if not math.isfinite(norm):
@@ -332,6 +489,41 @@ class MasterWeights:
             for parameter, data in zip(self.live, rounded, strict=True):
                 parameter.grad = None
                 parameter.data = data
+
+
+@contextlib.contextmanager
+def _undone(trainer):
+    """Leave random numbers, counters, gradients and buffers as they were before the block."""
+    model = trainer.model
+    # what trl 1.16 counts where it computes the loss
+    kept = {name: copy.deepcopy(getattr(trainer, name)) for name in ("_metrics", "_total_train_tokens")}
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    training, python, numpy = model.training, random.getstate(), np.random.get_state()
+    devices = [model.device] if model.device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        for name, value in kept.items():
+            setattr(trainer, name, value)
+        for buffer, value in buffers:
+            buffer.copy_(value)
+        for parameter in model.parameters():
+            parameter.grad = None
+        model.train(training)
+
+
+class _Rehearsal(TrainerCallback):
+    """Has the trainer rehearse the largest micro-batch that its rows, of these `lengths`, can meet in."""
+
+    def __init__(self, trainer, lengths):
+        self.trainer, self.lengths = trainer, lengths
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        longest_first = np.argsort(-np.asarray(self.lengths), kind="stable")
+        self.trainer.rehearse(longest_first[: args.per_device_train_batch_size])
 
 
 class _Schedule(TrainerCallback):

@@ -7,10 +7,14 @@ import pytest
 import torch
 from bitsandbytes.nn import Params4bit
 
-from qlora import base_model, sft
+from qlora import adapter, base_model, sft
 from qlora.commands.export import export
 from qlora.commands.train import train
+from qlora.errors import DoesNotFit
 from qlora.kernels import attention, nf4
+from qlora.kernels.checkpointing import Host, checkpointed
+from qlora.recipe import Lora
+from tests.conftest import messages, write_jsonl
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -102,3 +106,73 @@ def test_a_packed_run_on_the_gpu_has_the_losses_of_the_documents_one_by_one(make
         records = [json.loads(line) for line in run.metrics_file.read_text().splitlines()]
         losses[one] = [record["loss"] for record in records if "loss" in record]
     assert losses[True] == pytest.approx(losses[False], rel=1e-2)
+
+
+def step_of(model, ids):
+    """Return (loss, {name: gradient}, bytes allocated between forward and backward pass), dropout from a fixed seed."""
+    torch.manual_seed(0)
+    before = torch.cuda.memory_allocated()
+    loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+    held = torch.cuda.memory_allocated() - before
+    loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    model.zero_grad()
+    return loss.item(), gradients, held
+
+
+@pytest.mark.parametrize("slow", [None, "copies", "layers"])
+def test_what_waits_on_the_host_comes_back_as_it_was(load_model, monkeypatch, slow):
+    if slow == "copies":  # 10 ms each, on their stream
+        original = Host.copy
+
+        def late(host, target, source, device):
+            with torch.cuda.stream(host._stream):
+                torch.cuda._sleep(20_000_000)
+            return original(host, target, source, device)
+
+        monkeypatch.setattr(Host, "copy", late)
+    model = adapter.attach(load_model(), Lora(r=4, lora_dropout=0.2)).train()
+    layers = base_model.decoder_layers(model)
+    if slow == "layers":
+        for layer in layers:
+            layer.register_forward_pre_hook(lambda *_: torch.cuda._sleep(20_000_000))
+    ids = torch.randint(0, 512, (8, 512), device="cuda")
+    step_of(model, ids)
+    loss, gradients, held = step_of(model, ids)
+    with checkpointed(layers, len(layers)):
+        _, _, kept = step_of(model, ids)
+    with checkpointed(layers, len(layers), offload=True) as host:
+        for _ in range(3):
+            found = step_of(model, ids)
+            assert found[0] == loss
+            for name, gradient in gradients.items():
+                assert (found[1][name].float() - gradient.float()).norm() <= 1e-3 * gradient.float().norm(), name
+        assert all(buffer.is_pinned() for buffer in host.free)
+        assert sum(len(buffer) for buffer in host.free) == len(layers) * ids.numel() * 64 * 2
+        torch.cuda.synchronize()
+    assert found[2] <= kept < held  # two layers, and two may be in flight: equal at the most
+
+
+def test_a_run_that_the_card_refuses_memory_says_what_was_asked_and_free(make_recipe, tmp_path, monkeypatch):
+    turns = messages([("user", "What is 1 plus 2? " * 30), ("assistant", "1 plus 2 is 3. " * 20)])
+    rows = write_jsonl(tmp_path / "long.jsonl", [{"messages": turns}] * 64)
+    recipe = make_recipe(
+        data={"train": str(rows), "max_length": 512, "overlong": "truncate", "eval_fraction": 0.0},
+        training={"per_device_train_batch_size": 64},
+    )
+    rehearse = sft.Trainer.rehearse
+
+    def limited(*args):
+        torch.cuda.empty_cache()
+        share = torch.cuda.memory_reserved() / torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(share)
+        return rehearse(*args)
+
+    monkeypatch.setattr(sft.Trainer, "rehearse", limited)
+    try:
+        with pytest.raises(
+            DoesNotFit, match=r"in the rehearsal, .*: [\d.]+ \wiB asked for, [\d.]+ \wiB free\n  training rows"
+        ):
+            train(recipe)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)

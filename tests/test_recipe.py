@@ -87,7 +87,10 @@ def test_all_problems_are_reported_together_with_their_lines(tmp_path):
         ("training: {neftune_noise_alpha: 0}", "greater than 0"),
         ("quantization: {quant_type: nf5}", "'nf5' is not one of 'nf4', 'fp4'"),
         ("export: {base: bnb}", "'bnb' is not"),
-        ("memory: {gradient_checkpointing: maybe}", "gradient_checkpointing"),
+        ("memory: {gradient_checkpointing: maybe}", "has 1 problem\n"),
+        ("memory: {gradient_checkpointing: -1}", "should be auto, true, false or a number of layers, found -1"),
+        ("memory: {gradient_checkpointing: 1.5}", "should be auto, true, false or a number of layers, found 1.5"),
+        ("memory: {offload: 1}", "memory.offload: should be a valid boolean, found 1"),
     ],
 )
 def test_wrong_values_are_refused_by_field(tmp_path, line, expected):

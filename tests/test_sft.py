@@ -1,17 +1,21 @@
 """Training does what it says: weighted by tokens, in the precision stated, and it stops rather than lies."""
 
+import contextlib
 import dataclasses
 import json
 import pickle
+import random
+import re
 from typing import get_args
 
+import numpy as np
 import pytest
 import torch
 from trl import SFTTrainer
 
 from qlora import adapter, base_model, sft
-from qlora.data import Batches
-from qlora.errors import InputError, TrainingFailed
+from qlora.data import Batches, pack
+from qlora.errors import DoesNotFit, InputError, TrainingFailed
 from qlora.recipe import Lora, Quantization, Training
 from qlora.rundir import RunDir
 from tests.conftest import CONVERSATIONS, encode, messages
@@ -33,7 +37,9 @@ def fit(load_model, tokenizer, tmp_path):
     def fit(
         turns=CONVERSATIONS,
         family="llama",
-        checkpointing=False,
+        checkpointed_layers=0,
+        offload=False,
+        rehearse=True,
         lora=RANK_4,
         held_out=(),
         float32=False,
@@ -53,7 +59,8 @@ def fit(load_model, tokenizer, tmp_path):
                     "lr_scheduler_type": "constant"}  # fmt: skip
         examples, eval_examples = ([encode(tokenizer, messages(t)) for t in rows] for rows in (turns, held_out))
         training = Training(**{**defaults, **settings})
-        result = sft.train(model, tokenizer, batches or examples, eval_examples, training, checkpointing, run)
+        options = {"checkpointed_layers": checkpointed_layers, "offload": offload, "rehearse": rehearse}
+        result = sft.train(model, tokenizer, batches or examples, eval_examples, training, run, **options)
         return model, result, run
 
     return fit
@@ -61,6 +68,12 @@ def fit(load_model, tokenizer, tmp_path):
 
 def trained(model):
     return {name: p.detach().float() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def losses(run):
+    """Return everything in metrics.jsonl that says what was computed."""
+    measured = ("time", "tokens_per_second", "memory_bytes")
+    return [{key: value for key, value in record.items() if key not in measured} for record in records(run)]
 
 
 def records(run):
@@ -115,10 +128,14 @@ def test_the_loss_on_the_cpu_is_trls_own(fit, monkeypatch):
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma", "gpt2"])
 def test_checkpointing_changes_memory_not_gradients(fit, family):
-    plain, checkpointed = fit(family=family, max_steps=2), fit(family=family, max_steps=2, checkpointing=True)
-    assert [r["loss"] for r in records(plain[2])] == [r["loss"] for r in records(checkpointed[2])]
-    for name, value in trained(plain[0]).items():
-        assert torch.equal(value, trained(checkpointed[0])[name]), name
+    settings = {"family": family, "max_steps": 2, "lora": Lora(r=4, lora_dropout=0.1), "held_out": UNEVEN[:3],
+                "gradient_accumulation_steps": 2, "eval_steps": 1}  # fmt: skip
+    plain = fit(UNEVEN, **settings)
+    for number, offload in ((1, False), (2, False), (1, True), (2, True)):
+        other = fit(UNEVEN, checkpointed_layers=number, offload=offload, **settings)
+        assert losses(other[2]) == losses(plain[2])
+        for name, value in trained(plain[0]).items():
+            assert torch.equal(value, trained(other[0])[name]), name
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(fit):
@@ -195,7 +212,7 @@ def test_small_updates_of_new_tokens_rows_are_not_lost_in_bfloat16(fit, load_mod
 
 @pytest.mark.parametrize("family", ["llama", "llama-tied", "gpt2"])
 def test_checkpointing_does_not_change_the_rows_of_new_tokens(fit, family):
-    on, off = (fit(family=family, checkpointing=c, token_ids=[1, 2])[0] for c in (True, False))
+    on, off = (fit(family=family, checkpointed_layers=k, token_ids=[1, 2])[0] for k in (2, 0))
     rows = {name: tensor for name, tensor in trained(off).items() if "trainable_tokens" in name}
     assert len(rows) == (2 if family == "llama" else 1)
     for name, tensor in rows.items():
@@ -335,7 +352,7 @@ def test_every_kind_has_the_gradients_of_trls_own_loss(fit, monkeypatch, family,
 
 @pytest.mark.parametrize("lora", [ADALORA, Lora(r=4, use_dora=True, modules_to_save=["embed_tokens", "lm_head"])])
 def test_checkpointing_does_not_change_what_other_kinds_learn(fit, lora):
-    plain, checkpointed = (fit(lora=lora, max_steps=4, checkpointing=on) for on in (False, True))
+    plain, checkpointed = (fit(lora=lora, max_steps=4, checkpointed_layers=k) for k in (0, 2))
     assert [r["loss"] for r in records(plain[2])] == [r["loss"] for r in records(checkpointed[2])]
 
 
@@ -400,7 +417,7 @@ def test_rows_of_like_length_share_a_batch_where_the_recipe_says_so(fit, monkeyp
 
     monkeypatch.setattr(sft, "_loss_of_trained_positions", noted)
     for grouped in (False, True):
-        fit(UNEVEN * 4, max_steps=8, per_device_train_batch_size=8, group_by_length=grouped)
+        fit(UNEVEN * 4, max_steps=8, per_device_train_batch_size=8, group_by_length=grouped, rehearse=False)
     assert len(widths[True]) == len(widths[False])
     padded = {grouped: sum(rows * width for rows, width in shapes) for grouped, shapes in widths.items()}
     assert padded[True] - tokens < 0.5 * (padded[False] - tokens)
@@ -415,3 +432,201 @@ def test_rows_are_not_read_to_give_the_dataset_a_name(tokenizer):
     dataset = sft._dataset(rows)
     assert dataset[3]["input_ids"] == rows[3].input_ids
     assert pickle.dumps(dataset.format["format_kwargs"]["transform"])
+
+
+# ---- rehearsal -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("lora", "settings"),
+    [
+        (Lora(r=4, lora_dropout=0.2), {"neftune_noise_alpha": 5.0, "gradient_accumulation_steps": 2}),
+        (ADALORA, {"per_device_train_batch_size": 4, "group_by_length": True}),
+        (Lora(r=64), {"optim": "paged_lion_8bit", "eval_steps": 2}),  # 64 x 64: states in 8 bits
+        (RANK_4, {"optim": "adamw_torch", "weight_decay": 0.1}),
+        (Lora(r=4, use_dora=True, modules_to_save=["embed_tokens"]), {"optim": "adamw_8bit"}),
+    ],
+)
+def test_the_rehearsal_leaves_no_trace(fit, lora, settings):
+    drawn = []
+    for rehearse in (True, False):
+        model, result, run = fit(
+            UNEVEN, lora=lora, max_steps=5, held_out=UNEVEN[:3], rehearse=rehearse, checkpointed_layers=1, **settings
+        )
+        drawn.append((losses(run), trained(model), torch.rand(3), random.random(), np.random.rand(), result))
+    one, other = drawn
+    assert one[0] == other[0]
+    assert all(torch.equal(one[1][name], tensor) for name, tensor in other[1].items())
+    assert torch.equal(one[2], other[2])
+    assert one[3:5] == other[3:5]
+    assert one[5].tokens == other[5].tokens
+    assert (one[5].rehearsed_bytes is not None, other[5].rehearsed_bytes) == (True, None)
+
+
+def test_the_rehearsal_is_not_in_trls_own_counters(fit, monkeypatch):
+    # on a GPU trl computes the loss, and its accuracy, entropy and tokens along with it
+    monkeypatch.setattr(sft.Trainer, "compute_loss", SFTTrainer.compute_loss)
+    logged, original = [], SFTTrainer.log
+
+    def log(self, logs, start_time=None):
+        original(self, logs, start_time)
+        logged[-1].append({key: value for key, value in self.state.log_history[-1].items() if "runtime" not in key})
+
+    monkeypatch.setattr(SFTTrainer, "log", log)
+    for rehearse in (True, False):
+        logged.append([])
+        fit(UNEVEN, max_steps=2, rehearse=rehearse)
+    (one, _), (other, _) = ([history[:2], history[2:]] for history in logged)
+    assert one == other
+    assert one[0]["num_tokens"] > 0
+
+
+def padded_tokens(inputs):
+    return inputs["input_ids"].numel()
+
+
+@pytest.mark.parametrize("how", ["rows", "grouped", "batches", "packs"])
+def test_no_micro_batch_is_larger_than_the_one_that_was_rehearsed(fit, tokenizer, monkeypatch, how):
+    seen = []
+    original = SFTTrainer.training_step
+    monkeypatch.setattr(
+        SFTTrainer,
+        "training_step",
+        lambda self, model, inputs, n: seen.append(inputs) or original(self, model, inputs, n),
+    )
+    examples = [encode(tokenizer, messages(turns)) for turns in UNEVEN]
+    lengths = [len(example.input_ids) for example in examples]
+    batches = {"batches": Batches(examples, lengths, 200, 0), "packs": pack(examples, 150)}.get(how)
+    settings = {"per_device_train_batch_size": 3, "group_by_length": how == "grouped"} if batches is None else {}
+    fit(UNEVEN, batches=batches, max_steps=len(UNEVEN) if batches is None else len(batches), **settings)
+    sizes = [padded_tokens(inputs) for inputs in seen]
+    assert len(sizes) > 5
+    assert sizes[0] == max(sizes)
+    expected = 3 * max(lengths) if batches is None else max(batches.lengths)
+    assert sizes[0] == expected  # tight: the three longest can meet, and every batch and pack comes
+    assert min(sizes) < sizes[0]
+
+
+def test_what_later_micro_batches_find_is_held_in_the_rehearsal(fit, monkeypatch):
+    held, original = [], sft.Trainer._held_later
+
+    @contextlib.contextmanager
+    def spy(trainer):
+        with original(trainer):
+            optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+            held.append([state["state1"].dtype for state in optimizer.state.values()])
+            yield
+            assert all(not state["state1"].any() for state in optimizer.state.values())
+
+    monkeypatch.setattr(sft.Trainer, "_held_later", spy)
+    model, _, _ = fit(lora=Lora(r=64))
+    assert len(held[0]) == len(trained(model))
+    assert torch.uint8 in held[0]
+
+
+# ---- out of memory ---------------------------------------------------------------------------------------------------
+
+CUDA_SAYS = (
+    "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 23.68 GiB of which 1.20 GiB is free. "
+    "Including non-PyTorch memory, this process has 22.48 GiB memory in use."
+)
+CPU_SAYS = (
+    "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate "
+    "134217728 bytes. Error code 12 (Cannot allocate memory)"
+)
+
+
+def run_out(monkeypatch, error, at):
+    """Let the forward pass number `at` (0, 1, ...) of each model run out of memory, in its last layer."""
+    original = adapter.attach
+
+    def attach(*args, **kwargs):
+        model, calls = original(*args, **kwargs), iter(range(10**6))
+
+        def full(*_):
+            if next(calls) == at:
+                raise error
+
+        base_model.decoder_layers(model)[-1].register_forward_hook(full)
+        return model
+
+    monkeypatch.setattr(adapter, "attach", attach)
+
+
+@pytest.mark.parametrize(
+    ("at", "where"),
+    [
+        (0, r"in the rehearsal, before the first step: .*\n  training rows 7, 10: 67, 60 tokens, padded to 67\n"),
+        (1, r"in step 1, micro-batch 1: .*\n  training rows \d+, \d+: \d+, \d+ tokens, padded to \d+\n"),
+        (4, r"in step 2, micro-batch 2: .*\n  training rows \d+, \d+: "),
+        (5, r"in the evaluation after step 2: .*\n  held-out rows 1, 2: 39, 57 tokens, padded to 57\n"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (torch.OutOfMemoryError(CUDA_SAYS), "2.00 GiB asked for, 1.20 GiB free"),
+        (RuntimeError(CPU_SAYS), "134217728 bytes asked for"),
+        (MemoryError(), "no more memory is to be had"),
+    ],
+    ids=["cuda", "cpu", "python"],
+)
+def test_out_of_memory_says_when_which_rows_and_what_to_change(fit, tmp_path, monkeypatch, at, where, error, said):
+    run_out(monkeypatch, error, at)
+    with pytest.raises(DoesNotFit, match=f"out of memory {where}") as caught:
+        fit(UNEVEN, max_steps=2, gradient_accumulation_steps=2, per_device_train_batch_size=2, held_out=UNEVEN[:2],
+            per_device_eval_batch_size=2, eval_steps=2, checkpointed_layers=1)  # fmt: skip
+    message = str(caught.value)
+    assert said in message
+    smaller = "training.per_device_train_batch_size=1 training.gradient_accumulation_steps=4 (now 2 and 2)"
+    evaluates = at == 5
+    assert ("set memory.gradient_checkpointing=true (now 1 of 2 layers)" in message) != evaluates
+    assert (smaller in message) != evaluates
+    assert ("set training.per_device_eval_batch_size=1 (now 2)" in message) == evaluates
+    assert f"set a data.max_length under {57 if evaluates else 67}," in message
+    assert ("measured in the rehearsal" in message) == (at > 0)
+    assert "offload" not in message  # a CPU has no other memory
+    kept = json.loads((tmp_path / "run0" / "memory.json").read_text())
+    assert kept["out_of_memory"].endswith(said)
+    assert kept["peak_bytes"] > 0
+    assert (kept["rehearsed_bytes"] is None) == (at == 0)
+
+
+def test_rows_in_packs_and_batches_are_named_by_their_numbers(fit, tokenizer, monkeypatch):
+    run_out(monkeypatch, MemoryError(), 0)
+    examples = [encode(tokenizer, messages(turns)) for turns in UNEVEN]
+    lengths = [len(example.input_ids) for example in examples]
+    for batches, joined in (
+        (pack(examples, 150), "joined to one row of"),
+        (Batches(examples, lengths, 200, 0), "padded to"),
+    ):
+        with pytest.raises(DoesNotFit) as caught:
+            fit(UNEVEN, batches=batches)
+        found = re.search(rf"training rows ([\d, ]+): ([\d, ]+) tokens, {joined} (\d+)\n", str(caught.value))
+        numbers, tokens = ([int(word) for word in found[group].split(", ")] for group in (1, 2))
+        assert [lengths[number - 1] for number in numbers] == tokens
+        size = int(found[3])
+        assert size == (sum(tokens) if joined.startswith("joined") else max(tokens))
+
+
+def test_an_error_that_is_not_about_memory_stays_what_it_is(fit, monkeypatch):
+    run_out(monkeypatch, RuntimeError("shapes do not match"), 2)
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        fit(UNEVEN, max_steps=4)
+
+
+# ---- evaluation ------------------------------------------------------------------------------------------------------
+
+
+def test_an_evaluation_returns_losses_and_no_logits(fit, monkeypatch):
+    returned = []
+    original = SFTTrainer.prediction_step
+
+    def spy(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        returned.append(original(self, model, inputs, prediction_loss_only, ignore_keys))
+        return returned[-1]
+
+    monkeypatch.setattr(SFTTrainer, "prediction_step", spy)
+    fit(held_out=UNEVEN[:5], max_steps=2, eval_steps=1)
+    assert len(returned) == 15  # after each of two steps, and at the end
+    assert all(loss.numel() == 1 and logits is None and labels is None for loss, logits, labels in returned)

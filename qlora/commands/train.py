@@ -7,6 +7,7 @@ import platform
 import subprocess
 from pathlib import Path
 
+from ..errors import InputError
 from ..recipe import Recipe
 from ..rundir import RunDir, new_folder, write_json
 from . import console
@@ -21,6 +22,7 @@ def train(recipe: Recipe) -> RunDir:
     folder has an `adapter/` only once training has ended well.
 
     Raises:
+        DoesNotFit: there is not enough memory; the run folder keeps what was measured until then.
         InputError: the recipe, the data, the model folder or output_dir is wrong.
         TrainingFailed: a loss or gradient is not finite, or an adapter does not move.
     """
@@ -36,6 +38,8 @@ def train(recipe: Recipe) -> RunDir:
     if recipe.data.packing:
         attention.refuse_unsupported(prepared.config)
     checkpoint, tokenizer = prepared.checkpoint, prepared.tokenizer
+    num_layers = prepared.config.get_text_config().num_hidden_layers
+    checkpointed_layers, offload = _fitted(recipe.memory, num_layers, base_model.default_device())
 
     # what export will need: better to know now than after the training
     merge.plan(checkpoint, prepared.config, base_model.dtype_of(recipe.export.dtype), recipe.model.trust_remote_code)
@@ -54,6 +58,9 @@ def train(recipe: Recipe) -> RunDir:
         )
     write_json(run.environment_file, _environment(checkpoint, quantized, prepared.parts, model.device))
     _print_model(checkpoint, model, quantized, recipe)
+    if checkpointed_layers:
+        where = ", what they start from waits in the host's memory" if offload else ""
+        console.say(f"memory    {checkpointed_layers} of {num_layers} layers are checkpointed{where}")
 
     with console.Steps() as steps:
         result = sft.train(
@@ -62,25 +69,50 @@ def train(recipe: Recipe) -> RunDir:
             prepared.batches,
             held_out,
             recipe.training,
-            _checkpoints(recipe.memory.gradient_checkpointing, model.device),
             run,
-            steps.update,
+            checkpointed_layers,
+            offload,
+            on_log=steps.update,
         )
     with new_folder(run.adapter) as folder:
         adapter.save(model, folder, checkpoint.name_or_path, checkpoint.revision)
         tokenizer.save_pretrained(folder)
     console.say(
         f"trained {result.steps} steps, {result.tokens:,} tokens in {console.duration(result.seconds)} "
-        f"({result.tokens / result.seconds:,.0f} tokens/s), peak {console.size(result.peak_bytes)}; "
+        f"({result.tokens / result.seconds:,.0f} tokens/s), {_peak(result)}; "
         f"loss {result.loss:.4f}" + ("" if result.eval_loss is None else f", held-out {result.eval_loss:.4f}")
     )
     console.say(f"adapter in {run.adapter}; next: qlora eval {run.path}, qlora export {run.path} --out FOLDER")
     return run
 
 
-def _checkpoints(setting, device):
-    """auto: on where GPU memory is what runs out; off on the CPU, where it only costs time (about 1.3x)."""
-    return device.type == "cuda" if setting == "auto" else setting
+def _fitted(section, num_layers, device):
+    """Return (layers to checkpoint, whether to offload) as the recipe says, or as it is best where that says auto.
+
+    auto: all layers where GPU memory is what runs out; none on the CPU, where it only costs time (about 1.3x).
+
+    Raises:
+        InputError: the model has fewer layers.
+    """
+    setting = section.gradient_checkpointing
+    if setting == "auto":
+        setting = device.type == "cuda"
+    number = num_layers * setting if isinstance(setting, bool) else setting
+    if number > num_layers:
+        raise InputError(
+            f"memory.gradient_checkpointing is {number}, the model has {num_layers} layers; set 0 to {num_layers}"
+        )
+    if section.offload is True and not number:
+        raise InputError(
+            "memory.offload is for what checkpointed layers start from, and none is checkpointed; set "
+            "memory.gradient_checkpointing=true, or memory.offload=false"
+        )
+    return number, section.offload is True
+
+
+def _peak(result):
+    predicted = f" (predicted {console.size(result.predicted_bytes)})" if result.predicted_bytes else ""
+    return f"peak {console.size(result.peak_bytes)}{predicted}"
 
 
 def _environment(checkpoint, quantized, parts, device):

@@ -25,14 +25,18 @@ class Packed:
 
 
 class Packs(Sequence):
-    """Packed rows of at most `capacity` tokens that hold every one of `examples` once; joined when asked for."""
+    """Packed rows of at most `capacity` tokens that hold every one of `examples` once; joined when asked for.
+
+    lengths: the tokens of each.
+    """
 
     def __init__(self, examples, lengths, capacity):
         pack_of = best_fit(lengths, capacity)
         self.examples, self.capacity, self.num_tokens = examples, capacity, int(np.sum(lengths))
         self._order = np.argsort(pack_of, kind="stable")
         self._ends = np.cumsum(np.bincount(pack_of)) if len(pack_of) else np.zeros(0, np.int64)
-        self.longest = int(np.bincount(pack_of, weights=np.asarray(lengths)).max()) if len(pack_of) else 0
+        self.lengths = np.bincount(pack_of, weights=np.asarray(lengths)).astype(np.int64)
+        self.longest = int(self.lengths.max(initial=0))
 
     def __len__(self):
         return len(self._ends)
@@ -42,8 +46,12 @@ class Packs(Sequence):
             return [self[at] for at in range(*index.indices(len(self)))]
         if not -len(self) <= index < len(self):
             raise IndexError(index)
+        return _join([self.examples[at] for at in self.rows(index)])
+
+    def rows(self, index):
+        """Return the numbers of the examples in pack `index`."""
         begin = self._ends[index - 1] if index % len(self) else 0
-        return _join([self.examples[int(at)] for at in self._order[begin : self._ends[index]]])
+        return self._order[begin : self._ends[index]].tolist()
 
     @property
     def efficiency(self):
@@ -55,6 +63,7 @@ class Batches(Sequence):
     """Padded micro-batches (lists of Examples) of at most `tokens`, padding counted, that hold every one of `examples` once.
 
     Rows of like length share a batch: drawn by `seed` into groups of some hundred batches, sorted by length within those.
+    lengths: the tokens of each, padding counted.
     """
 
     def __init__(self, examples, lengths, tokens, seed):
@@ -71,6 +80,8 @@ class Batches(Sequence):
                     self._begins.append(at)
                     room = max(1, tokens // length)
                 room -= 1
+        begins = np.asarray(self._begins, np.int64)
+        self.lengths = lengths[order[begins]] * np.diff(begins, append=len(order))
 
     def __len__(self):
         return len(self._begins)
@@ -78,9 +89,13 @@ class Batches(Sequence):
     def __getitem__(self, index):
         if not -len(self) <= index < len(self):
             raise IndexError(index)
+        return [self.examples[at] for at in self.rows(index)]
+
+    def rows(self, index):
+        """Return the numbers of the examples in batch `index`."""
         index %= len(self)
         end = self._begins[index + 1] if index + 1 < len(self) else len(self._order)
-        return [self.examples[int(at)] for at in self._order[self._begins[index] : end]]
+        return self._order[self._begins[index] : end].tolist()
 
 
 def best_fit(lengths, capacity):

@@ -6,8 +6,9 @@ import pytest
 import torch
 import transformers
 
-from qlora import adapter, base_model
+from qlora import adapter, base_model, sft
 from qlora.adapter import tensors
+from qlora.commands import console
 from qlora.commands.chat import chat
 from qlora.commands.eval import evaluate
 from qlora.commands.export import export
@@ -217,3 +218,30 @@ def test_the_model_learns_to_answer_and_to_stop(make_recipe, tmp_path):
     assert result["before"]["metrics"]["exact_match"] == 0
     export(run.path, tmp_path / "out")
     assert chat(tmp_path / "out", CONVERSATIONS[7][0][1], max_new_tokens=60) == CONVERSATIONS[7][1][1]
+
+
+@pytest.mark.parametrize(("memory", "layers", "said"), [
+    ({}, 0, ""),
+    ({"gradient_checkpointing": 1}, 1, "1 of 2 layers are checkpointed\n"),
+    ({"gradient_checkpointing": True, "offload": True}, 2, "2 of 2 layers are checkpointed, what they start from waits"),
+])  # fmt: skip
+def test_a_run_says_and_keeps_which_layers_were_checkpointed_and_its_peak(make_recipe, capsys, memory, layers, said):
+    run = train(make_recipe(memory=memory))
+    kept = json.loads(run.memory_file.read_text())
+    assert (kept["layers"], kept["checkpointed_layers"], kept["offload"]) == (2, layers, memory.get("offload", False))
+    assert kept["predicted_bytes"] is None
+    assert kept["peak_bytes"] >= kept["rehearsed_bytes"] > 0
+    printed = capsys.readouterr().err
+    assert said in printed
+    assert ("are checkpointed" in printed) == bool(layers)
+    assert f"peak {console.size(kept['peak_bytes'])}; loss" in printed
+    weights = [path for path in run.path.rglob("*") if path.suffix in (".safetensors", ".bin", ".pt")]
+    assert weights == [run.adapter / "adapter_model.safetensors"]
+
+
+def test_a_predicted_peak_is_said_beside_the_measured_one(make_recipe, capsys, monkeypatch):
+    original = sft.train
+    monkeypatch.setattr(sft, "train", lambda *a, **kw: original(*a, **kw, predicted_bytes=3 << 30))
+    run = train(make_recipe())
+    assert json.loads(run.memory_file.read_text())["predicted_bytes"] == 3 << 30
+    assert "(predicted 3.00 GiB); loss" in capsys.readouterr().err

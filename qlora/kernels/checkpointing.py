@@ -1,0 +1,188 @@
+"""Decoder layers that keep only what they start from, and compute the rest again in the backward pass.
+
+Only as many as must: a layer that is checkpointed is computed twice. What they start from, hidden states of 2 bytes *
+width a token and layer, can wait in the host's memory; copies run on a stream of their own beside the layers' work.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import weakref
+from collections import deque
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from ..errors import InputError
+
+# B rows, T tokens, D hidden width
+
+_plain = functools.partial(checkpoint, use_reentrant=False)
+
+
+@contextlib.contextmanager
+def checkpointed(layers, number, offload=False):
+    """Checkpoint the first `number` of decoder `layers` while the block runs, wherever these train.
+
+    Random numbers (dropout) are drawn again as they were. offload: the hidden states that these layers start from wait in
+    the host's memory. Yields the Host that holds them, or None.
+
+    Raises:
+        InputError: there are fewer layers, or they cannot be checkpointed one by one.
+    """
+    if number > len(layers):
+        raise InputError(f"memory.gradient_checkpointing is {number}, the model has {len(layers)} layers")
+    chosen = list(layers)[:number]
+    for layer in chosen:
+        if not isinstance(layer, GradientCheckpointingLayer):
+            raise InputError(
+                f"{type(layer).__name__} cannot be checkpointed; set memory.gradient_checkpointing=false and, for less "
+                "memory, a lower data.max_length"
+            )
+    host = Host() if offload and chosen else None
+    try:
+        for index, layer in enumerate(chosen):
+            layer._gradient_checkpointing_func = functools.partial(host.checkpoint, index == 0) if host else _plain
+            layer.gradient_checkpointing = True
+        yield host
+    finally:
+        for layer in chosen:
+            layer.gradient_checkpointing = False
+        if host:
+            host.close()
+
+
+def _nothing():
+    return None
+
+
+class Host:
+    """Hidden states that wait in the host's memory from a layer's forward pass to its backward pass.
+
+    On a GPU the main stream never waits for a copy that is not two layers late: a hidden state leaves while the next
+    layers run, and comes back while the layer after it runs backward, so at most IN_FLIGHT of them are on the device
+    beside the layer at work. Buffers are pinned, and used again in every step. On a CPU the copies are plain ones.
+    """
+
+    IN_FLIGHT = 2
+
+    def __init__(self):
+        self.free = []  # buffers that hold nothing
+        self._leaving = deque()  # (hidden state, the event after its copy)
+        self._newest = _nothing  # the _Stored of the layer before, if that is still needed
+        self._stream = None
+
+    def checkpoint(self, first, function, *args):
+        """Return function(*args), checkpointed; args[0], the hidden states (B, T, D), goes to the host.
+
+        first: this is the first layer of the model.
+        """
+        if not args:
+            raise InputError("this architecture does not say where its hidden states are; set memory.offload=false")
+        if first:
+            self._release(0)  # of a step that was broken off
+            self._newest = _nothing
+        # the address: these hooks live as long as what they store, and must not hold the hidden states themselves
+        store = functools.partial(self._store, args[0].data_ptr())
+        # what a checkpoint saves of its own, its inputs, goes through the hooks around it; what is within it does not
+        with torch.autograd.graph.saved_tensors_hooks(store, self._fetch):
+            return _plain(function, *args)
+
+    def close(self):
+        """Let go of everything."""
+        self._release(0)
+        self.free.clear()
+
+    def _store(self, address, x):
+        if x.data_ptr() != address:
+            return x
+        stored = _Stored(self, x, self._newest())
+        self._newest = weakref.ref(stored)
+        return stored
+
+    def _fetch(self, stored):
+        if not isinstance(stored, _Stored):
+            return stored
+        self._release(0)
+        x = stored.take()
+        if stored.before is not None:
+            stored.before.bring()
+        return x
+
+    def buffer(self, num_bytes):
+        """Return a free buffer (uint8) of at least `num_bytes`; a new one takes the place of one that is too small."""
+        self.free.sort(key=len)
+        for at, buffer in enumerate(self.free):
+            if len(buffer) >= num_bytes:
+                return self.free.pop(at)
+        if self.free:
+            self.free.pop()
+        return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=self._stream is not None)
+
+    def copy(self, target, source, device):
+        """Start target.copy_(source) after what the main stream has to do so far; return the event after it, or None.
+
+        On a CPU it is done at once.
+        """
+        if self._stream is None:
+            target.copy_(source)
+            return None
+        self._stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(self._stream):
+            target.copy_(source, non_blocking=True)
+            return self._stream.record_event()
+
+    def leave(self, x):
+        """Copy `x` to a buffer; return that. `x` is held until the copy is done."""
+        if self._stream is None and x.device.type == "cuda":
+            self._stream = torch.cuda.Stream(x.device)
+        self._release(self.IN_FLIGHT - 1)
+        buffer = self.buffer(x.numel() * x.element_size())
+        event = self.copy(_as(buffer, x), x.detach(), x.device)
+        if event is not None:
+            self._leaving.append((x.detach(), event))
+        return buffer
+
+    def _release(self, keep):
+        while len(self._leaving) > keep:
+            x, event = self._leaving.popleft()
+            # from here on the main stream may write where x was
+            torch.cuda.current_stream(x.device).wait_event(event)
+
+
+class _Stored:
+    """A hidden state in the host's memory. before: that of the layer before, which is needed next."""
+
+    def __init__(self, host, x, before):
+        self.host, self.before = host, before
+        self.empty = functools.partial(torch.empty, x.shape, dtype=x.dtype, device=x.device)
+        self.buffer = host.leave(x)
+        self.coming: Any = None  # (hidden state, the event after its copy)
+
+    def bring(self):
+        """Start the copy back to the device."""
+        if self.coming is None:
+            x = self.empty()
+            self.coming = x, self.host.copy(x, _as(self.buffer, x), x.device)
+
+    def take(self):
+        """Return the hidden state on its device; the main stream waits until it is there."""
+        self.bring()
+        (x, event), self.coming = self.coming, None
+        if event is not None:
+            torch.cuda.current_stream(x.device).wait_event(event)
+        return x
+
+    def __del__(self):
+        if getattr(self, "coming", None) is not None:  # never asked for: the step was broken off
+            self.take()
+        if hasattr(self, "buffer"):
+            self.host.free.append(self.buffer)
+
+
+def _as(buffer, x):
+    """Return the beginning of `buffer` in the shape and dtype of `x`."""
+    return buffer[: x.numel() * x.element_size()].view(x.dtype).view(x.shape)

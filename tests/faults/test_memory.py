@@ -1,0 +1,102 @@
+"""Memory that is refused for real: the system's limit on this process' memory, not an exception made up by a test."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import write_jsonl
+
+# the limit is drawn when the libraries are there: {when} is what is about to run
+SCRIPT = """
+import resource, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from qlora import base_model, sft
+from qlora.cli import main
+
+def limit(room):
+    held = int(next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmSize")).split()[1])
+    resource.setrlimit(resource.RLIMIT_AS, (held * 1024 + room,) * 2)
+
+def before(owner, name, at, room):
+    original, calls = getattr(owner, name), iter(range(10**6))
+    def limited(*args, **kwargs):
+        if next(calls) == at:
+            limit(room)
+        return original(*args, **kwargs)
+    setattr(owner, name, limited)
+
+{limits}
+sys.argv = ["qlora", "train", {recipe!r}]
+main()
+"""
+
+
+def run(recipe, limits):
+    code = SCRIPT.format(limits=limits, recipe=str(recipe))
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
+
+
+@pytest.fixture
+def recipe_file(make_recipe, tmp_path):
+    """A recipe whose micro-batches take some 100 MiB: 64 rows of about 400 tokens."""
+    text = "What is 1 plus 2? " * 40
+    rows = [
+        {"messages": [{"role": "user", "content": f"{n} {text}"}, {"role": "assistant", "content": text}]}
+        for n in range(80)
+    ]
+    train = write_jsonl(tmp_path / "long.jsonl", rows)
+    recipe = make_recipe(
+        data={"train": str(train), "max_length": 512, "overlong": "truncate_prompt", "eval_fraction": 0.0},
+        training={"per_device_train_batch_size": 64, "max_steps": 3},
+    )
+    file = tmp_path / "recipe.yaml"
+    file.write_text(recipe.to_yaml())
+    return file
+
+
+MIB = 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("limits", "where"),
+    [
+        (f"before(sft.Trainer, 'rehearse', 0, {32 * MIB})", r"in the rehearsal, before the first step: "),
+        (f"before(sft.Trainer, 'training_step', 1, {4 * MIB})", r"in step [23], micro-batch 1: "),
+        # less than there is already: not even the smallest piece
+        (f"before(sft.Trainer, 'training_step', 2, {-64 * MIB})", r"in step 3, micro-batch 1: "),
+    ],
+)
+def test_a_run_that_the_system_refuses_memory_ends_with_3_and_says_what_to_change(recipe_file, tmp_path, limits, where):
+    done = run(recipe_file, limits)
+    assert done.returncode == 3, done.stderr
+    found = re.search(
+        rf"^qlora: out of memory ({where}(\d+ bytes asked for|could not create a primitive))$", done.stderr, re.M
+    )
+    assert found, done.stderr
+    assert "training rows " in done.stderr
+    assert "set training.per_device_train_batch_size=32 training.gradient_accumulation_steps=2" in done.stderr
+    assert "Traceback" not in done.stderr
+    folder = tmp_path / "run"
+    assert not (folder / "adapter").exists()
+    assert json.loads((folder / "memory.json").read_text())["out_of_memory"] == found[1]
+
+
+def test_the_same_run_without_a_limit_ends_well(recipe_file, tmp_path):
+    done = run(recipe_file, "")
+    assert done.returncode == 0, done.stderr
+    kept = json.loads((tmp_path / "run" / "memory.json").read_text())
+    assert "out_of_memory" not in kept
+    assert kept["peak_bytes"] >= kept["rehearsed_bytes"] > 0
+
+
+def test_a_model_that_cannot_be_loaded_for_want_of_memory_is_not_called_broken(recipe_file, tmp_path):
+    done = run(recipe_file, "before(base_model, 'load', 0, 4096)")
+    assert done.returncode == 3, done.stderr
+    assert "was loaded: " in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run" / "adapter").exists()

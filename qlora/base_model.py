@@ -433,7 +433,9 @@ def _weight_on_meta(num_in, num_out, quantization, dtype):
     absmax = on_meta(num_blocks, torch.uint8 if quantization.use_double_quant else torch.float32)
     state = QuantState(absmax, code=on_meta(16), dtype=dtype, **shared)
     codes = on_meta((-(-count // 2), 1), torch.uint8)
-    return Params4bit(codes, False, state, quant_type=quantization.quant_type, bnb_quantized=True)
+    weight = Params4bit(codes, False, state, quant_type=quantization.quant_type, bnb_quantized=True)
+    weight.__deepcopy__ = lambda memo: weight  # bitsandbytes 0.50.2 can copy only to a CPU; PEFT's DoRA makes a copy
+    return weight
 
 
 def tensors(model):

@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from .. import adapter, base_model
 from . import trace
@@ -104,7 +105,8 @@ def outline(config, model_section, quantization, lora, num_new_tokens, device_ki
     head = model.get_output_embeddings().weight.numel()
     # a start from data or from the weights needs these, and has the same shapes
     lora = lora if lora.init_lora_weights is True else lora.model_copy(update={"init_lora_weights": True})
-    peft_model = adapter.attach(model, lora, token_ids=range(num_new_tokens))
+    with torch.device("meta"):
+        peft_model = adapter.attach(model, lora, token_ids=range(num_new_tokens))
     # kernels.install(peft_model, setting) goes here: what they save is then traced like all else
     step = trace.trace(peft_model, device_kind, packed)
     trained = [parameter for parameter in peft_model.parameters() if parameter.requires_grad]
@@ -152,12 +154,10 @@ def usage(model: Outline, load: Load, training, checkpointed, offload, eval_load
     }
     summed = 4 * numbers if accumulates else 0.0
     moments = [*_step(model, load, checkpointed, offload, summed)]
-    live = model.trained_bytes  # gradients as the model has them, which the masters take over one after another
-    taken = (
-        summed + live + 4 * largest
-        if accumulates
-        else max(live + 4 * largest, 4 * numbers + live / max(1, len(model.trained)))
-    )
+    # the masters take the model's gradients over one after another, each as a float32 copy that is added or kept
+    left = model.trained_bytes / numbers * np.cumsum(model.trained[::-1])[::-1]
+    before = 0.0 if accumulates else 4 * (np.cumsum(model.trained) - model.trained)
+    taken = summed + (left + before + 4 * model.trained).max()
     moments.append(("taking over gradients", {"gradients": taken}))
     temporary = _optimizer_work(model, numbers, largest, training.optim)
     moments.append(("optimizer step", {"gradients": 4 * numbers, "layer_work": temporary}))

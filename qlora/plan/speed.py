@@ -72,16 +72,13 @@ def seconds(work, card, rows, length, scored, recomputed):
     """Return the least seconds of a micro-batch forward and backward. recomputed: the share of layers that is checkpointed.
 
     A weight costs 2 FLOPs a token forward and 2 for the gradient of its input; the adapters' own gradients cost 2 more.
-    Each pass unpacks each weight: half a byte read, two written, two read by the product.
-    Attention, causal: 2 T width forward for QK and PV, 2.5 times that backward (arXiv:2307.08691, sec. 4).
+    Attention, causal: 2 T width forward for QK and PV, 2.5 times that backward (arXiv:2307.08691, sec. 4). A 4-bit weight is
+    unpacked for the forward and once for the backward pass, by a kernel of its own: half a byte read, two written.
     """
     tokens, forwards = rows * length, 1 + recomputed
     weights = work.base * (forwards + 1) + work.lora * (forwards + 2)
     flops = 2 * weights * tokens + 3 * 2 * work.head * scored
     flops += 2 * length * work.attention_width * work.layers * tokens * (forwards + 2.5)
-    traffic = work.base * (forwards + 1) * (4.5 if work.quantized else 2)
-    return (
-        flops / card.flops + traffic / card.bandwidth
-        if work.quantized
-        else max(flops / card.flops, traffic / card.bandwidth)
-    )
+    unpacking = 2 * 2.5 * work.base if work.quantized else 0
+    reading = 2 * work.base * (forwards + 1)
+    return unpacking / card.bandwidth + max(flops / card.flops, reading / card.bandwidth)

@@ -320,6 +320,15 @@ def test_suggestions_do_what_they_say_and_the_best_come_first(llama2_7b):
     assert speeds == sorted(speeds, reverse=True)
 
 
+def test_packing_is_what_makes_short_rows_fast(llama2_7b):
+    short = {"num_tokens": 100_000, "num_micro_batches": 1000}  # rows of 100 tokens on average, 512 at most
+    packed = {"packed_load": plan.Load(1, 2048, 2048, packed=True), "packed_micro_batches": 49}
+    job = job_of(llama2_7b, plan.Load(1, 512, 512), lora=Lora(), **short, **packed)
+    best = plan.suggestions(job)[0]
+    assert best["set"] == "data.packing=true"
+    assert best["tokens_per_second"] > 3 * plan.plan(job).tokens_per_second
+
+
 def test_a_batch_is_made_smaller_only_with_as_many_rows_a_step(llama2_7b):
     training = Training(per_device_train_batch_size=8, gradient_accumulation_steps=2)
     job = job_of(llama2_7b, plan.Load(8, 8192, 8 * 8192), training=training, lora=Lora())

@@ -229,10 +229,11 @@ def _draw(path, job, recipe):
         bottom += heights
     budget = job.budget_bytes / 2**30
     axes.axhline(budget, color="black", linestyle="--", linewidth=1)
-    axes.text(len(lengths) - 0.55, budget, f"budget {budget:.1f} GiB", ha="right", va="bottom")
+    axes.text(-0.45, budget, f"budget {budget:.1f} GiB", ha="left", va="bottom")
     for index, (top, found) in enumerate(zip(bottom, plans, strict=True)):
         axes.text(
             index, top, f"{top:.1f}\n{found.checkpointed_layers} ckpt", ha="center", va="bottom", fontsize=8,
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5},
             color="black" if found.fits else "#c44e52",
         )  # fmt: skip
     axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])

@@ -59,6 +59,31 @@ def train(
         _print_json({"run": str(run.path), "last": json.loads(last)})
 
 
+@app.command(epilog="Example:  qlora plan recipes/mine.yaml data.max_length=8192 --card 4090 --plot memory.png")
+def plan(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="a YAML file; see recipes/")],
+    overrides: Overrides = None,
+    vram: Annotated[str | None, typer.Option(help="the memory there is, such as 24GiB; default: the GPU's")] = None,
+    card: Annotated[
+        str | None, typer.Option(help="plan for this card: 3090, 4090, 5090, A10G, A100, H100, H200")
+    ] = None,
+    plot: Annotated[str | None, typer.Option(help="draw memory by sequence length into this PNG or SVG")] = None,
+    as_json: Json = False,
+):
+    """Say what training will cost and whether it fits, from config.json alone; exit code 3 if it does not."""
+    from .recipe import Recipe
+
+    loaded = Recipe.load(recipe, overrides or ())
+    _begin(as_json)
+    from .commands.plan import plan as run_plan
+
+    found = run_plan(loaded, vram, card, plot)
+    if as_json:
+        _print_json(found)
+    if not found["fits"]:
+        raise typer.Exit(DoesNotFit.exit_code)
+
+
 @app.command("data", epilog="Example:  qlora data recipes/mine.yaml --row 17 --tokens")
 def inspect_data(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="a YAML file; see recipes/")],

@@ -6,9 +6,12 @@ import re
 import resource
 import sys
 import threading
+import weakref
 
 import psutil
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 
 def reset_peak():
@@ -98,3 +101,59 @@ def anonymous_bytes(process="self"):
     except (OSError, StopIteration):
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+class LiveTensors(TorchDispatchMode):
+    """Bytes of the tensors that live at each moment of a `with` block, on any device, the meta device included.
+
+    bytes: now; peak: the most; levels: `bytes` after every tensor made or freed, in order. Tensors from before the block
+    count from `add` on. What a kernel allocates within one operation is not seen; bitsandbytes' 4-bit product is, it is
+    taken apart.
+    """
+
+    def __init__(self, *tensors):
+        super().__init__()
+        self.bytes = self.peak = 0
+        self.levels: list[int] = []
+        self._storages: dict = {}  # address -> weak reference, which the storage's end takes out
+        self.add(*tensors)
+
+    def add(self, *tensors):
+        for tensor in tensors:
+            self._see(tensor, True)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        for tensor in tree_leaves((args, kwargs)):
+            self._see(tensor, False)
+        if func is torch.ops.bitsandbytes.gemm_4bit.default:
+            from bitsandbytes.backends.default.ops import _gemm_4bit_default_impl
+
+            with self:
+                return _gemm_4bit_default_impl(*args, **kwargs)
+        made = func(*args, **kwargs)
+        self.add(*tree_leaves(made))
+        return made
+
+    def _see(self, tensor, counts):
+        if not isinstance(tensor, torch.Tensor):
+            return
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._storages:
+            num_bytes = storage.nbytes() if counts else 0
+            end = self._end(storage._cdata, num_bytes)
+            self._storages[storage._cdata] = weakref.ref(storage, end)
+            self._change(num_bytes)
+
+    def _end(self, address, num_bytes):
+        def end(_):
+            del self._storages[address]
+            self._change(-num_bytes)
+
+        return end
+
+    def _change(self, num_bytes):
+        if num_bytes:
+            self.bytes += num_bytes
+            self.peak = max(self.peak, self.bytes)
+            self.levels.append(self.bytes)

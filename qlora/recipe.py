@@ -217,6 +217,19 @@ class Training(Section):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
 
 
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def parse_size(text):
+    """Return bytes of "5GB" (10**9) or "5GiB" (2**30); raises ValueError otherwise."""
+    text = text.strip().upper()
+    unit = next((unit for unit in _UNITS if text.endswith(unit)), None)
+    number = text.removesuffix(unit or "").strip()
+    if unit is None or not number.replace(".", "", 1).isdigit() or float(number) * _UNITS[unit] < 1:
+        raise ValueError("give a size such as 5GB or 23.5GiB")
+    return int(float(number) * _UNITS[unit])
+
+
 def _auto_or_layers(value):
     """One message for what would be three, one for each type."""
     if value == "auto" or (isinstance(value, int) and value >= 0):
@@ -225,8 +238,16 @@ def _auto_or_layers(value):
 
 
 class Memory(Section):
+    budget: str | None = None
     gradient_checkpointing: Annotated[Literal["auto"] | bool | int, BeforeValidator(_auto_or_layers)] = "auto"
     offload: Literal["auto"] | bool = "auto"
+
+    @field_validator("budget")
+    @classmethod
+    def _a_size(cls, text):
+        if text is not None:
+            parse_size(text)
+        return text
 
 
 class Export(Section):
@@ -244,6 +265,7 @@ class Recipe(Section):
     training: Training = Training()
     memory: Memory = Memory()
     export: Export = Export()
+    kernels: Literal["auto", "off"] = "auto"
     output_dir: Annotated[str, Field(min_length=1)]
 
     @model_validator(mode="after")

@@ -20,7 +20,7 @@ LEVELS = [
     {"errors"},
     {"recipe"},
     {"rundir", "metrics"},
-    {"data", "base_model", "adapter", "kernels", "memory", "neftune", "export", "generate"},
+    {"data", "base_model", "adapter", "kernels", "memory", "neftune", "export", "plan", "generate"},
     {"sft"},
     {"commands"},
     {"cli"},
@@ -98,7 +98,7 @@ def test_files_and_verbs_that_documents_name_exist(document):
     for name in re.findall(r"(?:scripts|recipes|docs|tests)/[\w./-]+\.(?:sh|py|yaml|md)", text):
         assert (ROOT / name).is_file(), name
     for verb in re.findall(r"^ +qlora (\w+)", text, flags=re.MULTILINE):
-        assert verb in {"data", "train", "eval", "export", "chat", "adapters"}, verb
+        assert verb in {"plan", "data", "train", "eval", "export", "chat", "adapters"}, verb
 
 
 def test_what_is_pinned_is_in_range_and_python_versions_agree():

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .. import recipe
 from ..errors import InputError
 from ..rundir import write_json
 
@@ -24,7 +25,6 @@ DTYPE_NAMES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32
                 torch.int32: "I32", torch.uint8: "U8", torch.int8: "I8", torch.bool: "BOOL",
                 torch.float64: "F64", torch.int16: "I16"}  # fmt: skip
 _BUFFER_BYTES = 8 * 2**20
-_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,10 @@ class Spec:
 
 def parse_size(text):
     """Return bytes of "5GB" (10**9) or "5GiB" (2**30); raises InputError otherwise."""
-    text = text.strip().upper()
-    unit = next((unit for unit in _UNITS if text.endswith(unit)), None)
-    number = text.removesuffix(unit or "").strip()
-    if unit is None or not number.replace(".", "", 1).isdigit() or float(number) * _UNITS[unit] < 1:
-        raise InputError(f"export.max_shard_size {text!r}: give a size such as 5GB or 500MiB")
-    return int(float(number) * _UNITS[unit])
+    try:
+        return recipe.parse_size(text)
+    except ValueError as error:
+        raise InputError(f"export.max_shard_size {text!r}: {error}") from None
 
 
 def shards(specs, max_bytes):

@@ -1,0 +1,262 @@
+"""qlora plan: what training will cost, before a weight is read."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+from rich.text import Text
+
+from .. import base_model, data
+from .. import plan as planning
+from ..data import Batches, Packs
+from ..errors import InputError
+from ..kernels import attention
+from ..recipe import Recipe, parse_size
+from . import console
+from .prepared import prepare, say_report
+
+_USUAL = 24 * 2**30
+
+
+def plan(recipe: Recipe, vram=None, card=None, plot=None) -> dict:
+    """Print the plan of training as `recipe` says; return it with what would still fit, and suggestions, as JSON has it.
+
+    vram, card: what to plan for, as text; by default the GPU there is. plot: a file to draw memory by length into.
+
+    Raises:
+        InputError: the recipe, the data, a size or a card is wrong.
+    """
+    budget, chosen, why = _budget(recipe, vram, card)
+    job = _job(recipe, budget, chosen)
+    found = planning.plan(job)
+    limits, changes = planning.backwards(job), planning.suggestions(job)
+    _say(recipe, job, found, limits, changes, why)
+    if plot is not None:
+        _draw(plot, job, recipe)
+        console.say(f"plot      {plot}")
+    return dataclasses.asdict(found) | {"limits": limits, "suggestions": changes}
+
+
+def _budget(recipe, vram, card):
+    """Return (bytes, Card or None, a few words on where they are from)."""
+    import torch
+
+    chosen = None if card is None else planning.card_of(card)
+    if torch.cuda.is_available() and chosen is None:
+        chosen = planning.speed.find(torch.cuda.get_device_name())
+    for name, text in (("--vram", vram), ("memory.budget", recipe.memory.budget)):
+        if text is not None:
+            try:
+                return parse_size(text), chosen, name
+            except ValueError as error:
+                raise InputError(f"{name} {text!r}: {error}") from None
+    if card is not None and chosen is not None:
+        return chosen.memory, chosen, chosen.name
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        # free does not hold this process' own context, which the plan counts
+        return min(total, free + planning.CONTEXT_BYTES), chosen, torch.cuda.get_device_name()
+    return (
+        _USUAL,
+        planning.card_of("4090"),
+        "no GPU here: an RTX 4090 is assumed; --card, --vram or memory.budget say other",
+    )
+
+
+def _job(recipe, budget, card):
+    """Return the Job of `recipe` on a GPU; without data or tokenizer, one of rows of data.max_length."""
+    paths = [source.path for source in recipe.data.train if source.path is not None]
+    absent = [path for path in paths if not any(letter in path for letter in "*?[") and not Path(path).exists()]
+    if absent:
+        console.say(f"data      no file at {absent[0]}: planned for rows of data.max_length, every token trained")
+    else:
+        checkpoint = base_model.find(recipe.model, weights=False)
+        if (checkpoint.folder / "tokenizer.json").is_file():
+            prepared = prepare(recipe, weights=False)
+            say_report(prepared)
+            return job_of(recipe, prepared, "cuda", budget, card)
+        console.say(
+            f"data      {checkpoint.folder} has no tokenizer.json: planned for rows of data.max_length, every token trained"
+        )
+    checkpoint = base_model.find(recipe.model, weights=False)
+    config = base_model.load_config(checkpoint, recipe.model)
+    rows, length = recipe.training.per_device_train_batch_size, recipe.data.max_length
+    if recipe.training.tokens_per_micro_batch:
+        rows = recipe.training.tokens_per_micro_batch // length
+    load = planning.Load(rows, length, rows * length, recipe.data.packing)
+    return _with_outline(recipe, config, len(checkpoint.new_tokens), "cuda", load=load, budget_bytes=budget, card=card)
+
+
+def job_of(recipe, prepared, device_kind, budget, card=None):
+    """Return the planning.Job of `recipe` on its data. device_kind: "cuda" or "cpu"; budget: bytes; card: for the speed."""
+    training, examples, batches, held_out = recipe.training, prepared.examples, prepared.batches, prepared.eval_examples
+    packs = batches if isinstance(batches, Packs) else None
+    rows = training.per_device_train_batch_size
+    numbers = {"num_tokens": int(examples.lengths.sum()), "num_micro_batches": -(-len(batches) // rows)}
+    if packs is not None:
+        load = _packed_load(packs, examples, rows)
+    else:
+        longest = int(examples.lengths.max())
+        if isinstance(batches, Batches):
+            rows = max(1, training.tokens_per_micro_batch // longest)
+        load = planning.Load(rows, longest, rows * int(examples.num_trained.max()))
+        try:
+            attention.refuse_unsupported(prepared.config)
+        except InputError:
+            pass  # packing is not suggested then
+        else:
+            packs = data.pack(examples, recipe.data.max_length)
+            numbers |= {"packed_load": _packed_load(packs, examples, 1), "packed_micro_batches": len(packs)}
+    if len(held_out):
+        rows = 1 if load.packed else training.per_device_eval_batch_size
+        trained = rows * int(held_out.num_trained.max())
+        numbers["eval_load"] = planning.Load(rows, int(held_out.lengths.max()), trained, load.packed)
+    num_new = len(prepared.checkpoint.new_tokens)
+    return _with_outline(
+        recipe, prepared.config, num_new, device_kind, load=load, budget_bytes=budget, card=card, **numbers
+    )
+
+
+def _packed_load(packs, examples, rows):
+    share = float(np.max(examples.num_trained / examples.lengths))  # a pack may be full of the rows with most
+    return planning.Load(rows, packs.longest, round(share * rows * packs.longest), packed=True)
+
+
+def _with_outline(recipe, config, num_new_tokens, device_kind, **numbers):
+    made = {}
+
+    def remade(lora=recipe.lora, num_new_tokens=num_new_tokens, packed=numbers["load"].packed):
+        key = (repr(lora), num_new_tokens, packed and device_kind == "cpu")  # on a GPU packing allocates the same
+        if key not in made:
+            made[key] = planning.outline(
+                config, recipe.model, recipe.quantization, lora, num_new_tokens, device_kind, packed
+            )
+        return made[key]
+
+    # a recipe without the field trains without it
+    offload = getattr(recipe.memory, "offload", False)
+    return planning.Job(
+        outline=remade(),
+        training=recipe.training,
+        gradient_checkpointing=recipe.memory.gradient_checkpointing,
+        offload=offload,
+        can_offload="offload" in type(recipe.memory).model_fields,
+        lora=recipe.lora,
+        num_new_tokens=num_new_tokens,
+        remade=remade,
+        **numbers,
+    )
+
+
+# ---- printing --------------------------------------------------------------------------------------------------------
+
+_WORDS = {
+    "weights": "weights",
+    "adapter": "adapter, float32 masters",
+    "gradients": "gradients",
+    "optimizer": "optimizer states",
+    "checkpoints": "checkpoints",
+    "layer_work": "work of the layers",
+    "loss_head": "work of the loss head",
+    "buffers": "inputs and buffers",
+    "context": "CUDA context (assumed)",
+}
+_COLORS = ("#4c72b0", "#55a868", "#c44e52", "#8172b3", "#ccb974", "#64b5cd", "#dd8452", "#8c8c8c", "#d0d0d0")
+
+
+def _say(recipe, job, found, limits, changes, why):
+    load, show = job.load, console.show
+    rows = f"{load.rows} row{'s' if load.rows > 1 else ''} of {load.length:,} tokens" + (
+        ", packed" if load.packed else ""
+    )
+    console.say(f"plan      {recipe.model.name_or_path}: at most {rows} a micro-batch, {load.scored:,} of them trained")
+    console.say(f"budget    {console.size(job.budget_bytes)} ({why})")
+    show("")
+    scale = 40 / max(job.budget_bytes, found.peak_bytes)
+    for (name, count), color in zip(found.components.items(), _COLORS, strict=True):
+        if count:
+            line = Text(f"  {_WORDS[name]:<26}{console.size(count):>11}  ")
+            show(line.append("█" * max(1, round(scale * count)), style=color))
+    left = job.budget_bytes - found.peak_bytes
+    verdict = f"fits, {console.size(left)} to spare" if found.fits else f"DOES NOT FIT, {console.size(-left)} too much"
+    show(
+        Text(
+            f"  {'peak':<26}{console.size(found.peak_bytes):>11}  {verdict}",
+            style="bold green" if found.fits else "bold red",
+        )
+    )
+    show(f"  {'':<26}{'':>11}  in the {found.where}")
+    show("")
+    how = f"{found.checkpointed_layers} of {found.num_layers} layers checkpointed"
+    if found.offload:
+        how += f", their inputs on the host ({console.size(found.host_bytes)} there)"
+    show(f"layers    {how}")
+    if found.tokens_per_second is not None:
+        time = (
+            "" if found.hours is None else f": {found.steps:,} steps in {console.duration(3600 * found.hours)} at least"
+        )
+        show(f"speed     at most {found.tokens_per_second:,.0f} tokens/s on {job.card.name}{time}")
+    words = {"max_length": "rows of {:,} tokens", "micro_batch": "{:,} rows a micro-batch", "r": "r = {:,}"}
+    show("at most   " + "; or ".join(words[name].format(limit) for name, limit in limits.items()))
+    for index, change in enumerate(changes):
+        speed = change["tokens_per_second"]
+        fit = "" if change["fits"] == found.fits else ", fits" if change["fits"] else ""
+        rate = "" if speed is None else f", at most {speed:,.0f} tokens/s"
+        show(f"{'try' if index == 0 else '':<10}{change['set']}: {console.size(change['peak_bytes'])}{fit}{rate}")
+
+
+def _draw(path, job, recipe):
+    """Draw the components of the peak as stacked bars, by sequence length, with the budget as a line."""
+    if Path(path).suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise InputError(f"--plot {path}: give a file that ends in .png, .svg or .pdf")
+    try:
+        import matplotlib
+    except ImportError:
+        raise InputError("--plot needs matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    lengths = _lengths(job)
+    plans = [planning.plan(planning.at_length(job, length)) for length in lengths]
+    figure, axes = plt.subplots(figsize=(9, 5))
+    bottom = np.zeros(len(lengths))
+    for name, color in zip(_WORDS, _COLORS, strict=True):
+        heights = np.array([found.components[name] for found in plans]) / 2**30
+        if heights.any():
+            axes.bar(range(len(lengths)), heights, bottom=bottom, label=_WORDS[name], color=color, width=0.72)
+        bottom += heights
+    budget = job.budget_bytes / 2**30
+    axes.axhline(budget, color="black", linestyle="--", linewidth=1)
+    axes.text(-0.45, budget, f"budget {budget:.1f} GiB", ha="left", va="bottom")
+    for index, (top, found) in enumerate(zip(bottom, plans, strict=True)):
+        axes.text(
+            index, top, f"{top:.1f}\n{found.checkpointed_layers} ckpt", ha="center", va="bottom", fontsize=8,
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5},
+            color="black" if found.fits else "#c44e52",
+        )  # fmt: skip
+    axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
+    axes.get_xticklabels()[lengths.index(job.load.length)].set_fontweight("bold")
+    axes.set_xlabel(
+        f"tokens in the longest row (bold: this recipe), {job.load.rows} a micro-batch; ckpt: layers checkpointed"
+    )
+    axes.set_ylabel("GiB at the peak")
+    axes.set_ylim(0, 1.18 * max(budget, bottom.max()))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_title(f"Training {recipe.model.name_or_path}", loc="left", fontweight="bold")
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=9, reverse=True)
+    try:
+        figure.savefig(path, dpi=110, bbox_inches="tight")
+    except OSError as error:
+        raise InputError(f"--plot {path}: {error.strerror or error}") from None
+    finally:
+        plt.close(figure)
+
+
+def _lengths(job):
+    """Return this job's length with powers of two around it."""
+    powers = [2**power for power in range(5, 22)]
+    nearest = min(range(len(powers)), key=lambda index: abs(np.log2(powers[index] / job.load.length)))
+    near = [length for length in powers[max(0, nearest - 3) : nearest + 4] if length != job.load.length]
+    return sorted({*near, job.load.length})

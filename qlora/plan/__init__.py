@@ -1,0 +1,288 @@
+"""What a training will cost, before it starts: memory by component, the peak and where, tokens a second at most.
+
+    planned = plan(Job(outline(...), Load(...), training, ...))
+
+Nothing here loads weights or needs a GPU; see docs/plan.md for what is counted and what is assumed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from . import speed
+from .footprint import CONTEXT_BYTES, Load, Outline, Usage, outline, usage
+from .speed import CARDS, Card, card_of
+
+__all__ = ["CARDS", "CONTEXT_BYTES", "Card", "Job", "Load", "Outline", "Plan", "Usage", "at_length", "at_rows",
+           "backwards", "card_of", "outline", "plan", "suggestions"]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a plan depends on.
+
+    outline: of the model with its adapters; load, eval_load: micro-batches at their largest. training: the recipe's
+    section. gradient_checkpointing: True, False or "auto" (as many layers as the budget needs). offload: True, False or
+    "auto" (where all layers checkpointed do not do); can_offload: whether that may be suggested. card: for the speed; None
+    if it is not known. num_tokens: an epoch's, without padding; num_micro_batches: an epoch's. packed_load,
+    packed_micro_batches: those with data.packing, None if it cannot be. remade(lora, num_new_tokens, packed): another
+    outline of the same model; what is not given stays.
+    """
+
+    outline: Outline
+    load: Load
+    training: Any
+    budget_bytes: int
+    gradient_checkpointing: Any = "auto"
+    offload: Any = False
+    can_offload: bool = False
+    eval_load: Load | None = None
+    card: Card | None = None
+    num_tokens: int | None = None
+    num_micro_batches: int | None = None
+    packed_load: Load | None = None
+    packed_micro_batches: int | None = None
+    lora: Any = None
+    num_new_tokens: int = 0
+    remade: Callable | None = None
+
+    def but(self, **changes):
+        """Return the job with these fields changed; fields of `training` by their own names."""
+        training = {name: changes.pop(name) for name in list(changes) if name in type(self.training).model_fields}
+        if training:
+            changes["training"] = self.training.model_copy(update=training)
+        return dataclasses.replace(self, **changes)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """components: bytes by name at the moment of the peak, which sum to peak_bytes; where: that moment. host_bytes: beside
+    that, for checkpoints moved to the host. tokens_per_second: at most, padding not counted; steps and hours: of the whole
+    training, at that speed. Numbers that are not known are None."""
+
+    components: dict
+    peak_bytes: int
+    where: str
+    budget_bytes: int
+    fits: bool
+    checkpointed_layers: int
+    num_layers: int
+    offload: bool
+    host_bytes: int
+    allocated_bytes: int
+    tokens_per_second: float | None
+    steps: int | None
+    hours: float | None
+
+
+def plan(job: Job) -> Plan:
+    """Return the Plan of `job`, with as few layers checkpointed as it lets be; some milliseconds."""
+    layers, offload, found = _choice(job)
+    seconds = _seconds(job, layers)
+    steps = _steps(job)
+    per_second = hours = None
+    if seconds is not None:
+        real = job.load.tokens
+        if job.num_tokens and job.num_micro_batches:
+            real = min(real, job.num_tokens / job.num_micro_batches)
+        per_second = real / seconds
+        if steps is not None:
+            hours = steps * job.training.gradient_accumulation_steps * seconds / 3600
+    return Plan(
+        found.components,
+        found.peak_bytes,
+        found.where,
+        job.budget_bytes,
+        found.peak_bytes <= job.budget_bytes,
+        layers,
+        job.outline.num_layers,
+        offload,
+        found.host_bytes,
+        found.allocated_bytes,
+        per_second,
+        steps,
+        hours,
+    )
+
+
+def _choice(job) -> tuple[int, bool, Usage]:
+    """Return (checkpointed layers, offload, Usage)."""
+    setting, num = job.gradient_checkpointing, job.outline.num_layers
+
+    def at(layers, offload=False):
+        return layers, offload, usage(job.outline, job.load, job.training, layers, offload, job.eval_load)
+
+    def fits(choice):
+        return choice[2].peak_bytes <= job.budget_bytes
+
+    if setting is False:
+        return at(0)
+    everything = at(num, job.offload is True)
+    if setting is True or job.offload is True or not fits(everything):
+        return at(num, True) if job.offload == "auto" and not fits(everything) else everything
+    low, high, best = 0, num, everything  # bisection: the peak falls with every layer
+    while low < high:
+        middle = (low + high) // 2
+        tried = at(middle)
+        if fits(tried):
+            high, best = middle, tried
+        else:
+            low = middle + 1
+    return best
+
+
+def _seconds(job, layers):
+    """Return the least seconds of a mean micro-batch, None without a card."""
+    if job.card is None:
+        return None
+    load, share = job.load, 1.0
+    if job.num_tokens and job.num_micro_batches and load.packed:  # padded rows are computed at full length
+        share = min(1.0, job.num_tokens / job.num_micro_batches / load.tokens)
+    work = job.outline.work
+    length, scored = round(load.length * share), round(load.scored * share)
+    return speed.seconds(work, job.card, load.rows, length, scored, layers / job.outline.num_layers)
+
+
+def _steps(job):
+    if job.training.max_steps is not None:
+        return job.training.max_steps
+    if job.num_micro_batches is None:
+        return None
+    an_epoch = -(-job.num_micro_batches // job.training.gradient_accumulation_steps)
+    return round(an_epoch * job.training.num_train_epochs)
+
+
+# ---- backwards -------------------------------------------------------------------------------------------------------
+
+
+def backwards(job: Job) -> dict:
+    """Return {"max_length", "micro_batch", "r"}: the largest of each that fits, all else as it is; 0 for none."""
+    answers = {
+        "max_length": _largest(lambda length: at_length(job, length)),
+        "micro_batch": _largest(lambda rows: at_rows(job, rows)),
+    }
+    ranks = _ranks(job)
+    if ranks is not None:
+        answers["r"] = _largest(ranks, limit=4096)
+    return answers
+
+
+def at_length(job, length):
+    """Return the job with rows of this length."""
+    load = job.load
+    return job.but(load=dataclasses.replace(load, length=length, scored=_scaled(load, length / load.length)))
+
+
+def at_rows(job, rows):
+    """Return the job with this many rows a micro-batch."""
+    load = job.load
+    return job.but(load=dataclasses.replace(load, rows=rows, scored=_scaled(load, rows / load.rows)))
+
+
+def _scaled(load, factor):
+    return max(1, round(load.scored * factor))
+
+
+def _ranks(job):
+    """Return rank -> Job, from two outlines and what lies on the line through them; None where the rank is not one number."""
+    lora = job.lora
+    if lora is None or job.remade is None or lora.peft_type != "LORA" or lora.rank_pattern:
+        return None
+    other = job.remade(lora=lora.model_copy(update={"r": 2 * lora.r}))
+    return lambda rank: job.but(outline=job.outline.blend(other, (rank - lora.r) / lora.r))
+
+
+def _largest(job_of, limit=2**22):
+    """Return the largest n up to `limit` for which the plan of job_of(n) fits, 0 for none; as if what fits once fits below."""
+
+    def fits(n):
+        return plan(job_of(n)).fits
+
+    if not fits(1):
+        return 0
+    low, high = 1, 2
+    while high <= limit and fits(high):
+        low, high = high, 2 * high
+    high = min(high, limit + 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+# ---- suggestions -----------------------------------------------------------------------------------------------------
+
+
+def suggestions(job: Job, limit=6) -> list:
+    """Return changes that make the job fit, or faster: [{"set", "peak_bytes", "fits", "tokens_per_second"}], best first.
+
+    Best is what fits, then what is fastest, then what needs least. "set" is what to put on the command line.
+    """
+    now = plan(job)
+    found = []
+    for change, changed in _changes(job, now):
+        then = plan(changed)
+        faster = (then.tokens_per_second or 0) > 1.02 * (now.tokens_per_second or 0)
+        if (then.fits and (not now.fits or faster)) or (not now.fits and then.peak_bytes < 0.98 * now.peak_bytes):
+            found.append({"set": change, "peak_bytes": then.peak_bytes, "fits": then.fits,
+                          "tokens_per_second": then.tokens_per_second})  # fmt: skip
+    found.sort(key=lambda one: (not one["fits"], -(one["tokens_per_second"] or 0), one["peak_bytes"]))
+    return found[:limit]
+
+
+def _changes(job, now):
+    """Yield (what to set, Job)."""
+    load, training = job.load, job.training
+    rows, accumulation = training.per_device_train_batch_size, training.gradient_accumulation_steps
+    if job.packed_load is not None and not load.packed:
+        packed = job.remade(packed=True) if job.remade else job.outline
+        changed = job.but(outline=packed, load=job.packed_load, num_micro_batches=job.packed_micro_batches)
+        yield "data.packing=true", changed.but(per_device_train_batch_size=1)
+    if job.gradient_checkpointing is not True and not now.fits:
+        yield "memory.gradient_checkpointing=true", job.but(gradient_checkpointing=True)
+    if job.gradient_checkpointing is True or (job.gradient_checkpointing is False and not now.fits):
+        yield "memory.gradient_checkpointing=auto", job.but(gradient_checkpointing="auto")
+    if job.can_offload and not now.offload and not now.fits:
+        settings = "memory.gradient_checkpointing=true memory.offload=true"
+        yield settings, job.but(gradient_checkpointing=True, offload=True)
+    if not training.optim.endswith("8bit"):
+        yield "training.optim=paged_adamw_8bit", job.but(optim="paged_adamw_8bit")
+    for other in sorted({rows // 2, 1, 2 * rows, 4 * rows} - {0, rows}):
+        if load.rows != rows or load.packed or rows * accumulation % other:
+            continue  # the rows of a step stay as many
+        changes = {
+            "per_device_train_batch_size": other,
+            "gradient_accumulation_steps": rows * accumulation // other,
+        }
+        batches = job.num_micro_batches and -(-job.num_micro_batches * rows // other)
+        yield (
+            " ".join(f"training.{name}={value}" for name, value in changes.items()),
+            at_rows(job, other).but(num_micro_batches=batches, **changes),
+        )
+    if not now.fits:
+        yield from _smaller(job)
+
+
+def _smaller(job):
+    """Yield changes that give something up, for a job that does not fit."""
+    load, lora = job.load, job.lora
+    length = _largest(lambda n: at_length(job, n)) // 64 * 64
+    if 0 < length < load.length:
+        yield f"data.max_length={length}", at_length(job, length).but(num_tokens=None)
+    ranks = _ranks(job)
+    if ranks is not None:
+        rank = _largest(ranks, limit=lora.r - 1) if lora.r > 1 else 0
+        rank = 2 ** (rank.bit_length() - 1) if rank else min(8, lora.r // 2)
+        if rank:
+            yield f"lora.r={rank}", ranks(rank)
+    if job.remade is None or lora is None:
+        return
+    for field, value in (("use_dora", False), ("lora_dropout", 0.0), ("modules_to_save", None)):
+        if getattr(lora, field):
+            said = "null" if value is None else str(value).lower()
+            yield f"lora.{field}={said}", job.but(outline=job.remade(lora=lora.model_copy(update={field: value})))
+    if job.num_new_tokens:
+        yield "model.new_tokens=null", job.but(outline=job.remade(num_new_tokens=0))

@@ -1,0 +1,253 @@
+"""A model with its adapters as memory: what it holds, and what a step adds to that, for any micro-batch."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from .. import adapter, base_model
+from . import trace
+from .speed import Work
+
+# Assumed, not measured: what the CUDA driver and the libraries' kernels take beside torch's own allocations, and what
+# torch's allocator loses to rounding (blocks of 512 bytes and of 2 MiB) and to holes, as a share of a step's tensors.
+CONTEXT_BYTES, LOST_SHARE = 512 * 2**20, 0.03
+
+
+@dataclass(frozen=True)
+class Load:
+    """A micro-batch at its largest. rows: of length `length`, padding counted; scored: its trained positions."""
+
+    rows: int
+    length: int
+    scored: int
+    packed: bool = False
+
+    @property
+    def tokens(self):
+        return self.rows * self.length
+
+    @property
+    def mask_bytes(self):
+        """Rows of unlike length need a mask of T x T numbers each, as bool and in the model's dtype; others none."""
+        return 3 * self.rows * self.length**2 if self.rows > 1 and not self.packed else 0
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Memory at the moment of the peak. components: bytes by name, which sum to peak_bytes; host_bytes: beside that."""
+
+    components: dict
+    where: str
+    host_bytes: int
+
+    @property
+    def peak_bytes(self):
+        return sum(self.components.values())
+
+    @property
+    def allocated_bytes(self):
+        """The tensors alone: what torch's counters and memory.LiveTensors measure."""
+        return self.peak_bytes - self.components["context"]
+
+
+@dataclass(frozen=True)
+class Outline:
+    """weights: bytes. trained: numbers in each trained tensor. trained_bytes: all of them, as the model holds them;
+    layer_gradients: {kind of layer: bytes}. largest: numbers in the largest weight. work: for its speed."""
+
+    device_kind: str
+    weights: int
+    trained: np.ndarray
+    trained_bytes: float
+    layer_gradients: dict
+    largest: int
+    step: trace.Step
+    work: Work
+
+    @property
+    def num_layers(self):
+        return len(self.step.layers)
+
+    def blend(self, other, share):
+        """Return the outline of a rank between those of two: share 0 is this one, 1 is `other`, 2 as far beyond."""
+
+        def between(a, b):
+            return a + share * (b - a)
+
+        kinds = self.layer_gradients
+        return dataclasses.replace(
+            self,
+            trained=np.round(between(self.trained, other.trained)),
+            trained_bytes=between(self.trained_bytes, other.trained_bytes),
+            layer_gradients={kind: between(kinds[kind], other.layer_gradients[kind]) for kind in kinds},
+            step=self.step.blend(other.step, share),
+            work=dataclasses.replace(self.work, lora=round(between(self.work.lora, other.work.lora))),
+        )
+
+
+def outline(config, model_section, quantization, lora, num_new_tokens, device_kind, packed):
+    """Return the Outline of what these recipe sections describe; takes about a second and no weights.
+
+    config: the transformers config, grown to the new tokens. device_kind: "cuda" or "cpu".
+
+    Raises:
+        InputError: the adapter does not go with the model, see adapter.attach.
+    """
+    model = base_model.load_on_meta(config, model_section, quantization)
+    largest = max(weight.numel() * (2 if weight.dtype.itemsize == 1 else 1) for weight in model.parameters())
+    weights = _bytes(base_model.tensors(model))
+    linear = [model.get_submodule(name) for name in base_model.linear_names(model)]
+    base = sum(_numbers(module.weight) for module in linear)
+    head = model.get_output_embeddings().weight.numel()
+    # a start from data or from the weights needs these, and has the same shapes
+    lora = lora if lora.init_lora_weights is True else lora.model_copy(update={"init_lora_weights": True})
+    # made on the meta device at once, not moved there: at high ranks that is seconds and gigabytes. AdaLoRA's forward pass
+    # then allocates less than it does in training (PEFT 0.21.2, found by the test against real steps)
+    with torch.device("meta") if lora.peft_type == "LORA" else contextlib.nullcontext():
+        peft_model = adapter.attach(model, lora, token_ids=range(num_new_tokens))
+    # kernels.install(peft_model, setting) goes here: what they save is then traced like all else
+    step = trace.trace(peft_model, device_kind, packed)
+    trained = [parameter for parameter in peft_model.parameters() if parameter.requires_grad]
+    layers = base_model.decoder_layers(peft_model)
+    text = config.get_text_config()
+    heads = getattr(text, "num_attention_heads", 1)
+    width = heads * (getattr(text, "head_dim", None) or text.hidden_size // heads)
+    return Outline(
+        device_kind,
+        weights + _bytes(base_model.tensors(peft_model)) - weights - _bytes(trained),
+        np.array([parameter.numel() for parameter in trained], dtype=float),
+        _bytes(trained),
+        {kind: _bytes(p for p in layer.parameters() if p.requires_grad) for kind, layer in zip(step.layers, layers)},  # noqa: B905
+        largest,
+        step,
+        Work(base, sum(p.numel() for p in trained if p.dim() == 2), head, len(layers), width, bool(quantization)),
+    )
+
+
+def _numbers(weight):
+    state = getattr(weight, "quant_state", None)
+    return weight.numel() if state is None else state.shape.numel()
+
+
+def _bytes(tensors):
+    """Return the bytes of these tensors, shared ones once."""
+    return sum({id(t): t.numel() * t.element_size() for t in tensors}.values())
+
+
+def usage(model: Outline, load: Load, training, checkpointed, offload, eval_load=None) -> Usage:
+    """Return the Usage of training `model` with the recipe's section `training`, a micro-batch being `load` at most.
+
+    checkpointed: how many layers, from the first, are computed again in the backward pass. offload: whether the inputs that
+    those keep go to the host, but for two. eval_load: the largest batch of an evaluation, if there is one.
+
+    The step before is past: the optimizer has its states, and with several micro-batches a step their gradients are there.
+    """
+    numbers = float(model.trained.sum())
+    largest = float(model.trained.max())
+    accumulates = training.gradient_accumulation_steps > 1
+    always = {
+        "weights": model.weights,
+        "adapter": model.trained_bytes + 4 * numbers,  # and sft.MasterWeights
+        "optimizer": _optimizer_bytes(model.trained, training.optim),
+    }
+    summed = 4 * numbers if accumulates else 0.0
+    moments = [*_step(model, load, checkpointed, offload, summed)]
+    # the masters take the model's gradients over one after another, each as a float32 copy that is added or kept
+    left = model.trained_bytes / numbers * np.cumsum(model.trained[::-1])[::-1]
+    before = 0.0 if accumulates else 4 * (np.cumsum(model.trained) - model.trained)
+    taken = summed + (left + before + 4 * model.trained).max()
+    moments.append(("taking over gradients", {"gradients": taken}))
+    temporary = _optimizer_work(model, numbers, largest, training.optim)
+    moments.append(("optimizer step", {"gradients": 4 * numbers, "layer_work": temporary}))
+    if eval_load is not None:
+        moments.append(("evaluation", _evaluation(model, eval_load)))
+    where, parts = max(moments, key=lambda moment: sum(moment[1].values()))
+    loading = model.weights + model.largest * (2 if model.device_kind == "cuda" else 16)  # bfloat16; float32 copies
+    if loading > sum(always.values()) + sum(parts.values()):
+        where, always, parts = "loading", {"weights": model.weights}, {"buffers": loading - model.weights}
+    names = ("weights", "adapter", "gradients", "optimizer", "checkpoints", "layer_work", "loss_head", "buffers")
+    found = {name: round(always.get(name, 0) + parts.get(name, 0)) for name in names}
+    on_cuda = model.device_kind == "cuda"
+    lost = LOST_SHARE * sum(parts.get(name, 0) for name in ("checkpoints", "layer_work", "loss_head", "buffers"))
+    found["context"] = round(CONTEXT_BYTES + lost) if on_cuda else 0
+    kept = model.step.checkpointed[model.step.layers[-1]][0].rise_and_change(_growth(load))[1]
+    return Usage(found, where, round(kept * checkpointed) if offload else 0)
+
+
+def _growth(load):
+    return trace.growth(load.tokens, load.scored)
+
+
+def _step(model, load, checkpointed, offload, summed):
+    """Yield (where, parts) of the highest moment in each segment of a forward and backward pass."""
+    growth, step, num = _growth(load), model.step, model.num_layers
+    each = [
+        {kind: [segment.rise_and_change(growth) for segment in pair] for kind, pair in pairs.items()}
+        for pairs in (step.plain, step.checkpointed)
+    ]
+    ways = [each[index < checkpointed][kind] for index, kind in enumerate(step.layers)]
+    rise, buffers = step.embedding.rise_and_change(growth)
+    mask = load.mask_bytes
+    level, checkpoints, gradients = buffers, 0.0, 0.0
+    one = ways[checkpointed - 1][0][1] if checkpointed else 0.0
+
+    def moment(where, rise, at_hand, kind="layer_work"):
+        """at_hand: checkpoints that exist."""
+        away = max(0, at_hand - 2) * one if offload else 0.0
+        parts = {"gradients": summed + gradients, "checkpoints": checkpoints - away, "buffers": buffers + mask}
+        parts["layer_work"] = level - checkpoints - gradients - buffers
+        parts[kind] = parts.get(kind, 0.0) + rise
+        return where, parts
+
+    yield moment("embedding", rise - buffers, 0)
+    for index, (forward, _) in enumerate(ways):
+        yield moment(f"forward of layer {index + 1}", forward[0], min(index, checkpointed))
+        level += forward[1]
+        checkpoints += forward[1] if index < checkpointed else 0.0
+        if index == checkpointed > 0:  # a layer that is not lets go of the input of the one before: here that is kept
+            level += one
+    rise, change = each[checkpointed == num]["head"][1]
+    yield moment("loss head", rise, checkpointed, "loss_head")
+    level += change
+    for index in reversed(range(num)):
+        forward, backward = ways[index]
+        yield moment(f"backward of layer {index + 1} of {num}", backward[0], min(index + 1, checkpointed))
+        level += backward[1]
+        checkpoints -= forward[1] if index < checkpointed else 0.0
+        gradients += model.layer_gradients[step.layers[index]]
+
+
+def _evaluation(model, load):
+    """Return the parts of the highest moment of an evaluation: nothing is kept for a backward pass, no logits gathered."""
+    growth, step = _growth(load), model.step
+    _, buffers = step.embedding.rise_and_change(growth)
+    layer, hidden = (
+        max(step.checkpointed[kind][0].rise_and_change(growth)[i] for kind in set(step.layers)) for i in (0, 1)
+    )
+    head = step.checkpointed["head"][0].rise_and_change(growth)[0] + hidden
+    work = {"loss_head": head} if head > layer else {"layer_work": layer}
+    return {"buffers": buffers + load.mask_bytes} | work
+
+
+def _optimizer_bytes(trained, optim):
+    """Return the bytes of the optimizer's states for tensors of these many numbers.
+
+    bitsandbytes 0.50.2, optim/optimizer.py: tensors under 4,096 numbers stay in 32 bit; a float32 for each block of 256.
+    """
+    states = 1 if "lion" in optim else 2
+    if not optim.endswith("8bit"):
+        return states * 4 * trained.sum()
+    small = trained < 4096
+    return states * (np.where(small, 4 * trained, trained + 4 * np.ceil(trained / 256))).sum()
+
+
+def _optimizer_work(model, numbers, largest, optim):
+    """Return what a step of the optimizer needs for itself."""
+    if model.device_kind == "cpu":
+        return 12 * largest  # one tensor at a time, in float32
+    return 4 * numbers if optim == "adamw_torch" else 0.0  # torch goes through all tensors at once, with one copy

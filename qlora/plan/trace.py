@@ -1,0 +1,334 @@
+"""One training step of a model without numbers: how many bytes live after every tensor made and freed, as a formula.
+
+The model is real code on the meta device: the layers of transformers, PEFT and bitsandbytes run forward and backward and
+allocate what they allocate, whatever the architecture. Decoder layers that are alike are run once and counted as often as
+they stand there. A level is a sum over what grows with what: a few runs give it for all numbers of tokens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from .. import base_model, memory
+
+# B batch (1), H heads, T tokens, D head dim, N scored positions, V vocabulary, C positions in a chunk of the head
+
+_ATTENTION = "qlora_plan"
+_HEAD_CHUNK, _VOCABULARY_CHUNK = 4096, 32768  # trl 1.16: kernels/chunked_logprob.py, trainer/utils.py
+# (T, N, C) to run at: as many as there are terms in `growth`
+_POINTS = ((256, 128, 64), (512, 128, 64), (768, 128, 64), (256, 96, 64), (256, 128, 96))
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Part of a step. levels: (events, 5), bytes above the start after each event, by what they grow with: `growth`."""
+
+    levels: np.ndarray
+
+    def rise_and_change(self, growth):
+        """Return (most bytes above the level at the start, level at the end above that at the start)."""
+        levels = self.levels @ growth
+        return max(0.0, levels.max(initial=0.0)), (levels[-1] if len(levels) else 0.0)
+
+    def blend(self, other, share):
+        """Return the segment that lies between this one (share 0) and `other` (share 1)."""
+        return Segment(self.levels + share * (other.levels - self.levels))
+
+
+def growth(num_tokens, num_scored):
+    """Return what levels grow with: a constant, T, T squared, N, and the rows of the head's buffer."""
+    return np.array([1.0, num_tokens, num_tokens**2, num_scored, min(num_scored, _HEAD_CHUNK)])
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step's segments. layers: the kind of each; plain, checkpointed: {kind of layer: (forward, backward)}, and under
+    "head": (final norm and loss, these and back to the last layer).
+    """
+
+    layers: tuple
+    embedding: Segment
+    plain: dict
+    checkpointed: dict
+
+    def blend(self, other, share):
+        """Return the step of a rank between those of two steps of one model."""
+
+        def pairs(one, two):
+            return {k: tuple(a.blend(b, share) for a, b in zip(one[k], two[k], strict=True)) for k in one}
+
+        return Step(
+            self.layers,
+            self.embedding.blend(other.embedding, share),
+            pairs(self.plain, other.plain),
+            pairs(self.checkpointed, other.checkpointed),
+        )
+
+
+def trace(peft_model, device_kind, packed):
+    """Return the Step of a PEFT model on the meta device; leaves the model as it was.
+
+    device_kind: "cuda" or "cpu": which loss is computed, and what attention needs for itself. packed: whether a row holds
+    several documents.
+    """
+    model = peft_model.get_base_model()
+    layers = base_model.decoder_layers(model)
+    # the first has an input without gradient, and the last's output is not let go of when the next layer runs
+    kinds = [(index == 0, index == len(layers) - 1, _kind(layer)) for index, layer in enumerate(layers)]
+    names = {kind: number for number, kind in enumerate(dict.fromkeys(kinds))}
+    chosen = [layers[kinds.index(kind)] for kind in names]
+    with _cut(model, layers, chosen), _attention(model, device_kind, packed), _training(peft_model):
+        ways = []
+        for on in (False, True):
+            with _checkpointing(peft_model, on):
+                ways.append(_fitted({point: _run(peft_model, chosen, device_kind, *point) for point in _POINTS}))
+    plain, checkpointed = (
+        {number: (found["forward", number], found["backward", number]) for number in names.values()}
+        | {"head": (found["head forward"], found["head"])}
+        for found in ways
+    )
+    return Step(tuple(names[kind] for kind in kinds), ways[0]["embedding"], plain, checkpointed)
+
+
+def _kind(layer):
+    """Return what two layers have in common that allocate the same."""
+    shapes = ((name, tuple(p.shape), p.dtype, p.requires_grad) for name, p in layer.named_parameters())
+    return (type(layer), *shapes)
+
+
+def _run(peft_model, layers, device_kind, num_tokens, num_scored, chunk):
+    """Return {segment: levels} of one forward and backward pass."""
+    marks = []
+
+    def mark(name):
+        marks.append((len(live.levels), live.bytes, name))
+
+    def begin(number):
+        return lambda module, args, kwargs: mark(("forward", number))
+
+    def end(number):
+        def hook(module, args, kwargs, output):
+            hidden = output[0] if isinstance(output, tuple) else output
+            hidden.register_hook(lambda gradient: mark(("backward", number)))
+            if number == len(layers) - 1:
+                mark("head")
+
+        return hook
+
+    handles = []
+    for number, layer in enumerate(layers):
+        handles.append(layer.register_forward_pre_hook(begin(number), with_kwargs=True))
+        handles.append(layer.register_forward_hook(end(number), with_kwargs=True))
+    live = memory.LiveTensors()
+    try:
+        with live:
+            live.add(*base_model.tensors(peft_model))
+            mark("embedding")
+            loss = (_loss_on_cuda if device_kind == "cuda" else _loss_on_cpu)(peft_model, num_tokens, num_scored, chunk)
+            mark("loss")
+            loss.backward()
+            del loss
+            mark("end")
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter in peft_model.parameters():
+            parameter.grad = None
+    found = {}
+    for (start, level, name), (stop, *_) in itertools.pairwise(marks):
+        found[name] = np.array(live.levels[start:stop], dtype=float) - level
+    found["head forward"] = found["head"]
+    found["head"] = np.concatenate(
+        [found["head"], found.pop("loss") + (found["head"][-1] if len(found["head"]) else 0)]
+    )
+    return found
+
+
+def _fitted(runs):
+    """Return {segment: Segment} from {point: run}, the same events in each: levels are exact, so a point a term will do."""
+    terms = np.array([[1.0, t, t * t, n, c] for t, n, c in runs])
+    segments = {}
+    for name in next(iter(runs.values())):
+        levels = [run[name] for run in runs.values()]
+        assert len({len(run) for run in levels}) == 1, f"{name} does otherwise at other sizes"
+        segments[name] = Segment(np.round(np.linalg.solve(terms, np.stack(levels)).T, 6))
+    return segments
+
+
+# ---- the loss --------------------------------------------------------------------------------------------------------
+
+
+def _inputs(num_tokens):
+    """Return input_ids, attention_mask and labels of one row."""
+    return [torch.zeros(1, num_tokens, dtype=torch.int64, device="meta") for _ in range(3)]
+
+
+def _positions(count):
+    return torch.zeros(count, dtype=torch.int64, device="meta")
+
+
+def _loss_on_cpu(peft_model, num_tokens, num_scored, chunk):
+    """What sft._loss_of_trained_positions computes, the positions given instead of looked for."""
+    ids, mask, labels = _inputs(num_tokens)
+    columns = _positions(num_scored)
+    logits = peft_model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=columns).logits
+    targets = labels[:, 1:][:, columns - 1]
+    at = _positions(num_scored), _positions(num_scored)  # what indexing by a mask turns it into
+    return F.cross_entropy(logits[at].float(), targets[at], reduction="sum") / num_scored
+
+
+def _loss_on_cuda(peft_model, num_tokens, num_scored, chunk):
+    """What trl 1.16 computes: trainer/utils.py add_fused_lm_head, then SFTTrainer.compute_loss."""
+    ids, mask, labels = _inputs(num_tokens)
+    model = peft_model.get_base_model()
+    hidden = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[:, :-1]
+    labels = labels[:, 1:]
+    is_trained, at = labels != -100, (_positions(num_scored), _positions(num_scored))
+    head = model.get_output_embeddings()
+    found = _ChunkedHead.apply(hidden[at], head.weight, head.bias, labels[at], chunk)
+    log_probs, _, _ = (x.new_zeros(is_trained.shape).masked_scatter(is_trained, x) for x in found)
+    return -log_probs.sum() / num_scored
+
+
+class _ChunkedHead(torch.autograd.Function):
+    """Tensors as trl 1.16 makes them on a GPU: log-probability, entropy and top-1 of N positions, from (N, D) and (V, D).
+
+    Source: trl/kernels/chunked_logprob.py, ChunkedLogProbFunction: one buffer of `chunk` x 32,768 logits that its kernels
+    work on in place, statistics of each position, gradients summed in float32. (It does not run on the meta device.)
+    """
+
+    @staticmethod
+    def forward(ctx, hidden_ND, weight_VD, bias, targets_N, chunk):
+        statistics = [hidden_ND.new_empty(len(hidden_ND), dtype=torch.float32) for _ in range(7)]
+        buffer = hidden_ND.new_empty(chunk, _VOCABULARY_CHUNK)
+        log_z, log_probs, entropy = (torch.empty_like(statistics[0]) for _ in range(3))
+        is_top1 = torch.empty_like(log_z, dtype=torch.bool)
+        ctx.save_for_backward(hidden_ND, weight_VD, bias, targets_N, log_z, entropy)
+        ctx.chunk = chunk
+        ctx.mark_non_differentiable(is_top1)
+        ctx.set_materialize_grads(False)
+        del buffer
+        return log_probs, entropy, is_top1
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        *sources, _, _, _ = ctx.saved_tensors
+        sums = [
+            torch.zeros_like(x, dtype=torch.float32) if needed else None
+            for x, needed in zip(sources, ctx.needs_input_grad, strict=False)
+        ]
+        buffer = sources[0].new_empty(ctx.chunk, _VOCABULARY_CHUNK)
+        rounded = [x if x is None else x.to(y.dtype) for x, y in zip(sums, sources, strict=True)]
+        del buffer
+        return *rounded, None, None
+
+
+# ---- the model for the time of a trace -------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _cut(model, layers, chosen):
+    """Leave the model no layers but `chosen`."""
+    parent, name = next((m, n) for m in model.modules() for n, child in m.named_children() if child is layers)
+    setattr(parent, name, nn.ModuleList(chosen))
+    try:
+        yield
+    finally:
+        setattr(parent, name, layers)
+
+
+@contextlib.contextmanager
+def _training(peft_model):
+    was = peft_model.training
+    peft_model.train()
+    try:
+        yield
+    finally:
+        peft_model.train(was)
+
+
+@contextlib.contextmanager
+def _checkpointing(peft_model, on):
+    """Checkpoint every layer while the block runs, as the trainer does."""
+    if not on:
+        yield
+        return
+    model = peft_model.get_base_model()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    # trl 1.16, SFTTrainer.__init__: the embeddings require a gradient then
+    handle = model.get_input_embeddings().register_forward_hook(
+        lambda module, args, output: output.requires_grad_(True)
+    )
+    try:
+        yield
+    finally:
+        handle.remove()
+        model.gradient_checkpointing_disable()
+
+
+@contextlib.contextmanager
+def _attention(model, device_kind, packed):
+    """Count attention as a flash kernel does it, where sdpa will choose one; on the meta device it builds S x S scores."""
+    before = model.config._attn_implementation
+    if before == "eager" and not packed:
+        yield
+        return
+    AttentionInterface.register(_ATTENTION, _flash_attention(device_kind, packed))
+    AttentionMaskInterface.register(_ATTENTION, lambda *args, **kwargs: None)
+    model.set_attn_implementation(_ATTENTION)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+def _flash_attention(device_kind, packed):
+    on_cuda = device_kind == "cuda"
+
+    def attend(module, query, key, value, attention_mask, **kwargs):
+        if packed and not on_cuda:  # document by document: kernels.attention.one_by_one
+            half = query.shape[2] // 2
+            parts = [[x[:, :, part] for x in (query, key, value)] for part in (slice(half), slice(half, None))]
+            return torch.cat([_Flash.apply(*part, False).transpose(1, 2) for part in parts], dim=1), None
+        return _Flash.apply(query, key, value, on_cuda).transpose(1, 2).contiguous(), None
+
+    return attend
+
+
+class _Flash(torch.autograd.Function):
+    """Tensors as flash attention makes them: (B, H, T, D) from three, keys and values with fewer heads as they are.
+
+    scratch: whether the backward pass allocates what FlashAttention-2 does: float32 sums of the gradient of the query, and
+    with grouped queries gradients of key and value a query head. Source: torch, aten/src/ATen/native/transformers/cuda/
+    flash_attn/flash_api.cpp, mha_bwd.
+    """
+
+    @staticmethod
+    def forward(ctx, query, key, value, scratch):
+        output = torch.empty_like(
+            query[..., : value.shape[-1]]
+        )  # in the order of the query's numbers, as the kernels do
+        lse = query.new_empty(query.shape[:3], dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, output, lse)
+        ctx.scratch = scratch
+        return output
+
+    @staticmethod
+    def backward(ctx, gradient):
+        query, key, value, _, lse = ctx.saved_tensors
+        scratch = []
+        if ctx.scratch:
+            scratch = [torch.empty_like(lse), torch.empty_like(query, dtype=torch.float32)]
+            if key.shape[1] != query.shape[1]:
+                scratch += [torch.empty_like(query), torch.empty_like(query)]
+        gradients = [torch.empty_like(x) for x in (query, key, value)]
+        del scratch
+        return *gradients, None

@@ -1,0 +1,126 @@
+"""qlora plan as a user has it: what it prints and returns, exit codes, the plot; no weights, no GPU, data where there is some."""
+
+import json
+
+import pytest
+import torch
+
+from qlora.commands.plan import plan
+from qlora.errors import InputError
+from qlora.recipe import Recipe
+from tests.test_cli import qlora
+
+CONTRACT = {
+    "components",
+    "peak_bytes",
+    "budget_bytes",
+    "fits",
+    "checkpointed_layers",
+    "tokens_per_second",
+    "suggestions",
+}
+COMPONENTS = [
+    "weights",
+    "adapter",
+    "gradients",
+    "optimizer",
+    "checkpoints",
+    "layer_work",
+    "loss_head",
+    "buffers",
+    "context",
+]
+
+
+@pytest.fixture
+def recipe_file(make_recipe, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(make_recipe().to_yaml())
+    return path
+
+
+def test_json_has_the_keys_of_the_contract_and_needs_no_weights(recipe_file, tiny_model, tmp_path):
+    folder = tmp_path / "bare"
+    folder.mkdir()
+    for file in tiny_model().iterdir():
+        if file.suffix != ".safetensors":
+            (folder / file.name).write_bytes(file.read_bytes())
+    done = qlora("plan", recipe_file, f"model.name_or_path={folder}", "--json", "--card", "4090")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found.keys() >= CONTRACT
+    assert list(found["components"]) == COMPONENTS
+    assert sum(found["components"].values()) == found["peak_bytes"]
+    assert found["budget_bytes"] == 24 * 2**30
+    assert found["steps"] == 2  # max_steps
+    assert found["limits"]["max_length"] > 128
+
+
+def test_what_does_not_fit_exits_3_and_says_what_would(recipe_file):
+    done = qlora("plan", recipe_file, "memory.gradient_checkpointing=false", "--vram", "550MiB")
+    assert done.returncode == 0, done.stdout + done.stderr
+    done = qlora("plan", recipe_file, "memory.gradient_checkpointing=false", "--vram", "513MiB")
+    assert done.returncode == 3, done.stdout + done.stderr
+    assert "DOES NOT FIT" in done.stdout
+    assert "try       " in done.stdout
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--vram", "24"], "--vram '24': give a size such as 5GB or 23.5GiB"),
+        (["memory.budget=lots"], "memory.budget: give a size such as 5GB or 23.5GiB"),
+        (["--card", "4091"], "--card '4091': known are RTX 3090"),
+        (["--plot", "memory.doc"], "--plot memory.doc: give a file that ends in .png, .svg or .pdf"),
+    ],
+)
+def test_wrong_sizes_cards_and_files_exit_2(recipe_file, arguments, expected):
+    done = qlora("plan", recipe_file, *arguments)
+    assert done.returncode == 2
+    assert expected in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_budget_is_the_option_then_the_recipe_then_what_is_there(make_recipe, monkeypatch):
+    def budget(recipe, **options):
+        return plan(recipe, **options)["budget_bytes"]
+
+    recipe = make_recipe(memory={"budget": "8GiB"})
+    assert budget(recipe, vram="23.5GiB", card="3090") == int(23.5 * 2**30)
+    assert budget(recipe, card="3090") == 8 * 2**30
+    assert budget(make_recipe(), card="5090") == 32 * 2**30
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA GeForce RTX 4090")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10 * 2**30, 24 * 2**30))
+    assert budget(make_recipe()) == 10 * 2**30 + 512 * 2**20  # what is free, and the context that the plan counts
+
+
+def test_without_data_rows_of_max_length_are_planned_for(make_recipe, capsys):
+    values = make_recipe().model_dump()
+    values["data"]["train"] = "none.jsonl"
+    values["data"]["eval_fraction"] = 0.0
+    found = plan(Recipe.from_dict(values))
+    assert "no file at none.jsonl: planned for rows of data.max_length" in capsys.readouterr().err
+    assert found["peak_bytes"] > plan(make_recipe())["peak_bytes"]  # whose rows are shorter than 128 tokens
+
+
+def test_packed_padded_and_token_sized_micro_batches_are_planned_for(make_recipe):
+    packed = make_recipe(data={"packing": True}, training={"per_device_train_batch_size": 1})
+    assert plan(packed)["checkpointed_layers"] == 0
+    sized = make_recipe(training={"per_device_train_batch_size": 1, "tokens_per_micro_batch": 512})
+    assert plan(sized)["peak_bytes"] > plan(make_recipe(training={"per_device_train_batch_size": 1}))["peak_bytes"]
+
+
+def test_the_plot_is_a_small_picture(make_recipe, tmp_path):
+    pytest.importorskip("matplotlib")
+    plan(make_recipe(), plot=str(tmp_path / "memory.png"))
+    content = (tmp_path / "memory.png").read_bytes()
+    assert content.startswith(b"\x89PNG\r\n")
+    assert 5_000 < len(content) < 200_000
+
+
+def test_a_plot_without_matplotlib_says_what_to_install(make_recipe, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
+    with pytest.raises(InputError, match="pip install matplotlib"):
+        plan(make_recipe(), plot="memory.png")

@@ -22,9 +22,10 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from . import adapter, base_model, data, memory
+from . import adapter, base_model, data, kernels, memory
 from .data import IGNORE_INDEX, Packs
 from .errors import DoesNotFit, TrainingFailed
+from .kernels import loss
 from .kernels.attention import within_documents
 from .kernels.checkpointing import checkpointed
 from .neftune import noisy_embeddings
@@ -60,6 +61,7 @@ def train(
     predicted_bytes=None,
     on_log=None,
     rehearse=True,
+    installed=kernels.OFF,
 ):
     """Train the adapters of `model` in place; return the Result.
 
@@ -68,7 +70,7 @@ def train(
     training: the recipe's section. on_log(record, total_steps): called with each line of metrics.jsonl.
     checkpointed_layers, offload: of kernels.checkpointing. predicted_bytes: what somebody expects the peak to be; is only
     written down, in memory.json, beside what was measured. rehearse: run the largest micro-batch once before the first
-    step; it changes no number.
+    step; it changes no number. installed: the kernels that the model computes with.
 
     Raises:
         DoesNotFit: there is not enough memory; says for which rows, and what to change.
@@ -76,18 +78,19 @@ def train(
         TrainingFailed: a loss or gradient is not finite (the step is not taken), or an adapter does not move.
     """
     memory.reset_peak()
-    packed = isinstance(examples, Packs)
+    joined = installed.joined or isinstance(examples, Packs)
     dtype = model.get_input_embeddings().weight.dtype  # now: trl casts what is trained, the embedding maybe with it
     layers = base_model.decoder_layers(model)
     pad = DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id)
     trainer = Trainer(
         model=model,
-        args=_config(training, run, model.device, bool(eval_examples), packed),
+        args=_config(training, run, model.device, bool(eval_examples)),
         train_dataset=_dataset(examples),
-        eval_dataset=_dataset(eval_examples, packed) if eval_examples else None,
+        eval_dataset=_dataset(eval_examples) if eval_examples else None,
         processing_class=tokenizer,
-        data_collator=_numbered(_join_rows if packed else lambda rows: pad(_unbatched(rows))),
+        data_collator=_numbered(lambda rows: (join_rows if joined else pad)(_unbatched(rows))),
     )
+    trainer.lean_loss = installed.loss
     lengths = [int(length) for length in getattr(examples, "lengths", map(_length, examples))]
     if training.group_by_length:
         trainer.lengths = lengths
@@ -95,7 +98,8 @@ def train(
         if parameter.requires_grad:  # trl casts the adapters of a quantized base to bf16, whatever it computes in
             parameter.data = parameter.data.to(dtype)
     if eval_examples:
-        trainer.eval_tokens_per_row = _mean_trained(eval_examples)
+        rows = training.per_device_eval_batch_size if joined else 1
+        trainer.eval_tokens_per_row = _num_trained(eval_examples) / -(-len(eval_examples) // rows)
     for printer in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printer)
     trainer.add_callback(_Schedule(trainer.ranks))
@@ -114,12 +118,12 @@ def train(
         with (
             warnings.catch_warnings(),
             checkpointed(layers, checkpointed_layers, offload),
-            within_documents(model) if packed else contextlib.nullcontext(),
+            within_documents(model, plain=not installed.joined) if joined else contextlib.nullcontext(),
             noisy_embeddings(model, alpha) if alpha else contextlib.nullcontext(),
         ):
             # known and harmless: said once in the docs instead of in every run
             warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
-            loss = trainer.train().training_loss
+            mean_loss = trainer.train().training_loss
             eval_loss = trainer.evaluate()["eval_loss"] if eval_examples else None
     except (RuntimeError, MemoryError) as error:
         if not memory.is_refusal(error):
@@ -134,7 +138,7 @@ def train(
         write_json(run.memory_file, measured)
     return Result(
         steps=trainer.state.global_step,
-        loss=loss,
+        loss=mean_loss,
         eval_loss=eval_loss,
         tokens=trainer.num_tokens(),
         seconds=time.monotonic() - recorder.start,
@@ -208,16 +212,16 @@ def _few(words, limit=8):
     return ", ".join(words[:limit]) + (f" and {len(words) - limit:,} more" if len(words) > limit else "")
 
 
-def _dataset(items, alone=False):
+def _dataset(items):
     """Return a Dataset of nothing but numbers, whose rows are made of `items` when the trainer asks for them."""
-    return Dataset.from_dict({"index": range(len(items))}).with_transform(_Made(items, alone))
+    return Dataset.from_dict({"index": range(len(items))}).with_transform(_Made(items))
 
 
 class _Made:
     """{"index": numbers} -> the columns of those of `items`: Examples, Packed rows, or lists of Examples."""
 
-    def __init__(self, items, alone):
-        self.items, self.alone = items, alone
+    def __init__(self, items):
+        self.items = items
 
     def __getstate__(self):
         return {}  # `datasets` hashes what it is given: it must not read all rows for that
@@ -226,16 +230,15 @@ class _Made:
         chosen = [self.items[index] for index in batch["index"]]
         numbers = getattr(self.items, "rows", lambda index: [index])
         rows = {"rows": [numbers(index) for index in batch["index"]]}
-        chosen = [data.alone(example) for example in chosen] if self.alone else chosen
         names = ["input_ids", "labels", *(["segments"] if isinstance(chosen[0], data.Packed) else [])]
         if isinstance(chosen[0], list):  # a micro-batch
             return {name: [[getattr(e, name) for e in item] for item in chosen] for name in names} | rows
         return {name: [getattr(item, name) for item in chosen] for name in names} | rows
 
 
-def _mean_trained(examples):
+def _num_trained(examples):
     counts = getattr(examples, "num_trained", None)
-    return float(np.mean([example.num_trained for example in examples] if counts is None else counts))
+    return float(np.sum([example.num_trained for example in examples] if counts is None else counts))
 
 
 def _length(example):
@@ -258,25 +261,27 @@ def _numbered(collate):
     return lambda rows: {**collate(rows), "rows": [number for row in rows for number in row["rows"]]}
 
 
-def _join_rows(rows):
-    """Collate packed rows into one: no padding, positions from 0 in each document, and their lengths as `segments`."""
-    segments = [length for row in rows for length in row["segments"]]
+def join_rows(rows):
+    """Collate rows into one: no padding, positions from 0 in each document, and the documents' lengths as `segments`."""
+    segments = [length for row in rows for length in row.get("segments") or [len(row["input_ids"])]]
+    labels = torch.tensor([[label for row in rows for label in row["labels"]]])
+    labels[0, np.cumsum([0, *segments[:-1]])] = IGNORE_INDEX  # what stands before it is another document
     return {
         "input_ids": torch.tensor([[token for row in rows for token in row["input_ids"]]]),
-        "labels": torch.tensor([[label for row in rows for label in row["labels"]]]),
+        "labels": labels,
         "position_ids": torch.cat([torch.arange(length) for length in segments])[None],
         "segments": segments,
     }
 
 
-def _config(training, run, device, evaluates, packed):
+def _config(training, run, device, evaluates):
     steps = training.max_steps
     config = SFTConfig(
         output_dir=str(run.path),
         num_train_epochs=training.num_train_epochs,
         max_steps=-1 if steps is None else steps,
         per_device_train_batch_size=training.per_device_train_batch_size,
-        per_device_eval_batch_size=1 if packed else training.per_device_eval_batch_size,
+        per_device_eval_batch_size=training.per_device_eval_batch_size,
         gradient_accumulation_steps=training.gradient_accumulation_steps,
         learning_rate=training.learning_rate,
         optim=training.optim,
@@ -311,7 +316,8 @@ def _config(training, run, device, evaluates, packed):
 class Trainer(SFTTrainer):
     """trl's SFTTrainer with float32 master weights and gradients, a lean loss on the CPU, and eval losses weighted by tokens."""
 
-    eval_tokens_per_row = None
+    eval_tokens_per_row = None  # of a batch as the model sees it: rows that are joined are one
+    lean_loss = False
     lengths: Any = None  # of the training rows, where rows of like length are to share a batch
     rehearsed_bytes = None
     moment = Moment("before the first step")
@@ -420,22 +426,28 @@ class Trainer(SFTTrainer):
             num_items_in_batch = self.eval_tokens_per_row * len(inputs["labels"])
         if return_outputs or inputs["labels"].device.type != "cpu":
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        return _loss_of_trained_positions(model, inputs, num_items_in_batch)
+        return loss_of_trained_positions(model, inputs, num_items_in_batch, self.lean_loss)
 
 
-def _loss_of_trained_positions(model, inputs, num_items_in_batch):
+def loss_of_trained_positions(model, inputs, num_items_in_batch, lean=False):
     """Return the summed cross entropy of the trained tokens over `num_items_in_batch` (their count if None).
 
     On a CPU trl 1.16 scores every position, masked ones too, three times over for its metrics. The head alone is a
     fifth of SmolLM2-135M, and answers are under half of the tokens. Equality with trl's loss is a test.
+    lean: by kernels.loss.
     """
     targets = inputs["labels"][:, 1:]
     columns = (targets != IGNORE_INDEX).any(0).nonzero().flatten()
     body = {key: value for key, value in inputs.items() if key != "labels"}
-    logits = model(**body, use_cache=False, logits_to_keep=columns).logits
     targets = targets[:, columns]
     trained = targets != IGNORE_INDEX
-    total = F.cross_entropy(logits[trained].float(), targets[trained], reduction="sum")
+    if lean:
+        base = model.get_base_model()
+        hidden = loss.hidden_states(model, base.get_output_embeddings(), columns, **body)[trained]
+        total = loss.cross_entropy(hidden, base.get_output_embeddings(), targets[trained])
+    else:
+        logits = model(**body, use_cache=False, logits_to_keep=columns).logits
+        total = F.cross_entropy(logits[trained].float(), targets[trained], reduction="sum")
     return total / (trained.sum() if num_items_in_batch is None else num_items_in_batch)
 
 

@@ -222,14 +222,14 @@ def test_checkpointing_does_not_change_the_rows_of_new_tokens(fit, family):
 def test_a_loss_that_is_not_finite_stops_the_run_before_the_step(fit, load_model, monkeypatch):
     before = {}
 
-    def poisoned(model, inputs, num_items):
+    def poisoned(model, inputs, num_items, lean):
         loss = ORIGINAL(model, inputs, num_items)
         before.update({n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad})
         before["model"] = model
         return loss * float("nan")
 
-    ORIGINAL = sft._loss_of_trained_positions
-    monkeypatch.setattr(sft, "_loss_of_trained_positions", poisoned)
+    ORIGINAL = sft.loss_of_trained_positions
+    monkeypatch.setattr(sft, "loss_of_trained_positions", poisoned)
     with pytest.raises(TrainingFailed, match="not finite"):
         fit(max_steps=3)
     model = before.pop("model")
@@ -409,13 +409,13 @@ def test_micro_batches_by_tokens_take_the_steps_of_micro_batches_by_rows(fit, to
 def test_rows_of_like_length_share_a_batch_where_the_recipe_says_so(fit, monkeypatch, tokenizer):
     tokens = 4 * sum(len(encode(tokenizer, messages(turns)).input_ids) for turns in UNEVEN)
     widths = {}
-    loss = sft._loss_of_trained_positions
+    loss = sft.loss_of_trained_positions
 
-    def noted(model, inputs, count):
+    def noted(model, inputs, count, lean):
         widths.setdefault(grouped, []).append(inputs["input_ids"].shape)
-        return loss(model, inputs, count)
+        return loss(model, inputs, count, lean)
 
-    monkeypatch.setattr(sft, "_loss_of_trained_positions", noted)
+    monkeypatch.setattr(sft, "loss_of_trained_positions", noted)
     for grouped in (False, True):
         fit(UNEVEN * 4, max_steps=8, per_device_train_batch_size=8, group_by_length=grouped, rehearse=False)
     assert len(widths[True]) == len(widths[False])

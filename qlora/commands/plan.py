@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 from rich.text import Text
 
-from .. import base_model, data
+from .. import base_model
 from .. import plan as planning
-from ..data import Batches, Packs
 from ..errors import InputError
 from ..kernels import attention
 from ..recipe import Recipe, parse_size
 from . import console
+from .job import job_of, with_outline
 from .prepared import prepare, say_report
 
 _USUAL = 24 * 2**30
@@ -85,69 +85,9 @@ def _job(recipe, budget, card):
     rows, length = recipe.training.per_device_train_batch_size, recipe.data.max_length
     if recipe.training.tokens_per_micro_batch:
         rows = recipe.training.tokens_per_micro_batch // length
-    load = planning.Load(rows, length, rows * length, recipe.data.packing)
-    return _with_outline(recipe, config, len(checkpoint.new_tokens), "cuda", load=load, budget_bytes=budget, card=card)
-
-
-def job_of(recipe, prepared, device_kind, budget, card=None):
-    """Return the planning.Job of `recipe` on its data. device_kind: "cuda" or "cpu"; budget: bytes; card: for the speed."""
-    training, examples, batches, held_out = recipe.training, prepared.examples, prepared.batches, prepared.eval_examples
-    packs = batches if isinstance(batches, Packs) else None
-    rows = training.per_device_train_batch_size
-    numbers = {"num_tokens": int(examples.lengths.sum()), "num_micro_batches": -(-len(batches) // rows)}
-    if packs is not None:
-        load = _packed_load(packs, examples, rows)
-    else:
-        longest = int(examples.lengths.max())
-        if isinstance(batches, Batches):
-            rows = max(1, training.tokens_per_micro_batch // longest)
-        load = planning.Load(rows, longest, rows * int(examples.num_trained.max()))
-        try:
-            attention.refuse_unsupported(prepared.config)
-        except InputError:
-            pass  # packing is not suggested then
-        else:
-            packs = data.pack(examples, recipe.data.max_length)
-            numbers |= {"packed_load": _packed_load(packs, examples, 1), "packed_micro_batches": len(packs)}
-    if len(held_out):
-        rows = 1 if load.packed else training.per_device_eval_batch_size
-        trained = rows * int(held_out.num_trained.max())
-        numbers["eval_load"] = planning.Load(rows, int(held_out.lengths.max()), trained, load.packed)
-    num_new = len(prepared.checkpoint.new_tokens)
-    return _with_outline(
-        recipe, prepared.config, num_new, device_kind, load=load, budget_bytes=budget, card=card, **numbers
-    )
-
-
-def _packed_load(packs, examples, rows):
-    share = float(np.max(examples.num_trained / examples.lengths))  # a pack may be full of the rows with most
-    return planning.Load(rows, packs.longest, round(share * rows * packs.longest), packed=True)
-
-
-def _with_outline(recipe, config, num_new_tokens, device_kind, **numbers):
-    made = {}
-
-    def remade(lora=recipe.lora, num_new_tokens=num_new_tokens, packed=numbers["load"].packed):
-        key = (repr(lora), num_new_tokens, packed and device_kind == "cpu")  # on a GPU packing allocates the same
-        if key not in made:
-            made[key] = planning.outline(
-                config, recipe.model, recipe.quantization, lora, num_new_tokens, device_kind, packed
-            )
-        return made[key]
-
-    # a recipe without the field trains without it
-    offload = getattr(recipe.memory, "offload", False)
-    return planning.Job(
-        outline=remade(),
-        training=recipe.training,
-        gradient_checkpointing=recipe.memory.gradient_checkpointing,
-        offload=offload,
-        can_offload="offload" in type(recipe.memory).model_fields,
-        lora=recipe.lora,
-        num_new_tokens=num_new_tokens,
-        remade=remade,
-        **numbers,
-    )
+    joined = recipe.data.packing or (recipe.kernels == "auto" and attention.why_not(config) is None)
+    load = planning.Load(rows, length, rows * length, recipe.data.packing, joined)
+    return with_outline(recipe, config, len(checkpoint.new_tokens), "cuda", load=load, budget_bytes=budget, card=card)
 
 
 # ---- printing --------------------------------------------------------------------------------------------------------

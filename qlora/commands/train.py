@@ -7,8 +7,8 @@ import platform
 import subprocess
 from pathlib import Path
 
-from ..errors import InputError
-from ..recipe import Recipe
+from ..errors import DoesNotFit, InputError
+from ..recipe import Recipe, parse_size
 from ..rundir import RunDir, new_folder, write_json
 from . import console
 
@@ -27,19 +27,17 @@ def train(recipe: Recipe) -> RunDir:
         TrainingFailed: a loss or gradient is not finite, or an adapter does not move.
     """
     RunDir(recipe.output_dir).refuse_used()
-    from .. import adapter, base_model, sft
+    from .. import adapter, base_model, kernels, sft
     from ..export import merge, proof
-    from ..kernels import attention
     from .prepared import prepare, refuse_pointless, say_report
 
     prepared = prepare(recipe)
     say_report(prepared)
     refuse_pointless(prepared.report)
     if recipe.data.packing:
-        attention.refuse_unsupported(prepared.config)
+        kernels.attention.refuse_unsupported(prepared.config)
     checkpoint, tokenizer = prepared.checkpoint, prepared.tokenizer
-    num_layers = prepared.config.get_text_config().num_hidden_layers
-    checkpointed_layers, offload = _fitted(recipe.memory, num_layers, base_model.default_device())
+    planned, predicted = _plan(recipe, prepared, base_model.default_device())
 
     # what export will need: better to know now than after the training
     merge.plan(checkpoint, prepared.config, base_model.dtype_of(recipe.export.dtype), recipe.model.trust_remote_code)
@@ -58,11 +56,8 @@ def train(recipe: Recipe) -> RunDir:
         )
     write_json(run.environment_file, _environment(checkpoint, quantized, prepared.parts, model.device))
     _print_model(checkpoint, model, quantized, recipe)
-    if checkpointed_layers:
-        where = ", what they start from waits in the host's memory" if offload else ""
-        console.say(f"memory    {checkpointed_layers} of {num_layers} layers are checkpointed{where}")
-
-    with console.Steps() as steps:
+    with kernels.installed(model, recipe.kernels) as installed, console.Steps() as steps:
+        _print_kernels(installed, model.device)
         result = sft.train(
             model,
             tokenizer,
@@ -70,9 +65,11 @@ def train(recipe: Recipe) -> RunDir:
             held_out,
             recipe.training,
             run,
-            checkpointed_layers,
-            offload,
+            planned.checkpointed_layers,
+            planned.offload,
+            predicted,
             on_log=steps.update,
+            installed=installed,
         )
     with new_folder(run.adapter) as folder:
         adapter.save(model, folder, checkpoint.name_or_path, checkpoint.revision)
@@ -86,28 +83,57 @@ def train(recipe: Recipe) -> RunDir:
     return run
 
 
-def _fitted(section, num_layers, device):
-    """Return (layers to checkpoint, whether to offload) as the recipe says, or as it is best where that says auto.
-
-    auto: all layers where GPU memory is what runs out; none on the CPU, where it only costs time (about 1.3x).
+def _plan(recipe, prepared, device):
+    """Print and return (the Plan of the training, the peak that it predicts in the terms of memory.peak_bytes).
 
     Raises:
-        InputError: the model has fewer layers.
+        DoesNotFit: it does not; says what would.
+        InputError: the model has fewer layers than are to be checkpointed, or offloading has nothing to move.
     """
-    setting = section.gradient_checkpointing
-    if setting == "auto":
-        setting = device.type == "cuda"
-    number = num_layers * setting if isinstance(setting, bool) else setting
-    if number > num_layers:
+    from .. import memory, plan
+    from .job import job_of
+
+    budget = memory.available_bytes(device) if recipe.memory.budget is None else parse_size(recipe.memory.budget)
+    job = job_of(recipe, prepared, device.type, budget)
+    setting, num_layers = recipe.memory.gradient_checkpointing, job.outline.num_layers
+    if setting != "auto" and int(setting) > num_layers:
         raise InputError(
-            f"memory.gradient_checkpointing is {number}, the model has {num_layers} layers; set 0 to {num_layers}"
+            f"memory.gradient_checkpointing is {setting}, the model has {num_layers} layers; set 0 to {num_layers}"
         )
-    if section.offload is True and not number:
+    if recipe.memory.offload is True and setting != "auto" and not setting:
         raise InputError(
             "memory.offload is for what checkpointed layers start from, and none is checkpointed; set "
             "memory.gradient_checkpointing=true, or memory.offload=false"
         )
-    return number, section.offload is True
+    found = plan.plan(job)
+    if not found.fits:
+        lines = [
+            f"this does not fit: {console.size(found.peak_bytes)} are needed ({found.where}), {console.size(budget)} are "
+            f"{'free' if recipe.memory.budget is None else 'memory.budget'}; what would help, best first:"
+        ]
+        lines += [
+            f"  {change['set']}: {console.size(change['peak_bytes'])}{', fits' if change['fits'] else ''}"
+            for change in plan.suggestions(job)
+        ]
+        raise DoesNotFit("\n".join(lines))
+    where = ", what they start from waits in the host's memory" if found.offload else ""
+    console.say(
+        f"plan      peak {console.size(found.peak_bytes)} of {console.size(budget)} ({found.where}); "
+        f"{found.checkpointed_layers} of {found.num_layers} layers checkpointed{where}"
+    )
+    return found, memory.peak_bytes() + found.allocated_bytes if device.type == "cpu" else found.cuda_bytes
+
+
+def _print_kernels(installed, device):
+    """Name what computes in the place of the model's own modules."""
+    names = {"lora": "LoRA layers", "swiglu": "gated feed-forward parts", "rmsnorm": "norms"}
+    parts = [f"{count} {names[kind]}" for kind, count in installed.modules.items()]
+    parts += ["rows without padding"] if installed.joined else []
+    parts += ["loss in pieces"] if installed.loss and device.type == "cpu" else []
+    parts += ["kept memory"] if installed.memory else []
+    console.say(f"kernels   {', '.join(parts) or 'off'}")
+    for kind, classes in installed.refused.items():
+        console.say(f"          {names[kind]}: not for {', '.join(classes)}, whose numbers differ")
 
 
 def _peak(result):

@@ -10,7 +10,7 @@ import numpy as np
 from ..errors import InputError
 from . import formats, sources, tokenized
 from .chat import IGNORE_INDEX, Example
-from .packing import Batches, Packed, Packs, alone, pack
+from .packing import Batches, Packed, Packs, pack
 
 __all__ = [
     "IGNORE_INDEX",
@@ -19,7 +19,6 @@ __all__ = [
     "Packed",
     "Packs",
     "Rows",
-    "alone",
     "conversations",
     "copies",
     "hold_out",

@@ -139,11 +139,6 @@ def _pairs(order, lengths, block=1 << 16):
         yield from zip(part.tolist(), lengths[part].tolist(), strict=True)
 
 
-def alone(example):
-    """Return the Example as a Packed row with one document."""
-    return Packed(example.input_ids, example.labels, [len(example.input_ids)])
-
-
 def pack(examples, capacity):
     """Return the Packs of `examples` (any sequence of them): the same for the same lengths.
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from . import linear, norm, swiglu
+from . import attention, linear, loss, norm, swiglu
+from .allocation import kept_memory
 
 _KINDS = {"swiglu": swiglu, "rmsnorm": norm, "lora": linear}  # a feed-forward part before the layers in it
 _TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 1e-2, torch.float32: 1e-5}  # of the norm of output and gradient
@@ -19,20 +20,34 @@ _TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 1e-2, torch.float32: 1e-5}  #
 
 @dataclass
 class Installed:
-    """modules: {kind: how many modules}. refused: {kind: names of classes whose output it did not reproduce}."""
+    """modules: {kind: how many modules}. refused: {kind: names of classes whose output it did not reproduce}.
+
+    joined: rows of a batch are to be joined into one without padding, each attended to by itself. loss: that of
+    kernels.loss is right for this model, on a CPU. memory: freed memory is kept.
+    """
 
     modules: dict = field(default_factory=dict)
     refused: dict = field(default_factory=dict)
+    joined: bool = False
+    loss: bool = False
+    memory: bool = False
+
+
+OFF = Installed()
 
 
 @contextlib.contextmanager
 def installed(peft_model, setting="auto"):
     """Compute with kernels while the block runs; yields what is Installed. setting: "auto", or "off" for none."""
-    found, patched = Installed(), []
-    if setting != "off":
-        _install(peft_model, found, patched)
+    if setting == "off":
+        yield OFF
+        return
+    model, patched = peft_model.get_base_model(), []
+    found = Installed(joined=attention.why_not(model.config) is None, loss=loss.takes(model))
     try:
-        yield found
+        with kept_memory(model.device) as found.memory:
+            _install(peft_model, found, patched)
+            yield found
     finally:
         for module in patched:
             del module.forward

@@ -28,8 +28,9 @@ class CausalAttention(torch.autograd.Function):
         out_KGTD = torch.empty_like(q_KGTD, memory_format=torch.contiguous_format)
         k32_KTD = k_KTD.float()
         for queries, keys, mask in _blocks(q_KGTD.shape[2], window):
-            P_KGbc = _probabilities(q_KGTD[:, :, queries], k32_KTD[:, keys], mask, scale).to(q_KGTD.dtype)
-            out_KGTD[:, :, queries] = _heads(P_KGbc, v_KTD[:, keys])
+            P_KGbc = _probabilities(q_KGTD[:, :, queries], k32_KTD[:, keys], mask, scale)
+            out_KGTD[:, :, queries] = _heads(P_KGbc.to(q_KGTD.dtype), v_KTD[:, keys])
+            del P_KGbc  # before the next one is made
         ctx.save_for_backward(q_KGTD, k_KTD, v_KTD)
         ctx.scale, ctx.window = scale, window
         return out_KGTD
@@ -46,32 +47,41 @@ class CausalAttention(torch.autograd.Function):
             P = _probabilities(q, k32_KTD[:, keys], mask, ctx.scale)
             grad_v[:, keys] += _together(P.to(g.dtype)).transpose(1, 2) @ _together(g)
             grad_P = _heads(g, v_KTD[:, keys].transpose(1, 2)).float()
-            grad_S = torch.ops.aten._softmax_backward_data(grad_P, P, -1, P.dtype).mul_(ctx.scale).to(q.dtype)
+            grad_S = torch.ops.aten._softmax_backward_data(grad_P, P, -1, P.dtype)
+            del grad_P, P
+            grad_S = grad_S.mul_(ctx.scale).to(q.dtype)
             grad_q[:, :, queries] = _heads(grad_S, k_KTD[:, keys])
             grad_k[:, keys] += _together(grad_S).transpose(1, 2) @ _together(q)
+            del grad_S
         return grad_q, grad_k.to(k_KTD.dtype), grad_v.to(v_KTD.dtype), None, None
 
 
 def _blocks(num_tokens, window):
-    """Yield (slice of queries, slice of the keys that they see, mask (b, c) to add)."""
+    """Yield (slice of queries, slice of the keys that they see, mask to add to the scores of the last of these keys)."""
     for start in range(0, num_tokens, _BLOCK):
         stop = min(start + _BLOCK, num_tokens)
         first = max(0, start - window + 1) if window else 0
-        yield slice(start, stop), slice(first, stop), _mask(stop - start, start - first, window)
+        mask = _band(stop - start, start - first, window) if window else _triangle(stop - start)
+        yield slice(start, stop), slice(first, stop), mask
 
 
-@functools.lru_cache(maxsize=64)
-def _mask(num_queries, num_before, window):
-    """Return what is added to the scores of queries and the keys from `num_before` tokens before them on: 0 or -inf."""
+@functools.lru_cache(maxsize=8)
+def _triangle(num_queries):
+    """Return (b, b): 0 where a query sees a key of its own block, else -inf."""
+    return torch.full((num_queries, num_queries), -math.inf).triu_(1)
+
+
+def _band(num_queries, num_before, window):
+    """Return (b, c): the same with the keys from `num_before` tokens before the block on, of which `window` are seen."""
     distance = torch.arange(num_before, num_before + num_queries)[:, None] - torch.arange(num_before + num_queries)
-    seen = (distance >= 0) & (distance < window) if window else distance >= 0
-    return torch.zeros(seen.shape).masked_fill_(~seen, -math.inf)
+    return torch.zeros(distance.shape).masked_fill_((distance < 0) | (distance >= window), -math.inf)
 
 
-def _probabilities(q_KGbD, k32_KcD, mask_bc, scale):
+def _probabilities(q_KGbD, k32_KcD, mask, scale):
     """Return (K, G, b, c) float32."""
     scores = _heads(q_KGbD.float() * scale, k32_KcD.transpose(1, 2))
-    return torch.softmax(scores.add_(mask_bc), -1)
+    scores[..., scores.shape[-1] - mask.shape[-1] :].add_(mask)
+    return torch.softmax(scores, -1)
 
 
 def _together(x_KGbD):

@@ -61,9 +61,8 @@ def takes(model):
     )
 
 
-def hidden_states(model, columns, **inputs):
-    """Return what the head of `model` would get at these columns: (B, len(columns), H)."""
-    head = model.get_output_embeddings()
+def hidden_states(model, head, columns, **inputs):
+    """Return what `head` would get in a forward pass of `model` at these columns: (B, len(columns), H)."""
     head.forward = lambda hidden: hidden
     try:
         return model(**inputs, use_cache=False, logits_to_keep=columns).logits

@@ -25,11 +25,11 @@ class Job:
     """All that a plan depends on.
 
     outline: of the model with its adapters; load, eval_load: micro-batches at their largest. training: the recipe's
-    section. gradient_checkpointing: True, False or "auto" (as many layers as the budget needs). offload: True, False or
-    "auto" (where all layers checkpointed do not do); can_offload: whether that may be suggested. card: for the speed; None
-    if it is not known. num_tokens: an epoch's, without padding; num_micro_batches: an epoch's. packed_load,
-    packed_micro_batches: those with data.packing, None if it cannot be. remade(lora, num_new_tokens, packed): another
-    outline of the same model; what is not given stays.
+    section. gradient_checkpointing: True, False, a number of layers, or "auto" (as many as the budget needs). offload:
+    True, False or "auto" (where all layers checkpointed do not do). card: for the speed; None if it is not known.
+    num_tokens: an epoch's, without padding; num_micro_batches: an epoch's. packed_load, packed_micro_batches: those with
+    data.packing, None if it cannot be. remade(lora, num_new_tokens, packed): another outline of the same model; what is
+    not given stays.
     """
 
     outline: Outline
@@ -38,7 +38,6 @@ class Job:
     budget_bytes: int
     gradient_checkpointing: Any = "auto"
     offload: Any = False
-    can_offload: bool = False
     eval_load: Load | None = None
     card: Card | None = None
     num_tokens: int | None = None
@@ -60,7 +59,8 @@ class Job:
 @dataclass(frozen=True)
 class Plan:
     """components: bytes by name at the moment of the peak, which sum to peak_bytes; where: that moment. host_bytes: beside
-    that, for checkpoints moved to the host. tokens_per_second: at most, padding not counted; steps and hours: of the whole
+    that, for checkpoints moved to the host; allocated_bytes: of the peak without a GPU's context; cuda_bytes: those that
+    torch's counters on a GPU see. tokens_per_second: at most, padding not counted; steps and hours: of the whole
     training, at that speed. Numbers that are not known are None."""
 
     components: dict
@@ -73,6 +73,7 @@ class Plan:
     offload: bool
     host_bytes: int
     allocated_bytes: int
+    cuda_bytes: int
     tokens_per_second: float | None
     steps: int | None
     hours: float | None
@@ -102,6 +103,7 @@ def plan(job: Job) -> Plan:
         offload,
         found.host_bytes,
         found.allocated_bytes,
+        found.allocated_bytes - found.paged_bytes,
         per_second,
         steps,
         hours,
@@ -118,8 +120,8 @@ def _choice(job) -> tuple[int, bool, Usage]:
     def fits(choice):
         return choice[2].peak_bytes <= job.budget_bytes
 
-    if setting is False:
-        return at(0)
+    if setting is not True and setting != "auto":
+        return at(int(setting), job.offload is True)
     everything = at(num, job.offload is True)
     if setting is True or job.offload is True or not fits(everything):
         return at(num, True) if job.offload == "auto" and not fits(everything) else everything
@@ -139,7 +141,7 @@ def _seconds(job, layers):
     if job.card is None:
         return None
     load, share = job.load, 1.0
-    if job.num_tokens and job.num_micro_batches and load.packed:  # padded rows are computed at full length
+    if job.num_tokens and job.num_micro_batches and load.joined:  # padded rows are computed at full length
         share = min(1.0, job.num_tokens / job.num_micro_batches / load.tokens)
     work = job.outline.work
     length, scored = round(load.length * share), round(load.scored * share)
@@ -173,7 +175,9 @@ def backwards(job: Job) -> dict:
 def at_length(job, length):
     """Return the job with rows of this length."""
     load = job.load
-    return job.but(load=dataclasses.replace(load, length=length, scored=_scaled(load, length / load.length)))
+    factor = length / load.length
+    document = None if load.document is None else max(1, round(load.document * factor))
+    return job.but(load=dataclasses.replace(load, length=length, scored=_scaled(load, factor), document=document))
 
 
 def at_rows(job, rows):
@@ -243,9 +247,9 @@ def _changes(job, now):
         yield "data.packing=true", changed.but(per_device_train_batch_size=1)
     if job.gradient_checkpointing is not True and not now.fits:
         yield "memory.gradient_checkpointing=true", job.but(gradient_checkpointing=True)
-    if job.gradient_checkpointing is True or (job.gradient_checkpointing is False and not now.fits):
+    if job.gradient_checkpointing != "auto" and (job.gradient_checkpointing is True or not now.fits):
         yield "memory.gradient_checkpointing=auto", job.but(gradient_checkpointing="auto")
-    if job.can_offload and not now.offload and not now.fits:
+    if not now.offload and not now.fits:
         settings = "memory.gradient_checkpointing=true memory.offload=true"
         yield settings, job.but(gradient_checkpointing=True, offload=True)
     if not training.optim.endswith("8bit"):

@@ -16,16 +16,20 @@ from .speed import Work
 # Assumed, not measured: what the CUDA driver and the libraries' kernels take beside torch's own allocations, and what
 # torch's allocator loses to rounding (blocks of 512 bytes and of 2 MiB) and to holes, as a share of a step's tensors.
 CONTEXT_BYTES, LOST_SHARE = 512 * 2**20, 0.03
+_PAGED_FROM = 100_000  # numbers in a tensor whose states bitsandbytes 0.50.2 pages
 
 
 @dataclass(frozen=True)
 class Load:
-    """A micro-batch at its largest. rows: of length `length`, padding counted; scored: its trained positions."""
+    """A micro-batch at its largest. rows: of length `length`, padding counted; scored: its trained positions. joined: the
+    rows are one row without padding. document: the longest that is attended to by itself; None: as long as a row."""
 
     rows: int
     length: int
     scored: int
     packed: bool = False
+    joined: bool = False
+    document: int | None = None
 
     @property
     def tokens(self):
@@ -34,16 +38,18 @@ class Load:
     @property
     def mask_bytes(self):
         """Rows of unlike length need a mask of T x T numbers each, as bool and in the model's dtype; others none."""
-        return 3 * self.rows * self.length**2 if self.rows > 1 and not self.packed else 0
+        return 3 * self.rows * self.length**2 if self.rows > 1 and not (self.packed or self.joined) else 0
 
 
 @dataclass(frozen=True)
 class Usage:
-    """Memory at the moment of the peak. components: bytes by name, which sum to peak_bytes; host_bytes: beside that."""
+    """Memory at the moment of the peak. components: bytes by name, which sum to peak_bytes; host_bytes: beside that;
+    paged_bytes: of optimizer states that the CUDA driver holds, not torch."""
 
     components: dict
     where: str
     host_bytes: int
+    paged_bytes: int
 
     @property
     def peak_bytes(self):
@@ -90,10 +96,10 @@ class Outline:
         )
 
 
-def outline(config, model_section, quantization, lora, num_new_tokens, device_kind, packed):
+def outline(config, model_section, quantization, lora, num_new_tokens, device_kind, packed, kernels="auto"):
     """Return the Outline of what these recipe sections describe; takes about a second and no weights.
 
-    config: the transformers config, grown to the new tokens. device_kind: "cuda" or "cpu".
+    config: the transformers config, grown to the new tokens. device_kind: "cuda" or "cpu". kernels: the recipe's setting.
 
     Raises:
         InputError: the adapter does not go with the model, see adapter.attach.
@@ -110,8 +116,7 @@ def outline(config, model_section, quantization, lora, num_new_tokens, device_ki
     # then allocates less than it does in training (PEFT 0.21.2, found by the test against real steps)
     with torch.device("meta") if lora.peft_type == "LORA" else contextlib.nullcontext():
         peft_model = adapter.attach(model, lora, token_ids=range(num_new_tokens))
-    # kernels.install(peft_model, setting) goes here: what they save is then traced like all else
-    step = trace.trace(peft_model, device_kind, packed)
+    step = trace.trace(peft_model, device_kind, packed, kernels)
     trained = [parameter for parameter in peft_model.parameters() if parameter.requires_grad]
     layers = base_model.decoder_layers(peft_model)
     text = config.get_text_config()
@@ -176,11 +181,14 @@ def usage(model: Outline, load: Load, training, checkpointed, offload, eval_load
     lost = LOST_SHARE * sum(parts.get(name, 0) for name in ("checkpoints", "layer_work", "loss_head", "buffers"))
     found["context"] = round(CONTEXT_BYTES + lost) if on_cuda else 0
     kept = model.step.checkpointed[model.step.layers[-1]][0].rise_and_change(_growth(load))[1]
-    return Usage(found, where, round(kept * checkpointed) if offload else 0)
+    large = model.trained[model.trained >= _PAGED_FROM]
+    paged = on_cuda and training.optim.startswith("paged") and where != "loading"
+    paged_bytes = round(_optimizer_bytes(large, training.optim)) if paged else 0
+    return Usage(found, where, round(kept * checkpointed) if offload else 0, paged_bytes)
 
 
 def _growth(load):
-    return trace.growth(load.tokens, load.scored)
+    return trace.growth(load.tokens, load.scored, load.document or load.length)
 
 
 def _step(model, load, checkpointed, offload, summed):

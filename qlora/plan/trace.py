@@ -17,19 +17,29 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from .. import base_model, memory
+from .. import base_model, kernels, memory
+from ..kernels import checkpointing
 
 # B batch (1), H heads, T tokens, D head dim, N scored positions, V vocabulary, C positions in a chunk of the head
 
 _ATTENTION = "qlora_plan"
 _HEAD_CHUNK, _VOCABULARY_CHUNK = 4096, 32768  # trl 1.16: kernels/chunked_logprob.py, trainer/utils.py
-# (T, N, C) to run at: as many as there are terms in `growth`
-_POINTS = ((256, 128, 64), (512, 128, 64), (768, 128, 64), (256, 96, 64), (256, 128, 96))
+_LEAN_CHUNK = 64  # kernels.loss
+_BLOCK = 128  # kernels.causal
+# (T, N, C, longest document) to run at: as many as there are terms in `growth`
+_POINTS = (
+    (256, 128, 64, 256),
+    (512, 128, 64, 256),
+    (768, 128, 64, 256),
+    (256, 96, 64, 256),
+    (256, 128, 96, 256),
+    (256, 128, 64, 128),
+)
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Part of a step. levels: (events, 5), bytes above the start after each event, by what they grow with: `growth`."""
+    """Part of a step. levels: (events, 6), bytes above the start after each event, by what they grow with: `growth`."""
 
     levels: np.ndarray
 
@@ -43,9 +53,10 @@ class Segment:
         return Segment(self.levels + share * (other.levels - self.levels))
 
 
-def growth(num_tokens, num_scored):
-    """Return what levels grow with: a constant, T, T squared, N, and the rows of the head's buffer."""
-    return np.array([1.0, num_tokens, num_tokens**2, num_scored, min(num_scored, _HEAD_CHUNK)])
+def growth(num_tokens, num_scored, document):
+    """Return what levels grow with: 1, T, T squared, N, rows of the head's buffer, scores of a block of a document."""
+    block = min(document, _BLOCK) * document
+    return np.array([1.0, num_tokens, num_tokens**2, num_scored, min(num_scored, _HEAD_CHUNK), block])
 
 
 @dataclass(frozen=True)
@@ -73,11 +84,11 @@ class Step:
         )
 
 
-def trace(peft_model, device_kind, packed):
+def trace(peft_model, device_kind, packed, setting="auto"):
     """Return the Step of a PEFT model on the meta device; leaves the model as it was.
 
     device_kind: "cuda" or "cpu": which loss is computed, and what attention needs for itself. packed: whether a row holds
-    several documents.
+    several documents. setting: of the kernels.
     """
     model = peft_model.get_base_model()
     layers = base_model.decoder_layers(model)
@@ -85,11 +96,12 @@ def trace(peft_model, device_kind, packed):
     kinds = [(index == 0, index == len(layers) - 1, _kind(layer)) for index, layer in enumerate(layers)]
     names = {kind: number for number, kind in enumerate(dict.fromkeys(kinds))}
     chosen = [layers[kinds.index(kind)] for kind in names]
-    with _cut(model, layers, chosen), _attention(model, device_kind, packed), _training(peft_model):
+    with _cut(model, layers, chosen), kernels.installed(peft_model, setting) as found, _training(peft_model):
         ways = []
-        for on in (False, True):
-            with _checkpointing(peft_model, on):
-                ways.append(_fitted({point: _run(peft_model, chosen, device_kind, *point) for point in _POINTS}))
+        for number in (0, len(chosen)):
+            with checkpointing.checkpointed(chosen, number):
+                runs = {point: _run(peft_model, chosen, device_kind, found, packed, *point) for point in _POINTS}
+                ways.append(_fitted(runs))
     plain, checkpointed = (
         {number: (found["forward", number], found["backward", number]) for number in names.values()}
         | {"head": (found["head forward"], found["head"])}
@@ -104,7 +116,7 @@ def _kind(layer):
     return (type(layer), *shapes)
 
 
-def _run(peft_model, layers, device_kind, num_tokens, num_scored, chunk):
+def _run(peft_model, layers, device_kind, installed, packed, num_tokens, num_scored, chunk, document):
     """Return {segment: levels} of one forward and backward pass."""
     marks = []
 
@@ -128,11 +140,14 @@ def _run(peft_model, layers, device_kind, num_tokens, num_scored, chunk):
         handles.append(layer.register_forward_pre_hook(begin(number), with_kwargs=True))
         handles.append(layer.register_forward_hook(end(number), with_kwargs=True))
     live = memory.LiveTensors()
+    on_cuda = device_kind == "cuda"
+    way = _loss_on_cuda if on_cuda else _lean_loss_on_cpu if installed.loss else _loss_on_cpu
+    attention = _way_of_attention(device_kind, installed.joined, packed, document)
     try:
-        with live:
+        with _attention(peft_model.get_base_model(), attention, packed or installed.joined), live:
             live.add(*base_model.tensors(peft_model))
             mark("embedding")
-            loss = (_loss_on_cuda if device_kind == "cuda" else _loss_on_cpu)(peft_model, num_tokens, num_scored, chunk)
+            loss = way(peft_model, num_tokens, num_scored, chunk)
             mark("loss")
             loss.backward()
             del loss
@@ -154,7 +169,8 @@ def _run(peft_model, layers, device_kind, num_tokens, num_scored, chunk):
 
 def _fitted(runs):
     """Return {segment: Segment} from {point: run}, the same events in each: levels are exact, so a point a term will do."""
-    terms = np.array([[1.0, t, t * t, n, c] for t, n, c in runs])
+    terms = np.array([growth(t, n, document) for t, n, _, document in runs])
+    terms[:, 4] = [c for _, _, c, _ in runs]
     segments = {}
     for name in next(iter(runs.values())):
         levels = [run[name] for run in runs.values()]
@@ -176,13 +192,39 @@ def _positions(count):
 
 
 def _loss_on_cpu(peft_model, num_tokens, num_scored, chunk):
-    """What sft._loss_of_trained_positions computes, the positions given instead of looked for."""
+    """What sft.loss_of_trained_positions computes, the positions given instead of looked for."""
     ids, mask, labels = _inputs(num_tokens)
     columns = _positions(num_scored)
     logits = peft_model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=columns).logits
     targets = labels[:, 1:][:, columns - 1]
     at = _positions(num_scored), _positions(num_scored)  # what indexing by a mask turns it into
     return F.cross_entropy(logits[at].float(), targets[at], reduction="sum") / num_scored
+
+
+def _lean_loss_on_cpu(peft_model, num_tokens, num_scored, chunk):
+    """The same with kernels.loss, whose loop over positions is of another length at each size."""
+    ids, mask, labels = _inputs(num_tokens)
+    columns, head = _positions(num_scored), peft_model.get_base_model().get_output_embeddings()
+    hidden = kernels.loss.hidden_states(peft_model, head, columns, input_ids=ids, attention_mask=mask)
+    targets = labels[:, 1:][:, columns - 1]
+    at = _positions(num_scored), _positions(num_scored)
+    return _LeanHead.apply(hidden[at], head.weight, targets[at]) / num_scored
+
+
+class _LeanHead(torch.autograd.Function):
+    """Tensors as kernels.loss makes them."""
+
+    @staticmethod
+    def forward(ctx, hidden_ND, weight_VD, targets_N):
+        ctx.save_for_backward(torch.empty_like(hidden_ND))
+        raw = hidden_ND.new_empty(_LEAN_CHUNK, len(weight_VD))
+        scores = torch.empty_like(raw, dtype=torch.float32)
+        del raw, scores
+        return hidden_ND.new_zeros((), dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return ctx.saved_tensors[0], None, None
 
 
 def _loss_on_cuda(peft_model, num_tokens, num_scored, chunk):
@@ -256,32 +298,13 @@ def _training(peft_model):
 
 
 @contextlib.contextmanager
-def _checkpointing(peft_model, on):
-    """Checkpoint every layer while the block runs, as the trainer does."""
-    if not on:
-        yield
-        return
-    model = peft_model.get_base_model()
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    # trl 1.16, SFTTrainer.__init__: the embeddings require a gradient then
-    handle = model.get_input_embeddings().register_forward_hook(
-        lambda module, args, output: output.requires_grad_(True)
-    )
-    try:
-        yield
-    finally:
-        handle.remove()
-        model.gradient_checkpointing_disable()
-
-
-@contextlib.contextmanager
-def _attention(model, device_kind, packed):
-    """Count attention as a flash kernel does it, where sdpa will choose one; on the meta device it builds S x S scores."""
+def _attention(model, function, joined):
+    """Count attention as the kernels do it that will be chosen; on the meta device sdpa builds S x S scores."""
     before = model.config._attn_implementation
-    if before == "eager" and not packed:
+    if before == "eager" and not joined:
         yield
         return
-    AttentionInterface.register(_ATTENTION, _flash_attention(device_kind, packed))
+    AttentionInterface.register(_ATTENTION, function)
     AttentionMaskInterface.register(_ATTENTION, lambda *args, **kwargs: None)
     model.set_attn_implementation(_ATTENTION)
     try:
@@ -290,10 +313,13 @@ def _attention(model, device_kind, packed):
         model.set_attn_implementation(before)
 
 
-def _flash_attention(device_kind, packed):
+def _way_of_attention(device_kind, joined, packed, document):
+    """Return an attention function. joined: kernels.attention is what computes it."""
     on_cuda = device_kind == "cuda"
 
     def attend(module, query, key, value, attention_mask, **kwargs):
+        if joined and not on_cuda:
+            return _InBlocks.apply(query, key, value, document).transpose(1, 2).contiguous(), None
         if packed and not on_cuda:  # document by document: kernels.attention.one_by_one
             half = query.shape[2] // 2
             parts = [[x[:, :, part] for x in (query, key, value)] for part in (slice(half), slice(half, None))]
@@ -301,6 +327,35 @@ def _flash_attention(device_kind, packed):
         return _Flash.apply(query, key, value, on_cuda).transpose(1, 2).contiguous(), None
 
     return attend
+
+
+class _InBlocks(torch.autograd.Function):
+    """Tensors as kernels.causal makes them for the last block of the longest document."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, document):
+        output = torch.empty_like(query)
+        ctx.save_for_backward(query, key, value)
+        ctx.document = document
+        in_float32 = key[:, :, :document].to(torch.float32, copy=key.dtype != torch.float32)
+        scores, probabilities = (_block(query, document, torch.float32) for _ in range(2))
+        del in_float32, scores, probabilities
+        return output
+
+    @staticmethod
+    def backward(ctx, gradient):
+        query, key, value = ctx.saved_tensors
+        sums = [torch.empty_like(x[:, :, : ctx.document], dtype=torch.float32) for x in (key, value)]
+        in_float32 = torch.empty_like(sums[0])
+        grad_query = torch.empty_like(query)
+        scores = [_block(query, ctx.document, torch.float32) for _ in range(3)]
+        del scores, in_float32
+        return grad_query, *(torch.empty_like(x) for x in (key, value)), None
+
+
+def _block(query, document, dtype):
+    """Return the scores of a block of queries and all keys of a document."""
+    return query.new_empty(query.shape[1], min(_BLOCK, document), document, dtype=dtype)
 
 
 class _Flash(torch.autograd.Function):

@@ -16,7 +16,7 @@ from qlora.errors import InputError
 from qlora.kernels import attention
 from qlora.kernels.attention import refuse_unsupported, within_documents
 from qlora.recipe import Lora
-from qlora.sft import _join_rows
+from qlora.sft import join_rows
 from tests.conftest import CONVERSATIONS, FAMILIES, encode, messages
 
 PACKABLE = [family for family in FAMILIES if family != "gemma2"]
@@ -34,7 +34,7 @@ def prepare(load_model, tokenizer, family):
     examples = [encode(tokenizer, messages(turns)) for turns in TURNS]
     rows = pack(examples, 96)
     assert 1 < len(rows) < len(examples)
-    return model.train(), examples, _join_rows([row.__dict__ for row in rows]), rows
+    return model.train(), examples, join_rows([row.__dict__ for row in rows]), rows
 
 
 def gradients(model):

@@ -314,7 +314,7 @@ def test_hidden_states_are_what_the_head_gets(load):
     columns = torch.tensor([3, 7])
     ids = batch()["input_ids"]
     with torch.no_grad():
-        hidden = loss.hidden_states(model, columns, input_ids=ids)
+        hidden = loss.hidden_states(model, model.get_output_embeddings(), columns, input_ids=ids)
         logits = model(input_ids=ids, use_cache=False, logits_to_keep=columns).logits
         torch.testing.assert_close(model.get_output_embeddings()(hidden), logits)
 

@@ -1,5 +1,6 @@
 """The plan against real training steps of real NF4 models, against closed forms, and against itself."""
 
+import contextlib
 import dataclasses
 import itertools
 
@@ -8,7 +9,8 @@ import torch
 import transformers
 from bitsandbytes.optim import AdamW
 
-from qlora import adapter, base_model, memory, plan, sft
+from qlora import adapter, base_model, kernels, memory, plan, sft
+from qlora.kernels import checkpointing
 from qlora.plan import speed
 from qlora.recipe import Lora, Model, Quantization, Training
 
@@ -30,12 +32,12 @@ SHAPES = {
     "gemma": lambda: transformers.GemmaConfig(**_SHAPE, num_key_value_heads=1, head_dim=64),
     "phi3": lambda: transformers.Phi3Config(**_SHAPE, num_key_value_heads=2, tie_word_embeddings=False),
 }
-SECTION = Model(name_or_path="none")
+SECTION, NF4 = Model(name_or_path="none"), Quantization()
 GIB = 2**30
 
 
-def outline_of(config, lora=None, device_kind="cpu", quantization=Quantization(), packed=False, num_new=0):  # noqa: B008
-    return plan.outline(config, SECTION, quantization, lora or Lora(), num_new, device_kind, packed)
+def outline_of(config, lora=None, device_kind="cpu", quantization=NF4, packed=False, num_new=0, kernels="auto"):
+    return plan.outline(config, SECTION, quantization, lora or Lora(), num_new, device_kind, packed, kernels)
 
 
 @pytest.fixture(scope="module")
@@ -68,34 +70,35 @@ class Measured:
         self.hook = None
         self.step(1, 64, 32, 0)  # the states of the optimizer
 
-    def step(self, rows, length, trained, checkpointed):
-        """Return the most bytes alive. trained: the last tokens of each row."""
-        model = self.model.get_base_model()
-        if checkpointed:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-            model.enable_input_require_grads()
-            for index, layer in enumerate(base_model.decoder_layers(model)):
-                layer.gradient_checkpointing = index < checkpointed
-        with self.live:
+    def step(self, rows, length, trained, checkpointed, setting="auto"):
+        """Return the most bytes alive. trained: the last tokens of each row. setting: of the kernels."""
+        layers = base_model.decoder_layers(self.model)
+        ids, labels = [7] * length, [-100] * (length - trained) + [7] * trained
+        with contextlib.ExitStack() as stack:
+            found = stack.enter_context(kernels.installed(self.model, setting))
+            stack.enter_context(checkpointing.checkpointed(layers, checkpointed))
+            if found.joined:
+                stack.enter_context(kernels.attention.within_documents(self.model))
+            stack.enter_context(self.live)
             self.live.peak = 0
             for _ in range(2):
-                labels = torch.full((rows, length), -100)
-                labels[:, -trained:] = 7
-                mask = torch.ones_like(labels)
-                inputs = {"input_ids": torch.full_like(labels, 7), "attention_mask": mask, "labels": labels}
-                sft._loss_of_trained_positions(self.model, inputs, torch.tensor(rows * trained)).backward()
+                if found.joined:
+                    inputs = sft.join_rows([{"input_ids": ids, "labels": labels}] * rows)
+                else:
+                    inputs = {"input_ids": torch.tensor([ids] * rows), "labels": torch.tensor([labels] * rows)}
+                    inputs["attention_mask"] = torch.ones_like(inputs["labels"])
+                count = torch.tensor(rows * trained)
+                sft.loss_of_trained_positions(self.model, inputs, count, found.loss).backward()
                 self.masters.take_gradients()
+                del inputs
             self.optimizer.step()
             self.masters.give_weights()
             self.masters.clear_gradients()
-        if checkpointed:
-            model.gradient_checkpointing_disable()
-            model.disable_input_require_grads()
         return self.live.peak
 
 
-def predicted(outline, rows, length, trained, checkpointed):
-    load = plan.Load(rows, length, rows * trained)
+def predicted(outline, rows, length, trained, checkpointed, joined=True):
+    load = plan.Load(rows, length, rows * trained, joined=joined)
     return plan.usage(outline, load, Training(gradient_accumulation_steps=2), checkpointed, False)
 
 
@@ -110,8 +113,15 @@ def test_the_peak_is_that_of_real_training_steps(load_shape, name, r):
     for checkpointed in (0, 2, 4):
         for length in (192, 384, 768, 1024):
             found = predicted(outline, 1, length, length // 2, checkpointed).allocated_bytes
-            # 5 % is promised; bookkeeping of a few kB apart, the operations are the same ones
-            assert found == pytest.approx(real.step(1, length, length // 2, checkpointed), rel=0.01)
+            assert found == pytest.approx(real.step(1, length, length // 2, checkpointed), rel=0.05)
+
+
+def test_with_kernels_off_the_peak_is_that_of_real_training_steps(load_shape):
+    outline, real = outline_of(SHAPES["qwen2"](), kernels="off"), Measured(load_shape("qwen2", Lora()))
+    for checkpointed, length in ((0, 384), (2, 1024), (4, 768)):
+        found = predicted(outline, 1, length, length // 2, checkpointed).allocated_bytes
+        # bookkeeping of a few kB apart, the operations are the same ones
+        assert found == pytest.approx(real.step(1, length, length // 2, checkpointed, "off"), rel=0.01)
 
 
 @pytest.mark.parametrize(
@@ -135,9 +145,12 @@ def test_the_peak_of_other_kinds_of_adapters_is_that_of_real_steps(load_shape, l
 
 
 def test_the_peak_of_several_rows_is_that_of_real_steps(load_shape):
-    found = predicted(outline_of(SHAPES["gemma"]()), 4, 256, 128, 0)
-    without_mask = found.allocated_bytes - plan.Load(4, 256, 512).mask_bytes  # these rows are of one length: no mask
-    assert without_mask == pytest.approx(Measured(load_shape("gemma", Lora())).step(4, 256, 128, 0), rel=0.01)
+    real = Measured(load_shape("gemma", Lora()))
+    found = predicted(outline_of(SHAPES["gemma"]()), 4, 256, 128, 0).allocated_bytes
+    assert found == pytest.approx(real.step(4, 256, 128, 0), rel=0.05)
+    padded = predicted(outline_of(SHAPES["gemma"](), kernels="off"), 4, 256, 128, 0, joined=False).allocated_bytes
+    without_mask = padded - plan.Load(4, 256, 512).mask_bytes  # these rows are of one length: no mask
+    assert without_mask == pytest.approx(real.step(4, 256, 128, 0, "off"), rel=0.01)
 
 
 def test_the_count_of_living_tensors_is_the_sum_of_their_bytes():
@@ -225,8 +238,10 @@ def test_offloaded_checkpoints_are_on_the_host_but_for_two(llama2_7b):
 
 def test_the_longest_sequences_are_those_computed_by_hand(llama2_7b):
     job = job_of(llama2_7b, gradient_checkpointing=True)
+    plain = job.but(outline=outline_of(SEVEN_B["Llama-2-7B"][0], device_kind="cuda", kernels="off"))
     # 35K with checkpoints of 262 kB and 252-340 kB of work a token; the plain modules take 380 kB of it
-    assert 25_000 < plan.backwards(job)["max_length"] < 45_000
+    assert 25_000 < plan.backwards(plain)["max_length"] < 45_000
+    assert 1.05 * plan.backwards(plain)["max_length"] < plan.backwards(job)["max_length"] < 50_000
     assert 2_500 < plan.backwards(job_of(llama2_7b, gradient_checkpointing=False))["max_length"] < 5_000
 
 

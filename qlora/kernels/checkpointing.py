@@ -47,10 +47,14 @@ def checkpointed(layers, number, offload=False):
         for index, layer in enumerate(chosen):
             layer._gradient_checkpointing_func = functools.partial(host.checkpoint, index == 0) if host else _plain
             layer.gradient_checkpointing = True
+            for module in layer.modules():
+                module.computed_again = True  # kernels.swiglu keeps less then
         yield host
     finally:
         for layer in chosen:
             layer.gradient_checkpointing = False
+            for module in layer.modules():
+                del module.computed_again
         if host:
             host.close()
 

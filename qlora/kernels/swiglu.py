@@ -1,12 +1,17 @@
 """The gated feed-forward part of a decoder layer with its three adapters: down(act(gate(x)) * up(x)).
 
 Module by module autograd keeps gate(x), act(gate(x)), up(x) and their product; here gate(x) and up(x), from which the other
-two are made again in the backward pass. It is two nodes: all that is kept is kept by the first, so that a checkpointed
-layer, which is computed again only until everything has been kept, does not multiply by down's weight a second time.
+two are made again in the backward pass. In a layer that is checkpointed not even these: x is kept, and nothing of this part
+is computed again until its backward pass, which then goes through the tokens a tile at a time. So it costs what it costs
+anyhow, and the widest tensors of the model, a dozen of (tokens, intermediate_size), are of a tile and not of the sequence.
+
+Each is two nodes, of which the first keeps all that is kept, before the other multiplies: a checkpointed layer is computed
+again only until everything has been kept.
 """
 
 from __future__ import annotations
 
+import itertools
 import types
 
 import torch
@@ -34,49 +39,72 @@ class _Layer:
 
 
 class _Mlp:
+    """The arithmetic, on some rows of x. weights: A and B of gate, up and down."""
+
     def __init__(self, module):
         self.gate, self.up, self.down = (_Layer(part) for part in (module.gate_proj, module.up_proj, module.down_proj))
+        self.weights = [weight for layer in (self.gate, self.up, self.down) for weight in (layer.A, layer.B)]
         self.act = module.act_fn
         self.act_backward = _BACKWARD[type(module.act_fn).__name__]
+        self.width = module.down_proj.out_features
+
+    def products(self, x_NH, weights):
+        """Return gate(x), up(x), and their A x."""
+        outputs, middles = [], []
+        for layer, A, B in ((self.gate, *weights[:2]), (self.up, *weights[2:4])):
+            middles.append(x_NH @ A.t())
+            outputs.append(layer.base.product(x_NH).addmm_(middles[-1], B.t(), alpha=layer.scaling))
+        return *outputs, *middles
 
     def hidden(self, gate_NI, up_NI):
         return self.act(gate_NI).mul_(up_NI)
+
+    def add_down(self, part_NH, h_NI):
+        """Return `part_NH` with down's base product of h, and its bias, added in place."""
+        base = self.down.base
+        part_NH.addmm_(h_NI, base.weight().t())
+        return part_NH if base.bias is None else part_NH.add_(base.bias)
+
+    def gradients(self, g_NH, x_NH, gate, up, t_gate, t_up, t_down, weights, wants_x):
+        """Return the gradients of x (None where it is not wanted) and of the weights. t_down: None to make it again."""
+        A_gate, B_gate, A_up, B_up, A_down, B_down = weights
+        acted = self.act(gate)
+        h_NI = acted * up
+        t_down = h_NI @ A_down.t() if t_down is None else t_down
+        u, *grads_down = gradients(g_NH, h_NI, t_down, B_down, self.down.scaling)
+        del h_NI
+        grad_h = (g_NH @ self.down.base.weight()).addmm_(u, A_down)
+        grad_up = acted.mul_(grad_h)
+        grad_gate = self.act_backward(grad_h.mul_(up), gate)
+        del grad_h, acted
+        u_gate, *grads_gate = gradients(grad_gate, x_NH, t_gate, B_gate, self.gate.scaling)
+        u_up, *grads_up = gradients(grad_up, x_NH, t_up, B_up, self.up.scaling)
+        grad_x = None
+        if wants_x:
+            grad_x = (grad_gate @ self.gate.base.weight()).addmm_(grad_up, self.up.base.weight())
+            grad_x.addmm_(u_gate, A_gate).addmm_(u_up, A_up)
+        return grad_x, *grads_gate, *grads_up, *grads_down
 
 
 class _AllButDown(torch.autograd.Function):
     """The adapter's part of down's output (N, H); its backward pass is that of the whole feed-forward part."""
 
     @staticmethod
-    def forward(ctx, x_NH, mlp, kept, A_gate, B_gate, A_up, B_up, A_down, B_down):
-        outputs, middles = [], []
-        for layer, A, B in ((mlp.gate, A_gate, B_gate), (mlp.up, A_up, B_up)):
-            middles.append(x_NH @ A.t())
-            outputs.append(layer.base.product(x_NH).addmm_(middles[-1], B.t(), alpha=layer.scaling))
-        h_NI = mlp.hidden(*outputs)
-        t_NR = h_NI @ A_down.t()
+    def forward(ctx, x_NH, mlp, kept, *weights):
+        gate, up, t_gate, t_up = mlp.products(x_NH, weights)
+        h_NI = mlp.hidden(gate, up)
+        t_down = h_NI @ weights[4].t()
         kept.append(h_NI)  # for _Down, which takes it
-        ctx.save_for_backward(x_NH, *outputs, *middles, t_NR, A_gate, B_gate, A_up, B_up, A_down, B_down)
+        ctx.save_for_backward(x_NH, gate, up, t_gate, t_up, t_down, *weights)
         ctx.mlp = mlp
-        return (t_NR @ B_down.t()).mul_(mlp.down.scaling)
+        return (t_down @ weights[5].t()).mul_(mlp.down.scaling)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g_NH):
-        x_NH, gate, up, t_gate, t_up, t_down, A_gate, B_gate, A_up, B_up, A_down, B_down = ctx.saved_tensors
-        mlp = ctx.mlp
-        acted = mlp.act(gate)
-        u, grad_A_down, grad_B_down = gradients(g_NH, acted * up, t_down, B_down, mlp.down.scaling)
-        grad_h = (g_NH @ mlp.down.base.weight()).addmm_(u, A_down)
-        grad_up = acted.mul_(grad_h)
-        grad_gate = mlp.act_backward(grad_h.mul_(up), gate)
-        del grad_h, acted
-        u_gate, grad_A_gate, grad_B_gate = gradients(grad_gate, x_NH, t_gate, B_gate, mlp.gate.scaling)
-        u_up, grad_A_up, grad_B_up = gradients(grad_up, x_NH, t_up, B_up, mlp.up.scaling)
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = (grad_gate @ mlp.gate.base.weight()).addmm_(grad_up, mlp.up.base.weight())
-            grad_x.addmm_(u_gate, A_gate).addmm_(u_up, A_up)
-        return grad_x, None, None, grad_A_gate, grad_B_gate, grad_A_up, grad_B_up, grad_A_down, grad_B_down
+        saved, weights = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
+        grad_x, *grads = ctx.mlp.gradients(g_NH, *saved, weights, ctx.needs_input_grad[0])
+        return grad_x, None, None, *grads
 
 
 class _Down(torch.autograd.Function):
@@ -85,9 +113,7 @@ class _Down(torch.autograd.Function):
     @staticmethod
     def forward(ctx, part_NH, mlp, kept):
         ctx.mark_dirty(part_NH)
-        base = mlp.down.base
-        part_NH.addmm_(kept.pop(), base.weight().t())
-        return part_NH if base.bias is None else part_NH.add_(base.bias)
+        return mlp.add_down(part_NH, kept.pop())
 
     @staticmethod
     @once_differentiable
@@ -95,8 +121,70 @@ class _Down(torch.autograd.Function):
         return g_NH, None, None
 
 
+class _Room(torch.autograd.Function):
+    """Room for the output (N, H); its backward pass is that of the whole feed-forward part, from x alone."""
+
+    @staticmethod
+    def forward(ctx, x_NH, mlp, *weights):
+        ctx.save_for_backward(x_NH, *weights)
+        ctx.mlp = mlp
+        return x_NH.new_empty(len(x_NH), mlp.width)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g_NH):
+        x_NH, *weights = ctx.saved_tensors
+        mlp, wants_x = ctx.mlp, ctx.needs_input_grad[0]
+        grad_x = torch.empty_like(x_NH) if wants_x else None
+        sums = []  # in float32, over tiles
+        for rows in tiles(len(x_NH)):
+            x = x_NH[rows]
+            part, *grads = mlp.gradients(g_NH[rows], x, *mlp.products(x, weights), None, weights, wants_x)
+            if grad_x is not None:
+                grad_x[rows] = part
+            del part
+            grads = [grad.float() for grad in grads]
+            sums = [total.add_(grad) for total, grad in zip(sums, grads, strict=True)] if sums else grads
+        return grad_x, None, *(total.to(weight.dtype) for total, weight in zip(sums, weights, strict=True))
+
+
+class _Fill(torch.autograd.Function):
+    """The output, into the room there is for it; keeps nothing."""
+
+    @staticmethod
+    def forward(ctx, out_NH, x_NH, mlp):
+        ctx.mark_dirty(out_NH)
+        weights = [weight.detach() for weight in mlp.weights]
+        for rows in tiles(len(x_NH)):
+            gate, up, _, _ = mlp.products(x_NH[rows], weights)
+            h_NI = mlp.hidden(gate, up)
+            del gate, up
+            part = ((h_NI @ weights[4].t()) @ weights[5].t()).mul_(mlp.down.scaling)
+            out_NH[rows] = mlp.add_down(part, h_NI)  # in this order, as _Down: the same to the bit
+            del h_NI, part
+        return out_NH
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g_NH):
+        return g_NH, None, None
+
+
+TILE = 4096  # tokens: products of that many keep a GPU busy, and unpacking a weight for each is 4 % of their time (computed)
+
+
+def tiles(num_tokens):
+    """Return slices of at most TILE tokens, as even as can be."""
+    count = -(-num_tokens // TILE)
+    ends = [num_tokens * index // count for index in range(count + 1)]
+    return [slice(start, stop) for start, stop in itertools.pairwise(ends)]
+
+
 def forward_of(module):
-    """Return what computes the forward of a Llama-like MLP, or None: another structure, dropout, or plain layers."""
+    """Return what computes the forward of a Llama-like MLP, or None: another structure, dropout, or plain layers.
+
+    Where the module has an attribute `computed_again`, its layer is checkpointed (kernels.checkpointing).
+    """
     parts = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
     if None in parts or {name for name, _ in module.named_children()} != {
         "gate_proj",
@@ -109,11 +197,13 @@ def forward_of(module):
     if any(one is None or one[3] is not None for one in found) or type(module.act_fn).__name__ not in _BACKWARD:
         return None
     mlp = _Mlp(module)
-    weights = [weight for layer in (mlp.gate, mlp.up, mlp.down) for weight in (layer.A, layer.B)]
 
     def forward(self, x):
-        kept = []
-        part = _AllButDown.apply(x.reshape(-1, x.shape[-1]), mlp, kept, *weights)
-        return _Down.apply(part, mlp, kept).view(x.shape)
+        flat, kept = x.reshape(-1, x.shape[-1]), []
+        if getattr(self, "computed_again", False):
+            y = _Fill.apply(_Room.apply(flat, mlp, *mlp.weights), flat.detach(), mlp)
+        else:
+            y = _Down.apply(_AllButDown.apply(flat, mlp, kept, *mlp.weights), mlp, kept)
+        return y.view(x.shape)
 
     return types.MethodType(forward, module)

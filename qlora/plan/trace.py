@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from .. import base_model, kernels, memory
-from ..kernels import checkpointing
+from ..kernels import checkpointing, swiglu
 
 # B batch (1), H heads, T tokens, D head dim, N scored positions, V vocabulary, C positions in a chunk of the head
 
@@ -26,20 +26,21 @@ _ATTENTION = "qlora_plan"
 _HEAD_CHUNK, _VOCABULARY_CHUNK = 4096, 32768  # trl 1.16: kernels/chunked_logprob.py, trainer/utils.py
 _LEAN_CHUNK = 64  # kernels.loss
 _BLOCK = 128  # kernels.causal
-# (T, N, C, longest document) to run at: as many as there are terms in `growth`
+# (T, N, C, longest document, tokens of a tile) to run at: as many as there are terms in `growth`
 _POINTS = (
-    (256, 128, 64, 256),
-    (512, 128, 64, 256),
-    (768, 128, 64, 256),
-    (256, 96, 64, 256),
-    (256, 128, 96, 256),
-    (256, 128, 64, 128),
+    (256, 128, 64, 256, 192),
+    (512, 128, 64, 256, 192),
+    (768, 128, 64, 256, 192),
+    (256, 96, 64, 256, 192),
+    (256, 128, 96, 256, 192),
+    (256, 128, 64, 128, 192),
+    (256, 128, 64, 256, 256),
 )
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Part of a step. levels: (events, 6), bytes above the start after each event, by what they grow with: `growth`."""
+    """Part of a step. levels: (events, 7), bytes above the start after each event, by what they grow with: `growth`."""
 
     levels: np.ndarray
 
@@ -54,9 +55,12 @@ class Segment:
 
 
 def growth(num_tokens, num_scored, document):
-    """Return what levels grow with: 1, T, T squared, N, rows of the head's buffer, scores of a block of a document."""
+    """Return what levels grow with: 1, T, T squared, N, rows of the head's buffer, scores of a block of a document, and
+    tokens of a tile of the feed-forward part.
+    """
     block = min(document, _BLOCK) * document
-    return np.array([1.0, num_tokens, num_tokens**2, num_scored, min(num_scored, _HEAD_CHUNK), block])
+    head, tile = min(num_scored, _HEAD_CHUNK), max(part.stop - part.start for part in swiglu.tiles(num_tokens))
+    return np.array([1.0, num_tokens, num_tokens**2, num_scored, head, block, tile])
 
 
 @dataclass(frozen=True)
@@ -116,7 +120,7 @@ def _kind(layer):
     return (type(layer), *shapes)
 
 
-def _run(peft_model, layers, device_kind, installed, packed, num_tokens, num_scored, chunk, document):
+def _run(peft_model, layers, device_kind, installed, packed, num_tokens, num_scored, chunk, document, tile):
     """Return {segment: levels} of one forward and backward pass."""
     marks = []
 
@@ -144,7 +148,7 @@ def _run(peft_model, layers, device_kind, installed, packed, num_tokens, num_sco
     way = _loss_on_cuda if on_cuda else _lean_loss_on_cpu if installed.loss else _loss_on_cpu
     attention = _way_of_attention(device_kind, installed.joined, packed, document)
     try:
-        with _attention(peft_model.get_base_model(), attention, packed or installed.joined), live:
+        with _attention(peft_model.get_base_model(), attention, packed or installed.joined), _one_tile(tile), live:
             live.add(*base_model.tensors(peft_model))
             mark("embedding")
             loss = way(peft_model, num_tokens, num_scored, chunk)
@@ -169,8 +173,9 @@ def _run(peft_model, layers, device_kind, installed, packed, num_tokens, num_sco
 
 def _fitted(runs):
     """Return {segment: Segment} from {point: run}, the same events in each: levels are exact, so a point a term will do."""
-    terms = np.array([growth(t, n, document) for t, n, _, document in runs])
-    terms[:, 4] = [c for _, _, c, _ in runs]
+    terms = np.array([growth(t, n, document) for t, n, _, document, _ in runs])
+    terms[:, 4] = [c for _, _, c, _, _ in runs]
+    terms[:, 6] = [tile for *_, tile in runs]
     segments = {}
     for name in next(iter(runs.values())):
         levels = [run[name] for run in runs.values()]
@@ -311,6 +316,17 @@ def _attention(model, function, joined):
         yield
     finally:
         model.set_attn_implementation(before)
+
+
+@contextlib.contextmanager
+def _one_tile(num_tokens):
+    """Let a checkpointed feed-forward part be computed for one tile of so many tokens, whatever the sequence has."""
+    before = swiglu.tiles
+    swiglu.tiles = lambda _: [slice(0, num_tokens)]
+    try:
+        yield
+    finally:
+        swiglu.tiles = before
 
 
 def _way_of_attention(device_kind, joined, packed, document):

@@ -7,8 +7,8 @@ import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from qlora import adapter, kernels
-from qlora.kernels import attention, linear, loss, norm, swiglu
+from qlora import adapter, base_model, kernels
+from qlora.kernels import attention, checkpointing, linear, loss, norm, swiglu
 from qlora.kernels.allocation import kept_memory
 from qlora.kernels.causal import causal_attention
 from qlora.recipe import Lora, Quantization
@@ -205,23 +205,67 @@ def test_less_is_kept(load):
     assert normed == tokens * (2 * hidden + 4) + 4 * hidden  # x, one number a token; the weight in float32
 
 
-def test_a_checkpointed_layer_does_not_multiply_by_down_again(load, monkeypatch):
-    model = load("llama", "float32")
-    mlp = model.get_base_model().model.layers[0].mlp
-    x = torch.randn(1, 8, 64, requires_grad=True)
-    products = []
+@pytest.fixture
+def products(monkeypatch):
+    """The base products that are made: a list of the layers, in turn."""
+    made = []
     original = linear.Base.weight
-    monkeypatch.setattr(linear.Base, "weight", lambda self: products.append(self) or original(self))
+    monkeypatch.setattr(linear.Base, "weight", lambda self: made.append(self) or original(self))
+    return made
+
+
+@pytest.mark.parametrize("tile", [4096, 7])
+def test_a_checkpointed_layer_keeps_one_tensor_and_multiplies_no_more_than_it_must(load, monkeypatch, products, tile):
+    monkeypatch.setattr(swiglu, "TILE", tile)
+    model = load("llama", "float32")
+    layers = base_model.decoder_layers(model)
+    mlp, num_tiles = layers[0].mlp, -(-20 // tile)
+    x = torch.randn(1, 20, 64, requires_grad=True)
+
+    def run():
+        return (x + mlp(x)).sin().sum()
+
     with kernels.installed(model):
-        products.clear()
-        output = checkpoint(lambda x: x + mlp(x), x, use_reentrant=False)
-        assert len(products) == 3
-        products.clear()
-        checkpointed = torch.autograd.grad(output.sin().sum(), [x, *trained(mlp)])
-        assert len(products) == 5  # gate and up again, then each for its gradient; a third time for down would be 6
-        plain = torch.autograd.grad((x + mlp(x)).sin().sum(), [x, *trained(mlp)])
+        plain = torch.autograd.grad(run(), [x, *trained(mlp)])
+        with checkpointing.checkpointed(layers, 1):
+            products.clear()
+            assert kept_bytes(lambda: mlp(x)) == 20 * 64 * 4
+            assert len(products) == 3 * num_tiles
+            products.clear()
+            output = checkpoint(lambda x: (x + mlp(x)).sin(), x, use_reentrant=False)
+            assert len(products) == 3 * num_tiles
+            products.clear()
+            checkpointed = torch.autograd.grad(output.sum(), [x, *trained(mlp)])
+            # sin asks for the output again; then gate and up, and each for its gradient
+            assert len(products) == (3 + 5) * num_tiles
+            output = checkpoint(lambda x: x + mlp(x), x, use_reentrant=False)
+            products.clear()
+            torch.autograd.grad(output.sum(), [x, *trained(mlp)])
+            assert len(products) == 5 * num_tiles  # nothing but x was asked for
+        assert not hasattr(mlp, "computed_again")
     for one, other in zip(checkpointed, plain, strict=True):
-        torch.testing.assert_close(one, other)
+        assert (one - other).norm() <= 1e-5 * other.norm()
+
+
+@pytest.mark.parametrize("num_tokens", [1, 4096, 4097, 100_001])
+def test_tiles_are_even_and_cover_all_tokens(num_tokens):
+    found = swiglu.tiles(num_tokens)
+    assert [index for part in found for index in range(part.start, part.stop)] == list(range(num_tokens))
+    sizes = [part.stop - part.start for part in found]
+    assert max(sizes) <= swiglu.TILE
+    assert max(sizes) - min(sizes) <= 1
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma", "gpt2"])
+def test_however_many_layers_are_checkpointed_the_numbers_are_the_same_to_the_bit(load, family):
+    results = []
+    for number in (0, 1, 2):
+        model = load(family)
+        with kernels.installed(model), checkpointing.checkpointed(base_model.decoder_layers(model), number):
+            value = model(**batch(), use_cache=False).loss
+            results.append([value, *torch.autograd.grad(value, trained(model))])
+    for other in results[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(results[0], other, strict=True))
 
 
 @pytest.mark.parametrize("act", ["silu", "gelu_pytorch_tanh", "gelu"])

@@ -241,7 +241,7 @@ def test_the_longest_sequences_are_those_computed_by_hand(llama2_7b):
     plain = job.but(outline=outline_of(SEVEN_B["Llama-2-7B"][0], device_kind="cuda", kernels="off"))
     # 35K with checkpoints of 262 kB and 252-340 kB of work a token; the plain modules take 380 kB of it
     assert 25_000 < plan.backwards(plain)["max_length"] < 45_000
-    assert 1.05 * plan.backwards(plain)["max_length"] < plan.backwards(job)["max_length"] < 50_000
+    assert 1.2 * plan.backwards(plain)["max_length"] < plan.backwards(job)["max_length"] < 60_000
     assert 2_500 < plan.backwards(job_of(llama2_7b, gradient_checkpointing=False))["max_length"] < 5_000
 
 

@@ -1,16 +1,20 @@
 """Compare training by qlora with the plain stack (TRL + PEFT + bitsandbytes), in turn, in one run.
 
     python scripts/benchmark_train.py --model FOLDER --data FILE [--steps 10] [--rounds 3] [--batch 8] [--packing 1024]
+    python scripts/benchmark_train.py --model FOLDER --full-rows 1024 --batch 1 --checkpointing
 
 Both sides get the same NF4 base, rank, rows, batch and learning rate, and sound settings: bf16, adapters on all linear
-layers, no dropout, the answer's tokens only. The plain side is what TRL does by itself with `peft_config` and a
+layers, no dropout, sdpa, the answer's tokens only. The plain side is what TRL does by itself with `peft_config` and a
 prompt/completion data set. Each round runs both, in alternating order, each in a process of its own; printed are the
-medians of tokens/s (padding not counted) over the steps after the first two, and their ratio. With --packing, qlora takes
-one packed row of that many tokens a step.
+medians of tokens/s (padding not counted) over the steps after the first two, of trained tokens/s, of the peak memory, and
+their ratios. With --packing, qlora takes one packed row of that many tokens a step; with --plain-packing TRL packs too, by
+"bfd". With --full-rows, rows are made of exactly that many tokens, every one trained. --checkpointing: the plain side
+checkpoints all layers, as it must on a card that is full; qlora as many as its plan says.
 """
 
 import argparse
 import json
+import random
 import statistics
 import subprocess
 import sys
@@ -20,15 +24,21 @@ from pathlib import Path
 
 
 def ours(args, folder):
-    """Return one [tokens/s] a step, the losses and the peak bytes of qlora."""
+    """Return tokens/s and loss of each step, the share of trained tokens, and the predicted peak of qlora."""
     from qlora import Recipe, train
 
     run = train(
         Recipe.from_dict(
             {
                 "model": {"name_or_path": args.model},
-                "data": {"train": args.data, "max_length": args.packing or 1024, "packing": bool(args.packing)},
-                "memory": {"gradient_checkpointing": args.checkpointing},
+                "data": {
+                    "train": args.data,
+                    "max_length": args.packing or args.full_rows or 1024,
+                    "packing": bool(args.packing),
+                    "train_on": "all" if args.full_rows else "assistant",
+                },
+                "memory": {"budget": f"{args.cap_gib}GiB"} if args.cap_gib else {},
+                "kernels": args.kernels,
                 "training": {
                     "max_steps": args.steps,
                     "per_device_train_batch_size": 1 if args.packing else args.batch,
@@ -42,7 +52,13 @@ def ours(args, folder):
         )
     )
     records = [json.loads(line) for line in run.metrics_file.read_text().splitlines()]
-    return [r["tokens_per_second"] for r in records], [r["loss"] for r in records]
+    share = json.loads(run.data_report_file.read_text())["tokens"]
+    return {
+        "rates": [r["tokens_per_second"] for r in records],
+        "losses": [r["loss"] for r in records],
+        "trained_share": share["trained"] / share["total"],
+        "predicted_bytes": json.loads(run.memory_file.read_text())["predicted_bytes"],
+    }
 
 
 def plain(args, folder):
@@ -58,8 +74,11 @@ def plain(args, folder):
     from qlora.recipe import Source
 
     read = (row for file in sources.open_source(Source(path=args.data)) for row in file.rows())
-    rows = [formats.to_conversation(row.value)[1].messages for row in read]
-    dataset = Dataset.from_list([{"prompt": row[:-1], "completion": row[-1:]} for row in rows])
+    if args.full_rows:
+        dataset = Dataset.from_list([{"text": row.value["text"]} for row in read])
+    else:
+        rows = [formats.to_conversation(row.value)[1].messages for row in read]
+        dataset = Dataset.from_list([{"prompt": row[:-1], "completion": row[-1:]} for row in rows])
     bnb = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -95,7 +114,8 @@ def plain(args, folder):
         logging_steps=1,
         save_strategy="no",
         report_to="none",
-        max_length=1024,
+        max_length=args.plain_packing or args.full_rows or 1024,
+        packing=bool(args.plain_packing),
         use_cpu=not torch.cuda.is_available(),
         seed=42,
     )
@@ -109,11 +129,11 @@ def plain(args, folder):
         callbacks=[Clock()],
     )
     trainer.train()
-    return [float("nan"), *rates], losses
+    return {"rates": [float("nan"), *rates], "losses": losses}
 
 
 def child(args):
-    """Run one side; print one JSON line: median tokens/s, losses, peak bytes."""
+    """Run one side; print one JSON line: median tokens/s, losses, the peak of anonymous memory."""
     from qlora import memory
     from qlora.commands.console import hush_libraries
 
@@ -123,15 +143,36 @@ def child(args):
 
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(args.cap_gib * 2**30 / total)
-    with tempfile.TemporaryDirectory() as folder:
-        rates, losses = {"qlora": ours, "plain": plain}[args.side](args, Path(folder))
-    print(json.dumps({"rate": statistics.median(rates[2:]), "losses": losses, "peak_bytes": memory.peak_bytes()}))
+    with tempfile.TemporaryDirectory() as folder, memory.Peak() as peak:
+        if args.full_rows:
+            args.data = full_rows(args, Path(folder))
+        found = {"qlora": ours, "plain": plain}[args.side](args, Path(folder))
+    rate = statistics.median(found.pop("rates")[2:])
+    print(json.dumps(found | {"rate": rate, "peak_bytes": peak.bytes}))
+
+
+def full_rows(args, folder):
+    """Write rows of exactly so many tokens, words drawn at random by a fixed seed; return the file."""
+    from transformers import AutoTokenizer
+
+    tokenizer, words = AutoTokenizer.from_pretrained(args.model), random.Random(0)
+    lines = []
+    for _ in range(args.steps * args.batch):
+        text = " ".join(
+            "".join(words.choices("abcdefghijklmnopqrstuvwxyz", k=words.randint(1, 8))) for _ in range(args.full_rows)
+        )
+        ids = tokenizer(text, add_special_tokens=False).input_ids[: args.full_rows - 1]  # and the end
+        lines.append(json.dumps({"text": tokenizer.decode(ids)}))
+    path = folder / "rows.jsonl"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return str(path)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True)
-    parser.add_argument("--data", required=True)
+    parser.add_argument("--data")
+    parser.add_argument("--full-rows", type=int, metavar="TOKENS", help="make rows of this many tokens, all trained")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch", type=int, default=8)
@@ -139,9 +180,13 @@ def main():
     parser.add_argument(
         "--cap-gib", type=float, help="let each side have this much GPU memory, to emulate a smaller card"
     )
-    parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--plain-packing", type=int, help="TRL packs to rows of this many tokens")
+    parser.add_argument("--checkpointing", action="store_true", help="the plain side checkpoints all layers")
+    parser.add_argument("--kernels", choices=["auto", "off"], default="auto")
     parser.add_argument("--side", choices=["qlora", "plain"], help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if (args.data is None) == (args.full_rows is None):
+        parser.error("give either --data or --full-rows")
     if args.side:
         child(args)
         return
@@ -157,9 +202,15 @@ def main():
                 f"round {number + 1}  {side:5}  {result['rate']:7.0f} tokens/s  loss {first:.4f} -> {last:.4f}",
                 flush=True,
             )
+    share = found["qlora"][0]["trained_share"]
+    print(
+        f"trained  {share:.0%} of the tokens; predicted peak of qlora {found['qlora'][0]['predicted_bytes'] / 2**30:.2f} GiB"
+    )
     for key, unit, scale in (("rate", "tokens/s", 1), ("peak_bytes", "GiB", 2**30)):
-        ours, theirs = (statistics.median(run[key] for run in found[side]) / scale for side in ("qlora", "plain"))
-        print(f"median  {key}: qlora {ours:.4g}, plain {theirs:.4g} {unit}; ratio {ours / theirs:.2f}")
+        sides = {side: sorted(run[key] / scale for run in found[side]) for side in ("qlora", "plain")}
+        mine, theirs = (statistics.median(runs) for runs in sides.values())
+        spread = ", ".join(f"{runs[0]:.4g}-{runs[-1]:.4g}" for runs in sides.values())
+        print(f"median  {key}: qlora {mine:.4g}, plain {theirs:.4g} {unit} ({spread}); ratio {mine / theirs:.2f}")
 
 
 if __name__ == "__main__":

@@ -242,7 +242,10 @@ def test_the_longest_sequences_are_those_computed_by_hand(llama2_7b):
     # 35K with checkpoints of 262 kB and 252-340 kB of work a token; the plain modules take 380 kB of it
     assert 25_000 < plan.backwards(plain)["max_length"] < 45_000
     assert 1.2 * plan.backwards(plain)["max_length"] < plan.backwards(job)["max_length"] < 60_000
-    assert 2_500 < plan.backwards(job_of(llama2_7b, gradient_checkpointing=False))["max_length"] < 5_000
+    # 3.3K where every tensor of the plain modules is kept; the kernels keep less
+    nothing = {"gradient_checkpointing": False}
+    assert 2_500 < plan.backwards(plain.but(**nothing))["max_length"] < 4_000
+    assert 4_000 < plan.backwards(job.but(**nothing))["max_length"] < 7_000
 
 
 def job_of(outline, load=None, **changes):

@@ -13,20 +13,6 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-
-def reset_peak():
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-
-
-def peak_bytes():
-    """Return the most bytes held at once: torch's allocations on the GPU since reset_peak, else the process' peak RSS."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is bytes on macOS, KiB elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
 # of c10's allocator for the CPU; of CUDA where memory is pinned; of oneDNN when it gets none for its code (torch 2.13)
 _REFUSALS = ("can't allocate memory", "CUDA error: out of memory", "could not create a primitive")
 
@@ -67,30 +53,37 @@ def available_bytes(device):
 
 
 class Peak:
-    """The most memory that this process holds within a `with` block: `bytes`.
+    """The most memory that this process has held since a `with` block began: `bytes`.
 
     On a GPU what torch has allocated there. On a CPU the process' anonymous memory, seen every 10 ms: files that are
     mapped or cached are not held, the system takes their pages back when it needs them.
     """
 
     def __enter__(self):
-        reset_peak()
-        self.bytes = 0
+        self._most = 0
         self._done = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
+        self._on_gpu = torch.cuda.is_available()
+        if self._on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            self._thread = threading.Thread(target=self._watch, daemon=True)
+            self._thread.start()
         return self
 
     def __exit__(self, *exception):
+        self._most = self.bytes
+        self._on_gpu = False
         self._done.set()
-        self._thread.join()
-        self.bytes = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else self.bytes
+
+    @property
+    def bytes(self):
+        if self._on_gpu:
+            return torch.cuda.max_memory_allocated()
+        return self._most if self._done.is_set() else max(self._most, anonymous_bytes())
 
     def _watch(self):
-        while True:
-            self.bytes = max(self.bytes, anonymous_bytes())
-            if self._done.wait(0.01):
-                return
+        while not self._done.wait(0.01):
+            self._most = max(self._most, anonymous_bytes())
 
 
 def anonymous_bytes(process="self"):

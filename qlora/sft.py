@@ -24,9 +24,8 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from . import adapter, base_model, data, kernels, memory
 from .data import IGNORE_INDEX, Packs
-from .errors import DoesNotFit, TrainingFailed
-from .kernels import loss
-from .kernels.attention import within_documents
+from .errors import DoesNotFit, InputError, TrainingFailed
+from .kernels import attention, loss
 from .kernels.checkpointing import checkpointed
 from .neftune import noisy_embeddings
 from .rundir import write_json
@@ -77,8 +76,9 @@ def train(
         InputError: the layers cannot be checkpointed.
         TrainingFailed: a loss or gradient is not finite (the step is not taken), or an adapter does not move.
     """
-    memory.reset_peak()
     joined = installed.joined or isinstance(examples, Packs)
+    if joined and not installed.joined and not attention.joins(model.get_base_model()):
+        raise InputError("data.packing: rows of this architecture cannot be joined; set data.packing=false")
     dtype = model.get_input_embeddings().weight.dtype  # now: trl casts what is trained, the embedding maybe with it
     layers = base_model.decoder_layers(model)
     pad = DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id)
@@ -91,7 +91,7 @@ def train(
         data_collator=_numbered(lambda rows: (join_rows if joined else pad)(_unbatched(rows))),
     )
     trainer.lean_loss = installed.loss
-    lengths = [int(length) for length in getattr(examples, "lengths", map(_length, examples))]
+    lengths = _lengths(examples, joined)
     if training.group_by_length:
         trainer.lengths = lengths
     for parameter in model.parameters():
@@ -113,12 +113,14 @@ def train(
         "offload": offload,
         "predicted_bytes": predicted_bytes,
     }
+    trainer.peak = peak = memory.Peak()
     try:
         alpha = training.neftune_noise_alpha
         with (
+            peak,
             warnings.catch_warnings(),
             checkpointed(layers, checkpointed_layers, offload),
-            within_documents(model, plain=not installed.joined) if joined else contextlib.nullcontext(),
+            attention.within_documents(model, plain=not installed.joined) if joined else contextlib.nullcontext(),
             noisy_embeddings(model, alpha) if alpha else contextlib.nullcontext(),
         ):
             # known and harmless: said once in the docs instead of in every run
@@ -134,7 +136,7 @@ def train(
         raise DoesNotFit(_too_much(trainer, measured, changes)) from None
     finally:
         recorder.close()
-        measured |= {"rehearsed_bytes": trainer.rehearsed_bytes, "peak_bytes": memory.peak_bytes()}
+        measured |= {"rehearsed_bytes": trainer.rehearsed_bytes, "peak_bytes": peak.bytes}
         write_json(run.memory_file, measured)
     return Result(
         steps=trainer.state.global_step,
@@ -241,6 +243,13 @@ def _num_trained(examples):
     return float(np.sum([example.num_trained for example in examples] if counts is None else counts))
 
 
+def _lengths(examples, joined):
+    """Return the tokens of each of `examples`, as many as are computed."""
+    if joined and isinstance(examples, data.Batches):
+        return examples.real_lengths.tolist()
+    return [int(length) for length in getattr(examples, "lengths", map(_length, examples))]
+
+
 def _length(example):
     return len(example.input_ids)
 
@@ -320,6 +329,7 @@ class Trainer(SFTTrainer):
     lean_loss = False
     lengths: Any = None  # of the training rows, where rows of like length are to share a batch
     rehearsed_bytes = None
+    peak: Any = None  # a memory.Peak
     moment = Moment("before the first step")
     micro_batches = 0  # of the step at hand
     optimizer: Any
@@ -368,7 +378,7 @@ class Trainer(SFTTrainer):
         self.moment = Moment("in the rehearsal, before the first step", inputs, rows)
         with self._held_later(), _undone(self):
             super().training_step(self.model_wrapped, dict(inputs), (inputs["labels"][:, 1:] != IGNORE_INDEX).sum())
-        self.rehearsed_bytes = memory.peak_bytes()
+        self.rehearsed_bytes = self.peak.bytes
 
     @contextlib.contextmanager
     def _held_later(self):
@@ -588,7 +598,7 @@ class _Recorder(TrainerCallback):
             "grad_norm": logs["grad_norm"],
             "tokens": tokens,
             "tokens_per_second": (tokens - self.last_tokens) / max(now - self.last_time, 1e-9),
-            "memory_bytes": memory.peak_bytes(),
+            "memory_bytes": self.trainer.peak.bytes,
             "time": now - self.start,
         }
         if self.trainer.ranks.adaptive:

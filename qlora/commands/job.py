@@ -1,46 +1,67 @@
-"""What plan and train share: a recipe and its data as a planning.Job."""
+"""What plan and train share: a recipe and its data as a planning.Job, and the memory there is."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from .. import data
+from .. import data, memory
 from .. import plan as planning
 from ..data import Batches, Packs
+from ..errors import InputError
 from ..kernels import attention
 
 
+def free_bytes(device):
+    """Return the bytes that this process may take on a device, its own CUDA context included, which a plan counts."""
+    import torch
+
+    if device.type != "cuda":
+        return memory.available_bytes(device)
+    free, total = torch.cuda.mem_get_info(device)
+    return min(total, free + planning.CONTEXT_BYTES)
+
+
 def job_of(recipe, prepared, device_kind, budget, card=None):
-    """Return the planning.Job of `recipe` on its data. device_kind: "cuda" or "cpu"; budget: bytes; card: for the speed."""
+    """Return the planning.Job of `recipe` on its data. device_kind: "cuda" or "cpu"; budget: bytes; card: for the speed.
+
+    Raises:
+        InputError: see with_outline.
+        planning.NoPlan: the model cannot be planned.
+    """
     training, examples, batches, held_out = recipe.training, prepared.examples, prepared.batches, prepared.eval_examples
-    packs = batches if isinstance(batches, Packs) else None
+    remade = _outlines(recipe, prepared.config, len(prepared.checkpoint.new_tokens), device_kind)
+    joins = remade().joins
     rows = training.per_device_train_batch_size
     numbers = {"num_tokens": int(examples.lengths.sum()), "num_micro_batches": -(-len(batches) // rows)}
-    joins = recipe.kernels == "auto" and attention.why_not(prepared.config) is None
-    if packs is not None:
-        load = _packed_load(packs, examples, rows)
+    if isinstance(batches, Packs):
+        load = _packed_load(batches, examples, rows)
     else:
-        if isinstance(batches, Batches):
-            rows = max(1, training.tokens_per_micro_batch // int(examples.lengths.max()))
-        load = _load(examples, rows, joins)
+        is_joined = isinstance(batches, Batches)
+        load = _load_of_batches(batches, examples, joins) if is_joined else _load(examples, rows, joins, device_kind)
         if attention.why_not(prepared.config) is None:
-            packs = data.pack(examples, recipe.data.max_length)
+            packs = data.pack(examples, training.tokens_per_micro_batch or recipe.data.max_length)
             numbers |= {"packed_load": _packed_load(packs, examples, 1), "packed_micro_batches": len(packs)}
     if len(held_out):
-        numbers["eval_load"] = _load(held_out, training.per_device_eval_batch_size, joins or load.packed)
-    num_new = len(prepared.checkpoint.new_tokens)
-    return with_outline(
-        recipe, prepared.config, num_new, device_kind, load=load, budget_bytes=budget, card=card, **numbers
-    )
+        together = joins or load.packed
+        numbers["eval_load"] = _load(held_out, training.per_device_eval_batch_size, together, device_kind)
+    return with_outline(recipe, remade, load=load, budget_bytes=budget, card=card, **numbers)
 
 
-def _load(examples, rows, joined):
+def _load(examples, rows, joined, device_kind):
     """Return the Load of the largest micro-batch of so many of `examples`: padded to the longest, or joined."""
     longest_first = np.sort(examples.lengths)[::-1][:rows]
     rows, longest = len(longest_first), int(longest_first[0])
     length = -(-int(longest_first.sum()) // rows) if joined else longest
     scored = min(int(np.sort(examples.num_trained)[::-1][:rows].sum()), rows * length)
+    if device_kind == "cpu" and not joined:
+        scored = rows * length  # every column that one of the rows trains has logits of all rows
     return planning.Load(rows, length, scored, joined=joined, document=longest)
+
+
+def _load_of_batches(batches, examples, joined):
+    lengths = batches.real_lengths if joined else batches.lengths
+    scored = max(int(examples.num_trained[batches.rows(index)].sum()) for index in range(len(batches)))
+    return planning.Load(1, int(lengths.max()), scored, joined=joined, document=int(examples.lengths.max()))
 
 
 def _packed_load(packs, examples, rows):
@@ -55,11 +76,22 @@ def _packed_load(packs, examples, rows):
     )
 
 
-def with_outline(recipe, config, num_new_tokens, device_kind, **numbers):
-    """Return the Job of `recipe` with these fields of planning.Job."""
+def without_data(recipe, config, num_new_tokens, device_kind, budget, card):
+    """Return the Job of `recipe` for rows of data.max_length, every token trained; raises as job_of does."""
+    rows, length = recipe.training.per_device_train_batch_size, recipe.data.max_length
+    if recipe.training.tokens_per_micro_batch:
+        rows = recipe.training.tokens_per_micro_batch // length
+    remade = _outlines(recipe, config, num_new_tokens, device_kind)
+    packed = recipe.data.packing
+    load = planning.Load(rows, length, rows * length, packed, packed or remade().joins)
+    return with_outline(recipe, remade, load=load, budget_bytes=budget, card=card)
+
+
+def _outlines(recipe, config, num_new_tokens, device_kind):
+    """Return remade(lora, num_new_tokens, packed) -> Outline, each made once."""
     made = {}
 
-    def remade(lora=recipe.lora, num_new_tokens=num_new_tokens, packed=numbers["load"].packed):
+    def remade(lora=recipe.lora, num_new_tokens=num_new_tokens, packed=recipe.data.packing):
         key = (repr(lora), num_new_tokens, packed and device_kind == "cpu")  # on a GPU packing allocates the same
         if key not in made:
             made[key] = planning.outline(
@@ -67,13 +99,38 @@ def with_outline(recipe, config, num_new_tokens, device_kind, **numbers):
             )
         return made[key]
 
+    return remade
+
+
+def with_outline(recipe, remade, **numbers):
+    """Return the Job of `recipe` with these fields of planning.Job.
+
+    Raises:
+        InputError: the model has fewer layers than are to be checkpointed, or offloading has nothing to move.
+    """
+    outline, section = remade(), recipe.memory
+    refuse_layers(section, outline.num_layers)
     return planning.Job(
-        outline=remade(),
+        outline=outline,
         training=recipe.training,
-        gradient_checkpointing=recipe.memory.gradient_checkpointing,
-        offload=recipe.memory.offload,
+        gradient_checkpointing=section.gradient_checkpointing,
+        offload=section.offload,
         lora=recipe.lora,
-        num_new_tokens=num_new_tokens,
+        num_new_tokens=0 if recipe.model.new_tokens is None else len(recipe.model.new_tokens),
         remade=remade,
         **numbers,
     )
+
+
+def refuse_layers(section, num_layers):
+    """Raise InputError where recipe section `memory` asks for what a model of so many layers cannot do."""
+    setting = section.gradient_checkpointing
+    if setting != "auto" and int(setting) > num_layers:
+        raise InputError(
+            f"memory.gradient_checkpointing is {setting}, the model has {num_layers} layers; set 0 to {num_layers}"
+        )
+    if section.offload is True and setting != "auto" and not setting:
+        raise InputError(
+            "memory.offload is for what checkpointed layers start from, and none is checkpointed; set "
+            "memory.gradient_checkpointing=true, or memory.offload=false"
+        )

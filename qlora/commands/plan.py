@@ -11,10 +11,9 @@ from rich.text import Text
 from .. import base_model
 from .. import plan as planning
 from ..errors import InputError
-from ..kernels import attention
 from ..recipe import Recipe, parse_size
 from . import console
-from .job import job_of, with_outline
+from .job import free_bytes, job_of, without_data
 from .prepared import prepare, say_report
 
 _USUAL = 24 * 2**30
@@ -29,7 +28,10 @@ def plan(recipe: Recipe, vram=None, card=None, plot=None) -> dict:
         InputError: the recipe, the data, a size or a card is wrong.
     """
     budget, chosen, why = _budget(recipe, vram, card)
-    job = _job(recipe, budget, chosen)
+    try:
+        job = _job(recipe, budget, chosen)
+    except planning.NoPlan as error:
+        raise InputError(f"{recipe.model.name_or_path}: this architecture cannot be planned ({error})") from None
     found = planning.plan(job)
     limits, changes = planning.backwards(job), planning.suggestions(job)
     _say(recipe, job, found, limits, changes, why)
@@ -55,9 +57,7 @@ def _budget(recipe, vram, card):
     if card is not None and chosen is not None:
         return chosen.memory, chosen, chosen.name
     if torch.cuda.is_available():
-        free, total = torch.cuda.mem_get_info()
-        # free does not hold this process' own context, which the plan counts
-        return min(total, free + planning.CONTEXT_BYTES), chosen, torch.cuda.get_device_name()
+        return free_bytes(torch.device("cuda")), chosen, torch.cuda.get_device_name()
     return (
         _USUAL,
         planning.card_of("4090"),
@@ -82,12 +82,7 @@ def _job(recipe, budget, card):
         )
     checkpoint = base_model.find(recipe.model, weights=False)
     config = base_model.load_config(checkpoint, recipe.model)
-    rows, length = recipe.training.per_device_train_batch_size, recipe.data.max_length
-    if recipe.training.tokens_per_micro_batch:
-        rows = recipe.training.tokens_per_micro_batch // length
-    joined = recipe.data.packing or (recipe.kernels == "auto" and attention.why_not(config) is None)
-    load = planning.Load(rows, length, rows * length, recipe.data.packing, joined)
-    return with_outline(recipe, config, len(checkpoint.new_tokens), "cuda", load=load, budget_bytes=budget, card=card)
+    return without_data(recipe, config, len(checkpoint.new_tokens), "cuda", budget, card)
 
 
 # ---- printing --------------------------------------------------------------------------------------------------------
@@ -177,7 +172,7 @@ def _draw(path, job, recipe):
             color="black" if found.fits else "#c44e52",
         )  # fmt: skip
     axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
-    axes.get_xticklabels()[lengths.index(job.load.length)].set_fontweight("bold")
+    axes.get_xticklabels()[lengths.index(job.load.longest)].set_fontweight("bold")
     axes.set_xlabel(
         f"tokens in the longest row (bold: this recipe), {job.load.rows} a micro-batch; ckpt: layers checkpointed"
     )
@@ -197,6 +192,7 @@ def _draw(path, job, recipe):
 def _lengths(job):
     """Return this job's length with powers of two around it."""
     powers = [2**power for power in range(5, 22)]
-    nearest = min(range(len(powers)), key=lambda index: abs(np.log2(powers[index] / job.load.length)))
-    near = [length for length in powers[max(0, nearest - 3) : nearest + 4] if length != job.load.length]
-    return sorted({*near, job.load.length})
+    longest = job.load.longest
+    nearest = min(range(len(powers)), key=lambda index: abs(np.log2(powers[index] / longest)))
+    near = [length for length in powers[max(0, nearest - 3) : nearest + 4] if length != longest]
+    return sorted({*near, longest})

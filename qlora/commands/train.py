@@ -7,7 +7,7 @@ import platform
 import subprocess
 from pathlib import Path
 
-from ..errors import DoesNotFit, InputError
+from ..errors import DoesNotFit
 from ..recipe import Recipe, parse_size
 from ..rundir import RunDir, new_folder, write_json
 from . import console
@@ -37,7 +37,7 @@ def train(recipe: Recipe) -> RunDir:
     if recipe.data.packing:
         kernels.attention.refuse_unsupported(prepared.config)
     checkpoint, tokenizer = prepared.checkpoint, prepared.tokenizer
-    planned, predicted = _plan(recipe, prepared, base_model.default_device())
+    checkpointed_layers, offload, predicted = _plan(recipe, prepared, base_model.default_device())
 
     # what export will need: better to know now than after the training
     merge.plan(checkpoint, prepared.config, base_model.dtype_of(recipe.export.dtype), recipe.model.trust_remote_code)
@@ -65,8 +65,8 @@ def train(recipe: Recipe) -> RunDir:
             held_out,
             recipe.training,
             run,
-            planned.checkpointed_layers,
-            planned.offload,
+            checkpointed_layers,
+            offload,
             predicted,
             on_log=steps.update,
             installed=installed,
@@ -84,27 +84,28 @@ def train(recipe: Recipe) -> RunDir:
 
 
 def _plan(recipe, prepared, device):
-    """Print and return (the Plan of the training, the peak that it predicts in the terms of memory.peak_bytes).
+    """Print the plan; return (layers to checkpoint, whether to offload, the peak predicted in the terms of memory.Peak).
+
+    Without a plan, the last is None and the rehearsal says what does not fit.
 
     Raises:
         DoesNotFit: it does not; says what would.
         InputError: the model has fewer layers than are to be checkpointed, or offloading has nothing to move.
     """
     from .. import memory, plan
-    from .job import job_of
+    from .job import free_bytes, job_of, refuse_layers
 
-    budget = memory.available_bytes(device) if recipe.memory.budget is None else parse_size(recipe.memory.budget)
-    job = job_of(recipe, prepared, device.type, budget)
-    setting, num_layers = recipe.memory.gradient_checkpointing, job.outline.num_layers
-    if setting != "auto" and int(setting) > num_layers:
-        raise InputError(
-            f"memory.gradient_checkpointing is {setting}, the model has {num_layers} layers; set 0 to {num_layers}"
-        )
-    if recipe.memory.offload is True and setting != "auto" and not setting:
-        raise InputError(
-            "memory.offload is for what checkpointed layers start from, and none is checkpointed; set "
-            "memory.gradient_checkpointing=true, or memory.offload=false"
-        )
+    budget = free_bytes(device) if recipe.memory.budget is None else parse_size(recipe.memory.budget)
+    try:
+        job = job_of(recipe, prepared, device.type, budget)
+    except plan.NoPlan as error:
+        num_layers = prepared.config.get_text_config().num_hidden_layers
+        refuse_layers(recipe.memory, num_layers)
+        setting = recipe.memory.gradient_checkpointing
+        setting = device.type == "cuda" if setting == "auto" else setting
+        layers = num_layers * setting if isinstance(setting, bool) else setting
+        console.say(f"plan      none: this architecture cannot be gone through without numbers ({error})")
+        return layers, recipe.memory.offload is True, None
     found = plan.plan(job)
     if not found.fits:
         lines = [
@@ -121,7 +122,9 @@ def _plan(recipe, prepared, device):
         f"plan      peak {console.size(found.peak_bytes)} of {console.size(budget)} ({found.where}); "
         f"{found.checkpointed_layers} of {found.num_layers} layers checkpointed{where}"
     )
-    return found, memory.peak_bytes() + found.allocated_bytes if device.type == "cpu" else found.cuda_bytes
+    if device.type == "cpu":
+        return found.checkpointed_layers, found.offload, memory.anonymous_bytes() + found.peak_bytes
+    return found.checkpointed_layers, found.offload, found.cuda_bytes
 
 
 def _print_kernels(installed, device):

@@ -63,7 +63,7 @@ class Batches(Sequence):
     """Padded micro-batches (lists of Examples) of at most `tokens`, padding counted, that hold every one of `examples` once.
 
     Rows of like length share a batch: drawn by `seed` into groups of some hundred batches, sorted by length within those.
-    lengths: the tokens of each, padding counted.
+    lengths: the tokens of each, padding counted; real_lengths: without.
     """
 
     def __init__(self, examples, lengths, tokens, seed):
@@ -82,6 +82,7 @@ class Batches(Sequence):
                 room -= 1
         begins = np.asarray(self._begins, np.int64)
         self.lengths = lengths[order[begins]] * np.diff(begins, append=len(order))
+        self.real_lengths = np.add.reduceat(lengths[order], begins)
 
     def __len__(self):
         return len(self._begins)

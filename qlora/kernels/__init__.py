@@ -43,14 +43,15 @@ def installed(peft_model, setting="auto"):
         yield OFF
         return
     model, patched = peft_model.get_base_model(), []
-    found = Installed(joined=attention.why_not(model.config) is None, loss=loss.takes(model))
+    by_torch = model.config._attn_implementation == "sdpa"  # else the recipe has asked for another one
+    found = Installed(joined=by_torch and attention.joins(model), loss=loss.takes(model))
     try:
         with kept_memory(model.device) as found.memory:
             _install(peft_model, found, patched)
             yield found
     finally:
         for module in patched:
-            del module.forward
+            vars(module).pop("forward", None)  # a module that two layers share is there twice
 
 
 def _install(peft_model, found, patched):
@@ -75,31 +76,42 @@ def _install(peft_model, found, patched):
 
 
 def _signature(module):
-    """Modules with the same classes and shapes within are checked once."""
+    """Modules with the same classes, shapes and settings within are checked once."""
     shapes = tuple((name, tuple(p.shape)) for name, p in module.named_parameters())
-    return tuple(type(part) for part in module.modules()), shapes
+    settings = tuple(
+        (type(part), *((key, value) for key, value in vars(part).items() if isinstance(value, (bool, int, float))))
+        for part in module.modules()
+    )
+    return settings, shapes
 
 
 def _reproduces(module, forward):
-    """Return whether `forward` gives the output and the gradients of the module's own forward, on four random tokens."""
+    """Return whether `forward` gives the output and gradients of the module's own forward, on a few random tokens.
+
+    In training mode, with the same random numbers for both, and with tokens large enough to meet a limit there may be.
+    """
     parameters = [p for p in module.parameters() if p.requires_grad]
     weight = parameters[0] if parameters else module.weight
     if weight.device.type == "meta":
         return True
     width = getattr(module, "in_features", None) or _width(module)
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, 4, width, generator=generator).to(weight.device, weight.dtype)
-    training = module.training
-    module.eval()  # dropout is left out of the comparison
+    x = torch.randn(1, 8, width, generator=generator)
+    x[:, 4:] *= 100
+    x = x.to(weight.device, weight.dtype)
+    was, devices = module.training, [weight.device] if weight.device.type == "cuda" else []
+    module.train()
     results = []
     try:
         for run in (module.forward, forward):
-            leaf = x.clone().requires_grad_()
-            output = run(leaf)
+            with torch.random.fork_rng(devices):
+                torch.manual_seed(0)
+                leaf = x.clone().requires_grad_()
+                output = run(leaf)
             weights = torch.linspace(-1, 1, output.numel(), device=output.device).view(output.shape).to(output.dtype)
             results.append([output, *torch.autograd.grad(output, [leaf, *parameters], weights)])
     finally:
-        module.train(training)
+        module.train(was)
     allowed = _TOLERANCE[weight.dtype]
     return all(
         bool((one.float() - other.float()).norm() <= allowed * one.float().norm().clamp(min=1e-12))

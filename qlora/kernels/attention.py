@@ -33,6 +33,7 @@ def segment_attention(
     sliding_window: the last tokens that a token sees, itself among them; None: all. kwargs: what transformers passes to
     sdpa_attention_forward (dropout, scaling, ...). Key and value may have fewer heads (grouped-query attention).
     """
+    _refuse_more(attention_mask, **kwargs)
     if takes_one_call(module, query_BHTD, value_BHTD, _capability(query_BHTD.device), **kwargs):
         return in_one_call(module, query_BHTD, key_BHTD, value_BHTD, segments, sliding_window, **kwargs), None
     if query_BHTD.device.type == "cpu" and _is_plain(module, query_BHTD, value_BHTD, **kwargs):
@@ -42,7 +43,14 @@ def segment_attention(
 
 def plain_segment_attention(module, query, key, value, attention_mask, segments, sliding_window=None, **kwargs):
     """What segment_attention returns, by torch's own attention a document."""
+    _refuse_more(attention_mask, **kwargs)
     return one_by_one(module, query, key, value, segments, sliding_window, **kwargs), None
+
+
+def _refuse_more(attention_mask, s_aux=None, **kwargs):
+    """Raise ValueError for what would be left out: a mask that the model makes by itself, attention sinks."""
+    if attention_mask is not None or s_aux is not None:
+        raise ValueError("attention with a mask or with sinks of its own")
 
 
 def takes_one_call(module, query, value, capability, **kwargs):
@@ -151,9 +159,39 @@ def why_not(config):
         return f"{', '.join(sorted(kinds))} layers carry state across rows"
     if getattr(config, "attn_logit_softcapping", None):
         return "this architecture caps its attention logits"
-    if config.model_type == "gpt_oss":
-        return "this architecture has attention sinks"
+    if config.model_type in ("qwen2_moe", "phimoe") and getattr(config, "sliding_window", None):
+        return "this architecture has a window that it does not tell its attention of"  # transformers 5.23
     return None
+
+
+def joins(model):
+    """Return whether this model gives rows that are joined into one the logits of each alone; tried on two short rows.
+
+    Architectures with sinks, masks, biases or positions of their own do not, whatever they call them. On the meta device,
+    where there are no numbers, only whether it lets its attention be replaced.
+    """
+    if why_not(model.config):
+        return False
+    weight = model.get_input_embeddings().weight
+    ids = torch.arange(1, 17, device=weight.device)[None] % len(weight)
+    rows = ids.split([6, 10], dim=1)
+    positions = torch.cat([torch.arange(row.shape[1], device=ids.device) for row in rows])[None]
+    was = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            with within_documents(model):
+                if weight.device.type == "meta":
+                    return True
+                together = model(
+                    input_ids=ids, position_ids=positions, segments=[row.shape[1] for row in rows], use_cache=False
+                ).logits
+            alone = torch.cat([model(input_ids=row, use_cache=False).logits for row in rows], dim=1)
+    except (InputError, ValueError, TypeError, RuntimeError, AttributeError, IndexError):
+        return False  # it is a question; what it cannot do is an answer
+    finally:
+        model.train(was)
+    return bool((together.float() - alone.float()).norm() <= 0.05 * alone.float().norm())
 
 
 def refuse_unsupported(config):

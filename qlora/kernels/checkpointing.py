@@ -54,7 +54,7 @@ def checkpointed(layers, number, offload=False):
         for layer in chosen:
             layer.gradient_checkpointing = False
             for module in layer.modules():
-                del module.computed_again
+                vars(module).pop("computed_again", None)
         if host:
             host.close()
 

@@ -106,6 +106,6 @@ def forward_of(module):
     def forward(self, x):
         flat = x.reshape(-1, x.shape[-1])
         z = dropout(flat) if dropout is not None and self.training else None
-        return LoraLinear.apply(flat, z, A, B, base, scaling).view(*x.shape[:-1], -1)
+        return LoraLinear.apply(flat, z, A, B, base, scaling).view(*x.shape[:-1], B.shape[0])
 
     return types.MethodType(forward, module)

@@ -22,7 +22,7 @@ class _CrossEntropy(torch.autograd.Function):
         wants = hidden_NH.requires_grad
         total = hidden_NH.new_zeros((), dtype=torch.float32)
         grad_NH = torch.empty_like(hidden_NH) if wants else None
-        size = min(_POSITIONS, len(hidden_NH))
+        size = max(1, min(_POSITIONS, len(hidden_NH)))
         raw = hidden_NH.new_empty(size, len(weight_VH))
         scores = raw.new_empty(raw.shape, dtype=torch.float32)
         for start in range(0, len(hidden_NH), size):
@@ -52,7 +52,7 @@ class _CrossEntropy(torch.autograd.Function):
 def takes(model):
     """Return whether this model's loss is the cross entropy of decoder and frozen head, and nothing in between."""
     config, head = model.config.get_text_config(), model.get_output_embeddings()
-    between = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+    between = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap", "logit_scale", "logits_scaling")
     return (
         type(head) is torch.nn.Linear
         and head.bias is None

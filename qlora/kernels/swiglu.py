@@ -175,7 +175,7 @@ TILE = 4096  # tokens: products of that many keep a GPU busy, and unpacking a we
 
 def tiles(num_tokens):
     """Return slices of at most TILE tokens, as even as can be."""
-    count = -(-num_tokens // TILE)
+    count = max(1, -(-num_tokens // TILE))
     ends = [num_tokens * index // count for index in range(count + 1)]
     return [slice(start, stop) for start, stop in itertools.pairwise(ends)]
 

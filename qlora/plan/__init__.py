@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from . import speed
-from .footprint import CONTEXT_BYTES, Load, Outline, Usage, outline, usage
+from .footprint import CONTEXT_BYTES, Load, NoPlan, Outline, Usage, outline, usage
 from .speed import CARDS, Card, card_of
 
-__all__ = ["CARDS", "CONTEXT_BYTES", "Card", "Job", "Load", "Outline", "Plan", "Usage", "at_length", "at_rows",
+__all__ = ["CARDS", "CONTEXT_BYTES", "Card", "Job", "Load", "NoPlan", "Outline", "Plan", "Usage", "at_length", "at_rows",
            "backwards", "card_of", "outline", "plan", "suggestions"]  # fmt: skip
 
 
@@ -173,11 +173,12 @@ def backwards(job: Job) -> dict:
 
 
 def at_length(job, length):
-    """Return the job with rows of this length."""
+    """Return the job with its longest row, or packs, of this length and the others in proportion."""
     load = job.load
-    factor = length / load.length
+    factor = length / load.longest
     document = None if load.document is None else max(1, round(load.document * factor))
-    return job.but(load=dataclasses.replace(load, length=length, scored=_scaled(load, factor), document=document))
+    scaled = dataclasses.replace(load, length=max(1, round(load.length * factor)), document=document)
+    return job.but(load=dataclasses.replace(scaled, scored=_scaled(load, factor)))
 
 
 def at_rows(job, rows):
@@ -241,10 +242,11 @@ def _changes(job, now):
     """Yield (what to set, Job)."""
     load, training = job.load, job.training
     rows, accumulation = training.per_device_train_batch_size, training.gradient_accumulation_steps
-    if job.packed_load is not None and not load.packed:
+    if job.packed_load is not None and not load.packed and not training.group_by_length:
         packed = job.remade(packed=True) if job.remade else job.outline
         changed = job.but(outline=packed, load=job.packed_load, num_micro_batches=job.packed_micro_batches)
-        yield "data.packing=true", changed.but(per_device_train_batch_size=1)
+        single = " training.per_device_train_batch_size=1" if rows > 1 else ""
+        yield f"data.packing=true{single}", changed.but(per_device_train_batch_size=1)
     if job.gradient_checkpointing is not True and not now.fits:
         yield "memory.gradient_checkpointing=true", job.but(gradient_checkpointing=True)
     if job.gradient_checkpointing != "auto" and (job.gradient_checkpointing is True or not now.fits):
@@ -274,7 +276,7 @@ def _smaller(job):
     """Yield changes that give something up, for a job that does not fit."""
     load, lora = job.load, job.lora
     length = _largest(lambda n: at_length(job, n)) // 64 * 64
-    if 0 < length < load.length:
+    if 0 < length < load.longest:
         yield f"data.max_length={length}", at_length(job, length).but(num_tokens=None)
     ranks = _ranks(job)
     if ranks is not None:

@@ -10,13 +10,20 @@ import numpy as np
 import torch
 
 from .. import adapter, base_model
+from ..errors import QLoRAError
 from . import trace
 from .speed import Work
 
 # Assumed, not measured: what the CUDA driver and the libraries' kernels take beside torch's own allocations, and what
 # torch's allocator loses to rounding (blocks of 512 bytes and of 2 MiB) and to holes, as a share of a step's tensors.
 CONTEXT_BYTES, LOST_SHARE = 512 * 2**20, 0.03
+# Measured on SmolLM2-135M: 1.34 and 1.47 times the tensors of a step, in holes of the heap and buffers of oneDNN.
+LOST_SHARE_ON_CPU = 0.4
 _PAGED_FROM = 100_000  # numbers in a tensor whose states bitsandbytes 0.50.2 pages
+
+
+class NoPlan(Exception):
+    """The model cannot be gone through without numbers; says why."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +41,11 @@ class Load:
     @property
     def tokens(self):
         return self.rows * self.length
+
+    @property
+    def longest(self):
+        """The length that data.max_length cuts: of the longest row, or of a pack."""
+        return self.document if self.joined and not self.packed and self.document else self.length
 
     @property
     def mask_bytes(self):
@@ -63,10 +75,13 @@ class Usage:
 
 @dataclass(frozen=True)
 class Outline:
-    """weights: bytes. trained: numbers in each trained tensor. trained_bytes: all of them, as the model holds them;
-    layer_gradients: {kind of layer: bytes}. largest: numbers in the largest weight. work: for its speed."""
+    """joins: rows are joined without padding. weights: bytes. trained: numbers in each trained tensor. trained_bytes: all
+    of them, as the model holds them; layer_gradients: {kind of layer: bytes}. largest: numbers in the largest weight.
+    work: for its speed.
+    """
 
     device_kind: str
+    joins: bool
     weights: int
     trained: np.ndarray
     trained_bytes: float
@@ -103,7 +118,17 @@ def outline(config, model_section, quantization, lora, num_new_tokens, device_ki
 
     Raises:
         InputError: the adapter does not go with the model, see adapter.attach.
+        NoPlan: the model does something on the way that cannot be done without numbers.
     """
+    try:
+        return _outline(config, model_section, quantization, lora, num_new_tokens, device_kind, packed, kernels)
+    except QLoRAError:
+        raise
+    except Exception as error:  # anything, of any architecture's own code on the meta device
+        raise NoPlan(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}") from error
+
+
+def _outline(config, model_section, quantization, lora, num_new_tokens, device_kind, packed, kernels):
     model = base_model.load_on_meta(config, model_section, quantization)
     largest = max(weight.numel() * (2 if weight.dtype.itemsize == 1 else 1) for weight in model.parameters())
     weights = _bytes(base_model.tensors(model))
@@ -116,7 +141,7 @@ def outline(config, model_section, quantization, lora, num_new_tokens, device_ki
     # then allocates less than it does in training (PEFT 0.21.2, found by the test against real steps)
     with torch.device("meta") if lora.peft_type == "LORA" else contextlib.nullcontext():
         peft_model = adapter.attach(model, lora, token_ids=range(num_new_tokens))
-    step = trace.trace(peft_model, device_kind, packed, kernels)
+    step, joins = trace.trace(peft_model, device_kind, packed, kernels)
     trained = [parameter for parameter in peft_model.parameters() if parameter.requires_grad]
     layers = base_model.decoder_layers(peft_model)
     text = config.get_text_config()
@@ -124,6 +149,7 @@ def outline(config, model_section, quantization, lora, num_new_tokens, device_ki
     width = heads * (getattr(text, "head_dim", None) or text.hidden_size // heads)
     return Outline(
         device_kind,
+        joins,
         weights + _bytes(base_model.tensors(peft_model)) - weights - _bytes(trained),
         np.array([parameter.numel() for parameter in trained], dtype=float),
         _bytes(trained),
@@ -178,13 +204,18 @@ def usage(model: Outline, load: Load, training, checkpointed, offload, eval_load
     names = ("weights", "adapter", "gradients", "optimizer", "checkpoints", "layer_work", "loss_head", "buffers")
     found = {name: round(always.get(name, 0) + parts.get(name, 0)) for name in names}
     on_cuda = model.device_kind == "cuda"
-    lost = LOST_SHARE * sum(parts.get(name, 0) for name in ("checkpoints", "layer_work", "loss_head", "buffers"))
-    found["context"] = round(CONTEXT_BYTES + lost) if on_cuda else 0
+    lost = (LOST_SHARE if on_cuda else LOST_SHARE_ON_CPU) * sum(
+        parts.get(name, 0) for name in ("checkpoints", "layer_work", "loss_head", "buffers")
+    )
+    found["context"] = round(CONTEXT_BYTES + lost if on_cuda else lost)
     kept = model.step.checkpointed[model.step.layers[-1]][0].rise_and_change(_growth(load))[1]
+    host_bytes = round(kept * checkpointed) if offload else 0
+    if not on_cuda:  # the host's memory is the one there is
+        found["checkpoints"], host_bytes = found["checkpoints"] + host_bytes, 0
     large = model.trained[model.trained >= _PAGED_FROM]
     paged = on_cuda and training.optim.startswith("paged") and where != "loading"
     paged_bytes = round(_optimizer_bytes(large, training.optim)) if paged else 0
-    return Usage(found, where, round(kept * checkpointed) if offload else 0, paged_bytes)
+    return Usage(found, where, host_bytes, paged_bytes)
 
 
 def _growth(load):

@@ -89,7 +89,7 @@ class Step:
 
 
 def trace(peft_model, device_kind, packed, setting="auto"):
-    """Return the Step of a PEFT model on the meta device; leaves the model as it was.
+    """Return (the Step of a PEFT model on the meta device, whether rows are joined); leaves the model as it was.
 
     device_kind: "cuda" or "cpu": which loss is computed, and what attention needs for itself. packed: whether a row holds
     several documents. setting: of the kernels.
@@ -107,11 +107,12 @@ def trace(peft_model, device_kind, packed, setting="auto"):
                 runs = {point: _run(peft_model, chosen, device_kind, found, packed, *point) for point in _POINTS}
                 ways.append(_fitted(runs))
     plain, checkpointed = (
-        {number: (found["forward", number], found["backward", number]) for number in names.values()}
-        | {"head": (found["head forward"], found["head"])}
-        for found in ways
+        {number: (segments["forward", number], segments["backward", number]) for number in names.values()}
+        | {"head": (segments["head forward"], segments["head"])}
+        for segments in ways
     )
-    return Step(tuple(names[kind] for kind in kinds), ways[0]["embedding"], plain, checkpointed)
+    step = Step(tuple(names[kind] for kind in kinds), ways[0]["embedding"], plain, checkpointed)
+    return step, found.joined
 
 
 def _kind(layer):

@@ -263,6 +263,30 @@ def test_what_does_not_fit_is_refused_before_a_weight_is_read(make_recipe, monke
     assert not Path(recipe.output_dir).exists()
 
 
+@pytest.mark.parametrize(("family", "planned"), [("bloom", True), ("stablelm", True), ("lfm2", False)])
+def test_architectures_that_allow_less_train_all_the_same(make_recipe, tmp_path, capsys, family, planned):
+    losses = {}
+    for setting in ("auto", "off"):
+        recipe = make_recipe(
+            family,
+            kernels=setting,
+            training={"max_steps": 3, "learning_rate": 1e-3},
+            output_dir=str(tmp_path / setting),
+        )
+        run = train(recipe)
+        records = [json.loads(line) for line in run.metrics_file.read_text().splitlines()]
+        losses[setting] = [record.get("loss", record.get("eval_loss")) for record in records]
+        printed = capsys.readouterr().err
+        assert "rows without padding" not in printed
+        assert ("plan      none: " in printed) is not planned
+    assert losses["auto"] == pytest.approx(losses["off"], rel=1e-2)
+    if not planned:
+        with pytest.raises(InputError, match="this architecture cannot be planned"):
+            plan(recipe)
+    with pytest.raises(InputError, match=r"set data\.packing=false"):
+        train(make_recipe(family, data={"packing": True}, output_dir=str(tmp_path / "packed")))
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "gpt2"])
 @pytest.mark.parametrize("packing", [False, True])
 def test_kernels_change_no_loss_of_a_run(make_recipe, tmp_path, capsys, family, packing):

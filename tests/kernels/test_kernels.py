@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from qlora import adapter, base_model, kernels
 from qlora.kernels import attention, checkpointing, linear, loss, norm, swiglu
@@ -161,6 +162,44 @@ def test_a_kernel_that_computes_something_else_is_not_used(load, monkeypatch):
         assert "rmsnorm" not in found.modules
         got = torch.autograd.grad(model(**batch(), use_cache=False).loss, trained(model))
     assert F.cosine_similarity(torch.cat([g.flatten().float() for g in got]), expected, dim=0) > 0.999
+
+
+class Dropping(LlamaMLP):
+    def forward(self, x):
+        return F.dropout(super().forward(x), 0.1, self.training)
+
+
+class Clamping(LlamaMLP):
+    def forward(self, x):
+        return self.down_proj((self.act_fn(self.gate_proj(x)) * self.up_proj(x)).clamp(-30, 30))
+
+
+@pytest.mark.parametrize("kind", [Dropping, Clamping])
+def test_a_module_that_does_more_than_its_parts_say_is_left_alone(load, kind):
+    model = load("llama")
+    for layer in base_model.decoder_layers(model):
+        layer.mlp.__class__ = kind
+    with kernels.installed(model) as found:
+        assert found.refused == {"swiglu": [kind.__name__]}
+        assert found.modules["lora"] == 14
+
+
+def test_rows_are_joined_only_where_that_gives_the_logits_of_each(load, monkeypatch):
+    model = load("llama")
+    with kernels.installed(model) as found:
+        assert found.joined
+    original = attention.in_blocks
+
+    def with_a_sink(*args, **kwargs):
+        return 0.8 * original(*args, **kwargs)
+
+    monkeypatch.setattr(attention, "in_blocks", with_a_sink)
+    with kernels.installed(model) as found:
+        assert not found.joined
+    monkeypatch.setattr(attention, "in_blocks", original)
+    model.get_base_model().set_attn_implementation("eager")  # as the recipe may ask for
+    with kernels.installed(model) as found:
+        assert not found.joined
 
 
 def test_afterwards_the_model_is_as_before(load):

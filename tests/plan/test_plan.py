@@ -324,6 +324,13 @@ def test_checkpoints_go_to_the_host_only_where_that_is_what_it_takes(llama2_7b):
     assert found.checkpointed_layers == 32
 
 
+def test_on_a_cpu_what_waits_in_the_hosts_memory_takes_memory():
+    outline = outline_of(SHAPES["llama"]())
+    kept, away = (plan.usage(outline, plan.Load(1, 1024, 512), Training(), 4, offload) for offload in (False, True))
+    assert away.host_bytes == 0
+    assert away.peak_bytes >= kept.peak_bytes
+
+
 def test_suggestions_do_what_they_say_and_the_best_come_first(llama2_7b):
     job = plan.at_length(job_of(llama2_7b, lora=Lora(), gradient_checkpointing=False), 8192)
     assert not plan.plan(job).fits

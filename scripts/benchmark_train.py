@@ -182,6 +182,9 @@ def main():
     )
     parser.add_argument("--plain-packing", type=int, help="TRL packs to rows of this many tokens")
     parser.add_argument("--checkpointing", action="store_true", help="the plain side checkpoints all layers")
+    parser.add_argument(
+        "--only", choices=["qlora", "plain"], help="run this side alone, such as where the other does not fit"
+    )
     parser.add_argument("--kernels", choices=["auto", "off"], default="auto")
     parser.add_argument("--side", choices=["qlora", "plain"], help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -192,7 +195,8 @@ def main():
         return
     found = {"qlora": [], "plain": []}
     for number in range(args.rounds):
-        for side in ("qlora", "plain") if number % 2 == 0 else ("plain", "qlora"):
+        sides = [args.only] if args.only else ["qlora", "plain"]
+        for side in sides if number % 2 == 0 else reversed(sides):
             command = [sys.executable, __file__, *sys.argv[1:], "--side", side]
             done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
             result = json.loads(done.stdout.splitlines()[-1])
@@ -202,6 +206,8 @@ def main():
                 f"round {number + 1}  {side:5}  {result['rate']:7.0f} tokens/s  loss {first:.4f} -> {last:.4f}",
                 flush=True,
             )
+    if args.only:
+        return
     share = found["qlora"][0]["trained_share"]
     print(
         f"trained  {share:.0%} of the tokens; predicted peak of qlora {found['qlora'][0]['predicted_bytes'] / 2**30:.2f} GiB"

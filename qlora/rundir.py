@@ -215,6 +215,7 @@ class RunDir:
                 yield
             finally:
                 _held.discard(file)
+                fcntl.flock(file, fcntl.LOCK_UN)
 
     def refuse_used(self):
         """Raise InputError if a new run cannot start here."""

@@ -215,7 +215,8 @@ def chat(
 
 def main():
     """Run the command line and exit with its code."""
-    sys.stdout, sys.stderr = _Lasting(sys.stdout), _Lasting(sys.stderr)
+    # None: this process was started without one
+    sys.stdout, sys.stderr = (stream and _Lasting(stream) for stream in (sys.stdout, sys.stderr))
     with handled():
         _main()
 

@@ -50,6 +50,6 @@ class Interrupted(BaseException):
     number: of the signal. message: what was saved, and how to go on.
     """
 
-    def __init__(self, number, message="stopped; nothing was saved"):
+    def __init__(self, number, message="stopped"):
         super().__init__(message)
         self.number, self.exit_code = number, 128 + number

@@ -91,9 +91,8 @@ class Resumed:
                 "change it back, or take it as it is: " + " ".join(f"--allow-change {name}" for name in refused),
             )
 
-    @contextlib.contextmanager
     def begin(self, recipe: Recipe):
-        """Yield the run folder, with this recipe in it and no adapter/; what a finished run left there is kept beside."""
+        """Give the run folder this recipe, and no adapter/; what a finished run left there is kept beside."""
         run = self.run
         if run.adapter.is_dir():
             kept = run.path / f"adapter-step-{_last_step(run)}"
@@ -103,7 +102,6 @@ class Resumed:
             if run.eval_file.exists():
                 run.eval_file.rename(kept / run.eval_file.name)
         run.write_recipe(recipe)
-        yield run
 
 
 @contextlib.contextmanager

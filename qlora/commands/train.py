@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import platform
 import subprocess
@@ -71,7 +72,7 @@ def _train(recipe, resumed):
     # what export will need: better to know now than after the training
     merge.plan(checkpoint, prepared.config, base_model.dtype_of(recipe.export.dtype), recipe.model.trust_remote_code)
 
-    with RunDir.create(recipe) if resumed is None else resumed.begin(recipe) as run:
+    with RunDir.create(recipe) if resumed is None else contextlib.nullcontext(resumed.run) as run:
         write_json(run.data_report_file, prepared.report)
         vocab_size = prepared.config.get_text_config().vocab_size
         held_out = prepared.eval_examples
@@ -83,6 +84,7 @@ def _train(recipe, resumed):
             of_base = resuming.of_base(hashes, quantized)
             if resumed is not None:
                 resumed.refuse_changes(of_base)
+                resumed.begin(recipe)
             model = adapter.attach(
                 model, recipe.lora, recipe.training.seed, checkpoint.new_tokens.values(), checkpoint, prepared.examples
             )

@@ -58,12 +58,12 @@ class Ranks:
         self.tuner.update_and_allocate(step)
 
     def state(self):
-        """Return (what importance is computed from, {KEY/NAME: tensor}; {name of an E: which of its ranks are left})."""
+        """Return (what importance is computed from, {KEY/NAME: tensor}; {name of an E: which ranks are left}, or None)."""
         if not self.adaptive:
-            return {}, {}
+            return {}, None
         allocator = self.tuner.rankallocator
         tensors = {f"{key}/{name}": value for key in _SUMS for name, value in getattr(allocator, key).items()}
-        return tensors, dict(self.config.rank_pattern)
+        return tensors, self.config.rank_pattern
 
     def restore(self, tensors, pattern):
         """Go on from a `state`."""

@@ -82,7 +82,7 @@ class Checkpoints:
                 f"{path}: {error}; a checkpoint takes {num_bytes:,} bytes, {free:,} are free. Older ones are as they were"
             ) from None
         self.verify(path)
-        self._rotate(step, limit)
+        self.rotate(path, limit)
         num_bytes = sum(file.stat().st_size for file in path.iterdir())
         return Written(path, step, num_bytes, time.monotonic() - begin)
 
@@ -148,8 +148,9 @@ class Checkpoints:
         except Damaged:
             return False
 
-    def _rotate(self, step, limit):
-        """Keep step `step` and the newest before it, `limit` in all; a later one was skipped when the run went on."""
+    def rotate(self, path, limit):
+        """Keep `path`, which has verified, and the newest before it, `limit` in all; later ones have not verified."""
+        step = _step(path)
         ours = [path for path in self._all() if self._is_ours(path)]
         later = [path for path in ours if _step(path) > step]
         before = [path for path in ours if _step(path) < step]

@@ -63,6 +63,7 @@ class Resumed:
     """A run that goes on. checkpoint: the folder that it goes on from; allowed: fields that may have changed."""
 
     run: RunDir
+    kept: Checkpoints
     checkpoint: Path
     environment: dict
     allowed: tuple
@@ -102,6 +103,7 @@ class Resumed:
             if run.eval_file.exists():
                 run.eval_file.rename(kept / run.eval_file.name)
         run.write_recipe(recipe)
+        self.kept.rotate(self.checkpoint, recipe.training.save_total_limit)  # a killed process may not have come to it
 
 
 @contextlib.contextmanager
@@ -134,7 +136,7 @@ def resumed(recipe: Recipe, allowed):
                 + (": none of those there is whole" if skipped else "")
                 + "; remove the folder to begin again"
             )
-        yield Resumed(run, path, known, tuple(allowed))
+        yield Resumed(run, kept, path, known, tuple(allowed))
 
 
 def _at_least_as_long(then, now):

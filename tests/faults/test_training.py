@@ -69,7 +69,7 @@ def test_killed_at_random_moments_and_resumed_the_bits_are_the_same(longer):
 
 
 def test_killed_while_saving_and_rotating_and_resumed_the_bits_are_the_same(recipe_file):
-    result = killed(recipe_file, "at-files", 90, 190, 29)
+    result = killed(recipe_file, "at-files", 90, 200, 27)
     assert_killed_at_files(result)
     assert len(result["found"]) >= 4
     assert {"fsync", "synced", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree"} <= set(

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .errors import DoesNotFit, InputError, QLoRAError
+from .errors import DoesNotFit, InputError, Interrupted, QLoRAError
+from .signals import handled
 
 app = typer.Typer(
     name="qlora",
@@ -44,6 +46,13 @@ def _print_json(value):
 def train(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="a YAML file; see recipes/")],
     overrides: Overrides = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="go on with the run at output_dir, from its newest whole checkpoint")
+    ] = False,
+    allow_change: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FIELD", help="with --resume: this field may differ from what the run was begun with"),
+    ] = None,
     as_json: Json = False,
 ):
     """Train adapters as a recipe says; leaves a run folder at its output_dir."""
@@ -53,7 +62,7 @@ def train(
     _begin(as_json)
     from .commands.train import train as run_train
 
-    run = run_train(loaded)
+    run = run_train(loaded, resume, allow_change or ())
     if as_json:
         last = run.metrics_file.read_text(encoding="utf-8").splitlines()[-1]
         _print_json({"run": str(run.path), "last": json.loads(last)})
@@ -206,8 +215,17 @@ def chat(
 
 def main():
     """Run the command line and exit with its code."""
+    # None: this process was started without one
+    sys.stdout, sys.stderr = (stream and _Lasting(stream) for stream in (sys.stdout, sys.stderr))
+    with handled():
+        _main()
+
+
+def _main():
     try:
         app()
+    except Interrupted as error:
+        _fail(error, error.exit_code)
     except QLoRAError as error:
         _fail(error, error.exit_code)
     except KeyboardInterrupt:
@@ -228,3 +246,28 @@ def main():
 def _fail(message, code):
     print(f"qlora: {message}", file=sys.stderr)
     sys.exit(code)
+
+
+class _Lasting:
+    """A text stream whose reader may leave, as a closed pipe or terminal does: what is written then is dropped."""
+
+    def __init__(self, stream):
+        self._stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self._stream, name)
+
+    def write(self, text):
+        self._try(lambda: self._stream.write(text))
+        return len(text)
+
+    def flush(self):
+        self._try(self._stream.flush)
+
+    def _try(self, action):
+        try:
+            action()
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())

@@ -42,3 +42,14 @@ class TrainingFailed(QLoRAError):
     """Training cannot go on: a loss that is not finite, or adapters that do not move."""
 
     exit_code = 1
+
+
+class Interrupted(BaseException):
+    """Stopped by a signal. No Exception, so that no library takes it for a failure that it can recover from.
+
+    number: of the signal. message: what was saved, and how to go on.
+    """
+
+    def __init__(self, number, message="stopped"):
+        super().__init__(message)
+        self.number, self.exit_code = number, 128 + number

@@ -214,6 +214,8 @@ class Training(Section):
     neftune_noise_alpha: Annotated[float, Field(gt=0)] | None = None
     logging_steps: Positive = 1
     eval_steps: Positive | None = None
+    save_steps: Positive | None = 100
+    save_total_limit: Positive | None = 2
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
 
 

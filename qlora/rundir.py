@@ -3,6 +3,9 @@
 recipe.yaml       the resolved recipe, copied first
 environment.json  versions, device, base-model and data hashes
 adapter/          PEFT format, tokenizer, chat template; appears by rename, so a folder is either whole or absent
+adapter-step-20/  what adapter/ was, with its eval.json, before a finished run was continued
+checkpoints/      step-20/ and so on, see checkpoints.py; appear by rename too
+lock              held by the process that trains here; holds its number
 memory.json       layers that were checkpointed, and the memory that was predicted and measured; also after running out
 metrics.jsonl     one JSON object a logged step; TensorBoard events in tensorboard/
 proof_rows.json   token ids of the rows that export's proof uses, so that it needs no data file
@@ -12,6 +15,7 @@ data_report.json  eval.json
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -25,7 +29,11 @@ from .recipe import Recipe
 
 def write_json(path, value):
     """Write `value` to `path` as JSON, whole or not at all; a number that is not finite is an error, never `NaN`."""
-    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_text(path, text):
+    """Write `text` to `path`, whole or not at all."""
     partial = Path(f"{path}.partial")
     with open(partial, "w", encoding="utf-8") as file:
         file.write(text)
@@ -61,17 +69,18 @@ def new_folder(out, shared=False):
     try:
         yield partial
         for path in [*partial.rglob("*"), partial]:
-            _fsync(path)
+            fsync(path)
         if out.is_dir():
             out.rmdir()  # an empty folder that the user made; a filled one was refused before
         os.rename(partial, out)
-        _fsync(out.absolute().parent)
+        fsync(out.absolute().parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
 
 
-def _fsync(path):
+def fsync(path):
+    """Have what is written to a file, or the names in a folder, on the disk before this returns."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -122,6 +131,18 @@ def refuse_nonempty(out, what):
         raise InputError(f"{out} is a file; choose another folder for {what}")
 
 
+_held: set = set()  # files of the locks that this process holds
+
+
+def _let_go():
+    """In a fork: the lock is its parent's, and must not live on in a fork that outlives it."""
+    for file in _held:
+        file.close()
+
+
+os.register_at_fork(after_in_child=_let_go)
+
+
 class RunDir:
     """Paths of one run folder."""
 
@@ -136,30 +157,77 @@ class RunDir:
         self.data_report_file = self.path / "data_report.json"
         self.proof_rows_file = self.path / "proof_rows.json"
         self.eval_file = self.path / "eval.json"
+        self.checkpoints = self.path / "checkpoints"
+        self.lock_file = self.path / "lock"
 
     @classmethod
+    @contextlib.contextmanager
     def create(cls, recipe: Recipe):
-        """Return a new run folder at `recipe.output_dir` that holds the resolved recipe.
+        """Yield a new run folder at `recipe.output_dir` that holds the resolved recipe, locked while the block runs.
 
         Raises:
-            InputError: it holds something already, is a file, or cannot be written.
+            InputError: it holds something already, is a file, or cannot be written; or another process has it.
         """
         run = cls(recipe.output_dir)
         run.refuse_used()
         try:
             run.path.mkdir(parents=True, exist_ok=True)
-            run.recipe_file.write_text(recipe.to_yaml(), encoding="utf-8")
         except OSError as error:
             raise InputError(f"output_dir {run.path}: {error.strerror}; choose another folder") from None
-        return run
+        with run.locked():
+            run.refuse_used()  # another process may have come first
+            run.write_recipe(recipe)
+            yield run
+
+    def write_recipe(self, recipe):
+        try:
+            write_text(self.recipe_file, recipe.to_yaml())
+        except OSError as error:
+            raise InputError(f"output_dir {self.path}: {error.strerror}; choose another folder") from None
+
+    @contextlib.contextmanager
+    def locked(self):
+        """Have this folder alone while the block runs. The lock goes with the process, however that ends.
+
+        Raises:
+            InputError: another process has it; names its number.
+        """
+        try:
+            file = open(self.lock_file, "a+", encoding="utf-8")  # noqa: SIM115
+        except OSError as error:
+            raise InputError(f"output_dir {self.path}: {error.strerror}; choose another folder") from None
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                raise InputError(
+                    f"output_dir {self.path} is in use by process {file.read().strip() or '?'}; wait for it, or set "
+                    "output_dir=ANOTHER_FOLDER"
+                ) from None
+            except OSError as error:
+                raise InputError(f"{self.lock_file}: {error.strerror}; this file system has no locks") from None
+            _held.add(file)
+            file.truncate(0)
+            file.write(f"{os.getpid()}\n")
+            file.flush()
+            try:
+                yield
+            finally:
+                _held.discard(file)
+                fcntl.flock(file, fcntl.LOCK_UN)
 
     def refuse_used(self):
         """Raise InputError if a new run cannot start here."""
         if self.recipe_file.exists() and not self.adapter.exists():
+            there = any(self.checkpoints.glob("step-*"))
+            resume = f"go on with `qlora train {self.recipe_file} --resume`, " if there else ""
             raise InputError(
-                f"output_dir {self.path} holds a run that did not finish; remove it or set output_dir=ANOTHER_FOLDER"
+                f"output_dir {self.path} holds a run that did not finish; {resume}remove it or set "
+                "output_dir=ANOTHER_FOLDER"
             )
-        refuse_nonempty(self.path, "output_dir")
+        if not (self.path.is_dir() and {path.name for path in self.path.iterdir()} == {self.lock_file.name}):
+            refuse_nonempty(self.path, "output_dir")
 
     @classmethod
     def is_run(cls, path):

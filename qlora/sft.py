@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import json
 import math
+import os
 import random
 import time
 import warnings
@@ -22,13 +24,15 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from . import adapter, base_model, data, kernels, memory
+from . import adapter, base_model, checkpoints, data, kernels, memory
+from .checkpoints import under
 from .data import IGNORE_INDEX, Packs
-from .errors import DoesNotFit, InputError, TrainingFailed
+from .errors import DoesNotFit, InputError, Interrupted, TrainingFailed
 from .kernels import attention, loss
 from .kernels.checkpointing import checkpointed
 from .neftune import noisy_embeddings
-from .rundir import write_json
+from .rundir import write_json, write_text
+from .signals import Stop
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,21 @@ class Result:
     predicted_bytes: int | None
 
 
+@dataclass(frozen=True)
+class Saving:
+    """Where checkpoints go and come from.
+
+    to: a checkpoints.Checkpoints, None for nowhere. fingerprint: is kept in each. resume: the folder of the one to
+    continue from, which has verified. stop: has a number once training is to save and stop. on_save(Written).
+    """
+
+    to: Any = None
+    fingerprint: Any = None
+    resume: Any = None
+    stop: Stop = dataclasses.field(default_factory=Stop)
+    on_save: Any = None
+
+
 def train(
     model,
     tokenizer,
@@ -61,6 +80,7 @@ def train(
     on_log=None,
     rehearse=True,
     installed=kernels.OFF,
+    saving=None,
 ):
     """Train the adapters of `model` in place; return the Result.
 
@@ -69,9 +89,10 @@ def train(
     training: the recipe's section. on_log(record, total_steps): called with each line of metrics.jsonl.
     checkpointed_layers, offload: of kernels.checkpointing. predicted_bytes: what somebody expects the peak to be; is only
     written down, in memory.json, beside what was measured. rehearse: run the largest micro-batch once before the first
-    step; it changes no number. installed: the kernels that the model computes with.
+    step; it changes no number. installed: the kernels that the model computes with. saving: of checkpoints.
 
     Raises:
+        Interrupted: saving.stop asked for it; a checkpoint has all that was done.
         DoesNotFit: there is not enough memory; says for which rows, and what to change.
         InputError: the layers cannot be checkpointed.
         TrainingFailed: a loss or gradient is not finite (the step is not taken), or an adapter does not move.
@@ -91,6 +112,9 @@ def train(
         data_collator=_numbered(lambda rows: (join_rows if joined else pad)(_unbatched(rows))),
     )
     trainer.lean_loss = installed.loss
+    trainer.saving = saving = saving or Saving()
+    if saving.resume is not None:
+        trainer.resumed = checkpoints.read_state(saving.resume)
     lengths = _lengths(examples, joined)
     if training.group_by_length:
         trainer.lengths = lengths
@@ -105,8 +129,9 @@ def train(
     trainer.add_callback(_Schedule(trainer.ranks))
     if rehearse:
         trainer.add_callback(_Rehearsal(trainer, lengths))
-    recorder = _Recorder(trainer, run, on_log)
+    recorder = trainer.recorder = _Recorder(trainer, run, on_log)
     trainer.add_callback(recorder)
+    trainer.add_callback(_Saves(trainer, training.save_steps, training.save_total_limit))
     measured: dict[str, Any] = {
         "layers": len(layers),
         "checkpointed_layers": checkpointed_layers,
@@ -125,8 +150,10 @@ def train(
         ):
             # known and harmless: said once in the docs instead of in every run
             warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
-            mean_loss = trainer.train().training_loss
-            eval_loss = trainer.evaluate()["eval_loss"] if eval_examples else None
+            mean_loss = trainer.train(resume_from_checkpoint=saving.resume and str(saving.resume)).training_loss
+            eval_loss = trainer.last_evaluation() if eval_examples else None
+            if saving.stop.number is not None and trainer.saved_step == trainer.state.global_step:
+                raise Interrupted(saving.stop.number)
     except (RuntimeError, MemoryError) as error:
         if not memory.is_refusal(error):
             raise
@@ -332,6 +359,12 @@ class Trainer(SFTTrainer):
     peak: Any = None  # a memory.Peak
     moment = Moment("before the first step")
     micro_batches = 0  # of the step at hand
+    saving = Saving()
+    save_total_limit = None
+    resumed: Any = None  # state.json of the checkpoint that training continues from
+    saved_step = None
+    evaluation_due = False  # one after this step has been left
+    recorder: Any
     optimizer: Any
 
     def __init__(self, model, **arguments):
@@ -343,7 +376,7 @@ class Trainer(SFTTrainer):
         if self.lengths is None:
             return super()._get_train_sampler(train_dataset)
         rows_per_step = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return LengthGroupedSampler(rows_per_step, lengths=self.lengths)
+        return _ByLength(rows_per_step, self.lengths, self.args.seed)
 
     def create_optimizer(self, model=None):
         if self.optimizer is None:
@@ -384,13 +417,13 @@ class Trainer(SFTTrainer):
     def _held_later(self):
         """Hold what later micro-batches find beside the model."""
         masters = self.masters.masters
-        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        optimizer = self._own_optimizer()
         held = [torch.empty_like(m) for m in masters] if self.args.gradient_accumulation_steps > 1 else []
         if hasattr(optimizer, "init_state"):  # of bitsandbytes: what its first step begins with, paged where that is
             for at, master in enumerate(masters):
                 if not optimizer.state[master]:
                     optimizer.init_state(optimizer.param_groups[0], master, 0, at)
-        else:
+        elif not optimizer.state:
             held += [torch.empty_like(m) for m in masters for _ in ("exp_avg", "exp_avg_sq")]
         yield
         held.clear()
@@ -409,9 +442,118 @@ class Trainer(SFTTrainer):
         return loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        if self.saving.stop.number is not None:
+            raise _Left
         when = f"in the evaluation after step {self.state.global_step}"
         self.moment = Moment(when, inputs, inputs.pop("rows"), evaluates=True)
         return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+
+    def evaluate(self, *args, **kwargs):
+        with _same_random_numbers(self.model):  # so that a run that goes on from before an evaluation is the same run
+            return super().evaluate(*args, **kwargs)
+
+    def _evaluate(self, *args, **kwargs):
+        try:
+            return super()._evaluate(*args, **kwargs)
+        except _Left:
+            self.evaluation_due, self.control.should_evaluate = True, False
+            self.control.should_save = self.control.should_training_stop = True
+            return {}
+
+    def last_evaluation(self):
+        """Return the held-out loss after training; raises Interrupted, after a checkpoint, where it is to stop."""
+        try:
+            if self.saving.stop.number is not None:
+                raise _Left
+            return self.evaluate()["eval_loss"]
+        except _Left:
+            if self.saved_step != self.state.global_step:
+                self.save()
+            raise Interrupted(self.saving.stop.number) from None
+
+    # ---- checkpoints: transformers says when, and finds its place among the rows; what is in them is ours ----
+
+    def _save_checkpoint(self, model, trial):
+        self.save()
+
+    def save(self):
+        """Write a checkpoint of all that the steps to come depend on; only between two steps."""
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize()  # paged states are read from the host
+        optimizer, numbers = checkpoints.optimizer_state(self._own_optimizer(), self.trained)
+        ranks, pattern = self.ranks.state()
+        weights = dict(zip(self.trained, self.masters.masters, strict=True))
+        parts = {"weights": weights, "optimizer": optimizer, "ranks": ranks}
+        broken = [f"{part}/{name}" for part in ("weights", "optimizer") for name, t in parts[part].items()
+                  if t.is_floating_point() and not torch.isfinite(t).all()]  # fmt: skip
+        if broken:
+            raise TrainingFailed(
+                f"{broken[0]} holds numbers that are not finite after step {self.state.global_step}; it was not saved. "
+                "Earlier checkpoints are as they were: lower training.learning_rate"
+            )
+        written = self.saving.to.write(
+            self.state.global_step,
+            {f"{part}/{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()},
+            {
+                "fingerprint": self.saving.fingerprint,
+                "optimizer": numbers,
+                "rank_pattern": pattern,
+                "random": checkpoints.random_state(self.model.device),
+                "loss": [self._total_loss_scalar, self._tr_loss.item(), self._globalstep_last_logged],
+                "tokens": self.num_tokens(),
+                "all_moved": self.before is None,
+                "evaluation_due": self.evaluation_due,
+                **self.recorder.state(),
+            },
+            dataclasses.asdict(dataclasses.replace(self.state, log_history=[], stateful_callbacks={})),
+            self.save_total_limit,
+        )
+        self.saved_step = self.state.global_step
+        if self.saving.on_save is not None:
+            self.saving.on_save(written)
+
+    def _own_optimizer(self):
+        return getattr(self.optimizer, "optimizer", self.optimizer)
+
+    def _load_from_checkpoint(self, *args, **kwargs):
+        """Nothing yet: the weights come with the optimizer, in float32."""
+
+    @torch.no_grad()
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        if checkpoint is None:
+            return
+        tensors = checkpoints.read_tensors(self.saving.resume)
+        self.masters.restore(self.trained, under("weights", tensors))
+        numbers = self.resumed["optimizer"]
+        checkpoints.restore_optimizer(self._own_optimizer(), self.trained, under("optimizer", tensors), numbers)
+        self.ranks.restore(under("ranks", tensors), self.resumed["rank_pattern"])
+        schedule, step = self.lr_scheduler, self.state.global_step
+        # by the schedule of this recipe: its length and its rate may have been changed on purpose
+        schedule.last_epoch = step
+        schedule._last_lr = [
+            base * rate(step) for base, rate in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+        ]
+        for group, rate in zip(self._own_optimizer().param_groups, schedule._last_lr, strict=True):
+            group["lr"] = rate
+        if self.resumed["all_moved"]:
+            self.before = None
+        self._num_tokens = self.resumed["tokens"]
+
+    def _load_rng_state(self, checkpoint):
+        if checkpoint is not None:
+            checkpoints.restore_random_state(self.resumed["random"], self.model.device)
+
+    def _init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_epochs, *args):
+        begin = super()._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, *args)
+        # transformers 5.23 would take one more step where the last one was not an epoch's last
+        return (num_train_epochs, 0) if self.state.global_step >= max_steps else begin
+
+    def continue_counting(self):
+        """Put back what transformers begins anew with every training."""
+        total, since, self._globalstep_last_logged = self.resumed["loss"]
+        self._total_loss_scalar, self._initial_global_step = total, 0
+        self._tr_loss = torch.tensor(since, device=self.args.device)
+        self.saved_step = self.state.global_step
 
     def _clip_grad_norm(self, model):
         self.moment = Moment(f"in step {self.state.global_step + 1}, when the weights were changed")
@@ -487,6 +629,26 @@ class MasterWeights:
                 parameter.grad = None
 
     @torch.no_grad()
+    def restore(self, names, tensors):
+        """Take over `tensors`, {name: float32}, and give them to the model.
+
+        Raises:
+            InputError: they are of other parameters, or of other shapes.
+        """
+        here, there = ({name: tuple(tensor.shape) for name, tensor in pairs}
+                       for pairs in (zip(names, self.masters, strict=True), tensors.items()))  # fmt: skip
+        if here != there:
+            differing = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
+            name = differing[0]
+            raise InputError(
+                f"the checkpoint is of another adapter: {len(differing)} tensors differ, {name} is {there.get(name)} there "
+                f"and {here.get(name)} here; training cannot go on with another lora section"
+            )
+        for name, master, parameter in zip(names, self.masters, self.live, strict=True):
+            master.copy_(tensors[name])
+            parameter.copy_(master)
+
+    @torch.no_grad()
     def give_weights(self):
         """Round the masters into the model."""
         for master, parameter in zip(self.masters, self.live, strict=True):
@@ -514,20 +676,29 @@ class MasterWeights:
 
 
 @contextlib.contextmanager
+def _same_random_numbers(model):
+    """Leave every generator as it was before the block."""
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+@contextlib.contextmanager
 def _undone(trainer):
     """Leave random numbers, counters, gradients and buffers as they were before the block."""
     model = trainer.model
     # what trl 1.16 counts where it computes the loss
     kept = {name: copy.deepcopy(getattr(trainer, name)) for name in ("_metrics", "_total_train_tokens")}
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    training, python, numpy = model.training, random.getstate(), np.random.get_state()
-    devices = [model.device] if model.device.type == "cuda" else []
+    training = model.training
     try:
-        with torch.random.fork_rng(devices):
+        with _same_random_numbers(model):
             yield
     finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
         for name, value in kept.items():
             setattr(trainer, name, value)
         for buffer, value in buffers:
@@ -535,6 +706,53 @@ def _undone(trainer):
         for parameter in model.parameters():
             parameter.grad = None
         model.train(training)
+
+
+class _Left(Exception):
+    """An evaluation is not finished, because training is to stop."""
+
+
+class _ByLength(LengthGroupedSampler):
+    """Rows of like length together, in an order that is that of the epoch's number, whenever training began."""
+
+    epoch = 0
+
+    def __init__(self, rows_per_step, lengths, seed):
+        super().__init__(rows_per_step, lengths=lengths, generator=torch.Generator())
+        self.seed = seed
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __iter__(self):
+        self.generator.manual_seed(self.seed + self.epoch)
+        return super().__iter__()
+
+
+class _Saves(TrainerCallback):
+    """Has the trainer save every so many steps, at the end, and when it is to stop; puts back what it was about."""
+
+    def __init__(self, trainer, every, limit):
+        self.trainer, self.every = trainer, every
+        trainer.save_total_limit = limit
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if self.trainer.resumed is not None:
+            self.trainer.continue_counting()
+            if self.trainer.resumed["evaluation_due"]:
+                try:
+                    self.trainer.evaluate()
+                except _Left:  # the checkpoint still says so
+                    raise Interrupted(self.trainer.saving.stop.number) from None
+
+    def on_step_end(self, args, state, control, **kwargs):
+        trainer, step = self.trainer, state.global_step
+        if trainer.saving.to is None:
+            return
+        if trainer.saving.stop.number is not None:
+            control.should_save = control.should_training_stop = True
+        elif self.every is not None and (step % self.every == 0 or step >= state.max_steps):
+            control.should_save = True
 
 
 class _Rehearsal(TrainerCallback):
@@ -565,13 +783,24 @@ class _Recorder(TrainerCallback):
         from torch.utils.tensorboard import SummaryWriter
 
         self.trainer, self.listener = trainer, listener
+        self.lines = self.last_tokens = 0
+        self.seconds = 0.0  # of the run, before this process went on with it
+        if trainer.resumed is not None:
+            self.lines, self.seconds, self.last_tokens = (trainer.resumed[k] for k in ("lines", "seconds", "tokens"))
+            _cut(run.metrics_file, self.lines)
         self.file = open(run.metrics_file, "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
-        self.board = SummaryWriter(str(run.tensorboard))
-        self.start = self.last_time = time.monotonic()
-        self.last_tokens = 0
+        self.board = SummaryWriter(str(run.tensorboard), purge_step=trainer.resumed and trainer.resumed["step"] + 1)
+        self.start = time.monotonic() - self.seconds
+        self.last_time = time.monotonic()
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.start = self.last_time = time.monotonic()
+        self.start, self.last_time = time.monotonic() - self.seconds, time.monotonic()
+
+    def state(self):
+        """Return where the records end; they are on the disk then."""
+        os.fsync(self.file.fileno())
+        step = self.trainer.state.global_step
+        return {"step": step, "lines": self.lines, "seconds": time.monotonic() - self.start}
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" in logs:
@@ -609,6 +838,7 @@ class _Recorder(TrainerCallback):
     def _record(self, record, state):
         self.file.write(json.dumps(record, allow_nan=False) + "\n")
         self.file.flush()
+        self.lines += 1
         for key in record.keys() - {"step", "epoch", "time"}:
             self.board.add_scalar(key, record[key], record["step"])
         if self.listener is not None:
@@ -617,3 +847,9 @@ class _Recorder(TrainerCallback):
     def close(self):
         self.file.close()
         self.board.close()
+
+
+def _cut(path, num_lines):
+    """Leave the first `num_lines` lines of a file: what comes after will be computed again."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    write_text(path, "".join(lines[:num_lines]))

@@ -11,7 +11,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from qlora import base_model
+from qlora import base_model, plan
 from qlora.data import chat
 from qlora.data.formats import Conversation
 from qlora.recipe import Model, Quantization, Recipe
@@ -163,6 +163,22 @@ def load_model(tiny_model):
 def cache_of_tokenized_rows(tmp_path_factory):
     """Keep the suite's tokenized rows out of the user's cache."""
     os.environ["QLORA_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def outlines_are_made_once():
+    """Go through a model without numbers once for all trainings of it: 0.7 s each, in some hundred tests."""
+    original, made = plan.outline, {}
+
+    def outline(config, *sections):
+        key = (config.to_json_string(use_diff=False), repr(sections))
+        if key not in made:
+            made[key] = original(config, *sections)
+        return made[key]
+
+    plan.outline = outline
+    yield
+    plan.outline = original
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """What only a GPU can show: pytest -m gpu. Small tensors and tiny models; a minute on any card."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -176,3 +177,31 @@ def test_a_run_that_the_card_refuses_memory_says_what_was_asked_and_free(make_re
             train(recipe)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def test_a_run_on_the_gpu_is_stopped_and_resumed_with_its_states_paged(make_recipe, tmp_path, monkeypatch):
+    made = []
+    original = sft.Trainer.create_optimizer
+    monkeypatch.setattr(
+        sft.Trainer, "create_optimizer", lambda self, model=None: made.append(original(self)) or made[-1]
+    )
+    lora = {"r": 1024, "lora_alpha": 1024, "lora_dropout": 0.1, "target_modules": ["down_proj"]}
+    settings = {"lora": lora, "training": {"max_steps": 6, "save_steps": 1, "save_total_limit": None}}
+    whole = train(make_recipe(**settings, output_dir=str(tmp_path / "whole")))
+    # as a kill -9 after step 3 leaves it
+    other = tmp_path / "other"
+    shutil.copytree(whole.path, other)
+    shutil.rmtree(other / "adapter")
+    for step in (4, 5, 6):
+        shutil.rmtree(other / "checkpoints" / f"step-{step}")
+    resumed = train(make_recipe(**settings, output_dir=str(other)), resume=True)
+    paged = [[getattr(state["state1"], "is_paged", False) for state in optimizer.state.values()] for optimizer in made]
+    assert paged[0] == paged[1]
+    assert any(paged[1])
+    losses = [
+        [record["loss"] for record in map(json.loads, run.metrics_file.read_text().splitlines()) if "loss" in record]
+        for run in (whole, resumed)
+    ]
+    assert losses[1] == pytest.approx(
+        losses[0], rel=1e-3
+    )  # kernels that add in another order each time: not to the bit

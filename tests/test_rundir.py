@@ -61,16 +61,16 @@ def test_a_number_that_is_not_finite_is_never_written_as_json(tmp_path):
 
 def test_a_run_that_did_not_finish_is_named_as_such(tmp_path, make_recipe):
     recipe = make_recipe(output_dir=str(tmp_path / "run"))
-    RunDir.create(recipe)
-    with pytest.raises(InputError, match="did not finish"):
-        RunDir.create(recipe)
+    with RunDir.create(recipe):
+        pass
+    with pytest.raises(InputError, match="did not finish"), RunDir.create(recipe):
+        pass
     with pytest.raises(InputError, match="did not finish"):
         RunDir.open(tmp_path / "run")
 
 
 def test_an_output_dir_that_cannot_be_made_is_an_input_error(tmp_path, make_recipe):
     (tmp_path / "file").write_text("x")
-    with pytest.raises(InputError, match="choose another folder"):
-        RunDir.create(make_recipe(output_dir=str(tmp_path / "file" / "run")))
-    with pytest.raises(InputError, match="is a file"):
-        RunDir.create(make_recipe(output_dir=str(tmp_path / "file")))
+    for folder, expected in (("file/run", "choose another folder"), ("file", "is a file")):
+        with pytest.raises(InputError, match=expected), RunDir.create(make_recipe(output_dir=str(tmp_path / folder))):
+            pass

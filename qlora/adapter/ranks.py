@@ -11,6 +11,7 @@ import torch
 from ..errors import InputError
 
 SCHEDULE = ("tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight")
+_SUMS = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # of PEFT's RankAllocator
 
 
 class Ranks:
@@ -55,6 +56,24 @@ class Ranks:
         The model's parameters must hold what the step has made of them, and the gradients that it was made from.
         """
         self.tuner.update_and_allocate(step)
+
+    def state(self):
+        """Return (what importance is computed from, {KEY/NAME: tensor}; {name of an E: which ranks are left}, or None)."""
+        if not self.adaptive:
+            return {}, None
+        allocator = self.tuner.rankallocator
+        tensors = {f"{key}/{name}": value for key in _SUMS for name, value in getattr(allocator, key).items()}
+        return tensors, self.config.rank_pattern
+
+    def restore(self, tensors, pattern):
+        """Go on from a `state`."""
+        if not self.adaptive:
+            return
+        allocator, device = self.tuner.rankallocator, next(self.tuner.parameters()).device
+        for key in _SUMS:
+            sums = {name.removeprefix(f"{key}/"): t for name, t in tensors.items() if name.startswith(f"{key}/")}
+            setattr(allocator, key, {name: tensor.to(device) for name, tensor in sums.items()})
+        self.config.rank_pattern = pattern
 
     def mean(self):
         """Return the mean rank of a layer."""

@@ -154,7 +154,8 @@ class Steps:
             speed_estimate_period=120,
         )
         self.task = self.bar.add_task("training", total=None, loss="-", rate="-")
-        self.start = self.said = time.monotonic()
+        self.start = self.said = self.last_save = time.monotonic()
+        self.first = None  # step that was logged here
 
     def __enter__(self):
         if _console.is_terminal:
@@ -165,19 +166,28 @@ class Steps:
         if _console.is_terminal:
             self.bar.stop()
 
+    def saved(self, written):
+        """Say what a checkpoint has cost."""
+        now = time.monotonic()
+        share = written.seconds / max(now - self.last_save, 1e-9)
+        say(f"          step {written.step}  checkpoint of {size(written.num_bytes)} in {written.seconds:.2f}s, "
+            f"{share:.1%} of the time since the last")  # fmt: skip
+        self.last_save = now
+
     def update(self, record, total_steps):
         step = record["step"]
         if "loss" not in record:
             say(f"          step {step}  held-out loss {record['eval_loss']:.4f}")
             return
-        if step == 1:
-            self.start = time.monotonic()
+        if self.first is None:
+            self.first, self.start = step, time.monotonic()
         loss, rate = f"{record['loss']:.4f}", f"{record['tokens_per_second']:,.0f}"
         self.bar.update(self.task, completed=step, total=total_steps, loss=loss, rate=rate)
         now = time.monotonic()
-        if not _console.is_terminal and (now - self.said > self.every or step in (1, total_steps)):
+        if not _console.is_terminal and (now - self.said > self.every or step in (self.first, total_steps)):
             # the first step is slow (allocation, warm-up), so the pace is that of the steps after it
-            left = f"  {duration((now - self.start) / (step - 1) * (total_steps - step))} left" if step > 1 else ""
+            done = step - self.first
+            left = f"  {duration((now - self.start) / done * (total_steps - step))} left" if done else ""
             say(f"training  step {step}/{total_steps}  loss {loss}  {rate} tokens/s{left}")
             self.said = now
 

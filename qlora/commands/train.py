@@ -2,32 +2,59 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import platform
 import subprocess
+import uuid
 from pathlib import Path
 
-from ..errors import DoesNotFit
+from ..errors import DoesNotFit, InputError, Interrupted
 from ..recipe import Recipe, parse_size
 from ..rundir import RunDir, new_folder, write_json
-from . import console
+from . import console, resuming
 
 PACKAGES = ("qlora", "torch", "transformers", "bitsandbytes", "peft", "trl", "accelerate", "datasets", "safetensors")
 
 
-def train(recipe: Recipe) -> RunDir:
+def train(recipe: Recipe, resume=False, allow_change=()) -> RunDir:
     """Train the adapters that `recipe` describes; return the finished run folder.
 
     All that can be wrong with recipe, data, tokenizer and output folder is found before a weight is read. The run
     folder has an `adapter/` only once training has ended well.
 
+    resume: go on with the run in recipe.output_dir, from its newest checkpoint that verifies. allow_change: names of
+    recipe fields, or of data, rows, tokenizer, chat_template, base_model, that may differ from what it was begun with.
+
     Raises:
         DoesNotFit: there is not enough memory; the run folder keeps what was measured until then.
-        InputError: the recipe, the data, the model folder or output_dir is wrong.
+        InputError: the recipe, the data, the model folder or output_dir is wrong; or what is to be resumed.
+        Interrupted: by SIGINT or SIGTERM; between two steps, and with a checkpoint, where training had begun.
         TrainingFailed: a loss or gradient is not finite, or an adapter does not move.
     """
-    RunDir(recipe.output_dir).refuse_used()
-    from .. import adapter, base_model, kernels, sft
+    run = RunDir(recipe.output_dir)
+    try:
+        if resume:
+            with resuming.resumed(recipe, allow_change) as resumed:
+                return run if resumed is None else _train(recipe, resumed)
+        if allow_change:
+            raise InputError("--allow-change is for --resume")
+        run.refuse_used()
+        return _train(recipe, None)
+    except Interrupted as stopped:
+        raise Interrupted(stopped.number, _how_to_go_on(run)) from None
+
+
+def _how_to_go_on(run):
+    if any(run.checkpoints.glob("step-*[0-9]")):
+        return f"stopped; go on with:  qlora train {run.recipe_file} --resume"
+    return "stopped before the first step" + (f"; remove {run.path} to begin again" if run.recipe_file.exists() else "")
+
+
+def _train(recipe, resumed):
+    """Train from the beginning, or go on with a Resumed run."""
+    from .. import adapter, base_model, kernels, sft, signals
+    from ..checkpoints import Checkpoints
     from ..export import merge, proof
     from .prepared import prepare, refuse_pointless, say_report
 
@@ -36,44 +63,63 @@ def train(recipe: Recipe) -> RunDir:
     refuse_pointless(prepared.report)
     if recipe.data.packing:
         kernels.attention.refuse_unsupported(prepared.config)
+    fingerprint = resuming.of_recipe(recipe, prepared)
+    if resumed is not None:
+        resumed.refuse_changes(fingerprint)
     checkpoint, tokenizer = prepared.checkpoint, prepared.tokenizer
     checkpointed_layers, offload, predicted = _plan(recipe, prepared, base_model.default_device())
 
     # what export will need: better to know now than after the training
     merge.plan(checkpoint, prepared.config, base_model.dtype_of(recipe.export.dtype), recipe.model.trust_remote_code)
 
-    run = RunDir.create(recipe)
-    write_json(run.data_report_file, prepared.report)
-    vocab_size = prepared.config.get_text_config().vocab_size
-    held_out = prepared.eval_examples
-    rows = proof.proof_rows(held_out if len(held_out) else prepared.examples, vocab_size)
-    write_json(run.proof_rows_file, proof.to_json(rows, "held-out rows" if len(held_out) else "training rows"))
-    with console.status(f"loading {checkpoint.name_or_path}"):
-        model = base_model.load(checkpoint, recipe.model, recipe.quantization)
-        quantized = base_model.digests(model)
-        model = adapter.attach(
-            model, recipe.lora, recipe.training.seed, checkpoint.new_tokens.values(), checkpoint, prepared.examples
-        )
-    write_json(run.environment_file, _environment(checkpoint, quantized, prepared.parts, model.device))
-    _print_model(checkpoint, model, quantized, recipe)
-    with kernels.installed(model, recipe.kernels) as installed, console.Steps() as steps:
-        _print_kernels(installed, model.device)
-        result = sft.train(
-            model,
-            tokenizer,
-            prepared.batches,
-            held_out,
-            recipe.training,
-            run,
-            checkpointed_layers,
-            offload,
-            predicted,
-            on_log=steps.update,
-            installed=installed,
-        )
-    with new_folder(run.adapter) as folder:
-        adapter.save(model, folder, checkpoint.name_or_path, checkpoint.revision)
-        tokenizer.save_pretrained(folder)
+    with RunDir.create(recipe) if resumed is None else contextlib.nullcontext(resumed.run) as run:
+        write_json(run.data_report_file, prepared.report)
+        vocab_size = prepared.config.get_text_config().vocab_size
+        held_out = prepared.eval_examples
+        rows = proof.proof_rows(held_out if len(held_out) else prepared.examples, vocab_size)
+        write_json(run.proof_rows_file, proof.to_json(rows, "held-out rows" if len(held_out) else "training rows"))
+        with console.status(f"loading {checkpoint.name_or_path}"):
+            model = base_model.load(checkpoint, recipe.model, recipe.quantization)
+            quantized, hashes = base_model.digests(model), checkpoint.file_hashes()
+            of_base = resuming.of_base(hashes, quantized)
+            if resumed is not None:
+                resumed.refuse_changes(of_base)
+                resumed.begin(recipe)
+            model = adapter.attach(
+                model, recipe.lora, recipe.training.seed, checkpoint.new_tokens.values(), checkpoint, prepared.examples
+            )
+        environment = _environment(checkpoint, quantized, hashes, prepared.parts, model.device)
+        if resumed is not None:
+            _say_resumed(resumed, environment)
+            environment["id"] = resumed.environment["id"]
+        write_json(run.environment_file, environment)
+        _print_model(checkpoint, model, quantized, recipe)
+        # a signal is noted until adapter/ is there: what training has made is never thrown away
+        with kernels.installed(model, recipe.kernels) as installed, console.Steps() as steps, signals.noted() as stop:
+            _print_kernels(installed, model.device)
+            result = sft.train(
+                model,
+                tokenizer,
+                prepared.batches,
+                held_out,
+                recipe.training,
+                run,
+                checkpointed_layers,
+                offload,
+                predicted,
+                on_log=steps.update,
+                installed=installed,
+                saving=sft.Saving(
+                    to=Checkpoints(run.checkpoints, environment["id"]),
+                    fingerprint=fingerprint | of_base,
+                    resume=resumed and resumed.checkpoint,
+                    stop=stop,
+                    on_save=steps.saved,
+                ),
+            )
+            with new_folder(run.adapter) as folder:
+                adapter.save(model, folder, checkpoint.name_or_path, checkpoint.revision)
+                tokenizer.save_pretrained(folder)
     console.say(
         f"trained {result.steps} steps, {result.tokens:,} tokens in {console.duration(result.seconds)} "
         f"({result.tokens / result.seconds:,.0f} tokens/s), {_peak(result)}; "
@@ -81,6 +127,17 @@ def train(recipe: Recipe) -> RunDir:
     )
     console.say(f"adapter in {run.adapter}; next: qlora eval {run.path}, qlora export {run.path} --out FOLDER")
     return run
+
+
+def _say_resumed(resumed, environment):
+    """Print where the run goes on, and what is not as it was though it may be."""
+    then = resumed.environment
+    console.say(f"resumed   from {resumed.checkpoint}, {console.duration(resumed.state['seconds'])} of training")
+    kinds = {"device": (then["device"], environment["device"])}
+    kinds |= {name: (then["versions"].get(name), now) for name, now in environment["versions"].items()}
+    for name, (old, now) in kinds.items():
+        if old != now:
+            console.say(f"          {name} was {old}, is {now}: numbers may differ in their last digits")
 
 
 def _plan(recipe, prepared, device):
@@ -144,10 +201,11 @@ def _peak(result):
     return f"peak {console.size(result.peak_bytes)}{predicted}"
 
 
-def _environment(checkpoint, quantized, parts, device):
+def _environment(checkpoint, quantized, hashes, parts, device):
     import torch
 
     return {
+        "id": uuid.uuid4().hex,  # checkpoints say whose they are
         "versions": {
             "python": platform.python_version(),
             **{name: importlib.metadata.version(name) for name in PACKAGES},
@@ -158,7 +216,7 @@ def _environment(checkpoint, quantized, parts, device):
             "name_or_path": checkpoint.name_or_path,
             "folder": str(checkpoint.folder.resolve()),
             "revision": checkpoint.revision,
-            "sha256": checkpoint.file_hashes(),
+            "sha256": hashes,
             "quantized_modules": sorted(quantized),
             "quantized_sha256": quantized,
         },

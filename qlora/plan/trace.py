@@ -134,7 +134,8 @@ def _run(peft_model, layers, device_kind, installed, packed, num_tokens, num_sco
     def end(number):
         def hook(module, args, kwargs, output):
             hidden = output[0] if isinstance(output, tuple) else output
-            hidden.register_hook(lambda gradient: mark(("backward", number)))
+            if hidden.requires_grad:  # not below the first layer that has an adapter
+                hidden.register_hook(lambda gradient: mark(("backward", number)))
             if number == len(layers) - 1:
                 mark("head")
 
@@ -165,6 +166,8 @@ def _run(peft_model, layers, device_kind, installed, packed, num_tokens, num_sco
     found = {}
     for (start, level, name), (stop, *_) in itertools.pairwise(marks):
         found[name] = np.array(live.levels[start:stop], dtype=float) - level
+    nothing = np.zeros(0)
+    found |= {("backward", n): nothing for n in range(len(layers)) if ("backward", n) not in found}
     found["head forward"] = found["head"]
     found["head"] = np.concatenate(
         [found["head"], found.pop("loss") + (found["head"][-1] if len(found["head"]) else 0)]

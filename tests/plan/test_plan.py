@@ -131,10 +131,11 @@ def test_with_kernels_off_the_peak_is_that_of_real_training_steps(load_shape):
         (Lora(use_dora=True), ()),
         (Lora(modules_to_save=["lm_head"]), ()),
         (Lora(target_modules=["q_proj", "v_proj"]), ()),
+        (Lora(target_modules=["q_proj", "v_proj"], layers_to_transform=[2]), ()),
         (Lora(peft_type="ADALORA"), ()),
         (Lora(), range(4)),
     ],
-    ids=["dropout", "dora", "modules_to_save", "two projections", "adalora", "new tokens"],
+    ids=["dropout", "dora", "modules_to_save", "two projections", "one layer", "adalora", "new tokens"],
 )
 def test_the_peak_of_other_kinds_of_adapters_is_that_of_real_steps(load_shape, lora, token_ids):
     outline = outline_of(SHAPES["llama"](), lora, num_new=len(token_ids))

@@ -1,0 +1,163 @@
+"""What train --resume needs: whether a run can go on, from where, and whether it would still be the same run."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..checkpoints import Checkpoints, read_state
+from ..errors import InputError
+from ..recipe import Recipe
+from ..rundir import RunDir
+from . import console
+
+_LENGTH = ("training.max_steps", "training.num_train_epochs")
+# what changes no weight, and what is compared by its content instead of its place
+_FREE = {
+    *("output_dir", "memory", "export", "model.name_or_path", "model.revision", "data.chat_template", "data.num_proc"),
+    *(f"training.{name}" for name in ("logging_steps", "eval_steps", "save_steps", "save_total_limit")),
+    "training.per_device_eval_batch_size",
+}
+_PLACE = {"path", "name", "subset", "split", "revision"}
+
+
+def of_recipe(recipe: Recipe, prepared) -> dict:
+    """Return {field: value} of what must stay as it is, as far as recipe, data and tokenizer decide it."""
+    found: dict[str, Any] = {}
+    for name, section in recipe.model_dump().items():
+        fields = {f"{name}.{key}": value for key, value in section.items()} if isinstance(section, dict) else {}
+        found |= {} if name in _FREE else fields or {name: section}
+    found = {name: value for name, value in found.items() if name not in _FREE}
+    for name in ("data.train", "data.eval"):
+        found[name] = [{k: v for k, v in source.items() if k not in _PLACE} for source in found[name] or []]
+    tokenizer, rows = prepared.tokenizer, prepared.examples
+    found["data"] = [part.digest for part in prepared.parts]
+    found["rows"] = _digest(rows.lengths.tobytes(), rows.num_trained.tobytes(), rows.keys.tobytes())
+    special = json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str)
+    found["tokenizer"] = _digest(tokenizer.backend_tokenizer.to_str().encode(), special.encode())
+    found["chat_template"] = _digest(str(tokenizer.chat_template).encode())
+    return json.loads(json.dumps(found))
+
+
+def of_base(file_hashes, quantized) -> dict:
+    """Return the same of the base: its files, and the 4-bit weights that were made of them."""
+    return {
+        "base_model": _digest(json.dumps(file_hashes, sort_keys=True).encode()),
+        "base_model.quantized": _digest(json.dumps(quantized, sort_keys=True).encode()),
+    }
+
+
+def _digest(*pieces):
+    whole = hashlib.sha256()
+    for piece in pieces:
+        whole.update(hashlib.sha256(piece).digest())
+    return whole.hexdigest()
+
+
+@dataclass
+class Resumed:
+    """A run that goes on. checkpoint: the folder that it goes on from; allowed: fields that may have changed."""
+
+    run: RunDir
+    kept: Checkpoints
+    checkpoint: Path
+    environment: dict
+    allowed: tuple
+
+    def __post_init__(self):
+        self.state = read_state(self.checkpoint)
+
+    def refuse_changes(self, now):
+        """Raise InputError where fields of `now` are not what the run was begun with, and not allowed to differ."""
+        then = self.state["fingerprint"]
+        changed = [name for name in sorted(now) if now[name] != then.get(name)]
+        if any(name in now for name in _LENGTH):
+            gone = then.keys() - now.keys() - {"base_model", "base_model.quantized"}
+            changed += sorted(gone)
+            if now["lora.peft_type"] != "ADALORA" and _at_least_as_long(then, now):
+                changed = [name for name in changed if name not in _LENGTH]
+            unknown = sorted(set(self.allowed) - then.keys() - now.keys())
+            if unknown:
+                known = ", ".join(sorted(then.keys() | now.keys()))
+                raise InputError(f"--allow-change {unknown[0]}: no such field; there are {known}")
+        refused = [name for name in changed if name not in self.allowed]
+        if refused:
+            raise InputError.listing(
+                f"{self.checkpoint}: to go on would be another run; it",
+                [f"{name}: {_said(then.get(name))} then, {_said(now.get(name))} now" for name in refused],
+                "change it back, or take it as it is: " + " ".join(f"--allow-change {name}" for name in refused),
+            )
+
+    def begin(self, recipe: Recipe):
+        """Give the run folder this recipe, and no adapter/; what a finished run left there is kept beside."""
+        run = self.run
+        if run.adapter.is_dir():
+            kept = run.path / f"adapter-step-{_last_step(run)}"
+            if kept.exists():
+                raise InputError(f"{kept} is in the way of what {run.adapter} is; move it")
+            run.adapter.rename(kept)
+            if run.eval_file.exists():
+                run.eval_file.rename(kept / run.eval_file.name)
+        run.write_recipe(recipe)
+        self.kept.rotate(self.checkpoint, recipe.training.save_total_limit)  # a killed process may not have come to it
+
+
+@contextlib.contextmanager
+def resumed(recipe: Recipe, allowed):
+    """Yield the Resumed run in recipe.output_dir, locked while the block runs; None where it is finished.
+
+    Raises:
+        InputError: no run is there, another process has it, or none of its checkpoints verifies.
+    """
+    run = RunDir(recipe.output_dir)
+    if not run.recipe_file.is_file():
+        raise InputError(f"output_dir {run.path} holds no run that could go on; leave --resume out to begin one")
+    with run.locked():
+        if run.adapter.is_dir() and not _is_longer(run.recipe(), recipe):
+            console.say(
+                f"{run.path} is finished: {_last_step(run):,} steps; set a higher training.num_train_epochs or "
+                "training.max_steps to go on"
+            )
+            yield None
+            return
+        known = run.environment() if run.environment_file.exists() else {}
+        kept = Checkpoints(run.checkpoints, known.get("id"))
+        kept.remove_leftovers()
+        path, skipped = kept.newest()
+        for reason in skipped:
+            console.say(f"skipped   {reason}")
+        if path is None:
+            raise InputError(
+                f"output_dir {run.path} has no checkpoint to go on from"
+                + (": none of those there is whole" if skipped else "")
+                + "; remove the folder to begin again"
+            )
+        yield Resumed(run, kept, path, known, tuple(allowed))
+
+
+def _at_least_as_long(then, now):
+    (old_steps, old_epochs), (steps, epochs) = ([fields[name] for name in _LENGTH] for fields in (then, now))
+    if old_steps is None or steps is None:
+        return old_steps is steps and epochs >= old_epochs
+    return steps >= old_steps
+
+
+def _is_longer(old: Recipe, new: Recipe):
+    then, now = ({name: getattr(recipe.training, name.partition(".")[2]) for name in _LENGTH} for recipe in (old, new))
+    return _at_least_as_long(then, now) and not _at_least_as_long(now, then)
+
+
+def _last_step(run):
+    lines = run.metrics_file.read_text(encoding="utf-8").splitlines()
+    return json.loads(lines[-1])["step"] if lines else 0
+
+
+def _said(value):
+    if isinstance(value, str) and len(value) == 64:
+        return f"{value[:12]}..."
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) < 100 else f"{text[:80]}..."

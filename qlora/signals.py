@@ -1,0 +1,74 @@
+"""SIGINT and SIGTERM: raised where nothing is to be saved, noted where the work at hand comes to an end first."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+
+from .errors import Interrupted
+
+
+class Stop:
+    """Whether to stop. number: of the signal that asked for it, or None."""
+
+    number: int | None = None
+
+
+_came = False  # a signal, in this process
+_owner = None  # the process that handles them; not its forks
+_noted: Stop | None = None  # where the first is written instead of being raised
+
+
+@contextlib.contextmanager
+def handled():
+    """Raise Interrupted at the first SIGINT or SIGTERM in the block, end the process at the second; ignore SIGHUP.
+
+    What the process was started to ignore stays ignored (nohup, a shell's background jobs). Off the main thread, and
+    within another such block, nothing changes.
+    """
+    global _came, _owner
+    if _owner == os.getpid() or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    wanted: dict = {signal.SIGINT: _on_signal, signal.SIGTERM: _on_signal}
+    if hasattr(signal, "SIGHUP"):
+        wanted[signal.SIGHUP] = signal.SIG_IGN
+    before = {number: signal.getsignal(number) for number in wanted}
+    before = {number: handler for number, handler in before.items() if handler not in (signal.SIG_IGN, None)}
+    for number in before:
+        signal.signal(number, wanted[number])
+    _owner, _came = os.getpid(), False
+    try:
+        yield
+    finally:
+        _owner = None
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def noted():
+    """Yield a Stop: the first signal in the block is written into it, not raised."""
+    global _noted
+    with handled():
+        _noted = Stop()
+        try:
+            yield _noted
+        finally:
+            _noted = None
+
+
+def _on_signal(number, frame):
+    global _came
+    if os.getpid() != _owner:  # a fork: ended as it would be without us
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+    elif _came:
+        os._exit(128 + number)  # whatever is going on; what is half written is named so, and removed by the next run
+    else:
+        _came = True
+        if _noted is None:
+            raise Interrupted(number)
+        _noted.number = number

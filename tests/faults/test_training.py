@@ -1,0 +1,253 @@
+"""Trainings that are killed, stopped, doubled and cut off for real, in processes of their own."""
+
+import errno
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from qlora.commands.train import train
+from qlora.errors import InputError
+from qlora.rundir import RunDir
+from tests.conftest import messages, write_jsonl
+
+
+@pytest.fixture
+def recipe_file(make_recipe, tmp_path):
+    """A recipe of four steps over two epochs, each saved, the newest two kept; with all that draws random numbers."""
+    turns = [[("user", f"{n}?"), ("assistant", "ab " * (1 + n * 7 % 23))] for n in range(16)]
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"messages": messages(t)} for t in turns])
+    recipe = make_recipe(
+        lora={"r": 64, "lora_alpha": 64, "lora_dropout": 0.1},
+        data={"train": str(rows), "eval_fraction": 0.1},
+        training={"max_steps": 4, "save_steps": 1, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 3,
+                  "neftune_noise_alpha": 5.0, "eval_steps": 2},
+    )  # fmt: skip
+    file = tmp_path / "recipe.yaml"
+    file.write_text(recipe.to_yaml())
+    return file
+
+
+@pytest.fixture
+def longer(recipe_file):
+    """The same with twelve steps."""
+    recipe_file.write_text(recipe_file.read_text().replace("max_steps: 4", "max_steps: 12"))
+    return recipe_file
+
+
+def killed(recipe_file, *arguments):
+    script = Path(__file__).with_name("killed_trainings.py")
+    command = [sys.executable, script, recipe_file, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=3000)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def assert_killed_at_random(result, count):
+    assert result["kills"] >= count
+    assert result["kills_after_the_first_checkpoint"] >= count // 2
+    assert all(found == result["whole"] for found in result["found"])
+    assert result["whole"]["left"] == ["step-11", "step-12"]
+
+
+def assert_killed_at_files(result):
+    for number, found in result["found"].items():
+        assert {key: found[key] for key in ("tensors", "records", "left")} == result["whole"], number
+    # they were killed where it matters: with something half written, and half removed
+    assert any(name.endswith(".partial") for found in result["found"].values() for name in found["before"])
+
+
+def test_killed_at_random_moments_and_resumed_the_bits_are_the_same(longer):
+    assert_killed_at_random(killed(longer, "at-random", 4, 1), 4)
+
+
+def test_killed_while_saving_and_rotating_and_resumed_the_bits_are_the_same(recipe_file):
+    result = killed(recipe_file, "at-files", 90, 200, 27)
+    assert_killed_at_files(result)
+    assert len(result["found"]) >= 4
+    assert {"fsync", "synced", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree"} <= set(
+        result["events"]
+    )
+
+
+@pytest.mark.slow
+def test_killed_at_many_random_moments(longer):
+    assert_killed_at_random(killed(longer, "at-random", 100, 2), 100)
+
+
+@pytest.mark.slow
+def test_killed_before_every_operation_on_a_file(recipe_file):
+    result = killed(recipe_file, "at-files", 1, 10**6, 1)
+    assert_killed_at_files(result)
+    assert len(result["found"]) == len(result["events"])
+
+
+# ---- signals ---------------------------------------------------------------------------------------------------------
+
+
+def begin(recipe_file, *arguments, **options):
+    command = [sys.executable, "-m", "qlora", "train", str(recipe_file), *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+@pytest.fixture
+def endless(recipe_file, tmp_path):
+    """Return endless(*arguments) -> a process that trains, once it has taken a step; it would take hours."""
+    started = []
+
+    def endless(*arguments, until="metrics.jsonl", **options):
+        process = begin(
+            recipe_file,
+            "training.max_steps=100000",
+            "training.eval_steps=100000",
+            "training.save_steps=100000",
+            *arguments,
+            **options,
+        )
+        started.append(process)
+        file = tmp_path / "run" / until
+        for _ in range(1200):
+            if file.exists() and file.stat().st_size:
+                return process
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.1)
+        raise AssertionError(f"no {until}")
+
+    yield endless
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_says_how_to_go_on_and_that_works(endless, recipe_file, tmp_path, number, code):
+    process = endless()
+    process.send_signal(signal.SIGHUP)  # a terminal that is closed
+    time.sleep(0.2)
+    assert process.poll() is None
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == code, said
+    assert "Traceback" not in said
+    (command,) = re.findall(r"^qlora: stopped; go on with:  qlora (train .* --resume)$", said, re.M)
+    (folder,) = (tmp_path / "run" / "checkpoints").iterdir()
+    step = int(folder.name.removeprefix("step-"))
+    if number == signal.SIGINT:
+        return
+    # to its end, by what was said, a few steps on
+    longer = [*command.split(), f"training.max_steps={step + 2}", "--allow-change", "training.max_steps"]
+    done = subprocess.run([sys.executable, "-m", "qlora", *longer], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records if "loss" in record] == [*range(1, step + 3)]
+
+
+def test_a_second_signal_leaves_at_once(endless, tmp_path):
+    # within a step that is a pass over 14,000 rows
+    rows = f"data.train=[{{path: {tmp_path / 'rows.jsonl'}, weight: 1000}}]"
+    process = endless("training.gradient_accumulation_steps=100000", rows, until="environment.json")
+    time.sleep(3)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(1)
+    assert process.poll() is None  # the step goes on
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=5) == 143
+    assert not list((tmp_path / "run").glob("checkpoints/step-*"))
+
+
+def test_a_signal_before_the_first_step_ends_at_once(recipe_file, tmp_path):
+    process = begin(recipe_file)
+    time.sleep(2.5)  # while libraries are imported or the model is loaded
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=20)
+    assert process.returncode == 130, said
+    assert "Traceback" not in said
+
+
+def test_closed_pipes_do_no_harm(recipe_file, tmp_path):
+    process = begin(recipe_file)
+    process.stdout.close()
+    process.stderr.close()
+    assert process.wait(timeout=120) == 0
+    assert (tmp_path / "run" / "adapter").is_dir()
+
+
+# ---- two at once -----------------------------------------------------------------------------------------------------
+
+
+def test_two_trainers_do_not_share_a_folder_and_a_killed_one_leaves_no_lock(endless, recipe_file, tmp_path):
+    process = endless()
+    other = subprocess.run(
+        [sys.executable, "-m", "qlora", "train", tmp_path / "run" / "recipe.yaml", "--resume"],
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert other.returncode == 2
+    assert f"is in use by process {process.pid}; wait for it" in other.stderr
+    process.kill()
+    process.communicate()
+    with RunDir(tmp_path / "run").locked():
+        pass
+
+
+def test_of_two_that_begin_together_one_has_the_folder(recipe_file, make_recipe):
+    recipe = make_recipe()
+    other = RunDir(recipe.output_dir).locked()  # it has seen an empty folder before
+    with RunDir.create(recipe), pytest.raises(InputError, match=f"in use by process {os.getpid()}"), other:
+        pass
+
+
+def test_a_fork_that_outlives_a_killed_trainer_does_not_keep_its_lock(tmp_path):
+    run, (reading, writing) = RunDir(tmp_path), os.pipe()
+    trainer = os.fork()
+    if trainer == 0:
+        with run.locked():
+            if os.fork() == 0:
+                os.write(writing, b"%d" % os.getpid())
+                time.sleep(60)
+                os._exit(0)
+            time.sleep(60)
+        os._exit(0)
+    fork = int(os.read(reading, 20))
+    with pytest.raises(InputError, match=f"in use by process {trainer}"), run.locked():
+        pass
+    os.kill(trainer, signal.SIGKILL)
+    os.waitpid(trainer, 0)
+    try:
+        with run.locked():
+            os.kill(fork, 0)  # it is there
+    finally:
+        os.kill(fork, signal.SIGKILL)
+        os.close(reading)
+        os.close(writing)
+
+
+def test_a_disk_that_is_full_leaves_the_checkpoints_that_are_there(recipe_file, monkeypatch, tmp_path):
+    from qlora import checkpoints
+    from qlora.recipe import Recipe
+
+    original, calls = checkpoints.save_file, iter(range(99))
+
+    def full(tensors, path):
+        if next(calls) == 2:
+            path.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        original(tensors, path)
+
+    monkeypatch.setattr(checkpoints, "save_file", full)
+    recipe = Recipe.load(recipe_file)
+    with pytest.raises(InputError, match=r"No space left on device; a checkpoint takes [\d,]+ bytes, [\d,]+ are free"):
+        train(recipe)
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["step-1", "step-2"]
+    run = train(recipe, resume=True)
+    whole = train(Recipe.load(recipe_file, [f"output_dir={tmp_path / 'whole'}"]))
+    a, b = (load_file(one.adapter / "adapter_model.safetensors") for one in (run, whole))
+    assert all((a[name] == b[name]).all() for name in a)

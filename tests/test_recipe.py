@@ -215,8 +215,9 @@ def test_the_documents_list_every_field_with_its_default():
     table = (Path(__file__).parents[1] / "docs" / "recipe.md").read_text(encoding="utf-8")
     documented = dict(re.findall(r"^\| `([\w.]+)` \|([^|]*)\|", table, flags=re.MULTILINE))
     recipe = Recipe.from_dict({"model": {"name_or_path": "m"}, "data": {"train": "d"}, "output_dir": "o"}).model_dump()
-    fields = {f"{name}.{field}": value for name, section in recipe.items() if isinstance(section, dict)
-              for field, value in section.items()} | {"output_dir": "o"}  # fmt: skip
+    fields = {name: value for name, value in recipe.items() if not isinstance(value, dict)}
+    fields |= {f"{name}.{field}": value for name, section in recipe.items() if isinstance(section, dict)
+               for field, value in section.items()}  # fmt: skip
     assert documented.keys() == fields.keys()
     for field, value in fields.items():
         if field not in {"model.name_or_path", "data.train", "output_dir"}:

@@ -98,8 +98,6 @@ def train(
         TrainingFailed: a loss or gradient is not finite (the step is not taken), or an adapter does not move.
     """
     joined = installed.joined or isinstance(examples, Packs)
-    if joined and not installed.joined and not attention.joins(model.get_base_model()):
-        raise InputError("data.packing: rows of this architecture cannot be joined; set data.packing=false")
     dtype = model.get_input_embeddings().weight.dtype  # now: trl casts what is trained, the embedding maybe with it
     layers = base_model.decoder_layers(model)
     pad = DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id)

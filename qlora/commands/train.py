@@ -96,6 +96,8 @@ def _train(recipe, resumed):
         _print_model(checkpoint, model, quantized, recipe)
         # a signal is noted until adapter/ is there: what training has made is never thrown away
         with kernels.installed(model, recipe.kernels) as installed, console.Steps() as steps, signals.noted() as stop:
+            if recipe.data.packing and not (installed.joined or kernels.attention.joins(model.get_base_model())):
+                raise InputError("data.packing: rows of this architecture cannot be joined; set data.packing=false")
             _print_kernels(installed, model.device)
             result = sft.train(
                 model,

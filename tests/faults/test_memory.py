@@ -68,7 +68,11 @@ MIB = 1 << 20
         (f"before(sft.Trainer, 'rehearse', 0, {32 * MIB})", r"in the rehearsal, before the first step: "),
         (f"before(sft.Trainer, 'training_step', 1, {4 * MIB})", r"in step [23], micro-batch 1: "),
         # less than there is already: not even the smallest piece
-        (f"before(sft.Trainer, 'training_step', 2, {-64 * MIB})", r"in step 3, micro-batch 1: "),
+        pytest.param(
+            f"before(sft.Trainer, 'training_step', 2, {-64 * MIB})",
+            r"in step 3, micro-batch 1: ",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_run_that_the_system_refuses_memory_ends_with_3_and_says_what_to_change(recipe_file, tmp_path, limits, where):
@@ -86,6 +90,7 @@ def test_a_run_that_the_system_refuses_memory_ends_with_3_and_says_what_to_chang
     assert json.loads((folder / "memory.json").read_text())["out_of_memory"] == found[1]
 
 
+@pytest.mark.slow
 def test_the_same_run_without_a_limit_ends_well(recipe_file, tmp_path):
     done = run(recipe_file, "")
     assert done.returncode == 0, done.stderr

@@ -68,6 +68,7 @@ def test_killed_at_random_moments_and_resumed_the_bits_are_the_same(longer):
     assert_killed_at_random(killed(longer, "at-random", 4, 1), 4)
 
 
+@pytest.mark.slow
 def test_killed_while_saving_and_rotating_and_resumed_the_bits_are_the_same(recipe_file):
     result = killed(recipe_file, "at-files", 90, 200, 27)
     assert_killed_at_files(result)
@@ -149,6 +150,7 @@ def test_a_signal_saves_and_says_how_to_go_on_and_that_works(endless, recipe_fil
     assert [record["step"] for record in records if "loss" in record] == [*range(1, step + 3)]
 
 
+@pytest.mark.slow
 def test_a_second_signal_leaves_at_once(endless, tmp_path):
     # within a step that is a pass over 14,000 rows
     rows = f"data.train=[{{path: {tmp_path / 'rows.jsonl'}, weight: 1000}}]"

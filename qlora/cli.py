@@ -23,6 +23,7 @@ app = typer.Typer(
     help="4-bit LoRA fine-tuning on one consumer GPU, with proof.",
 )
 
+RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="a YAML file; see recipes/")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="change the recipe: section.field=value")
 ]
@@ -38,13 +39,22 @@ def _begin(as_json=False):
     console.hush_libraries()
 
 
+def _load(recipe, overrides, as_json):
+    """Return the Recipe of a verb that takes one; what is wrong with it is said before anything heavy is imported."""
+    from .recipe import Recipe
+
+    loaded = Recipe.load(recipe, overrides or ())
+    _begin(as_json)
+    return loaded
+
+
 def _print_json(value):
     print(json.dumps(value, indent=2, ensure_ascii=False))
 
 
 @app.command(epilog="Example:  qlora train recipes/mine.yaml training.learning_rate=1e-4 output_dir=runs/slow")
 def train(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="a YAML file; see recipes/")],
+    recipe: RecipeFile,
     overrides: Overrides = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="go on with the run at output_dir, from its newest whole checkpoint")
@@ -56,10 +66,7 @@ def train(
     as_json: Json = False,
 ):
     """Train adapters as a recipe says; leaves a run folder at its output_dir."""
-    from .recipe import Recipe
-
-    loaded = Recipe.load(recipe, overrides or ())
-    _begin(as_json)
+    loaded = _load(recipe, overrides, as_json)
     from .commands.train import train as run_train
 
     run = run_train(loaded, resume, allow_change or ())
@@ -70,7 +77,7 @@ def train(
 
 @app.command(epilog="Example:  qlora plan recipes/mine.yaml data.max_length=8192 --card 4090 --plot memory.png")
 def plan(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="a YAML file; see recipes/")],
+    recipe: RecipeFile,
     overrides: Overrides = None,
     vram: Annotated[str | None, typer.Option(help="the memory there is, such as 24GiB; default: the GPU's")] = None,
     card: Annotated[
@@ -80,10 +87,7 @@ def plan(
     as_json: Json = False,
 ):
     """Say what training will cost and whether it fits, from config.json alone; exit code 3 if it does not."""
-    from .recipe import Recipe
-
-    loaded = Recipe.load(recipe, overrides or ())
-    _begin(as_json)
+    loaded = _load(recipe, overrides, as_json)
     from .commands.plan import plan as run_plan
 
     found = run_plan(loaded, vram, card, plot)
@@ -95,7 +99,7 @@ def plan(
 
 @app.command("data", epilog="Example:  qlora data recipes/mine.yaml --row 17 --tokens")
 def inspect_data(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="a YAML file; see recipes/")],
+    recipe: RecipeFile,
     overrides: Overrides = None,
     row: Annotated[int | None, typer.Option(min=1, help="render this training row; default: the first two")] = None,
     tokens: Annotated[bool, typer.Option("--tokens", help="show the id of each token")] = False,
@@ -103,10 +107,7 @@ def inspect_data(
     as_json: Json = False,
 ):
     """Show what the model will see: rows, lengths, and which tokens are trained; reads no weights."""
-    from .recipe import Recipe
-
-    loaded = Recipe.load(recipe, overrides or ())
-    _begin(as_json)
+    loaded = _load(recipe, overrides, as_json)
     from .commands.data import inspect_data as run_data
 
     report = run_data(loaded, row, tokens, html)

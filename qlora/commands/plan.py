@@ -69,18 +69,13 @@ def _job(recipe, budget, card):
     """Return the Job of `recipe` on a GPU; without data or tokenizer, one of rows of data.max_length."""
     paths = [source.path for source in recipe.data.train if source.path is not None]
     absent = [path for path in paths if not any(letter in path for letter in "*?[") and not Path(path).exists()]
-    if absent:
-        console.say(f"data      no file at {absent[0]}: planned for rows of data.max_length, every token trained")
-    else:
-        checkpoint = base_model.find(recipe.model, weights=False)
-        if (checkpoint.folder / "tokenizer.json").is_file():
-            prepared = prepare(recipe, weights=False)
-            say_report(prepared)
-            return job_of(recipe, prepared, "cuda", budget, card)
-        console.say(
-            f"data      {checkpoint.folder} has no tokenizer.json: planned for rows of data.max_length, every token trained"
-        )
     checkpoint = base_model.find(recipe.model, weights=False)
+    if not absent and (checkpoint.folder / "tokenizer.json").is_file():
+        prepared = prepare(recipe, weights=False)
+        say_report(prepared)
+        return job_of(recipe, prepared, "cuda", budget, card)
+    why = f"no file at {absent[0]}" if absent else f"{checkpoint.folder} has no tokenizer.json"
+    console.say(f"data      {why}: planned for rows of data.max_length, every token trained")
     config = base_model.load_config(checkpoint, recipe.model)
     return without_data(recipe, config, len(checkpoint.new_tokens), "cuda", budget, card)
 

@@ -18,7 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ..errors import InputError
-from .causal import causal_attention
+from .causal import causal_attention, within_window
 
 NAME, PLAIN = "qlora_segments", "qlora_segments_plain"
 
@@ -113,7 +113,9 @@ def one_by_one(module, query_BHTD, key_BHTD, value_BHTD, segments, sliding_windo
     outputs, start = [], 0
     for length in segments:
         part = slice(start, start + length)
-        mask = _band(length, sliding_window, query_BHTD.device) if sliding_window and length > sliding_window else None
+        mask = None
+        if sliding_window and length > sliding_window:
+            mask = within_window(length, 0, sliding_window, query_BHTD.device)[None, None]
         output, _ = sdpa_attention_forward(
             module, query_BHTD[:, :, part], key_BHTD[:, :, part], value_BHTD[:, :, part], mask, **kwargs
         )
@@ -138,12 +140,6 @@ def _capability(device):
 def _offsets(segments, device):
     """Return where each document starts, and the end: int32, (len(segments) + 1,)."""
     return torch.tensor([0, *itertools.accumulate(segments)], dtype=torch.int32, device=device)
-
-
-def _band(length, window, device):
-    """Return the mask (1, 1, length, length) of causal attention to the last `window` tokens, itself among them."""
-    distance = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)[None, :]
-    return ((distance >= 0) & (distance < window))[None, None]
 
 
 for _name, _function in ((NAME, segment_attention), (PLAIN, plain_segment_attention)):

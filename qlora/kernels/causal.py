@@ -73,8 +73,18 @@ def _triangle(num_queries):
 
 def _band(num_queries, num_before, window):
     """Return (b, c): the same with the keys from `num_before` tokens before the block on, of which `window` are seen."""
-    distance = torch.arange(num_before, num_before + num_queries)[:, None] - torch.arange(num_before + num_queries)
-    return torch.zeros(distance.shape).masked_fill_((distance < 0) | (distance >= window), -math.inf)
+    seen = within_window(num_queries, num_before, window)
+    return torch.zeros(seen.shape).masked_fill_(~seen, -math.inf)
+
+
+def within_window(num_queries, num_before, window, device=None):
+    """Return (b, num_before + b), bool: which keys a query sees, the last `window` up to its own.
+
+    The keys begin `num_before` tokens before the first query.
+    """
+    queries = torch.arange(num_before, num_before + num_queries, device=device)
+    distance = queries[:, None] - torch.arange(num_before + num_queries, device=device)
+    return (distance >= 0) & (distance < window)
 
 
 def _probabilities(q_KGbD, k32_KcD, mask, scale):

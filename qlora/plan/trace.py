@@ -8,6 +8,7 @@ they stand there. A level is a sum over what grows with what: a few runs give it
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 from dataclasses import dataclass
 
@@ -147,7 +148,7 @@ def _run(peft_model, layers, device_kind, installed, packed, num_tokens, num_sco
         handles.append(layer.register_forward_hook(end(number), with_kwargs=True))
     live = memory.LiveTensors()
     on_cuda = device_kind == "cuda"
-    way = _loss_on_cuda if on_cuda else _lean_loss_on_cpu if installed.loss else _loss_on_cpu
+    way = _loss_on_cuda if on_cuda else functools.partial(_loss_on_cpu, lean=installed.loss)
     attention = _way_of_attention(device_kind, installed.joined, packed, document)
     try:
         with _attention(peft_model.get_base_model(), attention, packed or installed.joined), _one_tile(tile), live:
@@ -200,24 +201,23 @@ def _positions(count):
     return torch.zeros(count, dtype=torch.int64, device="meta")
 
 
-def _loss_on_cpu(peft_model, num_tokens, num_scored, chunk):
-    """What sft.loss_of_trained_positions computes, the positions given instead of looked for."""
-    ids, mask, labels = _inputs(num_tokens)
-    columns = _positions(num_scored)
-    logits = peft_model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=columns).logits
-    targets = labels[:, 1:][:, columns - 1]
-    at = _positions(num_scored), _positions(num_scored)  # what indexing by a mask turns it into
-    return F.cross_entropy(logits[at].float(), targets[at], reduction="sum") / num_scored
+def _loss_on_cpu(peft_model, num_tokens, num_scored, chunk, lean):
+    """What sft.loss_of_trained_positions computes, the positions given instead of looked for.
 
-
-def _lean_loss_on_cpu(peft_model, num_tokens, num_scored, chunk):
-    """The same with kernels.loss, whose loop over positions is of another length at each size."""
+    lean: with kernels.loss, whose loop over positions is of another length at each size.
+    """
     ids, mask, labels = _inputs(num_tokens)
     columns, head = _positions(num_scored), peft_model.get_base_model().get_output_embeddings()
-    hidden = kernels.loss.hidden_states(peft_model, head, columns, input_ids=ids, attention_mask=mask)
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    if lean:
+        found = kernels.loss.hidden_states(peft_model, head, columns, **inputs)
+    else:
+        found = peft_model(**inputs, use_cache=False, logits_to_keep=columns).logits
     targets = labels[:, 1:][:, columns - 1]
-    at = _positions(num_scored), _positions(num_scored)
-    return _LeanHead.apply(hidden[at], head.weight, targets[at]) / num_scored
+    at = _positions(num_scored), _positions(num_scored)  # what indexing by a mask turns it into
+    if lean:
+        return _LeanHead.apply(found[at], head.weight, targets[at]) / num_scored
+    return F.cross_entropy(found[at].float(), targets[at], reduction="sum") / num_scored
 
 
 class _LeanHead(torch.autograd.Function):

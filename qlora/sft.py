@@ -49,7 +49,6 @@ class Result:
     seconds: float
     peak_bytes: int
     rehearsed_bytes: int | None
-    predicted_bytes: int | None
 
 
 @dataclass(frozen=True)
@@ -129,7 +128,8 @@ def train(
         trainer.add_callback(_Rehearsal(trainer, lengths))
     recorder = trainer.recorder = _Recorder(trainer, run, on_log)
     trainer.add_callback(recorder)
-    trainer.add_callback(_Saves(trainer, training.save_steps, training.save_total_limit))
+    trainer.save_total_limit = training.save_total_limit
+    trainer.add_callback(_Saves(trainer, training.save_steps))
     measured: dict[str, Any] = {
         "layers": len(layers),
         "checkpointed_layers": checkpointed_layers,
@@ -171,7 +171,6 @@ def train(
         seconds=time.monotonic() - recorder.start,
         peak_bytes=measured["peak_bytes"],
         rehearsed_bytes=trainer.rehearsed_bytes,
-        predicted_bytes=predicted_bytes,
     )
 
 
@@ -730,9 +729,8 @@ class _ByLength(LengthGroupedSampler):
 class _Saves(TrainerCallback):
     """Has the trainer save every so many steps, at the end, and when it is to stop; puts back what it was about."""
 
-    def __init__(self, trainer, every, limit):
+    def __init__(self, trainer, every):
         self.trainer, self.every = trainer, every
-        trainer.save_total_limit = limit
 
     def on_train_begin(self, args, state, control, **kwargs):
         if self.trainer.resumed is not None:

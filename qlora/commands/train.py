@@ -124,7 +124,7 @@ def _train(recipe, resumed):
                 tokenizer.save_pretrained(folder)
     console.say(
         f"trained {result.steps} steps, {result.tokens:,} tokens in {console.duration(result.seconds)} "
-        f"({result.tokens / result.seconds:,.0f} tokens/s), {_peak(result)}; "
+        f"({result.tokens / result.seconds:,.0f} tokens/s), {_peak(result, predicted)}; "
         f"loss {result.loss:.4f}" + ("" if result.eval_loss is None else f", held-out {result.eval_loss:.4f}")
     )
     console.say(f"adapter in {run.adapter}; next: qlora eval {run.path}, qlora export {run.path} --out FOLDER")
@@ -198,9 +198,8 @@ def _print_kernels(installed, device):
         console.say(f"          {names[kind]}: not for {', '.join(classes)}, whose numbers differ")
 
 
-def _peak(result):
-    predicted = f" (predicted {console.size(result.predicted_bytes)})" if result.predicted_bytes else ""
-    return f"peak {console.size(result.peak_bytes)}{predicted}"
+def _peak(result, predicted):
+    return f"peak {console.size(result.peak_bytes)}" + (f" (predicted {console.size(predicted)})" if predicted else "")
 
 
 def _environment(checkpoint, quantized, hashes, parts, device):

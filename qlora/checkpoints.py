@@ -9,7 +9,9 @@ checkpoints/step-20/
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import random
 import re
 import shutil
@@ -28,7 +30,7 @@ from .rundir import fsync, new_folder, sha256, write_json
 
 MANIFEST, TENSORS, STATE, TRAINER_STATE = "manifest.json", "tensors.safetensors", "state.json", "trainer_state.json"
 _FILES = {TENSORS, STATE, TRAINER_STATE}
-_FORMAT = 1
+_FORMAT = 2
 
 # ---- files -----------------------------------------------------------------------------------------------------------
 
@@ -68,6 +70,8 @@ class Checkpoints:
                 self.folder.mkdir(parents=True)
                 fsync(self.folder.parent)
             self._clear(path)
+            if shutil.disk_usage(self.folder).free < num_bytes:  # so that nothing else finds the disk full
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             with new_folder(path) as folder:
                 write_json(folder / STATE, state)
                 write_json(folder / TRAINER_STATE, trainer_state)
@@ -78,8 +82,9 @@ class Checkpoints:
                 write_json(folder / MANIFEST, {"format": _FORMAT, "run": self.run, "step": step, "files": files})
         except (OSError, SafetensorError) as error:
             free = shutil.disk_usage(next(p for p in (self.folder, *self.folder.parents) if p.exists())).free
+            why = getattr(error, "strerror", None) or error
             raise InputError(
-                f"{path}: {error}; a checkpoint takes {num_bytes:,} bytes, {free:,} are free. Older ones are as they were"
+                f"{path}: {why}; a checkpoint takes {num_bytes:,} bytes, {free:,} are free. Older ones are as they were"
             ) from None
         self.verify(path)
         self.rotate(path, limit)
@@ -126,6 +131,16 @@ class Checkpoints:
         for path in self.folder.glob("step-*.partial"):
             shutil.rmtree(path)
 
+    def set_aside(self, step):
+        """Rename those of this run that are of later steps: training is not to go on from them."""
+        for path in self._all():
+            if _step(path) > step and self._is_ours(path):
+                self._rename(path, "diverged")
+
+    def _rename(self, path, why):
+        number = next(n for n in range(1, 10**6) if not path.with_name(f"{path.name}.{why}-{n}").exists())
+        path.rename(path.with_name(f"{path.name}.{why}-{number}"))
+
     def _all(self):
         """Return the folders that are named like checkpoints, newest first."""
         found = [path for path in self.folder.glob("step-*") if _step(path) is not None]
@@ -171,8 +186,7 @@ class Checkpoints:
         if self._is_ours(path):
             self._remove(path)
         else:
-            number = next(n for n in range(1, 10**6) if not path.with_name(f"{path.name}.damaged-{n}").exists())
-            path.rename(path.with_name(f"{path.name}.damaged-{number}"))
+            self._rename(path, "damaged")
 
 
 def read_state(path):

@@ -216,6 +216,7 @@ class Training(Section):
     eval_steps: Positive | None = None
     save_steps: Positive | None = 100
     save_total_limit: Positive | None = 2
+    watchdog_steps: Positive | None = 50
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
 
 

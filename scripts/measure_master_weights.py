@@ -35,7 +35,7 @@ def run(args, learning_rate, masters):
 
     from qlora import Recipe, adapter, sft, train
 
-    sft.MasterWeights = masters
+    sft.trainer.MasterWeights = masters
     start = {}
     attach = adapter.attach
 

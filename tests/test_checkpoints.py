@@ -79,7 +79,7 @@ def stopped_and_resumed(monkeypatch, recipe, *steps):
     """Train `recipe`, stopped in each of `steps` and resumed; return the finished run."""
     for number, step in enumerate(steps):
         for _ in stop_at(monkeypatch, step):
-            with pytest.raises(Interrupted, match=r"go on with:  qlora train .*/recipe.yaml --resume") as caught:
+            with pytest.raises(Interrupted, match=r"go on after step \d+ with:  qlora train .*/recipe.yaml --resume") as caught:
                 train(recipe, resume=number > 0)
         assert caught.value.exit_code == 143
         assert (Path(recipe.output_dir) / "checkpoints" / f"step-{step}").is_dir()
@@ -326,7 +326,7 @@ def test_a_whole_checkpoint_of_another_run_or_under_another_name_is_skipped(kept
     shutil.copytree(kept.folder / "step-10", kept.folder / "step-50")
     path, reasons = kept.newest()
     assert path == kept.folder / "step-30"
-    assert [reason.rpartition(": ")[2] for reason in reasons] == ["format 1, step 10", "of another run"]
+    assert [reason.rpartition(": ")[2] for reason in reasons] == ["format 2, step 10", "of another run"]
 
 
 def test_rotation_removes_only_what_this_run_made_and_only_older_ones(kept, tmp_path):

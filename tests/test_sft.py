@@ -219,7 +219,7 @@ def test_checkpointing_does_not_change_the_rows_of_new_tokens(fit, family):
         torch.testing.assert_close(trained(on)[name], tensor, atol=1e-3, rtol=1e-2)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_before_the_step(fit, load_model, monkeypatch):
+def test_a_loss_that_is_never_finite_stops_the_run_with_the_weights_it_had(fit, load_model, monkeypatch):
     before = {}
 
     def poisoned(model, inputs, num_items, lean):
@@ -229,9 +229,11 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_step(fit, load_model
         return loss * float("nan")
 
     ORIGINAL = sft.loss_of_trained_positions
-    monkeypatch.setattr(sft, "loss_of_trained_positions", poisoned)
-    with pytest.raises(TrainingFailed, match="not finite"):
-        fit(max_steps=3)
+    monkeypatch.setattr(sft.trainer, "loss_of_trained_positions", poisoned)
+    with pytest.raises(
+        TrainingFailed, match=r"the loss is nan .* it was not taken, nor were others before, 3 in a row"
+    ):
+        fit(max_steps=9)
     model = before.pop("model")
     now = dict(model.named_parameters())
     assert all(torch.equal(now[name], value) for name, value in before.items())
@@ -415,7 +417,7 @@ def test_rows_of_like_length_share_a_batch_where_the_recipe_says_so(fit, monkeyp
         widths.setdefault(grouped, []).append(inputs["input_ids"].shape)
         return loss(model, inputs, count, lean)
 
-    monkeypatch.setattr(sft, "loss_of_trained_positions", noted)
+    monkeypatch.setattr(sft.trainer, "loss_of_trained_positions", noted)
     for grouped in (False, True):
         fit(UNEVEN * 4, max_steps=8, per_device_train_batch_size=8, group_by_length=grouped, rehearse=False)
     assert len(widths[True]) == len(widths[False])
@@ -429,7 +431,7 @@ def test_rows_are_not_read_to_give_the_dataset_a_name(tokenizer):
             raise AssertionError("the rows were pickled")
 
     rows = Rows([encode(tokenizer, messages(turns)) for turns in UNEVEN])
-    dataset = sft._dataset(rows)
+    dataset = sft.rows.dataset(rows)
     assert dataset[3]["input_ids"] == rows[3].input_ids
     assert pickle.dumps(dataset.format["format_kwargs"]["transform"])
 

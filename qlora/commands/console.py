@@ -176,6 +176,9 @@ class Steps:
 
     def update(self, record, total_steps):
         step = record["step"]
+        if "not_taken" in record:
+            say(f"          step {step}  not taken: {record['not_taken']}")
+            return
         if "loss" not in record:
             say(f"          step {step}  held-out loss {record['eval_loss']:.4f}")
             return

@@ -19,7 +19,10 @@ _LENGTH = ("training.max_steps", "training.num_train_epochs")
 # what changes no weight, and what is compared by its content instead of its place
 _FREE = {
     *("output_dir", "memory", "export", "model.name_or_path", "model.revision", "data.chat_template", "data.num_proc"),
-    *(f"training.{name}" for name in ("logging_steps", "eval_steps", "save_steps", "save_total_limit")),
+    *(
+        f"training.{name}"
+        for name in ("logging_steps", "eval_steps", "save_steps", "save_total_limit", "watchdog_steps")
+    ),
     "training.per_device_eval_batch_size",
 }
 _PLACE = {"path", "name", "subset", "split", "revision"}

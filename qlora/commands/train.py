@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib.metadata
 import platform
+import shutil
 import subprocess
 import uuid
 from pathlib import Path
 
-from ..errors import DoesNotFit, InputError, Interrupted
+from ..errors import DoesNotFit, InputError, Interrupted, TrainingFailed
 from ..recipe import Recipe, parse_size
 from ..rundir import RunDir, new_folder, write_json
 from . import console, resuming
@@ -41,14 +43,23 @@ def train(recipe: Recipe, resume=False, allow_change=()) -> RunDir:
             raise InputError("--allow-change is for --resume")
         run.refuse_used()
         return _train(recipe, None)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise InputError(f"output_dir {run.path}: {error.strerror}; free some space{_how_to_go_on(run)}") from None
     except Interrupted as stopped:
-        raise Interrupted(stopped.number, _how_to_go_on(run)) from None
+        raise Interrupted(stopped.number, f"stopped{_how_to_go_on(run) or ' before the first step'}") from None
+    except TrainingFailed as failed:
+        change = " training.learning_rate=LOWER --allow-change training.learning_rate"
+        raise TrainingFailed(f"{failed}{_how_to_go_on(run, change)}") from None
 
 
-def _how_to_go_on(run):
-    if any(run.checkpoints.glob("step-*[0-9]")):
-        return f"stopped; go on with:  qlora train {run.recipe_file} --resume"
-    return "stopped before the first step" + (f"; remove {run.path} to begin again" if run.recipe_file.exists() else "")
+def _how_to_go_on(run, change=""):
+    steps = [path.name.removeprefix("step-") for path in run.checkpoints.glob("step-*")]
+    newest = max((int(step) for step in steps if step.isdigit()), default=None)
+    if newest is not None:
+        return f"; go on after step {newest} with:  qlora train {run.recipe_file} --resume{change}"
+    return f"; remove {run.path} to begin again" if run.recipe_file.exists() else ""
 
 
 def _train(recipe, resumed):
@@ -176,6 +187,7 @@ def _plan(recipe, prepared, device):
             for change in plan.suggestions(job)
         ]
         raise DoesNotFit("\n".join(lines))
+    _refuse_full_disk(recipe, found)
     where = ", what they start from waits in the host's memory" if found.offload else ""
     console.say(
         f"plan      peak {console.size(found.peak_bytes)} of {console.size(budget)} ({found.where}); "
@@ -184,6 +196,26 @@ def _plan(recipe, prepared, device):
     if device.type == "cpu":
         return found.checkpointed_layers, found.offload, memory.anonymous_bytes() + found.peak_bytes
     return found.checkpointed_layers, found.offload, found.cuda_bytes
+
+
+def _refuse_full_disk(recipe, found):
+    """Raise InputError where the disk has no room for the checkpoints that will be there at a time, and the adapter."""
+    training, run = recipe.training, RunDir(recipe.output_dir)
+    count = 0
+    if training.save_steps is not None:
+        saves = None if found.steps is None else -(-found.steps // training.save_steps)
+        limit = None if training.save_total_limit is None else training.save_total_limit + 1  # the new one comes first
+        count = min((number for number in (saves, limit) if number is not None), default=1)
+    there = sum(file.stat().st_size for file in run.checkpoints.glob("step-*/*"))
+    needed = max(0, count * found.checkpoint_bytes - there) + found.components["adapter"]
+    disk = next(path for path in (run.path.absolute(), *run.path.absolute().parents) if path.exists())
+    free = shutil.disk_usage(disk).free
+    if needed > free:
+        fewer = ", set a lower training.save_total_limit or higher training.save_steps" if count > 1 else ""
+        raise InputError(
+            f"output_dir {run.path}: {count} checkpoints of {console.size(found.checkpoint_bytes)} and the adapter need "
+            f"{needed:,} bytes more, {free:,} are free; free some{fewer}, or set output_dir=ANOTHER_FOLDER"
+        )
 
 
 def _print_kernels(installed, device):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from . import speed
-from .footprint import CONTEXT_BYTES, Load, NoPlan, Outline, Usage, outline, usage
+from .footprint import CONTEXT_BYTES, Load, NoPlan, Outline, Usage, checkpoint_bytes, outline, usage
 from .speed import CARDS, Card, card_of
 
 __all__ = ["CARDS", "CONTEXT_BYTES", "Card", "Job", "Load", "NoPlan", "Outline", "Plan", "Usage", "at_length", "at_rows",
@@ -61,7 +61,7 @@ class Plan:
     """components: bytes by name at the moment of the peak, which sum to peak_bytes; where: that moment. host_bytes: beside
     that, for checkpoints moved to the host; allocated_bytes: of the peak without a GPU's context; cuda_bytes: those that
     torch's counters on a GPU see. tokens_per_second: at most, padding not counted; steps and hours: of the whole
-    training, at that speed. Numbers that are not known are None."""
+    training, at that speed; checkpoint_bytes: of one on the disk. Numbers that are not known are None."""
 
     components: dict
     peak_bytes: int
@@ -77,6 +77,7 @@ class Plan:
     tokens_per_second: float | None
     steps: int | None
     hours: float | None
+    checkpoint_bytes: int
 
 
 def plan(job: Job) -> Plan:
@@ -107,6 +108,7 @@ def plan(job: Job) -> Plan:
         per_second,
         steps,
         hours,
+        checkpoint_bytes(job.outline, job.training.optim),
     )
 
 

@@ -285,6 +285,11 @@ def _optimizer_bytes(trained, optim):
     return states * (np.where(small, 4 * trained, trained + 4 * np.ceil(trained / 256))).sum()
 
 
+def checkpoint_bytes(model: Outline, optim):
+    """Return the bytes of a checkpoint of this training on the disk: float32 weights and the optimizer's state."""
+    return round(4 * float(model.trained.sum()) + float(_optimizer_bytes(model.trained, optim)))
+
+
 def _optimizer_work(model, numbers, largest, optim):
     """Return what a step of the optimizer needs for itself."""
     if model.device_kind == "cpu":

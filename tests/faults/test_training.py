@@ -18,6 +18,8 @@ from qlora.errors import InputError
 from qlora.rundir import RunDir
 from tests.conftest import messages, write_jsonl
 
+ROOT = Path(__file__).parents[2]
+
 
 @pytest.fixture
 def recipe_file(make_recipe, tmp_path):
@@ -137,7 +139,7 @@ def test_a_signal_saves_and_says_how_to_go_on_and_that_works(endless, recipe_fil
     _, said = process.communicate(timeout=60)
     assert process.returncode == code, said
     assert "Traceback" not in said
-    (command,) = re.findall(r"^qlora: stopped; go on with:  qlora (train .* --resume)$", said, re.M)
+    (command,) = re.findall(r"^qlora: stopped; go on after step \d+ with:  qlora (train .* --resume)$", said, re.M)
     (folder,) = (tmp_path / "run" / "checkpoints").iterdir()
     step = int(folder.name.removeprefix("step-"))
     if number == signal.SIGINT:
@@ -252,4 +254,73 @@ def test_a_disk_that_is_full_leaves_the_checkpoints_that_are_there(recipe_file, 
     run = train(recipe, resume=True)
     whole = train(Recipe.load(recipe_file, [f"output_dir={tmp_path / 'whole'}"]))
     a, b = (load_file(one.adapter / "adapter_model.safetensors") for one in (run, whole))
+    assert all((a[name] == b[name]).all() for name in a)
+
+
+FULL_DISK = """
+import shutil, sys
+from pathlib import Path
+from qlora import sft
+from qlora.commands.train import train
+from qlora.errors import InputError
+from qlora.recipe import Recipe
+
+recipe, disk = sys.argv[1], Path(sys.argv[2])
+original, filler = sft.Trainer.save, disk / "filler"
+
+def save(self):
+    original(self)
+    if self.state.global_step == FULL_AT:
+        with open(filler, "wb", buffering=0) as file:
+            file.write(bytes(shutil.disk_usage(disk).free - LEFT))
+
+sft.Trainer.save = save
+try:
+    train(Recipe.load(recipe, [f"output_dir={disk / 'run'}"]))
+except InputError as error:
+    print(error)
+left = sorted(path.name for path in (disk / "run").rglob("*"))
+filler.unlink(missing_ok=True)
+if "step-2" in left:
+    sft.Trainer.save = original
+    run = train(Recipe.load(recipe, [f"output_dir={disk / 'run'}"]), resume=True)
+    shutil.copytree(run.path, sys.argv[3])
+print(left)
+"""
+
+
+def on_a_disk_of(num_bytes, tmp_path, recipe_file, full_at=0, left=0):
+    """Run FULL_DISK on a file system of so many bytes; return what it printed."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    program = f"FULL_AT, LEFT = {full_at}, {left}\n{FULL_DISK}"
+    mount = f'mount -t tmpfs -o size={num_bytes} tmpfs {disk} || exit 99; exec "$@"'
+    python = [sys.executable, "-c", program, str(recipe_file), str(disk), str(tmp_path / "copy")]
+    done = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", mount, "sh", *python], capture_output=True, text=True, cwd=ROOT
+    )
+    if done.returncode == 99 or "unshare failed" in done.stderr:
+        pytest.skip("no file system can be mounted here")
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_disk_that_is_too_small_is_refused_before_training(recipe_file, tmp_path):
+    said = on_a_disk_of(2_000_000, tmp_path, recipe_file)
+    assert re.search(
+        r"3 checkpoints of \d+ KiB and the adapter need [\d,]+ bytes more, [\d,]+ are free; free some, set", said
+    )
+    assert said.endswith("[]\n")
+
+
+@pytest.mark.parametrize("left", [0, 400_000])
+def test_a_disk_that_fills_up_while_training_is_survived(recipe_file, tmp_path, left):
+    said = on_a_disk_of(12_000_000, tmp_path, recipe_file, full_at=2, left=left)
+    assert re.search(r"No space left on device.* free", said)
+    assert "'step-1', 'step-2'" in said
+    assert "partial" not in said
+    from qlora.recipe import Recipe
+
+    whole = train(Recipe.load(recipe_file, [f"output_dir={tmp_path / 'whole'}"]))
+    a, b = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (tmp_path / "copy", whole.path))
     assert all((a[name] == b[name]).all() for name in a)

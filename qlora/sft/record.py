@@ -1,0 +1,92 @@
+"""What a run records as it goes: metrics.jsonl and TensorBoard events."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+
+from transformers import TrainerCallback
+
+from ..rundir import write_text
+
+
+class Recorder(TrainerCallback):
+    """Writes metrics.jsonl and TensorBoard events, and hands each record on."""
+
+    def __init__(self, trainer, run, listener):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.trainer, self.listener = trainer, listener
+        self.lines = self.last_tokens = 0
+        self.seconds = 0.0  # of the run, before this process went on with it
+        if trainer.resumed is not None:
+            self.lines, self.seconds, self.last_tokens = (trainer.resumed[k] for k in ("lines", "seconds", "tokens"))
+            _cut(run.metrics_file, self.lines)
+        self.file = open(run.metrics_file, "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
+        self.board = SummaryWriter(str(run.tensorboard), purge_step=trainer.resumed and trainer.resumed["step"] + 1)
+        self.start = time.monotonic() - self.seconds
+        self.last_time = time.monotonic()
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.start, self.last_time = time.monotonic() - self.seconds, time.monotonic()
+
+    def state(self):
+        """Return where the records end; they are on the disk then."""
+        os.fsync(self.file.fileno())
+        step = self.trainer.state.global_step
+        return {"step": step, "lines": self.lines, "seconds": time.monotonic() - self.start}
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" in logs:
+            self._record(self._training_record(state, logs), state)
+        elif "eval_loss" in logs:
+            elapsed = time.monotonic() - self.start
+            self._record(
+                {"step": state.global_step, "epoch": state.epoch, "eval_loss": logs["eval_loss"], "time": elapsed},
+                state,
+            )
+            self.last_time = time.monotonic()  # evaluation is not training time
+
+    def _training_record(self, state, logs):
+        now, tokens = time.monotonic(), self.trainer.num_tokens()
+        record = {
+            "step": state.global_step,
+            "epoch": state.epoch,
+            "loss": logs["loss"],
+            "learning_rate": logs["learning_rate"],
+            "grad_norm": logs["grad_norm"],
+            "tokens": tokens,
+            "tokens_per_second": (tokens - self.last_tokens) / max(now - self.last_time, 1e-9),
+            "memory_bytes": self.trainer.peak.bytes,
+            "time": now - self.start,
+        }
+        if self.trainer.ranks.adaptive:
+            record["mean_rank"] = self.trainer.ranks.mean()
+        self.last_time, self.last_tokens = now, tokens
+        return record
+
+    def left_out(self, step, what, rows):
+        """Record a step that was not taken. rows: their numbers, from 1."""
+        state = self.trainer.state
+        elapsed = time.monotonic() - self.start
+        self._record({"step": step, "epoch": state.epoch, "not_taken": what, "rows": rows, "time": elapsed}, state)
+
+    def _record(self, record, state):
+        self.file.write(json.dumps(record, allow_nan=False) + "\n")
+        self.file.flush()
+        self.lines += 1
+        for key in record.keys() - {"step", "epoch", "time", "not_taken", "rows"}:
+            self.board.add_scalar(key, record[key], record["step"])
+        if self.listener is not None:
+            self.listener(record, state.max_steps)
+
+    def close(self):
+        self.file.close()
+        self.board.close()
+
+
+def _cut(path, num_lines):
+    """Leave the first `num_lines` lines of a file: what comes after will be computed again."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    write_text(path, "".join(lines[:num_lines]))

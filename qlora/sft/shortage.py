@@ -1,0 +1,71 @@
+"""Out of memory: when, for which rows, and what to change."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+def too_much(trainer, measured, changes):
+    """Return the message: when, for which rows, what was asked for and expected, and what to change, best first."""
+    lines = [f"out of memory {measured['out_of_memory']}"]
+    lines += [f"  {trainer.moment.batch()}"] if trainer.moment.batch() else []
+    known = {"predicted": measured["predicted_bytes"], "measured in the rehearsal": trainer.rehearsed_bytes}
+    peaks = [f"{word} {num_bytes / 2**30:.2f} GiB" for word, num_bytes in known.items() if num_bytes]
+    lines += [f"  peak {', '.join(peaks)}"] if peaks else []
+    return "\n".join([*lines, "  to make it fit, what costs least first:", *(f"    {change}" for change in changes)])
+
+
+def what_would_help(training, measured, on_gpu, evaluates, longest):
+    """Return what can be changed for less memory, what costs least first.
+
+    evaluates: it ran out in an evaluation, which has no backward pass. longest: tokens of the longest row, pack or batch.
+    """
+    number, total = measured["checkpointed_layers"], measured["layers"]
+    rows, steps = training.per_device_train_batch_size, training.gradient_accumulation_steps
+    shorter = f"set a data.max_length under {longest:,}, the longest there is, and data.overlong=truncate or split"
+    if evaluates:
+        rows = training.per_device_eval_batch_size
+        return ([f"set training.per_device_eval_batch_size=1 (now {rows})"] if rows > 1 else []) + [shorter]
+    found = []
+    if training.optim != "paged_adamw_8bit":
+        found.append(f"set training.optim=paged_adamw_8bit (now {training.optim})")
+    if number < total:
+        found.append(f"set memory.gradient_checkpointing=true (now {number} of {total} layers)")
+    if rows > 1:
+        found.append(
+            f"set training.per_device_train_batch_size={rows // 2} training.gradient_accumulation_steps={2 * steps} "
+            f"(now {rows} and {steps})"
+        )
+    if training.tokens_per_micro_batch:
+        found.append(f"set a lower training.tokens_per_micro_batch (now {training.tokens_per_micro_batch:,})")
+    if on_gpu and not measured["offload"]:
+        found.append("set memory.offload=true memory.gradient_checkpointing=true")
+    return [*found, shorter]
+
+
+@dataclass
+class Moment:
+    """What the trainer is about: when, in words, and with which rows. evaluates: these are held-out rows."""
+
+    when: str
+    inputs: Any = None
+    rows: Any = ()  # their numbers, from 0
+    evaluates: bool = False
+
+    def batch(self):
+        """Return the rows of the micro-batch in words: which, and how long."""
+        if self.inputs is None:
+            return ""
+        segments, width = self.inputs.get("segments"), self.inputs["input_ids"].shape[1]
+        lengths = self.inputs["attention_mask"].cpu().sum(1).tolist() if segments is None else segments
+        many = len(lengths) > 1
+        numbers = few([f"{number + 1:,}" for number in self.rows])
+        together = f", {'padded to' if segments is None else 'joined to one row of'} {width:,}" if many else ""
+        kind = "held-out" if self.evaluates else "training"
+        return f"{kind} row{'s' * many} {numbers}: {few([f'{n:,}' for n in lengths])} tokens{together}"
+
+
+def few(words, limit=8):
+    """Return the first of them, and how many more there are."""
+    return ", ".join(words[:limit]) + (f" and {len(words) - limit:,} more" if len(words) > limit else "")

@@ -1,0 +1,79 @@
+"""What the numbers of a run say about it: steps that cannot be taken, and a loss that has risen for good."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import deque
+
+FEW_IN_A_ROW, FEW = 3, 10  # steps that are not taken, before the run ends
+RISE = 1.0  # nats: a perplexity 2.7 times as high
+_FIRST = 10  # steps whose median is taken for the first one
+
+
+class Watch:
+    """Judges a run by the loss and the gradient of each of its steps.
+
+    num_steps: the loss has diverged when the median of the last so many steps is RISE above the lowest that it has been.
+    A single step, or a few rows that are hard, do not move a median. None: any loss will do that is a number.
+    """
+
+    def __init__(self, num_steps):
+        self.num_steps = num_steps
+        self.recent: deque = deque(maxlen=num_steps)  # (step, loss)
+        self.lowest, self.lowest_step = math.inf, 0
+        self.not_taken = self.in_a_row = self.here = 0  # in the whole run, without a break, in this process
+        self.diverged = False
+
+    def take(self, step, loss):
+        """Note a step that was taken; returns what is wrong with the run, or None."""
+        self.in_a_row = 0
+        if self.num_steps is None:
+            return None
+        self.recent.append((step, loss))
+        if len(self.recent) < min(_FIRST, self.num_steps):
+            return None
+        median = statistics.median(loss for _, loss in self.recent)
+        if median < self.lowest:
+            self.lowest, self.lowest_step = median, step
+        if len(self.recent) < self.num_steps or median <= self.lowest + RISE:
+            return None
+        self.diverged = True
+        return (
+            f"the loss has diverged: the median of the last {self.num_steps} steps is {median:.2f} in step {step}, it was "
+            f"{self.lowest:.2f} in step {self.lowest_step}"
+        )
+
+    def leave_out(self, step, what):
+        """Note a step that was not taken because of `what`; returns what is wrong with the run, or None."""
+        self.not_taken, self.in_a_row, self.here = self.not_taken + 1, self.in_a_row + 1, self.here + 1
+        if self.in_a_row < FEW_IN_A_ROW and self.here < FEW:
+            return None
+        often = f"{self.in_a_row} in a row" if self.in_a_row >= FEW_IN_A_ROW else f"{self.here} of them"
+        return f"{what} in step {step}; it was not taken, nor were others before, {often}"
+
+    def suspects(self):
+        """True while so many of the last losses are high that the weights may be those of a run that diverges."""
+        return self.num_steps is not None and sum(map(self._is_high, self.recent)) > self.num_steps / 4
+
+    def last_good_step(self):
+        """Return the step since which three in four losses are high, or one a little before: any noise is taken for a rise."""
+        high, good = 0, None
+        for count, (step, loss) in enumerate(reversed(self.recent), start=1):
+            high += self._is_high((step, loss))
+            good = step - 1 if 4 * high >= 3 * count else good
+        return good
+
+    def _is_high(self, entry):
+        return entry[1] > self.lowest + RISE
+
+    def state(self):
+        """Return what `restore` takes, as JSON."""
+        lowest = self.lowest if math.isfinite(self.lowest) else None
+        return {"recent": [*self.recent], "lowest": [lowest, self.lowest_step], "not_taken": self.not_taken}
+
+    def restore(self, state):
+        """Go on from a `state`. Steps that were not taken by another process do not end this one."""
+        self.recent.extend(map(tuple, state["recent"]) if self.num_steps is not None else ())
+        lowest, self.lowest_step = state["lowest"]
+        self.lowest, self.not_taken = math.inf if lowest is None else lowest, state["not_taken"]

@@ -1,0 +1,240 @@
+"""Losses and gradients that are not finite, and runs that diverge."""
+
+import json
+import math
+import random
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from qlora import sft
+from qlora.commands.train import train
+from qlora.errors import InputError, TrainingFailed
+from qlora.sft.watch import FEW, Watch
+from tests.conftest import CONVERSATIONS, messages, write_jsonl
+
+EACH_STEP = {"save_steps": 1, "save_total_limit": None, "per_device_train_batch_size": 1, "logging_steps": 1}
+
+
+@pytest.fixture
+def overflowing(make_recipe, tokenizer, tmp_path, monkeypatch):
+    """Return make(rows, held_out=(), value=nan, **training) -> a Recipe whose rows of these numbers, from 1, have this loss.
+
+    value: None for a loss that is finite, with a gradient that is not.
+    """
+    (token,) = tokenizer("@", add_special_tokens=False).input_ids
+    original = sft.trainer.loss_of_trained_positions
+
+    def make(rows, held_out=(), value=math.nan, **training):
+        def overflow(model, inputs, *rest):
+            loss = original(model, inputs, *rest)
+            if not (inputs["input_ids"] == token).any():
+                return loss
+            if value is None:
+                loss.register_hook(lambda gradient: gradient * math.inf)
+            return loss if value is None else loss * value
+
+        monkeypatch.setattr(sft.trainer, "loss_of_trained_positions", overflow)
+        files = {}
+        for kind, broken in (("train", rows), ("eval", held_out)):
+            turns = [[(role, text + " @" * (number in broken)) for role, text in conversation]
+                     for number, conversation in enumerate(CONVERSATIONS[:12], start=1)]  # fmt: skip
+            files[kind] = str(write_jsonl(tmp_path / f"{kind}.jsonl", [{"messages": messages(t)} for t in turns]))
+        return make_recipe(
+            data={"train": files["train"], "eval": files["eval"] if held_out else None, "eval_fraction": 0.0},
+            training={"max_steps": 12, **EACH_STEP, **training},
+        )
+
+    return make
+
+
+def records(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def saved(folder, step):
+    return load_file(folder / "checkpoints" / f"step-{step}" / "tensors.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("optim", "value"), [("paged_adamw_8bit", math.nan), ("adamw_torch", None), ("paged_lion_8bit", math.inf)]
+)
+def test_a_step_that_is_not_finite_is_not_taken_and_the_run_goes_on(overflowing, tmp_path, optim, value):
+    train(overflowing({5}, value=value, optim=optim))
+    found = records(tmp_path / "run")
+    (left_out,) = [record for record in found if "not_taken" in record]
+    assert left_out["rows"] == [5]
+    step = left_out["step"]
+    taken = [record for record in found if "loss" in record]
+    assert [record["step"] for record in taken] == [number for number in range(1, 13) if number != step]
+    assert all(math.isfinite(record[key]) and record[key] > 0 for record in taken for key in ("loss", "grad_norm"))
+    before, after = saved(tmp_path / "run", step - 1), saved(tmp_path / "run", step)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    last = saved(tmp_path / "run", 12)
+    assert all(torch.isfinite(tensor).all() for tensor in last.values() if tensor.is_floating_point())
+    assert any(not torch.equal(last[name], after[name]) for name in after)
+
+
+def test_the_mean_loss_is_that_of_the_steps_that_were_taken(overflowing, tmp_path, capsys):
+    train(overflowing({5, 9}, logging_steps=4))
+    found = records(tmp_path / "run")
+    gone = {record["step"] for record in found if "not_taken" in record}
+    assert len(gone) == 2
+    train(overflowing({5, 9}, logging_steps=1).model_copy(update={"output_dir": str(tmp_path / "other")}))
+    each = {record["step"]: record["loss"] for record in records(tmp_path / "other") if "loss" in record}
+    for record in found:
+        if "loss" in record:
+            window = [each[step] for step in range(record["step"] - 3, record["step"] + 1) if step not in gone]
+            assert record["loss"] == pytest.approx(sum(window) / len(window), rel=1e-6)
+    said = capsys.readouterr().err
+    assert f"loss {sum(each.values()) / len(each):.4f}" in said
+    assert said.count("not taken: the loss is nan with training row") == 4
+
+
+def test_rows_are_named_as_far_as_they_are_known(overflowing, tmp_path):
+    train(overflowing({5}, value=None, gradient_accumulation_steps=3, max_steps=4))
+    (left_out,) = [record for record in records(tmp_path / "run") if "not_taken" in record]
+    assert len(left_out["rows"]) == 3  # a gradient is a sum: one of these it was
+    assert 5 in left_out["rows"]
+    train(
+        overflowing({5}, gradient_accumulation_steps=3, max_steps=4).model_copy(
+            update={"output_dir": str(tmp_path / "b")}
+        )
+    )
+    (left_out,) = [record for record in records(tmp_path / "b") if "not_taken" in record]
+    assert left_out["rows"] == [5]  # a loss is that of its micro-batch
+
+
+def test_a_few_in_a_row_end_the_run_with_a_checkpoint_of_finite_numbers(overflowing, tmp_path):
+    recipe = overflowing(set(range(1, 13)), save_steps=100)
+    pattern = (
+        r"the loss is nan with training row \d+ in step 3; it was not taken, nor were others before, 3 in a row\. Lower "
+        r"training.learning_rate, or look at these rows: .*; go on after step 3 with:  qlora train .* --resume"
+    )
+    with pytest.raises(TrainingFailed, match=pattern):
+        train(recipe)
+    run = tmp_path / "run"
+    assert not (run / "adapter").exists()
+    assert [record["step"] for record in records(run)] == [1, 2, 3]
+    assert all(torch.isfinite(t).all() for t in saved(run, 3).values() if t.is_floating_point())
+    with pytest.raises(TrainingFailed, match="in step 6"):
+        train(recipe, resume=True)
+    # the rows changed, which is another run unless it is allowed; then it goes on to its end
+    mended = overflowing(set(), save_steps=100)
+    with pytest.raises(InputError, match="data: "):
+        train(mended, resume=True)
+    allowed = ("data", "rows")
+    train(mended, resume=True, allow_change=allowed)
+    assert records(run)[-1]["step"] == 12
+    assert (run / "adapter").is_dir()
+
+
+def test_a_held_out_row_whose_loss_is_not_finite_is_named(overflowing, tmp_path):
+    recipe = overflowing(set(), {4}, math.inf, eval_steps=3, per_device_eval_batch_size=1, save_steps=100)
+    with pytest.raises(TrainingFailed, match="the loss is inf in the evaluation after step 3, with held-out row 4: "):
+        train(recipe)
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-3"]
+    assert not any("eval_loss" in record for record in records(tmp_path / "run"))
+
+
+def test_weights_that_overflow_in_the_last_step_are_not_saved(make_recipe, tmp_path):
+    recipe = make_recipe(training={"learning_rate": 1e39, "max_steps": 1, "save_steps": None})
+    with pytest.raises(
+        TrainingFailed, match=r"weights/.* holds numbers that are not finite after step 1; it was not saved"
+    ):
+        train(recipe)
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
+DIVERGES = {"learning_rate": 30.0, "max_steps": 40, "warmup_ratio": 0.3, "watchdog_steps": 8, "save_steps": 3}
+
+
+def test_a_run_that_diverges_is_paused_and_its_last_good_checkpoint_kept(make_recipe, tmp_path):
+    recipe = make_recipe(training={**DIVERGES, "logging_steps": 1}, data={"eval_fraction": 0.0})
+    with pytest.raises(TrainingFailed, match=r"the loss has diverged: the median of the last 8 steps is") as caught:
+        train(recipe)
+    run = tmp_path / "run"
+    losses = [record["loss"] for record in records(run)]
+    assert len(losses) < 40
+    kept = [path.name.removeprefix("step-") for path in (run / "checkpoints").iterdir()]
+    steps = sorted(int(name) for name in kept if name.isdigit())
+    assert all(name.partition(".")[2] in {"", "diverged-1"} for name in kept)
+    assert f"go on after step {steps[-1]} with:  qlora train {run}/recipe.yaml --resume" in str(caught.value)
+    assert steps[-1] <= len(losses) - 3  # another was due since, when the loss was high already
+    assert max(losses[steps[-1] - 2 : steps[-1]]) < losses[-1]
+    assert not (run / "adapter").exists()
+    # at the rate that the message asks for, the run ends well
+    calmer = recipe.model_copy(update={"training": recipe.training.model_copy(update={"learning_rate": 0.01})})
+    train(calmer, resume=True, allow_change=("training.learning_rate",))
+    assert records(run)[-1]["step"] == 40
+
+
+def test_without_the_watchdog_it_goes_on(make_recipe, tmp_path):
+    train(make_recipe(training={**DIVERGES, "watchdog_steps": None}, data={"eval_fraction": 0.0}))
+    assert records(tmp_path / "run")[-1]["step"] == 40
+
+
+def judged(losses, num_steps=50):
+    """Return the step in which a Watch ends a run of these losses, or None."""
+    watch = Watch(num_steps)
+    return next((step for step, loss in enumerate(losses, start=1) if watch.take(step, loss)), None)
+
+
+def noisy(means, spread=0.7, seed=0):
+    """Losses of single rows: they differ from each other much more than from step to step."""
+    rng = random.Random(seed)
+    return [max(0.01, rng.gauss(mean, spread)) for mean in means]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_healthy_runs_are_left_alone(seed):
+    falling = [0.4 + 2 * math.exp(-step / 100) for step in range(1000)]
+    assert judged(noisy(falling, seed=seed)) is None
+    assert judged(noisy([2.0] * 1000, seed=seed)) is None  # nothing is learned, nothing is lost
+    spikes = [20.0 if step % 25 == 0 else mean for step, mean in enumerate(falling)]
+    assert judged(noisy(spikes, seed=seed)) is None
+    hard_rows = falling[:500] + [mean + 3 for mean in falling[500:510]] + falling[510:]
+    assert judged(noisy(hard_rows, 0.5, seed)) is None
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_runs_that_diverge_are_ended_soon(seed):
+    falling = [0.4 + 2 * math.exp(-step / 100) for step in range(300)]
+    assert 300 < judged(noisy(falling + [7.0] * 100, seed=seed)) <= 350
+    assert 300 < judged(noisy(falling + [0.5 + 0.02 * step for step in range(200)], seed=seed)) <= 450
+    # from nearly the beginning: the first ten steps are what it is measured against
+    assert 50 <= judged(noisy([1.5] * 7 + [9.0] * 100, seed=seed)) <= 60
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_last_good_step_is_the_one_before_the_loss_rose(seed):
+    watch = Watch(50)
+    for step, loss in enumerate(
+        noisy([0.4 + 2 * math.exp(-step / 100) for step in range(300)] + [7.0] * 50, seed=seed)
+    ):
+        if watch.take(step, loss):
+            break
+    assert watch.diverged
+    assert 285 <= watch.last_good_step() <= 300
+
+
+def test_a_watch_goes_on_where_it_was():
+    losses = noisy([1.0] * 90 + [4.0] * 60)
+    whole, expected = Watch(50), None
+    for step, loss in enumerate(losses, start=1):
+        expected = expected or whole.take(step, loss)
+    first, second, found = Watch(50), Watch(50), None
+    assert not any(first.take(step, loss) for step, loss in enumerate(losses[:100], start=1))
+    second.restore(json.loads(json.dumps(first.state())))
+    for step, loss in enumerate(losses[100:], start=101):
+        found = found or second.take(step, loss)
+    assert found == expected is not None
+
+
+def test_steps_that_are_not_taken_now_and_then_end_a_run_too():
+    watch, ended = Watch(None), []
+    for step in range(1, 100):
+        ended.append(watch.leave_out(step, "the loss is nan") if step % 2 else watch.take(step, 1.0))
+    assert next(step for step, why in enumerate(ended, start=1) if why) == 2 * FEW - 1

@@ -90,7 +90,7 @@ def test_all_problems_are_reported_together_with_their_lines(tmp_path):
         ("memory: {gradient_checkpointing: maybe}", "has 1 problem\n"),
         ("memory: {gradient_checkpointing: -1}", "should be auto, true, false or a number of layers, found -1"),
         ("memory: {gradient_checkpointing: 1.5}", "should be auto, true, false or a number of layers, found 1.5"),
-        ("memory: {offload: 1}", "memory.offload: should be a valid boolean, found 1"),
+        ("memory: {offload: 1}", "memory.offload: should be 'auto' or true or false, found 1"),
     ],
 )
 def test_wrong_values_are_refused_by_field(tmp_path, line, expected):

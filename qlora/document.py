@@ -32,23 +32,36 @@ MAX_VALUES = 10_000  # with what aliases repeat
 MAX_DEPTH = 20
 
 
-def read(path):
-    """Return the text of the file; raises InputError if it is none, too large, or not UTF-8 (with the line)."""
-    path = Path(path)
+def open_file(path, what):
+    """Return the ordinary file at `path`, open for reading bytes. what: what it is, for messages.
+
+    Raises:
+        FileNotFoundError: there is none.
+        InputError: it is a folder, a pipe or a device, which may have no end, or it cannot be read.
+    """
     try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            kind = "a folder" if path.is_dir() else "no ordinary file"
-            raise InputError(f"cannot read the recipe {path}: it is {kind}; give the path of a YAML file")
-        with open(path, "rb") as file:
-            raw = file.read(MAX_BYTES + 1)
-    except (FileNotFoundError, NotADirectoryError):
-        raise InputError(f"no recipe at {path}; give the path of a YAML file") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read the recipe {path}: {getattr(error, 'strerror', None) or error}") from None
+        mode = Path(path).stat().st_mode
+        if stat.S_ISREG(mode):
+            return open(path, "rb")
+        reason = "it is a folder" if stat.S_ISDIR(mode) else "it is a pipe or device; save it into a file"
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: a name that holds U+0000
+        reason = getattr(error, "strerror", None) or str(error)
+    raise InputError(f"cannot read {what} {path}: {reason}")
+
+
+def read(path, what="the recipe"):
+    """Return the text of a file that is no longer than a recipe or a template.
+
+    Raises:
+        FileNotFoundError: there is none.
+        InputError: it cannot be read, is too large, or is not UTF-8 (with the line).
+    """
+    with open_file(path, what) as file:
+        raw = file.read(MAX_BYTES + 1)
     if len(raw) > MAX_BYTES:
-        raise InputError(
-            f"{path} is larger than {MAX_BYTES:,} bytes; a recipe is a short YAML file, rows go into data files"
-        )
+        raise InputError(f"cannot read {what} {path}: it is larger than {MAX_BYTES:,} bytes; is it another file?")
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:

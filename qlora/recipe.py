@@ -359,7 +359,11 @@ class Recipe(Section):
         Raises:
             InputError: all problems of the file together, each with its line, field and remedy.
         """
-        values, lines = document.parse(document.read(path), path)
+        try:
+            text = document.read(path)
+        except FileNotFoundError:
+            raise InputError(f"no recipe at {path}; give the path of a YAML file") from None
+        values, lines = document.parse(text, path)
         if not isinstance(values, dict):
             raise InputError(f"{path}: a recipe is one YAML mapping with sections model, data, output_dir, ...")
         _override(values, lines, overrides)

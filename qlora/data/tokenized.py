@@ -85,7 +85,7 @@ def tokenize(file, tokenizer, settings, weight=1.0, pick=None, num_proc=None, on
     Raises:
         InputError: rows are bad or too long and the recipe does not say to leave them out; all of the file together.
     """
-    digest = file.digest()
+    stamp, digest = file.stamp(), file.digest()
     folder = _cache() / _key(file, digest, tokenizer, settings, pick)
     if folder.is_dir():
         os.utime(folder)
@@ -101,6 +101,8 @@ def tokenize(file, tokenizer, settings, weight=1.0, pick=None, num_proc=None, on
                     file,
                     on_progress,
                 )
+                if file.stamp() != stamp:
+                    raise InputError(f"{file.path} has changed while it was read; run this again once it is whole")
                 tally.refuse(file.path, file.unit)
                 write_json(partial / "summary.json", tally.summary(file.unit))
         except OSError as error:
@@ -151,7 +153,7 @@ def _key(file, digest, tokenizer, settings, pick):
     names = {key: str(value) for key, value in tokenizer.special_tokens_map.items()}
     parts = [
         digest,
-        Path(file.path).suffix,
+        Path(file.path).suffix.lower(),
         file.source.sample_by,
         backend,
         names,
@@ -210,8 +212,8 @@ class _Job:
                 fitted = length.fit(
                     self.tokenizer, conversation, encoded, settings.train_on, settings.max_length, settings.overlong
                 )
-            except ValueError as error:
-                bad.append((row.line, str(error)))
+            except (ValueError, RecursionError) as error:
+                bad.append((row.line, "nested too deeply" if isinstance(error, RecursionError) else str(error)))
                 continue
             except length.TooLong as error:
                 too_long.append((row.line, *error.args))

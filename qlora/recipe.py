@@ -402,7 +402,7 @@ def _override(values, lines, overrides):
     before: set[tuple] = set()
     for override in overrides:
         key, sign, text = override.partition("=")
-        parts, shown = tuple(key.split(".")), f"override {_shown(key)}"
+        parts, shown = tuple(key.split(".")), f"override {_dotted((key,))}"
         if not sign or not all(parts):
             raise InputError(f"{shown} is not of the form section.field=value")
         if any(secrets.names_secret(part) for part in parts):

@@ -315,7 +315,7 @@ WRONG_OVERRIDES = {
     "brackets": (["lora.r=" + "[" * 5000], "override lora.r line 1: nested too deeply"),
     "twice": (["lora.r=4", "lora.r=8"], "override lora.r is given twice; keep one"),
     "undone": (["lora.r=4", "lora={}"], "override lora would undo lora.r, which is given too; keep one"),
-    "into a list": (["data.train.0.path=x"], "override data.train is"),
+    "into a list": (["data.train.0.path=x"], "override data.train.0.path: data.train is a list; give the whole of it"),
     "a whole section that is wrong": (["lora={r: 4, rr: 5}"], "override  lora.rr: unknown field; did you mean lora.r?"),
     "an escape": (["lora.\x1b[31mr=4"], "override  lora.'\\x1b[31mr': unknown field"),
     "half a surrogate": (["output_dir=\udcff"], "output_dir"),
@@ -479,8 +479,9 @@ def test_what_is_odd_but_right_loads_and_reads_back_equal(tmp_path, how):
 # ---- fuzzing ---------------------------------------------------------------------------------------------------------
 
 WORDS = ["model", "data", "training", "lora", "name_or_path", "train", "path", "output_dir", "r", "learning_rate", "kernels",
-         "{", "}", "[", "]", ":", ": ", ", ", "- ", "? ", "| ", "> ", "&a ", "*a", "<<", "!!str ", "!x ", "%YAML 1.2", "---",
-         "...",         "#", "'", '"', "\\", "\t", "\n", "\n  ", "~", "null", "true", "yes", "1", "0x1", "1e3", ".inf", ".nan", "2020-01-01",
+         "{", "}", "[", "]", ":", ": ", ", ", "- ", "? ", "| ", "> ", "&a ", "*a", "<<", "!!str ", "!x ", "%YAML 1.2",
+         "---", "...", "#", "'", '"', "\\", "\t", "\n", "\n  ", "~", "null", "true", "yes", "1", "0x1", "1e3", ".inf",
+         ".nan", "2020-01-01",
          "\0", "\x85", "\u2028", "\ufeff", "\ud800", "é", "🙂", "=", "@", "`"]  # fmt: skip
 pieces = st.lists(st.one_of(st.sampled_from(WORDS), st.text(max_size=6)), max_size=40).map("".join)
 values = st.recursive(

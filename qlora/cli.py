@@ -227,7 +227,7 @@ def main():
 
 def _show_bug(*bug):
     """Print the traceback of an exception, without the tokens that a library's message may hold."""
-    sys.stderr.write(redacted("".join(traceback.format_exception(*bug))))
+    print(redacted("".join(traceback.format_exception(*bug))), end="", file=sys.stderr)
 
 
 def _main():

@@ -230,6 +230,18 @@ class Data(Section):
     chat_template: PathText | None = None
     num_proc: Positive | None = None
 
+    @classmethod
+    def of_file(cls, path, settings):
+        """Return the section with these `settings` for the one file `path`, which is given as --data.
+
+        Raises:
+            InputError: `path` is no path.
+        """
+        try:
+            return cls.model_validate({**settings, "train": str(path)})
+        except ValidationError as error:
+            raise InputError(f"--data {_shown(str(path))}: {_said(error.errors(include_url=False)[0])}") from None
+
     @model_validator(mode="after")
     def _one_eval_source(self):
         if self.eval is not None and self.eval_fraction > 0:

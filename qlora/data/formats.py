@@ -128,7 +128,7 @@ def _fill(column, value):
 
     try:
         return compiled(column).render(value)
-    except (jinja2.TemplateError, TypeError, LookupError, ArithmeticError) as error:
+    except (jinja2.TemplateError, TypeError, AttributeError, LookupError, ArithmeticError) as error:
         raise ValueError(f"the template {column!r} of data.columns fails: {error}") from None
 
 

@@ -35,6 +35,7 @@ from . import chat, formats, length
 from .chat import IGNORE_INDEX, Example
 
 CHUNK = 256  # rows that a worker takes at a time
+_LONGEST_REASON = 400  # letters; a row may hold a role of a million
 SHOWN = 20  # bad or dropped rows that are named; the rest are counted
 _POOL_FROM = 1 << 20  # bytes (rows of a hub data set) under which starting workers costs more than it saves
 _KEPT_DAYS = 30
@@ -213,7 +214,8 @@ class _Job:
                     self.tokenizer, conversation, encoded, settings.train_on, settings.max_length, settings.overlong
                 )
             except (ValueError, RecursionError) as error:
-                bad.append((row.line, "nested too deeply" if isinstance(error, RecursionError) else str(error)))
+                reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+                bad.append((row.line, reason if len(reason) <= _LONGEST_REASON else f"{reason[:_LONGEST_REASON]} ..."))
                 continue
             except length.TooLong as error:
                 too_long.append((row.line, *error.args))

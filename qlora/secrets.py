@@ -7,15 +7,16 @@ import re
 
 # what a service puts in front of its tokens, and the two places of an address that hold one
 _TOKEN = re.compile(
-    r"""\b(?: hf_[A-Za-z0-9]{16,} | api_org_[A-Za-z0-9]{16,}    # Hugging Face
-      | sk-[A-Za-z0-9_-]{16,} | xox[abeoprs]-[A-Za-z0-9-]{10,}  # OpenAI, Anthropic, Slack
-      | gh[pousr]_[A-Za-z0-9]{16,} | github_pat_[A-Za-z0-9_]{16,} | glpat-[A-Za-z0-9_-]{16,}
-      | (?:AKIA|ASIA)[A-Z0-9]{16}\b | AIza[A-Za-z0-9_-]{30,}    # AWS, Google
-      | eyJ[A-Za-z0-9_-]{8,}\.eyJ[A-Za-z0-9_-]{8,}(?:\.[A-Za-z0-9_-]+)? )
+    r"""\b(?: hf_[A-Za-z0-9]{30,} | api_org_[A-Za-z0-9]{30,}    # Hugging Face
+      | sk-(?=[\w-]*[0-9])(?=[\w-]*[A-Z])[\w-]{20,}            # OpenAI, Anthropic; sk-learn-something is a name
+      | xox[abeoprs]-[A-Za-z0-9-]{10,}                         # Slack
+      | gh[pousr]_[A-Za-z0-9]{30,} | github_pat_\w{30,} | glpat-[\w-]{20,}
+      | (?:AKIA|ASIA)[A-Z0-9]{16}\b | AIza[\w-]{30,}           # AWS, Google
+      | eyJ[\w-]{8,}\.eyJ[\w-]{8,}(?:\.[\w-]+)? )
       | -----BEGIN[ ][A-Z ]*PRIVATE[ ]KEY-----
       | (?<=://)[^\s/@:]*:[^\s/@]+(?=@)
-      | (?<=[?&])(?:[a-z_-]*(?:token|signature|credential|api_?key|secret|password)|sig)=[^\s&#'"<>]+""",
-    re.VERBOSE | re.IGNORECASE,
+      | (?i:(?<=[?&])(?:[a-z_-]*(?:token|signature|credential|api_?key|secret|password)|sig)=[^\s&#'"<>]+)""",
+    re.VERBOSE,
 )
 _NAME = re.compile(
     r"(?:^|[_.\W])(?:token|secret|passw(?:or)?d|passphrase|credentials?|auth|(?:api|access|secret|private)[_-]?key"

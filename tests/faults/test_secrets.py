@@ -159,6 +159,7 @@ def test_a_traceback_of_a_bug_repeats_no_token(capsys):
     "text",
     [
         "model.name_or_path org/sk-learn-hf_tiny: no such folder",
+        "org/sk-learn-text-classification-of-2024, org/hf_tiny_llama_instruct, Org/sk-Learn-for-everybody-at-home",
         "https://huggingface.co/org/name/resolve/main/config.json?download=true",
         "git@github.com:org/name, ssh://git@host/name, me@host",
         "0123456789abcdef0123456789abcdef01234567",

@@ -8,13 +8,11 @@ A field is named as the library that consumes it names it, so its documentation 
 from __future__ import annotations
 
 import copy
-import difflib
 import io
-import itertools
 import math
 import re
 import unicodedata
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import (
     AfterValidator,
@@ -28,7 +26,7 @@ from pydantic import (
 )
 from ruamel.yaml import YAML
 
-from . import document, secrets
+from . import document, explain, secrets
 from .errors import InputError
 
 _LARGEST = 2**31 - 1  # a count that the libraries can take
@@ -240,7 +238,9 @@ class Data(Section):
         try:
             return cls.model_validate({**settings, "train": str(path)})
         except ValidationError as error:
-            raise InputError(f"--data {_shown(str(path))}: {_said(error.errors(include_url=False)[0])}") from None
+            raise InputError(
+                f"--data {explain.shown(str(path))}: {explain.said(error.errors(include_url=False)[0])}"
+            ) from None
 
     @model_validator(mode="after")
     def _one_eval_source(self):
@@ -390,15 +390,11 @@ class Recipe(Section):
 
     @classmethod
     def _validated(cls, values, lines, where):
-        exposed = [f"{_place(at, lines)}{_dotted(at)}: {_NO_SECRETS}" for at in _secrets(values)]
-        if exposed:  # before anything else, which might repeat them
-            raise InputError.listing(where, exposed)
+        explain.refuse_secrets(where, values, lines)
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            problems = _one_a_field(error.errors(include_url=False), values)
-            explained = (_explain(problem, lines) for problem in problems)
-            raise InputError.listing(where, list(itertools.islice(explained, 20)), total=len(problems)) from None
+            raise explain.refusal(where, error, values, lines, cls) from None
 
     def to_yaml(self) -> str:
         """Return the resolved recipe, every value written out, as YAML that `load` reads back to an equal recipe."""
@@ -414,13 +410,17 @@ def _override(values, lines, overrides):
     before: set[tuple] = set()
     for override in overrides:
         key, sign, text = override.partition("=")
-        parts, shown = tuple(key.split(".")), f"override {_dotted((key,))}"
+        parts, shown = tuple(key.split(".")), f"override {explain.dotted((key,))}"
         if not sign or not all(parts):
             raise InputError(f"{shown} is not of the form section.field=value")
         if any(secrets.names_secret(part) for part in parts):
-            raise InputError(f"{shown}: {_NO_SECRETS}")
+            raise InputError(f"{shown}: {explain.NO_SECRETS}")
         if overridden := next((other for other in before if other[: len(parts)] == parts), None):
-            again = "is given twice" if overridden == parts else f"would undo {_dotted(overridden)}, which is given too"
+            again = (
+                "is given twice"
+                if overridden == parts
+                else f"would undo {explain.dotted(overridden)}, which is given too"
+            )
             raise InputError(f"{shown} {again}; keep one")
         before.add(parts)
         if "\n" in text or "\r" in text:
@@ -430,7 +430,7 @@ def _override(values, lines, overrides):
         node = values
         for index, part in enumerate(parts[:-1]):
             if isinstance(node.get(part), list):
-                raise InputError(f"{shown}: {_dotted(parts[: index + 1])} is a list; give the whole of it")
+                raise InputError(f"{shown}: {explain.dotted(parts[: index + 1])} is a list; give the whole of it")
             if not isinstance(node.get(part), dict):
                 node[part] = {}
             node = node[part]
@@ -439,153 +439,3 @@ def _override(values, lines, overrides):
         for inner in [at for at in lines if at[: len(parts)] == parts]:
             del lines[inner]
         lines[parts] = "override"
-
-
-_NO_SECRETS = (
-    "looks like a token or password, which a recipe must not hold: it is copied into the run folder. Take it out (and renew "
-    "it, if others have seen the file); set HF_TOKEN in the environment, or log in once with `hf auth login`"
-)
-
-
-def _secrets(node, at=()):
-    """Yield where in the nested `node` a key or text is, or is named like, a token or password."""
-    for key, value in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
-        here = (*at, key)
-        named = isinstance(key, str) and secrets.names_secret(key) and value is not None
-        if named or any(isinstance(text, str) and secrets.is_secret(text) for text in (key, value)):
-            yield here
-        else:
-            yield from _secrets(value, here)
-
-
-def _one_a_field(problems, values):
-    """Return pydantic's problems, those of the members of a union joined: what a deeper one explains, and one a field."""
-    found: dict[tuple, Any] = {}
-    for problem in problems:
-        at = _location(problem["loc"], values)
-        if at in found:
-            found[at] |= {"msg": f"{found[at]['msg']} or {_said(problem).removeprefix('should be ')}", "type": "union"}
-        else:
-            found[at] = problem | {"loc": at, "msg": _said(problem)}
-    inner = {at[:end] for at in found for end in range(len(at))}
-    return [problem for at, problem in found.items() if at not in inner or not problem["type"].endswith("_type")]
-
-
-def _location(parts, values):
-    """Return the place in `values` without what pydantic adds to it: the tried members of a union, and [key]."""
-    node, kept = values, []
-    for part in parts:
-        there = part in node if isinstance(node, dict) else isinstance(part, int)
-        tag = isinstance(part, str) and re.match(r"(str|bool)$|literal|constrained-|function-|list\[|\[key\]", part)
-        if there or not tag:
-            kept.append(part)
-        if there:
-            node = node[part] if isinstance(node, dict) or (isinstance(node, list) and part < len(node)) else None
-    return tuple(kept)
-
-
-_TYPES = {
-    "model_type": "should be fields with values (leave it out for the defaults)",
-    "bool_type": "should be true or false",
-    "string_type": "should be a valid string (in quotes, if it looks like something else)",
-}
-
-
-def _said(problem):
-    if problem["type"] == "literal_error":
-        return f"should be {problem['ctx']['expected'].replace(' or ', ', ')}"
-    message = problem["msg"].removeprefix("Value error, ").replace("Input should be", "should be")
-    return _TYPES.get(problem["type"], message)
-
-
-def _explain(problem, lines):
-    """Return one line for one problem of pydantic: line, dotted field, what was found, what to do."""
-    location, place, field = problem["loc"], _place(problem["loc"], lines), _dotted(problem["loc"]) or "recipe"
-    kind, found = problem["type"], problem.get("input")
-    if kind == "extra_forbidden":
-        return f"{place}{field}: unknown field{_did_you_mean(location)}"
-    if kind == "missing":
-        return f"{place}{field}: required, but not given"
-    if kind == "literal_error":
-        return f"{place}{field}: {_shown(found)} is not one of {problem['ctx']['expected'].replace(' or ', ', ')}"
-    return f"{place}{field}: {problem['msg']}" + ("" if isinstance(found, dict) else f", found {_shown(found)}")
-
-
-def _place(location, lines):
-    known = next((lines[location[:end]] for end in range(len(location), 0, -1) if location[:end] in lines), None)
-    return {None: "", "override": "override  "}.get(known, f"line {known}  ")
-
-
-def _dotted(location):
-    """Return the place in the recipe as text; what is not plain in it is quoted, with the characters that look like others."""
-    return ".".join(
-        str(part) if isinstance(part, int) or re.fullmatch(r"[!-~]{1,80}", str(part)) else _shown(str(part), ascii)
-        for part in location
-    )
-
-
-def _shown(value, written=repr):
-    text = written(value)
-    return text if len(text) <= 120 else f"{text[:80]}... ({len(text):,} characters)"
-
-
-def _fields(section):
-    """Return {dotted name: section class or None} of a section class's own fields."""
-    return {
-        name: next((kind for kind in _kinds(field.annotation) if issubclass(kind, Section)), None)
-        for name, field in section.model_fields.items()
-    }
-
-
-def _kinds(annotation):
-    """Return the classes that an annotation is made of: those in list[...] and X | None, too."""
-    arguments = getattr(annotation, "__args__", ())
-    if not arguments:
-        return [annotation] if isinstance(annotation, type) else []
-    return [kind for argument in arguments for kind in _kinds(argument)]
-
-
-# what other tools call it
-_SYNONYMS = {
-    "rank": "lora.r",
-    "alpha": "lora.lora_alpha",
-    "dropout": "lora.lora_dropout",
-    "lr": "training.learning_rate",
-    "epochs": "training.num_train_epochs",
-    "batch_size": "training.per_device_train_batch_size",
-    "cutoff_len": "data.max_length",
-    "max_seq_length": "data.max_length",
-    "train_on_inputs": "data.train_on",
-    "neat_packing": "data.packing",
-    "sample_packing": "data.packing",
-    "base_model": "model.name_or_path",
-}
-
-
-def _did_you_mean(location):
-    section: Any = Recipe
-    for part in location[:-1]:
-        section = section if isinstance(part, int) else _fields(section).get(part) or section
-    name, prefix = _plain_letters(location[-1]), "".join(f"{part}." for part in location[:-1])
-    here = {field: f"{prefix}{field}" for field in section.model_fields}
-    if name in here:
-        return f"; did you mean {here[name]}?"
-    sections = {parent: kind for parent, kind in _fields(Recipe).items() if kind}
-    if name in Recipe.model_fields:
-        return f"; did you mean {name}, which stands at the top?"
-    elsewhere = {field: f"data.train.{field}" for field in Source.model_fields}
-    for parent, kind in sections.items():
-        elsewhere |= {f"{parent}_{field}": f"{parent}.{field}" for field in kind.model_fields}
-        elsewhere |= {field: f"{parent}.{field}" for field in kind.model_fields}
-    known = elsewhere | _SYNONYMS
-    if name in known:
-        return f"; did you mean {known[name]}?"
-    here |= {other: field for other, field in _SYNONYMS.items() if field in here.values()}
-    near = difflib.get_close_matches(name[:80], here, n=1, cutoff=0.4)
-    return f"; did you mean {here[near[0]]}?" if near else f"; known here: {', '.join(section.model_fields)}"
-
-
-def _plain_letters(name):
-    """Return the name in lower case, words joined by _, without look-alikes of Unicode as far as it knows them."""
-    text = "".join(letter for letter in unicodedata.normalize("NFKC", str(name)) if letter.isprintable())
-    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", text.strip()).replace("-", "_").lower()

@@ -19,7 +19,7 @@ PACKAGE = ROOT / "qlora"
 LEVELS = [
     {"secrets"},
     {"errors"},
-    {"document"},
+    {"document", "explain"},
     {"recipe"},
     {"rundir", "metrics"},
     {

@@ -6,12 +6,14 @@ import errno
 import json
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from .errors import DoesNotFit, InputError, Interrupted, QLoRAError
+from .secrets import redacted
 from .signals import handled
 
 app = typer.Typer(
@@ -218,8 +220,14 @@ def main():
     """Run the command line and exit with its code."""
     # None: this process was started without one
     sys.stdout, sys.stderr = (stream and _Lasting(stream) for stream in (sys.stdout, sys.stderr))
+    sys.excepthook = _show_bug
     with handled():
         _main()
+
+
+def _show_bug(*bug):
+    """Print the traceback of an exception, without the tokens that a library's message may hold."""
+    print(redacted("".join(traceback.format_exception(*bug))), end="", file=sys.stderr)
 
 
 def _main():
@@ -245,7 +253,7 @@ def _main():
 
 
 def _fail(message, code):
-    print(f"qlora: {message}", file=sys.stderr)
+    print(f"qlora: {redacted(str(message))}", file=sys.stderr)
     sys.exit(code)
 
 

@@ -1,10 +1,15 @@
 """What can go wrong for a user, each with the exit code that the command line ends with."""
 
+from .secrets import redacted
+
 
 class QLoRAError(Exception):
-    """One message for the user: what is wrong, where, and what to do. Shown without a traceback."""
+    """One message for the user: what is wrong, where, and what to do. Shown without a traceback, and without tokens."""
 
     exit_code = 1
+
+    def __init__(self, message=""):
+        super().__init__(redacted(str(message)))
 
 
 class InputError(QLoRAError):

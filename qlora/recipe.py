@@ -8,24 +8,69 @@ A field is named as the library that consumes it names it, so its documentation 
 from __future__ import annotations
 
 import copy
-import difflib
 import io
 import math
-from pathlib import Path
-from typing import Annotated, Any, Literal
+import re
+import unicodedata
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
+from . import document, explain, secrets
 from .errors import InputError
 
-Positive = Annotated[int, Field(ge=1)]
+_LARGEST = 2**31 - 1  # a count that the libraries can take
+Positive = Annotated[int, Field(ge=1, le=_LARGEST)]
+Count = Annotated[int, Field(ge=0, le=_LARGEST)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Number = Annotated[float, Field(gt=0)]
-Names = Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
 
-# YAML 1.2 (ruamel) reads 2e-4 as a number and `on:` as a word; YAML 1.1 (PyYAML) does neither.
+
+def _one_line(text):
+    """A name: not blank, and without line ends and other characters that nobody sees."""
+    strange = next((letter for letter in text if unicodedata.category(letter) in ("Cc", "Zl", "Zp")), None)
+    if not text.strip():
+        raise ValueError("should not be blank")
+    if strange is not None:
+        raise ValueError(f"should be one line of plain text, without the character U+{ord(strange):04X}")
+    return text
+
+
+def _path(text):
+    """A name or path, of which `~` is no part: it is the shell that knows whose home it is."""
+    if text.startswith("~"):
+        raise ValueError("should be a whole path; only a shell knows what ~ is (./~ for a folder of that name)")
+    return _one_line(text)
+
+
+def _expression(text):
+    try:
+        re.compile(text)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"should be a regular expression ({error})") from None
+    return _one_line(text)
+
+
+def _size(text):
+    parse_size(text)
+    return text
+
+
+Name = Annotated[str, AfterValidator(_one_line)]
+Expression = Annotated[str, AfterValidator(_expression)]
+PathText = Annotated[str, AfterValidator(_path)]
+Size = Annotated[str, AfterValidator(_size)]
+Names = Annotated[list[Name], Field(min_length=1)]
 
 
 class Section(BaseModel):
@@ -33,8 +78,8 @@ class Section(BaseModel):
 
 
 class Model(Section):
-    name_or_path: Annotated[str, Field(min_length=1)]
-    revision: str | None = None
+    name_or_path: PathText
+    revision: Name | None = None
     attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"  # auto: sdpa where there is one
     trust_remote_code: bool = False
     new_tokens: Annotated[list[str], Field(min_length=1)] | None = None
@@ -62,11 +107,11 @@ class Lora(Section):
     r: Positive = 16
     lora_alpha: Number = 32
     lora_dropout: Share = 0.0
-    target_modules: str | Names = "all-linear"
-    exclude_modules: str | Names | None = None
-    layers_to_transform: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = None
-    rank_pattern: dict[str, Positive] = {}
-    alpha_pattern: dict[str, Number] = {}
+    target_modules: Expression | Names = "all-linear"
+    exclude_modules: Expression | Names | None = None
+    layers_to_transform: Annotated[list[Count], Field(min_length=1)] | None = None
+    rank_pattern: dict[Expression, Positive] = {}
+    alpha_pattern: dict[Expression, Number] = {}
     use_rslora: bool = False
     use_dora: bool = False
     init_lora_weights: Literal[True, "gaussian", "orthogonal", "loftq", "eva", "pissa", "olora"] = True
@@ -76,8 +121,8 @@ class Lora(Section):
     ensure_weight_tying: bool = False
     init_r: Positive = 12
     target_r: Positive = 8
-    tinit: Annotated[int, Field(ge=0)] | Share = 0.1
-    tfinal: Annotated[int, Field(ge=0)] | Share = 0.3
+    tinit: Count | Share = 0.1
+    tfinal: Count | Share = 0.3
     deltaT: Positive = 1
     beta1: Annotated[float, Field(gt=0, lt=1)] = 0.85
     beta2: Annotated[float, Field(gt=0, lt=1)] = 0.85
@@ -138,13 +183,13 @@ Column = Literal[
 class Source(Section):
     """Where rows come from: local files (`path`), or a data set on the hub (`name`, as `datasets.load_dataset` takes it)."""
 
-    path: str | None = None
-    name: str | None = None
-    subset: str | None = None
-    split: str = "train"
-    revision: str | None = None
+    path: PathText | None = None
+    name: Name | None = None
+    subset: Name | None = None
+    split: Name = "train"
+    revision: Name | None = None
     format: Literal["auto", "messages", "alpaca", "completion", "sharegpt", "text"] = "auto"
-    columns: dict[Column, str] | None = None
+    columns: dict[Column, Annotated[str, Field(min_length=1)]] | None = None
     sample_by: Literal["document", "paragraph", "line"] = "document"
     weight: Annotated[float, Field(gt=0, le=1000)] = 1.0
     max_rows: Positive | None = None
@@ -161,9 +206,10 @@ class Source(Section):
 
 def _as_sources(value):
     """A path, a source, or a list of both."""
-    return [
-        {"path": item} if isinstance(item, str) else item for item in (value if isinstance(value, list) else [value])
-    ]
+    items = value if isinstance(value, list) else [value]
+    if not all(isinstance(item, (str, dict, Source)) for item in items):
+        raise ValueError("should be a path, {path: ...} or {name: ...}, or a list of these")
+    return [{"path": item} if isinstance(item, str) else item for item in items]
 
 
 Sources = Annotated[list[Source], Field(min_length=1), BeforeValidator(_as_sources)]
@@ -172,15 +218,29 @@ Sources = Annotated[list[Source], Field(min_length=1), BeforeValidator(_as_sourc
 class Data(Section):
     train: Sources
     eval: Sources | None = None
-    columns: dict[Column, str] | None = None
+    columns: dict[Column, Annotated[str, Field(min_length=1)]] | None = None
     eval_fraction: Share = 0.0
-    max_length: Annotated[int, Field(ge=8)] = 2048
+    max_length: Annotated[int, Field(ge=8, le=_LARGEST)] = 2048
     overlong: Literal["error", "drop", "truncate_prompt", "truncate", "split"] = "error"
     on_bad_row: Literal["error", "skip"] = "error"
     packing: bool = False
     train_on: Literal["assistant", "last_assistant", "completion", "all"] = "assistant"
-    chat_template: str | None = None
+    chat_template: PathText | None = None
     num_proc: Positive | None = None
+
+    @classmethod
+    def of_file(cls, path, settings):
+        """Return the section with these `settings` for the one file `path`, which is given as --data.
+
+        Raises:
+            InputError: `path` is no path.
+        """
+        try:
+            return cls.model_validate({**settings, "train": str(path)})
+        except ValidationError as error:
+            raise InputError(
+                f"--data {explain.shown(str(path))}: {explain.said(error.errors(include_url=False)[0])}"
+            ) from None
 
     @model_validator(mode="after")
     def _one_eval_source(self):
@@ -190,14 +250,14 @@ class Data(Section):
 
 
 class Training(Section):
-    num_train_epochs: Annotated[float, Field(gt=0)] = 1.0
+    num_train_epochs: Annotated[float, Field(gt=0, le=1e6)] = 1.0
     max_steps: Positive | None = None
     per_device_train_batch_size: Positive = 1
     tokens_per_micro_batch: Positive | None = None
     group_by_length: bool = False
     per_device_eval_batch_size: Positive = 1
     gradient_accumulation_steps: Positive = 16
-    learning_rate: Annotated[float, Field(gt=0)] = 2e-4
+    learning_rate: Annotated[float, Field(gt=0, le=1000)] = 2e-4
     optim: Literal[
         "paged_adamw_8bit",
         "paged_adamw_32bit",
@@ -228,36 +288,30 @@ def parse_size(text):
     text = text.strip().upper()
     unit = next((unit for unit in _UNITS if text.endswith(unit)), None)
     number = text.removesuffix(unit or "").strip()
-    if unit is None or not number.replace(".", "", 1).isdigit() or float(number) * _UNITS[unit] < 1:
+    count = float(number) * _UNITS[unit] if unit and re.fullmatch(r"[0-9]+(\.[0-9]*)?|\.[0-9]+", number) else 0
+    if not 1 <= count < 2**63:
         raise ValueError("give a size such as 5GB or 23.5GiB")
-    return int(float(number) * _UNITS[unit])
+    return int(count)
 
 
 def _auto_or_layers(value):
     """One message for what would be three, one for each type."""
-    if value == "auto" or (isinstance(value, int) and value >= 0):
+    if value == "auto" or (isinstance(value, int) and 0 <= value <= _LARGEST):
         return value
     raise ValueError("should be auto, true, false or a number of layers")
 
 
 class Memory(Section):
-    budget: str | None = None
+    budget: Size | None = None
     gradient_checkpointing: Annotated[Literal["auto"] | bool | int, BeforeValidator(_auto_or_layers)] = "auto"
     offload: Literal["auto"] | bool = "auto"
-
-    @field_validator("budget")
-    @classmethod
-    def _a_size(cls, text):
-        if text is not None:
-            parse_size(text)
-        return text
 
 
 class Export(Section):
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"
     base: Literal["dequantized", "original"] = "dequantized"
     verify: Literal["auto", "full", "layers", "off"] = "auto"
-    max_shard_size: str = "5GB"
+    max_shard_size: Size = "5GB"
 
 
 class Recipe(Section):
@@ -269,7 +323,7 @@ class Recipe(Section):
     memory: Memory = Memory()
     export: Export = Export()
     kernels: Literal["auto", "off"] = "auto"
-    output_dir: Annotated[str, Field(min_length=1)]
+    output_dir: PathText
 
     @model_validator(mode="after")
     def _a_start_that_fits_the_base(self):
@@ -318,32 +372,30 @@ class Recipe(Section):
         Raises:
             InputError: all problems of the file together, each with its line, field and remedy.
         """
-        path = Path(path)
         try:
-            text = path.read_text(encoding="utf-8-sig")
+            text = document.read(path)
         except FileNotFoundError:
             raise InputError(f"no recipe at {path}; give the path of a YAML file") from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"cannot read the recipe {path}: {error}") from None
-        values, lines = _parse(text, path)
-        for override in overrides:
-            _apply(values, lines, override)
+        values, lines = document.parse(text, path)
+        if not isinstance(values, dict):
+            raise InputError(f"{path}: a recipe is one YAML mapping with sections model, data, output_dir, ...")
+        _override(values, lines, overrides)
         return cls._validated(values, lines, path)
 
     @classmethod
     def from_dict(cls, values, overrides=()) -> Recipe:
         """Return the recipe with these nested `values`, `overrides` laid over them; raises InputError like `load`."""
         values, lines = copy.deepcopy(values), {}
-        for override in overrides:
-            _apply(values, lines, override)
+        _override(values, lines, overrides)
         return cls._validated(values, lines, "the recipe")
 
     @classmethod
     def _validated(cls, values, lines, where):
+        explain.refuse_secrets(where, values, lines)
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            raise InputError.listing(where, [_explain(problem, lines) for problem in error.errors()]) from None
+            raise explain.refusal(where, error, values, lines, cls) from None
 
     def to_yaml(self) -> str:
         """Return the resolved recipe, every value written out, as YAML that `load` reads back to an equal recipe."""
@@ -354,123 +406,37 @@ class Recipe(Section):
         return stream.getvalue()
 
 
-def _parse(text, path):
-    """Return (nested plain values, {(key, ...): line})."""
-    yaml = YAML(typ="rt", pure=True)
-    try:
-        documents = list(yaml.load_all(text))
-    except MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        line = f" line {mark.line + 1}" if mark else ""
-        raise InputError(f"{path}{line}: not valid YAML: {error.problem or error.context}") from None
-    except (YAMLError, RecursionError, ValueError) as error:
-        raise InputError(f"{path}: not valid YAML: {error}") from None
-    if len(documents) != 1 or not isinstance(documents[0], dict):
-        raise InputError(f"{path}: a recipe is one YAML mapping with sections model, data, output_dir, ...")
-    lines: dict[tuple, int] = {}
-    return _plain(documents[0], (), lines, path), lines
-
-
-def _plain(node: Any, at, lines, path):
-    if isinstance(node, dict):
-        result = {}
-        for key, value in node.items():
-            lines[(*at, key)] = node.lc.key(key)[0] + 1  # type: ignore[attr-defined]
-            result[key] = _plain(value, (*at, key), lines, path)
-        return result
-    if isinstance(node, list):
-        return [_plain(value, (*at, index), lines, path) for index, value in enumerate(node)]
-    for kind in (bool, int, float, str):  # ruamel's ScalarInt, ScalarFloat, ... carry formatting we do not need
-        if isinstance(node, kind):
-            return kind(node)
-    if node is None:
-        return None
-    raise InputError(f"{path} line {lines.get(at, '?')}: {'.'.join(map(str, at))}: unsupported YAML value {node!r}")
-
-
-def _apply(values, lines, override):
-    """Lay one `section.field=value` over `values`; the value is read as YAML."""
-    key, sign, text = override.partition("=")
-    parts = tuple(key.split("."))
-    if not sign or not all(parts):
-        raise InputError(f"override {override!r} is not of the form section.field=value")
-    value, _ = _parse(f"value: {text}", f"override {override!r}")
-    node = values
-    for index, part in enumerate(parts[:-1]):
-        if not isinstance(node.get(part), dict):
-            node[part] = {}
-        node = node[part]
-        lines.setdefault(parts[: index + 1], "override")
-    node[parts[-1]] = value["value"]
-    lines[parts] = "override"
-
-
-def _explain(problem, lines):
-    """Return one line for one pydantic error: line, dotted field, what was found, what to do."""
-    location: tuple = tuple(part for part in problem["loc"] if not _is_union_tag(part))
-    field = ".".join(map(str, location)) or "recipe"
-    known = next((lines[location[:end]] for end in range(len(location), 0, -1) if location[:end] in lines), None)
-    place = {None: "", "override": "override  "}.get(known, f"line {known}  ")
-    kind, found = problem["type"], problem.get("input")
-    if kind == "extra_forbidden":
-        return f"{place}{field}: unknown field{_did_you_mean(location)}"
-    if kind == "missing":
-        return f"{place}{field}: required, but not given"
-    if kind == "literal_error":
-        return f"{place}{field}: {found!r} is not one of {problem['ctx']['expected'].replace(' or ', ', ')}"
-    message = problem["msg"].removeprefix("Value error, ").replace("Input should be", "should be")
-    return f"{place}{field}: {message}" + ("" if isinstance(found, dict) else f", found {found!r}")
-
-
-def _is_union_tag(part):
-    # pydantic adds the tried member of a union to the location: ("data", "train", "list[...]") or "str"
-    return isinstance(part, str) and (part in {"str", "bool"} or "[" in part or part.startswith("literal"))
-
-
-def _fields(section):
-    """Return {dotted name: section class or None} of a section class's own fields."""
-    return {
-        name: next((kind for kind in _kinds(field.annotation) if issubclass(kind, Section)), None)
-        for name, field in section.model_fields.items()
-    }
-
-
-def _kinds(annotation):
-    """Return the classes that an annotation is made of: those in list[...] and X | None, too."""
-    arguments = getattr(annotation, "__args__", ())
-    if not arguments:
-        return [annotation] if isinstance(annotation, type) else []
-    return [kind for argument in arguments for kind in _kinds(argument)]
-
-
-# what other tools call it
-_SYNONYMS = {
-    "rank": "lora.r",
-    "alpha": "lora.lora_alpha",
-    "dropout": "lora.lora_dropout",
-    "lr": "training.learning_rate",
-    "epochs": "training.num_train_epochs",
-    "batch_size": "training.per_device_train_batch_size",
-    "cutoff_len": "data.max_length",
-    "max_seq_length": "data.max_length",
-    "train_on_inputs": "data.train_on",
-    "neat_packing": "data.packing",
-    "sample_packing": "data.packing",
-    "base_model": "model.name_or_path",
-}
-
-
-def _did_you_mean(location):
-    section: Any = Recipe
-    for part in location[:-1]:
-        section = section if isinstance(part, int) else _fields(section).get(part) or section
-    name, prefix = str(location[-1]), "".join(f"{part}." for part in location[:-1])
-    sections = {parent: kind for parent, kind in _fields(Recipe).items() if kind}
-    elsewhere = {field: f"{parent}.{field}" for parent, kind in sections.items() for field in kind.model_fields}
-    known = _SYNONYMS | elsewhere
-    if name in known:
-        return f"; did you mean {known[name]}?"
-    here = {field: f"{prefix}{field}" for field in section.model_fields}
-    here |= {other: field for other, field in _SYNONYMS.items() if field in here.values()}
-    near = difflib.get_close_matches(name, here, n=1, cutoff=0.4)
-    return f"; did you mean {here[near[0]]}?" if near else f"; known here: {', '.join(section.model_fields)}"
+def _override(values, lines, overrides):
+    """Lay each `section.field=value` over `values`; the value is read as YAML."""
+    before: set[tuple] = set()
+    for override in overrides:
+        key, sign, text = override.partition("=")
+        parts, shown = tuple(key.split(".")), f"override {explain.dotted((key,))}"
+        if not sign or not all(parts):
+            raise InputError(f"{shown} is not of the form section.field=value")
+        if any(secrets.names_secret(part) for part in parts):
+            raise InputError(f"{shown}: {explain.NO_SECRETS}")
+        if overridden := next((other for other in before if other[: len(parts)] == parts), None):
+            again = (
+                "is given twice"
+                if overridden == parts
+                else f"would undo {explain.dotted(overridden)}, which is given too"
+            )
+            raise InputError(f"{shown} {again}; keep one")
+        before.add(parts)
+        if "\n" in text or "\r" in text:
+            raise InputError(f'{shown}: the value has more than one line; write a line end as "\\n", in double quotes')
+        # the space keeps what begins with % or --- from being more than a value
+        value = document.parse(f" {text}", shown)[0] if text.strip() else None
+        node = values
+        for index, part in enumerate(parts[:-1]):
+            if isinstance(node.get(part), list):
+                raise InputError(f"{shown}: {explain.dotted(parts[: index + 1])} is a list; give the whole of it")
+            if not isinstance(node.get(part), dict):
+                node[part] = {}
+            node = node[part]
+            lines.setdefault(parts[: index + 1], "override")
+        node[parts[-1]] = value
+        for inner in [at for at in lines if at[: len(parts)] == parts]:
+            del lines[inner]
+        lines[parts] = "override"

@@ -79,7 +79,9 @@ def stopped_and_resumed(monkeypatch, recipe, *steps):
     """Train `recipe`, stopped in each of `steps` and resumed; return the finished run."""
     for number, step in enumerate(steps):
         for _ in stop_at(monkeypatch, step):
-            with pytest.raises(Interrupted, match=r"go on after step \d+ with:  qlora train .*/recipe.yaml --resume") as caught:
+            with pytest.raises(
+                Interrupted, match=r"go on after step \d+ with:  qlora train .*/recipe.yaml --resume"
+            ) as caught:
                 train(recipe, resume=number > 0)
         assert caught.value.exit_code == 143
         assert (Path(recipe.output_dir) / "checkpoints" / f"step-{step}").is_dir()

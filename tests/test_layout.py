@@ -17,7 +17,9 @@ PACKAGE = ROOT / "qlora"
 
 # DESIGN: cli > commands > sft > parts > leaves > errors. A part may use another part; cycles are caught below.
 LEVELS = [
+    {"secrets"},
     {"errors"},
+    {"document", "explain"},
     {"recipe"},
     {"rundir", "metrics"},
     {

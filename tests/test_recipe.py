@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from ruamel.yaml import YAML
 
 from qlora.errors import InputError
-from qlora.recipe import Recipe
+from qlora.recipe import Data, Recipe
 
 MINIMAL = "model: {name_or_path: m}\ndata: {train: d.jsonl}\noutput_dir: o\n"
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").rglob("*.yaml"))
@@ -90,7 +90,7 @@ def test_all_problems_are_reported_together_with_their_lines(tmp_path):
         ("memory: {gradient_checkpointing: maybe}", "has 1 problem\n"),
         ("memory: {gradient_checkpointing: -1}", "should be auto, true, false or a number of layers, found -1"),
         ("memory: {gradient_checkpointing: 1.5}", "should be auto, true, false or a number of layers, found 1.5"),
-        ("memory: {offload: 1}", "memory.offload: should be a valid boolean, found 1"),
+        ("memory: {offload: 1}", "memory.offload: should be 'auto' or true or false, found 1"),
     ],
 )
 def test_wrong_values_are_refused_by_field(tmp_path, line, expected):
@@ -195,6 +195,16 @@ def test_an_override_reaches_a_section_that_the_file_leaves_out(tmp_path):
     recipe = load(tmp_path, MINIMAL, "lora.r=8", "quantization=null")
     assert recipe.lora.r == 8
     assert recipe.quantization is None
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"), [("", "should not be blank"), ("~/x", "a whole path"), ("a\0b", "U+0000")]
+)
+def test_a_file_of_rows_given_as_an_option_is_refused_by_its_name(path, expected):
+    with pytest.raises(InputError, match="--data ") as caught:
+        Data.of_file(path, {"max_length": 64})
+    assert expected in str(caught.value)
+    assert Data.of_file("a.jsonl", {"max_length": 64}) == Data(train="a.jsonl", max_length=64)
 
 
 def test_a_missing_file_is_one_clear_message(tmp_path):

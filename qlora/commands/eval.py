@@ -40,10 +40,8 @@ def _held_out(subject, data_file):
     """Return the Rows to evaluate on."""
     recipe, tokenizer = subject.recipe, subject.tokenizer
     if data_file is not None:
-        given = {"train": str(data_file), "overlong": "error"}
-        section = Data.model_validate(
-            {**recipe.data.model_dump(), **given} if recipe else {**given, "max_length": 2**30}
-        )
+        settings = recipe.data.model_dump() if recipe else {"max_length": 2**30}
+        section = Data.of_file(data_file, {**settings, "overlong": "error"})
         return data.Rows(data.load(section.train, tokenizer, section, seed=0))
     if recipe is None or not (recipe.data.eval or recipe.data.eval_fraction):
         raise InputError("no held-out rows: the recipe has neither data.eval nor data.eval_fraction; give --data FILE")

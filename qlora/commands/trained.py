@@ -66,8 +66,8 @@ def open_trained(targets, base=None, data_file=None, overrides=()) -> Trained:
     one = len(targets) == 1
     trained = _of_one(targets[0], base, overrides) if one else _of_several(parse_weighted(targets), base, overrides)
     if data_file is not None:
-        given = {**trained.recipe.data.model_dump(), "train": str(data_file), "eval": None, "overlong": "truncate"}
-        section = Data.model_validate(given)
+        settings = {**trained.recipe.data.model_dump(), "eval": None, "overlong": "truncate"}
+        section = Data.of_file(data_file, settings)
         rows = data.Rows(data.load(section.train, trained.tokenizer, section, seed=0))
         if not len(rows):
             raise InputError(f"{data_file}: no row is left for the proof")

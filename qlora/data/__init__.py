@@ -186,13 +186,19 @@ def weighted(rows, seed):
 
 
 def conversations(rows):
-    """Return the Conversations that the Examples of `rows` come from, one a row of a file, read from the files again."""
+    """Return the Conversations that the Examples of `rows` come from, one a row of a file, read from the files again.
+
+    Raises:
+        InputError: a file is not what it was.
+    """
     rows = rows.one_each()
     found = {}
     for number, part in enumerate(rows.parts):
         wanted = set(rows.lines[rows._part_of == number].tolist())
         if not wanted:
             continue
+        if part.file.digest() != part.digest:
+            raise InputError(f"{part.path} has changed since it was tokenized; put it back, or begin again")
         columns, only = part.settings.columns, part.settings.format
         for row in part.file.rows():
             if row.line in wanted:

@@ -13,10 +13,10 @@ from __future__ import annotations
 import bisect
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
 import jinja2
 
+from .. import document
 from ..errors import InputError
 from .formats import Conversation
 
@@ -78,9 +78,9 @@ def template_text(tokenizer, chat_template, new_tokens=()):
     if chat_template is None:
         return FALLBACK_TEMPLATE
     try:
-        return Path(chat_template).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"data.chat_template {chat_template}: {error}") from None
+        return document.read(chat_template, "data.chat_template")
+    except FileNotFoundError:
+        raise InputError(f"data.chat_template {chat_template}: there is no such file, and it is not chatml") from None
 
 
 def set_template(tokenizer, chat_template):

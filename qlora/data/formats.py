@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from ..errors import InputError
+from .sources import loads
 
 FORMATS = ("messages", "alpaca", "completion", "sharegpt", "text")
 SHAPES = '"messages", "instruction" + "output", "prompt" + "completion", "conversations", or "text"'
@@ -127,7 +128,7 @@ def _fill(column, value):
 
     try:
         return compiled(column).render(value)
-    except (jinja2.TemplateError, TypeError, LookupError, ArithmeticError) as error:
+    except (jinja2.TemplateError, TypeError, AttributeError, LookupError, ArithmeticError) as error:
         raise ValueError(f"the template {column!r} of data.columns fails: {error}") from None
 
 
@@ -195,8 +196,8 @@ def _sharegpt(value):
 def _calls(text, index):
     """Return the tool calls of a ShareGPT function_call: a JSON object with name and arguments, or a list of them."""
     try:
-        calls = json.loads(text)
-    except (TypeError, ValueError, RecursionError) as error:
+        calls = loads(text)
+    except (TypeError, ValueError) as error:
         raise ValueError(f"conversations[{index}].value is no JSON of a function call: {error}") from None
     return [{"type": "function", "function": call} for call in (calls if isinstance(calls, list) else [calls])]
 
@@ -263,8 +264,8 @@ def _tools(value):
         if not tools.strip():
             return None
         try:
-            tools = json.loads(tools)
-        except (ValueError, RecursionError) as error:
+            tools = loads(tools)
+        except ValueError as error:
             raise ValueError(f"tools is a string, but no JSON: {error}") from None
     if not tools:
         return None
@@ -275,7 +276,7 @@ def _tools(value):
         function = tool.get("function", tool) if isinstance(tool, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise ValueError(f'tools[{index}] is no function with a "name"')
-        _refuse_surrogates(f"tools[{index}]", json.dumps(tool, ensure_ascii=False))
+        _refuse_no_json(f"tools[{index}]", tool)
         wrapped.append({"type": "function", **tool} if function is not tool else {"type": "function", "function": tool})
     return wrapped
 
@@ -330,7 +331,7 @@ def _message(message, at):
             if not isinstance(message[key], str):
                 raise ValueError(f"{at}.{key} is {_kind(message[key])}, not a string")
             cleaned[key] = message[key]
-    for key in ("content", "reasoning_content"):
+    for key in ("content", "reasoning_content", "name", "tool_call_id"):
         _refuse_surrogates(f"{at}.{key}", cleaned.get(key, ""))
     return cleaned
 
@@ -357,12 +358,12 @@ def _call(call, at):
     arguments = function.get("arguments", {})
     if isinstance(arguments, str):  # OpenAI's form; templates write the JSON themselves
         try:
-            arguments = json.loads(arguments or "{}")
-        except (ValueError, RecursionError) as error:
+            arguments = loads(arguments or "{}")
+        except ValueError as error:
             raise ValueError(f"{at}.arguments is no JSON: {error}") from None
     if not isinstance(arguments, dict):
         raise ValueError(f"{at}.arguments is {_kind(arguments)}, not an object")
-    _refuse_surrogates(f"{at}.arguments", json.dumps([function["name"], arguments], ensure_ascii=False))
+    _refuse_no_json(f"{at}.arguments", [function["name"], arguments])
     identity = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
     return {**identity, "type": "function", "function": {"name": function["name"], "arguments": arguments}}
 
@@ -375,6 +376,15 @@ def _flag(message, at):
                 raise ValueError(f"{at}.{key} is {message[key]!r}, not one of {', '.join(map(str, allowed))}")
             return bool(message[key])
     return None
+
+
+def _refuse_no_json(at, value):
+    """Raise ValueError where a template could not write `value` as JSON: Parquet files hold dates, bytes and infinities."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{at} cannot be written as JSON: {error}") from None
+    _refuse_surrogates(at, text)
 
 
 def _refuse_surrogates(at, text):

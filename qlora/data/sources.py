@@ -7,17 +7,20 @@ import csv
 import glob
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .. import document
 from ..errors import InputError
 
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
 _SUFFIXES = (".json", ".jsonl", ".parquet", ".txt", *_SEPARATORS)
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip")
 _BLOCK = 1 << 20
+_LONGEST = 64 << 20  # bytes or characters of one row: a hundred times what a model can take
 
 
 class Row(NamedTuple):
@@ -38,11 +41,23 @@ class File:
 
     @property
     def unit(self):
-        return "row" if Path(self.path).suffix == ".parquet" else "line"
+        return "row" if self.suffix == ".parquet" else "line"
+
+    @property
+    def suffix(self):
+        return Path(self.path).suffix.lower()
 
     @property
     def size(self):
         return Path(self.path).stat().st_size
+
+    def stamp(self):
+        """Return what changes when the file is written to or replaced; None if there is none."""
+        try:
+            now = Path(self.path).stat()
+        except OSError:
+            return None
+        return now.st_mtime_ns, now.st_size, now.st_ino
 
     def digest(self):
         """Return the sha256 of the contents, in hex; raises InputError if the file cannot be read."""
@@ -58,7 +73,7 @@ class File:
         Raises:
             InputError: the file is missing or empty, or so broken that no further row can be told apart.
         """
-        suffix, empty = Path(self.path).suffix, True
+        suffix, empty = self.suffix, True
         if suffix in _COMPRESSED:
             raise InputError(f"{self.path} is compressed; unpack it, and give the file that comes out")
         reader = {".parquet": _parquet_rows, ".txt": _text_rows, **dict.fromkeys(_SEPARATORS, _table_rows)}
@@ -92,6 +107,9 @@ class HubSplit:
     def size(self):
         return len(self.data)
 
+    def stamp(self):
+        return self.digest()
+
     def digest(self):
         """Return what `datasets` calls the fingerprint: it changes with the files, the revision and the split."""
         return hashlib.sha256(f"{self.path} {self.source.revision} {self.data._fingerprint}".encode()).hexdigest()
@@ -111,9 +129,8 @@ def _load_hub(source, path):
     try:
         return datasets.load_dataset(source.name, source.subset, split=source.split, revision=source.revision)
     except Exception as error:  # whatever a remote file makes of itself: the library raises a dozen kinds
-        reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
         raise InputError(
-            f"data set {path}: {reason}; check name, subset, split and revision, or the network"
+            f"data set {path}: {_first_line(error)}; check name, subset, split and revision, or the network"
         ) from error
 
 
@@ -125,12 +142,15 @@ def open_source(source):
     """
     if source.name is not None:
         return [HubSplit(source)]
-    return [File(path, source) for path in _expand(source.path)]
+    try:
+        return [File(path, source) for path in _expand(source.path)]
+    except OSError as error:
+        raise InputError(f"cannot look for data files at {source.path}: {error.strerror or error}") from None
 
 
 def _expand(path):
     if Path(path).is_dir():
-        found = sorted(str(file) for file in Path(path).iterdir() if file.suffix in _SUFFIXES)
+        found = sorted(str(file) for file in Path(path).iterdir() if file.suffix.lower() in _SUFFIXES)
         if not found:
             raise InputError(f"the folder {path} holds no {', '.join(_SUFFIXES)} file")
         return found
@@ -144,23 +164,35 @@ def _expand(path):
 
 def _open(path):
     try:
-        return open(path, "rb")
+        return document.open_file(path, "the data file")
     except FileNotFoundError:
         raise InputError(f"no data file at {path} (looked in {Path.cwd()})") from None
-    except OSError as error:
-        raise InputError(f"cannot read the data file {path}: {error.strerror or error}") from None
 
 
 def _json_rows(file):
     with _open(file.path) as stream:
-        start = stream.read(4096)
-        while start and not start.removeprefix(b"\xef\xbb\xbf").strip() and (more := stream.read(4096)):
-            start += more
+        start = stream.read(4096).removeprefix(b"\xef\xbb\xbf")
+        while not start.strip() and (more := stream.read(4096)):
+            start = more
         stream.seek(0)
-        if start.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":
+        if start.lstrip()[:1] == b"[":
             yield from _array_rows(file, stream)
         else:
             yield from _line_rows(file, stream)
+
+
+def _lines(path, stream):
+    """Yield (number, line) of a file, bytes or text; raises InputError where one is longer than any row."""
+    number = 0
+    while line := stream.readline(_LONGEST + 1):
+        number += 1
+        if len(line) > _LONGEST:
+            raise _too_long(path, f"line {number}")
+        yield number, line
+
+
+def _too_long(path, place, remedy="split it, or leave it out"):
+    return InputError(f"{path} {place}: longer than {_LONGEST >> 20} MiB, which is no row of text; {remedy}")
 
 
 def _line_rows(file, stream):
@@ -169,7 +201,7 @@ def _line_rows(file, stream):
             yield line
         elif line.strip():
             try:
-                yield Row(number, _loads(line))
+                yield Row(number, loads(line))
             except ValueError as error:
                 if line.strip() == "{":
                     raise InputError(
@@ -181,7 +213,7 @@ def _line_rows(file, stream):
 
 def _decoded_lines(file, stream):
     """Yield (number, text of the line), or (number, Row with the problem) where it is not UTF-8."""
-    for number, raw in enumerate(stream, start=1):
+    for number, raw in _lines(file.path, stream):
         file.done += len(raw)
         try:
             yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8")
@@ -196,7 +228,7 @@ def _not_utf8(raw, error):
 def _refuse_encoding(path):
     """Raise InputError with the line of the first byte that is not UTF-8."""
     with _open(path) as stream:
-        for number, raw in enumerate(stream, start=1):
+        for number, raw in _lines(path, stream):
             try:
                 raw.decode("utf-8")
             except UnicodeDecodeError as error:
@@ -207,10 +239,10 @@ def _refuse_encoding(path):
 def _table_rows(file):
     """Rows of a table with a header; every value is a string. A quoted field may hold separators and line ends."""
     path, header, line = file.path, None, 1
-    csv.field_size_limit(2**31 - 1)
+    csv.field_size_limit(_LONGEST)
     _open(path).close()
     with open(path, encoding="utf-8-sig", newline="") as stream:
-        reader = csv.reader(_counted(file, stream), delimiter=_SEPARATORS[Path(path).suffix], strict=True)
+        reader = csv.reader(_counted(file, stream), delimiter=_SEPARATORS[file.suffix], strict=True)
         try:
             for fields in reader:
                 start, line = line, reader.line_num + 1
@@ -225,13 +257,13 @@ def _table_rows(file):
                 else:
                     yield Row(start, dict(zip(header, fields, strict=True)))
         except csv.Error as error:
-            yield Row(line, None, str(error))
+            raise InputError(f"{path} line {line}: {error}; where this row ends cannot be told") from None
         except UnicodeDecodeError:
             _refuse_encoding(path)
 
 
 def _counted(file, stream):
-    for line in stream:
+    for _, line in _lines(file.path, stream):
         file.done += len(line)
         yield line
 
@@ -240,7 +272,7 @@ def _text_rows(file):
     """Rows {"text"} of a plain text file: the whole of it, its paragraphs (between blank lines), or its lines."""
     by = file.source.sample_by
     with _open(file.path) as stream:
-        start, lines = 1, []
+        start, lines, size = 1, [], 0
         for number, line in _decoded_lines(file, stream):
             if isinstance(line, Row):
                 raise InputError(f"{file.path} line {number}: {line.problem}")
@@ -248,9 +280,12 @@ def _text_rows(file):
                 yield from _text_row(number, [line], by)
             elif by == "paragraph" and not line.strip():
                 yield from _text_row(start, lines, by)
-                start, lines = number + 1, []
+                start, lines, size = number + 1, [], 0
             else:
                 lines.append(line)
+                size += len(line)
+                if size > _LONGEST:
+                    raise _too_long(file.path, f"line {start} to {number}", "set sample_by: paragraph, or line")
         yield from _text_row(start, lines, by)
 
 
@@ -265,16 +300,25 @@ def _parquet_rows(file):
     import pyarrow.parquet
 
     _open(file.path).close()
+    number = 0
     try:
-        with pyarrow.parquet.ParquetFile(file.path) as parquet:
-            number, total = 0, max(1, parquet.metadata.num_rows)
-            for batch in parquet.iter_batches(batch_size=1024):
+        with pyarrow.parquet.ParquetFile(file.path, page_checksum_verification=True) as parquet:
+            names = parquet.schema_arrow.names
+            if len(set(names)) != len(names):
+                raise InputError(f"{file.path}: a column name stands twice")
+            total = max(1, parquet.metadata.num_rows)
+            for batch in parquet.iter_batches(batch_size=64):  # of 64 rows, which may be long
                 for value in batch.to_pylist():
                     number += 1
                     yield Row(number, _without_fillers(value))
                 file.done = file.size * number // total
-    except pyarrow.ArrowException as error:
-        raise InputError(f"{file.path} is not a whole Parquet file: {error}") from None
+    # OSError: pages that cannot be unpacked; ValueError and OverflowError: bytes that are no text, dates that are none
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+        raise InputError(f"{file.path} is not a whole Parquet file: after row {number}: {_first_line(error)}") from None
+
+
+def _first_line(error):
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 def _without_fillers(value, top=True):
@@ -355,9 +399,11 @@ class _Buffer:
                 value, end = _DECODER.raw_decode(self.text, self.at)
             except json.JSONDecodeError as error:
                 cut_off = error.msg.startswith("Unterminated") or error.pos > len(self.text) - 16
+                if cut_off and len(self.text) - self.at > _LONGEST:
+                    raise _too_long(self.file.path, f"line {self.line}") from None
                 if not cut_off or not self.more(size):
                     self.skip(error.pos - self.at)
-                    raise ValueError(f"{error.msg} at column {self.column()}") from None
+                    raise ValueError(f"{error.msg.removesuffix(' at')} at column {self.column()}") from None
                 size *= 2
             else:
                 if end < len(self.text) or self.ended or not self.more(size):
@@ -382,17 +428,34 @@ def _no_constant(name):
     raise ValueError(f"{name} is not JSON")
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+def _finite(text):
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError(f"the number {text[:20]} is too large")
+    return number
 
 
-def _loads(line):
+def _whole(text):
+    if len(text) > 1000:  # Python itself refuses more than 4300 digits, or as many as it is told
+        raise ValueError(f"a number of {len(text):,} digits")
+    return int(text)
+
+
+_DECODER = json.JSONDecoder(
+    object_pairs_hook=_no_duplicates, parse_constant=_no_constant, parse_float=_finite, parse_int=_whole
+)
+
+
+def loads(text):
+    """Return what the JSON `text` holds; raises ValueError for all that is not strict JSON, has a key twice, or cannot be
+    kept as it is."""
     try:
-        return _DECODER.decode(line)
+        return _DECODER.decode(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(_reason(error)) from None
 
 
 def _reason(error):
     if isinstance(error, json.JSONDecodeError):
-        return f"{error.msg} at column {error.colno}"
+        return f"{error.msg.removesuffix(' at')} at column {error.colno}"
     return "nested too deeply" if isinstance(error, RecursionError) else str(error)

@@ -35,6 +35,7 @@ from . import chat, formats, length
 from .chat import IGNORE_INDEX, Example
 
 CHUNK = 256  # rows that a worker takes at a time
+_LONGEST_REASON = 400  # letters; a row may hold a role of a million
 SHOWN = 20  # bad or dropped rows that are named; the rest are counted
 _POOL_FROM = 1 << 20  # bytes (rows of a hub data set) under which starting workers costs more than it saves
 _KEPT_DAYS = 30
@@ -85,7 +86,7 @@ def tokenize(file, tokenizer, settings, weight=1.0, pick=None, num_proc=None, on
     Raises:
         InputError: rows are bad or too long and the recipe does not say to leave them out; all of the file together.
     """
-    digest = file.digest()
+    stamp, digest = file.stamp(), file.digest()
     folder = _cache() / _key(file, digest, tokenizer, settings, pick)
     if folder.is_dir():
         os.utime(folder)
@@ -101,6 +102,8 @@ def tokenize(file, tokenizer, settings, weight=1.0, pick=None, num_proc=None, on
                     file,
                     on_progress,
                 )
+                if file.stamp() != stamp:
+                    raise InputError(f"{file.path} has changed while it was read; run this again once it is whole")
                 tally.refuse(file.path, file.unit)
                 write_json(partial / "summary.json", tally.summary(file.unit))
         except OSError as error:
@@ -151,7 +154,7 @@ def _key(file, digest, tokenizer, settings, pick):
     names = {key: str(value) for key, value in tokenizer.special_tokens_map.items()}
     parts = [
         digest,
-        Path(file.path).suffix,
+        Path(file.path).suffix.lower(),
         file.source.sample_by,
         backend,
         names,
@@ -210,8 +213,9 @@ class _Job:
                 fitted = length.fit(
                     self.tokenizer, conversation, encoded, settings.train_on, settings.max_length, settings.overlong
                 )
-            except ValueError as error:
-                bad.append((row.line, str(error)))
+            except (ValueError, RecursionError) as error:
+                reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+                bad.append((row.line, reason if len(reason) <= _LONGEST_REASON else f"{reason[:_LONGEST_REASON]} ..."))
                 continue
             except length.TooLong as error:
                 too_long.append((row.line, *error.args))

@@ -212,7 +212,7 @@ def test_a_template_file_is_used_and_a_bad_one_refused(tokenizer, tmp_path):
     assert tokenizer.chat_template == BOS_TEMPLATE
     with pytest.raises(InputError, match=r"bad\.jinja"):
         chat.set_template(tokenizer, str(bad))
-    with pytest.raises(InputError, match="No such file"):
+    with pytest.raises(InputError, match="there is no such file"):
         chat.set_template(tokenizer, str(tmp_path / "none.jinja"))
 
 

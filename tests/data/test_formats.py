@@ -180,6 +180,8 @@ def test_columns_may_be_jinja_templates_of_the_rows_columns():
     assert row == {"prompt": "Which?\n1. a\n2. b\n", "completion": "b"}
     with pytest.raises(ValueError, match=r"data.columns fails: .*Undefined"):
         renamed({"question": "Which?", "choices": ["a", "b"]}, columns)
+    with pytest.raises(ValueError, match=r"data.columns fails: .*NoneType"):
+        renamed({"x": None}, {"prompt": "{{ x | dictsort }}"})
     with pytest.raises(ValueError, match=r"fails: .*(unsafe|access)"):
         renamed({"x": "a"}, {"prompt": "{{ x.__class__.__mro__ }}"})
     with pytest.raises(InputError, match=r"data.columns.prompt: .* is no Jinja template"):

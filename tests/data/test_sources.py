@@ -156,8 +156,9 @@ def test_rows_with_too_few_or_too_many_fields_are_named(tmp_path):
     assert problems(path) == [(3, "1 fields, the header has 2"), (4, "3 fields, the header has 2")]
 
 
-def test_a_quote_that_never_ends_is_a_problem(tmp_path):
-    assert len(problems(write_as(tmp_path, "d.csv", 'a,b\n"1,2\n3,4\n'))) == 1
+def test_a_quote_that_never_ends_is_refused_with_the_line_it_begins_on(tmp_path):
+    # no bad row that may be skipped: all that follows would be skipped with it
+    assert "line 2: unexpected end of data" in refusal(write_as(tmp_path, "d.csv", 'a,b\n"1,2\n3,4\n'))
 
 
 def test_a_table_that_is_not_utf8_is_refused_with_the_line(tmp_path):

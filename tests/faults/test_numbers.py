@@ -139,8 +139,15 @@ def test_a_held_out_row_whose_loss_is_not_finite_is_named(overflowing, tmp_path)
     assert not any("eval_loss" in record for record in records(tmp_path / "run"))
 
 
-def test_weights_that_overflow_in_the_last_step_are_not_saved(make_recipe, tmp_path):
-    recipe = make_recipe(training={"learning_rate": 1e39, "max_steps": 1, "save_steps": None})
+def test_weights_that_overflow_in_the_last_step_are_not_saved(make_recipe, tmp_path, monkeypatch):
+    original = sft.MasterWeights.clear_gradients
+
+    def overflow(self):
+        original(self)
+        self.masters[0].data[0, 0] = math.inf
+
+    monkeypatch.setattr(sft.MasterWeights, "clear_gradients", overflow)
+    recipe = make_recipe(training={"max_steps": 1, "save_steps": None})
     with pytest.raises(
         TrainingFailed, match=r"weights/.* holds numbers that are not finite after step 1; it was not saved"
     ):

@@ -1,0 +1,217 @@
+"""A YAML file -> plain values and the line of each. No file makes this run code, hang, or take much time or memory.
+
+YAML 1.2: 2e-4 is a number, `on` and `yes` are words, 12:30:00 and a date too. Read from the parser's events, not its
+constructors: what comes out is None, bool, int, float, str, list and dict, whatever the tags say.
+"""
+
+from __future__ import annotations
+
+import copy
+import stat
+from pathlib import Path
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.events import (
+    AliasEvent,
+    DocumentStartEvent,
+    MappingEndEvent,
+    MappingStartEvent,
+    ScalarEvent,
+    SequenceEndEvent,
+    StreamEndEvent,
+)
+from ruamel.yaml.nodes import ScalarNode
+from ruamel.yaml.reader import ReaderError
+from ruamel.yaml.resolver import VersionedResolver
+
+from .errors import InputError
+
+MAX_BYTES = 256 * 2**10  # a second to read
+MAX_VALUES = 10_000  # with what aliases repeat
+MAX_DEPTH = 20
+
+
+def open_file(path, what):
+    """Return the ordinary file at `path`, open for reading bytes. what: what it is, for messages.
+
+    Raises:
+        FileNotFoundError: there is none.
+        InputError: it is a folder, a pipe or a device, which may have no end, or it cannot be read.
+    """
+    try:
+        mode = Path(path).stat().st_mode
+        if stat.S_ISREG(mode):
+            return open(path, "rb")
+        reason = "it is a folder" if stat.S_ISDIR(mode) else "it is a pipe or device; save it into a file"
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: a name that holds U+0000
+        reason = getattr(error, "strerror", None) or str(error)
+    raise InputError(f"cannot read {what} {path}: {reason}")
+
+
+def read(path, what="the recipe"):
+    """Return the text of a file that is no longer than a recipe or a template.
+
+    Raises:
+        FileNotFoundError: there is none.
+        InputError: it cannot be read, is too large, or is not UTF-8 (with the line).
+    """
+    with open_file(path, what) as file:
+        raw = file.read(MAX_BYTES + 1)
+    if len(raw) > MAX_BYTES:
+        raise InputError(f"cannot read {what} {path}: it is larger than {MAX_BYTES:,} bytes; is it another file?")
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise InputError(
+            f"{path} line {line}: not UTF-8 (byte 0x{raw[error.start]:02x}); save the file as UTF-8"
+        ) from None
+
+
+def parse(text, where):
+    """Return (value, {(key or index, ...): line from 1}) of the one YAML document in `text`; `where` is for messages.
+
+    Raises:
+        InputError: no YAML 1.2, no document or several, a key twice, a tag, a merge key, or more than a recipe can need.
+    """
+    return _Reader(text, where).document()
+
+
+class _Reader:
+    def __init__(self, text, where):
+        self.where, self.text = where, text
+        self.lines, self.anchors, self.count = {}, {}, 0
+        self._events = YAML(typ="safe", pure=True).parse(text)
+
+    def document(self):
+        self.next()
+        start = self.next()
+        if isinstance(start, StreamEndEvent):
+            raise InputError(f"{self.where}: is empty; a recipe has sections model, data, output_dir, ...")
+        if start.version not in (None, (1, 2)):
+            raise self.refusal(start, "recipes are YAML 1.2; take the %YAML line out")
+        value = self.value(self.next(), ())
+        self.next()
+        after = self.next()
+        if isinstance(after, DocumentStartEvent):
+            raise self.refusal(after, "a second document begins; a recipe is one, so take the line --- or ... out")
+        return value, self.lines
+
+    def next(self):
+        try:
+            return next(self._events)
+        except MarkedYAMLError as error:
+            raise InputError(f"{self.where}{_lines_of(error)}: not valid YAML: {_problem(error)}") from None
+        except ReaderError as error:
+            line = self.text.count("\n", 0, error.position) + 1
+            raise InputError(
+                f"{self.where} line {line}: not valid YAML: the character U+{error.character:04X} cannot stand in it"
+            ) from None
+        except (YAMLError, ValueError) as error:  # ValueError: "\U00110000" in quotes
+            raise InputError(f"{self.where}: not valid YAML: {error}") from None
+
+    def value(self, event, at):
+        line = event.start_mark.line + 1
+        self.lines.setdefault(at, line)
+        self.count += 1
+        if isinstance(event, AliasEvent):
+            return self.aliased(event)
+        before, anchor, end = self.count, event.anchor, None
+        if anchor is not None:
+            self.anchors[anchor] = None  # an alias within itself finds this
+        if len(at) > MAX_DEPTH:
+            raise self.refusal(event, "nested too deeply; a recipe has sections and fields")
+        if isinstance(event, ScalarEvent):
+            made = self.scalar(event)
+        elif event.tag is not None:
+            raise self.tagged(event)
+        elif isinstance(event, MappingStartEvent):
+            made = {}
+            while not isinstance(end := self.next(), MappingEndEvent):
+                key = self.key(end, at, made)
+                made[key] = self.value(self.next(), (*at, key))
+        else:
+            made = []
+            while not isinstance(end := self.next(), SequenceEndEvent):
+                made.append(self.value(end, (*at, len(made))))
+        if anchor is not None:
+            self.anchors[anchor] = made, self.count - before + 1
+        if self.count > MAX_VALUES:
+            raise self.refusal(event, f"more than {MAX_VALUES:,} values, counting what aliases repeat")
+        return made
+
+    def key(self, event, at, made):
+        if not isinstance(event, ScalarEvent):
+            raise self.refusal(event, "a key must be a word, not a list, a mapping or an alias")
+        if event.tag is not None:
+            raise self.tagged(event)
+        key, line = event.value, event.start_mark.line + 1
+        if key == "<<" and event.implicit[0]:
+            raise self.refusal(
+                event, "merge keys (<<) are not read; write the fields out, or give a whole value as *name"
+            )
+        if key in made:
+            dotted = ".".join(map(str, (*at, key)))
+            raise self.refusal(event, f"{dotted} stands twice, first in line {self.lines[(*at, key)]}; keep one")
+        self.lines[(*at, key)] = line
+        return key
+
+    def scalar(self, event):
+        if event.tag is None:
+            return _plain(event.value) if event.implicit[0] else event.value
+        if event.tag == "tag:yaml.org,2002:str":
+            return event.value
+        raise self.tagged(event)
+
+    def aliased(self, event):
+        if event.anchor not in self.anchors:
+            raise self.refusal(event, f"*{event.anchor} has no &{event.anchor} before it")
+        if self.anchors[event.anchor] is None:
+            raise self.refusal(event, f"*{event.anchor} stands inside of what it names")
+        made, count = self.anchors[event.anchor]
+        self.count += count
+        if self.count > MAX_VALUES:
+            raise self.refusal(event, f"more than {MAX_VALUES:,} values, counting what aliases repeat")
+        return copy.deepcopy(made)  # an override changes one place
+
+    def tagged(self, event):
+        return self.refusal(event, f"the tag {event.tag} is not read; a recipe has plain values, so take it out")
+
+    def refusal(self, event, what):
+        return InputError(f"{self.where} line {event.start_mark.line + 1}: {what}")
+
+
+_RESOLVER = VersionedResolver(version=(1, 2))
+
+
+def _plain(text):
+    """Return what an unquoted word means. What may mean two numbers (0123), or is no number of use, stays a text."""
+    kind = str(_RESOLVER.resolve(ScalarNode, text, (True, False))).rpartition(":")[2]
+    try:
+        if kind == "null":
+            return None
+        if kind == "bool":
+            return text.lower() == "true"
+        if kind == "int" and len(text) < 40:
+            return int(text, 0)
+        if kind == "float":
+            return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
+    except ValueError:
+        return text
+    return text
+
+
+def _lines_of(error):
+    mark, began = error.problem_mark or error.context_mark, error.context_mark
+    if mark is None:
+        return ""
+    since = f" (in what began in line {began.line + 1})" if began is not None and began.line != mark.line else ""
+    return f" line {mark.line + 1}{since}"
+
+
+def _problem(error):
+    problem = error.problem or error.context
+    return f"{problem}; indent with spaces" if "'\\t'" in problem else problem

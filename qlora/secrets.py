@@ -1,0 +1,43 @@
+"""What looks like a token or a password, so that it is refused where it must not stand and never repeated."""
+
+from __future__ import annotations
+
+import os
+import re
+
+# what a service puts in front of its tokens, and the two places of an address that hold one
+_TOKEN = re.compile(
+    r"""\b(?: hf_[A-Za-z0-9]{30,} | api_org_[A-Za-z0-9]{30,}    # Hugging Face
+      | sk-(?=[\w-]*[0-9])(?=[\w-]*[A-Z])[\w-]{20,}            # OpenAI, Anthropic; sk-learn-something is a name
+      | xox[abeoprs]-[A-Za-z0-9-]{10,}                         # Slack
+      | gh[pousr]_[A-Za-z0-9]{30,} | github_pat_\w{30,} | glpat-[\w-]{20,}
+      | (?:AKIA|ASIA)[A-Z0-9]{16}\b | AIza[\w-]{30,}           # AWS, Google
+      | eyJ[\w-]{8,}\.eyJ[\w-]{8,}(?:\.[\w-]+)? )
+      | -----BEGIN[ ][A-Z ]*PRIVATE[ ]KEY-----
+      | (?<=://)[^\s/@:]*:[^\s/@]+(?=@)
+      | (?i:(?<=[?&])(?:[a-z_-]*(?:token|signature|credential|api_?key|secret|password)|sig)=[^\s&#'"<>]+)""",
+    re.VERBOSE,
+)
+_NAME = re.compile(
+    r"(?:^|[_.\W])(?:token|secret|passw(?:or)?d|passphrase|credentials?|auth|(?:api|access|secret|private)[_-]?key"
+    r"|(?:access|secret)[_-]?key[_-]?id)$",
+    re.IGNORECASE,
+)
+
+
+def is_secret(text):
+    """True if a token, or an address with a password, stands in `text`."""
+    return _TOKEN.search(text) is not None
+
+
+def names_secret(name):
+    """True if what is called `name` (of a field or an environment variable) is a token or a password."""
+    return _NAME.search(name) is not None
+
+
+def redacted(text):
+    """Return `text` with *** for what looks like a secret, and for the values of the environment's variables so named."""
+    ours = {value for name, value in os.environ.items() if names_secret(name) and len(value) >= 8}
+    for value in sorted(ours, key=len, reverse=True):
+        text = text.replace(value, "***")
+    return _TOKEN.sub("***", text)

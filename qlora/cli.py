@@ -226,15 +226,16 @@ def _main():
     try:
         app()
     except Interrupted as error:
-        _fail(error, error.exit_code)
+        _fail(error.message or f"{sys.argv[1]} stopped before its end; nothing half-done is left", error.exit_code)
     except QLoRAError as error:
         _fail(error, error.exit_code)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in _SURROUNDINGS:
             raise
-        _fail(f"the disk is full: {error.filename or error}; free some space and run this again", InputError.exit_code)
+        place = f"{error.filename}: {error.strerror}" if error.filename else error
+        _fail(f"{place}; {_SURROUNDINGS[error.errno]}", InputError.exit_code)
     except Exception as error:
         from .memory import is_refusal, refused
 
@@ -242,6 +243,22 @@ def _main():
             raise
         remedy = "free some memory, or take fewer or shorter rows or a smaller model"
         _fail(f"out of memory: {refused(error)}\n  {remedy}", DoesNotFit.exit_code)
+
+
+# what the system says of the surroundings of this process, wherever it says so; and what to do
+_SURROUNDINGS = {
+    errno.ENOSPC: "free some space and run this again",
+    errno.EDQUOT: "free some space and run this again",
+    errno.EFBIG: "raise the limit on the size of a file (ulimit -f) and run this again",
+    errno.EMFILE: "raise the limit on open files (ulimit -n) and run this again",
+    errno.ENFILE: "the system has too many files open; run this again later",
+    errno.EROFS: "choose a place that can be written",
+    errno.EACCES: "choose a place that you may use",
+    errno.EPERM: "choose a place that you may use",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ELOOP: "these links lead to each other; mend them",
+    errno.EIO: "the disk fails; look at the system's log",
+}
 
 
 def _fail(message, code):

@@ -176,6 +176,29 @@ def export(
         _print_json(report)
 
 
+@app.command(epilog="Example:  qlora push models/mine me/my-model --dry-run")
+def push(
+    target: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="a finished run, or a folder that export wrote")],
+    repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="on the hub; made if it is not there")],
+    public: Annotated[bool, typer.Option("--public", help="everybody may see it; default: private")] = False,
+    base: Annotated[
+        str | None, typer.Option(metavar="OWNER/NAME", help="what a base that was a local folder is called on the hub")
+    ] = None,
+    license: Annotated[
+        str | None, typer.Option(metavar="ID", help="for the card, such as apache-2.0; default: none is named")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="show files and card, upload nothing")] = False,
+    as_json: Json = False,
+):
+    """Upload a run's adapter or an exported model to the Hugging Face hub, with a model card; private by default."""
+    _begin(as_json)
+    from .commands.push import push as run_push
+
+    result = run_push(target, repo, public=public, base=base, license=license, dry_run=dry_run)
+    if as_json:
+        _print_json(result)
+
+
 @app.command(epilog="Example:  qlora adapters runs --json")
 def adapters(
     folder: Annotated[str, typer.Argument(metavar="FOLDER", help="where to look, with all that is in it")] = "runs",

@@ -114,7 +114,8 @@ def _export(trained, out, inputs, compare_bases, gguf, start):
         report["seconds"] = time.monotonic() - start
         write_json(folder / REPORT, report)
         quantized = recipe.quantization.quant_type.upper() if recipe.quantization else None
-        text = card(out.name, trained.checkpoint.name_or_path, trained.adapter.config, report, quantized, rows)
+        base = trained.checkpoint.name_or_path
+        text = card(out.name, base, trained.adapter.config, report, quantized, rows, trained.origins)
         (folder / "README.md").write_text(text, encoding="utf-8")
     verdict = "proven" if report["verified"] else "NOT VERIFIED (export.verify: off)"
     console.say(

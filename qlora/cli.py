@@ -49,7 +49,8 @@ def _load(recipe, overrides, as_json):
 
 
 def _print_json(value):
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+    utf8 = "utf" in (getattr(sys.stdout, "encoding", None) or "").lower()
+    print(json.dumps(value, indent=2, ensure_ascii=not utf8))
 
 
 @app.command(epilog="Example:  qlora train recipes/mine.yaml training.learning_rate=1e-4 output_dir=runs/slow")
@@ -239,6 +240,8 @@ def chat(
 
 def main():
     """Run the command line and exit with its code."""
+    if sys.getfilesystemencoding() == "ascii":  # LC_ALL=C with PYTHONUTF8=0: no name with an umlaut could be opened
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
     # None: this process was started without one
     sys.stdout, sys.stderr = (stream and _Lasting(stream) for stream in (sys.stdout, sys.stderr))
     with handled():
@@ -246,6 +249,10 @@ def main():
 
 
 def _main():
+    try:
+        os.getcwd()  # noqa: PTH109 (Path.cwd is the same)
+    except OSError as error:
+        _fail(f"the folder that this was started in: {error.strerror}; cd to one that is there", InputError.exit_code)
     try:
         app()
     except Interrupted as error:
@@ -290,10 +297,13 @@ def _fail(message, code):
 
 
 class _Lasting:
-    """A text stream whose reader may leave, as a closed pipe or terminal does: what is written then is dropped."""
+    """A text stream whose reader may leave, as a closed pipe or terminal does: what is written then is dropped; and
+    which writes \\xe9 for what its encoding lacks."""
 
     def __init__(self, stream):
         self._stream = stream
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
 
     def __getattr__(self, name):
         return getattr(self._stream, name)

@@ -15,6 +15,7 @@ from ..rundir import RunDir, new_folder, write_json
 from . import console, resuming
 
 PACKAGES = ("qlora", "torch", "transformers", "bitsandbytes", "peft", "trl", "accelerate", "datasets", "safetensors")
+_WORTH_SAYING = 2**30  # bytes of a GPU; a desktop takes less
 
 
 def train(recipe: Recipe, resume=False, allow_change=()) -> RunDir:
@@ -152,7 +153,7 @@ def _plan(recipe, prepared, device):
         InputError: the model has fewer layers than are to be checkpointed, or offloading has nothing to move.
     """
     from .. import memory, plan
-    from .job import free_bytes, job_of, refuse_layers
+    from .job import free_bytes, held_by_others, job_of, refuse_layers
 
     budget = free_bytes(device) if recipe.memory.budget is None else parse_size(recipe.memory.budget)
     try:
@@ -175,6 +176,9 @@ def _plan(recipe, prepared, device):
             f"  {change['set']}: {console.size(change['peak_bytes'])}{', fits' if change['fits'] else ''}"
             for change in plan.suggestions(job)
         ]
+        others = held_by_others(device)
+        if recipe.memory.budget is None and others > _WORTH_SAYING:
+            lines.append(f"  other processes hold {console.size(others)} of the GPU; nvidia-smi lists them")
         raise DoesNotFit("\n".join(lines))
     where = ", what they start from waits in the host's memory" if found.offload else ""
     console.say(

@@ -26,6 +26,7 @@ _HOME = {
     "export": "commands.export",
     "adapters": "commands.adapters",
     "chat": "commands.chat",
+    "push": "commands.push",
 }
 __all__ = list(_HOME)
 

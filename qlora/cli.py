@@ -51,7 +51,8 @@ def _load(recipe, overrides, as_json):
 
 
 def _print_json(value):
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+    utf8 = "utf" in (getattr(sys.stdout, "encoding", None) or "").lower()
+    print(json.dumps(value, indent=2, ensure_ascii=not utf8))
 
 
 @app.command(epilog="Example:  qlora train recipes/mine.yaml training.learning_rate=1e-4 output_dir=runs/slow")
@@ -178,6 +179,29 @@ def export(
         _print_json(report)
 
 
+@app.command(epilog="Example:  qlora push models/mine me/my-model --dry-run")
+def push(
+    target: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="a finished run, or a folder that export wrote")],
+    repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="on the hub; made if it is not there")],
+    public: Annotated[bool, typer.Option("--public", help="everybody may see it; default: private")] = False,
+    base: Annotated[
+        str | None, typer.Option(metavar="OWNER/NAME", help="what a base that was a local folder is called on the hub")
+    ] = None,
+    license: Annotated[
+        str | None, typer.Option(metavar="ID", help="for the card, such as apache-2.0; default: none is named")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="show files and card, upload nothing")] = False,
+    as_json: Json = False,
+):
+    """Upload a run's adapter or an exported model to the Hugging Face hub, with a model card; private by default."""
+    _begin(as_json)
+    from .commands.push import push as run_push
+
+    result = run_push(target, repo, public=public, base=base, license=license, dry_run=dry_run)
+    if as_json:
+        _print_json(result)
+
+
 @app.command(epilog="Example:  qlora adapters runs --json")
 def adapters(
     folder: Annotated[str, typer.Argument(metavar="FOLDER", help="where to look, with all that is in it")] = "runs",
@@ -218,6 +242,8 @@ def chat(
 
 def main():
     """Run the command line and exit with its code."""
+    if sys.getfilesystemencoding() == "ascii":  # LC_ALL=C with PYTHONUTF8=0: no name with an umlaut could be opened
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
     # None: this process was started without one
     sys.stdout, sys.stderr = (stream and _Lasting(stream) for stream in (sys.stdout, sys.stderr))
     sys.excepthook = _show_bug
@@ -232,17 +258,22 @@ def _show_bug(*bug):
 
 def _main():
     try:
+        os.getcwd()  # noqa: PTH109 (Path.cwd is the same)
+    except OSError as error:
+        _fail(f"the folder that this was started in: {error.strerror}; cd to one that is there", InputError.exit_code)
+    try:
         app()
     except Interrupted as error:
-        _fail(error, error.exit_code)
+        _fail(error.message or f"{sys.argv[1]} stopped before its end; nothing half-done is left", error.exit_code)
     except QLoRAError as error:
         _fail(error, error.exit_code)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in _SURROUNDINGS:
             raise
-        _fail(f"the disk is full: {error.filename or error}; free some space and run this again", InputError.exit_code)
+        place = f"{error.filename}: {error.strerror}" if error.filename else error
+        _fail(f"{place}; {_SURROUNDINGS[error.errno]}", InputError.exit_code)
     except Exception as error:
         from .memory import is_refusal, refused
 
@@ -252,16 +283,35 @@ def _main():
         _fail(f"out of memory: {refused(error)}\n  {remedy}", DoesNotFit.exit_code)
 
 
+# what the system says of the surroundings of this process, wherever it says so; and what to do
+_SURROUNDINGS = {
+    errno.ENOSPC: "free some space and run this again",
+    errno.EDQUOT: "free some space and run this again",
+    errno.EFBIG: "raise the limit on the size of a file (ulimit -f) and run this again",
+    errno.EMFILE: "raise the limit on open files (ulimit -n) and run this again",
+    errno.ENFILE: "the system has too many files open; run this again later",
+    errno.EROFS: "choose a place that can be written",
+    errno.EACCES: "choose a place that you may use",
+    errno.EPERM: "choose a place that you may use",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ELOOP: "these links lead to each other; mend them",
+    errno.EIO: "the disk fails; look at the system's log",
+}
+
+
 def _fail(message, code):
     print(f"qlora: {redacted(str(message))}", file=sys.stderr)
     sys.exit(code)
 
 
 class _Lasting:
-    """A text stream whose reader may leave, as a closed pipe or terminal does: what is written then is dropped."""
+    """A text stream whose reader may leave, as a closed pipe or terminal does: what is written then is dropped; and
+    which writes \\xe9 for what its encoding lacks."""
 
     def __init__(self, stream):
         self._stream = stream
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
 
     def __getattr__(self, name):
         return getattr(self._stream, name)

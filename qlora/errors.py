@@ -52,9 +52,10 @@ class TrainingFailed(QLoRAError):
 class Interrupted(BaseException):
     """Stopped by a signal. No Exception, so that no library takes it for a failure that it can recover from.
 
-    number: of the signal. message: what was saved, and how to go on.
+    number: of the signal. message: what was stopped, what was saved, and how to go on; None where nothing is to be said
+    about that.
     """
 
-    def __init__(self, number, message="stopped"):
+    def __init__(self, number, message=None):
         super().__init__(message)
-        self.number, self.exit_code = number, 128 + number
+        self.number, self.message, self.exit_code = number, message, 128 + number

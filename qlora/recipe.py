@@ -399,11 +399,16 @@ class Recipe(Section):
 
     def to_yaml(self) -> str:
         """Return the resolved recipe, every value written out, as YAML that `load` reads back to an equal recipe."""
-        stream = io.StringIO()
-        yaml = YAML(pure=True)  # the C dumper writes YAML 1.1
-        yaml.width = 1000
-        yaml.dump(self.model_dump(), stream)
-        return stream.getvalue()
+        return as_yaml(self.model_dump())
+
+
+def as_yaml(values):
+    """Return nested plain values as YAML text."""
+    stream = io.StringIO()
+    yaml = YAML(pure=True)  # the C dumper writes YAML 1.1
+    yaml.width = 1000
+    yaml.dump(values, stream)
+    return stream.getvalue()
 
 
 def _override(values, lines, overrides):

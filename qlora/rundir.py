@@ -110,15 +110,26 @@ def _leftovers(out):
     return [partial, Path(f"{partial}.scratch")]
 
 
+def _lock_of(out):
+    return Path(f"{out}.partial.lock")
+
+
 def leftover_bytes(out):
     """Return what a killed process has left of `out`, and making it again removes."""
     files = [path for folder in _leftovers(out) for path in folder.rglob("*") if path.is_file()]
     return sum(path.stat().st_blocks * 512 for path in files)
 
 
+def refuse_inside(out, inputs):
+    """Raise InputError where making `out` would change one of the folders `inputs`."""
+    for folder in inputs:
+        if folder.resolve() in Path(out).resolve().parents:
+            raise InputError(f"{out} lies in {folder}, which is read for it; choose another folder")
+
+
 def refuse_partial(out, inputs):
     """Raise InputError where making `out` would remove one of `inputs`, as the leftover of a killed process."""
-    for place in _leftovers(out):
+    for place in [*_leftovers(out), _lock_of(out)]:
         for path in inputs:
             if place.exists() and place.resolve() in [path.resolve(), *path.resolve().parents]:
                 raise InputError(f"{out}: {place} is needed to write it, and {path} lies there; choose another folder")
@@ -145,6 +156,67 @@ def _let_go():
 
 
 os.register_at_fork(after_in_child=_let_go)
+
+
+@contextlib.contextmanager
+def _locked(path, what, remedy):
+    """Hold the lock file `path`, with this process' number in it, while the block runs. The lock goes with the process,
+    however that ends. The block may remove the file.
+
+    what: is locked by it, for the message. remedy: other than to wait.
+
+    Raises:
+        InputError: another process has it; names its number. Or it cannot be written.
+    """
+    while True:
+        try:
+            file = open(path, "a+", encoding="utf-8")  # noqa: SIM115
+        except OSError as error:
+            raise InputError(f"{what}: {error.strerror}; choose another folder") from None
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                number = file.read().strip() or "?"
+                raise InputError(f"{what} is in use by process {number}; wait for it, or {remedy}") from None
+            except OSError as error:
+                raise InputError(f"{path}: {error.strerror}; this file system has no locks") from None
+            if not os.fstat(file.fileno()).st_nlink:
+                continue  # its owner has removed it in between
+            _held.add(file)
+            file.truncate(0)
+            file.write(f"{os.getpid()}\n")
+            file.flush()
+            try:
+                yield
+            finally:
+                _held.discard(file)
+                fcntl.flock(file, fcntl.LOCK_UN)
+            return
+
+
+@contextlib.contextmanager
+def alone(out, what):
+    """Be the only process that makes `out` while the block runs; it is absent or empty when the block begins.
+
+    Raises:
+        InputError: another process makes it, or has made it; or its parent cannot be written.
+    """
+    out = Path(out)
+    lock_file = _lock_of(out)
+    try:
+        out.absolute().parent.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise InputError(f"cannot write {out}: {error.filename} is a file; choose another folder") from None
+    except OSError as error:
+        raise InputError(f"cannot write {out}: {error.strerror}; choose another folder") from None
+    with _locked(lock_file, out, "choose another folder"):
+        try:
+            refuse_nonempty(out, what)
+            yield
+        finally:
+            lock_file.unlink(missing_ok=True)
 
 
 class RunDir:
@@ -196,30 +268,8 @@ class RunDir:
         Raises:
             InputError: another process has it; names its number.
         """
-        try:
-            file = open(self.lock_file, "a+", encoding="utf-8")  # noqa: SIM115
-        except OSError as error:
-            raise InputError(f"output_dir {self.path}: {error.strerror}; choose another folder") from None
-        with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.seek(0)
-                raise InputError(
-                    f"output_dir {self.path} is in use by process {file.read().strip() or '?'}; wait for it, or set "
-                    "output_dir=ANOTHER_FOLDER"
-                ) from None
-            except OSError as error:
-                raise InputError(f"{self.lock_file}: {error.strerror}; this file system has no locks") from None
-            _held.add(file)
-            file.truncate(0)
-            file.write(f"{os.getpid()}\n")
-            file.flush()
-            try:
-                yield
-            finally:
-                _held.discard(file)
-                fcntl.flock(file, fcntl.LOCK_UN)
+        with _locked(self.lock_file, f"output_dir {self.path}", "set output_dir=ANOTHER_FOLDER"):
+            yield
 
     def refuse_used(self):
         """Raise InputError if a new run cannot start here."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 import threading
 
 from .errors import Interrupted
@@ -37,13 +38,15 @@ def handled():
         wanted[signal.SIGHUP] = signal.SIG_IGN
     before = {number: signal.getsignal(number) for number in wanted}
     before = {number: handler for number, handler in before.items() if handler not in (signal.SIG_IGN, None)}
+    hook = sys.unraisablehook
     for number in before:
         signal.signal(number, wanted[number])
     _owner, _came = os.getpid(), False
+    sys.unraisablehook = lambda dropped: _on_dropped(dropped, hook)
     try:
         yield
     finally:
-        _owner = None
+        _owner, sys.unraisablehook = None, hook
         for number, handler in before.items():
             signal.signal(number, handler)
 
@@ -66,9 +69,31 @@ def _on_signal(number, frame):
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
     elif _came:
-        os._exit(128 + number)  # whatever is going on; what is half written is named so, and removed by the next run
+        _leave(128 + number)
     else:
         _came = True
         if _noted is None:
             raise Interrupted(number)
         _noted.number = number
+
+
+def _leave(code):
+    """End now, whatever is going on, with the processes begun here; what is half written is named so, and replaced later."""
+    try:
+        import psutil
+
+        for child in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
+    finally:
+        os._exit(code)
+
+
+def _on_dropped(dropped, hook):
+    """Have a signal come again that was raised where Python drops exceptions: in `__del__`, in a weak reference's end."""
+    global _came
+    if isinstance(dropped.exc_value, Interrupted):
+        _came = False
+        threading.Timer(0.01, os.kill, (os.getpid(), dropped.exc_value.number)).start()
+    else:
+        hook(dropped)

@@ -9,15 +9,26 @@ from pathlib import Path
 
 from .. import base_model, memory, metrics
 from ..data import chat
-from ..errors import InputError, ProofFailed
+from ..errors import InputError, Interrupted, ProofFailed
 from ..export import merge, writer
 from ..export.card import card
 from ..export.reader import Reader
 from ..kernels.threads import Cores
-from ..rundir import leftover_bytes, new_folder, refuse_nonempty, refuse_partial, scratch_folder, write_json
+from ..rundir import (
+    alone,
+    leftover_bytes,
+    new_folder,
+    refuse_inside,
+    refuse_nonempty,
+    refuse_partial,
+    scratch_folder,
+    write_json,
+)
 from . import console, serving
 from .proving import Prover
 from .trained import open_trained
+
+REPORT = "export_report.json"
 
 
 def export(target, out, dtype=None, overrides=(), *, model=None, data=None, compare_bases=False, gguf=None) -> dict:
@@ -33,22 +44,28 @@ def export(target, out, dtype=None, overrides=(), *, model=None, data=None, comp
 
     Raises:
         InputError: nothing that was trained, another base, `out` is not empty, too little disk, a weight too large for
-            `dtype`, an adapter that does not fit.
+            `dtype`, an adapter that does not fit; another process exports to `out`.
+        Interrupted: by SIGINT or SIGTERM; nothing is left at `out`.
         ProofFailed: the export is not what it should be; nothing is left at `out`.
     """
     if dtype is not None:
         overrides = [*overrides, f"export.dtype={dtype}"]
     start, out = time.monotonic(), Path(out)
     targets = [target] if isinstance(target, (str, Path)) else list(target)
-    with open_trained(targets, model, data, overrides) as trained:
-        inputs = [Path(data)] if data is not None else []
-        return _export(trained, out, inputs, compare_bases, gguf, start)
+    try:
+        with open_trained(targets, model, data, overrides) as trained:
+            inputs = [Path(data)] if data is not None else []
+            return _export(trained, out, inputs, compare_bases, gguf, start)
+    except Interrupted as stopped:
+        left = f"the model is whole in {out}" if (out / REPORT).exists() else f"nothing was left at {out}"
+        raise Interrupted(stopped.number, f"export stopped; {left}") from None
 
 
 def _export(trained, out, inputs, compare_bases, gguf, start):
     section, recipe = trained.section, trained.recipe
     refuse_nonempty(out, "export")
     refuse_partial(out, [*trained.inputs, *inputs])
+    refuse_inside(out, [trained.folder, trained.checkpoint.folder])
     _refuse_meaningless(trained, compare_bases)
     plan = merge.plan(
         trained.checkpoint,
@@ -64,7 +81,7 @@ def _export(trained, out, inputs, compare_bases, gguf, start):
 
     device = base_model.default_device()
     prover = None if section.verify == "off" else Prover(trained, plan, device)
-    with new_folder(out) as folder:
+    with alone(out, "export"), new_folder(out) as folder:
         with memory.Peak() as peak:
             merging = _write(trained, plan, folder, section.base, device)
         wrote = time.monotonic() - start
@@ -95,9 +112,10 @@ def _export(trained, out, inputs, compare_bases, gguf, start):
         if gguf:
             report["gguf"] = serving.add_gguf(trained, folder, out.name, gguf, plan)
         report["seconds"] = time.monotonic() - start
-        write_json(folder / "export_report.json", report)
+        write_json(folder / REPORT, report)
         quantized = recipe.quantization.quant_type.upper() if recipe.quantization else None
-        text = card(out.name, trained.checkpoint.name_or_path, trained.adapter.config, report, quantized, rows)
+        base = trained.checkpoint.name_or_path
+        text = card(out.name, base, trained.adapter.config, report, quantized, rows, trained.origins)
         (folder / "README.md").write_text(text, encoding="utf-8")
     verdict = "proven" if report["verified"] else "NOT VERIFIED (export.verify: off)"
     console.say(

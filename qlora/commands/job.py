@@ -21,6 +21,16 @@ def free_bytes(device):
     return min(total, free + planning.CONTEXT_BYTES)
 
 
+def held_by_others(device):
+    """Return the bytes of a GPU that other processes hold; 0 on a CPU."""
+    import torch
+
+    if device.type != "cuda":
+        return 0
+    free, total = torch.cuda.mem_get_info(device)
+    return max(0, total - free - planning.CONTEXT_BYTES)
+
+
 def job_of(recipe, prepared, device_kind, budget, card=None):
     """Return the planning.Job of `recipe` on its data. device_kind: "cuda" or "cpu"; budget: bytes; card: for the speed.
 

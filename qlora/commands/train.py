@@ -17,6 +17,7 @@ from ..rundir import RunDir, new_folder, write_json
 from . import console, resuming
 
 PACKAGES = ("qlora", "torch", "transformers", "bitsandbytes", "peft", "trl", "accelerate", "datasets", "safetensors")
+_WORTH_SAYING = 2**30  # bytes of a GPU; a desktop takes less
 
 
 def train(recipe: Recipe, resume=False, allow_change=()) -> RunDir:
@@ -32,7 +33,7 @@ def train(recipe: Recipe, resume=False, allow_change=()) -> RunDir:
         DoesNotFit: there is not enough memory; the run folder keeps what was measured until then.
         InputError: the recipe, the data, the model folder or output_dir is wrong; or what is to be resumed.
         Interrupted: by SIGINT or SIGTERM; between two steps, and with a checkpoint, where training had begun.
-        TrainingFailed: a loss or gradient is not finite, or an adapter does not move.
+        TrainingFailed: losses or gradients are not finite, the loss has diverged, or an adapter does not move.
     """
     run = RunDir(recipe.output_dir)
     try:
@@ -163,7 +164,7 @@ def _plan(recipe, prepared, device):
         InputError: the model has fewer layers than are to be checkpointed, or offloading has nothing to move.
     """
     from .. import memory, plan
-    from .job import free_bytes, job_of, refuse_layers
+    from .job import free_bytes, held_by_others, job_of, refuse_layers
 
     budget = free_bytes(device) if recipe.memory.budget is None else parse_size(recipe.memory.budget)
     try:
@@ -186,6 +187,9 @@ def _plan(recipe, prepared, device):
             f"  {change['set']}: {console.size(change['peak_bytes'])}{', fits' if change['fits'] else ''}"
             for change in plan.suggestions(job)
         ]
+        others = held_by_others(device)
+        if recipe.memory.budget is None and others > _WORTH_SAYING:
+            lines.append(f"  other processes hold {console.size(others)} of the GPU; nvidia-smi lists them")
         raise DoesNotFit("\n".join(lines))
     _refuse_full_disk(recipe, found)
     where = ", what they start from waits in the host's memory" if found.offload else ""

@@ -16,6 +16,7 @@ from ..recipe import Data, Recipe
 from ..rundir import RunDir
 from . import console
 from .adapters import combine, parse_weighted
+from .described import origin_of
 from .subject import load_tokenizer, refuse_changed_base
 
 
@@ -40,6 +41,7 @@ class Trained:
     rows_from: str
     inputs: list
     fitted: bool
+    origins: tuple = ()  # export.card.Origin of each run
     temporary: Any = None  # what `folder` is in, if that goes away with the `with` block
 
     def __enter__(self):
@@ -119,6 +121,7 @@ def _of_several(weighted, base, overrides):
         adapter=read,
         inputs=[folder for one in found for folder in one.inputs],
         fitted=any(one.fitted for one in found),
+        origins=tuple(origin for one in found for origin in one.origins),
         temporary=temporary,
     )
 
@@ -147,6 +150,7 @@ def _of_run(run, overrides):
         rows_from=rows_from,
         inputs=[run.path, checkpoint.folder],
         fitted=recipe.lora.init_lora_weights == "loftq",
+        origins=(origin_of(run),),
     )
 
 

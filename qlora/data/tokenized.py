@@ -21,6 +21,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 import warnings
 from dataclasses import asdict, dataclass
@@ -93,15 +94,9 @@ def tokenize(file, tokenizer, settings, weight=1.0, pick=None, num_proc=None, on
     else:
         tally = _Tally(settings)
         try:
-            with new_folder(folder, shared=True) as partial:
-                chunks = _chunks(file, pick, tally)
-                _write(
-                    partial,
-                    _results(chunks, _Job(tokenizer, settings), _workers(file, num_proc)),
-                    tally,
-                    file,
-                    on_progress,
-                )
+            results = _results(_chunks(file, pick, tally), _Job(tokenizer, settings), _workers(file, num_proc))
+            with new_folder(folder, shared=True) as partial, contextlib.closing(results):
+                _write(partial, results, tally, file, on_progress)
                 if file.stamp() != stamp:
                     raise InputError(f"{file.path} has changed while it was read; run this again once it is whole")
                 tally.refuse(file.path, file.unit)
@@ -248,7 +243,16 @@ _job: Any = None
 def _start_worker(job):
     global _job
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to answer
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _job = job
+
+
+def _end_with_parent():
+    """End this worker when the main process has, however: nobody else would tell it that no more rows come."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _run_job(chunk):
@@ -264,16 +268,20 @@ def _results(chunks, job, workers):
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     try:
         with concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, (job,)) as pool:
-            waiting = collections.deque()
-            for chunk in chunks:
-                with warnings.catch_warnings():
-                    # the children tokenize and end; they touch no thread's lock
-                    warnings.filterwarnings("ignore", message=".*use of fork.*", category=DeprecationWarning)
-                    waiting.append(pool.submit(_run_job, chunk))
-                if len(waiting) > 3 * workers:
+            try:
+                waiting = collections.deque()
+                for chunk in chunks:
+                    with warnings.catch_warnings():
+                        # the children tokenize and end; they touch no thread's lock
+                        warnings.filterwarnings("ignore", message=".*use of fork.*", category=DeprecationWarning)
+                        waiting.append(pool.submit(_run_job, chunk))
+                    if len(waiting) > 3 * workers:
+                        yield waiting.popleft().result()
+                while waiting:
                     yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
+            except BaseException:  # nobody wants the rest
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
     except concurrent.futures.BrokenExecutor:
         raise InputError("a tokenizing process died, probably of too little memory; set data.num_proc=1") from None
 

@@ -1,25 +1,37 @@
-"""The README.md of an exported model: what it was made of, how, and what was measured."""
+"""The README.md of what leaves this machine, an exported model or an adapter: made of what, how, and what was measured."""
 
 from __future__ import annotations
 
+import re
+from dataclasses import dataclass
 from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
 
-_TEXT = """\
+from ..errors import InputError
+
+HERE = "FOLDER"  # stands for where the files are, until that is known
+
+_HEAD = """\
 ---
-library_name: transformers
+library_name: {{ library }}
 pipeline_tag: text-generation
 {%- if hub_name %}
 base_model: {{ hub_name }}
-base_model_relation: finetune
+base_model_relation: {{ relation }}
 {%- endif %}
-tags: [qlora, merged]
+{%- if datasets %}
+datasets: [{{ datasets | join(", ") }}]
+{%- endif %}
+tags: [{{ tags }}]
 ---
 
 # {{ title }}
 
-A full-precision model: {{ base }} with a {{ kind }} adapter merged into its weights, stored in {{ report.dtype }}.
+"""
+
+_MODEL = """\
+A full-precision model: `{{ base }}` with a {{ kind }} adapter merged into its weights, stored in {{ report.dtype }}.
 {% if report.base == "dequantized" %}
 The adapter was trained on the 4-bit weights of the base, and that is what it is merged with: each adapted weight is
 `{{ formula }}`, added in float32 and cast once.
@@ -31,8 +43,8 @@ weights{% else %}these weights{% endif %}: each adapted weight is `{{ formula }}
 {% if report.verified %}
 Yes, measured ({{ report.verify }}) on {{ report.rows.count }} {{ report.rows.from }}, {{ report.rows.positions }} positions:
 
-| | loss | KL to the trained model | same top-1 |
-|---|---|---|---|
+| | loss | perplexity | KL to the trained model | same top-1 |
+|---|---|---|---|---|
 {% for row in rows -%}
 | {{ row | join(" | ") }} |
 {% endfor -%}
@@ -49,33 +61,185 @@ the two are apart.
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained("FOLDER", dtype="auto", device_map="auto")
-    tokenizer = AutoTokenizer.from_pretrained("FOLDER")
+    model = AutoModelForCausalLM.from_pretrained("{{ here }}", dtype="auto", device_map="auto")
+    tokenizer = AutoTokenizer.from_pretrained("{{ here }}")
 
 The chat template in this folder is the one of the training; the tokens that end an answer are in
 `generation_config.json`.
 """
 
+_ADAPTER = """\
+A {{ kind }} adapter for `{{ base }}`, {% if quantized -%}
+trained on its weights in 4 bit ({{ quantized }}): on the original weights it answers otherwise.
+{%- else %}trained on its 16-bit weights.{% endif %}
 
-def card(title, base, adapter_config, report, quantized, rows):
-    """Return the text of README.md.
+## Use
+
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer{% if quantized %}, BitsAndBytesConfig{% endif %}
+
+    {% if quantized -%}
+    four_bit = BitsAndBytesConfig({{ four_bit }})
+    {% endif -%}
+    tokenizer = AutoTokenizer.from_pretrained("{{ here }}")
+    base = AutoModelForCausalLM.from_pretrained(
+        "{{ base }}"{% if revision %}, revision="{{ revision }}"{% endif %}, dtype=torch.bfloat16{% if quantized %}, \
+quantization_config=four_bit{% endif %}
+    )
+{%- if num_tokens %}
+    num_rows = max({{ num_tokens }}, base.get_input_embeddings().num_embeddings)
+    base.resize_token_embeddings(num_rows, mean_resizing=False)
+{%- endif %}
+    model = PeftModel.from_pretrained(base, "{{ here }}")
+
+The chat template in this folder is the one of the training.
+"""
+
+_ORIGIN = """
+## Training{% if several %}: {{ origin.name }}{% endif %}
+
+Base: {% if hub_name %}[{{ hub_name }}](https://huggingface.co/{{ hub_name }}){% else %}`{{ base }}`{% endif -%}
+{% if origin.base.revision %}, revision `{{ origin.base.revision }}`{% else %}, read from a folder{% endif %}.
+
+| file of the base | SHA-256 |
+|---|---|
+{% for name, digest in origin.base.sha256.items() -%}
+| {{ name }} | `{{ digest }}` |
+{% endfor %}
+| data | SHA-256 |
+|---|---|
+{% for name, digest in origin.data -%}
+| {{ name }} | `{{ digest }}` |
+{% endfor %}
+{{ origin.counts }}
+{% if origin.measured %}
+| measured | before | after |
+|---|---|---|
+{% for row in origin.measured -%}
+| {{ row | join(" | ") }} |
+{% endfor %}
+{%- endif %}
+Settings, as in the recipe:
+{% for line in origin.settings.splitlines() %}
+    {{ line }}
+{%- endfor %}
+
+Made with {% for name, version in origin.versions.items() %}{{ name }} {{ version }}{{ ", " if not loop.last }}{% endfor %}, \
+on {{ origin.device }}.
+"""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What is known of a training.
+
+    name: of the run. base: {"name_or_path", "revision", "sha256": {file: digest}}. data: [(name, SHA-256)], without the
+    folders of this machine. datasets: those of the hub among them. counts: rows and steps, in words. measured: rows of
+    text, [what, before, after]. settings: sections of the recipe as YAML. versions: {package: version}.
+    """
+
+    name: str
+    base: dict
+    data: list
+    datasets: list
+    counts: str
+    measured: list
+    settings: str
+    versions: dict
+    device: str
+
+
+def card(title, base, adapter_config, report, quantized, rows, origins=()):
+    """Return the text of README.md of an exported model; HERE stands where its folder or hub name belongs.
 
     base: what the base model was called; a path of this machine is cut to its last part. rows: the lines of the table
-    that was shown, cells as text.
+    that was shown, cells as text. origins: the trainings that it comes from, as far as they are known.
     """
-    base = str(base)
-    local = Path(base).exists() or base.startswith(("/", ".", "~"))
-    kind = {"ADALORA": "AdaLoRA"}.get(adapter_config["peft_type"], "DoRA" if adapter_config.get("use_dora") else "LoRA")
+    kind = _kind(adapter_config)
     weight = f"dequantize({quantized}(W))" if quantized and report["base"] == "dequantized" else "W"
     merged = f"{weight} + s B A"
-    template = Environment(undefined=StrictUndefined, keep_trailing_newline=True).from_string(_TEXT)
-    return template.render(
-        title=title,
-        hub_name=None if local else base,
-        base=Path(base).name if local else base,
+    return _rendered(
+        _MODEL,
+        title,
+        base,
+        origins,
+        library="transformers",
+        relation="finetune",
+        tags="qlora, merged",
         kind=kind,
         formula=f"m * ({merged}) / |{merged}|" if kind == "DoRA" else merged,
         quantized=quantized,
         report=report,
         rows=rows,
+    )
+
+
+def adapter_card(title, base, adapter_config, quantization, origin):
+    """Return the text of README.md of an adapter, with HERE as `card` has it.
+
+    quantization: {"quant_type", "use_double_quant", "compute_dtype"} or None.
+    """
+    trained_tokens = adapter_config.get("trainable_token_indices") or {}
+    indices = trained_tokens.values() if isinstance(trained_tokens, dict) else [trained_tokens]
+    four_bit = quantization and (
+        f'load_in_4bit=True, bnb_4bit_quant_type="{quantization["quant_type"]}", '
+        f"bnb_4bit_use_double_quant={quantization['use_double_quant']}, "
+        f"bnb_4bit_compute_dtype=torch.{quantization['compute_dtype']}"
+    )
+    return _rendered(
+        _ADAPTER,
+        title,
+        base,
+        [origin],
+        library="peft",
+        relation="adapter",
+        tags="qlora, lora",
+        kind=_kind(adapter_config),
+        quantized=quantization and quantization["quant_type"].upper(),
+        four_bit=four_bit,
+        revision=origin.base["revision"],
+        num_tokens=1 + max((max(some) for some in indices if some), default=-1),
+    )
+
+
+def shown_name(base):
+    """Return (what a base is called away from this machine, its name on the hub or None)."""
+    base = str(base)
+    is_local = Path(base).exists() or base.startswith(("/", ".", "~")) or base.count("/") != 1
+    return (Path(base).name, None) if is_local else (base, base)
+
+
+def addressed(text, repo, base=None, license=None):
+    """Return a card for `repo` on the hub: HERE replaced, and base (a hub name) and license in its metadata.
+
+    Raises:
+        InputError: it has no metadata, or says something else there.
+    """
+    parts = re.match(r"---\n(.*?\n)---\n", text, re.DOTALL)
+    if parts is None:
+        raise InputError("README.md does not begin with metadata between two lines of ---; export again")
+    head = parts[1]
+    for key, value in (("base_model", base), ("license", license)):
+        found = re.search(rf"^{key}: *(.*)$", head, re.MULTILINE)
+        if value is not None and found is not None and found[1].strip() != value:
+            raise InputError(f"README.md says {key}: {found[1].strip()}, which is not {value}; change one of them")
+        if value is not None and found is None:
+            head += f"{key}: {value}\n"
+    return f"---\n{head}---\n" + text[parts.end() :].replace(f'"{HERE}"', f'"{repo}"')
+
+
+def _kind(adapter_config):
+    return {"ADALORA": "AdaLoRA"}.get(adapter_config["peft_type"], "DoRA" if adapter_config.get("use_dora") else "LoRA")
+
+
+def _rendered(text, title, base, origins, **values):
+    environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True)
+    shown, hub_name = shown_name(base)
+    datasets = sorted({name for origin in origins for name in origin.datasets})
+    values |= {"title": title, "base": shown, "hub_name": hub_name, "datasets": datasets, "here": HERE}
+    parts = [_HEAD, text, *([_ORIGIN] * len(origins))]
+    more = [{}, {}, *({"origin": origin, "several": len(origins) > 1} for origin in origins)]
+    return "".join(
+        environment.from_string(part).render(**values, **extra) for part, extra in zip(parts, more, strict=True)
     )

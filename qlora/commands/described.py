@@ -1,0 +1,82 @@
+"""What a model card says of a run: base, data, settings and what was measured, without what is this machine's."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from ..adapter.ranks import SCHEDULE
+from ..errors import InputError
+from ..export.card import Origin
+from ..recipe import as_yaml
+
+_OF_DATA = {"max_length", "overlong", "on_bad_row", "packing", "train_on", "eval_fraction"}
+
+
+def origin_of(run) -> Origin:
+    """Return what is known of a finished run; raises InputError where its folder is damaged."""
+    recipe, environment = run.recipe(), run.environment()
+    sources = [*recipe.data.train, *(recipe.data.eval or [])]
+    datasets = sorted({source.name for source in sources if source.name is not None})
+    try:
+        base = environment["base_model"]
+        return Origin(
+            name=run.path.name,
+            base={key: base[key] for key in ("name_or_path", "revision", "sha256")},
+            data=[(_shown(part["path"], datasets), part["sha256"]) for part in environment["data"]],
+            datasets=datasets,
+            counts=_counts(run),
+            measured=_measured(run),
+            settings=_settings(recipe),
+            versions=environment["versions"],
+            device=environment["device"],
+        )
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise InputError(f"{run.path}: what was recorded of the training is damaged ({error!r})") from None
+
+
+def _shown(path, datasets):
+    """Return a data file without its folders; a data set of the hub as it is called."""
+    return path if any(path.startswith(name) for name in datasets) else Path(path).name
+
+
+def _counts(run):
+    report = json.loads(run.data_report_file.read_text(encoding="utf-8"))
+    steps = max(record["step"] for record in _records(run))
+    return (
+        f"{report['rows']:,} rows to train on, {report['eval_rows']:,} held out; {report['tokens']['total']:,} tokens, "
+        f"{report['tokens']['trained']:,} of them trained; {steps:,} steps."
+    )
+
+
+def _records(run):
+    return [json.loads(line) for line in run.metrics_file.read_text(encoding="utf-8").splitlines()]
+
+
+def _measured(run):
+    """Return rows [what, before, after] as text."""
+    records = _records(run)
+    losses = [record["loss"] for record in records if "loss" in record]
+    held_out = [record["eval_loss"] for record in records if "eval_loss" in record]
+    rows = [["loss in training, first and last step", f"{losses[0]:.4f}", f"{losses[-1]:.4f}"]] if losses else []
+    rows += [["held-out loss at the end", "", f"{held_out[-1]:.4f}"]] if held_out else []
+    if run.eval_file.is_file():
+        after = json.loads(run.eval_file.read_text(encoding="utf-8"))
+        before = after["before"]
+        where = f" on {after['rows']} rows (qlora eval)"
+        rows.append([f"loss{where}", f"{before['loss']:.4f}", f"{after['loss']:.4f}"])
+        rows += [
+            [f"{name.replace('_', ' ')}{where}", f"{before['metrics'][name]:.1%}", f"{value:.1%}"]
+            for name, value in after["metrics"].items()
+        ]
+    return rows
+
+
+def _settings(recipe):
+    """Return the sections that decide what is learned as YAML, without places and without what is not set."""
+    values = recipe.model_dump(exclude_none=True, include={"quantization", "lora", "training"})
+    if recipe.lora.peft_type != "ADALORA":
+        for name in ("init_r", "target_r", *SCHEDULE):
+            del values["lora"][name]
+    values["data"] = recipe.data.model_dump(include=_OF_DATA)
+    return as_yaml(values)

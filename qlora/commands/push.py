@@ -1,0 +1,158 @@
+"""qlora push: the adapter of a run, or an exported model, to the hub; private, listed before, and nothing but what is meant."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from huggingface_hub.utils import disable_progress_bars
+
+from .. import adapter, base_model, hub
+from ..errors import InputError, Interrupted
+from ..export.card import adapter_card, addressed, shown_name
+from ..rundir import RunDir
+from . import console
+from .described import origin_of
+from .export import REPORT
+
+CARD = "README.md"
+_TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+)
+_OF_MODEL = ("config.json", "generation_config.json", "model.safetensors.index.json", REPORT, "LICENSE", "NOTICE")
+
+
+def push(target, repo, *, public=False, base=None, license=None, dry_run=False) -> dict:
+    """Upload a run's adapter, or an exported and proven model folder; return {"repo", "private", "files", "url", "commit"}.
+
+    repo: OWNER/NAME on the hub, made as a private one unless `public`. base: what a base that was a local folder is called
+    on the hub. license: for the card; without it the card names none. dry_run: print files and card, upload nothing
+    ("url" and "commit" are None). The token is that of the environment (HF_TOKEN) or of the hub login.
+
+    Raises:
+        InputError: not a finished run and not a proven model, a file that is not what it should be or holds a token, no
+            token, or the hub cannot be reached or refuses. The repository is as it was.
+        Interrupted: by SIGINT or SIGTERM; the repository has all of the files or none.
+    """
+    hub.refuse_name(repo)
+    if base is not None:
+        hub.refuse_name(base)
+    target = Path(target)
+    title = repo.rpartition("/")[2]
+    files = _of_run(RunDir.open(target), base, title) if RunDir.is_run(target) else _of_model(target)
+    text = files[CARD] if isinstance(files[CARD], str) else files[CARD].read_text(encoding="utf-8")
+    try:
+        text = addressed(text, repo, base, license)
+    except InputError as error:
+        raise InputError(f"{target}: {error}") from None
+    files[CARD] = text.encode()
+    hub.refuse_secrets(files)
+    sizes = {name: hub.num_bytes(content) for name, content in sorted(files.items())}
+    private = "public" if public else "private"
+    console.table(
+        f"{target} to {repo}, {private}", ["", "size"], [[name, console.size(size)] for name, size in sizes.items()]
+    )
+    result = {
+        "repo": repo,
+        "private": not public,
+        "files": [{"name": name, "bytes": size} for name, size in sizes.items()],
+        "url": None,
+        "commit": None,
+    }
+    if "license:" not in text:
+        console.say("license   none is named in the card; the base has one that yours depends on: --license ID")
+    if dry_run:
+        console.show(text)
+        console.say("nothing was uploaded")
+        return result
+    if not sys.stderr.isatty():
+        disable_progress_bars()  # of the hub's library
+    console.say(f"uploading {console.size(sum(sizes.values()))}")
+    try:
+        url, commit = hub.send(files, repo, public, f"{target.name}, by qlora push")
+    except Interrupted as stopped:
+        raise Interrupted(stopped.number, f"push stopped; {repo} has all files of it or none") from None
+    console.say(f"pushed    {len(files)} files, {private}: {url}")
+    return result | {"url": url, "commit": commit}
+
+
+def _of_run(run, base, title):
+    """Return {name: path, bytes, or text} of what a run has for others: its adapter, not its checkpoints and logs."""
+    read = adapter.read(run.adapter)
+    recipe, origin = run.recipe(), origin_of(run)
+    named = base or shown_name(origin.base["name_or_path"])[0]
+    config = {
+        **json.loads((run.adapter / adapter.CONFIG).read_text(encoding="utf-8")),
+        "base_model_name_or_path": named,
+    }
+    files = _there(run.adapter, [adapter.WEIGHTS, *_TOKENIZER])
+    files[adapter.CONFIG] = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
+    quantization = recipe.quantization and recipe.quantization.model_dump()
+    files[CARD] = adapter_card(title, named, read.config, quantization, origin)
+    return files
+
+
+def _of_model(folder):
+    """Return {name: path} of an exported model; raises InputError unless it is whole, and was proven."""
+    if not folder.is_dir():
+        raise InputError(
+            f"no run and no model at {folder}; `qlora train RECIPE` makes a run, `qlora export RUN` a model"
+        )
+    if (folder / adapter.CONFIG).is_file():
+        raise InputError(
+            f"{folder} is an adapter by itself; give the run that it lies in, which knows how it was trained"
+        )
+    report = _read_report(folder)
+    weights = base_model.weight_files(folder)
+    stored = sum((folder / name).stat().st_size for name in set(weights.values()))
+    if stored < report["bytes"]:
+        raise InputError(f"{folder}: its weights are {stored:,} bytes, {report['bytes']:,} were exported; export again")
+    names = [*_OF_MODEL, *_TOKENIZER, *sorted(set(weights.values())), CARD]
+    served = report.get("gguf")
+    names += [served["file"], served["modelfile"]] if served else []
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    names += [path.name for path in folder.glob("*.py")] if "auto_map" in config else []
+    files = _there(folder, [name for name in names if name])
+    for needed in ("config.json", "tokenizer.json", CARD):
+        if needed not in files:
+            raise InputError(f"{folder}: {needed} is missing; export again")
+    kept = sorted({path.name for path in folder.iterdir()} - files.keys())
+    if kept:
+        console.say(f"          stays here: {', '.join(kept)}")
+    return files
+
+
+def _read_report(folder):
+    try:
+        report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+        proven, size = report["verified"] is True, int(report["bytes"])
+    except FileNotFoundError:
+        raise InputError(
+            f"{folder} is no export: it has no {REPORT}; `qlora export RUN --out FOLDER` makes one"
+        ) from None
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise InputError(f"{folder / REPORT}: not what export wrote ({error!r}); export again") from None
+    if not proven:
+        raise InputError(f"{folder} was exported without its proof; export again, without export.verify: off")
+    return {**report, "bytes": size}
+
+
+def _there(folder, names):
+    """Return {name: path} of the files of these names in `folder`; raises InputError for links, which lead elsewhere."""
+    files = {}
+    for name in names:
+        path = folder / name
+        if path.is_symlink():
+            raise InputError(f"{path} is a link to {path.readlink()}; put the file itself there")
+        if Path(name).name == name and path.is_file():
+            files[name] = path
+    return files

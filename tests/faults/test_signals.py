@@ -1,0 +1,245 @@
+"""SIGINT, SIGTERM, SIGHUP, SIGKILL and closed pipes, wherever a command is, the loop of the training apart."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from qlora import signals
+from qlora.commands.train import train
+from qlora.errors import InputError, Interrupted
+from qlora.recipe import Recipe
+from qlora.rundir import alone, new_folder
+from tests.conftest import CONVERSATIONS, messages, write_jsonl
+
+TERM, INT, KILL, HUP, NONE = signal.SIGTERM, signal.SIGINT, signal.SIGKILL, signal.SIGHUP, 0
+
+STOPPED = "{verb} stopped before its end; nothing half-done is left"
+LOST = "export stopped; nothing was left at out"
+KEPT = "export stopped; the model is whole in out"
+# tokenize by several processes, though the file is small
+WORKERS = {"qlora.data.tokenized:_POOL_FROM": 0, "qlora.data.tokenized:CHUNK": 2}
+CONVERTER = "import time\nprint('converting', flush=True)\ntime.sleep(300)\n"
+
+# name -> (arguments, signals, exit code, the last line, what else the case needs)
+STOPS = {
+    "plan, reading the config": ("plan RECIPE", [("qlora.base_model:load_config", TERM)], 143, STOPPED),
+    "plan, going through the model": ("plan RECIPE", [("qlora.plan:outline", INT)], 130, STOPPED),
+    "data, tokenizing": ("data RECIPE", [("qlora.data.chat:encode", INT)], 130, STOPPED),
+    "data, tokenizing in processes": (
+        "data RECIPE", [("qlora.data.tokenized:_Tally.add", TERM)], 143, STOPPED, {"set": WORKERS}
+    ),
+    "data, starting processes": (
+        "data RECIPE", [("concurrent.futures.process:ProcessPoolExecutor.submit", INT)], 130, STOPPED, {"set": WORKERS}
+    ),
+    "data, twice": (
+        "data RECIPE",
+        [("qlora.data.tokenized:_Tally.add", INT), ("concurrent.futures.process:ProcessPoolExecutor.shutdown", INT)],
+        130, None, {"set": WORKERS},
+    ),
+    "data, killed": ("data RECIPE", [("qlora.data.tokenized:_Tally.add", KILL)], -9, None, {"set": WORKERS}),
+    "train, tokenizing": (
+        "train RECIPE", [("qlora.data.tokenized:_Tally.add", TERM)], 143, "stopped before the first step", {"set": WORKERS}
+    ),
+    "eval, loading": ("eval run", [("qlora.base_model:load", TERM)], 143, STOPPED),
+    "eval, loading the adapter": ("eval run", [("qlora.adapter:load", INT)], 130, STOPPED),
+    "eval, the loss": ("eval run", [("qlora.metrics:mean_loss", INT)], 130, STOPPED),
+    "eval, answering": ("eval run", [("qlora.generate:_generate", TERM)], 143, STOPPED),
+    "eval, writing": ("eval run", [("qlora.commands.eval:write_json", TERM)], 143, STOPPED),
+    "chat, loading": ("chat run --prompt x", [("qlora.base_model:load", INT)], 130, STOPPED),
+    "chat, answering": ("chat run --prompt x --max-new-tokens 4", [("qlora.generate:_until_stop", TERM)], 143, STOPPED),
+    "adapters": ("adapters .", [("qlora.commands.adapters:_entry", TERM)], 143, STOPPED),
+    "export, planning": ("export run --out out", [("qlora.export.merge:plan", INT)], 130, LOST),
+    "export, merging": ("export run --out out", [("qlora.export.merge:Merge._matrix", TERM)], 143, LOST),
+    "export, writing": ("export run --out out", [("qlora.export.writer:_write_tensor", INT)], 130, LOST),
+    "export, the configs": ("export run --out out", [("qlora.commands.export:_write_configs", TERM)], 143, LOST),
+    "export, the proof": ("export run --out out", [("qlora.export.proof:Live.compare", INT)], 130, LOST),
+    "export, the other base": (
+        "export run --out out --compare-bases", [("qlora.commands.proving:Prover.compare", TERM)], 143, LOST
+    ),
+    "export, the card": ("export run export.verify=off --out out", [("qlora.commands.export:card", INT)], 130, LOST),
+    "export, before the rename": ("export run export.verify=off --out out", [("os:rename", TERM)], 143, LOST),
+    "export, after the rename": (
+        "export run export.verify=off --out out", [("os:rename", NONE), ("qlora.rundir:fsync", TERM)], 143, KEPT
+    ),
+    "export, llama.cpp's converter": (
+        "export run export.verify=off --out out --gguf f16", [("subprocess:Popen.communicate", TERM)], 143, LOST,
+        {"environ": {"LLAMA_CPP": "llama.cpp"}},
+    ),
+    "export, llama.cpp's converter, twice": (
+        "export run export.verify=off --out out --gguf f16",
+        [("subprocess:Popen.communicate", TERM), ("subprocess:Popen.kill", TERM)],
+        143, None, {"environ": {"LLAMA_CPP": "llama.cpp"}},
+    ),
+    "export, twice": (
+        "export run export.verify=off --out out", [("qlora.commands.export:card", INT), ("shutil:rmtree", INT)], 130, None
+    ),
+    "export, killed before the rename": ("export run export.verify=off --out out", [("os:rename", KILL)], -9, None),
+    "export, a terminal that is closed": ("export run --out out", [("qlora.commands.export:card", HUP)], 0, None),
+    "eval, nobody reads": ("eval run", [], 0, None, {"closed": True}),
+    "data, nobody reads": ("data RECIPE", [], 0, None, {"closed": True}),
+}  # fmt: skip
+
+# what else may be there afterwards
+LEAVES = {
+    "export, after the rename": {"out"},
+    "export, twice": {"out.partial", "out.partial.lock"},
+    "export, llama.cpp's converter, twice": {"out.partial", "out.partial.lock"},
+    "export, killed before the rename": {"out.partial", "out.partial.lock"},
+    "export, a terminal that is closed": {"out"},
+}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory, tiny_model):
+    """Return {name: {"code", "said", "alive", "there"}} of all STOPS, each in a folder of its own with a finished run."""
+    root = tmp_path_factory.mktemp("stops")
+    values = {
+        "model": {"name_or_path": str(tiny_model("llama"))},
+        "lora": {"r": 4, "lora_alpha": 8},
+        "data": {"train": "rows.jsonl", "max_length": 128, "eval_fraction": 0.25},
+        "training": {
+            "max_steps": 2,
+            "per_device_train_batch_size": 4,
+            "gradient_accumulation_steps": 1,
+            "learning_rate": 1e-2,
+            "warmup_ratio": 0.0,
+        },
+        "output_dir": "run",
+    }
+    rows = [{"messages": messages(turns)} for turns in CONVERSATIONS]
+    cases = []
+    for name, (argv, sent, _, _, *more) in STOPS.items():
+        folder = root / name
+        folder.mkdir()
+        write_jsonl(folder / "rows.jsonl", rows)
+        values["output_dir"] = "run" if argv.startswith(("eval", "chat", "export", "adapters")) else "new"
+        (folder / "recipe.yaml").write_text(Recipe.from_dict(values).to_yaml())
+        (folder / "llama.cpp").mkdir()
+        (folder / "llama.cpp" / "convert_hf_to_gguf.py").write_text(CONVERTER)
+        extra = dict(*more)
+        extra["environ"] = {"QLORA_CACHE": str(folder / "cache")} | extra.get("environ", {})
+        case = {"argv": argv.replace("RECIPE", "recipe.yaml").split(), "signals": sent, "folder": str(folder), **extra}
+        cases.append(case)
+    before = Path.cwd()
+    os.chdir(root / "eval, loading")
+    try:
+        train(Recipe.load("recipe.yaml"))
+    finally:
+        os.chdir(before)
+    for case in cases:
+        if "run" in case["argv"] and not (Path(case["folder"]) / "run").exists():
+            subprocess.run(["cp", "-r", root / "eval, loading" / "run", case["folder"]], check=True)
+    script = Path(__file__).with_name("stopped.py")
+    done = subprocess.run(
+        [sys.executable, script], input=json.dumps(cases), capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    found = dict(zip(STOPS, json.loads(done.stdout), strict=True))
+    return {name: one | {"folder": root / name} for name, one in found.items()}
+
+
+@pytest.mark.parametrize("name", STOPS)
+def test_a_signal_ends_a_command_with_its_code_one_line_and_nothing_half_done(results, name):
+    argv, _, code, line, *_ = STOPS[name]
+    found = results[name]
+    assert found["code"] == code, found["said"]
+    assert "Traceback" not in found["said"]
+    assert "Exception ignored" not in found["said"]
+    if line is not None:
+        assert found["said"].splitlines()[-1] == f"qlora: {line.format(verb=argv.split()[0])}"
+        assert found["said"].count("qlora: ") == 1
+    assert found["alive"] == []
+    folder, there = found["folder"], {"rows.jsonl", "recipe.yaml", "llama.cpp", "cache"}
+    there |= {"run"} if "run" in argv else set()
+    assert {path.name for path in folder.iterdir()} - there == LEAVES.get(name, set())
+    assert not list((folder / "run").glob("*.partial"))
+    assert (folder / "run" / "eval.json").exists() == (name == "eval, nobody reads")
+    if (folder / "out").exists():
+        report = json.loads((folder / "out" / "export_report.json").read_text())
+        assert report["verified"] == ("export.verify=off" not in argv)
+        assert (folder / "out" / "README.md").exists()
+    if code != -9 and not name.endswith("twice"):  # rows are tokenized whole, or not kept
+        for kept in (folder / "cache" / "tokenized").glob("*"):
+            assert (kept / "summary.json").exists(), kept
+
+
+def test_a_pipe_that_is_closed_does_not_make_a_command_fail(results):
+    folder = results["data, nobody reads"]["folder"]
+    command = f"{sys.executable} -m qlora data recipe.yaml | head -n 1; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], cwd=folder, capture_output=True, text=True, timeout=100)
+    assert done.stdout.splitlines()[0].startswith("lengths ")
+    assert done.stdout.splitlines()[1:] == ["0"]
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+
+
+def test_a_signal_that_comes_where_python_drops_exceptions_comes_again():
+    class Dropped:
+        def __del__(self):
+            os.kill(os.getpid(), TERM)
+            time.sleep(0)
+
+    def drop():
+        Dropped()
+        time.sleep(5)
+
+    with pytest.raises(Interrupted) as stopped, signals.handled():
+        drop()
+    assert stopped.value.exit_code == 143
+
+
+# ---- two at once -----------------------------------------------------------------------------------------------------
+
+
+def test_two_exports_do_not_share_a_folder_and_a_killed_one_leaves_no_lock(tmp_path):
+    out, (reading, writing) = tmp_path / "models" / "out", os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        with alone(out, "export"), new_folder(out):
+            os.write(writing, b"x")
+            time.sleep(60)
+        os._exit(0)
+    os.read(reading, 1)
+    with (
+        pytest.raises(InputError, match=f"out is in use by process {pid}; wait for it, or choose"),
+        alone(out, "export"),
+    ):
+        pass
+    assert (tmp_path / "models" / "out.partial").exists()  # it is at work
+    os.kill(pid, KILL)
+    os.waitpid(pid, 0)
+    with alone(out, "export"), new_folder(out) as folder:
+        (folder / "file").write_text("x")
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+    with pytest.raises(InputError, match="out is not empty"), alone(out, "export"):
+        pass
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+
+
+def test_of_many_that_begin_together_one_has_the_folder(tmp_path):
+    """Each takes the lock, and removes it; never are two at work."""
+    out, mark = tmp_path / "out", tmp_path / "mark"
+    pids = []
+    for _ in range(4):
+        pid = os.fork()
+        if pid == 0:
+            code = 0
+            for _ in range(200):
+                try:
+                    with alone(out, "export"):
+                        os.close(os.open(mark, os.O_CREAT | os.O_EXCL))  # nobody else is here
+                        mark.unlink()
+                except InputError:
+                    pass
+                except BaseException:
+                    code = 1
+            os._exit(code)
+        pids.append(pid)
+    assert [os.waitpid(pid, 0)[1] for pid in pids] == [0] * 4
+    assert not list(tmp_path.iterdir())

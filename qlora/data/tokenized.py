@@ -261,15 +261,19 @@ def _results(chunks, job, workers):
     try:
         with concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, (job,)) as pool:
             waiting = collections.deque()
-            for chunk in chunks:
-                with warnings.catch_warnings():
-                    # the children tokenize and end; they touch no thread's lock
-                    warnings.filterwarnings("ignore", message=".*use of fork.*", category=DeprecationWarning)
-                    waiting.append(pool.submit(_run_job, chunk))
-                if len(waiting) > 3 * workers:
+            try:
+                for chunk in chunks:
+                    with warnings.catch_warnings():
+                        # the children tokenize and end; they touch no thread's lock
+                        warnings.filterwarnings("ignore", message=".*use of fork.*", category=DeprecationWarning)
+                        waiting.append(pool.submit(_run_job, chunk))
+                    if len(waiting) > 3 * workers:
+                        yield waiting.popleft().result()
+                while waiting:
                     yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
+            finally:
+                for future in waiting:  # of a template that does not end each would take its time
+                    future.cancel()
     except concurrent.futures.BrokenExecutor:
         raise InputError("a tokenizing process died, probably of too little memory; set data.num_proc=1") from None
 

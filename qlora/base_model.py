@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -111,9 +112,16 @@ def _refuse_folder(folder):
         )
     if not (folder / "config.json").is_file():
         raise InputError(f"model.name_or_path {folder}: no config.json; not a model folder")
-    problems = _absurd(files.read_object(folder / "config.json"))
+    config = files.read_object(folder / "config.json")
+    problems = _absurd(config)
     if problems:
         raise InputError.listing(folder / "config.json", problems, "mend it or download it again")
+    for name, value in config.items():
+        if name.endswith("_implementation") and re.search(r"[/\\:@]", str(value)):
+            raise InputError(
+                f"{folder / 'config.json'}: {name} {value!r} names code on the hub, which transformers would get and run; "
+                "take it out of the file (recipes have model.attn_implementation)"
+            )
     generation = folder / "generation_config.json"
     if generation.is_file():
         ends = files.read_object(generation).get("eos_token_id")
@@ -326,13 +334,13 @@ def load(checkpoint, section, quantization, device=None, dtype=DTYPE_WHEN_QUANTI
             ignore_mismatched_sizes=True,  # reported like the rest, below; nothing is let through
             output_loading_info=True,
         )
-    except (ValueError, RuntimeError, OSError, ImportError, SafetensorError, MemoryError) as error:
+    except Exception as error:  # an architecture computes with what its config says, as in on_meta
         if memory.is_refusal(error):
             raise DoesNotFit(
                 f"out of memory while {checkpoint.name_or_path} was loaded: {memory.refused(error)}\n  free some, take a "
                 f"smaller model{'' if quantization else ', or leave out quantization: null'}"
             ) from None
-        raise InputError(f"{checkpoint.folder}: cannot load the model: {_said(error)}") from None
+        raise InputError(f"{checkpoint.folder}: cannot load the model: {_said(error)}") from error
     _refuse_incomplete(checkpoint, info)
     if quantization and quantization.compute_dtype == "float32":
         to_float32(model)

@@ -18,7 +18,7 @@ PACKAGE = ROOT / "qlora"
 # DESIGN: cli > commands > sft > parts > leaves > errors. A part may use another part; cycles are caught below.
 LEVELS = [
     {"errors"},
-    {"recipe", "files"},
+    {"recipe", "files", "bounded"},
     {"rundir", "metrics"},
     {
         "data",

@@ -18,8 +18,8 @@ from pathlib import Path
 import jinja2
 import jinja2.sandbox
 
+from .. import bounded
 from ..errors import InputError
-from . import bounded
 from .formats import Conversation
 
 IGNORE_INDEX = -100  # what cross_entropy skips

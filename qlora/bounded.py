@@ -1,4 +1,4 @@
-"""Run what a file from elsewhere says, a chat template, with an end to its time and its memory.
+"""Run what a file from elsewhere says, a chat template or a regular expression, with an end to its time and its memory.
 
 The sandbox keeps a template from the machine, and lets it loop for years and ask for all memory there is. Both ends are the
 kernel's, so that they hold whatever the template does, in every row and not in a trial only, for some microseconds a call: a
@@ -8,17 +8,14 @@ timer on the processor time of this process (a template never waits), and a limi
 from __future__ import annotations
 
 import functools
+import os
 import resource
 import signal
 import threading
 
 SECONDS = 10  # of processor time; a conversation takes a thousandth of one
 BYTES = 2**30
-
-_STATM = "/proc/self/statm"  # its first number is the address space in pages; not everywhere
-_most: int | None = (
-    None  # the address space that is allowed; measured rarely, because reading it is most of what a call costs
-)
+_PAGE = resource.getpagesize()
 
 
 class TookTooLong(BaseException):
@@ -26,7 +23,7 @@ class TookTooLong(BaseException):
 
 
 def call(function):
-    """Return function(), which has no effects: it may be called a second time.
+    """Return function().
 
     Off the main thread, where Python has no timers, only memory is bounded. One step of C code is not cut short unless it
     looks for signals.
@@ -35,18 +32,9 @@ def call(function):
         TookTooLong: after SECONDS.
         MemoryError: BYTES more than before were asked for.
     """
-    global _most
-    if _most is not None:
-        try:
-            return _call(function, _most)
-        except MemoryError:
-            pass  # or the process has grown since
-    _most = _address_space() + BYTES
-    return _call(function, _most)
-
-
-def _call(function, most):
     soft, hard = limits = resource.getrlimit(resource.RLIMIT_AS)
+    # measured in each call: with a limit that the process has outgrown every allocation would fail, and C code crashes
+    most = _address_space() + BYTES
     most = most if soft == resource.RLIM_INFINITY else min(soft, most)
     timed = threading.current_thread() is threading.main_thread()
     if timed:
@@ -73,11 +61,18 @@ def _take_the_signal():
 
 
 def _address_space():
+    """Return the bytes of address space that this process has; where the system does not say, as good as no end."""
+    file = _statm(os.getpid())
+    return 2**62 if file is None else int(os.pread(file, 32, 0).split()[0]) * _PAGE
+
+
+@functools.cache
+def _statm(process):
+    """Return an open file whose first number is the address space of this process in pages; a fork has to open its own."""
     try:
-        with open(_STATM, "rb", buffering=0) as file:
-            return int(file.read(32).split()[0]) * resource.getpagesize()
-    except FileNotFoundError:
-        return 2**62
+        return os.open("/proc/self/statm", os.O_RDONLY)
+    except OSError:
+        return None
 
 
 def _stop(number, frame):

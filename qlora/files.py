@@ -51,7 +51,7 @@ def read_object(path):
     if path.stat().st_size > _LARGEST_JSON:
         raise InputError(f"{path} has {path.stat().st_size:,} bytes, which no such file has; download it again")
     try:
-        found = json.loads(path.read_text(encoding="utf-8-sig"), parse_constant=_constant)
+        found = json.loads(path.read_text(encoding="utf-8"), parse_constant=_constant)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}; it cannot be read") from None
     except RecursionError:

@@ -22,9 +22,9 @@ from .. import base_model
 from ..errors import InputError, TrainingFailed
 from . import start
 from .ranks import SCHEDULE, Ranks
-from .tensors import ADALORA_FIELDS, CONFIG, LORA_FIELDS, WEIGHTS, Adapter, read, read_config, seal
+from .tensors import ADALORA_FIELDS, CONFIG, LORA_FIELDS, WEIGHTS, Adapter, base_of, read, read_config, seal
 
-__all__ = ["CONFIG", "WEIGHTS", "Adapter", "Ranks", "activate", "add", "attach", "first_to_move", "load", "read",
+__all__ = ["CONFIG", "WEIGHTS", "Adapter", "Ranks", "activate", "add", "attach", "base_of", "first_to_move", "load", "read",
            "read_config", "refuse_unmoved", "save", "seal", "shapes"]  # fmt: skip
 
 _PREFIX = "base_model.model."

@@ -224,11 +224,20 @@ def read_config(folder):
     return config
 
 
-def seal(folder):
-    """Write down what is in an adapter folder that is finished, so that `read` can tell whether it still is."""
+def seal(folder, base):
+    """Write down what is in an adapter folder that is finished, so that `read` can tell whether it still is.
+
+    base: {file name: sha256} of what it was trained on.
+    """
     folder = Path(folder)
     found = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in sorted(folder.iterdir())}
-    write_json(folder / MANIFEST, {"files": found})
+    write_json(folder / MANIFEST, {"files": found, "base": base})
+
+
+def base_of(folder):
+    """Return {file name: sha256} of the base that a sealed adapter was trained on, None of one that is not sealed."""
+    path = Path(folder) / MANIFEST
+    return files.read_object(path).get("base") if path.is_file() else None
 
 
 def _refuse_changed(folder):

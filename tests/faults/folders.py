@@ -80,6 +80,9 @@ def digests(folder):
 
 
 class _NoStdin:
+    def close(self):
+        """What a process that is forked does with it."""
+
     def __getattr__(self, name):
         raise AssertionError(f"stdin.{name} was asked for")
 
@@ -95,8 +98,10 @@ def refused(expected, inputs, outputs, canary):
             yield
     finally:
         sys.stdin = stdin
-    assert caught.value.exit_code == 2 and len(str(caught.value).splitlines()) <= 22
+    assert caught.value.exit_code == 2
+    assert len(str(caught.value).splitlines()) <= 23  # 20 rows or tensors are named, the others counted
     assert [digests(folder) for folder in inputs] == before
     assert not canary.exists()
     for folder in outputs:
-        assert not (folder / "adapter").exists() and not (folder / "config.json").exists()
+        assert not (folder / "adapter").exists()
+        assert not (folder / "config.json").exists()

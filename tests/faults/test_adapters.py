@@ -16,6 +16,7 @@ from qlora.commands.eval import evaluate
 from qlora.commands.export import export
 from qlora.commands.subject import open_subject, switch
 from qlora.commands.train import train
+from qlora.commands.trained import open_trained
 from qlora.errors import InputError
 from tests.conftest import CONVERSATIONS, messages, write_jsonl
 from tests.faults.folders import (
@@ -164,8 +165,8 @@ BROKEN = {
     "rank of some as text": (config(rank_pattern={"up_proj": "x"}), "rank_pattern gives 'up_proj' the value 'x'"),
     "patterns in a list": (config(rank_pattern=[1]), r"rank_pattern is \[1\]"),
     "a pattern that is none": (config(alpha_pattern={"(((": 3}), "alpha_pattern: missing"),
-    "a pattern that never ends": (config(alpha_pattern={"(.*.*.*.*.*.*.*)*x": 3}), "takes more than 0.2 seconds"),
-    "targets that never end": (config(target_modules="(.*.*.*.*.*.*.*)*x"), "takes more than 0.2 seconds|matched? no"),
+    "a pattern that never ends": (config(alpha_pattern={"(.*.*.*.*.*.*.*)*x": 3}), "takes more than 0.1 seconds"),
+    "targets that never end": (config(target_modules="(.*.*.*.*.*.*.*)*x"), "takes more than 0.1 seconds"),
     "targets that are numbers": (config(target_modules=[1, 2]), r"target_modules \[1, 2\] is neither"),
     "another kind": (config(peft_type="LOHA"), "peft_type 'LOHA' is not LORA or ADALORA"),
     "no kind": (config(peft_type=["LORA"]), r"peft_type \['LORA'\] is not"),
@@ -185,7 +186,7 @@ CASES = [(how, verb) for how in BROKEN for verb in (VERBS if how in EVERYWHERE e
 
 @pytest.mark.parametrize(("how", "verb"), CASES, ids=[f"{how}, {verb}" for how, verb in CASES])
 def test_a_broken_adapter_is_refused(broken, trained, subject, tiny_model, tmp_path, monkeypatch, how, verb):
-    monkeypatch.setattr(bounded, "SECONDS", 0.2)
+    monkeypatch.setattr(bounded, "SECONDS", 0.1)
     change, expected = BROKEN[how]
     run, model = broken(change), tiny_model("llama")
     with refused(f"(?s){expected}", [run, trained, model], [tmp_path / "out"], tmp_path / "canary"):
@@ -243,10 +244,13 @@ SOUND = {
 
 
 @pytest.mark.parametrize("how", SOUND)
-def test_an_adapter_that_is_only_unusual_is_exported(broken, tiny_model, tmp_path, how):
+def test_an_adapter_that_is_only_unusual_is_the_same_model(broken, trained, tiny_model, how):
     run = broken(SOUND[how])
     before = digests(run)
-    assert export(run / "adapter", tmp_path / "out", model=tiny_model("llama"))["verified"]
+    assert chat(run, "What is 1 plus 2?", max_new_tokens=4) == chat(trained, "What is 1 plus 2?", max_new_tokens=4)
+    found, as_ever = (open_trained([one / "adapter"], tiny_model("llama")).adapter.updates for one in (run, trained))
+    assert found.keys() == as_ever.keys()
+    assert all(torch.equal(found[name].B_OR, as_ever[name].B_OR) for name in found)
     assert digests(run) == before
 
 

@@ -320,18 +320,22 @@ SOUND = {
 
 
 @pytest.mark.parametrize("how", SOUND)
-def test_a_folder_that_is_only_unusual_is_read_and_left_as_it_is(tiny_model, rows, adapter, tmp_path, how):
+def test_a_folder_that_is_only_unusual_is_read_and_left_as_it_is(tiny_model, rows, tmp_path, how):
     model = shutil.copytree(tiny_model("llama"), tmp_path / "model")
-    (tmp_path / "secret").write_text("TOKEN=hf_secret")
     SOUND[how](model)
     before = digests(model)
-    if "hub" in how:  # its config was read through transformers, which must not mind either
-        assert chat(model, "What is 1 plus 2?", max_new_tokens=2) == chat(
-            tiny_model("llama"), "What is 1 plus 2?", max_new_tokens=2
-        )
-    assert export(adapter, tmp_path / "out", model=model)["verified"]
+    as_ever = chat(tiny_model("llama"), "What is 1 plus 2?", max_new_tokens=2)
+    assert chat(model, "What is 1 plus 2?", max_new_tokens=2) == as_ever
+    inspect_data(recipe_of(model, rows, tmp_path / "run"))
     assert digests(model) == before
     assert not (tmp_path / "canary").exists()
+
+
+def test_no_file_beside_the_model_gets_into_an_export(tiny_model, adapter, tmp_path):
+    model = shutil.copytree(tiny_model("llama"), tmp_path / "model")
+    (tmp_path / "secret").write_text("TOKEN=hf_secret")
+    setting(TOKENIZER_CONFIG, vocab_file="../secret", merges_file="../secret", chat_template="../secret")(model)
+    assert export(adapter, tmp_path / "out", model=model)["verified"]
     assert not any(b"hf_secret" in path.read_bytes() for path in (tmp_path / "out").iterdir())
 
 
@@ -346,7 +350,7 @@ def doubling(start, following, shown=""):
 
 TREE = "{% macro m(n) %}{% if n %}{{ m(n-1) }}{{ m(n-1) }}{% else %}x{% endif %}{% endmacro %}{{ m(40) }}"
 LOOPS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
-RUNS, TAKES, MAKES = "was still running after", "asks for more than 1,024 MiB", "makes [0-9,]+ characters"
+RUNS, TAKES, MAKES = "was still running after", "asks for more than 64 MiB", "makes [0-9,]+ characters"
 OUT_OF_THE_SANDBOX = "does what a template must not: access to attribute '__class__'"
 
 TEMPLATES = {
@@ -379,16 +383,18 @@ TEMPLATES = {
     "always the same": ("hello", "leaves words out|leaves out 1 of the 1 messages"),
 }  # fmt: skip
 SOURCES = ["data, own", "data, recipe", "chat, own"]
+EVERYWHERE = ["nested loops", "a longer one", "a class", "half a block", "a refusal", "no contents"]
+RENDERED = [(what, source) for what in TEMPLATES for source in (SOURCES if what in EVERYWHERE else SOURCES[:1])]
 
 
 @pytest.fixture
-def little_time(monkeypatch):
-    monkeypatch.setattr(bounded, "SECONDS", 0.2)
+def little_allowed(monkeypatch):
+    monkeypatch.setattr(bounded, "SECONDS", 0.1)
+    monkeypatch.setattr(bounded, "BYTES", 2**26)
 
 
-@pytest.mark.parametrize("source", SOURCES)
-@pytest.mark.parametrize("what", TEMPLATES)
-def test_a_template_that_never_ends_or_reaches_out_is_refused(tiny_model, rows, tmp_path, little_time, what, source):
+@pytest.mark.parametrize(("what", "source"), RENDERED, ids=[f"{what}, {source}" for what, source in RENDERED])
+def test_a_template_that_never_ends_or_reaches_out_is_refused(tiny_model, rows, tmp_path, little_allowed, what, source):
     template, expected = TEMPLATES[what]
     model = shutil.copytree(tiny_model("llama"), tmp_path / "model")
     file = model / "chat_template.jinja" if source.endswith("own") else tmp_path / "mine.jinja"
@@ -406,7 +412,7 @@ def test_a_template_that_never_ends_or_reaches_out_is_refused(tiny_model, rows, 
 
 @pytest.mark.parametrize("verb", ["train", "eval", "plan"])
 @pytest.mark.parametrize("what", ["nested loops", "a longer one", "a refusal"])
-def test_the_other_verbs_refuse_it_too(tiny_model, rows, tmp_path, little_time, what, verb):
+def test_the_other_verbs_refuse_it_too(tiny_model, rows, tmp_path, little_allowed, what, verb):
     template, expected = TEMPLATES[what]
     model = shutil.copytree(tiny_model("llama"), tmp_path / "model")
     (model / "chat_template.jinja").write_text(template)
@@ -433,7 +439,7 @@ def test_a_template_that_is_never_the_same_twice_is_not_trained_on(tiny_model, r
         inspect_data(recipe_of(model, rows, tmp_path / "out"))
 
 
-def test_an_endless_template_ends_the_processes_that_tokenize_too(tiny_model, tmp_path, little_time):
+def test_an_endless_template_ends_the_processes_that_tokenize_too(tiny_model, tmp_path, little_allowed):
     model = shutil.copytree(tiny_model("llama"), tmp_path / "model")
     (model / "chat_template.jinja").write_text(TEMPLATES["loops in rows that are not the probe"][0])
     long = [{"messages": messages([("user", "x" * 2000), ("assistant", "b")])}] * 600  # more than a MB: in a pool
@@ -441,7 +447,7 @@ def test_an_endless_template_ends_the_processes_that_tokenize_too(tiny_model, tm
         inspect_data(recipe_of(model, write_jsonl(tmp_path / "rows.jsonl", long), tmp_path / "out", num_proc=2))
 
 
-def test_after_a_template_that_was_stopped_time_and_memory_are_as_before(tokenizer_json, little_time):
+def test_after_a_template_that_was_stopped_time_and_memory_are_as_before(tokenizer_json, little_allowed):
     import resource
     import signal
 
@@ -451,10 +457,10 @@ def test_after_a_template_that_was_stopped_time_and_memory_are_as_before(tokeniz
             templates.render(make_tokenizer(tokenizer_json, TEMPLATES[what][0]), messages([("user", "a")]))
         assert resource.getrlimit(resource.RLIMIT_AS) == before
         assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0.0, 0.0)
-    end = time.process_time() + 1.5  # longer than the timer's second try
+    end = time.process_time() + 1.2  # longer than the timer's second try
     while time.process_time() < end:
         pass
-    assert len(bytearray(bounded.BYTES + 2**20)) > bounded.BYTES
+    assert len(bytearray(2 * bounded.BYTES)) > bounded.BYTES
 
 
 def test_a_long_conversation_is_no_runaway_template(tokenizer_json):

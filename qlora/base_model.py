@@ -261,12 +261,17 @@ def load_tokenizer(folder, section):
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         if (folder / name).is_file():
             files.read_object(folder / name)
+    for template in sorted(folder.glob("*.jinja")):
+        files.refuse_instead(template)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=section.trust_remote_code)
     except Exception as error:  # the Rust library raises Exception itself
         if (folder / "tokenizer.json").is_file():
             files.read_object(folder / "tokenizer.json")
         raise InputError(f"{folder}: no usable tokenizer: {_said(error)}") from None
+    for name, kinds in (("chat_template", (str, dict, type(None))), ("model_max_length", (int, float))):
+        if not isinstance(getattr(tokenizer, name), kinds):
+            raise InputError(f"{folder / 'tokenizer_config.json'}: {name} cannot be {getattr(tokenizer, name)!r}")
     if not tokenizer.is_fast:
         raise InputError(f"{folder}: the tokenizer has no tokenizer.json, so the loss mask cannot be placed")
     if tokenizer.pad_token is None:

@@ -18,7 +18,7 @@ from pathlib import Path
 import jinja2
 import jinja2.sandbox
 
-from .. import bounded
+from .. import bounded, files
 from ..errors import InputError
 from .formats import Conversation
 
@@ -81,8 +81,9 @@ def template_text(tokenizer, chat_template, new_tokens=()):
     if chat_template is None:
         return FALLBACK_TEMPLATE
     try:
+        files.refuse_instead(chat_template)
         return Path(chat_template).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, InputError) as error:
         raise InputError(f"data.chat_template {chat_template}: {error}") from None
 
 

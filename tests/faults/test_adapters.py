@@ -33,7 +33,7 @@ from tests.faults.folders import (
 )
 from tests.faults.test_models import recipe_of
 
-WEIGHTS, CONFIG = adapter.WEIGHTS, adapter.CONFIG
+WEIGHTS, CONFIG, MANIFEST = adapter.WEIGHTS, adapter.CONFIG, adapter.MANIFEST
 UP = "base_model.model.model.layers.0.mlp.up_proj.lora_{}.weight"
 
 
@@ -61,7 +61,7 @@ def broken(trained, tmp_path):
     def make(how, sealed=False):
         run = shutil.copytree(trained, tmp_path / "run")
         if not sealed:
-            (run / "adapter" / "manifest.json").unlink()
+            (run / "adapter" / MANIFEST).unlink()
         how(run / "adapter")
         return run
 

@@ -251,6 +251,12 @@ BROKEN = {
     "tokenizer of nothing": (writing(TOKENIZER, "{}"), "data chat", r"no usable tokenizer.*KeyError: 'added_tokens'"),
     "no tokenizer": (removing(TOKENIZER, TOKENIZER_CONFIG), "data train chat export", "no usable tokenizer"),
     "tokenizer config a list": (writing(TOKENIZER_CONFIG, "[]"), "data chat", "tokenizer_config.json holds a list"),
+    "a template that is a number": (
+        all_of(removing("chat_template.jinja"), setting(TOKENIZER_CONFIG, chat_template=3)), "data chat",
+        "chat_template cannot be 3",
+    ),
+    "a template that is a pointer": (writing("chat_template.jinja", POINTER), "data chat", "chat_template.jinja is a Git LFS"),
+    "a length that is text": (setting(TOKENIZER_CONFIG, model_max_length="x"), "data chat", "model_max_length cannot be 'x'"),
     "end token that is a number": (setting(TOKENIZER_CONFIG, eos_token=7), "data chat", "eos_token"),
     "generation config cut": (writing(GENERATION, "{"), ALL, "generation_config.json is not JSON"),
     "generation config a list": (writing(GENERATION, "[]"), "data chat", "generation_config.json holds a list"),

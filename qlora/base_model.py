@@ -316,7 +316,7 @@ def load(checkpoint, section, quantization, device=None, dtype=DTYPE_WHEN_QUANTI
     """
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    device = device or default_device()
+    device = torch.device(device or default_device())
     num_rows = load_config(checkpoint, section).get_text_config().vocab_size
     if device.type != "meta":  # where nothing is read
         _refuse_not_finite(checkpoint)

@@ -8,14 +8,15 @@ buffers                                     as the architecture makes them (rota
 from __future__ import annotations
 
 import hashlib
-import json
+import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from . import memory
+from . import files, memory
 from .errors import DoesNotFit, InputError
 from .rundir import sha256
 
@@ -48,8 +49,11 @@ class Checkpoint:
         """Return what generation_config.json holds, or None where there is none."""
         from transformers import GenerationConfig
 
-        there = (self.folder / "generation_config.json").is_file()
-        return GenerationConfig.from_pretrained(self.folder) if there else None
+        path = self.folder / "generation_config.json"
+        try:
+            return GenerationConfig.from_pretrained(self.folder) if path.is_file() else None
+        except (ValueError, TypeError, AttributeError, OSError) as error:
+            raise InputError(f"{path}: {_said(error)}") from None
 
     def shapes(self):
         """Return {tensor name: shape} from the headers, without reading weights."""
@@ -69,19 +73,72 @@ def find(section, weights=True):
         InputError: no such folder or repository, no safetensors, an unsafe index, or a corrupt file.
     """
     folder, revision = Path(section.name_or_path), None
+    if folder.is_file():
+        raise InputError(f"model.name_or_path {folder}: is a file; give the model folder")
     if not folder.is_dir():
         folder, revision = _download(section, weights)
     elif section.revision is not None:
         raise InputError(f"model.revision {section.revision}: {folder} is a local folder, which has no revisions")
-    if not (folder / "config.json").is_file():
-        raise InputError(f"model.name_or_path {folder}: no config.json; not a model folder")
-    files = weight_files(folder) if weights else {}
+    _refuse_folder(folder)
+    tensors = weight_files(folder) if weights else {}
     if not section.new_tokens:
-        return Checkpoint(section.name_or_path, folder, revision, files)
+        return Checkpoint(section.name_or_path, folder, revision, tensors)
     tokenizer = load_tokenizer(folder, section)
     known = set(tokenizer.get_vocab().values())
     new_tokens = add_tokens(tokenizer, section.new_tokens)
-    return Checkpoint(section.name_or_path, folder, revision, files, new_tokens, frozenset(new_tokens.values()) - known)
+    added = frozenset(new_tokens.values()) - known
+    return Checkpoint(section.name_or_path, folder, revision, tensors, new_tokens, added)
+
+
+# Sizes that every architecture has under one of these names, and what none exceeds: building a model of more would take
+# all time and memory before its weights could disagree.
+_SIZES = {
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers"), 1000),
+    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads"), 2**16),
+    **dict.fromkeys(("hidden_size", "n_embd", "d_model"), 2**24),
+    **dict.fromkeys(("vocab_size", "max_position_embeddings", "n_positions"), 2**28),
+}
+
+
+def _refuse_folder(folder):
+    """Raise InputError unless the folder is that of one model, whose small files can be read."""
+    adapter = folder / "adapter_config.json"
+    if adapter.is_file():
+        trained_on = files.read_object(adapter).get("base_model_name_or_path")
+        what = "there is an adapter in it" if (folder / "config.json").is_file() else "is an adapter, not a model"
+        raise InputError(
+            f"model.name_or_path {folder}: {what} ({adapter.name}); give the model that it was trained on"
+            f"{f' ({trained_on})' if trained_on else ''}; `qlora export {folder} --model MODEL` makes one of both"
+        )
+    if not (folder / "config.json").is_file():
+        raise InputError(f"model.name_or_path {folder}: no config.json; not a model folder")
+    config = files.read_object(folder / "config.json")
+    problems = _absurd(config)
+    if problems:
+        raise InputError.listing(folder / "config.json", problems, "mend it or download it again")
+    for name, value in config.items():
+        if name.endswith("_implementation") and re.search(r"[/\\:@]", str(value)):
+            raise InputError(
+                f"{folder / 'config.json'}: {name} {value!r} names code on the hub, which transformers would get and run; "
+                "take it out of the file (recipes have model.attn_implementation)"
+            )
+    generation = folder / "generation_config.json"
+    if generation.is_file():
+        ends = files.read_object(generation).get("eos_token_id")
+        listed = ends if isinstance(ends, list) else [] if ends is None else [ends]
+        if not all(type(one) is int and one >= 0 for one in listed):
+            raise InputError(f"{generation}: eos_token_id {ends!r} is neither a token id nor a list of them")
+
+
+def _absurd(config):
+    """Return in words what is wrong with the sizes in a config, those of the text part of a larger model too."""
+    parts = [config, *(part for part in (config.get("text_config"),) if isinstance(part, dict))]
+    return [
+        f"{name}: {part[name]!r} is not a whole number from 1 to {most:,}"
+        for part in parts
+        for name, most in _SIZES.items()
+        if part.get(name) is not None and not (type(part[name]) is int and 1 <= part[name] <= most)
+    ]
 
 
 def _download(section, weights):
@@ -105,7 +162,7 @@ def _download(section, weights):
         found = snapshot_download(name, revision=section.revision, allow_patterns=wanted, ignore_patterns=unwanted)
         folder = Path(found)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise InputError(f"model.name_or_path {name}: no such folder, and the hub says: {_first_line(error)}") from None
+        raise InputError(f"model.name_or_path {name}: no such folder, and the hub says: {_said(error)}") from None
     return folder, folder.name
 
 
@@ -115,10 +172,10 @@ def weight_files(folder):
     if single.is_file():
         names = [single.name]
     elif index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise InputError(f"{index}: not a shard index ({error!r}); download the model again") from None
+        listed = files.read_object(index).get("weight_map")
+        if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
+            raise InputError(f"{index}: its weight_map is not {{tensor: file name}}; download the model again")
+        names = sorted(set(listed.values()))
         # transformers joins these names unchecked: "../x" and absolute paths would be read
         unsafe = [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]
         if unsafe:
@@ -127,18 +184,26 @@ def weight_files(folder):
             )
     else:
         raise InputError(
-            f"{folder}: no model.safetensors and no model.safetensors.index.json (pickled weights are not read)"
+            f"{folder}: no model.safetensors and no model.safetensors.index.json (pickled weights are not read; take a "
+            "copy or a revision in safetensors)"
         )
-    files = {}
+    found: dict = {}
     for name in names:
         if not (folder / name).is_file():
             raise InputError(f"{folder / name} is listed in {index.name} but missing; download the model again")
+        files.refuse_instead(folder / name)
         try:
             with safe_open(folder / name, "pt") as file:
-                files |= dict.fromkeys(file.keys(), name)
+                keys = file.keys()
         except (SafetensorError, OSError) as error:
             raise InputError(f"{folder / name} is not a whole safetensors file ({error}); download it again") from None
-    return files
+        twice = sorted(found.keys() & set(keys))
+        if twice:
+            raise InputError(
+                f"{folder}: {twice[0]} is both in {found[twice[0]]} and in {name}; download the model again"
+            )
+        found |= dict.fromkeys(keys, name)
+    return found
 
 
 def load_config(checkpoint, section):
@@ -169,10 +234,11 @@ def _names(checkpoint, section, ids):
 def _read_config(checkpoint, section):
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    path = checkpoint.folder / "config.json"
     try:
         config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=section.trust_remote_code)
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise InputError(f"{checkpoint.folder / 'config.json'}: {_first_line(error)}") from None
+    except Exception as error:  # its class computes with what the file says, and divides by zero heads
+        raise InputError(f"{path}: {_said(error)}") from None
     known = type(config) in AutoModelForCausalLM._model_mapping or "AutoModelForCausalLM" in getattr(
         config, "auto_map", {}
     )
@@ -192,10 +258,20 @@ def load_tokenizer(folder, section):
     """
     from transformers import AutoTokenizer
 
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (folder / name).is_file():
+            files.read_object(folder / name)
+    for template in sorted(folder.glob("*.jinja")):
+        files.refuse_instead(template)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=section.trust_remote_code)
-    except (ValueError, KeyError, TypeError, AttributeError, OSError, ImportError) as error:
-        raise InputError(f"{folder}: no usable tokenizer: {_first_line(error)}") from None
+    except Exception as error:  # the Rust library raises Exception itself
+        if (folder / "tokenizer.json").is_file():
+            files.read_object(folder / "tokenizer.json")
+        raise InputError(f"{folder}: no usable tokenizer: {_said(error)}") from None
+    for name, kinds in (("chat_template", (str, dict, type(None))), ("model_max_length", (int, float))):
+        if not isinstance(getattr(tokenizer, name), kinds):
+            raise InputError(f"{folder / 'tokenizer_config.json'}: {name} cannot be {getattr(tokenizer, name)!r}")
     if not tokenizer.is_fast:
         raise InputError(f"{folder}: the tokenizer has no tokenizer.json, so the loss mask cannot be placed")
     if tokenizer.pad_token is None:
@@ -240,7 +316,10 @@ def load(checkpoint, section, quantization, device=None, dtype=DTYPE_WHEN_QUANTI
     """
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+    device = torch.device(device or default_device())
     num_rows = load_config(checkpoint, section).get_text_config().vocab_size
+    if device.type != "meta":  # where nothing is read
+        _refuse_not_finite(checkpoint)
     bnb = quantization and BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=quantization.quant_type,
@@ -253,20 +332,20 @@ def load(checkpoint, section, quantization, device=None, dtype=DTYPE_WHEN_QUANTI
             config=_read_config(checkpoint, section),
             dtype=dtype,
             quantization_config=bnb,
-            device_map={"": device or default_device()},
+            device_map={"": device},
             attn_implementation=None if section.attn_implementation == "auto" else section.attn_implementation,
             trust_remote_code=section.trust_remote_code,
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # reported like the rest, below; nothing is let through
             output_loading_info=True,
         )
-    except (ValueError, RuntimeError, OSError, ImportError, SafetensorError, MemoryError) as error:
+    except Exception as error:  # an architecture computes with what its config says, as in on_meta
         if memory.is_refusal(error):
             raise DoesNotFit(
                 f"out of memory while {checkpoint.name_or_path} was loaded: {memory.refused(error)}\n  free some, take a "
                 f"smaller model{'' if quantization else ', or leave out quantization: null'}"
             ) from None
-        raise InputError(f"{checkpoint.folder}: cannot load the model: {_first_line(error)}") from None
+        raise InputError(f"{checkpoint.folder}: cannot load the model: {_said(error)}") from error
     _refuse_incomplete(checkpoint, info)
     if quantization and quantization.compute_dtype == "float32":
         to_float32(model)
@@ -300,6 +379,28 @@ def add_rows(model, added, num_rows):
     ids = sorted(added.union(range(num_before, num_rows)))
     for layer, mean in zip([model.get_input_embeddings(), model.get_output_embeddings()], means, strict=True):
         layer.weight[ids] = mean.to(layer.weight.dtype)
+
+
+def _refuse_not_finite(checkpoint):
+    """Raise InputError if a weight in the files holds NaN or infinity; names the tensors.
+
+    In the files, not in the model: the codes of a 4-bit weight cannot say so any more.
+    """
+    wrong = []
+    for name in sorted(set(checkpoint.files.values())):
+        with safe_open(checkpoint.folder / name, "pt") as file:
+            for key in file.keys():  # noqa: SIM118
+                tensor = file.get_tensor(key)  # mapped: what is read here is in memory when the model is loaded
+                if tensor.is_floating_point() and tensor.numel() and not _is_finite(tensor):
+                    wrong.append(f"{key}: holds numbers that are not finite ({name})")
+    if wrong:
+        raise InputError.listing(f"{checkpoint.folder}: the weights are broken; the model", wrong, "download it again")
+
+
+def _is_finite(tensor):
+    tensor = tensor.float() if tensor.dtype.itemsize == 1 else tensor
+    # one reduction: 14 GB/s a core, where isfinite().all() has 0.25; both ends are NaN if one number is
+    return all(math.isfinite(end.item()) for end in torch.aminmax(tensor))
 
 
 def _refuse_incomplete(checkpoint, info):
@@ -385,11 +486,22 @@ def names_to_quantize(config, section):
 
 
 def on_meta(config, trust_remote_code=False):
-    """Return the model of a transformers config, with shapes and without numbers."""
+    """Return the model of a transformers config, with shapes and without numbers.
+
+    Raises:
+        InputError: no model can be built of these sizes.
+    """
     from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    except (
+        Exception
+    ) as error:  # an architecture computes with what its config says: sizes below zero, names of functions
+        raise InputError(
+            f"{Path(config.name_or_path) / 'config.json'}: no model can be built of it: {_said(error)}"
+        ) from error
 
 
 def load_on_meta(config, section, quantization, dtype=DTYPE_WHEN_QUANTIZED):
@@ -526,5 +638,15 @@ def num_parameters(model):
     return trainable, total
 
 
-def _first_line(error):
-    return (str(error).strip().splitlines() or [repr(error)])[0]
+def _said(error):
+    """Return what a library says of a file in a model folder, in one line."""
+    text = str(error).strip()
+    if "trust_remote_code" in text:
+        return (
+            "it needs code that comes with the model, which is not run; if you have read that code and trust it, set "
+            "model.trust_remote_code=true"
+        )
+    lines = [line.strip() for line in text.splitlines()]
+    if not lines or isinstance(error, (KeyError, AttributeError, ZeroDivisionError, RecursionError)):
+        return f"it does not say what it has to ({type(error).__name__}: {text})"
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

@@ -7,8 +7,6 @@ constructors: what comes out is None, bool, int, float, str, list and dict, what
 from __future__ import annotations
 
 import copy
-import stat
-from pathlib import Path
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
@@ -27,48 +25,8 @@ from ruamel.yaml.resolver import VersionedResolver
 
 from .errors import InputError
 
-MAX_BYTES = 256 * 2**10  # a second to read
 MAX_VALUES = 10_000  # with what aliases repeat
 MAX_DEPTH = 20
-
-
-def open_file(path, what):
-    """Return the ordinary file at `path`, open for reading bytes. what: what it is, for messages.
-
-    Raises:
-        FileNotFoundError: there is none.
-        InputError: it is a folder, a pipe or a device, which may have no end, or it cannot be read.
-    """
-    try:
-        mode = Path(path).stat().st_mode
-        if stat.S_ISREG(mode):
-            return open(path, "rb")
-        reason = "it is a folder" if stat.S_ISDIR(mode) else "it is a pipe or device; save it into a file"
-    except FileNotFoundError:
-        raise
-    except (OSError, ValueError) as error:  # ValueError: a name that holds U+0000
-        reason = getattr(error, "strerror", None) or str(error)
-    raise InputError(f"cannot read {what} {path}: {reason}")
-
-
-def read(path, what="the recipe"):
-    """Return the text of a file that is no longer than a recipe or a template.
-
-    Raises:
-        FileNotFoundError: there is none.
-        InputError: it cannot be read, is too large, or is not UTF-8 (with the line).
-    """
-    with open_file(path, what) as file:
-        raw = file.read(MAX_BYTES + 1)
-    if len(raw) > MAX_BYTES:
-        raise InputError(f"cannot read {what} {path}: it is larger than {MAX_BYTES:,} bytes; is it another file?")
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise InputError(
-            f"{path} line {line}: not UTF-8 (byte 0x{raw[error.start]:02x}); save the file as UTF-8"
-        ) from None
 
 
 def parse(text, where):

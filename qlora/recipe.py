@@ -26,7 +26,7 @@ from pydantic import (
 )
 from ruamel.yaml import YAML
 
-from . import document, explain, secrets
+from . import document, explain, files, secrets
 from .errors import InputError
 
 _LARGEST = 2**31 - 1  # a count that the libraries can take
@@ -373,7 +373,7 @@ class Recipe(Section):
             InputError: all problems of the file together, each with its line, field and remedy.
         """
         try:
-            text = document.read(path)
+            text = files.read(path, "the recipe")
         except FileNotFoundError:
             raise InputError(f"no recipe at {path}; give the path of a YAML file") from None
         values, lines = document.parse(text, path)

@@ -2,7 +2,8 @@
 
 recipe.yaml       the resolved recipe, copied first
 environment.json  versions, device, base-model and data hashes
-adapter/          PEFT format, tokenizer, chat template; appears by rename, so a folder is either whole or absent
+adapter/          PEFT format, tokenizer, chat template; appears by rename, so a folder is either whole or absent;
+                  manifest.json in it has the hashes of the others and of the base
 adapter-step-20/  what adapter/ was, with its eval.json, before a finished run was continued
 checkpoints/      step-20/ and so on, see checkpoints.py; appear by rename too
 lock              held by the process that trains here; holds its number

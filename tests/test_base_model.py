@@ -204,8 +204,8 @@ def edit_config(folder, **changes):
     ("break_it", "expected"),
     [
         (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-100]), "not a whole"),
-        (lambda f: (f / "model.safetensors").write_bytes(b""), "not a whole safetensors file"),
-        (lambda f: (f / "model.safetensors").write_text("<html>login</html>" * 9), "not a whole safetensors file"),
+        (lambda f: (f / "model.safetensors").write_bytes(b""), "model.safetensors is empty"),
+        (lambda f: (f / "model.safetensors").write_text("<html>login</html>" * 9), "is a web page"),
         (lambda f: (f / "model.safetensors").write_text("version https://git-lfs"), "not a whole safetensors file"),
         (lambda f: (f / "model.safetensors").unlink(), "no model.safetensors"),
         (lambda f: (f / "config.json").unlink(), "no config.json"),

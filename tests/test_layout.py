@@ -19,7 +19,7 @@ PACKAGE = ROOT / "qlora"
 LEVELS = [
     {"secrets"},
     {"errors"},
-    {"document", "explain"},
+    {"document", "explain", "files", "bounded"},
     {"recipe"},
     {"rundir", "metrics"},
     {

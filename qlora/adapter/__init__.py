@@ -22,10 +22,10 @@ from .. import base_model
 from ..errors import InputError, TrainingFailed
 from . import start
 from .ranks import SCHEDULE, Ranks
-from .tensors import ADALORA_FIELDS, CONFIG, LORA_FIELDS, WEIGHTS, Adapter, read
+from .tensors import ADALORA_FIELDS, CONFIG, LORA_FIELDS, MANIFEST, WEIGHTS, Adapter, base_of, read, read_config, seal
 
-__all__ = ["CONFIG", "WEIGHTS", "Adapter", "Ranks", "activate", "add", "attach", "first_to_move", "load",
-           "read", "refuse_unmoved", "save"]  # fmt: skip
+__all__ = ["CONFIG", "MANIFEST", "WEIGHTS", "Adapter", "Ranks", "activate", "add", "attach", "base_of", "first_to_move",
+           "load", "read", "read_config", "refuse_unmoved", "save", "seal", "shapes"]  # fmt: skip
 
 _PREFIX = "base_model.model."
 _FACTOR = re.compile(r"\.lora_(A|B|E|embedding_A|embedding_B|magnitude_vector)\b")
@@ -334,6 +334,7 @@ def load(model, folder, token_ids=()):
 
     folder, adapter = Path(folder), read(folder)
     adapter.refuse_other_tokens(base_model.token_modules(model) if token_ids else [], token_ids)
+    layers = shapes(model)
     tensors = _once(load_file(folder / WEIGHTS))
     peft_model = _peft_model(model, _saved_config(folder, adapter.config, model, tensors, adapter.rows))
     parameters = dict(peft_model.named_parameters(remove_duplicate=False))
@@ -350,6 +351,7 @@ def load(model, folder, token_ids=()):
     ]
     if problems:
         raise InputError.listing(f"adapter {folder}: made for another base; it", problems)
+    adapter.refuse_left_out(layers)
     untrained = {place: place.detach().clone() for place in base.values()}
     left = set_peft_model_state_dict(peft_model, tensors).unexpected_keys
     assert not left, f"PEFT found no place for {left}"
@@ -433,10 +435,7 @@ def add(peft_model, folder, name):
     """
     adapter = read(folder)
     adapter.refuse_more_than_low_rank("cannot lie beside another adapter; open it by itself")
-    layers = set(dict(peft_model.get_base_model().named_modules()))
-    missing = [f"{module}: not in the base" for module in adapter.updates if module not in layers]
-    if missing:
-        raise InputError.listing(f"adapter {folder}: made for another base; it", missing)
+    adapter.refuse_mismatch(shapes(peft_model.get_base_model()), {}, {}, ())
     assert name not in peft_model.peft_config, name  # PEFT would load over it
     left = peft_model.load_adapter(str(folder), adapter_name=name).unexpected_keys
     assert not left, f"PEFT found no place for {left}"
@@ -445,6 +444,21 @@ def add(peft_model, folder, name):
         if f".{name}." in key:
             parameter.data = parameter.data.to(dtype)
     peft_model.requires_grad_(False).eval()
+
+
+def shapes(model):
+    """Return {name: (O, I)} of the layers of a model, plain or with adapters in it, that may carry an update."""
+    found = {}
+    for name, module in model.named_modules():
+        if ".lora_" in name or name.endswith(".base_layer"):
+            continue
+        if isinstance(module, torch.nn.Embedding):
+            found[name] = (module.num_embeddings, module.embedding_dim)
+        elif base_model.is_conv1d(module):
+            found[name] = (module.nf, module.nx)
+        elif hasattr(module, "in_features") and hasattr(module, "out_features"):  # PEFT's layers have them too
+            found[name] = (module.out_features, module.in_features)
+    return found
 
 
 def activate(peft_model, name):

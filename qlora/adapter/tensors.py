@@ -10,9 +10,9 @@ new tokens     rows (N, I) that take the place of those N rows of the embedding 
 
 from __future__ import annotations
 
-import json
 import math
 import re
+import types
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +21,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
+from .. import bounded, files
 from ..errors import InputError
+from ..rundir import sha256, write_json
 from .ranks import SCHEDULE
 
 # O out_features, I in_features, R rank, V vocab, N new tokens
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+WEIGHTS, CONFIG, MANIFEST = "adapter_model.safetensors", "adapter_config.json", "manifest.json"
 _PREFIX = "base_model.model."
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<factor>A|B|E|embedding_A|embedding_B|magnitude_vector)(\.weight)?")
 _LORA_BIAS = re.compile(r"(?P<module>.+)\.lora_B\.bias")
@@ -43,6 +45,7 @@ _SILENT = {"peft_type", "peft_version", "task_type", "auto_mapping", "base_model
            "loftq_config", "runtime_config", "megatron_core", "qalora_group_size"}  # fmt: skip
 # As PEFT makes these starts, they put something else than the base's weights under the adapter, and the folder does not
 # hold what. Those of qlora (start.py) leave the base alone, and say so in the config.
+_LARGEST = {"r": 2**16, "lora_alpha": 1e6, "init_r": 2**16, "target_r": 2**16}
 _CHANGED_BASE = ("loftq", "pissa", "olora", "corda", "lora_ga")
 
 
@@ -109,7 +112,7 @@ class Adapter:
         (V, I)} where the rows of the tokens `token_ids` belong.
         """
         self.refuse_other_tokens(embeddings, token_ids)
-        problems = []
+        problems: list = []
         for module, update in self.updates.items():
             if module not in shapes:
                 problems.append(f"{module}: the base has no such layer")
@@ -134,6 +137,36 @@ class Adapter:
                 problems.append(f"{module}: rows of {rows_NI.shape[1]} numbers, the base has {embeddings[module][1]}")
         if problems:
             raise InputError.listing(f"adapter {self.folder}: made for another base; it", problems)
+        self.refuse_left_out(shapes)
+
+    def refuse_left_out(self, layers):
+        """Raise InputError if one of `layers`, names in the base, was trained by what the config says, and has no tensors.
+
+        PEFT would leave it as it is in the base, and an export would be proven to be just that.
+        """
+        from peft.tuners.tuners_utils import check_target_module_exists
+
+        names = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
+        said = {name: self.config.get(name) for name in names}
+        wanted = said["target_modules"]
+        if wanted is None or wanted == "all-linear":
+            return  # PEFT writes what it found instead
+        if not isinstance(wanted, str) and not _are_names(wanted):
+            raise InputError(
+                f"{self.folder / CONFIG}: target_modules {wanted!r} is neither a pattern nor a list of names"
+            )
+        config = types.SimpleNamespace(**said, target_parameters=None)
+        missing = _match(
+            self.folder,
+            ", ".join(names),
+            lambda: [one for one in layers if one not in self.updates and check_target_module_exists(config, one)],
+        )
+        if missing:
+            raise InputError.listing(
+                f"adapter {self.folder}: not whole; it",
+                [f"{name}: target_modules in {CONFIG} names it, and {WEIGHTS} has nothing for it" for name in missing],
+                "copy or download it again",
+            )
 
     def refuse_other_tokens(self, modules, token_ids):
         """Raise InputError unless the rows are those of the tokens `token_ids` in each of `modules`, and no others."""
@@ -153,19 +186,9 @@ def read(folder):
         InputError: files missing or cut off, an unsupported kind, tensors without a partner or not finite.
     """
     folder = Path(folder)
-    try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        if (folder / WEIGHTS).is_file() or not (folder / "adapter_model.bin").is_file():
-            with safe_open(folder / WEIGHTS, "pt"):
-                tensors = load_file(folder / WEIGHTS)
-        else:
-            raise InputError(
-                f"adapter {folder}: adapter_model.bin is a pickle, which is never read; "
-                "open it with the tool that made it and save it as safetensors"
-            )
-    except (OSError, ValueError, SafetensorError) as error:
-        raise InputError(f"adapter {folder}: {error}") from None
+    config = read_config(folder)
     _refuse_unsupported(folder, config)
+    tensors = load_file(folder / WEIGHTS)
     indices = config.get("trainable_token_indices") or {}
     indices = {"embed_tokens": indices} if isinstance(indices, list) else indices
     if not isinstance(indices, dict) or not all(map(_are_ids, indices.values())):
@@ -173,11 +196,73 @@ def read(folder):
     return _Sorted(tensors).adapter(folder, config, indices)
 
 
+def read_config(folder):
+    """Return what the adapter_config.json of an adapter folder says, once its files are found whole.
+
+    Raises:
+        InputError: files missing, cut off, changed since the training, or something else than their names say.
+    """
+    folder = Path(folder)
+    weights = folder / WEIGHTS
+    if not (folder / CONFIG).is_file():
+        raise InputError(f"adapter {folder}: no {CONFIG}; not an adapter folder")
+    config = files.read_object(folder / CONFIG)
+    _refuse_changed(folder)
+    if not weights.is_file():
+        if (folder / "adapter_model.bin").is_file():
+            raise InputError(
+                f"adapter {folder}: adapter_model.bin is a pickle, which is never read; "
+                "open it with the tool that made it and save it as safetensors"
+            )
+        raise InputError(f"adapter {folder}: no {WEIGHTS}; copy or download it again")
+    files.refuse_instead(weights)
+    try:
+        with safe_open(weights, "pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{weights} is not a whole safetensors file ({error}); copy or download it again") from None
+    return config
+
+
+def seal(folder, base):
+    """Write down what is in an adapter folder that is finished, so that `read` can tell whether it still is.
+
+    base: {file name: sha256} of what it was trained on.
+    """
+    folder = Path(folder)
+    found = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in sorted(folder.iterdir())}
+    write_json(folder / MANIFEST, {"files": found, "base": base})
+
+
+def base_of(folder):
+    """Return {file name: sha256} of the base that a sealed adapter was trained on, None of one that is not sealed."""
+    path = Path(folder) / MANIFEST
+    return files.read_object(path).get("base") if path.is_file() else None
+
+
+def _refuse_changed(folder):
+    """Raise InputError if a file is not as it was when the folder was sealed; that of another tool never was."""
+    if not (folder / MANIFEST).is_file():
+        return
+    listed = files.read_object(folder / MANIFEST).get("files")
+    if not isinstance(listed, dict):
+        raise InputError(f"{folder / MANIFEST}: lists no files; copy the folder again")
+    changed = [
+        name
+        for name, entry in listed.items()
+        if not (folder / name).is_file()
+        or entry != {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
+    ]
+    if changed:
+        raise InputError(
+            f"adapter {folder}: {', '.join(sorted(changed))} changed since the training; copy the folder again, or, if you "
+            f"changed it on purpose, remove {folder / MANIFEST}"
+        )
+
+
 def _refuse_unsupported(folder, config):
-    if not isinstance(config, dict):
-        raise InputError(f"adapter {folder}: {CONFIG} is not a mapping")
     kind = config.get("peft_type")
-    if kind not in ("LORA", "ADALORA"):
+    if not (isinstance(kind, str) and kind in ("LORA", "ADALORA")):
         raise InputError(f"adapter {folder}: peft_type {kind!r} is not LORA or ADALORA")
     followed = {*_SILENT, *((*ADALORA_FIELDS, *SCHEDULE, "r") if kind == "ADALORA" else LORA_FIELDS)}
     others = sorted(key for key, value in config.items() if value and key not in followed)
@@ -189,18 +274,26 @@ def _refuse_unsupported(folder, config):
             f"adapter {folder}: init_lora_weights {start!r} trained on a changed base, which the folder does not hold; "
             "save it with PEFT's path_initial_model_for_weight_conversion, which makes an ordinary LoRA of it"
         )
-    wrong = [key for key in ("r", "lora_alpha") if not _is_positive(config.get(key))]
-    for key in ("rank_pattern", "alpha_pattern"):
-        if config.get(key) is not None and not isinstance(config[key], dict):
-            wrong.append(key)
+    values = {key: config.get(key) for key in ("r", "lora_alpha", *(("init_r",) if kind == "ADALORA" else ()))}
+    wrong = [f"{key} is {value!r}" for key, value in values.items() if not _is_usable(key, value)]
+    for key, of in (("alpha_pattern", "lora_alpha"), *((("rank_pattern", "r"),) if kind == "LORA" else ())):
+        pattern = config.get(key) or {}
+        if not isinstance(pattern, dict):
+            wrong.append(f"{key} is {pattern!r}")
+            continue
+        wrong += [
+            f"{key} gives {one!r} the value {value!r}" for one, value in pattern.items() if not _is_usable(of, value)
+        ]
     if wrong:
-        raise InputError(
-            f"adapter {folder}: {', '.join(wrong)} in {CONFIG} {'is' if len(wrong) == 1 else 'are'} not usable"
+        raise InputError.listing(
+            f"{folder / CONFIG}", wrong, "no adapter has such a setting; copy or download it again"
         )
 
 
-def _is_positive(value):
-    return type(value) in (int, float) and value > 0
+def _is_usable(key, value):
+    """True if `value` can be the setting `key`: a rank, whole, or an alpha."""
+    kinds = (int, float) if key == "lora_alpha" else (int,)
+    return type(value) in kinds and 0 < value <= _LARGEST[key]  # false for NaN
 
 
 class _Sorted:
@@ -210,9 +303,11 @@ class _Sorted:
         self.factors = defaultdict(dict)
         self.replaced, self.bias_deltas, self.rows, self.problems = {}, {}, {}, []
         for key, tensor in tensors.items():
-            if not torch.isfinite(tensor).all():
+            if not tensor.is_floating_point():
+                self.problems.append(f"{key}: holds {str(tensor.dtype)[6:]}, not floating-point numbers")
+            elif not torch.isfinite(tensor).all():
                 self.problems.append(f"{key}: holds numbers that are not finite")
-            elif not key.startswith(_PREFIX):
+            if not key.startswith(_PREFIX):
                 self.problems.append(f"{key}: not a tensor of an adapter")
             else:
                 self._sort(key.removeprefix(_PREFIX), tensor)
@@ -232,6 +327,11 @@ class _Sorted:
             self.replaced[re.sub(r"\.(base_layer|modules_to_save(\.default)?)\.", ".", name)] = tensor
 
     def adapter(self, folder, config, indices):
+        self.settings = _match(
+            folder,
+            "rank_pattern, alpha_pattern",
+            lambda: {module: _settings(config, module) for module in self.factors},
+        )
         updates = {module: self._update(module, factors, config) for module, factors in sorted(self.factors.items())}
         rows = self._checked_rows(indices)
         for module in self.bias_deltas.keys() - updates.keys():
@@ -261,13 +361,13 @@ class _Sorted:
         if embedding:  # E[id] = A[:, id]^T B^T: the weight is (V, I), and A has a column a token
             A_RI, B_OR = B_OR.T, A_RI.T
         adalora = config["peft_type"] == "ADALORA"
-        rank = len(A_RI) if adalora else _of(config.get("rank_pattern"), module, config["r"])
+        rank, alpha = self.settings[module]
+        rank = len(A_RI) if adalora else rank
         if A_RI.dim() != 2 or B_OR.dim() != 2 or not A_RI.shape[0] == B_OR.shape[1] == rank:
             self.problems.append(
                 f"{module}: A {tuple(A_RI.shape)} and B {tuple(B_OR.shape)}: the rank differs from r = {rank} in {CONFIG}"
             )
             return None
-        alpha = _of(config.get("alpha_pattern"), module, config["lora_alpha"])
         if adalora:
             if factors["E"].shape != (rank, 1):
                 self.problems.append(f"{module}: E is {tuple(factors['E'].shape)}, the rank is {rank}")
@@ -296,6 +396,29 @@ class _Sorted:
 
     def _full_name(self, name):
         return next((module for module in self.rows if module.endswith(f".{name}")), name)
+
+
+def _match(folder, fields, function):
+    """Return function(), which goes by regular expressions in these fields of the config."""
+    try:
+        return bounded.call(function)
+    except bounded.TookTooLong:
+        raise InputError(
+            f"{folder / CONFIG}: a regular expression in {fields} takes more than {bounded.SECONDS} seconds; "
+            "the folder cannot be trusted"
+        ) from None
+    except (re.error, TypeError, AttributeError) as error:
+        raise InputError(f"{folder / CONFIG}: {fields}: {error}; copy or download it again") from None
+
+
+def _are_names(value):
+    return isinstance(value, list) and all(isinstance(one, str) for one in value)
+
+
+def _settings(config, module):
+    """Return (rank, alpha) of a module of an adapter that is not AdaLoRA's, whose rank_pattern is of another kind."""
+    ranks = None if config["peft_type"] == "ADALORA" else config.get("rank_pattern")
+    return _of(ranks, module, config["r"]), _of(config.get("alpha_pattern"), module, config["lora_alpha"])
 
 
 def _of(pattern, module, default):

@@ -42,13 +42,15 @@ def _entry(path, folder=None):
     entry = dict.fromkeys(("kind", "base", "steps", "loss", "eval_loss", "metrics"))
     entry |= {"path": str(folder or path), "state": "finished", "time": (folder or path).stat().st_mtime}
     try:
-        config = json.loads((path / adapter.CONFIG).read_text(encoding="utf-8"))
+        config = adapter.read_config(path)
         name = {"ADALORA": "AdaLoRA"}.get(config["peft_type"], "DoRA" if config.get("use_dora") else "LoRA")
         entry["kind"] = f"{name} r={config.get('target_r') if name == 'AdaLoRA' else config['r']}"
         entry["base"] = config.get("base_model_name_or_path")
         entry["time"] = (path / adapter.CONFIG).stat().st_mtime
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        entry["state"] = f"not readable: {error!r}"
+    except InputError as error:
+        entry["state"] = f"damaged: {error}"
+    except (OSError, KeyError, TypeError) as error:
+        entry["state"] = f"damaged: {path / adapter.CONFIG}: {error!r}"
     return entry
 
 
@@ -134,6 +136,9 @@ def combine(folders, weights, config, trust_remote_code, out):
             raise InputError(f"adapter {folder}: DoRA rescales the weight, so that such adapters do not add up")
     # PEFT wants a model to put the adapters on; their sum does not depend on its weights, so it gets none
     model = base_model.on_meta(config, trust_remote_code)
+    layers = adapter.shapes(model)
+    for one in read:
+        one.refuse_mismatch(layers, {}, {}, ())
     base_model.replace_by_stand_ins(model)
     names = [f"adapter{number}" for number in range(len(folders))]
     peft_model = PeftModel.from_pretrained(model, folders[0], adapter_name=names[0])

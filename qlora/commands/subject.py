@@ -47,6 +47,7 @@ def open_subject(target, overrides=()) -> Subject:
         raise InputError(f"no run and no model at {target}; `qlora train RECIPE` makes a run")
     section = Model(name_or_path=str(target))
     checkpoint = base_model.find(section)
+    base_model.load_config(checkpoint, section)  # what is wrong with config.json is said of that file
     tokenizer = base_model.load_tokenizer(checkpoint.folder, section)
     chat.set_template(tokenizer, None)
     with console.status(f"loading {target}"):
@@ -58,6 +59,7 @@ def _open_run(run, overrides):
     from .. import adapter
 
     recipe = Recipe.load(run.recipe_file, overrides)
+    adapter.read_config(run.adapter)  # what is wrong with it is said before the tokenizer in it is read
     checkpoint = base_model.find(recipe.model)
     refuse_changed_base(run, checkpoint)
     tokenizer = load_tokenizer(run, recipe.model, checkpoint)
@@ -111,11 +113,18 @@ def load_tokenizer(run, section, checkpoint):
 
 def refuse_changed_base(run, checkpoint):
     """Raise InputError unless the base's files hash to what the run recorded; names the files that changed."""
-    recorded = run.environment()["base_model"]["sha256"]
+    refuse_other_base(run.path, run.environment()["base_model"]["sha256"], checkpoint, "model.name_or_path=FOLDER")
+
+
+def refuse_other_base(name, recorded, checkpoint, how):
+    """Raise InputError unless the base's files hash to `recorded`, what was written when `name` was trained.
+
+    how: the model to take can be named.
+    """
     found = checkpoint.file_hashes()
     changed = sorted(name for name in recorded.keys() | found.keys() if recorded.get(name) != found.get(name))
     if changed:
         raise InputError(
-            f"{checkpoint.folder}: not the base that {run.path} was trained on ({', '.join(changed)} differ); "
-            "give the model it was trained on with model.name_or_path=FOLDER"
+            f"{checkpoint.folder}: not the base that {name} was trained on ({', '.join(changed)} differ); "
+            f"give the model it was trained on with {how}"
         )

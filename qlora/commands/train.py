@@ -134,6 +134,7 @@ def _train(recipe, resumed):
             with new_folder(run.adapter) as folder:
                 adapter.save(model, folder, checkpoint.name_or_path, checkpoint.revision)
                 tokenizer.save_pretrained(folder)
+                adapter.seal(folder, hashes)
     console.say(
         f"trained {result.steps} steps, {result.tokens:,} tokens in {console.duration(result.seconds)} "
         f"({result.tokens / result.seconds:,.0f} tokens/s), {_peak(result, predicted)}; "

@@ -17,7 +17,7 @@ from ..rundir import RunDir
 from . import console
 from .adapters import combine, parse_weighted
 from .described import origin_of
-from .subject import load_tokenizer, refuse_changed_base
+from .subject import load_tokenizer, refuse_changed_base, refuse_other_base
 
 
 @dataclass
@@ -170,6 +170,8 @@ def _of_adapter(folder, base, overrides):
             "was trained on 16 bit: quantization=null"
         )
     checkpoint = base_model.find(recipe.model)
+    if isinstance(recorded := adapter.base_of(folder), dict):
+        refuse_other_base(folder, recorded, checkpoint, "--model")
     config = base_model.load_config(checkpoint, recipe.model)
     has_tokenizer = (folder / "tokenizer.json").is_file()
     tokenizer = base_model.load_tokenizer(folder if has_tokenizer else checkpoint.folder, recipe.model)

@@ -15,8 +15,9 @@ import re
 from dataclasses import dataclass
 
 import jinja2
+import jinja2.sandbox
 
-from .. import document
+from .. import bounded, files
 from ..errors import InputError
 from .formats import Conversation
 
@@ -47,6 +48,7 @@ FALLBACK_TEMPLATE = """\
 
 _MARK = "\ue000mark\ue000"  # private use: stands in no template
 _AS_TEXT, _END = "\ufdd0", "\ufdd1"  # around a control token that a row holds as text; no text may hold these two
+_LONG = 2**22  # characters: some seconds of tokenizing
 _PROBE = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "WORDS"}]
 
 
@@ -78,7 +80,7 @@ def template_text(tokenizer, chat_template, new_tokens=()):
     if chat_template is None:
         return FALLBACK_TEMPLATE
     try:
-        return document.read(chat_template, "data.chat_template")
+        return files.read(chat_template, "data.chat_template")
     except FileNotFoundError:
         raise InputError(f"data.chat_template {chat_template}: there is no such file, and it is not chatml") from None
 
@@ -88,7 +90,7 @@ def set_template(tokenizer, chat_template):
     in words.
 
     Raises:
-        InputError: the file is missing or is not a Jinja template, or ChatML's markers are not tokens.
+        InputError: the file is missing or is not a Jinja template that ends, or ChatML's markers are not tokens.
     """
     if chat_template == "chatml":
         return _set_chatml(tokenizer)
@@ -96,7 +98,7 @@ def set_template(tokenizer, chat_template):
         tokenizer.chat_template = template_text(tokenizer, chat_template)
         try:
             render(tokenizer, _PROBE)
-        except ValueError as error:
+        except (ValueError, InputError) as error:
             raise InputError(f"data.chat_template {chat_template}: {error}") from None
         return f"from {chat_template}"
     if tokenizer.chat_template:
@@ -124,24 +126,69 @@ def _adds_bos(tokenizer):
     return tokenizer.bos_token_id is not None and tokenizer("x").input_ids[:1] == [tokenizer.bos_token_id]
 
 
-def render(tokenizer, messages, add_generation_prompt=False, tools=None):
+def render(tokenizer, messages, add_generation_prompt=False, tools=None, **variables):
     """Return the template's string for `messages`.
 
     Raises:
         ValueError: the template refuses the conversation; says why.
+        InputError: it is no Jinja template, reaches out of its sandbox, or runs on and on; it would in other rows too.
     """
-    try:
+
+    def rendered():
         return tokenizer.apply_chat_template(
-            messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
+            messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt, **variables
         )
-    except (jinja2.TemplateError, TypeError, LookupError, AttributeError) as error:
+
+    try:
+        text = bounded.call(rendered)
+    except bounded.TookTooLong:
+        raise _hostile(f"was still running after {bounded.SECONDS} seconds on one conversation") from None
+    except MemoryError:
+        raise _hostile(f"asks for more than {bounded.BYTES >> 20:,} MiB of memory for one conversation") from None
+    except jinja2.TemplateSyntaxError as error:
+        raise _hostile(f"is not a Jinja template: line {error.lineno}: {error.message}") from None
+    except jinja2.sandbox.SecurityError as error:
+        raise _hostile(f"does what a template must not: {error}") from None
+    except (jinja2.TemplateError, TypeError) as error:
         raise ValueError(f"the chat template refuses this conversation: {error}") from None
+    except Exception as error:  # a program that others wrote: it divides by zero, calls itself without end, ...
+        what = f"{type(error).__name__}: {error}"
+        raise ValueError(f"the chat template refuses this conversation: {what}") from None
+    if len(text) > _LONG and len(text) > 10 * _size([messages, tools]):
+        raise _hostile(f"makes {len(text):,} characters of one conversation")
+    return text
+
+
+def _hostile(what):
+    return InputError(f"the chat template {what}; give another data.chat_template, a file or chatml")
+
+
+def _size(value):
+    """Return the number of characters in a nest of lists and dicts."""
+    if isinstance(value, (list, tuple)):
+        return sum(map(_size, value))
+    if isinstance(value, dict):
+        return _size([*value.keys(), *value.values()])
+    return len(str(value))
 
 
 def encode_prompt(tokenizer, messages, tools=None):
-    """Return the token ids of what the model is shown before it answers; control tokens in `messages` stay text."""
+    """Return the token ids of what the model is shown before it answers; control tokens in `messages` stay text.
+
+    Raises:
+        ValueError: the template refuses the conversation, or leaves a message out.
+    """
     messages, tools = _with_marks(tokenizer, messages, tools)
-    return _tokenize(tokenizer, render(tokenizer, messages, True, tools)).ids
+    text = render(tokenizer, messages, True, tools)
+    if not _holds(text, messages, tools):  # it may change words, as one does that takes control tokens out
+        asked = [message for message in messages if message["role"] != "assistant"]
+        shown = render(tokenizer, [{**message, "content": _MARK} for message in messages], True, tools).count(_MARK)
+        if shown < len(asked):
+            raise ValueError(
+                f"the chat template leaves out {len(asked) - shown} of the {len(asked)} messages that are not the assistant's; "
+                "give another data.chat_template"
+            )
+    return _tokenize(tokenizer, text).ids
 
 
 def encode(tokenizer, conversation: Conversation, train_on="assistant") -> list[Example]:

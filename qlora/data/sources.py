@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .. import document
+from .. import files
 from ..errors import InputError
 
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
@@ -164,7 +164,7 @@ def _expand(path):
 
 def _open(path):
     try:
-        return document.open_file(path, "the data file")
+        return files.open_file(path, "the data file")
     except FileNotFoundError:
         raise InputError(f"no data file at {path} (looked in {Path.cwd()})") from None
 

@@ -268,8 +268,8 @@ def _results(chunks, job, workers):
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     try:
         with concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, (job,)) as pool:
+            waiting = collections.deque()
             try:
-                waiting = collections.deque()
                 for chunk in chunks:
                     with warnings.catch_warnings():
                         # the children tokenize and end; they touch no thread's lock

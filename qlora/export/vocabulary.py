@@ -223,7 +223,7 @@ def _add_special(writer, tokenizer, stops):
         _refuse("it has no end token, for which llama.cpp takes token 11")
     if tokenizer.bos_token_id is None and tokenizer.chat_template:
         turns = [{"role": "user", "content": "x"}]
-        if "\ue000" in tokenizer.apply_chat_template(turns, tokenize=False, bos_token="\ue000"):
+        if "\ue000" in chat.render(tokenizer, turns, bos_token="\ue000"):
             _refuse("the chat template writes a start token, which there is none of; llama.cpp would write token 11")
     eos = tokenizer.eos_token_id if tokenizer.eos_token_id in stops or not stops else min(stops)
     names = dict(zip(stops, tokenizer.convert_ids_to_tokens(list(stops)), strict=True))

@@ -72,7 +72,7 @@ def test_runs_adapters_and_what_is_damaged_are_listed_with_their_scores(two, tmp
     assert found["one"]["eval_loss"] == last["eval_loss"]
     assert found["deeper/other"]["kind"] == "LoRA r=6"
     assert found["unfinished"]["state"] == "unfinished"
-    assert found["damaged"]["state"].startswith("not readable")
+    assert found["damaged"]["state"].startswith("damaged: ")
     assert found["one/checkpoints/checkpoint-2"]["loss"] is None
     shown = capsys.readouterr().out
     assert "5 in" in shown

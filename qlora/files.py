@@ -1,0 +1,116 @@
+"""Files that others wrote: opened, read within bounds as what they should be, or named as what they are instead."""
+
+from __future__ import annotations
+
+import json
+import stat
+from pathlib import Path
+
+from .errors import InputError
+
+MAX_BYTES = 256 * 2**10  # of a recipe or a template: a second to read
+_LARGEST_JSON = 2**28  # bytes; the largest tokenizer.json and shard indexes take a tenth of it
+_WEB_PAGE = (b"<!doctype", b"<html", b"<?xml", b"<head", b"<body")
+_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+def open_file(path, what):
+    """Return the ordinary file at `path`, open for reading bytes. what: what it is, for messages.
+
+    Raises:
+        FileNotFoundError: there is none.
+        InputError: it is a folder, a pipe or a device, which may have no end, or it cannot be read.
+    """
+    try:
+        mode = Path(path).stat().st_mode
+        if stat.S_ISREG(mode):
+            return open(path, "rb")
+        reason = "it is a folder" if stat.S_ISDIR(mode) else "it is a pipe or device; save it into a file"
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: a name that holds U+0000
+        reason = getattr(error, "strerror", None) or str(error)
+    raise InputError(f"cannot read {what} {path}: {reason}")
+
+
+def read(path, what):
+    """Return the text of a file that is no longer than a recipe or a template.
+
+    Raises:
+        FileNotFoundError: there is none.
+        InputError: it cannot be read, is too large, or is not UTF-8 (with the line).
+    """
+    with open_file(path, what) as file:
+        raw = file.read(MAX_BYTES + 1)
+    if len(raw) > MAX_BYTES:
+        raise InputError(f"cannot read {what} {path}: it is larger than {MAX_BYTES:,} bytes; is it another file?")
+    found = _instead(raw[:512]) if raw else None
+    if found is not None:
+        raise InputError(f"{path} {found}")
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise InputError(
+            f"{path} line {line}: not UTF-8 (byte 0x{raw[error.start]:02x}); save the file as UTF-8"
+        ) from None
+
+
+def instead(path):
+    """Return in words what a file is that cannot be what its name says, and the remedy; None if nothing gives it away."""
+    with open(path, "rb") as file:
+        return _instead(file.read(512))
+
+
+def _instead(head):
+    start = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if not head:
+        return "is empty; download it again"
+    if head.startswith(_POINTER):
+        return (
+            "is a Git LFS pointer, not the file it stands for; run `git lfs pull` in its folder, or download it again"
+        )
+    if start.startswith(_WEB_PAGE):
+        return "is a web page, so the download did not get the file (a login, or a wrong address); download it again"
+    if not any(head):
+        return "is filled with zeros, as an interrupted download leaves it; download it again"
+    return None
+
+
+def refuse_instead(path):
+    """Raise InputError if the file is empty, a Git LFS pointer, a web page or zeros; says which."""
+    try:
+        found = instead(path)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}; it cannot be read") from None
+    if found is not None:
+        raise InputError(f"{path} {found}")
+
+
+def read_object(path):
+    """Return the dict in a JSON file.
+
+    Raises:
+        InputError: it cannot be read, is no JSON, no object, holds NaN, or is nested too deeply or too large.
+    """
+    path = Path(path)
+    refuse_instead(path)
+    if path.stat().st_size > _LARGEST_JSON:
+        raise InputError(f"{path} has {path.stat().st_size:,} bytes, which no such file has; download it again")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"), parse_constant=_constant)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}; it cannot be read") from None
+    except RecursionError:
+        raise InputError(f"{path} is nested too deeply for what it should be; download it again") from None
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON: {error}; mend it or download it again") from None
+    if not isinstance(found, dict):
+        raise InputError(f"{path} holds a {type(found).__name__}, not a JSON object; download it again")
+    return found
+
+
+def _constant(name):
+    if name == "NaN":
+        raise ValueError("NaN, which is no number")
+    return float(name)  # Infinity: state-space models have limits that are none

@@ -318,8 +318,6 @@ def load(checkpoint, section, quantization, device=None, dtype=DTYPE_WHEN_QUANTI
 
     device = torch.device(device or default_device())
     num_rows = load_config(checkpoint, section).get_text_config().vocab_size
-    if device.type != "meta":  # where nothing is read
-        _refuse_not_finite(checkpoint)
     bnb = quantization and BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=quantization.quant_type,
@@ -327,6 +325,8 @@ def load(checkpoint, section, quantization, device=None, dtype=DTYPE_WHEN_QUANTI
         bnb_4bit_compute_dtype=dtype_of(quantization.compute_dtype),
     )
     try:
+        if device.type != "meta":  # where nothing is read
+            _refuse_not_finite(checkpoint)
         model, info = AutoModelForCausalLM.from_pretrained(
             checkpoint.folder,
             config=_read_config(checkpoint, section),
@@ -339,6 +339,8 @@ def load(checkpoint, section, quantization, device=None, dtype=DTYPE_WHEN_QUANTI
             ignore_mismatched_sizes=True,  # reported like the rest, below; nothing is let through
             output_loading_info=True,
         )
+    except InputError:
+        raise
     except Exception as error:  # an architecture computes with what its config says, as in on_meta
         if memory.is_refusal(error):
             raise DoesNotFit(

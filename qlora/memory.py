@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import resource
 import sys
@@ -12,6 +13,11 @@ import psutil
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+# oneDNN, and torch above it, keep the compiled code of the last 1,024 products, and each number of rows is another: on a CPU,
+# batches of joined rows add half a GiB in 150 steps (docs/log.md). Both read this when they first multiply. A step has fewer.
+for _cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+    os.environ.setdefault(_cache, "64")
 
 # of c10's allocator for the CPU; of CUDA where memory is pinned; of oneDNN when it gets none for its code (torch 2.13)
 _REFUSALS = ("can't allocate memory", "CUDA error: out of memory", "could not create a primitive")

@@ -7,4 +7,9 @@ python scripts/quickstart_model.py >/dev/null # the real model that some tests u
 ruff check .
 ruff format --check .
 mypy
-exec python -m pytest -m "${QLORA_TESTS:-not slow and not gpu}" "$@"
+tests=${QLORA_TESTS:-not slow and not gpu}
+# tests side by side, one thread each: tiny models have no work for two. One GPU takes one test at a time.
+cores=$(getconf _NPROCESSORS_ONLN)
+workers=$((cores < 4 ? cores : 4))
+[ "$tests" = gpu ] && workers=0 || export OMP_NUM_THREADS=1
+exec python -m pytest -m "$tests" -n "$workers" --dist worksteal "$@"

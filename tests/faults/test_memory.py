@@ -1,6 +1,7 @@
 """Memory that is refused for real: the system's limit on this process' memory, not an exception made up by a test."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -105,3 +106,31 @@ def test_a_model_that_cannot_be_loaded_for_want_of_memory_is_not_called_broken(r
     assert "was loaded: " in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run" / "adapter").exists()
+
+
+MANY_SIZES = """
+import torch
+from qlora import memory
+W = torch.randn(576, 1536, dtype=torch.bfloat16)
+def products(sizes):
+    for size in sizes:
+        (torch.ones(size, 1536, dtype=torch.bfloat16, requires_grad=True) @ W.T).sum().backward()
+products(range(500, 520))
+before = memory.anonymous_bytes()
+products(range(520, 820))
+print(memory.anonymous_bytes() - before)
+"""
+
+
+def test_batches_of_many_sizes_do_not_fill_the_memory_with_code():
+    """Two-sided: with what the libraries do by themselves it grows, where they have such caches at all."""
+    capacity = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "1024", "LRU_CACHE_CAPACITY": "1024"}
+    bare = {name: value for name, value in os.environ.items() if name not in capacity}
+    grown = []
+    for env in (bare, bare | capacity):
+        done = subprocess.run([sys.executable, "-c", MANY_SIZES], env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        grown.append(int(done.stdout))
+    if grown[1] < 200 * 2**20:
+        pytest.skip(f"this CPU's products need no code of their own: {grown[1]:,} bytes more by default")
+    assert grown[0] < grown[1] / 2

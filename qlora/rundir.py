@@ -24,7 +24,7 @@ import shutil
 import uuid
 from pathlib import Path
 
-from .errors import InputError
+from .errors import InputError, Interrupted
 from .recipe import Recipe
 
 
@@ -242,11 +242,14 @@ class RunDir:
     def create(cls, recipe: Recipe):
         """Yield a new run folder at `recipe.output_dir` that holds the resolved recipe, locked while the block runs.
 
+        Nothing of it is left where the block finds an input wrong, or is interrupted, before training has begun.
+
         Raises:
             InputError: it holds something already, is a file, or cannot be written; or another process has it.
         """
         run = cls(recipe.output_dir)
         run.refuse_used()
+        made = not run.path.exists()
         try:
             run.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -254,7 +257,20 @@ class RunDir:
         with run.locked():
             run.refuse_used()  # another process may have come first
             run.write_recipe(recipe)
-            yield run
+            try:
+                yield run
+            except (InputError, Interrupted):
+                if not run.metrics_file.exists():
+                    run._remove(made)
+                raise
+
+    def _remove(self, folder_too):
+        """Remove what a run has written that has not begun to train."""
+        mine = (self.recipe_file, self.environment_file, self.data_report_file, self.proof_rows_file, self.memory_file)
+        for file in (*mine, self.lock_file):
+            file.unlink(missing_ok=True)
+        if folder_too and not any(self.path.iterdir()):
+            self.path.rmdir()
 
     def write_recipe(self, recipe):
         try:

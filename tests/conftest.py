@@ -2,9 +2,12 @@
 
 import json
 import os
+import signal
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # the suite needs no network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a suite in the background; what it starts must not inherit that
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 import torch

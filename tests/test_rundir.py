@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from qlora.errors import InputError
+from qlora.errors import DoesNotFit, InputError, Interrupted
 from qlora.rundir import RunDir, new_folder, refuse_nonempty, write_json
 
 
@@ -74,3 +74,31 @@ def test_an_output_dir_that_cannot_be_made_is_an_input_error(tmp_path, make_reci
     for folder, expected in (("file/run", "choose another folder"), ("file", "is a file")):
         with pytest.raises(InputError, match=expected), RunDir.create(make_recipe(output_dir=str(tmp_path / folder))):
             pass
+
+
+def fail(recipe, error, name):
+    """Begin a run that writes the file `name` of its folder, and ends with `error`."""
+    with RunDir.create(recipe) as run:
+        getattr(run, name).write_text("{}")
+        raise error
+
+
+@pytest.mark.parametrize("error", [InputError("wrong"), Interrupted(15)])
+def test_a_run_that_has_not_begun_to_train_leaves_nothing(tmp_path, make_recipe, error):
+    recipe, folder = make_recipe(output_dir=str(tmp_path / "run")), tmp_path / "run"
+    with pytest.raises(type(error)):
+        fail(recipe, error, "environment_file")
+    assert not folder.exists()
+    folder.mkdir()  # of the user
+    with pytest.raises(type(error)):
+        fail(recipe, error, "environment_file")
+    assert list(folder.iterdir()) == []
+    with pytest.raises(type(error)):
+        fail(recipe, error, "metrics_file")
+    assert RunDir(folder).recipe_file.exists()
+
+
+def test_what_was_measured_before_memory_ran_out_is_kept(tmp_path, make_recipe):
+    with pytest.raises(DoesNotFit):
+        fail(make_recipe(output_dir=str(tmp_path / "run")), DoesNotFit(""), "memory_file")
+    assert RunDir(tmp_path / "run").memory_file.exists()

@@ -126,7 +126,9 @@ class _Reader:
 
     def aliased(self, event):
         if event.anchor not in self.anchors:
-            raise self.refusal(event, f"*{event.anchor} has no &{event.anchor} before it")
+            raise self.refusal(
+                event, f'*{event.anchor} has no &{event.anchor} before it; a text is put in quotes: "*..."'
+            )
         if self.anchors[event.anchor] is None:
             raise self.refusal(event, f"*{event.anchor} stands inside of what it names")
         made, count = self.anchors[event.anchor]

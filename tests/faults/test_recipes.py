@@ -348,6 +348,7 @@ TOKENS = [
     HF_TOKEN,
     "sk-proj-" + "a1B2" * 10,
     "sk-ant-api03-" + "a1B2" * 10,
+    "sk-or-v1-" + "a1b2" * 16,
     "ghp_" + "a1B2" * 9,
     "github_pat_" + "a1B2" * 9,
     "glpat-" + "a1B2" * 5,

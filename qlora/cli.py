@@ -247,7 +247,7 @@ def main():
     # None: this process was started without one
     sys.stdout, sys.stderr = (stream and _Lasting(stream) for stream in (sys.stdout, sys.stderr))
     sys.excepthook = _show_bug
-    with handled():
+    with handled(leaves=True):
         _main()
 
 

@@ -328,5 +328,5 @@ class _Lasting:
             action()
         except OSError as error:
             if error.errno not in (errno.EPIPE, errno.EIO):
-                raise
+                raise OSError(error.errno, error.strerror, self._stream.name) from None
             os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())

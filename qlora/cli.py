@@ -247,7 +247,7 @@ def main():
     # None: this process was started without one
     sys.stdout, sys.stderr = (stream and _Lasting(stream) for stream in (sys.stdout, sys.stderr))
     sys.excepthook = _show_bug
-    with handled():
+    with handled(leaves=True):
         _main()
 
 
@@ -328,5 +328,5 @@ class _Lasting:
             action()
         except OSError as error:
             if error.errno not in (errno.EPIPE, errno.EIO):
-                raise
+                raise OSError(error.errno, error.strerror, self._stream.name) from None
             os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())

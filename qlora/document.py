@@ -7,6 +7,7 @@ constructors: what comes out is None, bool, int, float, str, list and dict, what
 from __future__ import annotations
 
 import copy
+import re
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
@@ -60,7 +61,10 @@ class _Reader:
 
     def next(self):
         try:
-            return next(self._events)
+            event = next(self._events)
+            if isinstance(event, ScalarEvent) and re.search("[\ud800-\udfff]", event.value):
+                raise self.refusal(event, "half of a surrogate pair, which is no text; write the character itself")
+            return event
         except MarkedYAMLError as error:
             raise InputError(f"{self.where}{_lines_of(error)}: not valid YAML: {_problem(error)}") from None
         except ReaderError as error:
@@ -126,7 +130,9 @@ class _Reader:
 
     def aliased(self, event):
         if event.anchor not in self.anchors:
-            raise self.refusal(event, f"*{event.anchor} has no &{event.anchor} before it")
+            raise self.refusal(
+                event, f'*{event.anchor} has no &{event.anchor} before it; a text is put in quotes: "*..."'
+            )
         if self.anchors[event.anchor] is None:
             raise self.refusal(event, f"*{event.anchor} stands inside of what it names")
         made, count = self.anchors[event.anchor]
@@ -172,4 +178,6 @@ def _lines_of(error):
 
 def _problem(error):
     problem = error.problem or error.context
+    if "<document start>" in problem:
+        return "this is no part of the mapping before it; is it a recipe?"
     return f"{problem}; indent with spaces" if "'\\t'" in problem else problem

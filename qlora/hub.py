@@ -89,9 +89,10 @@ def send(files, repo, public, message):
 
 
 def _refuse_used(info, files, public):
-    if info.private is False and not public:
+    if info.private is not None and info.private == public:
+        found, remedy = ("private", "leave --public out") if info.private else ("public", "say --public")
         raise InputError(
-            f"{info.id} is there already and public; say --public, make it private on the hub, or choose another name"
+            f"{info.id} is there already and {found}; {remedy}, change that on the hub, or choose another name"
         )
     others = sorted({sibling.rfilename for sibling in info.siblings or ()} - files.keys() - _OWN)
     if others:

@@ -19,17 +19,20 @@ class Stop:
 
 _came = False  # a signal, in this process
 _owner = None  # the process that handles them; not its forks
+_leaves = False  # at the second: whether that process ends
+_before: dict = {}  # number -> what was done before
 _noted: Stop | None = None  # where the first is written instead of being raised
 
 
 @contextlib.contextmanager
-def handled():
-    """Raise Interrupted at the first SIGINT or SIGTERM in the block, end the process at the second; ignore SIGHUP.
+def handled(leaves=False):
+    """Raise Interrupted at the first SIGINT or SIGTERM in the block; ignore SIGHUP.
 
-    What the process was started to ignore stays ignored (nohup, a shell's background jobs). Off the main thread, and
-    within another such block, nothing changes.
+    leaves: at the second the process ends, with those that it began. Without it, in a program or notebook of somebody
+    else, the second does what it did before the block. What the process was started to ignore stays ignored (nohup, a
+    shell's background jobs). Off the main thread, and within another such block, nothing changes.
     """
-    global _came, _owner
+    global _came, _owner, _leaves, _before
     if _owner == os.getpid() or threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -41,7 +44,7 @@ def handled():
     hook = sys.unraisablehook
     for number in before:
         signal.signal(number, wanted[number])
-    _owner, _came = os.getpid(), False
+    _owner, _came, _leaves, _before = os.getpid(), False, leaves, before
     sys.unraisablehook = lambda dropped: _on_dropped(dropped, hook)
     try:
         yield
@@ -65,11 +68,14 @@ def noted():
 
 def _on_signal(number, frame):
     global _came
-    if os.getpid() != _owner:  # a fork: ended as it would be without us
+    again = _came and os.getpid() == _owner
+    if again and _leaves:
+        _leave(128 + number)
+    elif again and callable(_before[number]):
+        _before[number](number, frame)
+    elif again or os.getpid() != _owner:  # a fork: ended as it would be without us
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
-    elif _came:
-        _leave(128 + number)
     else:
         _came = True
         if _noted is None:

@@ -1,12 +1,14 @@
 """The command line as a user has it: exit codes, messages without tracebacks, JSON for scripts."""
 
 import json
+import os
 import subprocess
 import sys
 import time
 
 import pytest
 
+from qlora import cli
 from tests.conftest import CONVERSATIONS
 
 
@@ -109,3 +111,17 @@ def test_out_of_memory_exits_3_with_a_remedy(recipe_file):
     assert "out of memory: 2 GiB asked for" in done.stderr
     assert "shorter rows" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_full_disk_under_what_is_printed_is_named(monkeypatch, capsys):
+    """As in `qlora adapters > /full/disk/list`."""
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(cli, "app", lambda: cli._Lasting(full).write("x" * 2**20))
+        with pytest.raises(SystemExit, match="2"):
+            cli._main()
+        monkeypatch.undo()
+        with open("/dev/null", "w") as empty:
+            os.dup2(empty.fileno(), full.fileno())  # what is buffered goes there at its end
+    assert capsys.readouterr().err == (
+        "qlora: /dev/full: No space left on device; free some space and run this again\n"
+    )

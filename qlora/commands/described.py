@@ -22,7 +22,12 @@ def origin_of(run) -> Origin:
         base = environment["base_model"]
         return Origin(
             name=run.path.name,
-            base={key: base[key] for key in ("name_or_path", "revision", "sha256")},
+            # without a revision it was a folder here, whatever it is called: models/tiny is no name of the hub
+            base={
+                "name_or_path": base["name_or_path"] if base["revision"] else Path(base["name_or_path"]).name,
+                "revision": base["revision"],
+                "sha256": base["sha256"],
+            },
             data=[(_shown(part["path"], datasets), part["sha256"]) for part in environment["data"]],
             datasets=datasets,
             counts=_counts(run),

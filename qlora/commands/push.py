@@ -11,6 +11,8 @@ from huggingface_hub.utils import disable_progress_bars
 from .. import adapter, base_model, hub
 from ..errors import InputError, Interrupted
 from ..export.card import adapter_card, addressed, shown_name
+from ..files import read as read_text
+from ..files import read_object
 from ..rundir import RunDir
 from . import console
 from .described import origin_of
@@ -49,7 +51,7 @@ def push(target, repo, *, public=False, base=None, license=None, dry_run=False) 
     target = Path(target)
     title = repo.rpartition("/")[2]
     files = _of_run(RunDir.open(target), base, title) if RunDir.is_run(target) else _of_model(target)
-    text = files[CARD] if isinstance(files[CARD], str) else files[CARD].read_text(encoding="utf-8")
+    text = files[CARD] if isinstance(files[CARD], str) else read_text(files[CARD], "the card")
     try:
         text = addressed(text, repo, base, license)
     except InputError as error:
@@ -117,14 +119,14 @@ def _of_model(folder):
     if stored < report["bytes"]:
         raise InputError(f"{folder}: its weights are {stored:,} bytes, {report['bytes']:,} were exported; export again")
     names = [*_OF_MODEL, *_TOKENIZER, *sorted(set(weights.values())), CARD]
-    served = report.get("gguf")
-    names += [served["file"], served["modelfile"]] if served else []
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    names += [path.name for path in folder.glob("*.py")] if "auto_map" in config else []
+    names += report["served"]
     files = _there(folder, [name for name in names if name])
     for needed in ("config.json", "tokenizer.json", CARD):
         if needed not in files:
             raise InputError(f"{folder}: {needed} is missing; export again")
+    found = {name: read_object(path) for name, path in files.items() if path.suffix == ".json"}
+    if "auto_map" in found["config.json"]:
+        files |= _there(folder, [path.name for path in folder.glob("*.py")])
     kept = sorted({path.name for path in folder.iterdir()} - files.keys())
     if kept:
         console.say(f"          stays here: {', '.join(kept)}")
@@ -134,7 +136,8 @@ def _of_model(folder):
 def _read_report(folder):
     try:
         report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
-        proven, size = report["verified"] is True, int(report["bytes"])
+        proven, size, served = report["verified"] is True, int(report["bytes"]), report.get("gguf")
+        served = [served["file"], served["modelfile"]] if served else []
     except FileNotFoundError:
         raise InputError(
             f"{folder} is no export: it has no {REPORT}; `qlora export RUN --out FOLDER` makes one"
@@ -143,7 +146,7 @@ def _read_report(folder):
         raise InputError(f"{folder / REPORT}: not what export wrote ({error!r}); export again") from None
     if not proven:
         raise InputError(f"{folder} was exported without its proof; export again, without export.verify: off")
-    return {**report, "bytes": size}
+    return {"bytes": size, "served": served}
 
 
 def _there(folder, names):

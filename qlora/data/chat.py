@@ -19,7 +19,7 @@ import jinja2.sandbox
 
 from .. import bounded, files
 from ..errors import InputError
-from .formats import Conversation
+from .formats import Conversation, refuse_surrogates
 
 IGNORE_INDEX = -100  # what cross_entropy skips
 
@@ -176,8 +176,10 @@ def encode_prompt(tokenizer, messages, tools=None):
     """Return the token ids of what the model is shown before it answers; control tokens in `messages` stay text.
 
     Raises:
-        ValueError: the template refuses the conversation, or leaves a message out.
+        ValueError: the template refuses the conversation, or leaves a message out; or a message is no text.
     """
+    for message in messages:
+        refuse_surrogates(f"the message of the {message['role']}", message.get("content") or "")
     messages, tools = _with_marks(tokenizer, messages, tools)
     text = render(tokenizer, messages, True, tools)
     if not _holds(text, messages, tools):  # it may change words, as one does that takes control tokens out

@@ -237,7 +237,7 @@ def _plain_text(value):
         raise ValueError(f"text is {_kind(text)}, not a string")
     if not text.strip():
         raise ValueError("text is empty")
-    _refuse_surrogates("text", text)
+    refuse_surrogates("text", text)
     return Conversation([], text=text)
 
 
@@ -332,7 +332,7 @@ def _message(message, at):
                 raise ValueError(f"{at}.{key} is {_kind(message[key])}, not a string")
             cleaned[key] = message[key]
     for key in ("content", "reasoning_content", "name", "tool_call_id"):
-        _refuse_surrogates(f"{at}.{key}", cleaned.get(key, ""))
+        refuse_surrogates(f"{at}.{key}", cleaned.get(key, ""))
     return cleaned
 
 
@@ -384,12 +384,13 @@ def _refuse_no_json(at, value):
         text = json.dumps(value, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{at} cannot be written as JSON: {error}") from None
-    _refuse_surrogates(at, text)
+    refuse_surrogates(at, text)
 
 
-def _refuse_surrogates(at, text):
+def refuse_surrogates(at, text):
+    """Raise ValueError where `text` is none: a broken escape, or bytes from a terminal that are not UTF-8."""
     if _SURROGATE.search(text):
-        raise ValueError(f"{at} has half of a surrogate pair (broken \\u escape)")
+        raise ValueError(f"{at} has half of a surrogate pair (broken \\u escape, or not UTF-8)")
 
 
 def _kind(value):

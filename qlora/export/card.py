@@ -214,8 +214,10 @@ def addressed(text, repo, base=None, license=None):
     """Return a card for `repo` on the hub: HERE replaced, and base (a hub name) and license in its metadata.
 
     Raises:
-        InputError: it has no metadata, or says something else there.
+        InputError: it has no metadata, or says something else there; or that is no license.
     """
+    if license is not None and re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", license) is None:
+        raise InputError(f"--license {license!r} is not the id of a license, such as apache-2.0, llama3.1 or other")
     parts = re.match(r"---\n(.*?\n)---\n", text, re.DOTALL)
     if parts is None:
         raise InputError("README.md does not begin with metadata between two lines of ---; export again")

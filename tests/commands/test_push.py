@@ -243,6 +243,17 @@ def test_what_is_there_and_public_gets_nothing_that_was_to_be_private(run, hub):
     assert hub.repos["me/mine"]["files"] == {}
     push(run.path, "me/mine", public=True)
     assert hub.repos["me/mine"]["files"].keys() == ADAPTER
+    hub.repos["me/mine"] = {"private": True, "files": {}}
+    with pytest.raises(InputError, match="me/mine is there already and private; leave --public out"):
+        push(run.path, "me/mine", public=True)  # a push does not change who may see it
+    assert hub.repos["me/mine"] == {"private": True, "files": {}}
+
+
+@pytest.mark.parametrize("license", ["a: b", "mit\nbase_model: other/one", "", "Apache 2.0"])
+def test_a_license_that_is_no_identifier_is_refused(run, hub, license):
+    with pytest.raises(InputError, match="is not the id of a license"):
+        push(run.path, "me/mine", license=license)
+    assert hub.sent == []
 
 
 def test_a_dry_run_shows_files_and_card_and_sends_nothing(run, hub, monkeypatch):
@@ -331,6 +342,18 @@ def test_a_base_of_the_hub_is_named_with_its_revision(run, hub, tmp_path):
     assert json.loads(hub.repos["me/mine"]["files"]["adapter_config.json"])["base_model_name_or_path"] == "owner/base"
 
 
+def test_a_base_that_was_a_folder_is_no_name_of_the_hub_wherever_it_is_pushed_from(run, hub, tmp_path):
+    folder = shutil.copytree(run.path, tmp_path / "run")
+    environment = json.loads((folder / "environment.json").read_text())
+    environment["base_model"]["name_or_path"] = "private/tiny"  # relative to where it was trained; not to here
+    (folder / "environment.json").write_text(json.dumps(environment))
+    push(folder, "me/mine")
+    text = hub.repos["me/mine"]["files"]["README.md"].decode()
+    assert huggingface_hub.ModelCard(text).data.base_model is None
+    assert "Base: `tiny`, read from a folder" in text
+    assert "private/tiny" not in text
+
+
 # ---- what is refused -------------------------------------------------------------------------------------------------
 
 
@@ -349,6 +372,10 @@ REFUSED = {
     ),
     "an export without its report": ("model", lambda f: (f / "export_report.json").unlink(), "is no export"),
     "a report that is none": ("model", lambda f: (f / "export_report.json").write_text("[1]"), "not what export wrote"),
+    "a report of another GGUF": ("model", lambda f: change_json(f / "export_report.json", gguf="x"), "not what export wrote"),
+    "a config that is cut off": ("model", lambda f: (f / "config.json").write_text("{"), "config.json is not JSON"),
+    "a tokenizer that is a web page": ("model", lambda f: (f / "tokenizer.json").write_text("<html>"), "is a web page"),
+    "a card that is no text": ("model", lambda f: (f / "README.md").write_bytes(b"\xff"), "README.md line 1: not UTF-8"),
     "weights that are cut off": ("model", lambda f: flip(f / "model.safetensors"), "model.safetensors is not a whole"),
     "no weights": ("model", lambda f: (f / "model.safetensors").unlink(), "no model.safetensors"),
     "a model without its card": ("model", lambda f: (f / "README.md").unlink(), "README.md is missing; export again"),

@@ -342,3 +342,11 @@ def test_chatml_whose_markers_are_new_tokens_closes_turns_with_one(tokenizer_jso
     assert chat.stop_token_ids(tokenizer) == {0, ids["<|im_end|>"]}
     example = encode(tokenizer, messages(TURNS))
     assert trained_pieces(tokenizer, example) == ["Hello there.<|im_end|>", "Ciao!<|im_end|>"]
+
+
+def test_a_prompt_that_is_no_text_is_refused(tokenizer_json):
+    """A terminal's bytes that are not UTF-8 come as halves of surrogate pairs."""
+    tokenizer = make_tokenizer(tokenizer_json)
+    assert chat.encode_prompt(tokenizer, messages([("user", "\xff")]))
+    with pytest.raises(ValueError, match="the message of the system has half of a surrogate pair"):
+        chat.encode_prompt(tokenizer, messages([("system", "\udcff"), ("user", "x")]))

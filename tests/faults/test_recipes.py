@@ -121,7 +121,6 @@ WRONG = {
     ),
     "an escape sequence": ('kernels: "\\e[31m"', line(4, "'\\x1b[31m' is not one of")),
     "an escape sequence as key": ('"\\e[31m": 1', line(4, "'\\x1b[31m': unknown field")),
-    "half a surrogate": ('kernels: "\\ud800"', line(4, "kernels: should be a valid string")),
     "a blank name": (b'model: {name_or_path: " "}\ndata: {train: d}\noutput_dir: o\n', line(1, "should not be blank")),
     "a home in a path": (
         b"model: {name_or_path: m}\ndata: {train: ~/d.jsonl}\noutput_dir: o\n", line(2, "only a shell knows what ~ is")
@@ -182,6 +181,8 @@ WRONG = {
     "an open quote": ("kernels: 'a", line(5, "(in what began in line 4): not valid YAML")),
     "an unknown escape": ('kernels: "\\q"', line(4, "unknown escape character 'q'")),
     "a character past Unicode": ('kernels: "\\U00110000"', ("r.yaml: not valid YAML", "")),
+    "half a surrogate": ('kernels: "\\ud800"', line(4, "half of a surrogate pair")),
+    "rows instead of a recipe": (b'{"text": "a"}\n{"text": "b"}\n', line(2, "no part of the mapping before it; is it")),
     "a Python object": ("lora: !!python/object/apply:os.system [touch canary]", line(4, "python/object/apply:os.system is not")),
     "an unknown tag": ("lora: !mine {r: 4}", line(4, "the tag !mine is not read")),
     "a tag on a number": ("lora: {r: !mine 4}", line(4, "the tag !mine is not read")),
@@ -190,7 +191,7 @@ WRONG = {
     "a set": ("lora: !!set {r}", line(4, "is not read")),
     "YAML 1.1": (b"%YAML 1.1\n---\n" + TOP.encode() + b"lora: {use_dora: yes}\n", line(2, "recipes are YAML 1.2")),
     "YAML 9.9": (b"%YAML 9.9\n---\n" + TOP.encode(), line(1, "not valid YAML")),
-    "an alias of nothing": ("lora: *nothing", line(4, "*nothing has no &nothing before it")),
+    "an alias of nothing": ("lora: *nothing", line(4, "*nothing has no &nothing before it; a text is put in quotes")),
     "an alias of itself": ("lora: &a {r: *a}", line(4, "*a stands inside of what it names")),
     "an alias where it does not belong": ("lora: &a {r: 4}\nexport: *a", line(5, "export.r: unknown field")),
     "a merge key": ("x: &a {r: 4}\nlora:\n  <<: *a", line(6, "merge keys (<<) are not read")),
@@ -348,6 +349,7 @@ TOKENS = [
     HF_TOKEN,
     "sk-proj-" + "a1B2" * 10,
     "sk-ant-api03-" + "a1B2" * 10,
+    "sk-or-v1-" + "a1b2" * 16,
     "ghp_" + "a1B2" * 9,
     "github_pat_" + "a1B2" * 9,
     "glpat-" + "a1B2" * 5,

@@ -139,10 +139,20 @@ def test_no_message_repeats_what_looks_like_a_token(how):
 
 
 def test_no_message_repeats_a_secret_of_the_environment(monkeypatch):
-    monkeypatch.setenv("MY_OWN_TOKEN", "plainwords")
-    monkeypatch.setenv("MY_OWN_VARIABLE", "otherwords")
+    monkeypatch.setenv("MY_OWN_TOKEN", "plainwords2")
+    monkeypatch.setenv("MY_OWN_PASSPHRASE", "correcthorsebatterystaple")
+    monkeypatch.setenv("MY_OWN_VARIABLE", "otherwords2")
     monkeypatch.setenv("SHORT_TOKEN", "a")
-    assert str(InputError("plainwords and otherwords")) == "*** and otherwords"
+    assert str(InputError("plainwords2 and otherwords2")) == "*** and otherwords2"
+    assert str(InputError("correcthorsebatterystaple")) == "***"
+
+
+def test_a_word_or_a_path_in_the_environment_hides_nothing_of_a_message(monkeypatch, tmp_path):
+    monkeypatch.setenv("PASSWORD", "training")
+    monkeypatch.setenv("CI_TOKEN", "Disabled")
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path))
+    text = f"training.seed in {tmp_path}/recipe.yaml: Disabled"
+    assert str(InputError(text)) == text
 
 
 def test_a_traceback_of_a_bug_repeats_no_token(capsys):
@@ -160,6 +170,7 @@ def test_a_traceback_of_a_bug_repeats_no_token(capsys):
     [
         "model.name_or_path org/sk-learn-hf_tiny: no such folder",
         "org/sk-learn-text-classification-of-2024, org/hf_tiny_llama_instruct, Org/sk-Learn-for-everybody-at-home",
+        "data/sk-SK-wikipedia-20240101.jsonl, runs/sk-Llama-3-8B-instruct-lora-r16, xoxo-conversations.jsonl",
         "https://huggingface.co/org/name/resolve/main/config.json?download=true",
         "git@github.com:org/name, ssh://git@host/name, me@host",
         "0123456789abcdef0123456789abcdef01234567",

@@ -194,6 +194,24 @@ def test_a_signal_that_comes_where_python_drops_exceptions_comes_again():
     assert stopped.value.exit_code == 143
 
 
+@pytest.mark.parametrize("number", [INT, TERM])
+def test_in_a_program_of_somebody_else_a_second_signal_does_what_it_did_before(monkeypatch, number):
+    """A notebook, interrupted twice, lives on, and so does what it began; the command line ends, as above."""
+    came = []
+    monkeypatch.setattr(signals, "_leave", lambda code: pytest.fail("the program was ended"))
+    before = signal.signal(number, lambda number, frame: came.append(number))
+    try:
+        with signals.noted() as stop:
+            os.kill(os.getpid(), number)
+            assert (stop.number, came) == (number, [])
+            os.kill(os.getpid(), number)
+            assert came == [number]
+        os.kill(os.getpid(), number)
+        assert came == [number] * 2
+    finally:
+        signal.signal(number, before)
+
+
 # ---- two at once -----------------------------------------------------------------------------------------------------
 
 

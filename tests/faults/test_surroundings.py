@@ -318,6 +318,7 @@ def test_a_gpu_that_others_fill_is_said_to_be_filled(make_recipe, monkeypatch, f
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_gpu_that_another_process_fills_is_refused_before_the_model_is_loaded(make_recipe, monkeypatch):
     code = (
         "import torch, sys; free, _ = torch.cuda.mem_get_info()\n"

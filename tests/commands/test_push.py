@@ -364,7 +364,7 @@ REFUSED = {
         "model", lambda f: change_json(f / "tokenizer_config.json", token=TOKEN), "tokenizer_config.json holds a token"
     ),
     "a run without adapter": ("run", lambda f: shutil.rmtree(f / "adapter"), "did not finish training"),
-    "an adapter that is cut off": ("run", lambda f: flip(f / "adapter" / "adapter_model.safetensors"), "changed since the training"),
+    "an adapter that is cut off": ("run", lambda f: flip(f / "adapter/adapter_model.safetensors"), "changed since the training"),
     "an adapter by itself": ("run/adapter", lambda f: None, "give the run that it lies in"),
     "a run without its record": ("run", lambda f: (f / "metrics.jsonl").unlink(), "is damaged"),
     "a folder of something else": ("run/checkpoints", lambda f: None, "is no export"),

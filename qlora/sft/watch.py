@@ -50,7 +50,8 @@ class Watch:
         self.diverged = True
         return (
             f"the loss has diverged: the median of the last {self.num_steps} steps is {median:.2f} in step {step}, it was "
-            f"{self.lowest[0]:.2f} in step {self.lowest_step}"
+            f"{self.lowest[0]:.2f} in step {self.lowest_step}. Lower training.learning_rate, or, if such losses are right, set "
+            "training.watchdog_steps=null"
         )
 
     def leave_out(self, step, what):

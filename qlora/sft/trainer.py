@@ -194,7 +194,7 @@ class Trainer(SFTTrainer):
         ranks, pattern = self.ranks.state()
         weights = dict(zip(self.trained, self.masters.masters, strict=True))
         parts = {"weights": weights, "optimizer": optimizer, "ranks": ranks}
-        self._refuse_not_finite({"weights": weights, "optimizer": optimizer})
+        self._refuse_not_finite(parts)
         written = self.saving.to.write(
             self.state.global_step,
             {f"{part}/{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()},
@@ -412,6 +412,7 @@ class Saves(TrainerCallback):
         if self.due is None and self.every is not None and step % self.every == 0:
             self.due = step
         if trainer.failure is not None:
+            trainer.evaluation_due = control.should_evaluate
             control.should_training_stop, control.should_evaluate, control.should_log = True, False, True
             control.should_save = kept and not trainer.watch.diverged
             if kept and trainer.watch.diverged:

@@ -131,6 +131,14 @@ def test_a_few_in_a_row_end_the_run_with_a_checkpoint_of_finite_numbers(overflow
     assert (run / "adapter").is_dir()
 
 
+def test_an_evaluation_that_a_failing_step_leaves_is_made_up_for(overflowing, tmp_path):
+    recipe = overflowing(set(range(1, 13)), {99}, eval_steps=3, save_steps=100)
+    for resume, evaluated in ((False, []), (True, [3])):
+        with pytest.raises(TrainingFailed, match="3 in a row"):
+            train(recipe, resume=resume)
+        assert [record["step"] for record in records(tmp_path / "run") if "eval_loss" in record] == evaluated
+
+
 def test_a_run_of_which_no_step_was_taken_makes_no_adapter(overflowing, tmp_path):
     with pytest.raises(TrainingFailed, match=r"no step could be taken, .* look at the rows that .*metrics.jsonl names"):
         train(overflowing(set(range(1, 13)), max_steps=2))

@@ -326,7 +326,7 @@ def load(checkpoint, section, quantization, device=None, dtype=DTYPE_WHEN_QUANTI
     )
     try:
         if device.type != "meta":  # where nothing is read
-            _refuse_not_finite(checkpoint)
+            _refuse_not_finite(checkpoint, section)
         model, info = AutoModelForCausalLM.from_pretrained(
             checkpoint.folder,
             config=_read_config(checkpoint, section),
@@ -383,20 +383,38 @@ def add_rows(model, added, num_rows):
         layer.weight[ids] = mean.to(layer.weight.dtype)
 
 
-def _refuse_not_finite(checkpoint):
+def _refuse_not_finite(checkpoint, section):
     """Raise InputError if a weight in the files holds NaN or infinity; names the tensors.
 
-    In the files, not in the model: the codes of a 4-bit weight cannot say so any more.
+    In the files, not in the model: the codes of a 4-bit weight cannot say so any more. What the architecture leaves in
+    the files may be anything: GPT-NeoX's masked_bias of -1e9 is -inf in float16.
     """
-    wrong = []
+    wrong = {}
     for name in sorted(set(checkpoint.files.values())):
         with safe_open(checkpoint.folder / name, "pt") as file:
             for key in file.keys():  # noqa: SIM118
                 tensor = file.get_tensor(key)  # mapped: what is read here is in memory when the model is loaded
                 if tensor.is_floating_point() and tensor.numel() and not _is_finite(tensor):
-                    wrong.append(f"{key}: holds numbers that are not finite ({name})")
-    if wrong:
-        raise InputError.listing(f"{checkpoint.folder}: the weights are broken; the model", wrong, "download it again")
+                    wrong[key] = f"{key}: holds numbers that are not finite ({name})"
+    unused = _left_in_the_files(checkpoint, section, wrong) if wrong else set()
+    problems = [problem for key, problem in wrong.items() if key not in unused]
+    if problems:
+        raise InputError.listing(
+            f"{checkpoint.folder}: the weights are broken; the model", problems, "download it again"
+        )
+
+
+def _left_in_the_files(checkpoint, section, keys):
+    """Return those of `keys`, names in the files, that the architecture knows and does not read."""
+    model = on_meta(_read_config(checkpoint, section), section.trust_remote_code)
+    patterns = model._keys_to_ignore_on_load_unexpected or ()
+    prefix, read = f"{model.base_model_prefix}.", model.state_dict().keys()
+    return {
+        key
+        for key in keys
+        if any(re.search(pattern, key) for pattern in patterns)
+        and not read & {key, key.removeprefix(prefix), prefix + key}
+    }
 
 
 def _is_finite(tensor):

@@ -126,6 +126,10 @@ class Checkpoints:
                 return path, skipped
         return None, skipped
 
+    def num_bytes(self):
+        """Return what the folders take that are named like checkpoints: those set aside stay, and are not counted."""
+        return sum(file.stat().st_size for path in self._all() for file in path.glob("*"))
+
     def remove_leftovers(self):
         """Remove what a killed process has left half written or half removed. Only under the run's lock."""
         for path in self.folder.glob("step-*.partial"):

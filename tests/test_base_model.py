@@ -1,6 +1,7 @@
 """The base is exactly what the files hold, in NF4 and bfloat16; anything less is an error."""
 
 import json
+import math
 import shutil
 
 import pytest
@@ -430,3 +431,24 @@ def test_a_model_of_such_a_width_is_refused_on_a_cpu_and_trained_without_quantiz
     assert "up_proj" not in str(caught.value)
     section = Model(name_or_path=str(tmp_path))
     assert base_model.load(base_model.find(section), section, None) is not None
+
+
+def test_a_buffer_that_the_architecture_leaves_in_the_files_may_be_infinite(tmp_path, tokenizer):
+    # files of GPT-NeoX in float16 hold a masked_bias of -1e9, which is -inf there, and no code reads it any more
+    config = transformers.GPTNeoXConfig(
+        vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4
+    )
+    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float16).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["gpt_neox.layers.0.attention.masked_bias"] = torch.tensor(-1e9).half()
+    assert tensors["gpt_neox.layers.0.attention.masked_bias"].isinf()
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    model = load(tmp_path)
+    assert len(base_model.quantized_modules(model)) == 4
+    tensors["gpt_neox.layers.0.attention.query_key_value.bias"][0] = math.nan
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        InputError, match=r"1 problem\n  gpt_neox.layers.0.attention.query_key_value.bias: holds numbers that"
+    ):
+        load(tmp_path)

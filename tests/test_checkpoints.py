@@ -136,6 +136,28 @@ def test_a_run_that_is_stopped_and_resumed_is_the_run_that_was_not(recipe_of, ro
     assert_resumed_equals_whole(recipe_of, rows, monkeypatch, *CASES[case])
 
 
+def test_steps_that_are_not_taken_are_the_same_in_a_resumed_run(recipe_of, monkeypatch, capsys):
+    from qlora import sft
+
+    original, trainers = sft.Trainer.compute_loss, []
+
+    def overflowing(self, model, *args, **kwargs):
+        trainers.append(self)
+        broken = model.training and self.state.global_step + 1 in (3, 6)
+        return original(self, model, *args, **kwargs) * float("nan" if broken else 1)
+
+    monkeypatch.setattr(sft.Trainer, "compute_loss", overflowing)
+    settings = {"lora": ADALORA, "eval_steps": 2, "logging_steps": 4, "watchdog_steps": 4}
+    whole = train(recipe_of("whole", **settings))
+    watched = trainers[-1].watch.state()
+    (said,) = re.findall(r" loss (\d.*), held-out", capsys.readouterr().err)
+    resumed = stopped_and_resumed(monkeypatch, recipe_of("resumed", **settings), 2, 3, 6)
+    assert_same_run(whole, resumed)
+    assert [record["step"] for record in computed(whole) if "not_taken" in record] == [3, 6]
+    assert trainers[-1].watch.state() == watched
+    assert re.findall(r" loss (\d.*), held-out", capsys.readouterr().err) == [said]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("case", LONG)
 def test_the_same_stopped_in_every_step(recipe_of, rows, monkeypatch, case):

@@ -205,13 +205,15 @@ def _plan(recipe, prepared, device):
 
 def _refuse_full_disk(recipe, found):
     """Raise InputError where the disk has no room for the checkpoints that will be there at a time, and the adapter."""
+    from ..checkpoints import Checkpoints
+
     training, run = recipe.training, RunDir(recipe.output_dir)
     count = 0
     if training.save_steps is not None:
         saves = None if found.steps is None else -(-found.steps // training.save_steps)
         limit = None if training.save_total_limit is None else training.save_total_limit + 1  # the new one comes first
         count = min((number for number in (saves, limit) if number is not None), default=1)
-    there = sum(file.stat().st_size for file in run.checkpoints.glob("step-*/*"))
+    there = Checkpoints(run.checkpoints, None).num_bytes()
     needed = max(0, count * found.checkpoint_bytes - there) + found.components["adapter"]
     disk = next(path for path in (run.path.absolute(), *run.path.absolute().parents) if path.exists())
     free = shutil.disk_usage(disk).free

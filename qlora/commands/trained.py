@@ -97,7 +97,7 @@ def _of_several(weighted, base, overrides):
     first = found[0]
     for other in found[1:]:
         same = (
-            other.checkpoint.file_hashes() == first.checkpoint.file_hashes()
+            _have_one_base(other.checkpoint, first.checkpoint)
             and other.recipe.quantization == first.recipe.quantization
             and other.modules == first.modules
         )
@@ -124,6 +124,11 @@ def _of_several(weighted, base, overrides):
         origins=tuple(origin for one in found for origin in one.origins),
         temporary=temporary,
     )
+
+
+def _have_one_base(*checkpoints):
+    one, other = checkpoints
+    return one.folder.samefile(other.folder) or one.file_hashes() == other.file_hashes()  # tens of seconds for a 7B
 
 
 def _of_run(run, overrides):
@@ -171,7 +176,8 @@ def _of_adapter(folder, base, overrides):
         )
     checkpoint = base_model.find(recipe.model)
     if isinstance(recorded := adapter.base_of(folder), dict):
-        refuse_other_base(folder, recorded, checkpoint, "--model")
+        how = f"--model, or, if it was changed on purpose, remove {folder / adapter.MANIFEST}"
+        refuse_other_base(folder, recorded, checkpoint, how)
     config = base_model.load_config(checkpoint, recipe.model)
     has_tokenizer = (folder / "tokenizer.json").is_file()
     tokenizer = base_model.load_tokenizer(folder if has_tokenizer else checkpoint.folder, recipe.model)

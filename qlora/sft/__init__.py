@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 import warnings
 from dataclasses import dataclass
@@ -83,7 +84,8 @@ def train(
     pad = DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id)
     trainer = Trainer(
         model=model,
-        watch=Watch(training.watchdog_steps),
+        # of rows that are sorted by length, the first ones say nothing about the others
+        watch=Watch(training.watchdog_steps, **({"first": math.inf} if training.group_by_length else {})),
         args=_config(training, run, model.device, bool(eval_examples)),
         train_dataset=rows.dataset(examples),
         eval_dataset=rows.dataset(eval_examples) if eval_examples else None,
@@ -133,6 +135,7 @@ def train(
             mean_loss = trainer.train(resume_from_checkpoint=saving.resume and str(saving.resume)).training_loss
             if trainer.failure is not None:
                 trainer.refuse_left()
+            trainer.refuse_nothing_taken()
             trainer.refuse_broken_weights()
             eval_loss = trainer.last_evaluation() if eval_examples else None
             trainer.refuse_left()

@@ -194,7 +194,7 @@ class Trainer(SFTTrainer):
         ranks, pattern = self.ranks.state()
         weights = dict(zip(self.trained, self.masters.masters, strict=True))
         parts = {"weights": weights, "optimizer": optimizer, "ranks": ranks}
-        self._refuse_not_finite({"weights": weights, "optimizer": optimizer})
+        self._refuse_not_finite(parts)
         written = self.saving.to.write(
             self.state.global_step,
             {f"{part}/{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()},
@@ -217,6 +217,14 @@ class Trainer(SFTTrainer):
         self.saved_step = self.state.global_step
         if self.saving.on_save is not None:
             self.saving.on_save(written)
+
+    def refuse_nothing_taken(self):
+        """Raise TrainingFailed if no step was taken: too few for `Watch` to say so."""
+        if self.watch.not_taken == self.state.global_step:
+            raise TrainingFailed(
+                "no step could be taken, each had a loss or a gradient that is not finite. Lower training.learning_rate, "
+                f"or look at the rows that {self.recorder.file.name} names"
+            )
 
     def refuse_broken_weights(self):
         """Raise TrainingFailed if a weight is not finite."""
@@ -387,6 +395,7 @@ class Saves(TrainerCallback):
 
     def __init__(self, trainer, every):
         self.trainer, self.every = trainer, every
+        self.due = None  # the step since which a checkpoint is put off
 
     def on_train_begin(self, args, state, control, **kwargs):
         if self.trainer.resumed is not None:
@@ -399,16 +408,26 @@ class Saves(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         trainer, step = self.trainer, state.global_step
-        kept, suspect = trainer.saving.to is not None, trainer.watch.suspects()
+        kept = trainer.saving.to is not None
+        if self.due is None and self.every is not None and step % self.every == 0:
+            self.due = step
         if trainer.failure is not None:
+            trainer.evaluation_due = control.should_evaluate
             control.should_training_stop, control.should_evaluate, control.should_log = True, False, True
             control.should_save = kept and not trainer.watch.diverged
             if kept and trainer.watch.diverged:
                 trainer.saving.to.set_aside(trainer.watch.last_good_step())
         elif kept and trainer.saving.stop.number is not None:
             control.should_save = control.should_training_stop = True
-        elif kept and self.every is not None and (step >= state.max_steps or (step % self.every == 0 and not suspect)):
-            control.should_save = True
+        elif (
+            kept and self.every is not None and (step >= state.max_steps or (self.due is not None and self._may(step)))
+        ):
+            control.should_save, self.due = True, None
+
+    def _may(self, step):
+        """True unless the run may be about to diverge; after so many steps it would have, and its losses are just uneven."""
+        watch = self.trainer.watch
+        return not watch.suspects() or step - self.due >= watch.num_steps
 
 
 class Rehearsal(TrainerCallback):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file
@@ -260,6 +261,7 @@ def test_a_disk_that_is_full_leaves_the_checkpoints_that_are_there(recipe_file, 
 FULL_DISK = """
 import shutil, sys
 from pathlib import Path
+from types import SimpleNamespace
 from qlora import sft
 from qlora.commands.train import train
 from qlora.errors import InputError
@@ -311,6 +313,24 @@ def test_a_disk_that_is_too_small_is_refused_before_training(recipe_file, tmp_pa
         r"3 checkpoints of \d+ KiB and the adapter need [\d,]+ bytes more, [\d,]+ are free; free some, set", said
     )
     assert said.endswith("[]\n")
+
+
+@pytest.mark.parametrize("name", ["step-4", "step-4.diverged-1"])
+def test_what_was_set_aside_makes_no_room(make_recipe, tmp_path, monkeypatch, name):
+    from qlora.commands.train import _refuse_full_disk
+
+    recipe = make_recipe(training={"max_steps": 8, "save_steps": 4, "save_total_limit": None})
+    aside = Path(recipe.output_dir) / "checkpoints" / name
+    aside.mkdir(parents=True)
+    (aside / "tensors.safetensors").write_bytes(bytes(1000))
+    plan = SimpleNamespace(steps=8, checkpoint_bytes=1000, components={"adapter": 100})
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1200))
+    if name == "step-4":  # one of the two is there
+        return _refuse_full_disk(recipe, plan)
+    with pytest.raises(
+        InputError, match="2 checkpoints of 1000 B and the adapter need 2,100 bytes more, 1,200 are free"
+    ):
+        _refuse_full_disk(recipe, plan)
 
 
 @pytest.mark.parametrize("left", [0, 400_000])

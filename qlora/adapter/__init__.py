@@ -135,16 +135,13 @@ def _has_conv1d(model):
     return any(isinstance(module, Conv1D) for module in model.modules())
 
 
-def _matching(field, wanted, names, **restrictions):
+def _matching(wanted, names, **restrictions):
     """Return those of `names` that `wanted` (a regular expression, or a list of names) means, by PEFT's own rules."""
     from peft import LoraConfig
     from peft.tuners.tuners_utils import check_target_module_exists
 
     config = LoraConfig(target_modules=wanted, **restrictions)
-    try:
-        return [name for name in names if check_target_module_exists(config, name)]
-    except re.error as error:
-        raise InputError(f"lora.{field} {wanted!r}: not a regular expression: {error}") from None
+    return [name for name in names if check_target_module_exists(config, name)]
 
 
 def _one_by_one(wanted):
@@ -165,19 +162,19 @@ def _target_names(model, section):
     problems = []
     for field, wanted in (("target_modules", targets), ("exclude_modules", section.exclude_modules or [])):
         for one in _one_by_one(wanted):
-            end = field == "target_modules" and _matching(field, one, ends)
+            end = field == "target_modules" and _matching(one, ends)
             if end:
                 problems.append(
                     f"lora.{field}: {_said(one)} takes no adapter (trl computes the loss from the head's weight alone); "
                     f"modules_to_save: [{end[0].rpartition('.')[2]}] trains it whole, model.new_tokens rows of it"
                 )
-            elif not _matching(field, one, linear):
+            elif not _matching(one, linear):
                 problems.append(f"lora.{field}: {_said(one)} matches no linear layer")
     if problems:
         raise InputError.listing("the recipe", problems, f"this model has: {', '.join(leaves)}")
-    chosen = _matching("target_modules", targets, linear, exclude_modules=section.exclude_modules)
+    chosen = _matching(targets, linear, exclude_modules=section.exclude_modules)
     if section.layers_to_transform is not None:
-        layers = {index: _matching("target_modules", targets, chosen, layers_to_transform=[index])
+        layers = {index: _matching(targets, chosen, layers_to_transform=[index])
                   for index in section.layers_to_transform}  # fmt: skip
         absent = [str(index) for index, found in layers.items() if not found]
         if absent:
@@ -236,12 +233,8 @@ def _refuse_patterns(section, targets):
     problems = []
     for field in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(section, field):
-            try:
-                matches = any(re.match(rf"(.*\.)?({pattern})$", name) for name in targets)  # as PEFT's get_pattern_key
-            except re.error as error:
-                problems.append(f"lora.{field}: {pattern!r} is not a regular expression: {error}")
-            else:
-                problems += [] if matches else [f"lora.{field}: {pattern!r} matches no layer that gets an adapter"]
+            matches = any(re.match(rf"(.*\.)?({pattern})$", name) for name in targets)  # as PEFT's get_pattern_key
+            problems += [] if matches else [f"lora.{field}: {pattern!r} matches no layer that gets an adapter"]
     if problems:
         leaves = sorted({name.rpartition(".")[2] for name in targets})
         raise InputError.listing("the recipe", problems, f"adapters go to: {', '.join(leaves)}")

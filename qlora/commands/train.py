@@ -6,6 +6,7 @@ import contextlib
 import errno
 import importlib.metadata
 import platform
+import shlex
 import shutil
 import subprocess
 import uuid
@@ -51,7 +52,8 @@ def train(recipe: Recipe, resume=False, allow_change=()) -> RunDir:
     except Interrupted as stopped:
         raise Interrupted(stopped.number, f"stopped{_how_to_go_on(run) or ' before the first step'}") from None
     except TrainingFailed as failed:
-        change = " training.learning_rate=LOWER --allow-change training.learning_rate"
+        lower = " training.learning_rate=LOWER --allow-change training.learning_rate"
+        change = lower if "lower training.learning_rate" in str(failed).lower() else ""
         raise TrainingFailed(f"{failed}{_how_to_go_on(run, change)}") from None
 
 
@@ -59,7 +61,7 @@ def _how_to_go_on(run, change=""):
     steps = [path.name.removeprefix("step-") for path in run.checkpoints.glob("step-*")]
     newest = max((int(step) for step in steps if step.isdigit()), default=None)
     if newest is not None:
-        return f"; go on after step {newest} with:  qlora train {run.recipe_file} --resume{change}"
+        return f"; go on after step {newest} with:  qlora train {shlex.quote(str(run.recipe_file))} --resume{change}"
     return f"; remove {run.path} to begin again" if run.recipe_file.exists() else ""
 
 

@@ -6,7 +6,7 @@ import math
 import statistics
 from collections import deque
 
-FEW_IN_A_ROW, FEW = 3, 10  # steps that are not taken, before the run ends
+FEW_IN_A_ROW, FEW, SHARE = 3, 10, 0.01  # steps that are not taken, before the run ends: in a row; in all, and of all
 RISE = 1.0  # nats: a perplexity 2.7 times as high
 _FIRST = 10  # steps whose median is taken for the first one
 _NOISE = 4  # standard errors on either side: losses that only differ do not move a mean so far
@@ -28,11 +28,12 @@ class Watch:
         self.lowest = [math.inf, math.inf]  # median; mean, with what chance may add to it
         self.lowest_step = 0  # of the median
         self.not_taken = self.in_a_row = self.here = 0  # in the whole run, without a break, in this process
+        self.taken_here = 0
         self.diverged = False
 
     def take(self, step, loss):
         """Note a step that was taken; returns what is wrong with the run, or None."""
-        self.in_a_row = 0
+        self.in_a_row, self.taken_here = 0, self.taken_here + 1
         if self.num_steps is None:
             return None
         self.recent.append((step, loss))
@@ -57,7 +58,8 @@ class Watch:
     def leave_out(self, step, what):
         """Note a step that was not taken because of `what`; returns what is wrong with the run, or None."""
         self.not_taken, self.in_a_row, self.here = self.not_taken + 1, self.in_a_row + 1, self.here + 1
-        if self.in_a_row < FEW_IN_A_ROW and self.here < FEW:
+        many = self.here >= FEW and self.here > SHARE * (self.here + self.taken_here)
+        if self.in_a_row < FEW_IN_A_ROW and not many:
             return None
         often = f"{self.in_a_row} in a row" if self.in_a_row >= FEW_IN_A_ROW else f"{self.here} of them"
         return f"{what} in step {step}; it was not taken, nor were others before, {often}"

@@ -286,6 +286,13 @@ def test_a_watch_goes_on_where_it_was():
     assert found == expected is not None
 
 
+def test_one_row_in_many_that_is_never_finite_ends_no_run():
+    watch = Watch(None)
+    for step in range(1, 20_000):
+        assert (watch.leave_out(step, "the loss is nan") if step % 150 == 0 else watch.take(step, 1.0)) is None
+    assert watch.not_taken > 10 * FEW
+
+
 def test_steps_that_are_not_taken_now_and_then_end_a_run_too():
     watch, ended = Watch(None), []
     for step in range(1, 100):

@@ -24,6 +24,7 @@ _HOME = {
     "TrainingFailed": "errors",
     "Interrupted": "errors",
     "train": "commands.train",
+    "plan": "commands.plan",
     "inspect_data": "commands.data",
     "evaluate": "commands.eval",
     "export": "commands.export",

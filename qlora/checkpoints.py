@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from .errors import InputError
-from .rundir import fsync, new_folder, sha256, write_json
+from .rundir import free_disk_bytes, fsync, listed, new_folder, sha256, write_json
 
 MANIFEST, TENSORS, STATE, TRAINER_STATE = "manifest.json", "tensors.safetensors", "state.json", "trainer_state.json"
 _FILES = {TENSORS, STATE, TRAINER_STATE}
@@ -70,18 +70,17 @@ class Checkpoints:
                 self.folder.mkdir(parents=True)
                 fsync(self.folder.parent)
             self._clear(path)
-            if shutil.disk_usage(self.folder).free < num_bytes:  # so that nothing else finds the disk full
+            if free_disk_bytes(self.folder) < num_bytes:  # so that nothing else finds the disk full
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             with new_folder(path) as folder:
                 write_json(folder / STATE, state)
                 write_json(folder / TRAINER_STATE, trainer_state)
                 save_file(tensors, folder / TENSORS)
                 (folder / TENSORS).chmod((folder / STATE).stat().st_mode)  # safetensors ignores the umask: 0600
-                files = {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
-                         for name in sorted(_FILES)}  # fmt: skip
+                files = {name: listed(folder / name) for name in sorted(_FILES)}
                 write_json(folder / MANIFEST, {"format": _FORMAT, "run": self.run, "step": step, "files": files})
         except (OSError, SafetensorError) as error:
-            free = shutil.disk_usage(next(p for p in (self.folder, *self.folder.parents) if p.exists())).free
+            free = free_disk_bytes(self.folder)
             why = getattr(error, "strerror", None) or error
             raise InputError(
                 f"{path}: {why}; a checkpoint takes {num_bytes:,} bytes, {free:,} are free. Older ones are as they were"

@@ -56,6 +56,17 @@ def sha256(path):
     return digest.hexdigest()
 
 
+def listed(path):
+    """Return what a manifest says of a file: {"bytes", "sha256"}."""
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
+
+
+def free_disk_bytes(path):
+    """Return the bytes that are free where `path` is, or will be."""
+    path = Path(path).absolute()
+    return shutil.disk_usage(next(place for place in (path, *path.parents) if place.exists())).free
+
+
 @contextlib.contextmanager
 def new_folder(out, shared=False):
     """Yield `OUT.partial` to fill; rename it to `out` when the block ends well, remove it when it does not.
@@ -322,6 +333,10 @@ class RunDir:
 
     def environment(self):
         return self._read(self.environment_file)
+
+    def records(self):
+        """Return the objects in metrics.jsonl, one a line; OSError or ValueError where they cannot be read."""
+        return [json.loads(line) for line in self.metrics_file.read_text(encoding="utf-8").splitlines()]
 
     def proof_rows(self):
         return self._read(self.proof_rows_file)

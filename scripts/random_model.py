@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, MistralConfig
 
-from qlora.export.writer import Spec, write
+from qlora.exporter.writer import Spec, write
 
 SHAPES = {
     "tiny": lambda vocab: LlamaConfig(

@@ -14,7 +14,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from qlora import base_model, plan
+from qlora import base_model, planner
 from qlora.data import chat
 from qlora.data.formats import Conversation
 from qlora.recipe import Model, Quantization, Recipe
@@ -171,7 +171,7 @@ def cache_of_tokenized_rows(tmp_path_factory):
 @pytest.fixture(scope="session", autouse=True)
 def outlines_are_made_once():
     """Go through a model without numbers once for all trainings of it: 0.7 s each, in some hundred tests."""
-    original, made = plan.outline, {}
+    original, made = planner.outline, {}
 
     def outline(config, *sections):
         key = (config.to_json_string(use_diff=False), repr(sections))
@@ -179,9 +179,9 @@ def outlines_are_made_once():
             made[key] = original(config, *sections)
         return made[key]
 
-    plan.outline = outline
+    planner.outline = outline
     yield
-    plan.outline = original
+    planner.outline = original
 
 
 @pytest.fixture

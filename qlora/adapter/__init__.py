@@ -22,10 +22,22 @@ from .. import base_model
 from ..errors import InputError, TrainingFailed
 from . import start
 from .ranks import SCHEDULE, Ranks
-from .tensors import ADALORA_FIELDS, CONFIG, LORA_FIELDS, MANIFEST, WEIGHTS, Adapter, base_of, read, read_config, seal
+from .tensors import (
+    ADALORA_FIELDS,
+    CONFIG,
+    LORA_FIELDS,
+    MANIFEST,
+    WEIGHTS,
+    Adapter,
+    base_of,
+    kind,
+    read,
+    read_config,
+    seal,
+)
 
 __all__ = ["CONFIG", "MANIFEST", "WEIGHTS", "Adapter", "Ranks", "activate", "add", "attach", "base_of", "first_to_move",
-           "load", "read", "read_config", "refuse_unmoved", "save", "seal", "shapes"]  # fmt: skip
+           "kind", "load", "read", "read_config", "refuse_unmoved", "save", "seal", "shapes"]  # fmt: skip
 
 _PREFIX = "base_model.model."
 _FACTOR = re.compile(r"\.lora_(A|B|E|embedding_A|embedding_B|magnitude_vector)\b")

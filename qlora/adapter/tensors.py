@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 
 from .. import bounded, files
 from ..errors import InputError
-from ..rundir import sha256, write_json
+from ..rundir import listed, write_json
 from .ranks import SCHEDULE
 
 # O out_features, I in_features, R rank, V vocab, N new tokens
@@ -224,13 +224,18 @@ def read_config(folder):
     return config
 
 
+def kind(config):
+    """Return what an adapter of this config is called."""
+    return {"ADALORA": "AdaLoRA"}.get(config["peft_type"], "DoRA" if config.get("use_dora") else "LoRA")
+
+
 def seal(folder, base):
     """Write down what is in an adapter folder that is finished, so that `read` can tell whether it still is.
 
     base: {file name: sha256} of what it was trained on.
     """
     folder = Path(folder)
-    found = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in sorted(folder.iterdir())}
+    found = {path.name: listed(path) for path in sorted(folder.iterdir())}
     write_json(folder / MANIFEST, {"files": found, "base": base})
 
 
@@ -244,14 +249,11 @@ def _refuse_changed(folder):
     """Raise InputError if a file is not as it was when the folder was sealed; that of another tool never was."""
     if not (folder / MANIFEST).is_file():
         return
-    listed = files.read_object(folder / MANIFEST).get("files")
-    if not isinstance(listed, dict):
+    entries = files.read_object(folder / MANIFEST).get("files")
+    if not isinstance(entries, dict):
         raise InputError(f"{folder / MANIFEST}: lists no files; copy the folder again")
     changed = [
-        name
-        for name, entry in listed.items()
-        if not (folder / name).is_file()
-        or entry != {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
+        name for name, entry in entries.items() if not (folder / name).is_file() or entry != listed(folder / name)
     ]
     if changed:
         raise InputError(

@@ -43,7 +43,7 @@ def _entry(path, folder=None):
     entry |= {"path": str(folder or path), "state": "finished", "time": (folder or path).stat().st_mtime}
     try:
         config = adapter.read_config(path)
-        name = {"ADALORA": "AdaLoRA"}.get(config["peft_type"], "DoRA" if config.get("use_dora") else "LoRA")
+        name = adapter.kind(config)
         entry["kind"] = f"{name} r={config.get('target_r') if name == 'AdaLoRA' else config['r']}"
         entry["base"] = config.get("base_model_name_or_path")
         entry["time"] = (path / adapter.CONFIG).stat().st_mtime
@@ -62,8 +62,7 @@ def _of_run(folder):
         entry = _entry(run.adapter, folder)
     try:
         entry["base"] = run.recipe().model.name_or_path
-        records = [json.loads(line) for line in run.metrics_file.read_text(encoding="utf-8").splitlines()]
-        for record in records:
+        for record in run.records():
             entry["steps"] = record["step"]
             entry["loss"] = record.get("loss", entry["loss"])
             entry["eval_loss"] = record.get("eval_loss", entry["eval_loss"])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..adapter.ranks import SCHEDULE
 from ..errors import InputError
-from ..export.card import Origin
+from ..exporter.card import Origin
 from ..recipe import as_yaml
 
 _OF_DATA = {"max_length", "overlong", "on_bad_row", "packing", "train_on", "eval_fraction"}
@@ -47,20 +47,16 @@ def _shown(path, datasets):
 
 def _counts(run):
     report = json.loads(run.data_report_file.read_text(encoding="utf-8"))
-    steps = max(record["step"] for record in _records(run))
+    steps = max(record["step"] for record in run.records())
     return (
         f"{report['rows']:,} rows to train on, {report['eval_rows']:,} held out; {report['tokens']['total']:,} tokens, "
         f"{report['tokens']['trained']:,} of them trained; {steps:,} steps."
     )
 
 
-def _records(run):
-    return [json.loads(line) for line in run.metrics_file.read_text(encoding="utf-8").splitlines()]
-
-
 def _measured(run):
     """Return rows [what, before, after] as text."""
-    records = _records(run)
+    records = run.records()
     losses = [record["loss"] for record in records if "loss" in record]
     held_out = [record["eval_loss"] for record in records if "eval_loss" in record]
     rows = [["loss in training, first and last step", f"{losses[0]:.4f}", f"{losses[-1]:.4f}"]] if losses else []

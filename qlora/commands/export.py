@@ -10,9 +10,9 @@ from pathlib import Path
 from .. import base_model, memory, metrics
 from ..data import chat
 from ..errors import InputError, Interrupted, ProofFailed
-from ..export import merge, writer
-from ..export.card import card
-from ..export.reader import Reader
+from ..exporter import merge, writer
+from ..exporter.card import card
+from ..exporter.reader import Reader
 from ..kernels.threads import Cores
 from ..rundir import (
     alone,

@@ -1,11 +1,10 @@
-"""What plan and train share: a recipe and its data as a planning.Job, and the memory there is."""
+"""What plan and train share: a recipe and its data as a planner.Job, and the memory there is."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from .. import data, memory
-from .. import plan as planning
+from .. import data, memory, planner
 from ..data import Batches, Packs
 from ..errors import InputError
 from ..kernels import attention
@@ -18,7 +17,7 @@ def free_bytes(device):
     if device.type != "cuda":
         return memory.available_bytes(device)
     free, total = torch.cuda.mem_get_info(device)
-    return min(total, free + planning.CONTEXT_BYTES)
+    return min(total, free + planner.CONTEXT_BYTES)
 
 
 def held_by_others(device):
@@ -28,15 +27,15 @@ def held_by_others(device):
     if device.type != "cuda":
         return 0
     free, total = torch.cuda.mem_get_info(device)
-    return max(0, total - free - planning.CONTEXT_BYTES)
+    return max(0, total - free - planner.CONTEXT_BYTES)
 
 
 def job_of(recipe, prepared, device_kind, budget, card=None):
-    """Return the planning.Job of `recipe` on its data. device_kind: "cuda" or "cpu"; budget: bytes; card: for the speed.
+    """Return the planner.Job of `recipe` on its data. device_kind: "cuda" or "cpu"; budget: bytes; card: for the speed.
 
     Raises:
         InputError: see with_outline.
-        planning.NoPlan: the model cannot be planned.
+        planner.NoPlan: the model cannot be planned.
     """
     training, examples, batches, held_out = recipe.training, prepared.examples, prepared.batches, prepared.eval_examples
     remade = _outlines(recipe, prepared.config, len(prepared.checkpoint.new_tokens), device_kind)
@@ -65,18 +64,18 @@ def _load(examples, rows, joined, device_kind):
     scored = min(int(np.sort(examples.num_trained)[::-1][:rows].sum()), rows * length)
     if device_kind == "cpu" and not joined:
         scored = rows * length  # every column that one of the rows trains has logits of all rows
-    return planning.Load(rows, length, scored, joined=joined, document=longest)
+    return planner.Load(rows, length, scored, joined=joined, document=longest)
 
 
 def _load_of_batches(batches, examples, joined):
     lengths = batches.real_lengths if joined else batches.lengths
     scored = max(int(examples.num_trained[batches.rows(index)].sum()) for index in range(len(batches)))
-    return planning.Load(1, int(lengths.max()), scored, joined=joined, document=int(examples.lengths.max()))
+    return planner.Load(1, int(lengths.max()), scored, joined=joined, document=int(examples.lengths.max()))
 
 
 def _packed_load(packs, examples, rows):
     share = float(np.max(examples.num_trained / examples.lengths))  # a pack may be full of the rows with most
-    return planning.Load(
+    return planner.Load(
         rows,
         packs.longest,
         round(share * rows * packs.longest),
@@ -93,7 +92,7 @@ def without_data(recipe, config, num_new_tokens, device_kind, budget, card):
         rows = recipe.training.tokens_per_micro_batch // length
     remade = _outlines(recipe, config, num_new_tokens, device_kind)
     packed = recipe.data.packing
-    load = planning.Load(rows, length, rows * length, packed, packed or remade().joins)
+    load = planner.Load(rows, length, rows * length, packed, packed or remade().joins)
     return with_outline(recipe, remade, load=load, budget_bytes=budget, card=card)
 
 
@@ -104,7 +103,7 @@ def _outlines(recipe, config, num_new_tokens, device_kind):
     def remade(lora=recipe.lora, num_new_tokens=num_new_tokens, packed=recipe.data.packing):
         key = (repr(lora), num_new_tokens, packed and device_kind == "cpu")  # on a GPU packing allocates the same
         if key not in made:
-            made[key] = planning.outline(
+            made[key] = planner.outline(
                 config, recipe.model, recipe.quantization, lora, num_new_tokens, device_kind, packed, recipe.kernels
             )
         return made[key]
@@ -113,14 +112,14 @@ def _outlines(recipe, config, num_new_tokens, device_kind):
 
 
 def with_outline(recipe, remade, **numbers):
-    """Return the Job of `recipe` with these fields of planning.Job.
+    """Return the Job of `recipe` with these fields of planner.Job.
 
     Raises:
         InputError: the model has fewer layers than are to be checkpointed, or offloading has nothing to move.
     """
     outline, section = remade(), recipe.memory
     refuse_layers(section, outline.num_layers)
-    return planning.Job(
+    return planner.Job(
         outline=outline,
         training=recipe.training,
         gradient_checkpointing=section.gradient_checkpointing,

@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 from rich.text import Text
 
-from .. import base_model
-from .. import plan as planning
+from .. import base_model, planner
 from ..errors import InputError
 from ..recipe import Recipe, parse_size
 from . import console
@@ -30,10 +29,10 @@ def plan(recipe: Recipe, vram=None, card=None, plot=None) -> dict:
     budget, chosen, why = _budget(recipe, vram, card)
     try:
         job = _job(recipe, budget, chosen)
-    except planning.NoPlan as error:
+    except planner.NoPlan as error:
         raise InputError(f"{recipe.model.name_or_path}: this architecture cannot be planned ({error})") from None
-    found = planning.plan(job)
-    limits, changes = planning.backwards(job), planning.suggestions(job)
+    found = planner.plan(job)
+    limits, changes = planner.backwards(job), planner.suggestions(job)
     _say(recipe, job, found, limits, changes, why)
     if plot is not None:
         _draw(plot, job, recipe)
@@ -45,9 +44,9 @@ def _budget(recipe, vram, card):
     """Return (bytes, Card or None, a few words on where they are from)."""
     import torch
 
-    chosen = None if card is None else planning.card_of(card)
+    chosen = None if card is None else planner.card_of(card)
     if torch.cuda.is_available() and chosen is None:
-        chosen = planning.speed.find(torch.cuda.get_device_name())
+        chosen = planner.speed.find(torch.cuda.get_device_name())
     for name, text in (("--vram", vram), ("memory.budget", recipe.memory.budget)):
         if text is not None:
             try:
@@ -60,7 +59,7 @@ def _budget(recipe, vram, card):
         return free_bytes(torch.device("cuda")), chosen, torch.cuda.get_device_name()
     return (
         _USUAL,
-        planning.card_of("4090"),
+        planner.card_of("4090"),
         "no GPU here: an RTX 4090 is assumed; --card, --vram or memory.budget say other",
     )
 
@@ -149,7 +148,7 @@ def _draw(path, job, recipe):
     from matplotlib import pyplot as plt
 
     lengths = _lengths(job)
-    plans = [planning.plan(planning.at_length(job, length)) for length in lengths]
+    plans = [planner.plan(planner.at_length(job, length)) for length in lengths]
     figure, axes = plt.subplots(figsize=(9, 5))
     bottom = np.zeros(len(lengths))
     for name, color in zip(_WORDS, _COLORS, strict=True):

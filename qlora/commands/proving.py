@@ -9,7 +9,7 @@ import torch
 
 from .. import adapter, base_model, memory, metrics
 from ..errors import InputError
-from ..export import proof, streamed
+from ..exporter import proof, streamed
 from ..recipe import Model, Quantization
 from . import console
 

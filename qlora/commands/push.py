@@ -10,7 +10,7 @@ from huggingface_hub.utils import disable_progress_bars
 
 from .. import adapter, base_model, hub
 from ..errors import InputError, Interrupted
-from ..export.card import adapter_card, addressed, shown_name
+from ..exporter.card import adapter_card, addressed, shown_name
 from ..files import read as read_text
 from ..files import read_object
 from ..rundir import RunDir
@@ -92,10 +92,7 @@ def _of_run(run, base, title):
     read = adapter.read(run.adapter)
     recipe, origin = run.recipe(), origin_of(run)
     named = base or shown_name(origin.base["name_or_path"])[0]
-    config = {
-        **json.loads((run.adapter / adapter.CONFIG).read_text(encoding="utf-8")),
-        "base_model_name_or_path": named,
-    }
+    config = {**read.config, "base_model_name_or_path": named}
     files = _there(run.adapter, [adapter.WEIGHTS, *_TOKENIZER])
     files[adapter.CONFIG] = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
     quantization = recipe.quantization and recipe.quantization.model_dump()

@@ -155,8 +155,8 @@ def _is_longer(old: Recipe, new: Recipe):
 
 
 def _last_step(run):
-    lines = run.metrics_file.read_text(encoding="utf-8").splitlines()
-    return json.loads(lines[-1])["step"] if lines else 0
+    records = run.records()
+    return records[-1]["step"] if records else 0
 
 
 def _said(value):

@@ -7,17 +7,26 @@ import errno
 import importlib.metadata
 import platform
 import shlex
-import shutil
 import subprocess
 import uuid
 from pathlib import Path
 
 from ..errors import DoesNotFit, InputError, Interrupted, TrainingFailed
 from ..recipe import Recipe, parse_size
-from ..rundir import RunDir, new_folder, write_json
+from ..rundir import RunDir, free_disk_bytes, new_folder, write_json
 from . import console, resuming
 
-PACKAGES = ("qlora", "torch", "transformers", "bitsandbytes", "peft", "trl", "accelerate", "datasets", "safetensors")
+PACKAGES = (
+    "qlora-trainer",
+    "torch",
+    "transformers",
+    "bitsandbytes",
+    "peft",
+    "trl",
+    "accelerate",
+    "datasets",
+    "safetensors",
+)
 _WORTH_SAYING = 2**30  # bytes of a GPU; a desktop takes less
 
 
@@ -69,7 +78,7 @@ def _train(recipe, resumed):
     """Train from the beginning, or go on with a Resumed run."""
     from .. import adapter, base_model, kernels, sft, signals
     from ..checkpoints import Checkpoints
-    from ..export import merge, proof
+    from ..exporter import merge, proof
     from .prepared import prepare, refuse_pointless, say_report
 
     prepared = prepare(recipe)
@@ -166,13 +175,13 @@ def _plan(recipe, prepared, device):
         DoesNotFit: it does not; says what would.
         InputError: the model has fewer layers than are to be checkpointed, or offloading has nothing to move.
     """
-    from .. import memory, plan
+    from .. import memory, planner
     from .job import free_bytes, held_by_others, job_of, refuse_layers
 
     budget = free_bytes(device) if recipe.memory.budget is None else parse_size(recipe.memory.budget)
     try:
         job = job_of(recipe, prepared, device.type, budget)
-    except plan.NoPlan as error:
+    except planner.NoPlan as error:
         num_layers = prepared.config.get_text_config().num_hidden_layers
         refuse_layers(recipe.memory, num_layers)
         setting = recipe.memory.gradient_checkpointing
@@ -180,7 +189,7 @@ def _plan(recipe, prepared, device):
         layers = num_layers * setting if isinstance(setting, bool) else setting
         console.say(f"plan      none: this architecture cannot be gone through without numbers ({error})")
         return layers, recipe.memory.offload is True, None
-    found = plan.plan(job)
+    found = planner.plan(job)
     if not found.fits:
         lines = [
             f"this does not fit: {console.size(found.peak_bytes)} are needed ({found.where}), {console.size(budget)} are "
@@ -188,7 +197,7 @@ def _plan(recipe, prepared, device):
         ]
         lines += [
             f"  {change['set']}: {console.size(change['peak_bytes'])}{', fits' if change['fits'] else ''}"
-            for change in plan.suggestions(job)
+            for change in planner.suggestions(job)
         ]
         others = held_by_others(device)
         if recipe.memory.budget is None and others > _WORTH_SAYING:
@@ -217,8 +226,7 @@ def _refuse_full_disk(recipe, found):
         count = min((number for number in (saves, limit) if number is not None), default=1)
     there = Checkpoints(run.checkpoints, None).num_bytes()
     needed = max(0, count * found.checkpoint_bytes - there) + found.components["adapter"]
-    disk = next(path for path in (run.path.absolute(), *run.path.absolute().parents) if path.exists())
-    free = shutil.disk_usage(disk).free
+    free = free_disk_bytes(run.path)
     if needed > free:
         fewer = ", set a lower training.save_total_limit or higher training.save_steps" if count > 1 else ""
         raise InputError(

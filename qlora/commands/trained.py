@@ -11,7 +11,7 @@ from typing import Any
 from .. import adapter, base_model, data
 from ..data import chat
 from ..errors import InputError
-from ..export import proof
+from ..exporter import proof
 from ..recipe import Data, Recipe
 from ..rundir import RunDir
 from . import console

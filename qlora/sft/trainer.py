@@ -192,8 +192,7 @@ class Trainer(SFTTrainer):
             torch.cuda.synchronize()  # paged states are read from the host
         optimizer, numbers = checkpoints.optimizer_state(self._own_optimizer(), self.trained)
         ranks, pattern = self.ranks.state()
-        weights = dict(zip(self.trained, self.masters.masters, strict=True))
-        parts = {"weights": weights, "optimizer": optimizer, "ranks": ranks}
+        parts = {"weights": self._weights(), "optimizer": optimizer, "ranks": ranks}
         self._refuse_not_finite(parts)
         written = self.saving.to.write(
             self.state.global_step,
@@ -228,7 +227,10 @@ class Trainer(SFTTrainer):
 
     def refuse_broken_weights(self):
         """Raise TrainingFailed if a weight is not finite."""
-        self._refuse_not_finite({"weights": dict(zip(self.trained, self.masters.masters, strict=True))})
+        self._refuse_not_finite({"weights": self._weights()})
+
+    def _weights(self):
+        return dict(zip(self.trained, self.masters.masters, strict=True))
 
     def _refuse_not_finite(self, parts):
         broken = [f"{part}/{name}" for part, tensors in parts.items() for name, tensor in tensors.items()

@@ -18,7 +18,7 @@ from qlora import adapter, base_model
 from qlora.commands.export import export
 from qlora.commands.train import train
 from qlora.errors import InputError, ProofFailed
-from qlora.export import merge
+from qlora.exporter import merge
 from qlora.recipe import Model, Recipe
 from tests.conftest import CONVERSATIONS, MIXTURES, messages, write_jsonl
 from tests.test_adapter import KINDS

@@ -16,7 +16,7 @@ from qlora.commands.export import export
 from qlora.commands.plan import plan
 from qlora.commands.train import train
 from qlora.errors import DoesNotFit, InputError, ProofFailed
-from qlora.export import merge
+from qlora.exporter import merge
 from qlora.recipe import Recipe
 from qlora.rundir import RunDir
 from tests.conftest import CONVERSATIONS, FAMILIES, messages, write_jsonl

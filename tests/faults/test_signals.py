@@ -29,7 +29,7 @@ CONVERTER = "import time\nprint('converting', flush=True)\ntime.sleep(300)\n"
 # name -> (arguments, signals, exit code, the last line, what else the case needs)
 STOPS = {
     "plan, reading the config": ("plan RECIPE", [("qlora.base_model:load_config", TERM)], 143, STOPPED),
-    "plan, going through the model": ("plan RECIPE", [("qlora.plan:outline", INT)], 130, STOPPED),
+    "plan, going through the model": ("plan RECIPE", [("qlora.planner:outline", INT)], 130, STOPPED),
     "data, tokenizing": ("data RECIPE", [("qlora.data.chat:encode", INT)], 130, STOPPED),
     "data, tokenizing in processes": (
         "data RECIPE", [("qlora.data.tokenized:_Tally.add", TERM)], 143, STOPPED, {"set": WORKERS}
@@ -54,11 +54,11 @@ STOPS = {
     "chat, loading": ("chat run --prompt x", [("qlora.base_model:load", INT)], 130, STOPPED),
     "chat, answering": ("chat run --prompt x --max-new-tokens 4", [("qlora.generate:_until_stop", TERM)], 143, STOPPED),
     "adapters": ("adapters .", [("qlora.commands.adapters:_entry", TERM)], 143, STOPPED),
-    "export, planning": ("export run --out out", [("qlora.export.merge:plan", INT)], 130, LOST),
-    "export, merging": ("export run --out out", [("qlora.export.merge:Merge._matrix", TERM)], 143, LOST),
-    "export, writing": ("export run --out out", [("qlora.export.writer:_write_tensor", INT)], 130, LOST),
+    "export, planning": ("export run --out out", [("qlora.exporter.merge:plan", INT)], 130, LOST),
+    "export, merging": ("export run --out out", [("qlora.exporter.merge:Merge._matrix", TERM)], 143, LOST),
+    "export, writing": ("export run --out out", [("qlora.exporter.writer:_write_tensor", INT)], 130, LOST),
     "export, the configs": ("export run --out out", [("qlora.commands.export:_write_configs", TERM)], 143, LOST),
-    "export, the proof": ("export run --out out", [("qlora.export.proof:Live.compare", INT)], 130, LOST),
+    "export, the proof": ("export run --out out", [("qlora.exporter.proof:Live.compare", INT)], 130, LOST),
     "export, the other base": (
         "export run --out out --compare-bases", [("qlora.commands.proving:Prover.compare", TERM)], 143, LOST
     ),

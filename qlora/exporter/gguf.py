@@ -30,7 +30,7 @@ KINDS = ("f16", "q8_0", "q4_k_m")
 # llama.cpp's CPU code rounds activations to float16 before each product and reads GELU from a float16 table. Measured at
 # f16 against float32 transformers: SmolLM2-135M 1.2e-6 nats a token; llama.cpp's own f16 against bf16 of Llama-3-8B: 2.5e-5.
 # q8_0 and q4_k_m: SmolLM2-135M 0.004 and 0.041, Llama-3-8B 0.0014 and 0.031 (llama.cpp, tools/perplexity/README.md).
-# The limits have room for other models and are far below what a mistake costs (tests/export/test_gguf.py).
+# The limits have room for other models and are far below what a mistake costs (tests/exporter/test_gguf.py).
 KL_LIMIT = {"f16": 1e-4, "q8_0": 0.02, "q4_k_m": 0.3}
 # f16: a greedy token may differ only where the transformers model's first two tokens are nearer than this, in nats.
 NEAR_TIE = 0.05

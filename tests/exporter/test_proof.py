@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from qlora import adapter, base_model
-from qlora.export import proof
+from qlora.exporter import proof
 from qlora.recipe import Lora
 from tests.conftest import CONVERSATIONS, encode, messages
 

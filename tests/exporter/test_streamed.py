@@ -18,7 +18,7 @@ from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from qlora import adapter, base_model, metrics
 from qlora.data import Example
 from qlora.errors import ProofFailed
-from qlora.export import merge, proof, streamed
+from qlora.exporter import merge, proof, streamed
 from qlora.recipe import Lora, Model, Quantization
 from tests.conftest import CONVERSATIONS, FAMILIES, encode, messages
 
@@ -336,7 +336,7 @@ def test_memory_stays_under_the_bound_that_is_said_in_advance(tokenizer, tmp_pat
     torch.manual_seed(0)
     transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path)
     rows = proof.to_json(rows_of(tokenizer), "")["rows"]
-    call = "import json, sys, pathlib; from tests.export.test_streamed import measure; "
+    call = "import json, sys, pathlib; from tests.exporter.test_streamed import measure; "
     call += "measure(pathlib.Path(sys.argv[1]), json.loads(sys.argv[2]))"
     # Tensors of a 7B model are over 32 MiB, which glibc gives back as soon as they are freed; so it does with these.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "262144"}

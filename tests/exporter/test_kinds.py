@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from qlora import adapter, base_model
 from qlora.adapter.tensors import Update
 from qlora.errors import InputError
-from qlora.export import merge, writer
-from qlora.export.reader import Reader
+from qlora.exporter import merge, writer
+from qlora.exporter.reader import Reader
 from qlora.recipe import Model
 
 ALL = {"llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
 
+from .. import adapter
 from ..errors import InputError
 
 HERE = "FOLDER"  # stands for where the files are, until that is known
@@ -156,7 +157,7 @@ def card(title, base, adapter_config, report, quantized, rows, origins=()):
     base: what the base model was called; a path of this machine is cut to its last part. rows: the lines of the table
     that was shown, cells as text. origins: the trainings that it comes from, as far as they are known.
     """
-    kind = _kind(adapter_config)
+    kind = adapter.kind(adapter_config)
     weight = f"dequantize({quantized}(W))" if quantized and report["base"] == "dequantized" else "W"
     merged = f"{weight} + s B A"
     return _rendered(
@@ -195,7 +196,7 @@ def adapter_card(title, base, adapter_config, quantization, origin):
         library="peft",
         relation="adapter",
         tags="qlora, lora",
-        kind=_kind(adapter_config),
+        kind=adapter.kind(adapter_config),
         quantized=quantization and quantization["quant_type"].upper(),
         four_bit=four_bit,
         revision=origin.base["revision"],
@@ -229,10 +230,6 @@ def addressed(text, repo, base=None, license=None):
         if value is not None and found is None:
             head += f"{key}: {value}\n"
     return f"---\n{head}---\n" + text[parts.end() :].replace(f'"{HERE}"', f'"{repo}"')
-
-
-def _kind(adapter_config):
-    return {"ADALORA": "AdaLoRA"}.get(adapter_config["peft_type"], "DoRA" if adapter_config.get("use_dora") else "LoRA")
 
 
 def _rendered(text, title, base, origins, **values):

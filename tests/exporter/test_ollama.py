@@ -8,7 +8,7 @@ import pytest
 
 from qlora.data import chat
 from qlora.errors import InputError
-from qlora.export import ollama, vocabulary
+from qlora.exporter import ollama, vocabulary
 from tests.conftest import CHATML, messages
 from tests.data.families import BY_NAME, FAMILIES
 
@@ -138,7 +138,7 @@ func main() {
 
 
 @pytest.mark.skipif(
-    shutil.which("go") is None, reason="no Go; the evaluator in qlora/export/ollama.py stands in for it"
+    shutil.which("go") is None, reason="no Go; the evaluator in qlora/exporter/ollama.py stands in for it"
 )
 def test_go_itself_gives_the_same_prompts(tmp_path):
     cases, expected = [], []

@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from qlora.base_model import Checkpoint
 from qlora.errors import InputError
-from qlora.export.reader import Reader
-from qlora.export.writer import Spec, write
+from qlora.exporter.reader import Reader
+from qlora.exporter.writer import Spec, write
 from qlora.kernels.threads import Cores
 
 TENSORS = {

@@ -9,9 +9,9 @@ import torch
 import transformers
 from bitsandbytes.optim import AdamW
 
-from qlora import adapter, base_model, kernels, memory, plan, sft
+from qlora import adapter, base_model, kernels, memory, planner, sft
 from qlora.kernels import checkpointing
-from qlora.plan import speed
+from qlora.planner import speed
 from qlora.recipe import Lora, Model, Quantization, Training
 
 _SHAPE = {
@@ -37,7 +37,7 @@ GIB = 2**30
 
 
 def outline_of(config, lora=None, device_kind="cpu", quantization=NF4, packed=False, num_new=0, kernels="auto"):
-    return plan.outline(config, SECTION, quantization, lora or Lora(), num_new, device_kind, packed, kernels)
+    return planner.outline(config, SECTION, quantization, lora or Lora(), num_new, device_kind, packed, kernels)
 
 
 @pytest.fixture(scope="module")
@@ -98,8 +98,8 @@ class Measured:
 
 
 def predicted(outline, rows, length, trained, checkpointed, joined=True):
-    load = plan.Load(rows, length, rows * trained, joined=joined)
-    return plan.usage(outline, load, Training(gradient_accumulation_steps=2), checkpointed, False)
+    load = planner.Load(rows, length, rows * trained, joined=joined)
+    return planner.usage(outline, load, Training(gradient_accumulation_steps=2), checkpointed, False)
 
 
 # ---- against real steps ----------------------------------------------------------------------------------------------
@@ -150,7 +150,7 @@ def test_the_peak_of_several_rows_is_that_of_real_steps(load_shape):
     found = predicted(outline_of(SHAPES["gemma"]()), 4, 256, 128, 0).allocated_bytes
     assert found == pytest.approx(real.step(4, 256, 128, 0), rel=0.05)
     padded = predicted(outline_of(SHAPES["gemma"](), kernels="off"), 4, 256, 128, 0, joined=False).allocated_bytes
-    without_mask = padded - plan.Load(4, 256, 512).mask_bytes  # these rows are of one length: no mask
+    without_mask = padded - planner.Load(4, 256, 512).mask_bytes  # these rows are of one length: no mask
     assert without_mask == pytest.approx(real.step(4, 256, 128, 0, "off"), rel=0.01)
 
 
@@ -211,7 +211,7 @@ def test_a_number_in_4_bit_costs_4_127_bits():
 
 
 def test_components_of_a_7b_are_what_the_formulas_say(llama2_7b):
-    found = plan.usage(llama2_7b, plan.Load(1, 2048, 2048), Training(), 32, False)
+    found = planner.usage(llama2_7b, planner.Load(1, 2048, 2048), Training(), 32, False)
     numbers = 39_976_960  # r = 16 on the 7 linear layers: 32 * 16 * (4 * 2 * 4096 + 3 * (4096 + 11008))
     assert llama2_7b.trained.sum() == numbers
     assert found.components["adapter"] == 6 * numbers
@@ -224,13 +224,13 @@ def test_components_of_a_7b_are_what_the_formulas_say(llama2_7b):
 @pytest.mark.parametrize(("optim", "each"), [("adamw_torch", 8), ("paged_adamw_32bit", 8), ("paged_lion_32bit", 4),
                                              ("paged_lion_8bit", 1 + 1 / 64), ("paged_adamw_8bit", 2 + 2 / 64)])  # fmt: skip
 def test_optimizer_states_a_trained_number(llama2_7b, optim, each):
-    found = plan.usage(llama2_7b, plan.Load(1, 2048, 2048), Training(optim=optim), 32, False)
+    found = planner.usage(llama2_7b, planner.Load(1, 2048, 2048), Training(optim=optim), 32, False)
     assert found.components["optimizer"] / llama2_7b.trained.sum() == pytest.approx(each, rel=1e-3)
 
 
 def test_offloaded_checkpoints_are_on_the_host_but_for_two(llama2_7b):
-    load = plan.Load(1, 16384, 16384)
-    here, away = (plan.usage(llama2_7b, load, Training(), 32, offload) for offload in (False, True))
+    load = planner.Load(1, 16384, 16384)
+    here, away = (planner.usage(llama2_7b, load, Training(), 32, offload) for offload in (False, True))
     assert away.host_bytes == 32 * 2 * 16384 * 4096
     assert here.host_bytes == 0
     assert away.components["checkpoints"] <= 2 * 2 * 16384 * 4096
@@ -241,17 +241,17 @@ def test_the_longest_sequences_are_those_computed_by_hand(llama2_7b):
     job = job_of(llama2_7b, gradient_checkpointing=True)
     plain = job.but(outline=outline_of(SEVEN_B["Llama-2-7B"][0], device_kind="cuda", kernels="off"))
     # 35K with checkpoints of 262 kB and 252-340 kB of work a token; the plain modules take 380 kB of it
-    assert 25_000 < plan.backwards(plain)["max_length"] < 45_000
-    assert 1.2 * plan.backwards(plain)["max_length"] < plan.backwards(job)["max_length"] < 60_000
+    assert 25_000 < planner.backwards(plain)["max_length"] < 45_000
+    assert 1.2 * planner.backwards(plain)["max_length"] < planner.backwards(job)["max_length"] < 60_000
     # 3.3K where every tensor of the plain modules is kept; the kernels keep less
     nothing = {"gradient_checkpointing": False}
-    assert 2_500 < plan.backwards(plain.but(**nothing))["max_length"] < 4_000
-    assert 4_000 < plan.backwards(job.but(**nothing))["max_length"] < 7_000
+    assert 2_500 < planner.backwards(plain.but(**nothing))["max_length"] < 4_000
+    assert 4_000 < planner.backwards(job.but(**nothing))["max_length"] < 7_000
 
 
 def job_of(outline, load=None, **changes):
-    settings = {"budget_bytes": 24 * GIB, "card": plan.card_of("4090")} | changes
-    return plan.Job(outline, load or plan.Load(1, 2048, 2048), settings.pop("training", Training()), **settings)
+    settings = {"budget_bytes": 24 * GIB, "card": planner.card_of("4090")} | changes
+    return planner.Job(outline, load or planner.Load(1, 2048, 2048), settings.pop("training", Training()), **settings)
 
 
 # ---- against itself --------------------------------------------------------------------------------------------------
@@ -259,7 +259,7 @@ def job_of(outline, load=None, **changes):
 
 def test_the_peak_grows_with_tokens_and_falls_with_checkpointed_layers(llama2_7b):
     def peak(length, layers, rows=1):
-        return plan.usage(llama2_7b, plan.Load(rows, length, rows * length), Training(), layers, False).peak_bytes
+        return planner.usage(llama2_7b, planner.Load(rows, length, rows * length), Training(), layers, False).peak_bytes
 
     for layers in (0, 16, 32):
         peaks = [peak(length, layers) for length in (1, 100, 512, 1000, 4096, 5000, 10_000, 100_000)]
@@ -278,10 +278,12 @@ def test_an_outline_between_two_ranks_is_that_of_the_rank():
     low, high, wanted = (outline_of(config, Lora(r=r), "cuda") for r in (16, 32, 64))
     blended = low.blend(high, 3)
     for layers, length in ((0, 100), (32, 20_000)):
-        load = plan.Load(1, length, length)
-        a, b = (plan.usage(one, load, Training(), layers, False) for one in (blended, wanted))
+        load = planner.Load(1, length, length)
+        a, b = (planner.usage(one, load, Training(), layers, False) for one in (blended, wanted))
         assert a.peak_bytes == pytest.approx(b.peak_bytes, rel=1e-6)
-    peaks = [plan.usage(one, plan.Load(1, 2048, 2048), Training(), 32, False).peak_bytes for one in (low, high, wanted)]
+    peaks = [
+        planner.usage(one, planner.Load(1, 2048, 2048), Training(), 32, False).peak_bytes for one in (low, high, wanted)
+    ]
     assert peaks == sorted(set(peaks))
 
 
@@ -289,37 +291,37 @@ def test_what_is_said_to_fit_fits_and_one_more_does_not(llama2_7b):
     lora = Lora()
     config = SEVEN_B["Llama-2-7B"][0]
     job = job_of(llama2_7b, lora=lora, remade=lambda lora: outline_of(config, lora, "cuda"))
-    limits = plan.backwards(job)
-    assert plan.plan(plan.at_length(job, limits["max_length"])).fits
-    assert not plan.plan(plan.at_length(job, limits["max_length"] + 1)).fits
-    assert plan.plan(plan.at_rows(job, limits["micro_batch"])).fits
-    assert not plan.plan(plan.at_rows(job, limits["micro_batch"] + 1)).fits
+    limits = planner.backwards(job)
+    assert planner.plan(planner.at_length(job, limits["max_length"])).fits
+    assert not planner.plan(planner.at_length(job, limits["max_length"] + 1)).fits
+    assert planner.plan(planner.at_rows(job, limits["micro_batch"])).fits
+    assert not planner.plan(planner.at_rows(job, limits["micro_batch"] + 1)).fits
     for r, fits in ((limits["r"], True), (limits["r"] + 1, False)):
-        assert plan.plan(job.but(outline=outline_of(config, Lora(r=r), "cuda"))).fits is fits
+        assert planner.plan(job.but(outline=outline_of(config, Lora(r=r), "cuda"))).fits is fits
 
 
 def test_no_more_layers_are_checkpointed_than_the_budget_needs(llama2_7b):
     seen = []
     for length in (512, 3500, 4096, 6000, 8192, 12_000):
-        job = plan.at_length(job_of(llama2_7b), length)
-        found = plan.plan(job)
+        job = planner.at_length(job_of(llama2_7b), length)
+        found = planner.plan(job)
         seen.append(found.checkpointed_layers)
         assert found.fits
         if found.checkpointed_layers:
-            fewer = plan.usage(job.outline, job.load, job.training, found.checkpointed_layers - 1, False)
+            fewer = planner.usage(job.outline, job.load, job.training, found.checkpointed_layers - 1, False)
             assert fewer.peak_bytes > job.budget_bytes
     assert seen == sorted(seen)
     assert seen[0] == 0
     assert 0 < seen[-1] < 32
-    assert plan.plan(job_of(llama2_7b, gradient_checkpointing=True)).checkpointed_layers == 32
-    assert plan.plan(job_of(llama2_7b, gradient_checkpointing=False)).checkpointed_layers == 0
+    assert planner.plan(job_of(llama2_7b, gradient_checkpointing=True)).checkpointed_layers == 32
+    assert planner.plan(job_of(llama2_7b, gradient_checkpointing=False)).checkpointed_layers == 0
 
 
 def test_checkpoints_go_to_the_host_only_where_that_is_what_it_takes(llama2_7b):
     job = job_of(llama2_7b, offload="auto")
-    limit = plan.backwards(dataclasses.replace(job, offload=False))["max_length"]
-    assert not plan.plan(plan.at_length(job, limit)).offload
-    found = plan.plan(plan.at_length(job, limit + 1))
+    limit = planner.backwards(dataclasses.replace(job, offload=False))["max_length"]
+    assert not planner.plan(planner.at_length(job, limit)).offload
+    found = planner.plan(planner.at_length(job, limit + 1))
     assert found.offload
     assert found.fits
     assert found.checkpointed_layers == 32
@@ -327,15 +329,17 @@ def test_checkpoints_go_to_the_host_only_where_that_is_what_it_takes(llama2_7b):
 
 def test_on_a_cpu_what_waits_in_the_hosts_memory_takes_memory():
     outline = outline_of(SHAPES["llama"]())
-    kept, away = (plan.usage(outline, plan.Load(1, 1024, 512), Training(), 4, offload) for offload in (False, True))
+    kept, away = (
+        planner.usage(outline, planner.Load(1, 1024, 512), Training(), 4, offload) for offload in (False, True)
+    )
     assert away.host_bytes == 0
     assert away.peak_bytes >= kept.peak_bytes
 
 
 def test_suggestions_do_what_they_say_and_the_best_come_first(llama2_7b):
-    job = plan.at_length(job_of(llama2_7b, lora=Lora(), gradient_checkpointing=False), 8192)
-    assert not plan.plan(job).fits
-    found = plan.suggestions(job)
+    job = planner.at_length(job_of(llama2_7b, lora=Lora(), gradient_checkpointing=False), 8192)
+    assert not planner.plan(job).fits
+    found = planner.suggestions(job)
     assert [one["fits"] for one in found] == sorted((one["fits"] for one in found), reverse=True)
     fitting = [one for one in found if one["fits"]]
     assert {"memory.gradient_checkpointing=auto", "memory.gradient_checkpointing=true"} <= {
@@ -348,17 +352,17 @@ def test_suggestions_do_what_they_say_and_the_best_come_first(llama2_7b):
 
 def test_packing_is_what_makes_short_rows_fast(llama2_7b):
     short = {"num_tokens": 100_000, "num_micro_batches": 1000}  # rows of 100 tokens on average, 512 at most
-    packed = {"packed_load": plan.Load(1, 2048, 2048, packed=True), "packed_micro_batches": 49}
-    job = job_of(llama2_7b, plan.Load(1, 512, 512), lora=Lora(), **short, **packed)
-    best = plan.suggestions(job)[0]
+    packed = {"packed_load": planner.Load(1, 2048, 2048, packed=True), "packed_micro_batches": 49}
+    job = job_of(llama2_7b, planner.Load(1, 512, 512), lora=Lora(), **short, **packed)
+    best = planner.suggestions(job)[0]
     assert best["set"] == "data.packing=true"
-    assert best["tokens_per_second"] > 3 * plan.plan(job).tokens_per_second
+    assert best["tokens_per_second"] > 3 * planner.plan(job).tokens_per_second
 
 
 def test_a_batch_is_made_smaller_only_with_as_many_rows_a_step(llama2_7b):
     training = Training(per_device_train_batch_size=8, gradient_accumulation_steps=2)
-    job = job_of(llama2_7b, plan.Load(8, 8192, 8 * 8192), training=training, lora=Lora())
-    found = {one["set"] for one in plan.suggestions(job)}
+    job = job_of(llama2_7b, planner.Load(8, 8192, 8 * 8192), training=training, lora=Lora())
+    found = {one["set"] for one in planner.suggestions(job)}
     assert "training.per_device_train_batch_size=4 training.gradient_accumulation_steps=4" in found
 
 
@@ -368,8 +372,8 @@ def test_a_batch_is_made_smaller_only_with_as_many_rows_a_step(llama2_7b):
 @pytest.mark.parametrize(("card", "checkpointed", "expected"), [("RTX 4090", True, 3900), ("RTX 4090", False, 5700),
                                                                 ("rtx3090", True, 1700), ("3090", False, 2500)])  # fmt: skip
 def test_the_bound_on_speed_is_that_computed_by_hand(llama2_7b, card, checkpointed, expected):
-    job = job_of(llama2_7b, card=plan.card_of(card), gradient_checkpointing=checkpointed, budget_bytes=48 * GIB)
-    assert plan.plan(job).tokens_per_second == pytest.approx(expected, rel=0.12)
+    job = job_of(llama2_7b, card=planner.card_of(card), gradient_checkpointing=checkpointed, budget_bytes=48 * GIB)
+    assert planner.plan(job).tokens_per_second == pytest.approx(expected, rel=0.12)
 
 
 def test_cards_are_found_by_the_names_that_drivers_give_them():
@@ -382,6 +386,6 @@ def test_cards_are_found_by_the_names_that_drivers_give_them():
 
 def test_steps_and_hours_are_those_of_the_data(llama2_7b):
     job = job_of(llama2_7b, num_tokens=1000 * 2048, num_micro_batches=1000, training=Training(num_train_epochs=2.0))
-    found = plan.plan(job)
+    found = planner.plan(job)
     assert found.steps == 2 * 63  # 1000 micro-batches, 16 a step
     assert found.hours == pytest.approx(2 * 63 * 16 * 2048 / found.tokens_per_second / 3600)

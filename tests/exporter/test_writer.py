@@ -8,7 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from qlora.errors import InputError
-from qlora.export.writer import Spec, parse_size, shards, write
+from qlora.exporter.writer import Spec, parse_size, shards, write
 
 TENSORS = {
     "a": torch.arange(6, dtype=torch.float16).reshape(2, 3),

@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from qlora import adapter, base_model
 from qlora.errors import InputError
-from qlora.export import merge
-from qlora.export.reader import Reader
+from qlora.exporter import merge
+from qlora.exporter.reader import Reader
 from qlora.recipe import Lora, Model, Quantization
 from tests.conftest import FAMILIES
 

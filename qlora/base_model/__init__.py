@@ -19,7 +19,7 @@ from .. import memory
 from ..errors import DoesNotFit, InputError
 from .folder import Checkpoint, add_tokens, find, load_config, load_tokenizer, read_config, said, weight_files
 
-__all__ = ["Checkpoint", "add_tokens", "find", "load_config", "load_tokenizer", "weight_files"]
+__all__ = ["Checkpoint", "add_tokens", "find", "load_config", "load_tokenizer", "read_config", "weight_files"]
 
 # W is cast to bfloat16 before it is quantized, whatever the files hold: fp32, fp16 and bf16 copies of one weight give
 # different NF4 codes, so the dtype is part of what was trained.

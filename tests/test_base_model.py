@@ -452,3 +452,21 @@ def test_a_buffer_that_the_architecture_leaves_in_the_files_may_be_infinite(tmp_
         InputError, match=r"1 problem\n  gpt_neox.layers.0.attention.query_key_value.bias: holds numbers that"
     ):
         load(tmp_path)
+
+
+def test_a_repository_in_the_hubs_cache_means_its_snapshot(tiny_model, tmp_path):
+    repository = tmp_path / "models--me--tiny"
+    for revision in ("aaa", "bbb"):
+        (repository / "snapshots").mkdir(parents=True, exist_ok=True)
+        (repository / "snapshots" / revision).symlink_to(tiny_model("llama"))
+    section = Model(name_or_path=str(repository))
+    with pytest.raises(InputError, match=r"give one of its 2 snapshots:\n.*snapshots/aaa\n.*snapshots/bbb"):
+        base_model.find(section)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("bbb\n")
+    assert base_model.find(section).folder == repository / "snapshots" / "bbb"
+    (repository / "snapshots" / "bbb").unlink()
+    assert base_model.find(section).folder == repository / "snapshots" / "aaa"
+    (repository / "snapshots" / "aaa").unlink()
+    with pytest.raises(InputError, match="it has no snapshot; download it again"):
+        base_model.find(section)

@@ -27,6 +27,7 @@ __all__ = [
     "load_config",
     "load_tokenizer",
     "num_positions",
+    "read_config",
     "refuse_rows",
     "weight_files",
 ]

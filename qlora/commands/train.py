@@ -151,7 +151,8 @@ def _train(recipe, resumed):
         f"({result.tokens / result.seconds:,.0f} tokens/s), {_peak(result, predicted)}; "
         f"loss {result.loss:.4f}" + ("" if result.eval_loss is None else f", held-out {result.eval_loss:.4f}")
     )
-    console.say(f"adapter in {run.adapter}; next: qlora eval {run.path}, qlora export {run.path} --out FOLDER")
+    named = shlex.quote(str(run.path))
+    console.say(f"adapter in {run.adapter}; next: qlora eval {named}, qlora export {named} --out FOLDER")
     return run
 
 
@@ -262,6 +263,7 @@ def _environment(checkpoint, quantized, hashes, parts, device):
         },
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
         "git_commit": _git_commit(),
+        "directory": str(Path.cwd()),  # relative paths of the recipe start here
         "base_model": {
             "name_or_path": checkpoint.name_or_path,
             "folder": str(checkpoint.folder.resolve()),

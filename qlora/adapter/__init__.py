@@ -118,7 +118,12 @@ def _peft_model(model, config):
         # attach has checked the patterns; in the folder of an AdaLoRA, rank_pattern names tensors
         warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not match")
         warnings.filterwarnings("ignore", message="lora with eva initialization used with low_cpu_mem_usage=False")
-        peft_model = get_peft_model(model, config)
+        try:
+            peft_model = get_peft_model(model, config)
+        except ValueError as error:  # layers whose forward the model never calls, as in state-space blocks
+            raise InputError(
+                f"lora: PEFT refuses {type(model).__name__}: {error}\n  name such layers in lora.exclude_modules"
+            ) from None
     whole = [n for n, m in peft_model.get_base_model().named_modules() if isinstance(m, ModulesToSaveWrapper)]
     if config.trainable_token_indices:
         ends = [model.get_input_embeddings(), model.get_output_embeddings()]

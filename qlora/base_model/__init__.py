@@ -18,8 +18,19 @@ from safetensors import safe_open
 from .. import memory
 from ..errors import DoesNotFit, InputError
 from .folder import Checkpoint, add_tokens, find, load_config, load_tokenizer, read_config, said, weight_files
+from .limits import num_positions, refuse_rows
 
-__all__ = ["Checkpoint", "add_tokens", "find", "load_config", "load_tokenizer", "weight_files"]
+__all__ = [
+    "Checkpoint",
+    "add_tokens",
+    "find",
+    "load_config",
+    "load_tokenizer",
+    "num_positions",
+    "read_config",
+    "refuse_rows",
+    "weight_files",
+]
 
 # W is cast to bfloat16 before it is quantized, whatever the files hold: fp32, fp16 and bf16 copies of one weight give
 # different NF4 codes, so the dtype is part of what was trained.

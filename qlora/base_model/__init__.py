@@ -21,8 +21,19 @@ from safetensors import safe_open
 from .. import memory
 from ..errors import DoesNotFit, InputError
 from .folder import Checkpoint, add_tokens, find, load_config, load_tokenizer, read_config, said, weight_files
+from .limits import num_positions, refuse_rows
 
-__all__ = ["Checkpoint", "add_tokens", "find", "load_config", "load_tokenizer", "read_config", "weight_files"]
+__all__ = [
+    "Checkpoint",
+    "add_tokens",
+    "find",
+    "load_config",
+    "load_tokenizer",
+    "num_positions",
+    "read_config",
+    "refuse_rows",
+    "weight_files",
+]
 
 # W is cast to bfloat16 before it is quantized, whatever the files hold: fp32, fp16 and bf16 copies of one weight give
 # different NF4 codes, so the dtype is part of what was trained.
@@ -211,6 +222,39 @@ def _refuse_rows_that_are_no_blocks(checkpoint, modules):
             f"{checkpoint.folder}: on a CPU, 4-bit layers need inputs in multiples of 64; the model",
             wrong,
             "set quantization: null, or use a GPU",
+        )
+
+
+def refuse_not_causal(model, checkpoint):
+    """Raise InputError if a position's logits depend on tokens after it: in training it would be shown its answers.
+
+    Says so of what is computed, whatever the architecture is called (BertLMHeadModel is none without `is_decoder`): the
+    gradient of the first half's logits by the second half's embeddings is exactly zero where a mask is causal.
+    """
+    embedding, found = model.get_input_embeddings(), []
+
+    def watch(module, arguments, output):
+        found.append(output.detach().requires_grad_())
+        return found[-1]
+
+    num_tokens, half = 12, 6
+    ids = (torch.arange(num_tokens, device=model.device) * 37 + 11) % embedding.weight.shape[0]
+    handle = embedding.register_forward_hook(watch)
+    try:
+        with torch.enable_grad():
+            logits = model(input_ids=ids[None]).logits[0, :half].float()
+            # weighted, so that nothing cancels: the sum of a softmax or of a normalized row does not change at all
+            weights = torch.linspace(-1, 1, logits.numel(), device=logits.device).reshape(logits.shape)
+            [gradient] = torch.autograd.grad((logits * weights).sum(), found[:1])
+    finally:
+        handle.remove()
+    if gradient[0, half:].count_nonzero():
+        declared = getattr(model.config, "is_decoder", None)
+        raise InputError(
+            f"{checkpoint.folder}: {type(model).__name__} is not causal: its logits depend on later tokens, so training "
+            "would show it the answers"
+            + (" (config.json has is_decoder: false)" if declared is False else "")
+            + "; take a decoder model such as Llama or Qwen"
         )
 
 

@@ -71,6 +71,9 @@ class Trainer(SFTTrainer):
         self.ranks = adapter.Ranks(model)
         self.before: Any = {name: p.detach().clone() for name, p in adapter.first_to_move(model).items()}
         super().__init__(model, **arguments)
+        # compute_loss divides by the tokens of the whole step itself, whatever the model's forward takes: else the mean
+        # would be one of micro-batches, divided by a count that only exists once training has begun
+        self.model_accepts_loss_kwargs = True
 
     def _get_train_sampler(self, train_dataset=None):
         if self.lengths is None:

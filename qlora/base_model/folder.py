@@ -254,6 +254,14 @@ def read_config(checkpoint, section):
         config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=section.trust_remote_code)
     except Exception as error:  # its class computes with what the file says, and divides by zero heads
         raise InputError(f"{path}: {said(error)}") from None
+    other_parts = sorted(
+        name for name in type(config).sub_configs if name != "text_config" and getattr(config, name, None) is not None
+    )
+    if any(re.search("vision|image|video|audio|speech", name) for name in other_parts):
+        raise InputError(
+            f"{checkpoint.folder}: a multimodal checkpoint ({config.model_type}, with {', '.join(other_parts)}); its text "
+            "half is not supported yet; take a text-only model of this family"
+        )
     known = type(config) in AutoModelForCausalLM._model_mapping or "AutoModelForCausalLM" in getattr(
         config, "auto_map", {}
     )

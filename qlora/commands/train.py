@@ -154,8 +154,9 @@ def _train(recipe, resumed):
                 tokenizer.save_pretrained(folder)
                 adapter.seal(folder, hashes)
     console.say(
-        f"trained {result.steps} steps, {result.tokens:,} tokens in {console.duration(result.seconds)} "
-        f"({result.tokens / result.seconds:,.0f} tokens/s), {_peak(result, predicted)}; "
+        f"trained {result.steps} steps, {result.tokens:,} tokens in {console.duration(result.seconds)}: "
+        f"{result.tokens / result.step_seconds:,.0f} tokens/s in the steps, {result.tokens / result.seconds:,.0f} with "
+        f"evaluations and checkpoints; {_peak(result, predicted)}; "
         f"loss {result.loss:.4f}" + ("" if result.eval_loss is None else f", held-out {result.eval_loss:.4f}")
     )
     named = shlex.quote(str(run.path))

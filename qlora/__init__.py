@@ -11,6 +11,10 @@ Names are imported when first used, so that `import qlora` and `qlora --help` st
 """
 
 import importlib
+import os
+
+# Nothing leaves this machine unless it is asked to: trl reports each training to the hub, with the GPU's name.
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 __version__ = "0.1.0"
 

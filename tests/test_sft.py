@@ -109,12 +109,17 @@ def test_the_logged_loss_is_the_mean_over_trained_tokens(fit, load_model, tokeni
     assert abs(sum(means) / len(means) / (total / count) - 1) > 1e-3  # the mean of means is another number
 
 
-def test_the_held_out_loss_is_the_mean_over_tokens_too(fit, tokenizer):
-    model, result, _ = fit(CONVERSATIONS, held_out=UNEVEN[:7], float32=True, per_device_eval_batch_size=2)
+@pytest.mark.parametrize("joined", [False, True])
+@pytest.mark.parametrize(("rows", "size"), [(9, 8), (7, 2), (5, 8), (3, 1), (8, 4)])
+def test_the_held_out_loss_is_the_mean_over_tokens_too(fit, tokenizer, joined, rows, size):
+    packs = pack([encode(tokenizer, messages(turns)) for turns in CONVERSATIONS], 128) if joined else None
+    settings = {"batches": packs, "held_out": UNEVEN[:rows], "float32": True, "per_device_eval_batch_size": size}
+    model, result, run = fit(CONVERSATIONS, **settings)
     from qlora import metrics
 
-    examples = [encode(tokenizer, messages(turns)) for turns in UNEVEN[:7]]
+    examples = [encode(tokenizer, messages(turns)) for turns in UNEVEN[:rows]]
     assert result.eval_loss == pytest.approx(metrics.mean_loss(model.eval(), examples)[0], rel=1e-4)
+    assert records(run)[-1]["eval_loss"] == result.eval_loss
 
 
 def test_the_loss_on_the_cpu_is_trls_own(fit, monkeypatch):
@@ -245,10 +250,30 @@ def test_a_run_whose_adapters_do_not_move_stops(fit, monkeypatch):
         fit(max_steps=3)
 
 
-def test_a_warmup_that_starts_at_zero_is_not_taken_for_a_stuck_adapter(fit):
-    _, result, run = fit(max_steps=4, warmup_ratio=0.5, lr_scheduler_type="cosine")
-    assert records(run)[0]["learning_rate"] == 0
-    assert result.steps == 4
+@pytest.mark.parametrize("kind", get_args(Training.model_fields["lr_scheduler_type"].annotation))
+@pytest.mark.parametrize(("steps", "ratio"), [(1, 0.03), (1, 0.99), (2, 0.99), (6, 0.5), (4, 0.0)])
+def test_a_warmup_begins_above_zero_and_is_never_the_whole_run(fit, kind, steps, ratio):
+    _, _, run = fit(max_steps=steps, warmup_ratio=ratio, lr_scheduler_type=kind, learning_rate=1e-3)
+    rates = [record["learning_rate"] for record in records(run)]
+    num_warmup = 0 if kind == "constant" else min(steps - 1, -(-steps * ratio // 1))
+    assert max(rates) == pytest.approx(1e-3)
+    assert rates.index(max(rates)) == num_warmup
+    expected = [1e-3 * (step + 1) / (num_warmup + 1) for step in range(int(num_warmup))]
+    assert rates[: len(expected)] == pytest.approx(expected)
+
+
+def test_a_run_of_one_step_with_the_default_warmup_trains(fit):
+    model, _, _ = fit(max_steps=1, warmup_ratio=0.03)
+    assert all(tensor.any() for name, tensor in trained(model).items() if ".lora_B." in name)
+
+
+@pytest.mark.parametrize("limit", [None, 0.0])
+def test_without_a_limit_gradients_are_not_clipped(fit, limit):
+    # Adam does not see a scale that stays; the second step's gradient is larger or smaller than the first's
+    settings = {"max_steps": 2, "optim": "adamw_torch", "float32": True}
+    free, high, low = (trained(fit(max_grad_norm=n, **settings)[0]) for n in (limit, 1e9, 1e-3))
+    assert all(torch.equal(free[name], high[name]) for name in free)
+    assert any(not torch.equal(free[name], low[name]) for name in free)
 
 
 # ---- AdaLoRA ---------------------------------------------------------------------------------------------------------

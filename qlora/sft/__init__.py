@@ -102,9 +102,6 @@ def train(
     for parameter in model.parameters():
         if parameter.requires_grad:  # trl casts the adapters of a quantized base to bf16, whatever it computes in
             parameter.data = parameter.data.to(dtype)
-    if eval_examples:
-        together = training.per_device_eval_batch_size if joined else 1
-        trainer.eval_tokens_per_row = rows.num_trained(eval_examples) / -(-len(eval_examples) // together)
     for printer in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printer)
     trainer.add_callback(Schedule(trainer.ranks))
@@ -176,7 +173,8 @@ def _config(training, run, device, evaluates):
         lr_scheduler_type=training.lr_scheduler_type,
         warmup_steps=training.warmup_ratio,  # a float below 1 is a share of the steps
         weight_decay=training.weight_decay,
-        max_grad_norm=training.max_grad_norm,
+        max_grad_norm=training.max_grad_norm
+        or math.inf,  # no clipping; at 0 transformers would not call _clip_grad_norm
         logging_steps=training.logging_steps,
         logging_nan_inf_filter=False,  # the default logs 0.0 for a loss that is not finite
         eval_strategy="steps" if evaluates and training.eval_steps else "no",

@@ -35,11 +35,6 @@ class _Made:
         return {name: [getattr(item, name) for item in chosen] for name in names} | rows
 
 
-def num_trained(examples):
-    counts = getattr(examples, "num_trained", None)
-    return float(np.sum([example.num_trained for example in examples] if counts is None else counts))
-
-
 def lengths_of(examples, joined):
     """Return the tokens of each of `examples`, as many as are computed."""
     if joined and isinstance(examples, data.Batches):

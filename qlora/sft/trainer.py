@@ -45,7 +45,6 @@ class Saving:
 class Trainer(SFTTrainer):
     """trl's SFTTrainer with float32 master weights and gradients, a lean loss on the CPU, and eval losses weighted by tokens."""
 
-    eval_tokens_per_row = None  # of a batch as the model sees it: rows that are joined are one
     lean_loss = False
     lengths: Any = None  # of the training rows, where rows of like length are to share a batch
     rehearsed_bytes = None
@@ -74,6 +73,9 @@ class Trainer(SFTTrainer):
         rows_per_step = self.args.train_batch_size * self.args.gradient_accumulation_steps
         return ByLength(rows_per_step, self.lengths, self.args.seed)
 
+    def _send_telemetry(self):
+        """Nothing: trl tells the hub of each training on which GPU it runs (also off by HF_HUB_DISABLE_TELEMETRY)."""
+
     def create_optimizer(self, model=None):
         if self.optimizer is None:
             make, arguments = self.get_optimizer_cls_and_kwargs(self.args, self.model)
@@ -84,11 +86,25 @@ class Trainer(SFTTrainer):
             self.optimizer.register_step_post_hook(lambda *_: self._finish_step())
         return self.optimizer
 
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        """Warm up from above 0, and for fewer steps than there are: every step trains, also where there is one."""
+        num_warmup = min(self.args.get_warmup_steps(num_training_steps), num_training_steps - 1)
+        self.args.warmup_steps = num_warmup
+        schedule = super().create_scheduler(num_training_steps, optimizer)
+        if num_warmup and self.args.lr_scheduler_type != "constant":
+            schedule.lr_lambdas = [_from_above_zero(rate, num_warmup) for rate in schedule.lr_lambdas]
+            schedule._last_lr = [
+                base * rate(0) for base, rate in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+            ]
+            for group, rate in zip(schedule.optimizer.param_groups, schedule._last_lr, strict=True):
+                group["lr"] = rate
+        return schedule
+
     def _finish_step(self):
-        """After the optimizer: the model gets the new weights; all have moved in the first step with a learning rate."""
+        """After the optimizer: the model gets the new weights; all have moved in the first step that was taken."""
         self.masters.give_weights()
         taken = any(master.grad is not None for master in self.masters.masters)
-        if self.before is not None and taken and self.optimizer.param_groups[0]["lr"] > 0:  # a warmup starts at 0
+        if self.before is not None and taken:
             adapter.refuse_unmoved(self.model, self.before)
             self.before = None
         if self.ranks.adaptive:
@@ -146,9 +162,18 @@ class Trainer(SFTTrainer):
         when = f"in the evaluation after step {self.state.global_step}"
         self.moment = Moment(when, inputs, inputs.pop("rows"), evaluates=True)
         found = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        self.evaluated += torch.stack([found[0].double(), (inputs["labels"][:, 1:] != IGNORE_INDEX).sum()])
         if not torch.isfinite(found[0]):
             self.failure = f"the loss is {found[0].item()} {when}, with {self.moment.batch()}"
             raise _Left
+        return found
+
+    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
+        """Put the mean over all trained tokens where transformers has a mean over batches, whatever their sizes."""
+        self.evaluated = torch.zeros(2, dtype=torch.float64, device=self.args.device)  # summed loss, trained tokens
+        found = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        total, count = self.evaluated.tolist()
+        found.metrics[f"{metric_key_prefix}_loss"] = total / count
         return found
 
     def evaluate(self, *args, **kwargs):
@@ -325,12 +350,16 @@ class Trainer(SFTTrainer):
         return int(getattr(self, "_num_tokens", 0))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        if num_items_in_batch is None and self.eval_tokens_per_row is not None:
-            # a mean over rows of sum / (tokens a row) is the mean over all trained tokens, however long the rows are
-            num_items_in_batch = self.eval_tokens_per_row * len(inputs["labels"])
+        if not model.training:
+            num_items_in_batch = 1  # the sum: evaluation_loop divides
         if return_outputs or inputs["labels"].device.type != "cpu":
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         return loss_of_trained_positions(model, inputs, num_items_in_batch, self.lean_loss)
+
+
+def _from_above_zero(rate, num_warmup):
+    """Return the schedule `rate` with its warmup, which begins with a step at learning rate 0, moved on by one step."""
+    return lambda step: (step + 1) / (num_warmup + 1) if step < num_warmup else rate(step)
 
 
 class _Left(Exception):

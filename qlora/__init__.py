@@ -12,9 +12,12 @@ Names are imported when first used, so that `import qlora` and `qlora --help` st
 
 import importlib
 import os
+import sys
 
-# Nothing leaves this machine unless it is asked to: trl reports each training to the hub, with the GPU's name.
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+# Nothing leaves the machine unless asked: trl 1.16 sends GPU and architecture at each training.
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+if "huggingface_hub" in sys.modules:  # has read the environment already
+    sys.modules["huggingface_hub"].constants.HF_HUB_DISABLE_TELEMETRY = True
 
 __version__ = "0.1.0"
 

@@ -4,23 +4,32 @@ from __future__ import annotations
 
 import torch
 
+from . import base_model
+from .errors import InputError, Interrupted
+
 
 def answers(model, tokenizer, prompts, stops, max_new_tokens, batch_size=25, on_batch=None):
     """Return the answer text to each prompt (lists of token ids), decoded greedily, in the order given.
 
     Prompts of like length share a batch (padded on the left), whatever their order. on_batch(number of prompts) is
-    called after each. stops: ids that end an answer; not part of the text.
+    called after each. stops: ids that end an answer; not part of the text. Answers end at the model's last position.
+
+    Raises:
+        InputError: a prompt fills all positions of the model.
     """
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    limits = [limit_of(model, prompt, max_new_tokens) for prompt in prompts]
     texts = [""] * len(prompts)
-    for start in range(0, len(order), batch_size):
-        batch = order[start : start + batch_size]
+    while order:
+        batch = order[:batch_size] if limits[order[0]] == max_new_tokens else order[:1]  # near the end: each by itself
+        batch = [index for index in batch if limits[index] == limits[batch[0]]]
+        del order[: len(batch)]
         longest = max(len(prompts[index]) for index in batch)
         pads = [longest - len(prompts[index]) for index in batch]
         rows = [[tokenizer.pad_token_id] * pad + list(prompts[index]) for pad, index in zip(pads, batch, strict=True)]
         ids = torch.tensor(rows, device=model.device)
         mask = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in pads], device=model.device)
-        output = _generate(model, tokenizer, ids, mask, stops, max_new_tokens)
+        output = _generate(model, tokenizer, ids, mask, stops, limits[batch[0]])
         for index, row in zip(batch, output[:, longest:].tolist(), strict=True):
             texts[index] = tokenizer.decode(_until_stop(row, stops), skip_special_tokens=True)
         if on_batch is not None:
@@ -28,8 +37,31 @@ def answers(model, tokenizer, prompts, stops, max_new_tokens, batch_size=25, on_
     return texts
 
 
-def stream(model, tokenizer, prompt, stops, max_new_tokens, on_text):
-    """Return the answer text to one prompt (token ids); on_text(piece) is called as words are finished."""
+def limit_of(model, prompt, max_new_tokens):
+    """Return how many tokens an answer to `prompt` (token ids) can have: max_new_tokens, or up to the last position.
+
+    Raises:
+        InputError: the prompt leaves no position for an answer.
+    """
+    positions = base_model.num_positions(model.config)
+    if positions is None:
+        return max_new_tokens
+    if len(prompt) >= positions:
+        raise InputError(
+            f"the prompt is too long: {len(prompt):,} tokens, and the model has {positions:,} positions for prompt and "
+            "answer; shorten it"
+        )
+    return min(max_new_tokens, positions - len(prompt))
+
+
+def stream(model, tokenizer, prompt, stops, max_new_tokens, on_text, on_limit=None):
+    """Return the answer text to one prompt (token ids); on_text(piece) is called as words are finished.
+
+    on_limit(positions): called where the answer was cut short because the model has no more positions.
+
+    Raises:
+        InputError: the prompt fills all positions of the model.
+    """
     from transformers import TextStreamer
 
     class Streamer(TextStreamer):
@@ -37,10 +69,19 @@ def stream(model, tokenizer, prompt, stops, max_new_tokens, on_text):
             if text:
                 on_text(text)
 
+    limit = limit_of(model, prompt, max_new_tokens)
     ids = torch.tensor([list(prompt)], device=model.device)
     streamer = Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    output = _generate(model, tokenizer, ids, torch.ones_like(ids), stops, max_new_tokens, streamer)
-    return tokenizer.decode(_until_stop(output[0, len(prompt) :].tolist(), stops), skip_special_tokens=True)
+    try:
+        output = _generate(model, tokenizer, ids, torch.ones_like(ids), stops, limit, streamer)
+    except (KeyboardInterrupt, Interrupted):
+        streamer.end()  # what it holds back until a word is finished
+        raise
+    found = output[0, len(prompt) :].tolist()
+    kept = _until_stop(found, stops)
+    if on_limit is not None and limit < max_new_tokens and len(kept) == limit:
+        on_limit(len(prompt) + limit)
+    return tokenizer.decode(kept, skip_special_tokens=True)
 
 
 @torch.no_grad()

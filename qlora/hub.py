@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from .errors import InputError
+from .secrets import is_secret
 
-_TOKEN = re.compile(rb"hf_[A-Za-z0-9]{20,}")
 _TEXT_BYTES = 64 * 2**20  # larger files are weights
 _OWN = {".gitattributes"}  # which the hub puts into a new repository
 
@@ -34,17 +33,18 @@ def refuse_name(repo):
 
 
 def refuse_secrets(files):
-    """Raise InputError where one of the files holds a hub token. files: as `send` takes them."""
+    """Raise InputError where one of the files holds a token or a password. files: as `send` takes them."""
     from huggingface_hub import get_token
 
-    own = (get_token() or "").encode()
+    own = get_token()
     for name, content in files.items():
         if isinstance(content, Path) and content.stat().st_size > _TEXT_BYTES:
             continue
         data = content.read_bytes() if isinstance(content, Path) else content
-        if _TOKEN.search(data) or (own and own in data):
+        text = data.decode(errors="replace")
+        if is_secret(text) or (own and own in text):
             raise InputError(
-                f"{name} holds a token of the hub; take it out, and make a new token: that one has been seen"
+                f"{name} contains a token or a password; remove it, and make a new one if others have seen it"
             )
 
 

@@ -66,6 +66,12 @@ def noted():
             _noted = None
 
 
+def answered():
+    """Take the signal that was raised as answered: the next one is a first again."""
+    global _came
+    _came = False
+
+
 def _on_signal(number, frame):
     global _came
     again = _came and os.getpid() == _owner

@@ -73,6 +73,20 @@ ODD = {
     "lfm2": lambda: transformers.Lfm2Config(**_SHAPE, full_attn_idxs=[1], block_auto_adjust_ff_dim=False),
 }
 
+# parameters that are no layer's weight: biases of experts in a matrix, state-space matrices
+LOOSE = {
+    "gpt-oss": lambda: transformers.GptOssConfig(
+        **_SHAPE,
+        head_dim=16,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    ),
+    "mamba": lambda: transformers.MambaConfig(
+        vocab_size=VOCAB_SIZE, hidden_size=64, num_hidden_layers=2, state_size=8, bos_token_id=3, eos_token_id=2
+    ),
+}
+
 CONVERSATIONS = [
     [("user", f"What is {a} plus {b}?"), ("assistant", f"{a} plus {b} is {a + b}.")] for a in range(6) for b in range(4)
 ]
@@ -134,7 +148,7 @@ def tiny_model(tmp_path_factory, tokenizer_json):
         key = (family, max_shard_size)
         if key not in made:
             torch.manual_seed(0)
-            config = (FAMILIES | MIXTURES | ODD)[family]()
+            config = (FAMILIES | MIXTURES | ODD | LOOSE)[family]()
             model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
             with torch.no_grad():  # initialised at 0.02 and zero bias, a tiny model says nearly nothing; make it speak
                 for name, parameter in model.named_parameters():

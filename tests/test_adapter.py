@@ -450,8 +450,8 @@ def test_patterns_set_the_rank_and_scaling_of_the_layers_they_match(load_model):
         ({"bias": "lora_only"}, "lora.bias lora_only: no layer that gets an adapter has a bias"),
         ({"lora_bias": True}, "lora.lora_bias: 14 of 14 layers have no bias"),
         ({"init_lora_weights": "pissa"}, "is for a base in 16 bit"),
-        ({"init_lora_weights": "eva", "r": 40}, "needs ranks up to 80"),
-        ({"init_lora_weights": "loftq", "rank_pattern": {"q_proj": 65}}, "needs ranks up to 65"),
+        ({"init_lora_weights": "eva", "r": 20}, "lora.r: 20 (EVA: up to twice that) is above"),
+        ({"init_lora_weights": "loftq", "rank_pattern": {"q_proj": 65}}, "so at most 64"),
     ],
 )
 def test_what_cannot_be_trained_is_refused_with_the_reason(load_model, lora, expected):
@@ -697,3 +697,28 @@ def test_a_folder_that_does_not_fit_in_every_tensor_is_refused(foreign, load_mod
     break_it(folder)
     with pytest.raises(InputError, match=expected):
         adapter.load(load_model("llama"), folder)
+
+
+@pytest.mark.parametrize(
+    ("family", "section", "said"),
+    [
+        ("llama", Lora(r=1_000_000), r"lora\.r: 1000000 is above .* so at most \d+"),
+        ("gpt2", Lora(r=100_000), r"lora\.r: 100000"),
+        ("llama", Lora(r=4, rank_pattern={"q_proj": 100_000}), r"lora\.rank_pattern 'q_proj': 100000 .*q_proj is"),
+        ("llama", Lora(peft_type="ADALORA", init_r=100_000), r"lora\.init_r: 100000"),
+    ],
+)
+def test_a_rank_that_no_layer_can_have_is_refused_before_anything_is_allocated(load_model, family, section, said):
+    model = load_model(family)
+    with pytest.raises(InputError, match=said):
+        adapter.attach(model, section)
+    assert not any("lora_" in name for name, _ in model.named_parameters())
+
+
+def test_the_smaller_side_of_a_layer_is_the_largest_rank(load_model):
+    model = load_model("llama")
+    layer = model.get_submodule("model.layers.0.mlp.up_proj")
+    smaller = min(layer.in_features, layer.out_features)
+    assert adapter.attach(load_model("llama"), Lora(r=smaller, target_modules=["up_proj"]))
+    with pytest.raises(InputError, match=f"at most {smaller}"):
+        adapter.attach(model, Lora(r=smaller + 1, target_modules=["up_proj"]))

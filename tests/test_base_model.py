@@ -452,3 +452,61 @@ def test_a_buffer_that_the_architecture_leaves_in_the_files_may_be_infinite(tmp_
         InputError, match=r"1 problem\n  gpt_neox.layers.0.attention.query_key_value.bias: holds numbers that"
     ):
         load(tmp_path)
+
+
+def test_a_repository_in_the_hubs_cache_means_its_snapshot(tiny_model, tmp_path):
+    repository = tmp_path / "models--me--tiny"
+    for revision in ("aaa", "bbb"):
+        (repository / "snapshots").mkdir(parents=True, exist_ok=True)
+        (repository / "snapshots" / revision).symlink_to(tiny_model("llama"))
+    section = Model(name_or_path=str(repository))
+    with pytest.raises(InputError, match=r"give one of its 2 snapshots:\n.*snapshots/aaa\n.*snapshots/bbb"):
+        base_model.find(section)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("bbb\n")
+    assert base_model.find(section).folder == repository / "snapshots" / "bbb"
+    (repository / "snapshots" / "bbb").unlink()
+    assert base_model.find(section).folder == repository / "snapshots" / "aaa"
+    (repository / "snapshots" / "aaa").unlink()
+    with pytest.raises(InputError, match="it has no snapshot; download it again"):
+        base_model.find(section)
+
+
+def test_a_multimodal_checkpoint_is_called_that(tiny_model, tmp_path):
+    text = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}  # fmt: skip
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
+              "image_size": 28, "patch_size": 14}  # fmt: skip
+    config = transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    transformers.Gemma3ForConditionalGeneration(config).save_pretrained(tmp_path)
+    for path in tiny_model("llama").glob("tokenizer*"):
+        shutil.copy(path, tmp_path)
+    with pytest.raises(
+        InputError, match=r"a multimodal checkpoint \(gemma3, with vision_config\); its text half is not"
+    ):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_decoders_are_causal(load_model, tiny_model, family):
+    checkpoint = base_model.find(Model(name_or_path=str(tiny_model(family))))
+    base_model.refuse_not_causal(load_model(family), checkpoint)
+
+
+def test_a_model_that_sees_its_answers_is_refused_before_training(make_recipe, tiny_model, tmp_path):
+    """A BERT folder loads as BertLMHeadModel, whose attention goes both ways unless its config says is_decoder."""
+    vocab_size = len(transformers.AutoTokenizer.from_pretrained(tiny_model("llama")))
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    for is_decoder in (False, True):
+        folder = tmp_path / f"bert-{is_decoder}"
+        config = transformers.BertConfig(vocab_size=vocab_size, **shape, is_decoder=is_decoder)
+        transformers.BertLMHeadModel(config).to(torch.bfloat16).save_pretrained(folder)
+        transformers.AutoTokenizer.from_pretrained(tiny_model("llama")).save_pretrained(folder)
+        section = Model(name_or_path=str(folder))
+        checkpoint = base_model.find(section)
+        model = base_model.load(checkpoint, section, Quantization())
+        if is_decoder:
+            base_model.refuse_not_causal(model, checkpoint)
+        else:
+            with pytest.raises(InputError, match=r"BertLMHeadModel is not causal: .* is_decoder: false"):
+                base_model.refuse_not_causal(model, checkpoint)

@@ -13,16 +13,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qlora import checkpoints, signals
+from qlora import checkpoints, sft, signals
 from qlora.checkpoints import Checkpoints, Damaged
 from qlora.commands.train import train
-from qlora.errors import InputError, Interrupted, TrainingFailed
+from qlora.errors import DoesNotFit, InputError, Interrupted, TrainingFailed
 from qlora.recipe import Recipe, Training
 from qlora.rundir import RunDir
 from tests.conftest import messages, write_jsonl
 
-# the tiny model's layers have 64 to 128 numbers a side: 64 ranks make most of them large enough for 8-bit states
-WIDE = {"r": 64, "lora_alpha": 64, "lora_dropout": 0.1}
+# the tiny model's layers have 32 to 128 numbers a side: 32 ranks make some of them large enough for 8-bit states
+WIDE = {"r": 32, "lora_alpha": 32, "lora_dropout": 0.1}
 
 
 @pytest.fixture
@@ -108,7 +108,7 @@ def assert_same_run(one, other):
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-ADALORA = {"peft_type": "ADALORA", "r": 16, "init_r": 64, "target_r": 20, "tinit": 1, "tfinal": 3}  # 16 is the default
+ADALORA = {"peft_type": "ADALORA", "r": 16, "init_r": 32, "target_r": 20, "tinit": 1, "tfinal": 3}  # 16 is the default
 LION = {"learning_rate": 1e-3, "optim": "paged_lion_8bit"}
 LOGS = {"eval_steps": 2, "logging_steps": 3}
 # an epoch has 4 steps of 9 of the 36 rows: 2 and 5 lie within one, 8 ends one
@@ -532,6 +532,41 @@ def test_a_finished_run_says_so_and_can_be_made_longer(recipe_of, capsys):
     kept = load_file(run.path / "adapter-step-4" / "adapter_model.safetensors")
     assert all(torch.equal(tensor, kept[name]) for name, tensor in first.items())
     assert longer.recipe().training.num_train_epochs == 2
+
+
+@pytest.mark.parametrize("why", ["an optimizer that is not restored", "out of memory in the rehearsal", "in the way"])
+def test_a_finished_run_that_cannot_go_on_is_left_as_it_was(recipe_of, monkeypatch, why):
+    recipe = recipe_of("run", max_steps=None, num_train_epochs=1.0, lr_scheduler_type="constant", save_steps=2)
+    run = train(recipe)
+    longer, allowed = changed(recipe, "training.num_train_epochs=2.0"), ()
+    if why.startswith("an optimizer"):
+        longer = changed(longer, "training.optim=adamw_torch")
+        allowed, expected = ["training.optim"], InputError
+    elif why == "in the way":
+        (run.path / "adapter-step-4").mkdir()
+        expected = InputError
+    else:
+        expected = DoesNotFit
+        monkeypatch.setattr(sft.Trainer, "rehearse", refuse_memory)
+    before = contents(run.path)
+    with pytest.raises(expected):
+        train(longer, resume=True, allow_change=allowed)
+    assert contents(run.path) == before
+    monkeypatch.undo()
+    if why.startswith("out of memory"):
+        assert train(longer, resume=True).records()[-1]["step"] == 8
+
+
+def refuse_memory(trainer, largest):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+def contents(folder):
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in folder.rglob("*")
+        if path.name != "lock"
+    }
 
 
 def test_ranks_that_shrink_by_the_number_of_steps_do_not_get_more_of_them(recipe_of, monkeypatch):

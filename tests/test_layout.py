@@ -98,11 +98,21 @@ def test_there_is_no_utils():
     assert not [path for path in FILES if path.stem in {"utils", "helpers", "misc", "common"}]
 
 
-def test_the_tree_in_the_readme_is_the_tree_on_disk():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_no_module_is_named_like_a_public_function():
+    """Importing it would put the module where the function is: `from qlora import export` was a package once."""
+    import qlora
+
+    public = {name for name in qlora.__all__ if callable(getattr(qlora, name))}
+    top = {part_of(path) for path in FILES if path.parent == PACKAGE or path.name == "__init__.py"}
+    assert {"train", "export", "plan"} <= public
+    assert not public & top
+
+
+def test_the_tree_in_the_layout_is_the_tree_on_disk():
+    layout = (ROOT / "docs" / "layout.md").read_text(encoding="utf-8")
     for path in FILES:
         if path.name != "__init__.py":
-            assert re.search(rf"\b{path.name}\b", readme), f"README.md has no gloss for {path.relative_to(ROOT)}"
+            assert re.search(rf"\b{path.name}\b", layout), f"docs/layout.md has no line for {path.relative_to(PACKAGE)}"
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,7 @@ def attach(model, section, seed=0, token_ids=(), checkpoint=None, examples=()):
     whole = _whole_names(model, section, targets, token_ids)
     targets = [name for name in targets if not _is_within(name, whole)]
     _refuse_patterns(section, targets)
+    _refuse_ranks(model, section, targets)
     _refuse_biases(model, section, targets)
     start.refuse(model, section, targets)
     common = {"modules_to_save": whole or None, "trainable_token_indices": _token_indices(model, token_ids)}
@@ -117,7 +118,12 @@ def _peft_model(model, config):
         # attach has checked the patterns; in the folder of an AdaLoRA, rank_pattern names tensors
         warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not match")
         warnings.filterwarnings("ignore", message="lora with eva initialization used with low_cpu_mem_usage=False")
-        peft_model = get_peft_model(model, config)
+        try:
+            peft_model = get_peft_model(model, config)
+        except ValueError as error:  # layers whose forward the model never calls, as in state-space blocks
+            raise InputError(
+                f"lora: PEFT refuses {type(model).__name__}: {error}\n  name such layers in lora.exclude_modules"
+            ) from None
     whole = [n for n, m in peft_model.get_base_model().named_modules() if isinstance(m, ModulesToSaveWrapper)]
     if config.trainable_token_indices:
         ends = [model.get_input_embeddings(), model.get_output_embeddings()]
@@ -245,11 +251,47 @@ def _refuse_patterns(section, targets):
     problems = []
     for field in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(section, field):
-            matches = any(re.match(rf"(.*\.)?({pattern})$", name) for name in targets)  # as PEFT's get_pattern_key
+            matches = any(_pattern_of([pattern], name) for name in targets)
             problems += [] if matches else [f"lora.{field}: {pattern!r} matches no layer that gets an adapter"]
     if problems:
         leaves = sorted({name.rpartition(".")[2] for name in targets})
         raise InputError.listing("the recipe", problems, f"adapters go to: {', '.join(leaves)}")
+
+
+def _refuse_ranks(model, section, targets):
+    """Raise InputError where a rank is above the smaller side of a layer: B A cannot have it, and it costs memory."""
+    adaptive = section.peft_type == "ADALORA"
+    # EVA may give a layer up to twice the rank, from others that need less
+    factor, grown = (2, " (EVA: up to twice that)") if section.init_lora_weights == "eva" else (1, "")
+    too_large: dict = {}
+    for name in targets:
+        pattern = None if adaptive else _pattern_of(section.rank_pattern, name)
+        field = "lora.init_r" if adaptive else "lora.r" if pattern is None else f"lora.rank_pattern {pattern!r}"
+        rank = section.init_r if adaptive else section.r if pattern is None else section.rank_pattern[pattern]
+        sides = _sides(model.get_submodule(name))
+        if rank * factor > min(sides):
+            too_large.setdefault((field, rank), []).append((min(sides), name, sides))
+    problems = []
+    for (field, rank), layers in too_large.items():
+        limit, name, (num_out, num_in) = min(layers)
+        problems.append(
+            f"{field}: {rank}{grown} is above the smaller side of {len(layers)} layers; {name} is {num_out} x {num_in}, "
+            f"so at most {limit // factor}"
+        )
+    if problems:
+        raise InputError.listing("the recipe", problems, "set a lower rank; 8 to 64 is usual")
+
+
+def _pattern_of(patterns, name):
+    """Return the key of `patterns` that PEFT applies to the layer `name`, or None; as its get_pattern_key."""
+    return next((pattern for pattern in patterns if re.match(rf"(.*\.)?({pattern})$", name)), None)
+
+
+def _sides(layer):
+    """Return (out_features, in_features) of a linear layer, quantized or not."""
+    if base_model.is_conv1d(layer):
+        return layer.weight.shape[1], layer.weight.shape[0]
+    return layer.out_features, layer.in_features
 
 
 def _refuse_biases(model, section, targets):

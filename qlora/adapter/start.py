@@ -49,13 +49,6 @@ def refuse(model, section, targets):
         )
     if chosen == "loftq" and not quantized:
         raise InputError(f"{where}: the base is not quantized, so nothing is lost; pissa and olora are for such a base")
-    if chosen in ("loftq", "eva", *_SPLIT):
-        rank = max([section.r, *section.rank_pattern.values()]) * (2 if chosen == "eva" else 1)  # EVA: up to 2 r
-        for name in targets:
-            layer = model.get_submodule(name)
-            sizes = (layer.in_features, layer.out_features) if hasattr(layer, "in_features") else layer.weight.shape
-            if rank > min(sizes):
-                raise InputError(f"{where}: needs ranks up to {rank}, {name} is {tuple(sizes)}; lower lora.r")
 
 
 def initialize(peft_model, section, checkpoint, examples):

@@ -7,9 +7,12 @@ buffers                                     as the architecture makes them (rota
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import inspect
 import math
 import re
+import types
 from pathlib import Path
 
 import torch
@@ -18,8 +21,19 @@ from safetensors import safe_open
 from .. import memory
 from ..errors import DoesNotFit, InputError
 from .folder import Checkpoint, add_tokens, find, load_config, load_tokenizer, read_config, said, weight_files
+from .limits import num_positions, refuse_rows
 
-__all__ = ["Checkpoint", "add_tokens", "find", "load_config", "load_tokenizer", "weight_files"]
+__all__ = [
+    "Checkpoint",
+    "add_tokens",
+    "find",
+    "load_config",
+    "load_tokenizer",
+    "num_positions",
+    "read_config",
+    "refuse_rows",
+    "weight_files",
+]
 
 # W is cast to bfloat16 before it is quantized, whatever the files hold: fp32, fp16 and bf16 copies of one weight give
 # different NF4 codes, so the dtype is part of what was trained.
@@ -70,6 +84,7 @@ def load(checkpoint, section, quantization, device=None, dtype=DTYPE_WHEN_QUANTI
             ) from None
         raise InputError(f"{checkpoint.folder}: cannot load the model: {said(error)}") from error
     _refuse_incomplete(checkpoint, info)
+    accept_arguments(model)
     if quantization and quantization.compute_dtype == "float32":
         to_float32(model)
     if quantization and not quantized_modules(model):
@@ -85,6 +100,42 @@ def load(checkpoint, section, quantization, device=None, dtype=DTYPE_WHEN_QUANTI
     # what the files were called by the user, so that an adapter names a model and not a cache folder
     model.name_or_path = model.config._name_or_path = checkpoint.name_or_path
     return model.eval()
+
+
+# of a forward pass, with the values that mean nothing where a model does not know them
+_WITHOUT_EFFECT = {"use_cache", "return_dict", "output_attentions", "output_hidden_states"}
+
+
+def accept_arguments(model):
+    """Let `model` be called as transformers' own models are, where its forward takes fewer arguments; return it.
+
+    PEFT passes output_attentions and others to every model, and qlora logits_to_keep. A model with its own code that does
+    not know them computes all logits, of which the wanted ones are returned; an argument that would matter is refused.
+    """
+    original = type(model).forward
+    known = inspect.signature(original).parameters
+    takes_all = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in known.values())
+    if "logits_to_keep" in known and (takes_all or known.keys() >= _WITHOUT_EFFECT | {"inputs_embeds", "labels"}):
+        return model
+
+    @functools.wraps(original)
+    def forward(self, *args, **kwargs):
+        keep = 0 if "logits_to_keep" in known else kwargs.pop("logits_to_keep", 0)
+        unknown = {} if takes_all else {name: value for name, value in kwargs.items() if name not in known}
+        needed = [name for name, value in unknown.items() if value is not None and name not in _WITHOUT_EFFECT]
+        if needed:
+            raise InputError(
+                f"the forward of {type(self).__name__} takes no {', '.join(needed)}; use another model class"
+            )
+        found = original(self, *args, **{name: value for name, value in kwargs.items() if name not in unknown})
+        if not hasattr(found, "logits"):
+            raise InputError(f"the forward of {type(self).__name__} returns no object with `logits`")
+        if not (isinstance(keep, int) and keep == 0):
+            found.logits = found.logits[:, slice(-keep, None) if isinstance(keep, int) else keep]
+        return found
+
+    model.forward = types.MethodType(forward, model)  # not a closure over the model: copies of it call themselves
+    return model
 
 
 @torch.no_grad()
@@ -174,6 +225,39 @@ def _refuse_rows_that_are_no_blocks(checkpoint, modules):
         )
 
 
+def refuse_not_causal(model, checkpoint):
+    """Raise InputError if a position's logits depend on tokens after it: in training it would be shown its answers.
+
+    Says so of what is computed, whatever the architecture is called (BertLMHeadModel is none without `is_decoder`): the
+    gradient of the first half's logits by the second half's embeddings is exactly zero where a mask is causal.
+    """
+    embedding, found = model.get_input_embeddings(), []
+
+    def watch(module, arguments, output):
+        found.append(output.detach().requires_grad_())
+        return found[-1]
+
+    num_tokens, half = 12, 6
+    ids = (torch.arange(num_tokens, device=model.device) * 37 + 11) % embedding.weight.shape[0]
+    handle = embedding.register_forward_hook(watch)
+    try:
+        with torch.enable_grad():
+            logits = model(input_ids=ids[None]).logits[0, :half].float()
+            # weighted, so that nothing cancels: the sum of a softmax or of a normalized row does not change at all
+            weights = torch.linspace(-1, 1, logits.numel(), device=logits.device).reshape(logits.shape)
+            [gradient] = torch.autograd.grad((logits * weights).sum(), found[:1])
+    finally:
+        handle.remove()
+    if gradient[0, half:].count_nonzero():
+        declared = getattr(model.config, "is_decoder", None)
+        raise InputError(
+            f"{checkpoint.folder}: {type(model).__name__} is not causal: its logits depend on later tokens, so training "
+            "would show it the answers"
+            + (" (config.json has is_decoder: false)" if declared is False else "")
+            + "; take a decoder model such as Llama or Qwen"
+        )
+
+
 def dtype_of(name):
     """Return the torch dtype that a recipe calls "float16", "bfloat16" or "float32"."""
     return getattr(torch, name)
@@ -236,13 +320,14 @@ def on_meta(config, trust_remote_code=False):
 
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
     except (
         Exception
     ) as error:  # an architecture computes with what its config says: sizes below zero, names of functions
         raise InputError(
             f"{Path(config.name_or_path) / 'config.json'}: no model can be built of it: {said(error)}"
         ) from error
+    return accept_arguments(model)
 
 
 def load_on_meta(config, section, quantization, dtype=DTYPE_WHEN_QUANTIZED):

@@ -63,6 +63,7 @@ def find(section, weights=True):
     folder, revision = Path(section.name_or_path), None
     if folder.is_file():
         raise InputError(f"model.name_or_path {folder}: is a file; give the model folder")
+    folder = _snapshot(folder)
     if not folder.is_dir():
         folder, revision = _download(section, weights)
     elif section.revision is not None:
@@ -76,6 +77,29 @@ def find(section, weights=True):
     new_tokens = add_tokens(tokenizer, section.new_tokens)
     added = frozenset(new_tokens.values()) - known
     return Checkpoint(section.name_or_path, folder, revision, tensors, new_tokens, added)
+
+
+def _snapshot(folder):
+    """Return the snapshot in `folder` where that is a repository in the hub's cache (models--OWNER--NAME), else `folder`.
+
+    Raises:
+        InputError: it has several snapshots, or none.
+    """
+    snapshots = folder / "snapshots"
+    if not snapshots.is_dir() or (folder / "config.json").is_file():
+        return folder
+    found = sorted(path for path in snapshots.iterdir() if path.is_dir())
+    main = folder / "refs" / "main"
+    if len(found) > 1 and main.is_file():
+        newest = main.read_text(encoding="utf-8").strip()
+        found = [path for path in found if path.name == newest] or found
+    if len(found) != 1:
+        listed = "".join(f"\n  {path}" for path in found)
+        raise InputError(
+            f"model.name_or_path {folder}: is a repository in the hub's cache; "
+            + (f"give one of its {len(found)} snapshots:{listed}" if found else "it has no snapshot; download it again")
+        )
+    return found[0]
 
 
 # Sizes that every architecture has under one of these names, and what none exceeds: building a model of more would take
@@ -228,6 +252,14 @@ def read_config(checkpoint, section):
         config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=section.trust_remote_code)
     except Exception as error:  # its class computes with what the file says, and divides by zero heads
         raise InputError(f"{path}: {said(error)}") from None
+    other_parts = sorted(
+        name for name in type(config).sub_configs if name != "text_config" and getattr(config, name, None) is not None
+    )
+    if any(re.search("vision|image|video|audio|speech", name) for name in other_parts):
+        raise InputError(
+            f"{checkpoint.folder}: a multimodal checkpoint ({config.model_type}, with {', '.join(other_parts)}); its text "
+            "half is not supported yet; take a text-only model of this family"
+        )
     known = type(config) in AutoModelForCausalLM._model_mapping or "AutoModelForCausalLM" in getattr(
         config, "auto_map", {}
     )

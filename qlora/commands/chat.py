@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 
-from .. import generate
+from .. import generate, signals
 from ..data.chat import encode_prompt
-from ..errors import InputError
+from ..errors import InputError, Interrupted
+from . import console
 from .subject import open_subject, switch
 
 
@@ -20,16 +22,27 @@ def chat(target, prompt, system=None, max_new_tokens=512, overrides=(), on_text=
 
 
 def talk(target, system=None, max_new_tokens=512, overrides=()):
-    """Read prompts from stdin and print answers until end of file; the conversation goes on from turn to turn."""
+    """Read prompts from stdin and print answers until end of file; the conversation goes on from turn to turn.
+
+    Ctrl-C stops the answer that is being printed, what was printed of it stays in the conversation; at the prompt it ends
+    the program. A message that cannot be answered is taken back.
+    """
     subject = open_subject(target, overrides)
     messages = _opening(system)
     interactive = sys.stdin.isatty()
     if interactive:
-        print("Type a message; /new starts over, /adapter RUN|none switches, Ctrl-D ends.", file=sys.stderr)
+        print(
+            "Type a message; /new starts over, /adapter RUN|none switches, Ctrl-C stops an answer, Ctrl-D quits.",
+            file=sys.stderr,
+        )
     while True:
         try:
             prompt = input("> " if interactive else "")
         except EOFError:
+            return
+        except (KeyboardInterrupt, Interrupted) as stopped:
+            if getattr(stopped, "number", signal.SIGINT) != signal.SIGINT:
+                raise
             return
         command, _, argument = prompt.strip().partition(" ")
         if command == "/new":
@@ -40,10 +53,32 @@ def talk(target, system=None, max_new_tokens=512, overrides=()):
             except InputError as error:  # the conversation goes on as it was
                 print(f"qlora: {error}", file=sys.stderr)
         elif prompt.strip():
-            messages.append({"role": "user", "content": prompt})
-            answer = _answer(subject, messages, max_new_tokens, _print_piece)
-            print()
-            messages.append({"role": "assistant", "content": answer})
+            messages += _turn(subject, [*messages, {"role": "user", "content": prompt}], max_new_tokens)
+
+
+def _turn(subject, messages, max_new_tokens):
+    """Print the answer to `messages`; return what the turn adds to the conversation: the last of them and the answer."""
+    said: list = []
+
+    def on_text(piece):
+        said.append(piece)
+        _print_piece(piece)
+
+    try:
+        answer = _answer(subject, messages, max_new_tokens, on_text)
+    except InputError as error:
+        print(f"qlora: {error}", file=sys.stderr)
+        return []
+    except (KeyboardInterrupt, Interrupted) as stopped:
+        if getattr(stopped, "number", signal.SIGINT) != signal.SIGINT:
+            raise
+        signals.answered()
+        print(" [stopped]", file=sys.stderr, flush=True)
+        answer = "".join(said).strip()
+        if not answer:
+            return []
+    print()
+    return [messages[-1], {"role": "assistant", "content": answer}]
 
 
 def _switch(subject, name):
@@ -68,5 +103,11 @@ def _answer(subject, messages, max_new_tokens, on_text):
     except ValueError as error:
         raise InputError(str(error)) from None
     return generate.stream(
-        subject.model, subject.tokenizer, prompt, subject.stops, max_new_tokens, on_text or (lambda piece: None)
+        subject.model,
+        subject.tokenizer,
+        prompt,
+        subject.stops,
+        max_new_tokens,
+        on_text or (lambda piece: None),
+        lambda limit: console.say(f"\nthe answer ends here: the model has {limit:,} positions, and all are used"),
     ).strip()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from .. import data, generate, metrics
+from .. import base_model, data, generate, metrics
 from ..data import chat
 from ..errors import InputError
 from ..recipe import Data
@@ -26,6 +26,7 @@ def evaluate(target, data_file=None, overrides=(), max_rows=100) -> dict:
     """
     subject = open_subject(target, overrides)
     rows = _held_out(subject, data_file).first_rows(max_rows)
+    base_model.refuse_rows(rows, subject.model.config)
     conversations = data.conversations(rows)
     result = {"rows": len(conversations), **_score(subject, conversations, rows, "answering")}
     if subject.run is not None:

@@ -8,9 +8,8 @@ import time
 from pathlib import Path
 
 from .. import base_model, memory, metrics
-from ..data import chat
 from ..errors import InputError, Interrupted, ProofFailed
-from ..exporter import merge, writer
+from ..exporter import configs, merge, writer
 from ..exporter.card import card
 from ..exporter.reader import Reader
 from ..kernels.threads import Cores
@@ -170,29 +169,13 @@ def _write(trained, plan, folder, base, device):
             [f"{name}: other 4-bit codes" for name in different],
             "export with the versions in environment.json, and on a GPU if it was trained on one",
         )
-    _write_configs(folder, trained, plan.config)
     dtype = trained.section.dtype
+    configs.write(folder, trained.checkpoint, trained.recipe.model, plan.config, trained.tokenizer, dtype)
     console.say(
         f"wrote     {len(plan.specs)} tensors, {console.size(plan.num_bytes)} of {dtype}, {len(merging.modules)} merged"
         + (f"; {len(merging.digests)} have the 4-bit codes of the training" if merging.digests else "")
     )
     return merging
-
-
-def _write_configs(folder, trained, config):
-    from transformers import GenerationConfig
-
-    checkpoint, tokenizer = trained.checkpoint, trained.tokenizer
-    for code in checkpoint.folder.glob("*.py") if config.to_dict().get("auto_map") else []:
-        shutil.copy(code, folder)
-    config.dtype = base_model.dtype_of(trained.section.dtype)
-    config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    generation = checkpoint.generation_config() or GenerationConfig.from_model_config(config)
-    generation.eos_token_id = sorted(chat.stop_token_ids(tokenizer, generation))
-    generation.pad_token_id = tokenizer.pad_token_id
-    # not save_pretrained: it refuses sampling settings beside do_sample: false, which published models have
-    write_json(folder / "generation_config.json", generation.to_diff_dict())
 
 
 def _what_merging_did(trained, merging):

@@ -56,7 +56,7 @@ def prepare(recipe: Recipe, weights=True) -> Prepared:
     if not len(examples):
         raise InputError("no row is left to train on: data.train's weights are too small")
     for some in (examples, held_out):
-        _refuse_what_the_model_cannot_take(some, config)
+        base_model.refuse_rows(some, config)
     batches = _batches(examples, recipe)
     report = data.report(
         examples,
@@ -81,22 +81,6 @@ def _batches(examples, recipe):
 def _nothing_left(parts):
     lines = [f"  {part.path}: {_dropped(part.summary)}" for part in parts]
     return "\n".join(["no row is left to train on", *lines])
-
-
-def _refuse_what_the_model_cannot_take(rows, config):
-    config = config.get_text_config()
-    largest = rows.largest_token
-    if largest >= config.vocab_size:
-        raise InputError(
-            f"the tokenizer makes token {largest}, the model has {config.vocab_size} embeddings; "
-            "tokenizer and model do not belong together"
-        )
-    longest = int(rows.lengths.max()) if len(rows) else 0
-    positions = getattr(config, "max_position_embeddings", None)
-    if positions is not None and longest > positions:
-        raise InputError(
-            f"a row has {longest} tokens, the model {positions} positions; set data.max_length={positions}"
-        )
 
 
 def refuse_pointless(report):

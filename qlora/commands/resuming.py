@@ -99,9 +99,7 @@ class Resumed:
         """Give the run folder this recipe, and no adapter/; what a finished run left there is kept beside."""
         run = self.run
         if run.adapter.is_dir():
-            kept = run.path / f"adapter-step-{_last_step(run)}"
-            if kept.exists():
-                raise InputError(f"{kept} is in the way of what {run.adapter} is; move it")
+            kept = _place_of_finished(run)
             run.adapter.rename(kept)
             if run.eval_file.exists():
                 run.eval_file.rename(kept / run.eval_file.name)
@@ -127,6 +125,8 @@ def resumed(recipe: Recipe, allowed):
             )
             yield None
             return
+        if run.adapter.is_dir() and _place_of_finished(run).exists():
+            raise InputError(f"{_place_of_finished(run)} already exists; move it, then resume")
         known = run.environment() if run.environment_file.exists() else {}
         kept = Checkpoints(run.checkpoints, known.get("id"))
         kept.remove_leftovers()
@@ -152,6 +152,11 @@ def _at_least_as_long(then, now):
 def _is_longer(old: Recipe, new: Recipe):
     then, now = ({name: getattr(recipe.training, name.partition(".")[2]) for name in _LENGTH} for recipe in (old, new))
     return _at_least_as_long(then, now) and not _at_least_as_long(now, then)
+
+
+def _place_of_finished(run):
+    """Return where the adapter of a finished run is kept when the run goes on."""
+    return run.path / f"adapter-step-{_last_step(run)}"
 
 
 def _last_step(run):

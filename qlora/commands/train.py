@@ -96,18 +96,16 @@ def _train(recipe, resumed):
     merge.plan(checkpoint, prepared.config, base_model.dtype_of(recipe.export.dtype), recipe.model.trust_remote_code)
 
     with RunDir.create(recipe) if resumed is None else contextlib.nullcontext(resumed.run) as run:
-        write_json(run.data_report_file, prepared.report)
         vocab_size = prepared.config.get_text_config().vocab_size
         held_out = prepared.eval_examples
         rows = proof.proof_rows(held_out if len(held_out) else prepared.examples, vocab_size)
-        write_json(run.proof_rows_file, proof.to_json(rows, "held-out rows" if len(held_out) else "training rows"))
         with console.status(f"loading {checkpoint.name_or_path}"):
             model = base_model.load(checkpoint, recipe.model, recipe.quantization)
             quantized, hashes = base_model.digests(model), checkpoint.file_hashes()
             of_base = resuming.of_base(hashes, quantized)
             if resumed is not None:
                 resumed.refuse_changes(of_base)
-                resumed.begin(recipe)
+            base_model.refuse_not_causal(model, checkpoint)
             model = adapter.attach(
                 model, recipe.lora, recipe.training.seed, checkpoint.new_tokens.values(), checkpoint, prepared.examples
             )
@@ -115,7 +113,15 @@ def _train(recipe, resumed):
         if resumed is not None:
             _say_resumed(resumed, environment)
             environment["id"] = resumed.environment["id"]
-        write_json(run.environment_file, environment)
+
+        def begin():
+            """Write what the run is; until then a finished run that is to go on is as it was."""
+            if resumed is not None:
+                resumed.begin(recipe)
+            write_json(run.data_report_file, prepared.report)
+            write_json(run.proof_rows_file, proof.to_json(rows, "held-out rows" if len(held_out) else "training rows"))
+            write_json(run.environment_file, environment)
+
         _print_model(checkpoint, model, quantized, recipe)
         # a signal is noted until adapter/ is there: what training has made is never thrown away
         with kernels.installed(model, recipe.kernels) as installed, console.Steps() as steps, signals.noted() as stop:
@@ -139,6 +145,7 @@ def _train(recipe, resumed):
                     fingerprint=fingerprint | of_base,
                     resume=resumed and resumed.checkpoint,
                     stop=stop,
+                    on_begin=begin,
                     on_save=steps.saved,
                 ),
             )

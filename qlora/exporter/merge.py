@@ -20,6 +20,7 @@ from safetensors import safe_open
 from .. import base_model
 from ..errors import InputError
 from ..kernels import nf4
+from .reader import Reader
 from .writer import Spec
 
 # O out_features, I in_features, V vocab, N new tokens
@@ -62,8 +63,10 @@ def plan(checkpoint, config, dtype, trust_remote_code=False, adapter=None):
 
     Raises:
         InputError: a parameter has no tensor in the files; new tokens where their rows cannot be trained; or an adapter
-            that does not fit the model.
+            that does not fit the model; or the files hold tensors of a dtype that is not read.
     """
+    with Reader(checkpoint):
+        pass
     config = type(config).from_dict(config.to_dict())  # the caller's stays as it is
     model = base_model.on_meta(config, trust_remote_code)
     if adapter is not None and _change(config, model, adapter):
@@ -222,17 +225,18 @@ class Merge:
         """
         spec = self.specs[name]
         module, _, leaf = name.rpartition(".")
-        start, end = self._start(name, module)
+        carrier = module if leaf == "weight" else None  # what the adapter and the quantization call this tensor
+        start, end = self._start(name, carrier)
         if not spec.dtype.is_floating_point:
             yield start
             return
         total = _Sums()
-        if leaf == "weight" and module in self.plan.conv1d:
+        if carrier in self.plan.conv1d:
             end = end if end is None else end.T
             made = [*self._matrix(module, spec, spec.shape[::-1], start.T, end)]
             made = [(torch.cat([piece for piece, _ in made]).T, sum((sums for _, sums in made), _Sums()))]
-        elif leaf == "weight" and len(spec.shape) == 2:
-            made = self._matrix(module, spec, spec.shape, start, end)
+        elif len(spec.shape) == 2:
+            made = self._matrix(carrier, spec, spec.shape, start, end)
         else:
             made = self._vector(module, spec, start, end)
         for piece, sums in made:
@@ -243,7 +247,7 @@ class Merge:
         if total.underflow:
             self.underflows[name] = total.underflow
 
-    def _start(self, name, module):
+    def _start(self, name, carrier):
         """Return (the base's own tensor, the one that the adapter puts in its place or None).
 
         A tensor of another shape than the base's, of a grown vocabulary, counts as the base. A matrix that is not
@@ -252,7 +256,9 @@ class Merge:
         end, source = self.adapter.replaced.get(name), self.plan.source.get(name)
         if end is not None and self._grows(name):
             return end, None
-        by_rows = len(self.specs[name].shape) == 2 and module not in {*self.base.quantized, *self.plan.conv1d}
+        spec = self.specs[name]
+        is_matrix = len(spec.shape) == 2 and spec.dtype.is_floating_point
+        by_rows = is_matrix and carrier not in {*self.base.quantized, *self.plan.conv1d}
         return self.reader.rows(source) if by_rows else self.reader.whole(source, self.each), end
 
     def _grows(self, name):

@@ -132,8 +132,8 @@ def _activation_bytes(model, num_tokens):
     config = model.config.get_text_config()
     wide = [max(p.shape[-2:]) for p in base_model.decoder_layers(model)[0].parameters() if p.dim() > 1]
     numbers = 8 * config.hidden_size + 2 * sum(wide) + 3 * max(wide) + 2 * num_tokens
-    if config._attn_implementation == "eager":  # scores of all heads, their softmax and a copy
-        numbers += 3 * config.num_attention_heads * num_tokens
+    if config._attn_implementation == "eager":  # scores of all heads (Mamba has none), their softmax and a copy
+        numbers += 3 * getattr(config, "num_attention_heads", 0) * num_tokens
     return 4 * numbers
 
 

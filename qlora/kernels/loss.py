@@ -71,5 +71,8 @@ def hidden_states(model, head, columns, **inputs):
 
 
 def cross_entropy(hidden_NH, head, targets_N):
-    """Return the summed cross entropy of targets (N) given hidden states (N, H) and a head without a bias."""
-    return _CrossEntropy.apply(hidden_NH, head.weight, targets_N)
+    """Return the summed cross entropy of targets (N) given hidden states (N, H) and a head without a bias.
+
+    Some models end in float32 and cast to the head's dtype as they call it (Mamba).
+    """
+    return _CrossEntropy.apply(hidden_NH.to(head.weight.dtype), head.weight, targets_N)

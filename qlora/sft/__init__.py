@@ -25,7 +25,7 @@ from .masters import MasterWeights
 from .record import Recorder
 from .rows import join_rows
 from .shortage import too_much, what_would_help
-from .trainer import Rehearsal, Saves, Saving, Schedule, Trainer, loss_of_trained_positions
+from .trainer import Begins, Rehearsal, Saves, Saving, Schedule, Trainer, loss_of_trained_positions
 from .watch import Watch
 
 __all__ = ["MasterWeights", "Result", "Saving", "Trainer", "join_rows", "loss_of_trained_positions", "train"]
@@ -107,6 +107,7 @@ def train(
     trainer.add_callback(Schedule(trainer.ranks))
     if rehearse:
         trainer.add_callback(Rehearsal(trainer, lengths))
+    trainer.add_callback(Begins(trainer))
     recorder = trainer.recorder = Recorder(trainer, run, on_log)
     trainer.add_callback(recorder)
     trainer.save_total_limit = training.save_total_limit
@@ -146,7 +147,8 @@ def train(
     finally:
         recorder.close()
         measured |= {"rehearsed_bytes": trainer.rehearsed_bytes, "peak_bytes": peak.bytes}
-        write_json(run.memory_file, measured)
+        if trainer.begun or saving.resume is None:  # what a run has measured stays where it could not go on
+            write_json(run.memory_file, measured)
     steps = trainer.state.global_step
     return Result(
         steps=steps,
@@ -173,8 +175,8 @@ def _config(training, run, device, evaluates):
         lr_scheduler_type=training.lr_scheduler_type,
         warmup_steps=training.warmup_ratio,  # a float below 1 is a share of the steps
         weight_decay=training.weight_decay,
-        max_grad_norm=training.max_grad_norm
-        or math.inf,  # no clipping; at 0 transformers would not call _clip_grad_norm
+        # the norm is computed in any case: it tells whether a step is finite
+        max_grad_norm=math.inf if training.max_grad_norm is None else training.max_grad_norm,
         logging_steps=training.logging_steps,
         logging_nan_inf_filter=False,  # the default logs 0.0 for a loss that is not finite
         eval_strategy="steps" if evaluates and training.eval_steps else "no",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from typing import Any
 
 from transformers import TrainerCallback
 
@@ -15,20 +16,24 @@ class Recorder(TrainerCallback):
     """Writes metrics.jsonl and TensorBoard events, and hands each record on."""
 
     def __init__(self, trainer, run, listener):
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.trainer, self.listener = trainer, listener
+        self.trainer, self.run, self.listener = trainer, run, listener
+        self.file: Any = None  # until training begins: a run that is to go on is not changed before
+        self.board: Any = None
         self.lines = self.last_tokens = 0
         self.seconds = 0.0  # of the run, before this process went on with it
         if trainer.resumed is not None:
             self.lines, self.seconds, self.last_tokens = (trainer.resumed[k] for k in ("lines", "seconds", "tokens"))
-            _cut(run.metrics_file, self.lines)
-        self.file = open(run.metrics_file, "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
-        self.board = SummaryWriter(str(run.tensorboard), purge_step=trainer.resumed and trainer.resumed["step"] + 1)
         self.start = time.monotonic() - self.seconds
         self.last_time = time.monotonic()
 
     def on_train_begin(self, args, state, control, **kwargs):
+        from torch.utils.tensorboard import SummaryWriter
+
+        resumed = self.trainer.resumed
+        if resumed is not None:
+            _cut(self.run.metrics_file, self.lines)
+        self.file = open(self.run.metrics_file, "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
+        self.board = SummaryWriter(str(self.run.tensorboard), purge_step=resumed and resumed["step"] + 1)
         self.start, self.last_time = time.monotonic() - self.seconds, time.monotonic()
 
     def state(self):
@@ -82,8 +87,10 @@ class Recorder(TrainerCallback):
             self.listener(record, state.max_steps)
 
     def close(self):
-        self.file.close()
-        self.board.close()
+        if self.file is not None:
+            self.file.close()
+        if self.board is not None:
+            self.board.close()
 
 
 def _cut(path, num_lines):

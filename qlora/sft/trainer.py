@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.nn import functional as F
-from transformers import TrainerCallback
+from transformers import TrainerCallback, get_scheduler
 from trl import SFTTrainer
 
 from .. import adapter, checkpoints
@@ -32,13 +32,15 @@ class Saving:
     """Where checkpoints go and come from.
 
     to: a checkpoints.Checkpoints, None for nowhere. fingerprint: is kept in each. resume: the folder of the one to
-    continue from, which has verified. stop: has a number once training is to save and stop. on_save(Written).
+    continue from, which has verified. stop: has a number once training is to save and stop. on_begin(): called when
+    nothing but the steps is left to do. on_save(Written).
     """
 
     to: Any = None
     fingerprint: Any = None
     resume: Any = None
     stop: Stop = dataclasses.field(default_factory=Stop)
+    on_begin: Any = None
     on_save: Any = None
 
 
@@ -59,6 +61,9 @@ class Trainer(SFTTrainer):
     recorder: Any
     optimizer: Any
     norm: Any = None  # of the last step that was taken
+    begun: bool = False
+    lr_scheduler: Any
+    evaluated: Any = None  # of the evaluation at hand: the summed loss, and the tokens it is of
 
     def __init__(self, model, watch, **arguments):
         self.watch = watch
@@ -66,15 +71,15 @@ class Trainer(SFTTrainer):
         self.ranks = adapter.Ranks(model)
         self.before: Any = {name: p.detach().clone() for name, p in adapter.first_to_move(model).items()}
         super().__init__(model, **arguments)
+        # compute_loss divides by the tokens of the whole step itself, whatever the model's forward takes: else the mean
+        # would be one of micro-batches, divided by a count that only exists once training has begun
+        self.model_accepts_loss_kwargs = True
 
     def _get_train_sampler(self, train_dataset=None):
         if self.lengths is None:
             return super()._get_train_sampler(train_dataset)
         rows_per_step = self.args.train_batch_size * self.args.gradient_accumulation_steps
         return ByLength(rows_per_step, self.lengths, self.args.seed)
-
-    def _send_telemetry(self):
-        """Nothing: trl tells the hub of each training on which GPU it runs (also off by HF_HUB_DISABLE_TELEMETRY)."""
 
     def create_optimizer(self, model=None):
         if self.optimizer is None:
@@ -85,20 +90,6 @@ class Trainer(SFTTrainer):
             self.optimizer = make(groups, **arguments)
             self.optimizer.register_step_post_hook(lambda *_: self._finish_step())
         return self.optimizer
-
-    def create_scheduler(self, num_training_steps, optimizer=None):
-        """Warm up from above 0, and for fewer steps than there are: every step trains, also where there is one."""
-        num_warmup = min(self.args.get_warmup_steps(num_training_steps), num_training_steps - 1)
-        self.args.warmup_steps = num_warmup
-        schedule = super().create_scheduler(num_training_steps, optimizer)
-        if num_warmup and self.args.lr_scheduler_type != "constant":
-            schedule.lr_lambdas = [_from_above_zero(rate, num_warmup) for rate in schedule.lr_lambdas]
-            schedule._last_lr = [
-                base * rate(0) for base, rate in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
-            ]
-            for group, rate in zip(schedule.optimizer.param_groups, schedule._last_lr, strict=True):
-                group["lr"] = rate
-        return schedule
 
     def _finish_step(self):
         """After the optimizer: the model gets the new weights; all have moved in the first step that was taken."""
@@ -121,6 +112,8 @@ class Trainer(SFTTrainer):
         """
         inputs = self.data_collator([self.train_dataset[int(index)] for index in largest])
         rows = inputs.pop("rows")
+        # transformers 5.23 sets it with the first batch, and divides by it where a forward takes no **kwargs
+        self.current_gradient_accumulation_steps = self.args.gradient_accumulation_steps
         self.moment = Moment("in the rehearsal, before the first step", inputs, rows)
         with self._held_later(), _undone(self):
             super().training_step(self.model_wrapped, dict(inputs), (inputs["labels"][:, 1:] != IGNORE_INDEX).sum())
@@ -162,19 +155,33 @@ class Trainer(SFTTrainer):
         when = f"in the evaluation after step {self.state.global_step}"
         self.moment = Moment(when, inputs, inputs.pop("rows"), evaluates=True)
         found = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        self.evaluated += torch.stack([found[0].double(), (inputs["labels"][:, 1:] != IGNORE_INDEX).sum()])
         if not torch.isfinite(found[0]):
             self.failure = f"the loss is {found[0].item()} {when}, with {self.moment.batch()}"
             raise _Left
+        tokens = (inputs["labels"][:, 1:] != IGNORE_INDEX).sum().to(found[0].device)
+        self.evaluated += torch.stack([found[0].double() * tokens, tokens.double()])
         return found
 
     def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
-        """Put the mean over all trained tokens where transformers has a mean over batches, whatever their sizes."""
-        self.evaluated = torch.zeros(2, dtype=torch.float64, device=self.args.device)  # summed loss, trained tokens
-        found = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        total, count = self.evaluated.tolist()
-        found.metrics[f"{metric_key_prefix}_loss"] = total / count
-        return found
+        # transformers takes the mean of the batches' means, whatever is in them; this is the mean over all trained tokens
+        self.evaluated = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        total, tokens = self.evaluated.tolist()
+        output.metrics[f"{metric_key_prefix}_loss"] = total / tokens
+        return output
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        """The library's schedule, but for a warmup that is never the whole run and whose first step is not of rate 0."""
+        if self.lr_scheduler is None:
+            warmup = min(math.ceil(self.args.warmup_steps * num_training_steps), num_training_steps - 1)
+            warmup = 0 if self.args.lr_scheduler_type == "constant" else warmup
+            self.lr_scheduler = schedule = get_scheduler(
+                self.args.lr_scheduler_type, optimizer or self.optimizer, warmup, num_training_steps
+            )
+            [rate] = schedule.lr_lambdas
+            schedule.lr_lambdas = [lambda step: (step + 1) / (warmup + 1) if step < warmup else rate(step)]
+            _set_rates(schedule, 0, optimizer or self.optimizer)
+        return self.lr_scheduler
 
     def evaluate(self, *args, **kwargs):
         with _same_random_numbers(self.model):  # so that a run that goes on from before an evaluation is the same run
@@ -285,11 +292,7 @@ class Trainer(SFTTrainer):
         schedule, step = self.lr_scheduler, self.state.global_step
         # by the schedule of this recipe: its length and its rate may have been changed on purpose
         schedule.last_epoch = step
-        schedule._last_lr = [
-            base * rate(step) for base, rate in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
-        ]
-        for group, rate in zip(self._own_optimizer().param_groups, schedule._last_lr, strict=True):
-            group["lr"] = rate
+        _set_rates(schedule, step, self._own_optimizer())
         if self.resumed["all_moved"]:
             self.before = None
         self._num_tokens = self.resumed["tokens"]
@@ -350,16 +353,16 @@ class Trainer(SFTTrainer):
         return int(getattr(self, "_num_tokens", 0))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        if not model.training:
-            num_items_in_batch = 1  # the sum: evaluation_loop divides
         if return_outputs or inputs["labels"].device.type != "cpu":
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         return loss_of_trained_positions(model, inputs, num_items_in_batch, self.lean_loss)
 
 
-def _from_above_zero(rate, num_warmup):
-    """Return the schedule `rate` with its warmup, which begins with a step at learning rate 0, moved on by one step."""
-    return lambda step: (step + 1) / (num_warmup + 1) if step < num_warmup else rate(step)
+def _set_rates(schedule, step, optimizer):
+    """Have the next step, `step` counted from 0, be taken at the rates of the schedule."""
+    schedule._last_lr = [base * rate(step) for base, rate in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+    for group, rate in zip(optimizer.param_groups, schedule._last_lr, strict=True):
+        group["lr"] = rate
 
 
 class _Left(Exception):
@@ -470,6 +473,18 @@ class Rehearsal(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         longest_first = np.argsort(-np.asarray(self.lengths), kind="stable")
         self.trainer.rehearse(longest_first[: args.per_device_train_batch_size])
+
+
+class Begins(TrainerCallback):
+    """Says that all is ready for the first step to come: what is restored fits, and the rehearsal has gone well."""
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if self.trainer.saving.on_begin is not None:
+            self.trainer.saving.on_begin()
+        self.trainer.begun = True
 
 
 class Schedule(TrainerCallback):

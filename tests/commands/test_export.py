@@ -246,6 +246,38 @@ def test_a_mixture_exports_with_its_experts_as_the_files_have_them(make_recipe, 
     assert {name.split(".")[-2] for name in changed} == {"q_proj", "k_proj", "v_proj", "o_proj"}
 
 
+@pytest.mark.parametrize(
+    ("family", "sections"),
+    [
+        ("gpt-oss", {}),
+        # PEFT refuses out_proj; the state-space block reads the weight of dt_proj without calling it
+        ("mamba", {"lora": {"exclude_modules": ["out_proj", "dt_proj"]}, "quantization": None}),
+    ],
+)
+def test_parameters_that_are_no_layers_weight_go_over_as_they_are(make_recipe, tiny_model, tmp_path, family, sections):
+    run = train(make_recipe(family, training=OLD_ENOUGH, **sections))
+    assert export(run.path, tmp_path / "out", dtype="float32")["verified"]
+    before, after = weights(tiny_model(family)), weights(tmp_path / "out")
+    loose = [name for name in before if before[name].dim() == 2 and not name.endswith("weight")]
+    assert len(loose) == {"gpt-oss": 4, "mamba": 2}[family]
+    assert all(torch.equal(before[name].float(), after[name]) for name in loose)
+
+
+def test_layers_that_peft_refuses_are_named_before_training(make_recipe):
+    with pytest.raises(InputError, match=r"PEFT refuses MambaForCausalLM: .*out_proj.*(?s:.*)lora.exclude_modules"):
+        train(make_recipe("mamba", quantization=None))
+
+
+def test_files_of_a_dtype_that_is_not_read_end_before_training(make_recipe, tiny_model, tmp_path):
+    base = shutil.copytree(tiny_model("llama"), tmp_path / "base")
+    tensors = load_file(base / "model.safetensors")
+    name = "model.layers.0.input_layernorm.weight"
+    save_file(tensors | {name: tensors[name].to(torch.float8_e4m3fn)}, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=f"{name} is F8_E4M3"):
+        train(make_recipe(model={"name_or_path": str(base)}))
+    assert not (tmp_path / "run").exists()
+
+
 # ---- what is written -------------------------------------------------------------------------------------------------
 
 

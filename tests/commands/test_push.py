@@ -385,10 +385,16 @@ REFUSED = {
         "model", lambda f: ((f / "tokenizer.model").symlink_to("/etc/passwd")), "tokenizer.model is a link to /etc/passwd"
     ),
     "a token in a file": (
-        "model", lambda f: (f / "chat_template.jinja").write_text("hf_" + "x" * 34), "chat_template.jinja holds a token"
+        "model", lambda f: (f / "chat_template.jinja").write_text("hf_" + "x" * 34), "chat_template.jinja contains a token"
+    ),
+    "a token of another service": (
+        "model", lambda f: (f / "chat_template.jinja").write_text("ghp_" + "x1" * 18), "chat_template.jinja contains a token"
+    ),
+    "an address with a password": (
+        "model", lambda f: change_json(f / "tokenizer_config.json", source="https://me:pa55w@host/x"), "a token or a password"
     ),
     "the token that is used": (
-        "model", lambda f: change_json(f / "tokenizer_config.json", token=TOKEN), "tokenizer_config.json holds a token"
+        "model", lambda f: change_json(f / "tokenizer_config.json", token=TOKEN), "tokenizer_config.json contains a token"
     ),
     "a run without adapter": ("run", lambda f: shutil.rmtree(f / "adapter"), "did not finish training"),
     "an adapter that is cut off": (

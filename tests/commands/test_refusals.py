@@ -57,7 +57,7 @@ def test_an_output_folder_that_is_in_use_is_refused_and_untouched(make_recipe, t
 def test_a_row_longer_than_the_model_has_positions_is_refused(make_recipe, tmp_path):
     long = messages([("user", "x " * 600), ("assistant", "x")])
     rows = write_jsonl(tmp_path / "t.jsonl", [{"messages": long}] * 2)
-    with pytest.raises(InputError, match=r"a row has \d+ tokens, the model 512 positions; set data.max_length=512"):
+    with pytest.raises(InputError, match=r"t.jsonl line 1: [\d,]+ tokens, the model has 512 positions"):
         train(make_recipe(data={"train": str(rows), "eval_fraction": 0.0, "max_length": 4096}))
 
 

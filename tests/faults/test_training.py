@@ -28,7 +28,7 @@ def recipe_file(make_recipe, tmp_path):
     turns = [[("user", f"{n}?"), ("assistant", "ab " * (1 + n * 7 % 23))] for n in range(16)]
     rows = write_jsonl(tmp_path / "rows.jsonl", [{"messages": messages(t)} for t in turns])
     recipe = make_recipe(
-        lora={"r": 64, "lora_alpha": 64, "lora_dropout": 0.1},
+        lora={"r": 32, "lora_alpha": 32, "lora_dropout": 0.1},
         data={"train": str(rows), "eval_fraction": 0.1},
         training={"max_steps": 4, "save_steps": 1, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 3,
                   "neftune_noise_alpha": 5.0, "eval_steps": 2},

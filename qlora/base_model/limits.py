@@ -1,0 +1,36 @@
+"""What a model cannot take, whichever verb asks: rows beyond its positions, tokens beyond its embeddings."""
+
+from __future__ import annotations
+
+from ..errors import InputError
+
+
+def num_positions(config):
+    """Return how many tokens the model can take at once, as its config says; None where it sets no limit."""
+    config = config.get_text_config()
+    if getattr(config, "alibi", False):  # distances instead of positions, whatever else the config says
+        return None
+    return getattr(config, "max_position_embeddings", None)
+
+
+def refuse_rows(rows, config):
+    """Raise InputError if the model cannot take one of `rows` (data.Rows): too many tokens, or one that it does not have.
+
+    Beyond its positions, a model with learned ones ends in an IndexError, and one with rotary ones answers rubbish.
+    """
+    num_embeddings, largest = config.get_text_config().vocab_size, rows.largest_token
+    if largest >= num_embeddings:
+        raise InputError(
+            f"the tokenizer makes token {largest}, the model has {num_embeddings} embeddings; "
+            "tokenizer and model do not belong together"
+        )
+    limit = num_positions(config)
+    lengths = rows.lengths
+    too_long = (lengths > limit).nonzero()[0] if limit is not None else ()
+    if len(too_long):
+        raise InputError.listing(
+            "the data",
+            [f"{rows.where(at)}: {lengths[at]:,} tokens, the model has {limit:,} positions" for at in too_long[:20]],
+            f"shorten these rows or leave them out, or set data.max_length={limit} (and data.overlong)",
+            total=len(too_long),
+        )

@@ -1,0 +1,224 @@
+"""The small files of an export: the base's own config and tokenizer files, with what the merge changed and nothing else.
+
+Files that transformers 5 writes anew are misread by version 4: rope_parameters alone means rope_theta 10000 there,
+without a word. So the base's own files are kept, and where a field has an old and a new spelling both are written.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+from .. import base_model, files
+from ..data import chat
+from ..errors import ProofFailed
+from ..rundir import write_json
+from .proof import text_rows
+
+# of a tokenizer: what may lie in a model's folder
+_TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "*.model", "vocab.*", "merges.txt",
+                    "*.tiktoken", "chat_template*", "additional_chat_templates/*.jinja")  # fmt: skip
+_TEMPLATE_FILES = ("chat_template", "additional_chat_templates")
+_NOT_OF_THE_MODEL = {"transformers_version", "_name_or_path", "dtype", "torch_dtype", "architectures", "auto_map"}
+_HAS_LOCAL_ROPE = ("gemma3", "gemma3_text", "gemma3n", "gemma3n_text")
+# what version 4 calls (theta, partial_rotary_factor), where not so
+_ROPE_NAMES = dict.fromkeys(("gpt_neox", "gpt_neox_japanese"), ("rotary_emb_base", "rotary_pct"))
+
+
+def write(folder, checkpoint, section, config, tokenizer, dtype):
+    """Write config.json, generation_config.json, tokenizer files and remote code into `folder`.
+
+    checkpoint, section: the base and the recipe's section `model`. config, tokenizer: of the merged model. dtype: its
+    name.
+
+    Raises:
+        ProofFailed: what was written does not read as config and tokenizer of the merged model.
+    """
+    before = base_model.read_config(checkpoint, section)
+    raw = files.read_object(checkpoint.folder / "config.json")
+    write_json(folder / "config.json", model_config(raw, _as_dict(before), _as_dict(config), dtype))
+    _write_generation_config(folder, checkpoint, config, tokenizer)
+    _write_tokenizer(folder, checkpoint.folder, base_model.load_tokenizer(checkpoint.folder, section), tokenizer)
+    has_code = [path for path in folder.glob("*config.json") if files.read_object(path).get("auto_map")]
+    for code in checkpoint.folder.glob("*.py") if has_code else []:
+        shutil.copy(code, folder)
+    refuse_misread(folder, section, config, tokenizer)
+
+
+def model_config(raw, before, after, dtype):
+    """Return config.json of a merged model.
+
+    raw: the base's config.json. before, after: all settings of the base and of the merged model, as transformers reads
+    them; what differs is what the merge changed.
+    """
+    result = _changed(raw, before, after)
+    result.pop("quantization_config", None)
+    result |= {"dtype": dtype, "torch_dtype": dtype}
+    for part, settings in ((result, after), (result.get("text_config"), after.get("text_config"))):
+        if isinstance(part, dict) and isinstance(settings, dict):
+            part |= {name: dtype for name in ("dtype", "torch_dtype") if name in part}
+            part |= {name: value for name, value in _rope(settings).items() if name not in part}
+    return result
+
+
+def _as_dict(config):
+    return json.loads(type(config).from_dict(config.to_dict()).to_json_string(use_diff=False))
+
+
+def _changed(raw, before, after):
+    result = dict(raw)
+    for name, value in after.items():
+        if name in _NOT_OF_THE_MODEL or before.get(name) == value:
+            continue
+        if isinstance(value, dict) and isinstance(raw.get(name), dict):
+            value = _changed(raw[name], before.get(name) or {}, value)
+        result[name] = value
+    return result
+
+
+def _rope(settings):
+    """Return the rotary settings in both spellings: rope_parameters, and what version 4 reads instead."""
+    rope = settings.get("rope_parameters")
+    if not rope:
+        return {}
+    found = {"rope_parameters": rope}
+    model_type = settings.get("model_type")
+    if "rope_type" not in rope:  # by kind of layer
+        local = rope.get("sliding_attention") or {}
+        if model_type in _HAS_LOCAL_ROPE and "rope_theta" in local:
+            found["rope_local_base_freq"] = local["rope_theta"]
+        rope = rope.get("full_attention") or {}
+    theta, partial = _ROPE_NAMES.get(model_type, ("rope_theta", "partial_rotary_factor"))
+    scaling = dict(rope)
+    old = {name: scaling.pop(new, None) for name, new in ((theta, "rope_theta"), (partial, "partial_rotary_factor"))}
+    found |= {name: value for name, value in old.items() if value is not None}
+    found["rope_scaling"] = None if scaling.get("rope_type", "default") == "default" else scaling
+    return found
+
+
+def _write_generation_config(folder, checkpoint, config, tokenizer):
+    from transformers import GenerationConfig
+
+    path = checkpoint.folder / "generation_config.json"
+    generation = checkpoint.generation_config() or GenerationConfig.from_model_config(config)
+    # not save_pretrained: it refuses sampling settings beside do_sample: false, which published models have
+    values = files.read_object(path) if path.is_file() else generation.to_diff_dict()
+    ends, listed = chat.stop_token_ids(tokenizer, generation), values.get("eos_token_id")
+    if set(listed if isinstance(listed, list) else [listed]) != set(ends):
+        values["eos_token_id"] = sorted(ends)
+    if tokenizer.pad_token_id is not None:
+        values["pad_token_id"] = tokenizer.pad_token_id
+    _write_or_copy(folder / path.name, values, path)
+
+
+def _write_or_copy(path, values, source):
+    """Write `values` as JSON, or copy the file that says the same byte for byte."""
+    if source.is_file() and files.read_object(source) == values:
+        shutil.copyfile(source, path)
+    else:
+        write_json(path, values)
+
+
+def _write_tokenizer(folder, base_folder, before, tokenizer):
+    """Write the tokenizer: the base's own files, and in them what differs between `before`, the base's, and `tokenizer`."""
+    old, new = _backend(before), _backend(tokenizer)
+    if any(old.get(part) != new.get(part) for part in (old | new).keys() - {"added_tokens"}):
+        tokenizer.save_pretrained(folder)  # another tokenizer
+        path = folder / "tokenizer_config.json"
+        write_json(path, _for_version_4(files.read_object(path)))
+        return
+    same_template = before.chat_template == tokenizer.chat_template
+    for source in sorted({path for pattern in _TOKENIZER_FILES for path in base_folder.glob(pattern)}):
+        name = source.relative_to(base_folder)
+        if source.is_file() and (same_template or not name.parts[0].startswith(_TEMPLATE_FILES)):
+            (folder / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(source, folder / name)
+
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        tokenizer.backend_tokenizer.save(str(path))
+    elif old["added_tokens"] != new["added_tokens"]:
+        write_json(path, files.read_object(path) | {"added_tokens": new["added_tokens"]})
+
+    path = folder / "tokenizer_config.json"
+    settings = files.read_object(path) if path.is_file() else {"tokenizer_class": "TokenizersBackend"}
+    special, had = tokenizer.special_tokens_map, before.special_tokens_map
+    changed = {name: str(token) for name, token in special.items() if str(token) != str(had.get(name))}
+    settings |= changed
+    if list(map(str, tokenizer.extra_special_tokens)) != list(map(str, before.extra_special_tokens)):
+        settings["extra_special_tokens"] = [str(token) for token in tokenizer.extra_special_tokens]
+        settings.pop("additional_special_tokens", None)
+    if isinstance(decoder := settings.get("added_tokens_decoder"), dict):
+        states = {str(key): token.__getstate__() for key, token in tokenizer.added_tokens_decoder.items()}
+        known = before.added_tokens_decoder
+        settings["added_tokens_decoder"] = decoder | {
+            key: state for key, state in states.items() if key not in decoder and int(key) not in known
+        }
+    if not same_template:
+        _set_template(folder, settings, tokenizer.chat_template)
+    _write_or_copy(path, _for_version_4(settings), base_folder / path.name)
+
+    path = folder / "special_tokens_map.json"
+    if path.is_file() and changed:
+        write_json(path, files.read_object(path) | changed)
+
+
+def _backend(tokenizer):
+    return json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
+
+
+def _set_template(folder, settings, template):
+    """Put the chat template where versions 4 and 5 find it: a file of its own, and the config if there was one in it."""
+    if isinstance(template, str):
+        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+        if "chat_template" in settings:
+            settings["chat_template"] = template
+    elif template:
+        settings["chat_template"] = [{"name": name, "template": text} for name, text in template.items()]
+    else:
+        settings.pop("chat_template", None)
+
+
+def _for_version_4(settings):
+    """Return the settings of tokenizer_config.json without the class and the list that transformers 4 stops at."""
+    settings = dict(settings)
+    if settings.get("tokenizer_class") == "TokenizersBackend":
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(settings.get("extra_special_tokens"), list):
+        settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
+    return settings
+
+
+def refuse_misread(folder, section, config, tokenizer):
+    """Raise ProofFailed unless the files read as `config` and `tokenizer`, and say the same in both spellings."""
+    written = base_model.find(section.model_copy(update={"name_or_path": str(folder), "revision": None}), weights=False)
+    found, expected = _as_dict(base_model.read_config(written, section)), _as_dict(config)
+    names = sorted((found.keys() | expected.keys()) - _NOT_OF_THE_MODEL)
+    problems = [
+        f"config.json: {name} reads as {found.get(name)!r}, the merged model has {expected.get(name)!r}"
+        for name in names
+        if _without_dtype(found.get(name)) != _without_dtype(expected.get(name))
+    ]
+    raw = files.read_object(folder / "config.json")
+    for name, value in _rope(expected).items():
+        if name not in raw and "text_config" not in raw:
+            problems.append(f"config.json: {name} is missing; one version of transformers reads it, as {value!r}")
+    read = base_model.load_tokenizer(folder, section)
+    if read.get_vocab() != tokenizer.get_vocab():
+        problems.append("tokenizer.json: other tokens than in training")
+    if read.chat_template != tokenizer.chat_template:
+        problems.append("the chat template differs from the one of the training")
+    if [row.input_ids for row in text_rows(read)] != [row.input_ids for row in text_rows(tokenizer)]:
+        problems.append("tokenizer.json: encodes text differently from the tokenizer of the training")
+    if problems:
+        raise ProofFailed(
+            "\n  ".join([f"the files beside the weights are wrong, {len(problems)} problems:", *problems])
+        )
+
+
+def _without_dtype(value):
+    return (
+        {name: _without_dtype(one) for name, one in value.items() if name not in _NOT_OF_THE_MODEL}
+        if isinstance(value, dict)
+        else value
+    )

@@ -26,7 +26,7 @@ from pydantic import (
 )
 from ruamel.yaml import YAML
 
-from . import document, explain, files, secrets
+from . import document, explain, files, moved, secrets
 from .errors import InputError
 
 _LARGEST = 2**31 - 1  # a count that the libraries can take
@@ -369,6 +369,8 @@ class Recipe(Section):
     def load(cls, path, overrides=()) -> Recipe:
         """Return the recipe in the YAML file `path` with `section.field=value` strings laid over it.
 
+        A recipe that lies in a run folder means that folder, wherever it was moved or copied (moved.py).
+
         Raises:
             InputError: all problems of the file together, each with its line, field and remedy.
         """
@@ -379,6 +381,7 @@ class Recipe(Section):
         values, lines = document.parse(text, path)
         if not isinstance(values, dict):
             raise InputError(f"{path}: a recipe is one YAML mapping with sections model, data, output_dir, ...")
+        moved.settle(values, path)
         _override(values, lines, overrides)
         return cls._validated(values, lines, path)
 

@@ -7,9 +7,12 @@ buffers                                     as the architecture makes them (rota
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import inspect
 import math
 import re
+import types
 from pathlib import Path
 
 import torch
@@ -81,6 +84,7 @@ def load(checkpoint, section, quantization, device=None, dtype=DTYPE_WHEN_QUANTI
             ) from None
         raise InputError(f"{checkpoint.folder}: cannot load the model: {said(error)}") from error
     _refuse_incomplete(checkpoint, info)
+    accept_arguments(model)
     if quantization and quantization.compute_dtype == "float32":
         to_float32(model)
     if quantization and not quantized_modules(model):
@@ -96,6 +100,42 @@ def load(checkpoint, section, quantization, device=None, dtype=DTYPE_WHEN_QUANTI
     # what the files were called by the user, so that an adapter names a model and not a cache folder
     model.name_or_path = model.config._name_or_path = checkpoint.name_or_path
     return model.eval()
+
+
+# of a forward pass, with the values that mean nothing where a model does not know them
+_WITHOUT_EFFECT = {"use_cache", "return_dict", "output_attentions", "output_hidden_states"}
+
+
+def accept_arguments(model):
+    """Let `model` be called as transformers' own models are, where its forward takes fewer arguments; return it.
+
+    PEFT passes output_attentions and others to every model, and qlora logits_to_keep. A model with its own code that does
+    not know them computes all logits, of which the wanted ones are returned; an argument that would matter is refused.
+    """
+    original = type(model).forward
+    known = inspect.signature(original).parameters
+    takes_all = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in known.values())
+    if "logits_to_keep" in known and (takes_all or known.keys() >= _WITHOUT_EFFECT | {"inputs_embeds", "labels"}):
+        return model
+
+    @functools.wraps(original)
+    def forward(self, *args, **kwargs):
+        keep = 0 if "logits_to_keep" in known else kwargs.pop("logits_to_keep", 0)
+        unknown = {} if takes_all else {name: value for name, value in kwargs.items() if name not in known}
+        needed = [name for name, value in unknown.items() if value is not None and name not in _WITHOUT_EFFECT]
+        if needed:
+            raise InputError(
+                f"the forward of {type(self).__name__} takes no {', '.join(needed)}; use another model class"
+            )
+        found = original(self, *args, **{name: value for name, value in kwargs.items() if name not in unknown})
+        if not hasattr(found, "logits"):
+            raise InputError(f"the forward of {type(self).__name__} returns no object with `logits`")
+        if not (isinstance(keep, int) and keep == 0):
+            found.logits = found.logits[:, slice(-keep, None) if isinstance(keep, int) else keep]
+        return found
+
+    model.forward = types.MethodType(forward, model)  # not a closure over the model: copies of it call themselves
+    return model
 
 
 @torch.no_grad()
@@ -280,13 +320,14 @@ def on_meta(config, trust_remote_code=False):
 
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
     except (
         Exception
     ) as error:  # an architecture computes with what its config says: sizes below zero, names of functions
         raise InputError(
             f"{Path(config.name_or_path) / 'config.json'}: no model can be built of it: {said(error)}"
         ) from error
+    return accept_arguments(model)
 
 
 def load_on_meta(config, section, quantization, dtype=DTYPE_WHEN_QUANTIZED):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -120,7 +121,8 @@ def _refuse_folder(folder):
         what = "there is an adapter in it" if (folder / "config.json").is_file() else "is an adapter, not a model"
         raise InputError(
             f"model.name_or_path {folder}: {what} ({adapter.name}); give the model that it was trained on"
-            f"{f' ({trained_on})' if trained_on else ''}; `qlora export {folder} --model MODEL` makes one of both"
+            f"{f' ({trained_on})' if trained_on else ''}; "
+            f"`qlora export {shlex.quote(str(folder))} --model MODEL` makes one of both"
         )
     if not (folder / "config.json").is_file():
         raise InputError(f"model.name_or_path {folder}: no config.json; not a model folder")
@@ -252,6 +254,14 @@ def read_config(checkpoint, section):
         config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=section.trust_remote_code)
     except Exception as error:  # its class computes with what the file says, and divides by zero heads
         raise InputError(f"{path}: {said(error)}") from None
+    other_parts = sorted(
+        name for name in type(config).sub_configs if name != "text_config" and getattr(config, name, None) is not None
+    )
+    if any(re.search("vision|image|video|audio|speech", name) for name in other_parts):
+        raise InputError(
+            f"{checkpoint.folder}: a multimodal checkpoint ({config.model_type}, with {', '.join(other_parts)}); its text "
+            "half is not supported yet; take a text-only model of this family"
+        )
     known = type(config) in AutoModelForCausalLM._model_mapping or "AutoModelForCausalLM" in getattr(
         config, "auto_map", {}
     )

@@ -219,7 +219,7 @@ def open_folder(folder, device, dtype="float32", trust_remote_code=False):
     lost = [*info["missing_keys"], *info["unexpected_keys"], *(key for key, *_ in info["mismatched_keys"])]
     if lost:
         raise ProofFailed(f"the written folder does not load whole: {', '.join(sorted(lost)[:5])}")
-    return model.eval()
+    return base_model.accept_arguments(model).eval()
 
 
 def failures(live, merged, base, dtype):

@@ -71,6 +71,9 @@ class Trainer(SFTTrainer):
         self.ranks = adapter.Ranks(model)
         self.before: Any = {name: p.detach().clone() for name, p in adapter.first_to_move(model).items()}
         super().__init__(model, **arguments)
+        # compute_loss divides by the tokens of the whole step itself, whatever the model's forward takes: else the mean
+        # would be one of micro-batches, divided by a count that only exists once training has begun
+        self.model_accepts_loss_kwargs = True
 
     def _get_train_sampler(self, train_dataset=None):
         if self.lengths is None:
@@ -181,7 +184,10 @@ class Trainer(SFTTrainer):
         return self.lr_scheduler
 
     def evaluate(self, *args, **kwargs):
-        with _same_random_numbers(self.model):  # so that a run that goes on from before an evaluation is the same run
+        with (
+            self.recorder.outside(),
+            _same_random_numbers(self.model),
+        ):  # so that a run that goes on from before an evaluation is the same run
             return super().evaluate(*args, **kwargs)
 
     def _evaluate(self, *args, **kwargs):
@@ -213,7 +219,8 @@ class Trainer(SFTTrainer):
     # ---- checkpoints: transformers says when, and finds its place among the rows; what is in them is ours ----
 
     def _save_checkpoint(self, model, trial):
-        self.save()
+        with self.recorder.outside():
+            self.save()
 
     def save(self):
         """Write a checkpoint of all that the steps to come depend on; only between two steps."""

@@ -7,6 +7,7 @@ import pytest
 
 from qlora import base_model
 from qlora.commands.data import inspect_data
+from qlora.commands.eval import evaluate
 from qlora.commands.train import train
 from qlora.errors import InputError
 from tests.conftest import CONVERSATIONS, messages, write_jsonl
@@ -113,3 +114,15 @@ def test_train_writes_the_same_report(make_recipe):
     recipe = make_recipe()
     report = inspect_data(recipe)
     assert json.loads(train(recipe).data_report_file.read_text()) == report
+
+
+def test_held_out_rows_that_are_all_bad_are_an_error_and_no_evaluation_less(make_recipe, tmp_path):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"messages": []}\n{"messages": [{"role": "user", "content": "no answer"}]}\n')
+    recipe = make_recipe(data={"eval_fraction": 0.0, "eval": str(bad), "on_bad_row": "skip"})
+    with pytest.raises(InputError, match=r"no row is left to evaluate on\n  .*bad.jsonl: 2 of 2 rows dropped"):
+        inspect_data(recipe)
+    run = train(make_recipe())
+    with pytest.raises(InputError, match=r"no row to evaluate on is left of .*bad.jsonl: all are dropped"):
+        evaluate(run.path, bad, ["data.on_bad_row=skip"])
+    assert not run.eval_file.exists()

@@ -596,9 +596,9 @@ def run_out(monkeypatch, error, at):
 @pytest.mark.parametrize(
     ("error", "said"),
     [
-        (torch.OutOfMemoryError(CUDA_SAYS), "2.00 GiB asked for, 1.20 GiB free"),
-        (RuntimeError(CPU_SAYS), "134217728 bytes asked for"),
-        (MemoryError(), "no more memory is to be had"),
+        (torch.OutOfMemoryError(CUDA_SAYS), "2.00 GiB requested, 1.20 GiB free"),
+        (RuntimeError(CPU_SAYS), "134217728 bytes requested"),
+        (MemoryError(), "no more memory is available"),
     ],
     ids=["cuda", "cpu", "python"],
 )

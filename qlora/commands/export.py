@@ -67,6 +67,7 @@ def _export(trained, out, inputs, compare_bases, gguf, start):
     refuse_partial(out, [*trained.inputs, *inputs])
     refuse_inside(out, [trained.folder, trained.checkpoint.folder])
     _refuse_meaningless(trained, compare_bases)
+    trained.adapter.refuse_untrained()
     plan = merge.plan(
         trained.checkpoint,
         trained.config,

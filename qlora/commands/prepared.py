@@ -134,7 +134,9 @@ def _dropped(source):
 
 
 def _copies(report):
-    found = [f"{report['duplicates']:,} copies of a row" if report["duplicates"] else "no row stands twice"]
+    found = [f"{report['duplicates']:,} duplicate rows" if report["duplicates"] else "no duplicate rows"]
     if report["eval_rows_in_training"]:
-        found.append(f"{report['eval_rows_in_training']:,} HELD-OUT ROWS ARE TRAINED ON: their score means nothing")
+        found.append(
+            f"{report['eval_rows_in_training']:,} HELD-OUT ROWS ARE ALSO TRAINED ON, so their score means nothing"
+        )
     return "; ".join(found)

@@ -94,12 +94,12 @@ def test_copies_and_leaks_into_the_held_out_rows_are_counted(make_recipe, tmp_pa
     recipe = make_recipe(data={"train": str(train_file), "eval": str(held_out), "eval_fraction": 0.0})
     report = inspect_data(recipe)
     assert (report["duplicates"], report["eval_rows_in_training"]) == (3, 2)
-    assert "2 HELD-OUT ROWS ARE TRAINED ON" in capsys.readouterr().err
+    assert "2 HELD-OUT ROWS ARE ALSO TRAINED ON" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("no_model_is_loaded")
 def test_a_row_that_is_not_there_is_refused(make_recipe):
-    with pytest.raises(InputError, match="there are rows 1 to 18"):
+    with pytest.raises(InputError, match="the data has rows 1 to 18"):
         inspect_data(make_recipe(), row=19)
 
 

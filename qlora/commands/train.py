@@ -11,6 +11,7 @@ import subprocess
 import uuid
 from pathlib import Path
 
+from .. import files
 from ..errors import DoesNotFit, InputError, Interrupted, TrainingFailed
 from ..recipe import Recipe, parse_size
 from ..rundir import RunDir, free_disk_bytes, new_folder, write_json
@@ -84,6 +85,7 @@ def _train(recipe, resumed):
     prepared = prepare(recipe)
     say_report(prepared)
     refuse_pointless(prepared.report)
+    _refuse_what_quantizing_undoes(recipe.quantization, prepared.checkpoint.folder)
     if recipe.data.packing:
         kernels.attention.refuse_unsupported(prepared.config)
     fingerprint = resuming.of_recipe(recipe, prepared)
@@ -162,6 +164,26 @@ def _train(recipe, resumed):
     named = shlex.quote(str(run.path))
     console.say(f"adapter in {run.adapter}; next: qlora eval {named}, qlora export {named} --out FOLDER")
     return run
+
+
+def _refuse_what_quantizing_undoes(quantization, folder):
+    """Raise InputError if the base is an export of ours that 4 bit would make the model before its training again.
+
+    A merge onto dequantized weights lies so near the points of the grid that quantizing rounds it back to them: held-out
+    loss 1.03 after it, where the export has 0.065 (docs/export.md).
+    """
+    from .export import REPORT
+
+    if quantization is None or not (folder / REPORT).is_file():
+        return
+    report = files.read_object(folder / REPORT)
+    quantized = report.get("quantized")
+    if report.get("base") == "dequantized" and isinstance(quantized, dict) and quantized.get("modules"):
+        raise InputError(
+            f"model.name_or_path {folder}: an export onto the dequantized base; quantized to "
+            f"{quantization.quant_type} again it would be the model before that training. Export the run with --base original "
+            "and train on that, or set quantization: null"
+        )
 
 
 def _say_resumed(resumed, environment):

@@ -312,3 +312,20 @@ def test_kernels_change_no_loss_of_a_run(make_recipe, tmp_path, capsys, family, 
     assert said["off"] == "kernels   off"
     assert "8 LoRA layers" in said["auto"]
     assert ("rows without padding" in said["auto"]) == (family != "gemma2")
+
+
+def test_an_export_that_4_bit_would_undo_is_no_base_for_4_bit(make_recipe, tmp_path):
+    """Quantizing a dequantized merge gives the codes of the base it was merged onto; the original base's merge does not."""
+    recipe = make_recipe()
+    run = train(recipe)
+    for base in ("dequantized", "original"):
+        export(run.path, tmp_path / base, overrides=[f"export.base={base}"])
+    again = {"name_or_path": str(tmp_path / "dequantized")}
+    with pytest.raises(InputError, match=r"it would be the model before that training.* --base original"):
+        train(make_recipe(model=again, output_dir=str(tmp_path / "no")))
+    assert not (tmp_path / "no").exists()
+    assert train(make_recipe(model=again, quantization=None, output_dir=str(tmp_path / "16-bit"))).adapter.is_dir()
+    on_original = make_recipe(
+        model={"name_or_path": str(tmp_path / "original")}, output_dir=str(tmp_path / "on-original")
+    )
+    assert train(on_original).adapter.is_dir()

@@ -1,8 +1,8 @@
-"""Run what a file from elsewhere says, a chat template or a regular expression, with an end to its time and its memory.
+"""Run a chat template or regular expression from elsewhere with a limit on its time and its memory.
 
-The sandbox keeps a template from the machine, and lets it loop for years and ask for all memory there is. Both ends are the
-kernel's, so that they hold whatever the template does, in every row and not in a trial only, for some microseconds a call: a
-timer on the processor time of this process (a template never waits), and a limit on its address space.
+Jinja's sandbox keeps a template away from the machine, but lets it loop for years and allocate all memory. Both limits are the
+kernel's, so they hold whatever the template does, in every row, at a cost of some microseconds per call: a timer on the
+processor time of this process (a template never waits), and a limit on its address space.
 """
 
 from __future__ import annotations

@@ -264,7 +264,7 @@ def _main():
     try:
         app()
     except Interrupted as error:
-        _fail(error.message or f"{sys.argv[1]} stopped before its end; nothing half-done is left", error.exit_code)
+        _fail(error.message or f"{sys.argv[1]} interrupted; no partial output was left", error.exit_code)
     except QLoRAError as error:
         _fail(error, error.exit_code)
     except KeyboardInterrupt:

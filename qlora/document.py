@@ -51,26 +51,30 @@ class _Reader:
         if isinstance(start, StreamEndEvent):
             raise InputError(f"{self.where}: is empty; a recipe has sections model, data, output_dir, ...")
         if start.version not in (None, (1, 2)):
-            raise self.refusal(start, "recipes are YAML 1.2; take the %YAML line out")
+            raise self.refusal(start, "recipes are YAML 1.2; remove the %YAML line")
         value = self.value(self.next(), ())
         self.next()
         after = self.next()
         if isinstance(after, DocumentStartEvent):
-            raise self.refusal(after, "a second document begins; a recipe is one, so take the line --- or ... out")
+            raise self.refusal(
+                after, "a second document begins; a recipe is one document, so remove the line --- or ..."
+            )
         return value, self.lines
 
     def next(self):
         try:
             event = next(self._events)
             if isinstance(event, ScalarEvent) and re.search("[\ud800-\udfff]", event.value):
-                raise self.refusal(event, "half of a surrogate pair, which is no text; write the character itself")
+                raise self.refusal(
+                    event, "half of a surrogate pair, which is not valid text; write the character itself"
+                )
             return event
         except MarkedYAMLError as error:
             raise InputError(f"{self.where}{_lines_of(error)}: not valid YAML: {_problem(error)}") from None
         except ReaderError as error:
             line = self.text.count("\n", 0, error.position) + 1
             raise InputError(
-                f"{self.where} line {line}: not valid YAML: the character U+{error.character:04X} cannot stand in it"
+                f"{self.where} line {line}: not valid YAML: the character U+{error.character:04X} is not allowed"
             ) from None
         except (YAMLError, ValueError) as error:  # ValueError: "\U00110000" in quotes
             raise InputError(f"{self.where}: not valid YAML: {error}") from None
@@ -113,11 +117,11 @@ class _Reader:
         key, line = event.value, event.start_mark.line + 1
         if key == "<<" and event.implicit[0]:
             raise self.refusal(
-                event, "merge keys (<<) are not read; write the fields out, or give a whole value as *name"
+                event, "merge keys (<<) are not supported; write the fields out, or repeat a whole value as *name"
             )
         if key in made:
             dotted = ".".join(map(str, (*at, key)))
-            raise self.refusal(event, f"{dotted} stands twice, first in line {self.lines[(*at, key)]}; keep one")
+            raise self.refusal(event, f"{dotted} is given twice, first in line {self.lines[(*at, key)]}; keep one")
         self.lines[(*at, key)] = line
         return key
 
@@ -130,11 +134,9 @@ class _Reader:
 
     def aliased(self, event):
         if event.anchor not in self.anchors:
-            raise self.refusal(
-                event, f'*{event.anchor} has no &{event.anchor} before it; a text is put in quotes: "*..."'
-            )
+            raise self.refusal(event, f'*{event.anchor} has no &{event.anchor} before it; put a text in quotes: "*..."')
         if self.anchors[event.anchor] is None:
-            raise self.refusal(event, f"*{event.anchor} stands inside of what it names")
+            raise self.refusal(event, f"*{event.anchor} refers to a value that contains it")
         made, count = self.anchors[event.anchor]
         self.count += count
         if self.count > MAX_VALUES:
@@ -142,7 +144,7 @@ class _Reader:
         return copy.deepcopy(made)  # an override changes one place
 
     def tagged(self, event):
-        return self.refusal(event, f"the tag {event.tag} is not read; a recipe has plain values, so take it out")
+        return self.refusal(event, f"the tag {event.tag} is not supported; a recipe has plain values, so remove it")
 
     def refusal(self, event, what):
         return InputError(f"{self.where} line {event.start_mark.line + 1}: {what}")
@@ -152,7 +154,7 @@ _RESOLVER = VersionedResolver(version=(1, 2))
 
 
 def _plain(text):
-    """Return what an unquoted word means. What may mean two numbers (0123), or is no number of use, stays a text."""
+    """Return what an unquoted word means. An ambiguous number (0123), or an unusable one, stays a text."""
     kind = str(_RESOLVER.resolve(ScalarNode, text, (True, False))).rpartition(":")[2]
     try:
         if kind == "null":
@@ -172,12 +174,14 @@ def _lines_of(error):
     mark, began = error.problem_mark or error.context_mark, error.context_mark
     if mark is None:
         return ""
-    since = f" (in what began in line {began.line + 1})" if began is not None and began.line != mark.line else ""
+    since = (
+        f" (in the value that begins in line {began.line + 1})" if began is not None and began.line != mark.line else ""
+    )
     return f" line {mark.line + 1}{since}"
 
 
 def _problem(error):
     problem = error.problem or error.context
     if "<document start>" in problem:
-        return "this is no part of the mapping before it; is it a recipe?"
+        return "this does not belong to the mapping before it; is this file a recipe?"
     return f"{problem}; indent with spaces" if "'\\t'" in problem else problem

@@ -4,7 +4,7 @@ from .secrets import redacted
 
 
 class QLoRAError(Exception):
-    """One message for the user: what is wrong, where, and what to do. Shown without a traceback, and without tokens."""
+    """One message for the user: what is wrong, where, and what to do. Shown without a traceback; access tokens are removed."""
 
     exit_code = 1
 
@@ -44,7 +44,7 @@ class ProofFailed(QLoRAError):
 
 
 class TrainingFailed(QLoRAError):
-    """Training cannot go on: a loss that is not finite, or adapters that do not move."""
+    """Training cannot go on: a non-finite loss, or adapters that do not change."""
 
     exit_code = 1
 

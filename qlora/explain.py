@@ -160,7 +160,7 @@ def _did_you_mean(location, schema):
         return f"; did you mean {here[name]}?"
     sections = {parent: kind for parent, kind in _fields(schema).items() if kind}
     if name in schema.model_fields:
-        return f"; did you mean {name}, which stands at the top?"
+        return f"; did you mean {name}, which is a top-level field?"
     inside = {
         f"{parent}.{field}": kind for parent in sections for field, kind in _fields(sections[parent]).items() if kind
     }

@@ -1,4 +1,4 @@
-"""Files that others wrote: opened, read within bounds as what they should be, or named as what they are instead."""
+"""Read files that others wrote, within size limits; say what a file is if it is not what it should be."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def _instead(head):
     if start.startswith(_WEB_PAGE):
         return "is a web page, so the download did not get the file (a login, or a wrong address); download it again"
     if not any(head):
-        return "is filled with zeros, as an interrupted download leaves it; download it again"
+        return "contains only zeros, as after an interrupted download; download it again"
     return None
 
 
@@ -96,21 +96,21 @@ def read_object(path):
     path = Path(path)
     refuse_instead(path)
     if path.stat().st_size > _LARGEST_JSON:
-        raise InputError(f"{path} has {path.stat().st_size:,} bytes, which no such file has; download it again")
+        raise InputError(f"{path} has {path.stat().st_size:,} bytes, too large for such a file; download it again")
     try:
         found = json.loads(path.read_text(encoding="utf-8"), parse_constant=_constant)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}; it cannot be read") from None
     except RecursionError:
-        raise InputError(f"{path} is nested too deeply for what it should be; download it again") from None
+        raise InputError(f"{path} is nested too deeply; download it again") from None
     except ValueError as error:
-        raise InputError(f"{path} is not JSON: {error}; mend it or download it again") from None
+        raise InputError(f"{path} is not JSON: {error}; fix it or download it again") from None
     if not isinstance(found, dict):
-        raise InputError(f"{path} holds a {type(found).__name__}, not a JSON object; download it again")
+        raise InputError(f"{path} contains a {type(found).__name__}, not a JSON object; download it again")
     return found
 
 
 def _constant(name):
     if name == "NaN":
-        raise ValueError("NaN, which is no number")
+        raise ValueError("NaN, which is not a number")
     return float(name)  # Infinity: state-space models have limits that are none

@@ -24,20 +24,20 @@ _REFUSALS = ("can't allocate memory", "CUDA error: out of memory", "could not cr
 
 
 def is_refusal(error):
-    """Return whether an exception says that a GPU, or the allocator of a CPU, had not as much memory as was asked for."""
+    """Return whether an exception is an out-of-memory error, of a GPU or of the CPU's allocator."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _REFUSALS)
 
 
 def refused(error):
-    """Return what was asked for, and what was free where torch says that, in words."""
+    """Return how much was requested, and how much was free where torch says that, in words."""
     text = str(error)
     asked = re.search(r"tried to allocate ([\d.]+ \w+)", text, re.IGNORECASE)
     free = re.search(r"of which ([\d.]+ \w+) is free", text)
     if asked is None:
-        return next(iter(text.splitlines()), "") or "no more memory is to be had"
-    return f"{asked[1]} asked for" + (f", {free[1]} free" if free else "")
+        return next(iter(text.splitlines()), "") or "no more memory is available"
+    return f"{asked[1]} requested" + (f", {free[1]} free" if free else "")
 
 
 def stored_bits_per_parameter(quant_state, codes):

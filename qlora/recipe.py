@@ -26,7 +26,7 @@ from pydantic import (
 )
 from ruamel.yaml import YAML
 
-from . import document, explain, files, secrets
+from . import document, explain, files, moved, secrets
 from .errors import InputError
 
 _LARGEST = 2**31 - 1  # a count that the libraries can take
@@ -49,7 +49,7 @@ def _one_line(text):
 def _path(text):
     """A name or path, of which `~` is no part: it is the shell that knows whose home it is."""
     if text.startswith("~"):
-        raise ValueError("should be a whole path; only a shell knows what ~ is (./~ for a folder of that name)")
+        raise ValueError("should be a full path; ~ is not expanded (write ./~ for a folder of that name)")
     return _one_line(text)
 
 
@@ -92,7 +92,7 @@ class Model(Section):
         if blank:
             raise ValueError(f"{', '.join(map(repr, blank))} cannot be a token; leave it out")
         if twice:
-            raise ValueError(f"{', '.join(map(repr, twice))} stands there more than once")
+            raise ValueError(f"{', '.join(map(repr, twice))} is listed more than once")
         return tokens
 
 
@@ -140,11 +140,11 @@ class Lora(Section):
         of_adalora = ("init_r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight")
         strange = self.changed(*(of_lora if adaptive else of_adalora))
         if strange:
-            instead = "init_r and target_r are its ranks" if adaptive else "set peft_type: ADALORA"
-            raise ValueError(f"{', '.join(strange)}: not for peft_type {self.peft_type}; {instead}")
+            instead = "use init_r and target_r" if adaptive else "set peft_type: ADALORA"
+            raise ValueError(f"{', '.join(strange)}: not supported with peft_type {self.peft_type}; {instead}")
         if adaptive and self.target_r >= self.init_r:
             raise ValueError(
-                f"target_r {self.target_r} must be less than init_r {self.init_r}, which ranks shrink from"
+                f"target_r {self.target_r} must be less than init_r {self.init_r}, because ranks shrink from there"
             )
         return self
 
@@ -330,7 +330,7 @@ class Recipe(Section):
         start = self.lora.init_lora_weights
         if start in ("pissa", "olora") and self.quantization is not None:
             raise ValueError(
-                f"lora.init_lora_weights {start} is for a base in 16 bit; loftq starts from what quantization has lost, or "
+                f"lora.init_lora_weights {start} needs a 16-bit base; use loftq, which corrects the quantization error, or "
                 "set quantization: null"
             )
         if start == "loftq" and self.quantization is None:
@@ -344,7 +344,7 @@ class Recipe(Section):
         total, ends = self.training.max_steps, (self.lora.tinit, self.lora.tfinal)
         share = sum(end if end < 1 else end / (total or math.inf) for end in ends)
         if self.lora.peft_type == "ADALORA" and share >= 1:
-            raise ValueError("lora.tinit and lora.tfinal leave none of the steps for the ranks to shrink in")
+            raise ValueError("lora.tinit and lora.tfinal leave no steps in which the ranks could shrink")
         return self
 
     @model_validator(mode="after")
@@ -369,6 +369,8 @@ class Recipe(Section):
     def load(cls, path, overrides=()) -> Recipe:
         """Return the recipe in the YAML file `path` with `section.field=value` strings laid over it.
 
+        A recipe that lies in a run folder means that folder, wherever it was moved or copied (moved.py).
+
         Raises:
             InputError: all problems of the file together, each with its line, field and remedy.
         """
@@ -379,6 +381,7 @@ class Recipe(Section):
         values, lines = document.parse(text, path)
         if not isinstance(values, dict):
             raise InputError(f"{path}: a recipe is one YAML mapping with sections model, data, output_dir, ...")
+        moved.settle(values, path)
         _override(values, lines, overrides)
         return cls._validated(values, lines, path)
 

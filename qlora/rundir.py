@@ -20,6 +20,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import uuid
 from pathlib import Path
@@ -303,7 +304,8 @@ class RunDir:
         """Raise InputError if a new run cannot start here."""
         if self.recipe_file.exists() and not self.adapter.exists():
             there = any(self.checkpoints.glob("step-*"))
-            resume = f"go on with `qlora train {self.recipe_file} --resume`, " if there else ""
+            command = f"qlora train {shlex.quote(str(self.recipe_file))} --resume"
+            resume = f"go on with `{command}`, " if there else ""
             raise InputError(
                 f"output_dir {self.path} holds a run that did not finish; {resume}remove it or set "
                 "output_dir=ANOTHER_FOLDER"

@@ -108,7 +108,7 @@ def test_out_of_memory_exits_3_with_a_remedy(recipe_file):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 3
-    assert "out of memory: 2 GiB asked for" in done.stderr
+    assert "out of memory: 2 GiB requested" in done.stderr
     assert "shorter rows" in done.stderr
     assert "Traceback" not in done.stderr
 

@@ -172,7 +172,7 @@ def test_a_run_that_the_card_refuses_memory_says_what_was_asked_and_free(make_re
     monkeypatch.setattr(sft.Trainer, "rehearse", limited)
     try:
         with pytest.raises(
-            DoesNotFit, match=r"in the rehearsal, .*: [\d.]+ \wiB asked for, [\d.]+ \wiB free\n  training rows"
+            DoesNotFit, match=r"in the rehearsal, .*: [\d.]+ \wiB requested, [\d.]+ \wiB free\n  training rows"
         ):
             train(recipe)
     finally:

@@ -19,7 +19,7 @@ PACKAGE = ROOT / "qlora"
 LEVELS = [
     {"secrets"},
     {"errors"},
-    {"document", "explain", "files", "bounded"},
+    {"document", "explain", "files", "bounded", "moved"},
     {"recipe"},
     {"rundir", "metrics"},
     {

@@ -111,7 +111,7 @@ def test_what_is_not_one_mapping_is_refused(tmp_path, text):
 @pytest.mark.parametrize(
     ("tokens", "expected"),
     [
-        ("[<a>, <b>, <a>]", "model.new_tokens: '<a>' stands there more than once"),
+        ("[<a>, <b>, <a>]", "model.new_tokens: '<a>' is listed more than once"),
         ("[<a>, '']", "model.new_tokens: '' cannot be a token; leave it out"),
         ('[<a>, " \\n"]', "model.new_tokens: ' \\n' cannot be a token; leave it out"),
         ("[]", "model.new_tokens: List should have at least 1 item"),
@@ -128,21 +128,27 @@ def test_new_tokens_are_texts_that_stand_once(tmp_path, tokens, expected):
     ("overrides", "expected"),
     [
         (["lora.peft_type=LOHA"], "lora.peft_type: 'LOHA' is not one of 'LORA', 'ADALORA'"),
-        (["lora.init_r=8"], "lora: init_r: not for peft_type LORA; set peft_type: ADALORA"),
-        (["lora.tinit=5", "lora.beta1=0.5"], "lora: tinit, beta1: not for peft_type LORA"),
+        (["lora.init_r=8"], "lora: init_r: not supported with peft_type LORA; set peft_type: ADALORA"),
+        (["lora.tinit=5", "lora.beta1=0.5"], "lora: tinit, beta1: not supported with peft_type LORA"),
         (
             ["lora.peft_type=ADALORA", "lora.r=8"],
-            "lora: r: not for peft_type ADALORA; init_r and target_r are its ranks",
+            "lora: r: not supported with peft_type ADALORA; use init_r and target_r",
         ),
-        (["lora.peft_type=ADALORA", "lora.use_dora=true"], "lora: use_dora: not for peft_type ADALORA"),
-        (["lora.peft_type=ADALORA", "lora.rank_pattern={q_proj: 2}"], "rank_pattern: not for peft_type ADALORA"),
-        (["lora.peft_type=ADALORA", "lora.init_lora_weights=eva"], "init_lora_weights: not for peft_type ADALORA"),
+        (["lora.peft_type=ADALORA", "lora.use_dora=true"], "lora: use_dora: not supported with peft_type ADALORA"),
+        (
+            ["lora.peft_type=ADALORA", "lora.rank_pattern={q_proj: 2}"],
+            "rank_pattern: not supported with peft_type ADALORA",
+        ),
+        (
+            ["lora.peft_type=ADALORA", "lora.init_lora_weights=eva"],
+            "init_lora_weights: not supported with peft_type ADALORA",
+        ),
         (["lora.peft_type=ADALORA", "lora.target_r=12"], "target_r 12 must be less than init_r 12"),
         (
             ["lora.peft_type=ADALORA", "lora.tinit=20", "training.max_steps=20"],
-            "lora.tinit and lora.tfinal leave none of the steps",
+            "lora.tinit and lora.tfinal leave no steps",
         ),
-        (["lora.peft_type=ADALORA", "lora.tfinal=0.95"], "lora.tinit and lora.tfinal leave none"),
+        (["lora.peft_type=ADALORA", "lora.tfinal=0.95"], "lora.tinit and lora.tfinal leave no steps"),
         (["lora.modules_to_save=[]"], "lora.modules_to_save: List should have at least 1 item"),
         (["lora.rank_pattern={q_proj: 0}"], "lora.rank_pattern.q_proj: should be greater than or equal to 1"),
         (["lora.alpha_pattern={q_proj: -1}"], "lora.alpha_pattern.q_proj: should be greater than 0"),
@@ -154,7 +160,7 @@ def test_new_tokens_are_texts_that_stand_once(tmp_path, tokens, expected):
         (["lora.init_lora_weights=orthogonal", "lora.rank_pattern={q_proj: 3}"], "needs even ranks"),
         (["lora.init_lora_weights=corda"], "lora.init_lora_weights: 'corda' is not one of True, 'gaussian'"),
         (["lora.init_lora_weights=false"], "lora.init_lora_weights: False is not one of True"),
-        (["lora.init_lora_weights=pissa"], "lora.init_lora_weights pissa is for a base in 16 bit"),
+        (["lora.init_lora_weights=pissa"], "lora.init_lora_weights pissa needs a 16-bit base"),
         (
             ["lora.init_lora_weights=loftq", "quantization=null"],
             "lora.init_lora_weights loftq corrects a quantized base",
@@ -198,7 +204,7 @@ def test_an_override_reaches_a_section_that_the_file_leaves_out(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("path", "expected"), [("", "should not be blank"), ("~/x", "a whole path"), ("a\0b", "U+0000")]
+    ("path", "expected"), [("", "should not be blank"), ("~/x", "a full path"), ("a\0b", "U+0000")]
 )
 def test_a_file_of_rows_given_as_an_option_is_refused_by_its_name(path, expected):
     with pytest.raises(InputError, match="--data ") as caught:

@@ -6,6 +6,7 @@ import json
 import pickle
 import random
 import re
+import time
 from typing import get_args
 
 import numpy as np
@@ -595,9 +596,9 @@ def run_out(monkeypatch, error, at):
 @pytest.mark.parametrize(
     ("error", "said"),
     [
-        (torch.OutOfMemoryError(CUDA_SAYS), "2.00 GiB asked for, 1.20 GiB free"),
-        (RuntimeError(CPU_SAYS), "134217728 bytes asked for"),
-        (MemoryError(), "no more memory is to be had"),
+        (torch.OutOfMemoryError(CUDA_SAYS), "2.00 GiB requested, 1.20 GiB free"),
+        (RuntimeError(CPU_SAYS), "134217728 bytes requested"),
+        (MemoryError(), "no more memory is available"),
     ],
     ids=["cuda", "cpu", "python"],
 )
@@ -643,6 +644,26 @@ def test_an_error_that_is_not_about_memory_stays_what_it_is(fit, monkeypatch):
     run_out(monkeypatch, RuntimeError("shapes do not match"), 2)
     with pytest.raises(RuntimeError, match="shapes do not match"):
         fit(UNEVEN, max_steps=4)
+
+
+def test_tokens_a_second_are_those_of_the_steps(fit, monkeypatch):
+    """An evaluation or a checkpoint that takes long makes the run longer, and no step slower."""
+    original = sft.Trainer.evaluation_loop
+
+    def slow(*args, **kwargs):
+        time.sleep(0.5)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(sft.Trainer, "evaluation_loop", slow)
+    _, result, run = fit(held_out=UNEVEN[:2], max_steps=4, eval_steps=1, logging_steps=2)
+    assert result.seconds - result.step_seconds > 4 * 0.5
+    logged = [record for record in records(run) if "loss" in record]
+    # the tokens between two lines by their seconds: those without the evaluations in between
+    seconds = sum(
+        (record["tokens"] - before) / record["tokens_per_second"]
+        for record, before in zip(logged, [0, *(one["tokens"] for one in logged)], strict=False)
+    )
+    assert seconds < result.step_seconds + 0.5
 
 
 # ---- evaluation ------------------------------------------------------------------------------------------------------

@@ -97,6 +97,15 @@ class Adapter:
         factors = [factor for update in self.updates.values() for factor in (update.A_RI, update.B_OR)]
         return sum(tensor.numel() for tensor in [*tensors, *factors])
 
+    def refuse_untrained(self):
+        """Raise InputError if the adapter is LoRA updates that are all zero: B still is, or B A is what it started from."""
+        others = self.replaced or self.bias_deltas or self.rows
+        if self.updates and not others and all(map(_is_zero, self.updates.values())):
+            raise InputError(
+                f"adapter {self.folder}: its update is zero in all {len(self.updates)} layers (lora_B is 0, or B A is still "
+                "what it started from), so it answers as its base does; it was never trained"
+            )
+
     def refuse_more_than_low_rank(self, why):
         """Raise InputError, which ends with `why`, if the adapter is more than LoRA or DoRA updates."""
         others = {"AdaLoRA": self.config["peft_type"] != "LORA", "new tokens": self.rows,
@@ -177,6 +186,16 @@ class Adapter:
                 f"adapter {self.folder}: holds the rows of tokens {_said(found)}; model.new_tokens and the base's "
                 f"tokenizer ask for {_said(expected)}; give both as they were at the training"
             )
+
+
+def _is_zero(update):
+    """True if B A is zero but for what the float32 sums of its parts leave; DoRA's magnitude may be all that was trained."""
+    if update.magnitude_O is not None:
+        return False
+    A_RI, B_OR = update.A_RI.float(), update.B_OR.float()
+    x_I = torch.linspace(1, 2, A_RI.shape[1])
+    delta_O, size_O = B_OR @ (A_RI @ x_I), B_OR.abs() @ (A_RI.abs() @ x_I)
+    return bool(delta_O.abs().max() <= 1e-6 * size_O.max())
 
 
 def read(folder):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -121,7 +122,8 @@ def _refuse_folder(folder):
         what = "there is an adapter in it" if (folder / "config.json").is_file() else "is an adapter, not a model"
         raise InputError(
             f"model.name_or_path {folder}: {what} ({adapter.name}); give the model that it was trained on"
-            f"{f' ({trained_on})' if trained_on else ''}; `qlora export {folder} --model MODEL` makes one of both"
+            f"{f' ({trained_on})' if trained_on else ''}; "
+            f"`qlora export {shlex.quote(str(folder))} --model MODEL` makes one of both"
         )
     if not (folder / "config.json").is_file():
         raise InputError(f"model.name_or_path {folder}: no config.json; not a model folder")

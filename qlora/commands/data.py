@@ -26,13 +26,13 @@ def inspect_data(recipe: Recipe, row=None, tokens=False, html=None) -> dict:
     """
     prepared = prepare(recipe, weights=False)
     if row is not None and not 1 <= row <= len(prepared.examples):
-        raise InputError(f"--row {row}: there are rows 1 to {len(prepared.examples)}")
+        raise InputError(f"--row {row}: no such row; the data has rows 1 to {len(prepared.examples)}")
     say_report(prepared)
     bars = page.histogram(prepared.examples.lengths)
     for line in _drawn(bars, prepared.report["rows"], recipe.data.max_length):
         console.show(line)
     steps = prepared.report["steps_per_epoch"]
-    console.show(f"steps     {steps:,} an epoch")
+    console.show(f"steps     {steps:,} per epoch")
     for number in range(1, min(2, len(prepared.examples)) + 1) if row is None else [row]:
         where = prepared.examples.where(number - 1)
         console.show(

@@ -26,6 +26,9 @@ def evaluate(target, data_file=None, overrides=(), max_rows=100) -> dict:
     """
     subject = open_subject(target, overrides)
     rows = _held_out(subject, data_file).first_rows(max_rows)
+    if not len(rows):
+        source = data_file or "data.eval or data.eval_fraction of the recipe"
+        raise InputError(f"no row to evaluate on is left of {source}: all are dropped; look at them with qlora data")
     base_model.refuse_rows(rows, subject.model.config)
     conversations = data.conversations(rows)
     result = {"rows": len(conversations), **_score(subject, conversations, rows, "answering")}

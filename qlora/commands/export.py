@@ -28,6 +28,7 @@ from .proving import Prover
 from .trained import open_trained
 
 REPORT = "export_report.json"
+_FEW_POSITIONS = 250  # at 250, a top-1 agreement of 99 % is 2 positions
 
 
 def export(target, out, dtype=None, overrides=(), *, model=None, data=None, compare_bases=False, gguf=None) -> dict:
@@ -66,6 +67,7 @@ def _export(trained, out, inputs, compare_bases, gguf, start):
     refuse_partial(out, [*trained.inputs, *inputs])
     refuse_inside(out, [trained.folder, trained.checkpoint.folder])
     _refuse_meaningless(trained, compare_bases)
+    trained.adapter.refuse_untrained()
     plan = merge.plan(
         trained.checkpoint,
         trained.config,
@@ -248,7 +250,11 @@ def _table(report):
 
 def _title(report):
     count = report["rows"]
-    return f"proof on {count['count']} {count['from']}, {count['positions']} positions"
+    few = "; so few show large differences only, --data FILE takes more rows"
+    positions = count["positions"]
+    return (
+        f"proof on {count['count']} {count['from']}, {positions} positions{few if positions <= _FEW_POSITIONS else ''}"
+    )
 
 
 def _refuse_unproven(report, out):

@@ -1,4 +1,4 @@
-"""What plan and train share: a recipe and its data as a planner.Job, and the memory there is."""
+"""What plan and train share: a recipe and its data as a planner.Job, and the available memory."""
 
 from __future__ import annotations
 
@@ -132,14 +132,14 @@ def with_outline(recipe, remade, **numbers):
 
 
 def refuse_layers(section, num_layers):
-    """Raise InputError where recipe section `memory` asks for what a model of so many layers cannot do."""
+    """Raise InputError where recipe section `memory` does not fit a model of `num_layers` layers."""
     setting = section.gradient_checkpointing
     if setting != "auto" and int(setting) > num_layers:
         raise InputError(
-            f"memory.gradient_checkpointing is {setting}, the model has {num_layers} layers; set 0 to {num_layers}"
+            f"memory.gradient_checkpointing is {setting}, but the model has {num_layers} layers; set 0 to {num_layers}"
         )
     if section.offload is True and setting != "auto" and not setting:
         raise InputError(
-            "memory.offload is for what checkpointed layers start from, and none is checkpointed; set "
+            "memory.offload moves the inputs of checkpointed layers to CPU memory, but no layer is checkpointed; set "
             "memory.gradient_checkpointing=true, or memory.offload=false"
         )

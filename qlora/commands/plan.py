@@ -19,9 +19,9 @@ _USUAL = 24 * 2**30
 
 
 def plan(recipe: Recipe, vram=None, card=None, plot=None) -> dict:
-    """Print the plan of training as `recipe` says; return it with what would still fit, and suggestions, as JSON has it.
+    """Print the plan of training as `recipe` says; return it with the limits that still fit, and suggestions, for --json.
 
-    vram, card: what to plan for, as text; by default the GPU there is. plot: a file to draw memory by length into.
+    vram, card: what to plan for, as text; by default the GPU of this machine. plot: a file to draw memory by length into.
 
     Raises:
         InputError: the recipe, the data, a size or a card is wrong.
@@ -30,7 +30,9 @@ def plan(recipe: Recipe, vram=None, card=None, plot=None) -> dict:
     try:
         job = _job(recipe, budget, chosen)
     except planner.NoPlan as error:
-        raise InputError(f"{recipe.model.name_or_path}: this architecture cannot be planned ({error})") from None
+        raise InputError(
+            f"{recipe.model.name_or_path}: this architecture is not supported by the planner ({error})"
+        ) from None
     found = planner.plan(job)
     limits, changes = planner.backwards(job), planner.suggestions(job)
     _say(recipe, job, found, limits, changes, why)
@@ -60,7 +62,7 @@ def _budget(recipe, vram, card):
     return (
         _USUAL,
         planner.card_of("4090"),
-        "no GPU here: an RTX 4090 is assumed; --card, --vram or memory.budget say other",
+        "no GPU found, so an RTX 4090 is assumed; change it with --card, --vram or memory.budget",
     )
 
 
@@ -74,7 +76,7 @@ def _job(recipe, budget, card):
         say_report(prepared)
         return job_of(recipe, prepared, "cuda", budget, card)
     why = f"no file at {absent[0]}" if absent else f"{checkpoint.folder} has no tokenizer.json"
-    console.say(f"data      {why}: planned for rows of data.max_length, every token trained")
+    console.say(f"data      {why}: assuming rows of data.max_length tokens, all of them trained")
     config = base_model.load_config(checkpoint, recipe.model)
     return without_data(recipe, config, len(checkpoint.new_tokens), "cuda", budget, card)
 
@@ -85,10 +87,10 @@ _WORDS = {
     "weights": "weights",
     "adapter": "adapter, float32 masters",
     "gradients": "gradients",
-    "optimizer": "optimizer states",
-    "checkpoints": "checkpoints",
-    "layer_work": "work of the layers",
-    "loss_head": "work of the loss head",
+    "optimizer": "optimizer state",
+    "checkpoints": "checkpointed layer inputs",
+    "layer_work": "activations of the layers",
+    "loss_head": "logits and loss",
     "buffers": "inputs and buffers",
     "context": "CUDA context (assumed)",
 }
@@ -100,7 +102,7 @@ def _say(recipe, job, found, limits, changes, why):
     rows = f"{load.rows} row{'s' if load.rows > 1 else ''} of {load.length:,} tokens" + (
         ", packed" if load.packed else ""
     )
-    console.say(f"plan      {recipe.model.name_or_path}: at most {rows} a micro-batch, {load.scored:,} of them trained")
+    console.say(f"plan      {recipe.model.name_or_path}: largest micro-batch is {rows}, {load.scored:,} tokens trained")
     console.say(f"budget    {console.size(job.budget_bytes)} ({why})")
     show("")
     scale = 40 / max(job.budget_bytes, found.peak_bytes)
@@ -109,26 +111,28 @@ def _say(recipe, job, found, limits, changes, why):
             line = Text(f"  {_WORDS[name]:<26}{console.size(count):>11}  ")
             show(line.append("█" * max(1, round(scale * count)), style=color))
     left = job.budget_bytes - found.peak_bytes
-    verdict = f"fits, {console.size(left)} to spare" if found.fits else f"DOES NOT FIT, {console.size(-left)} too much"
+    verdict = (
+        f"fits, {console.size(left)} to spare" if found.fits else f"DOES NOT FIT, {console.size(-left)} over the budget"
+    )
     show(
         Text(
             f"  {'peak':<26}{console.size(found.peak_bytes):>11}  {verdict}",
             style="bold green" if found.fits else "bold red",
         )
     )
-    show(f"  {'':<26}{'':>11}  in the {found.where}")
+    show(f"  {'':<26}{'':>11}  reached in: {found.where}")
     show("")
     how = f"{found.checkpointed_layers} of {found.num_layers} layers checkpointed"
     if found.offload:
-        how += f", their inputs on the host ({console.size(found.host_bytes)} there)"
+        how += f", layer inputs offloaded to CPU memory ({console.size(found.host_bytes)})"
     show(f"layers    {how}")
     if found.tokens_per_second is not None:
         time = (
             "" if found.hours is None else f": {found.steps:,} steps in {console.duration(3600 * found.hours)} at least"
         )
         show(f"speed     at most {found.tokens_per_second:,.0f} tokens/s on {job.card.name}{time}")
-    words = {"max_length": "rows of {:,} tokens", "micro_batch": "{:,} rows a micro-batch", "r": "r = {:,}"}
-    show("at most   " + "; or ".join(words[name].format(limit) for name, limit in limits.items()))
+    words = {"max_length": "rows up to {:,} tokens", "micro_batch": "{:,} rows per micro-batch", "r": "r up to {:,}"}
+    show("limits    " + "; or ".join(words[name].format(limit) for name, limit in limits.items()))
     for index, change in enumerate(changes):
         speed = change["tokens_per_second"]
         fit = "" if change["fits"] == found.fits else ", fits" if change["fits"] else ""
@@ -168,9 +172,9 @@ def _draw(path, job, recipe):
     axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
     axes.get_xticklabels()[lengths.index(job.load.longest)].set_fontweight("bold")
     axes.set_xlabel(
-        f"tokens in the longest row (bold: this recipe), {job.load.rows} a micro-batch; ckpt: layers checkpointed"
+        f"tokens in the longest row (bold: this recipe), {job.load.rows} per micro-batch; ckpt: layers checkpointed"
     )
-    axes.set_ylabel("GiB at the peak")
+    axes.set_ylabel("peak memory, GiB")
     axes.set_ylim(0, 1.18 * max(budget, bottom.max()))
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_title(f"Training {recipe.model.name_or_path}", loc="left", fontweight="bold")

@@ -49,7 +49,9 @@ def prepare(recipe: Recipe, weights=True) -> Prepared:
         eval_parts = data.load(recipe.data.eval or [], tokenizer, recipe.data, seed, reading.update)
     rows = data.Rows(parts)
     if not len(rows):
-        raise InputError(_nothing_left(parts))
+        raise InputError(_nothing_left("train", parts))
+    if eval_parts and not len(data.Rows(eval_parts)):
+        raise InputError(_nothing_left("evaluate", eval_parts))
     once, held_out = data.hold_out(rows, recipe.data.eval_fraction, seed)
     held_out = data.Rows(eval_parts) if eval_parts else held_out
     examples = data.weighted(once, seed)
@@ -78,9 +80,9 @@ def _batches(examples, recipe):
     return examples
 
 
-def _nothing_left(parts):
+def _nothing_left(to, parts):
     lines = [f"  {part.path}: {_dropped(part.summary)}" for part in parts]
-    return "\n".join(["no row is left to train on", *lines])
+    return "\n".join([f"no row is left to {to} on", *lines])
 
 
 def refuse_pointless(report):
@@ -132,7 +134,9 @@ def _dropped(source):
 
 
 def _copies(report):
-    found = [f"{report['duplicates']:,} copies of a row" if report["duplicates"] else "no row stands twice"]
+    found = [f"{report['duplicates']:,} duplicate rows" if report["duplicates"] else "no duplicate rows"]
     if report["eval_rows_in_training"]:
-        found.append(f"{report['eval_rows_in_training']:,} HELD-OUT ROWS ARE TRAINED ON: their score means nothing")
+        found.append(
+            f"{report['eval_rows_in_training']:,} HELD-OUT ROWS ARE ALSO TRAINED ON, so their score means nothing"
+        )
     return "; ".join(found)

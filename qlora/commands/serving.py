@@ -19,7 +19,7 @@ def num_bytes(kind, plan):
 
 
 def refuse(trained, plan, kind):
-    """Raise InputError ahead where no right GGUF file could be written in the end."""
+    """Raise InputError before the export where no correct GGUF file could be written after it."""
     checkpoint = trained.checkpoint
     stops = chat.stop_token_ids(trained.tokenizer, checkpoint.generation_config())
     gguf.refuse(checkpoint.folder, plan.config, trained.tokenizer, stops, kind)
@@ -52,5 +52,5 @@ def add_gguf(trained, folder, name, kind, plan):
         console.say(f"          no Modelfile for Ollama: {error}")
         return report | {"why_no_modelfile": str(error)}
     (folder / "Modelfile").write_text(text, encoding="utf-8")
-    console.say("ollama    Modelfile: its prompts are the chat template's, to the character")
+    console.say("ollama    Modelfile: its prompts equal the chat template's, character by character")
     return report | {"modelfile": "Modelfile"}

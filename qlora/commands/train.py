@@ -154,11 +154,13 @@ def _train(recipe, resumed):
                 tokenizer.save_pretrained(folder)
                 adapter.seal(folder, hashes)
     console.say(
-        f"trained {result.steps} steps, {result.tokens:,} tokens in {console.duration(result.seconds)} "
-        f"({result.tokens / result.seconds:,.0f} tokens/s), {_peak(result, predicted)}; "
+        f"trained {result.steps} steps, {result.tokens:,} tokens in {console.duration(result.seconds)}: "
+        f"{result.tokens / result.step_seconds:,.0f} tokens/s in the steps, {result.tokens / result.seconds:,.0f} with "
+        f"evaluations and checkpoints; {_peak(result, predicted)}; "
         f"loss {result.loss:.4f}" + ("" if result.eval_loss is None else f", held-out {result.eval_loss:.4f}")
     )
-    console.say(f"adapter in {run.adapter}; next: qlora eval {run.path}, qlora export {run.path} --out FOLDER")
+    named = shlex.quote(str(run.path))
+    console.say(f"adapter in {run.adapter}; next: qlora eval {named}, qlora export {named} --out FOLDER")
     return run
 
 
@@ -269,6 +271,7 @@ def _environment(checkpoint, quantized, hashes, parts, device):
         },
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
         "git_commit": _git_commit(),
+        "directory": str(Path.cwd()),  # relative paths of the recipe start here
         "base_model": {
             "name_or_path": checkpoint.name_or_path,
             "folder": str(checkpoint.folder.resolve()),

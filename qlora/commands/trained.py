@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -164,7 +165,8 @@ def _of_adapter(folder, base, overrides):
     trained = adapter.read(folder)
     said = trained.config.get("base_model_name_or_path")
     if base is None:
-        raise InputError(f"{folder} is an adapter; name the model it was trained on: --model {said or 'FOLDER'}")
+        named = shlex.quote(str(said)) if said else "FOLDER"
+        raise InputError(f"{folder} is an adapter; name the model it was trained on: --model {named}")
     values = {"model": {"name_or_path": str(base)}, "data": {"train": str(folder)}, "output_dir": str(folder)}
     recipe = Recipe.from_dict(values, overrides)
     if said and Path(str(said)).name.lower() != Path(str(base)).name.lower():

@@ -76,7 +76,7 @@ def refuse(folder, config, tokenizer, stops, kind):
     if _converter() is not None:
         return
     if importlib.util.find_spec("gguf") is None:
-        raise InputError("--gguf needs the package gguf; pip install 'qlora[gguf]'")
+        raise InputError("--gguf needs the package gguf; run: pip install gguf llama-cpp-python")
     import gguf
 
     _rope_factors(folder, config, _architecture(folder, config))
@@ -97,14 +97,14 @@ def write(folder, out_file, kind, on_bytes=None):
     if kind not in KINDS:
         raise InputError(f"--gguf {kind}: give one of {', '.join(KINDS)}")
     if out_file.exists():
-        raise InputError(f"{out_file} is there already; nothing is overwritten: remove it or choose another name")
+        raise InputError(f"{out_file} already exists and is not overwritten; remove it or choose another name")
     if not out_file.parent.is_dir():
         raise InputError(f"{out_file}: there is no folder {out_file.parent}")
     quantize = _quantizer() if kind == "q4_k_m" else None
     first = "f16" if quantize else kind
     converter = _converter()
     if converter is None and importlib.util.find_spec("gguf") is None:
-        raise InputError("--gguf needs the package gguf; pip install 'qlora[gguf]'")
+        raise InputError("--gguf needs the package gguf; run: pip install gguf llama-cpp-python")
     with _partial(out_file) as partial:
         converted = partial.with_name(f"{partial.name}.f16") if quantize else partial
         try:
@@ -162,7 +162,7 @@ def _quantizer():
         return lambda source, out: _run([str(program), str(source), str(out), "Q4_K_M"])
     if importlib.util.find_spec("llama_cpp") is None:
         raise InputError(
-            "--gguf q4_k_m needs llama.cpp's quantizer: pip install 'qlora[gguf]', or put llama-quantize on the PATH, or "
+            "--gguf q4_k_m needs llama.cpp's quantizer: pip install llama-cpp-python, or put llama-quantize on the PATH, or "
             "set LLAMA_CPP to the folder that llama.cpp was built in"
         )
     return lambda source, out: _run([sys.executable, "-c", _QUANTIZE, str(source), str(out)])
@@ -216,7 +216,7 @@ def _convert(folder, out, kind, on_bytes):
     for name, shape in _shapes(checkpoint, config).items():
         new_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if new_name is None:
-            raise InputError(f"{folder}: llama.cpp has no place for the tensor {name}")
+            raise InputError(f"{folder}: llama.cpp has no counterpart for the tensor {name}")
         shape = shape[::-1] if _is_conv1d(name, architecture) else shape
         plan.append((name, new_name, shape, _stored_as(new_name, shape, kind)))
     _refuse_full_disk(out, sum(_num_bytes(shape, dtype) for _, _, shape, dtype in plan))
@@ -266,7 +266,7 @@ def _architecture(folder, config):
     def expect(name, *allowed):
         value = getattr(config, name, allowed[0])
         if value not in allowed:
-            problems.append(f"{name} is {value!r}, and there it is always {allowed[0]!r}")
+            problems.append(f"{name} is {value!r}, but llama.cpp always uses {allowed[0]!r}")
 
     expect("activation_function" if config.model_type == "gpt2" else "hidden_act", architecture.activation)
     if not architecture.biases:
@@ -276,7 +276,7 @@ def _architecture(folder, config):
     if not architecture.partial_rotary:
         rope = getattr(config, "rope_parameters", None) or {}
         if rope.get("partial_rotary_factor", 1.0) != 1.0:
-            problems.append(f"partial_rotary_factor is {rope['partial_rotary_factor']}, and there it is always 1.0")
+            problems.append(f"partial_rotary_factor is {rope['partial_rotary_factor']}, but llama.cpp always uses 1.0")
     if config.model_type == "gpt2":
         expect("scale_attn_weights", True)
         expect("scale_attn_by_inverse_layer_idx", False)
@@ -285,17 +285,15 @@ def _architecture(folder, config):
         expect("qk_layernorm", False)
         expect("tie_word_embeddings", False)
     if config.model_type == "phi3" and config.hidden_size != config.num_attention_heads * _head_dim(config):
-        problems.append("the heads are not hidden_size wide together")
+        problems.append("num_attention_heads * head_dim is not hidden_size")
     if config.model_type == "gemma2":
         expect("layer_types", [("sliding_attention", "full_attention")[i % 2] for i in range(config.num_hidden_layers)])
         scale = config.hidden_size // config.num_attention_heads if config.num_hidden_layers == 46 else config.head_dim
         expect("query_pre_attn_scalar", scale)
         if config.attn_logit_softcapping is None or config.final_logit_softcapping is None:
-            problems.append("it has no softcapping, and there it always has")
+            problems.append("it has no softcapping, but llama.cpp always applies it")
     if problems:
-        raise InputError.listing(
-            f"{folder / 'config.json'}: for llama.cpp's {architecture.name}, it", problems, _REMEDY
-        )
+        raise InputError.listing(f"{folder / 'config.json'}: as llama.cpp's {architecture.name}, it", problems, _REMEDY)
     return architecture
 
 
@@ -316,7 +314,7 @@ def _shapes(checkpoint, config):
     found = {name: shape for name, shape in checkpoint.shapes().items() if name not in tied}
     if found != expected:
         wrong = sorted({name for name, _ in found.items() ^ expected.items()})
-        raise InputError.listing(f"{checkpoint.folder}: config.json and the weights do not fit; the model", wrong)
+        raise InputError.listing(f"{checkpoint.folder}: config.json and the weights do not match; the model", wrong)
     return expected
 
 
@@ -427,7 +425,7 @@ def _stored(name, tensor, dtype):
         rows = tensor[start : start + step].float().contiguous()
         largest = rows.abs().max().item()
         if not largest <= limit:
-            raise InputError(f"{name} holds {largest:.3g}, which {dtype.name.lower()} cannot; choose --gguf q8_0")
+            raise InputError(f"{name} contains {largest:.3g}, which overflows {dtype.name.lower()}; choose --gguf q8_0")
         part = gguf.quants.quantize(rows.numpy(), dtype)
         if result is None:
             result = np.empty((len(tensor), *part.shape[1:]), part.dtype)
@@ -501,7 +499,9 @@ def prove(folder, gguf_file, kind, prompts, max_new_tokens=32):
         ProofFailed: other tokens, or other probabilities; says which.
     """
     if importlib.util.find_spec("llama_cpp") is None:
-        return Proof(False, "not proven: llama-cpp-python is not installed; pip install 'qlora[gguf]' and export again")
+        return Proof(
+            False, "not proven: llama-cpp-python is not installed; run pip install llama-cpp-python and export again"
+        )
     from llama_cpp import Llama
 
     section = Model(name_or_path=str(folder))
@@ -530,11 +530,11 @@ def prove(folder, gguf_file, kind, prompts, max_new_tokens=32):
     problems = []
     if not result.kl <= KL_LIMIT[kind]:
         problems.append(
-            f"KL to the exported folder is {result.kl:.2e} nats a token, the limit for {kind} is {KL_LIMIT[kind]}"
+            f"KL to the exported folder is {result.kl:.2e} nats per token; the limit for {kind} is {KL_LIMIT[kind]}"
         )
     if kind == "f16" and result.widest_miss > NEAR_TIE:
         problems.append(
-            f"it says another token where the exported folder is sure by {result.widest_miss:.2f} nats, the limit is {NEAR_TIE}"
+            f"it predicts another token where the exported folder leads by {result.widest_miss:.2f} nats; the limit is {NEAR_TIE}"
         )
     if problems:
         raise ProofFailed("\n  ".join([f"{gguf_file} is not the exported model:", *problems]))
@@ -553,7 +553,7 @@ def _refuse_other_tokens(tokenizer, served, prompt, row):
             (i for i, pair in enumerate(zip(found, row, strict=False)) if pair[0] != pair[1]), min(len(found), len(row))
         )
         raise ProofFailed(
-            f"llama.cpp makes other tokens of a prompt: from token {at} on {found[at : at + 5]} instead of {row[at : at + 5]} "
+            f"llama.cpp tokenizes a prompt differently: from token {at} on {found[at : at + 5]} instead of {row[at : at + 5]} "
             f"({tokenizer.decode(row[at : at + 5])!r}) in {prompt[:80]!r}"
         )
 

@@ -63,8 +63,8 @@ def modelfile(tokenizer, gguf_name, stops, adds_bos):
     heads = [strings.opening, *([strings.with_system[0]] if strings.with_system else [])]
     if not all(head.startswith(bos) for head in heads):
         raise InputError(
-            f"{gguf_name} makes llama.cpp put {bos!r} before each prompt, which the chat template does not have: in training "
-            "it was not there; write the file with qlora, or set its tokenizer.ggml.add_bos_token to false"
+            f"{gguf_name} makes llama.cpp put {bos!r} before each prompt, but the chat template, and so the training, does "
+            "not have it; write the file with qlora, or set its tokenizer.ggml.add_bos_token to false"
         )
     template = go_template(strings, bos)
     _refuse_difference(tokenizer, strings, template, bos)
@@ -76,18 +76,18 @@ def modelfile(tokenizer, gguf_name, stops, adds_bos):
 
 def _quoted(text, always=False):
     if '"""' in text:
-        raise InputError('the chat template has """ in it, which a Modelfile cannot hold')
+        raise InputError('the chat template contains """, which a Modelfile cannot hold')
     return f'"""{text}"""' if always or '"' in text else f'"{text}"'
 
 
 def _notes(tokenizer, strings):
     notes = []
     if strings.with_system is None:
-        notes.append("the chat template takes no system text; one that is given is left out")
+        notes.append("the chat template has no system role; a system message is ignored")
     if roles := [role for role in ("system", "user", "assistant") if not _keeps_space(tokenizer, strings, role)]:
-        notes.append(f"in training, white space around the words of {', '.join(roles)} was taken off; here it is not")
+        notes.append(f"in training, white space around messages of {', '.join(roles)} was stripped; here it is kept")
     if "strftime_now" in tokenizer.chat_template:
-        notes.append("the chat template writes the day it is used on; here that is the day this file was made on")
+        notes.append("the chat template inserts the current date; here it is the date on which this file was made")
     return notes
 
 
@@ -120,7 +120,7 @@ def _strings(tokenizer):
     names, between = _watch(tokenizer, 2, system=False)
     if names != ["U1", "A1", "U2"]:
         raise InputError(
-            f"no Ollama template: of two questions and an answer, the chat template shows {', '.join(names)}"
+            f"no Ollama template: given two questions and an answer, the chat template shows only {', '.join(names)}"
         )
     opening, answer, question, closing = between
     try:
@@ -130,7 +130,7 @@ def _strings(tokenizer):
         return _Strings(opening, None, None, answer, question, closing)
     late = names == ["U1", "A1", "S", "U2"]
     if first_names != ["S", "U1"] or not (late or names == ["S", "U1", "A1", "U2"]):
-        raise InputError(f"no Ollama template: with a system text, the chat template shows {', '.join(names)}")
+        raise InputError(f"no Ollama template: given a system message, the chat template shows {', '.join(names)}")
     return _Strings(opening, tuple(first[:2]), tuple(later[2:4]) if late else None, answer, question, closing)
 
 

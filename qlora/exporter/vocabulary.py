@@ -61,14 +61,14 @@ def add(writer, tokenizer, vocab_size, stops):
     data = json.loads(tokenizer.backend_tokenizer.to_str())
     model, added = data["model"], {token["id"]: token for token in data["added_tokens"]}
     if model["type"] != "BPE" or model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
-        _refuse(f"its model is {model['type']}, and BPE is what can be converted")
+        _refuse(f"its model is {model['type']}, and only BPE can be converted")
     if model.get("dropout"):
         _refuse("it has dropout")
     if any(token["single_word"] or token["lstrip"] for token in added.values()):
-        _refuse("an added token takes white space before it along, or only whole words")
+        _refuse("an added token strips the white space before it (lstrip), or matches whole words only (single_word)")
     words = {number: word for word, number in model["vocab"].items()} | {i: one["content"] for i, one in added.items()}
     if max(words) >= vocab_size:
-        _refuse(f"it has token {max(words)}, the model {vocab_size} embeddings")
+        _refuse(f"it has a token {max(words)}, but the model has only {vocab_size} embeddings")
 
     spelled = _byte_level if _is_byte_level(data) else _sentencepiece
     kinds, scores = spelled(writer, data, tokenizer, words)
@@ -80,7 +80,7 @@ def add(writer, tokenizer, vocab_size, stops):
         kinds[tokenizer.unk_token_id] = gguf.TokenType.UNKNOWN
     tokens = [words.get(number, f"[PAD{number}]") for number in range(vocab_size)]
     if len(set(tokens)) < vocab_size or not all(tokens):
-        _refuse("two of its tokens are written alike, or one is empty")
+        _refuse("two tokens have the same text, or a token is empty")
     writer.add_token_list(tokens)
     writer.add_token_types([kinds.get(number, gguf.TokenType.UNUSED) for number in range(vocab_size)])
     if scores is not None:
@@ -93,7 +93,7 @@ def add(writer, tokenizer, vocab_size, stops):
 
 def _refuse(what):
     raise InputError(
-        f"tokenizer.json: {what}; llama.cpp would tokenize otherwise. Set LLAMA_CPP to the folder of llama.cpp, whose own "
+        f"tokenizer.json: {what}; llama.cpp would tokenize differently. Set LLAMA_CPP to the folder of llama.cpp, whose own "
         "convert_hf_to_gguf.py is then used, or serve the exported folder with vLLM"
     )
 
@@ -108,11 +108,11 @@ def _byte_level(writer, data, tokenizer, words):
 
     model, normalizer = data["model"], data["normalizer"]
     if normalizer is not None and normalizer["type"] != "NFC":
-        _refuse(f"it normalises text by {normalizer['type']}")
+        _refuse(f"it uses the normalizer {normalizer['type']}")
     parts = tuple(_part(part) for part in _sequence(data["pre_tokenizer"], "pretokenizers"))
     name = _PRE_TOKENIZERS.get((parts, bool(model.get("ignore_merges"))))
     if name is None or model.get("byte_fallback"):
-        _refuse(f"how it cuts text before merging has no name there ({parts})")
+        _refuse(f"llama.cpp does not know its pre-tokenizer ({parts})")
     merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(name)
@@ -146,7 +146,7 @@ def _sentencepiece(writer, data, tokenizer, words):
     model = data["model"]
     bytes_ = {f"<0x{value:02X}>" for value in range(256)}
     if not model.get("byte_fallback") or not bytes_ <= model["vocab"].keys() or model.get("ignore_merges"):
-        _refuse("it is neither byte-level nor has it a token for every byte")
+        _refuse("it is not byte-level, and has no token for every byte")
     writer.add_tokenizer_model("llama")
     writer.add_tokenizer_pre("default")
     writer.add_add_space_prefix(_prefixes_space(data, tokenizer))
@@ -174,9 +174,9 @@ def _sentencepiece(writer, data, tokenizer, words):
             scores[number] = -1e6
     for token in data["added_tokens"]:
         if token["normalized"] and (_SPACE in token["content"] or " " in token["content"]):
-            _refuse(f"its token {token['content']!r} is looked for in normalised text")
+            _refuse(f"its token {token['content']!r} is matched in normalized text")
         if not token["special"] and _SPACE in token["content"] and token["id"] not in scores:
-            _refuse(f"its token {token['content']!r} is not made by merges")
+            _refuse(f"its token {token['content']!r} cannot be built by merges")
     return kinds, scores
 
 
@@ -200,7 +200,7 @@ def _prefixes_space(data, tokenizer):
         }
         if len(prefixed) == 1:
             return prefixed.pop()
-    return _refuse("how it puts spaces before words has no like there")
+    return _refuse("llama.cpp cannot add spaces before words as it does")
 
 
 def _pieces(tokenizer, added):
@@ -220,17 +220,17 @@ def _pieces(tokenizer, added):
 
 def _add_special(writer, tokenizer, stops):
     if tokenizer.eos_token_id is None and not stops:
-        _refuse("it has no end token, for which llama.cpp takes token 11")
+        _refuse("it has no end token; llama.cpp would use token 11")
     if tokenizer.bos_token_id is None and tokenizer.chat_template:
         turns = [{"role": "user", "content": "x"}]
         if "\ue000" in chat.render(tokenizer, turns, bos_token="\ue000"):
-            _refuse("the chat template writes a start token, which there is none of; llama.cpp would write token 11")
+            _refuse("the chat template uses a start token, but the tokenizer has none; llama.cpp would use token 11")
     eos = tokenizer.eos_token_id if tokenizer.eos_token_id in stops or not stops else min(stops)
     names = dict(zip(stops, tokenizer.convert_ids_to_tokens(list(stops)), strict=True))
     others = sorted(set(stops) - {eos}, key=lambda stop: (names[stop] in _ENDS_BY_NAME, stop))
     beyond = [names[stop] for stop in others[2:] if names[stop] not in _ENDS_BY_NAME]
     if beyond:
-        _refuse(f"answers end at more tokens than a GGUF file can name ({', '.join(beyond)})")
+        _refuse(f"it has more stop tokens than a GGUF file can hold ({', '.join(beyond)})")
     writer.add_eos_token_id(eos)
     for token, add_token in zip(others, (writer.add_eot_token_id, writer.add_eom_token_id), strict=False):
         add_token(token)
@@ -254,5 +254,5 @@ def _name_for_stripping(added):
     all_added = {token["content"] for token in added.values()}
     plain = {"<unk>", "<s>", "<|endoftext|>"}
     if not plain | {"</s>"} <= all_added or strips != all_added - plain:
-        _refuse(f"its token {min(strips)!r} takes the white space after it along")
+        _refuse(f"its token {min(strips)!r} strips the white space after it (rstrip)")
     return "phi-3"

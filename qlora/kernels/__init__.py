@@ -1,7 +1,7 @@
-"""What makes a step fast: parts of the model computed in another way, with the same results and less kept.
+"""What makes a step fast: faster kernels for parts of the model, with the same results and fewer saved activations.
 
-Installed for the time of training; before one is used it is compared with the module that it takes the place of, on that
-module's own weights. docs/benchmarks.md says what each gains.
+They are installed while the model trains. Each is first compared with the module that it replaces, on that module's own
+weights. docs/benchmarks.md says what each gains.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from . import attention, linear, loss, norm, swiglu
 from .allocation import kept_memory
 
-_KINDS = {"swiglu": swiglu, "rmsnorm": norm, "lora": linear}  # a feed-forward part before the layers in it
+_KINDS = {"swiglu": swiglu, "rmsnorm": norm, "lora": linear}  # a SwiGLU block before the layers in it
 _TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 1e-2, torch.float32: 1e-5}  # of the norm of output and gradient
 
 
@@ -22,8 +22,8 @@ _TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 1e-2, torch.float32: 1e-5}  #
 class Installed:
     """modules: {kind: how many modules}. refused: {kind: names of classes whose output it did not reproduce}.
 
-    joined: rows of a batch are to be joined into one without padding, each attended to by itself. loss: that of
-    kernels.loss is right for this model, on a CPU. memory: freed memory is kept.
+    joined: rows of a batch are joined into one without padding; attention stays within each row. loss: kernels.loss is
+    right for this model, on a CPU. memory: the CPU allocator keeps freed memory.
     """
 
     modules: dict = field(default_factory=dict)

@@ -1,7 +1,7 @@
-"""Memory that a step frees stays with the process for the next step, on a CPU under glibc.
+"""Keep memory that a step frees in the process, for the next step, on a CPU under glibc.
 
-Otherwise each tensor over 32 MiB at the most, and the top of the heap, goes back to the system when it is freed and is taken
-again page by page, cleared: a quarter of a training step (docs/benchmarks.md).
+By default glibc returns large freed tensors, and the top of the heap, to the system, and every new allocation faults in zeroed
+pages again: a quarter of a training step (docs/benchmarks.md).
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ def plain_segment_attention(module, query, key, value, attention_mask, segments,
 def _refuse_more(attention_mask, s_aux=None, **kwargs):
     """Raise ValueError for what would be left out: a mask that the model makes by itself, attention sinks."""
     if attention_mask is not None or s_aux is not None:
-        raise ValueError("attention with a mask or with sinks of its own")
+        raise ValueError("attention with a mask of its own, or with attention sinks")
 
 
 def takes_one_call(module, query, value, capability, **kwargs):
@@ -152,11 +152,11 @@ def why_not(config):
     config = config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
     if kinds:
-        return f"{', '.join(sorted(kinds))} layers carry state across rows"
+        return f"its {', '.join(sorted(kinds))} layers would carry state from one document to the next"
     if getattr(config, "attn_logit_softcapping", None):
-        return "this architecture caps its attention logits"
+        return "this architecture uses attention logit softcapping"
     if config.model_type in ("qwen2_moe", "phimoe") and getattr(config, "sliding_window", None):
-        return "this architecture has a window that it does not tell its attention of"  # transformers 5.23
+        return "this architecture does not pass its sliding window to the attention function"  # transformers 5.23
     return None
 
 
@@ -204,7 +204,7 @@ def within_documents(model, plain=False):
     model.set_attn_implementation(name)
     if model.config._attn_implementation != name:
         raise InputError(
-            f"data.packing: {type(model).__name__} does not let its attention be replaced; set data.packing=false"
+            f"data.packing: {type(model).__name__} has an attention that cannot be replaced; set data.packing=false"
         )
     try:
         yield

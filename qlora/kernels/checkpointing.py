@@ -1,7 +1,7 @@
-"""Decoder layers that keep only what they start from, and compute the rest again in the backward pass.
+"""Gradient checkpointing: decoder layers that keep only their input, and recompute their activations in the backward pass.
 
-Only as many as must: a layer that is checkpointed is computed twice. What they start from, hidden states of 2 bytes *
-width a token and layer, can wait in the host's memory; copies run on a stream of their own beside the layers' work.
+As few layers as necessary, because a checkpointed layer is computed twice. The inputs, hidden states of 2 bytes * width
+per token and layer, can be offloaded to CPU memory; copies run on a stream of their own, beside the layers' work.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ _plain = functools.partial(checkpoint, use_reentrant=False)
 def checkpointed(layers, number, offload=False):
     """Checkpoint the first `number` of decoder `layers` while the block runs, wherever these train.
 
-    Random numbers (dropout) are drawn again as they were. offload: the hidden states that these layers start from wait in
-    the host's memory. Yields the Host that holds them, or None.
+    Random numbers (dropout) are restored. offload: the inputs of these layers are offloaded to CPU memory. Yields the
+    Host that holds them, or None.
 
     Raises:
         InputError: there are fewer layers, or they cannot be checkpointed one by one.
     """
     if number > len(layers):
-        raise InputError(f"memory.gradient_checkpointing is {number}, the model has {len(layers)} layers")
+        raise InputError(f"memory.gradient_checkpointing is {number}, but the model has {len(layers)} layers")
     chosen = list(layers)[:number]
     for layer in chosen:
         if not isinstance(layer, GradientCheckpointingLayer):
@@ -64,7 +64,7 @@ def _nothing():
 
 
 class Host:
-    """Hidden states that wait in the host's memory from a layer's forward pass to its backward pass.
+    """Hidden states in CPU memory, from a layer's forward pass to its backward pass.
 
     On a GPU the main stream never waits for a copy that is not two layers late: a hidden state leaves while the next
     layers run, and comes back while the layer after it runs backward, so at most IN_FLIGHT of them are on the device
@@ -85,7 +85,7 @@ class Host:
         first: this is the first layer of the model.
         """
         if not args:
-            raise InputError("this architecture does not say where its hidden states are; set memory.offload=false")
+            raise InputError("cannot find the hidden states of this architecture; set memory.offload=false")
         if first:
             self._release(0)  # of a step that was broken off
             self._newest = _nothing
@@ -96,7 +96,7 @@ class Host:
             return _plain(function, *args)
 
     def close(self):
-        """Let go of everything."""
+        """Free all buffers."""
         self._release(0)
         self.free.clear()
 
@@ -158,7 +158,7 @@ class Host:
 
 
 class _Stored:
-    """A hidden state in the host's memory. before: that of the layer before, which is needed next."""
+    """A hidden state in CPU memory. before: that of the layer before, which is needed next."""
 
     def __init__(self, host, x, before):
         self.host, self.before = host, before

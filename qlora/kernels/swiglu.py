@@ -1,12 +1,12 @@
-"""The gated feed-forward part of a decoder layer with its three adapters: down(act(gate(x)) * up(x)).
+"""The SwiGLU block (gated MLP) of a decoder layer with its three adapters: down(act(gate(x)) * up(x)).
 
 Module by module autograd keeps gate(x), act(gate(x)), up(x) and their product; here gate(x) and up(x), from which the other
-two are made again in the backward pass. In a layer that is checkpointed not even these: x is kept, and nothing of this part
-is computed again until its backward pass, which then goes through the tokens a tile at a time. So it costs what it costs
-anyhow, and the widest tensors of the model, a dozen of (tokens, intermediate_size), are of a tile and not of the sequence.
+two are recomputed in the backward pass. A checkpointed layer does not keep even these: it keeps x, and recomputes the block
+in its backward pass, one tile of tokens at a time. The amount of work is the same, and the widest tensors of the model, a
+dozen of (tokens, intermediate_size), have the size of a tile instead of the sequence.
 
-Each is two nodes, of which the first keeps all that is kept, before the other multiplies: a checkpointed layer is computed
-again only until everything has been kept.
+Each way is two autograd nodes. The first saves all that is saved, before the second multiplies: a checkpointed layer is
+recomputed only until everything has been saved.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class _Mlp:
 
 
 class _AllButDown(torch.autograd.Function):
-    """The adapter's part of down's output (N, H); its backward pass is that of the whole feed-forward part."""
+    """The adapter's part of down's output (N, H); its backward pass is that of the whole block."""
 
     @staticmethod
     def forward(ctx, x_NH, mlp, kept, *weights):
@@ -122,7 +122,7 @@ class _Down(torch.autograd.Function):
 
 
 class _Room(torch.autograd.Function):
-    """Room for the output (N, H); its backward pass is that of the whole feed-forward part, from x alone."""
+    """Room for the output (N, H); its backward pass is that of the whole block, from x alone."""
 
     @staticmethod
     def forward(ctx, x_NH, mlp, *weights):

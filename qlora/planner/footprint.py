@@ -1,4 +1,4 @@
-"""A model with its adapters as memory: what it holds, and what a step adds to that, for any micro-batch."""
+"""The memory of a model with its adapters: what it holds, and what a step adds, for any micro-batch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _PAGED_FROM = 100_000  # numbers in a tensor whose states bitsandbytes 0.50.2 pa
 
 
 class NoPlan(Exception):
-    """The model cannot be gone through without numbers; says why."""
+    """The model cannot be traced on the meta device; says why."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What a card could do at most: a roofline of its arithmetic and its memory."""
+"""The most that a card could do: a roofline of its arithmetic and its memory."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def card_of(name):
     """Return the Card that `name` means, in any spelling: "4090", "rtx4090", "NVIDIA A100-SXM4-80GB"; raises InputError."""
     card = find(name)
     if card is None:
-        raise InputError(f"--card {name!r}: known are {', '.join(card.name for card in CARDS)}")
+        raise InputError(f"--card {name!r}: unknown card; known are {', '.join(card.name for card in CARDS)}")
     return card
 
 

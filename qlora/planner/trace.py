@@ -57,7 +57,7 @@ class Segment:
 
 def growth(num_tokens, num_scored, document):
     """Return what levels grow with: 1, T, T squared, N, rows of the head's buffer, scores of a block of a document, and
-    tokens of a tile of the feed-forward part.
+    tokens of a tile of the SwiGLU block.
     """
     block = min(document, _BLOCK) * document
     head, tile = min(num_scored, _HEAD_CHUNK), max(part.stop - part.start for part in swiglu.tiles(num_tokens))
@@ -184,7 +184,7 @@ def _fitted(runs):
     segments = {}
     for name in next(iter(runs.values())):
         levels = [run[name] for run in runs.values()]
-        assert len({len(run) for run in levels}) == 1, f"{name} does otherwise at other sizes"
+        assert len({len(run) for run in levels}) == 1, f"{name} allocates other tensors at other sizes"
         segments[name] = Segment(np.round(np.linalg.solve(terms, np.stack(levels)).T, 6))
     return segments
 
@@ -324,7 +324,7 @@ def _attention(model, function, joined):
 
 @contextlib.contextmanager
 def _one_tile(num_tokens):
-    """Let a checkpointed feed-forward part be computed for one tile of so many tokens, whatever the sequence has."""
+    """Let a checkpointed SwiGLU block be computed for one tile of so many tokens, whatever the sequence has."""
     before = swiglu.tiles
     swiglu.tiles = lambda _: [slice(0, num_tokens)]
     try:

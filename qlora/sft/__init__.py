@@ -35,7 +35,8 @@ __all__ = ["MasterWeights", "Result", "Saving", "Trainer", "join_rows", "loss_of
 class Result:
     """What a finished run measured. Losses are nats a trained token.
 
-    seconds: from the first step to the end. peak_bytes: the most that was held; rehearsed_bytes: before the first step.
+    seconds: from the first step to the end; step_seconds: without evaluations and checkpoints. peak_bytes: the most that
+    was held; rehearsed_bytes: before the first step.
     """
 
     steps: int
@@ -43,6 +44,7 @@ class Result:
     eval_loss: float | None
     tokens: int
     seconds: float
+    step_seconds: float
     peak_bytes: int
     rehearsed_bytes: int | None
 
@@ -149,13 +151,14 @@ def train(
         measured |= {"rehearsed_bytes": trainer.rehearsed_bytes, "peak_bytes": peak.bytes}
         if trainer.begun or saving.resume is None:  # what a run has measured stays where it could not go on
             write_json(run.memory_file, measured)
-    steps = trainer.state.global_step
+    steps, seconds = trainer.state.global_step, time.monotonic() - recorder.start
     return Result(
         steps=steps,
         loss=mean_loss * steps / (steps - trainer.watch.not_taken),  # transformers divides by all
         eval_loss=eval_loss,
         tokens=trainer.num_tokens(),
-        seconds=time.monotonic() - recorder.start,
+        seconds=seconds,
+        step_seconds=seconds - recorder.outside_seconds,
         peak_bytes=measured["peak_bytes"],
         rehearsed_bytes=trainer.rehearsed_bytes,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -21,8 +22,10 @@ class Recorder(TrainerCallback):
         self.board: Any = None
         self.lines = self.last_tokens = 0
         self.seconds = 0.0  # of the run, before this process went on with it
+        self.outside_seconds = 0.0  # of evaluations and checkpoints, in all of the run
         if trainer.resumed is not None:
             self.lines, self.seconds, self.last_tokens = (trainer.resumed[k] for k in ("lines", "seconds", "tokens"))
+            self.outside_seconds = trainer.resumed["outside_seconds"]
         self.start = time.monotonic() - self.seconds
         self.last_time = time.monotonic()
 
@@ -40,7 +43,23 @@ class Recorder(TrainerCallback):
         """Return where the records end; they are on the disk then."""
         os.fsync(self.file.fileno())
         step = self.trainer.state.global_step
-        return {"step": step, "lines": self.lines, "seconds": time.monotonic() - self.start}
+        return {
+            "step": step,
+            "lines": self.lines,
+            "seconds": time.monotonic() - self.start,
+            "outside_seconds": self.outside_seconds,
+        }
+
+    @contextlib.contextmanager
+    def outside(self):
+        """What the block takes (an evaluation, a checkpoint) is not the time of training steps."""
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            seconds = time.monotonic() - start
+            self.outside_seconds += seconds
+            self.last_time += seconds
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" in logs:
@@ -51,7 +70,6 @@ class Recorder(TrainerCallback):
                 {"step": state.global_step, "epoch": state.epoch, "eval_loss": logs["eval_loss"], "time": elapsed},
                 state,
             )
-            self.last_time = time.monotonic()  # evaluation is not training time
 
     def _training_record(self, state, logs):
         now, tokens = time.monotonic(), self.trainer.num_tokens()

@@ -184,7 +184,10 @@ class Trainer(SFTTrainer):
         return self.lr_scheduler
 
     def evaluate(self, *args, **kwargs):
-        with _same_random_numbers(self.model):  # so that a run that goes on from before an evaluation is the same run
+        with (
+            self.recorder.outside(),
+            _same_random_numbers(self.model),
+        ):  # so that a run that goes on from before an evaluation is the same run
             return super().evaluate(*args, **kwargs)
 
     def _evaluate(self, *args, **kwargs):
@@ -216,7 +219,8 @@ class Trainer(SFTTrainer):
     # ---- checkpoints: transformers says when, and finds its place among the rows; what is in them is ours ----
 
     def _save_checkpoint(self, model, trial):
-        self.save()
+        with self.recorder.outside():
+            self.save()
 
     def save(self):
         """Write a checkpoint of all that the steps to come depend on; only between two steps."""

@@ -7,6 +7,7 @@ import pytest
 
 from qlora import base_model
 from qlora.commands.data import inspect_data
+from qlora.commands.eval import evaluate
 from qlora.commands.train import train
 from qlora.errors import InputError
 from tests.conftest import CONVERSATIONS, messages, write_jsonl
@@ -93,12 +94,12 @@ def test_copies_and_leaks_into_the_held_out_rows_are_counted(make_recipe, tmp_pa
     recipe = make_recipe(data={"train": str(train_file), "eval": str(held_out), "eval_fraction": 0.0})
     report = inspect_data(recipe)
     assert (report["duplicates"], report["eval_rows_in_training"]) == (3, 2)
-    assert "2 HELD-OUT ROWS ARE TRAINED ON" in capsys.readouterr().err
+    assert "2 HELD-OUT ROWS ARE ALSO TRAINED ON" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("no_model_is_loaded")
 def test_a_row_that_is_not_there_is_refused(make_recipe):
-    with pytest.raises(InputError, match="there are rows 1 to 18"):
+    with pytest.raises(InputError, match="the data has rows 1 to 18"):
         inspect_data(make_recipe(), row=19)
 
 
@@ -113,3 +114,15 @@ def test_train_writes_the_same_report(make_recipe):
     recipe = make_recipe()
     report = inspect_data(recipe)
     assert json.loads(train(recipe).data_report_file.read_text()) == report
+
+
+def test_held_out_rows_that_are_all_bad_are_an_error_and_no_evaluation_less(make_recipe, tmp_path):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"messages": []}\n{"messages": [{"role": "user", "content": "no answer"}]}\n')
+    recipe = make_recipe(data={"eval_fraction": 0.0, "eval": str(bad), "on_bad_row": "skip"})
+    with pytest.raises(InputError, match=r"no row is left to evaluate on\n  .*bad.jsonl: 2 of 2 rows dropped"):
+        inspect_data(recipe)
+    run = train(make_recipe())
+    with pytest.raises(InputError, match=r"no row to evaluate on is left of .*bad.jsonl: all are dropped"):
+        evaluate(run.path, bad, ["data.on_bad_row=skip"])
+    assert not run.eval_file.exists()

@@ -19,7 +19,7 @@ from qlora.commands.export import export
 from qlora.commands.train import train
 from qlora.errors import InputError, ProofFailed
 from qlora.exporter import merge
-from qlora.recipe import Model, Recipe
+from qlora.recipe import Lora, Model, Quantization, Recipe
 from tests.conftest import CONVERSATIONS, MIXTURES, messages, write_jsonl
 from tests.test_adapter import KINDS
 
@@ -82,6 +82,16 @@ def test_both_bases_are_compared_as_they_are_and_as_served_in_4_bit(run, tmp_pat
     card = (tmp_path / "out" / "README.md").read_text()
     assert all(name in card for name in list(found)[1:])
     assert [path.name for path in tmp_path.iterdir()] == ["out"]  # the second merge is gone
+
+
+@pytest.mark.parametrize("start", [True, "pissa"])
+def test_an_adapter_that_was_never_trained_is_refused_as_one(load_model, tiny_model, tmp_path, start):
+    quantization = None if start == "pissa" else Quantization()
+    model = adapter.attach(load_model("llama", quantization), Lora(r=4, init_lora_weights=start))
+    adapter.save(model, tmp_path / "adapter", str(tiny_model("llama")), None)
+    with pytest.raises(InputError, match=r"adapter: its update is zero in all 14 layers .* it was never trained"):
+        export(tmp_path / "adapter", tmp_path / "out", model=tiny_model("llama"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_original_base_is_refused_where_it_would_be_wrong_or_nothing_else(run, make_recipe, tmp_path):

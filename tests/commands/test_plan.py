@@ -71,7 +71,7 @@ def test_what_does_not_fit_exits_3_and_says_what_would(recipe_file):
     [
         (["--vram", "24"], "--vram '24': give a size such as 5GB or 23.5GiB"),
         (["memory.budget=lots"], "memory.budget: give a size such as 5GB or 23.5GiB"),
-        (["--card", "4091"], "--card '4091': known are RTX 3090"),
+        (["--card", "4091"], "--card '4091': unknown card; known are RTX 3090"),
         (["--plot", "memory.doc"], "--plot memory.doc: give a file that ends in .png, .svg or .pdf"),
     ],
 )
@@ -101,7 +101,7 @@ def test_without_data_rows_of_max_length_are_planned_for(make_recipe, capsys):
     values["data"]["train"] = "none.jsonl"
     values["data"]["eval_fraction"] = 0.0
     found = plan(Recipe.from_dict(values))
-    assert "no file at none.jsonl: planned for rows of data.max_length" in capsys.readouterr().err
+    assert "no file at none.jsonl: assuming rows of data.max_length tokens" in capsys.readouterr().err
     assert found["peak_bytes"] > plan(make_recipe())["peak_bytes"]  # whose rows are shorter than 128 tokens
 
 

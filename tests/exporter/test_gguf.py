@@ -28,9 +28,9 @@ from tests.data.families import BY_NAME
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 import quickstart_model
 
-gguf = pytest.importorskip("gguf", reason="no gguf; pip install 'qlora[gguf]'")
+gguf = pytest.importorskip("gguf", reason="no gguf; pip install '.[gguf]'")
 needs_llama_cpp = pytest.mark.skipif(
-    importlib.util.find_spec("llama_cpp") is None, reason="no llama-cpp-python; pip install 'qlora[gguf]'"
+    importlib.util.find_spec("llama_cpp") is None, reason="no llama-cpp-python; pip install '.[gguf]'"
 )
 SMOLLM2 = quickstart_model.cache_folder() / "SmolLM2-135M-Instruct"
 needs_smollm2 = pytest.mark.skipif(not SMOLLM2.is_dir(), reason="no model; python scripts/quickstart_model.py makes it")
@@ -617,7 +617,7 @@ def test_a_tokenizer_that_cuts_otherwise_is_not_proven(written, monkeypatch):
         gguf.GGUFWriter, "add_tokenizer_pre", lambda self, name: self.add_string("tokenizer.ggml.pre", "qwen2")
     )
     folder, out = written("llama")
-    with pytest.raises(ProofFailed, match=r"llama\.cpp makes other tokens"):
+    with pytest.raises(ProofFailed, match=r"llama\.cpp tokenizes a prompt differently"):
         export_gguf.prove(folder, out, "f16", ["<|im_start|>the plus    \n\n\n  2  plus"])
 
 

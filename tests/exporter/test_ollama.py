@@ -74,13 +74,13 @@ def test_the_start_token_stays_in_the_template_where_llama_cpp_adds_none():
 
 
 def test_a_start_token_that_training_never_saw_is_refused(tokenizer):
-    with pytest.raises(InputError, match="in training it was not there"):
+    with pytest.raises(InputError, match="and so the training, does not have it"):
         made(tokenizer, adds_bos=True)
 
 
 def test_what_the_go_template_cannot_do_is_said():
-    assert "takes no system text" in made(BY_NAME["gemma-2"].tokenizer())[0]
-    assert "white space around the words of user, assistant" in made(BY_NAME["gemma-2"].tokenizer())[0]
+    assert "has no system role" in made(BY_NAME["gemma-2"].tokenizer())[0]
+    assert "white space around messages of user, assistant" in made(BY_NAME["gemma-2"].tokenizer())[0]
     assert made(BY_NAME["smollm2"].tokenizer())[0].startswith("FROM")  # nothing to say
 
 
@@ -96,7 +96,7 @@ def test_what_the_go_template_cannot_do_is_said():
             "first conversation that differs",
         ),
         (CHATML.replace("{{ message['content'] }}", "{{ message['content'] | replace('7', 'seven') }}"), "seven"),
-        ("{% set messages = messages[-1:] %}" + CHATML, "shows U2"),
+        ("{% set messages = messages[-1:] %}" + CHATML, "shows only U2"),
         (CHATML + '"""', "a Modelfile cannot hold"),
     ],
     ids=["counts turns", "upper case", "replaces words", "last turn alone", "quotes"],

@@ -80,7 +80,7 @@ def test_a_run_that_the_system_refuses_memory_ends_with_3_and_says_what_to_chang
     done = run(recipe_file, limits)
     assert done.returncode == 3, done.stderr
     found = re.search(
-        rf"^qlora: out of memory ({where}(\d+ bytes asked for|could not create a primitive))$", done.stderr, re.M
+        rf"^qlora: out of memory ({where}(\d+ bytes requested|could not create a primitive))$", done.stderr, re.M
     )
     assert found, done.stderr
     assert "training rows " in done.stderr

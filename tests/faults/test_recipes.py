@@ -68,15 +68,15 @@ def line(number, text):
 # name: (what comes after TOP, or bytes that are the whole file; what the message says)
 WRONG = {
     # keys that stand twice, at every level
-    "a section twice": ("output_dir: p", line(4, "output_dir stands twice, first in line 3")),
-    "a field twice": ("lora:\n  r: 1\n  r: 2", line(6, "lora.r stands twice, first in line 5")),
-    "a field twice in braces": ("lora: {r: 1, r: 2}", line(4, "lora.r stands twice")),
-    "a pattern twice": ("lora: {rank_pattern: {q: 1, q: 2}}", line(4, "lora.rank_pattern.q stands twice")),
+    "a section twice": ("output_dir: p", line(4, "output_dir is given twice, first in line 3")),
+    "a field twice": ("lora:\n  r: 1\n  r: 2", line(6, "lora.r is given twice, first in line 5")),
+    "a field twice in braces": ("lora: {r: 1, r: 2}", line(4, "lora.r is given twice")),
+    "a pattern twice": ("lora: {rank_pattern: {q: 1, q: 2}}", line(4, "lora.rank_pattern.q is given twice")),
     "a source's key twice": (
         b"model: {name_or_path: m}\noutput_dir: o\ndata:\n  train:\n  - {path: a, path: b}\n",
-        line(5, "data.train.0.path stands twice"),
+        line(5, "data.train.0.path is given twice"),
     ),
-    "a key twice, once in quotes": ('lora: {r: 1, "r": 2}', line(4, "lora.r stands twice")),
+    "a key twice, once in quotes": ('lora: {r: 1, "r": 2}', line(4, "lora.r is given twice")),
     # what YAML makes of words
     "yes": ("lora: {use_dora: yes}", line(4, "lora.use_dora: should be true or false, found 'yes'")),
     "on": ("lora: {use_dora: on}", line(4, "should be true or false, found 'on'")),
@@ -123,9 +123,9 @@ WRONG = {
     "an escape sequence as key": ('"\\e[31m": 1', line(4, "'\\x1b[31m': unknown field")),
     "a blank name": (b'model: {name_or_path: " "}\ndata: {train: d}\noutput_dir: o\n', line(1, "should not be blank")),
     "a home in a path": (
-        b"model: {name_or_path: m}\ndata: {train: ~/d.jsonl}\noutput_dir: o\n", line(2, "only a shell knows what ~ is")
+        b"model: {name_or_path: m}\ndata: {train: ~/d.jsonl}\noutput_dir: o\n", line(2, "~ is not expanded")
     ),
-    "a home as output": (b"model: {name_or_path: m}\ndata: {train: d}\noutput_dir: ~/runs\n", line(3, "whole path")),
+    "a home as output": (b"model: {name_or_path: m}\ndata: {train: d}\noutput_dir: ~/runs\n", line(3, "full path")),
     "no regular expression": ("lora: {target_modules: '('}", line(4, "lora.target_modules: should be a regular expression")),
     "no regular expression as a pattern": ("lora: {rank_pattern: {'(': 1}}", line(4, "should be a regular expression")),
     "100,000 letters": (f"kernels: {'x' * 100_000}", line(4, "(100,002 characters) is not one of 'auto', 'off'")),
@@ -142,7 +142,7 @@ WRONG = {
     "a field of another section": ("lora: {learning_rate: 1}", line(4, "did you mean training.learning_rate?")),
     "a field at the top": ("r: 4", line(4, "did you mean lora.r?")),
     "section and field in one": ("model_name_or_path: m", line(4, "did you mean model.name_or_path?")),
-    "a section inside another": ("training: {lora: {r: 4}}", line(4, "did you mean lora, which stands at the top?")),
+    "a section inside another": ("training: {lora: {r: 4}}", line(4, "did you mean lora, which is a top-level field?")),
     "a source's key in data": (
         b"model: {name_or_path: m}\ndata: {path: d}\noutput_dir: o\n", line(2, "did you mean data.train.path?")
     ),
@@ -177,25 +177,25 @@ WRONG = {
                         line(2, "data.columns.prompt")),
     # YAML
     "a tab": (b"lora:\n\tr: 4\n", line(2, "'\\t' that cannot start any token; indent with spaces")),
-    "an open brace": ("lora: {r: 4", line(5, "(in what began in line 4): not valid YAML")),
-    "an open quote": ("kernels: 'a", line(5, "(in what began in line 4): not valid YAML")),
+    "an open brace": ("lora: {r: 4", line(5, "(in the value that begins in line 4): not valid YAML")),
+    "an open quote": ("kernels: 'a", line(5, "(in the value that begins in line 4): not valid YAML")),
     "an unknown escape": ('kernels: "\\q"', line(4, "unknown escape character 'q'")),
     "a character past Unicode": ('kernels: "\\U00110000"', ("r.yaml: not valid YAML", "")),
     "half a surrogate": ('kernels: "\\ud800"', line(4, "half of a surrogate pair")),
-    "rows instead of a recipe": (b'{"text": "a"}\n{"text": "b"}\n', line(2, "no part of the mapping before it; is it")),
+    "rows instead of a recipe": (b'{"text": "a"}\n{"text": "b"}\n', line(2, "does not belong to the mapping before it; is this")),
     "a Python object": ("lora: !!python/object/apply:os.system [touch canary]", line(4, "python/object/apply:os.system is not")),
-    "an unknown tag": ("lora: !mine {r: 4}", line(4, "the tag !mine is not read")),
-    "a tag on a number": ("lora: {r: !mine 4}", line(4, "the tag !mine is not read")),
-    "a tag on a key": ("lora: {!mine r: 4}", line(4, "the tag !mine is not read")),
-    "binary": ("kernels: !!binary aGVsbG8=", line(4, "is not read; a recipe has plain values")),
-    "a set": ("lora: !!set {r}", line(4, "is not read")),
+    "an unknown tag": ("lora: !mine {r: 4}", line(4, "the tag !mine is not supported")),
+    "a tag on a number": ("lora: {r: !mine 4}", line(4, "the tag !mine is not supported")),
+    "a tag on a key": ("lora: {!mine r: 4}", line(4, "the tag !mine is not supported")),
+    "binary": ("kernels: !!binary aGVsbG8=", line(4, "is not supported; a recipe has plain values")),
+    "a set": ("lora: !!set {r}", line(4, "is not supported")),
     "YAML 1.1": (b"%YAML 1.1\n---\n" + TOP.encode() + b"lora: {use_dora: yes}\n", line(2, "recipes are YAML 1.2")),
     "YAML 9.9": (b"%YAML 9.9\n---\n" + TOP.encode(), line(1, "not valid YAML")),
-    "an alias of nothing": ("lora: *nothing", line(4, "*nothing has no &nothing before it; a text is put in quotes")),
-    "an alias of itself": ("lora: &a {r: *a}", line(4, "*a stands inside of what it names")),
+    "an alias of nothing": ("lora: *nothing", line(4, "*nothing has no &nothing before it; put a text in quotes")),
+    "an alias of itself": ("lora: &a {r: *a}", line(4, "*a refers to a value that contains it")),
     "an alias where it does not belong": ("lora: &a {r: 4}\nexport: *a", line(5, "export.r: unknown field")),
-    "a merge key": ("x: &a {r: 4}\nlora:\n  <<: *a", line(6, "merge keys (<<) are not read")),
-    "a merge of itself": ("lora: &a\n  <<: *a", line(5, "merge keys (<<) are not read")),
+    "a merge key": ("x: &a {r: 4}\nlora:\n  <<: *a", line(6, "merge keys (<<) are not supported")),
+    "a merge of itself": ("lora: &a\n  <<: *a", line(5, "merge keys (<<) are not supported")),
     "a bomb of aliases": (BOMB + "lora: *x9", ("more than 10,000 values, counting what aliases repeat", "")),
     "a bomb as rows": (BOMB.encode() + b"model: {name_or_path: m}\ndata: {train: *x9}\n", ("more than 10,000 values", "")),
     "20,000 values": ("lora: {target_modules: [" + "a, " * 20_000 + "]}", line(4, "more than 10,000 values")),
@@ -212,9 +212,9 @@ WRONG = {
     "null": (b"null", ("a recipe is one YAML mapping", "")),
     # files
     "UTF-16": (TOP.encode("utf-16"), line(1, "not UTF-8 (byte 0xff); save the file as UTF-8")),
-    "UTF-16 without a mark": (TOP.encode("utf-16-le"), line(1, "the character U+0000 cannot stand in it")),
+    "UTF-16 without a mark": (TOP.encode("utf-16-le"), line(1, "the character U+0000 is not allowed")),
     "Latin-1": (TOP.encode() + b"# caf\xe9\n", line(4, "not UTF-8 (byte 0xe9)")),
-    "NUL": (TOP.encode() + b"lora: {r: 4}\0\n", line(4, "the character U+0000 cannot stand in it")),
+    "NUL": (TOP.encode() + b"lora: {r: 4}\0\n", line(4, "the character U+0000 is not allowed")),
     "a program": (b"\x7fELF\x02\x01\x01" + bytes(range(256)) * 20, ("r.yaml line", "not UTF-8")),
     "a million letters": (TOP.encode() + b"# " + b"x" * 1_000_000, ("larger than 262,144 bytes", "is it another file?")),
     # contradictions
@@ -229,7 +229,7 @@ WRONG = {
     "a revision of a file": (
         b"model: {name_or_path: m}\ndata: {train: {path: d, revision: x}}\noutput_dir: o\n", line(2, "not to a path")
     ),
-    "DoRA of AdaLoRA": ("lora: {peft_type: ADALORA, use_dora: true}", line(4, "use_dora: not for peft_type ADALORA")),
+    "DoRA of AdaLoRA": ("lora: {peft_type: ADALORA, use_dora: true}", line(4, "use_dora: not supported with peft_type ADALORA")),
 }  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from tests.conftest import CONVERSATIONS, messages, write_jsonl
 
 TERM, INT, KILL, HUP, NONE = signal.SIGTERM, signal.SIGINT, signal.SIGKILL, signal.SIGHUP, 0
 
-STOPPED = "{verb} stopped before its end; nothing half-done is left"
+STOPPED = "{verb} interrupted; no partial output was left"
 LOST = "export stopped; nothing was left at out"
 KEPT = "export stopped; the model is whole in out"
 # tokenize by several processes, though the file is small

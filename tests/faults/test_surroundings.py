@@ -327,7 +327,7 @@ def test_a_gpu_that_another_process_fills_is_refused_before_the_model_is_loaded(
     other = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
         other.stdout.readline()
-        with pytest.raises(DoesNotFit, match=r"are free|asked for"):
+        with pytest.raises(DoesNotFit, match=r"are free|requested"):
             train(make_recipe())
     finally:
         other.communicate()

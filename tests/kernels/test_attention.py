@@ -231,9 +231,9 @@ def test_the_attention_is_put_back(load_model):
 
 
 def test_an_architecture_that_cannot_be_packed_is_refused(make_recipe):
-    with pytest.raises(InputError, match="caps its attention logits"):
+    with pytest.raises(InputError, match="uses attention logit softcapping"):
         train(make_recipe("gemma2", data={"packing": True}))
-    with pytest.raises(InputError, match="linear_attention layers carry state"):
+    with pytest.raises(InputError, match="linear_attention layers would carry state"):
         refuse_unsupported(LinearAttention())
 
 

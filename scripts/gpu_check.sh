@@ -18,7 +18,7 @@ python scripts/benchmark_train.py $common --batch 16 --packing 4096 --plain-pack
 full="--model $folder --steps 6 --rounds 3 --batch 1 --cap-gib 23.5 --checkpointing"
 python scripts/benchmark_train.py $full --full-rows 2048
 python scripts/benchmark_train.py $full --full-rows 4096
-for tokens in 61440 79872 131072; do # planned to fit with what layers start from in the host's memory
+for tokens in 61440 79872 131072; do # planned to fit with layer inputs offloaded to CPU memory
     python scripts/benchmark_train.py --model "$folder" --steps 3 --rounds 1 --batch 1 --cap-gib 23.5 --full-rows $tokens --only qlora
 done
 python scripts/benchmark_kernels.py --model "$folder" --tokens 2048

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -274,6 +275,9 @@ def read_config(checkpoint, section):
     return config
 
 
+_SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
+
+
 def load_tokenizer(folder, section):
     """Return the tokenizer in `folder`, with a pad token; raises InputError where there is none.
 
@@ -286,6 +290,7 @@ def load_tokenizer(folder, section):
             files.read_object(folder / name)
     for template in sorted(folder.glob("*.jinja")):
         files.refuse_instead(template)
+    _refuse_without_reader(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=section.trust_remote_code)
     except Exception as error:  # the Rust library raises Exception itself
@@ -301,6 +306,19 @@ def load_tokenizer(folder, section):
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
     return tokenizer
+
+
+def _refuse_without_reader(folder):
+    """Raise InputError where the tokenizer is a SentencePiece model only and the package that reads it is missing.
+
+    transformers 5 then takes the file for one of tiktoken's, and asks for that.
+    """
+    models = [path for path in sorted(folder.glob("*.model")) if path.name in _SENTENCEPIECE_FILES]
+    if models and not (folder / "tokenizer.json").is_file() and find_spec("sentencepiece") is None:
+        raise InputError(
+            f"{folder}: the tokenizer is a SentencePiece model ({models[0].name}, and no tokenizer.json); install what reads "
+            "it:  pip install 'qlora-trainer[sentencepiece]'"
+        )
 
 
 def add_tokens(tokenizer, tokens, template=None):

@@ -1,5 +1,6 @@
 """The small files of an export say to transformers 4 what they say to transformers 5: same numbers, same text."""
 
+import io
 import json
 import os
 import shutil
@@ -14,10 +15,10 @@ import transformers
 from qlora import base_model
 from qlora.commands.export import export
 from qlora.commands.train import train
-from qlora.errors import ProofFailed
+from qlora.errors import InputError, ProofFailed
 from qlora.exporter import configs
 from qlora.recipe import Model
-from tests.conftest import CHATML
+from tests.conftest import CHATML, CONVERSATIONS
 
 OLD = ["transformers==4.57.3", "tokenizers==0.22.1", "huggingface-hub==0.36.0"]
 
@@ -161,3 +162,41 @@ def test_files_that_say_something_else_end_the_export(tiny_model, tmp_path, name
 
 def tokenizer_of(checkpoint, section):
     return base_model.load_tokenizer(checkpoint.folder, section)
+
+
+@pytest.fixture
+def without_tokenizer_json(tiny_model, tmp_path):
+    """Return make(model) -> a copy of the tiny Llama whose tokenizer is a SentencePiece model: these bytes, nothing else."""
+
+    def make(model):
+        base = shutil.copytree(tiny_model("llama"), tmp_path / "base")
+        (base / "tokenizer.json").unlink()
+        (base / "tokenizer.model").write_bytes(model)
+        settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+        (base / "tokenizer_config.json").write_text(json.dumps(settings))
+        (base / "chat_template.jinja").write_text(CHATML.replace("<|im_end|>", "</s>"))
+        return base
+
+    return make
+
+
+def test_the_package_that_reads_a_sentencepiece_model_is_named(without_tokenizer_json, make_recipe, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    base = without_tokenizer_json(b"a model")
+    with pytest.raises(InputError, match=r"SentencePiece model \(tokenizer.model, .*pip install .*\[sentencepiece\]"):
+        train(make_recipe(model={"name_or_path": str(base)}))
+
+
+@pytest.mark.filterwarnings("ignore:builtin type [Ss]wig:DeprecationWarning")
+def test_a_sentencepiece_model_is_kept_in_the_export(without_tokenizer_json, make_recipe, tmp_path):
+    sentencepiece = pytest.importorskip("sentencepiece")
+    texts, model = (text for turns in CONVERSATIONS * 20 for _, text in turns), io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=texts, model_writer=model, vocab_size=290, model_type="bpe", byte_fallback=True, minloglevel=2
+    )
+    base = without_tokenizer_json(model.getvalue())
+    export(train(make_recipe(model={"name_or_path": str(base)})).path, tmp_path / "out", dtype="float32")
+    for name in ("tokenizer.model", "tokenizer_config.json", "chat_template.jinja"):
+        assert (tmp_path / "out" / name).read_bytes() == (base / name).read_bytes(), name
+    one, other = (transformers.AutoTokenizer.from_pretrained(folder) for folder in (base, tmp_path / "out"))
+    assert one("1 plus 2 is 3.").input_ids == other("1 plus 2 is 3.").input_ids

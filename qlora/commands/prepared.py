@@ -42,6 +42,7 @@ def prepare(recipe: Recipe, weights=True) -> Prepared:
     new_tokens, chat_template = recipe.model.new_tokens or [], recipe.data.chat_template
     base_model.add_tokens(tokenizer, new_tokens, chat.template_text(tokenizer, chat_template, new_tokens))
     template = chat.set_template(tokenizer, chat_template)
+    chat.know_stops(tokenizer, checkpoint.generation_config())
 
     seed = recipe.training.seed
     with console.Reading() as reading:

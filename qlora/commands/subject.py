@@ -50,6 +50,7 @@ def open_subject(target, overrides=()) -> Subject:
     base_model.load_config(checkpoint, section)  # what is wrong with config.json is said of that file
     tokenizer = base_model.load_tokenizer(checkpoint.folder, section)
     chat.set_template(tokenizer, None)
+    chat.know_stops(tokenizer, checkpoint.generation_config())
     with console.status(f"loading {target}"):
         model = base_model.load(checkpoint, section, None)
     return Subject(model, tokenizer, chat.stop_token_ids(tokenizer, model.generation_config), None, None)
@@ -92,6 +93,7 @@ def switch(subject, name):
         own = f"voice{len(subject.voices)}"
         adapter.add(subject.model, run.adapter, own)
         tokenizer = base_model.load_tokenizer(run.adapter, recipe.model)
+        chat.know_stops(tokenizer, subject.model.generation_config)
         stops = chat.stop_token_ids(tokenizer, subject.model.generation_config)
         subject.voices[name] = (own, tokenizer, stops)
     chosen, subject.tokenizer, subject.stops = subject.voices[name]
@@ -102,6 +104,7 @@ def switch(subject, name):
 def load_tokenizer(run, section, checkpoint):
     """Return the run's tokenizer; raises InputError unless it has the checkpoint's new tokens under the same ids."""
     tokenizer = base_model.load_tokenizer(run.adapter, section)
+    chat.know_stops(tokenizer, checkpoint.generation_config())
     found = base_model.add_tokens(tokenizer, section.new_tokens)
     if found != checkpoint.new_tokens:
         raise InputError(

@@ -185,6 +185,7 @@ def _of_adapter(folder, base, overrides):
     has_tokenizer = (folder / "tokenizer.json").is_file()
     tokenizer = base_model.load_tokenizer(folder if has_tokenizer else checkpoint.folder, recipe.model)
     chat.set_template(tokenizer, recipe.data.chat_template)
+    chat.know_stops(tokenizer, checkpoint.generation_config())
     modules = base_model.names_to_quantize(config, recipe.model) if recipe.quantization else []
     return Trained(
         name=str(folder),

@@ -11,6 +11,7 @@ the prompt that chat would show, and the answer.
 from __future__ import annotations
 
 import bisect
+import json
 import re
 from dataclasses import dataclass
 
@@ -134,13 +135,22 @@ def render(tokenizer, messages, add_generation_prompt=False, tools=None, **varia
         InputError: it is no Jinja template, reaches out of its sandbox, or runs on and on; it would in other rows too.
     """
 
-    def rendered():
+    def rendered(messages):
         return tokenizer.apply_chat_template(
             messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt, **variables
         )
 
+    def by_turns():
+        try:
+            return rendered(messages)
+        except TypeError:  # DeepSeek-V3's template writes the arguments of a call as they are: it wants JSON text
+            in_json = _with_json_arguments(messages)
+            if in_json == messages:
+                raise
+            return rendered(in_json)
+
     try:
-        text = bounded.call(rendered)
+        text = bounded.call(by_turns)
     except bounded.TookTooLong:
         raise _hostile(f"was still running after {bounded.SECONDS} seconds on one conversation") from None
     except MemoryError:
@@ -157,6 +167,21 @@ def render(tokenizer, messages, add_generation_prompt=False, tools=None, **varia
     if len(text) > _LONG and len(text) > 10 * _size([messages, tools]):
         raise _hostile(f"makes {len(text):,} characters of one conversation")
     return text
+
+
+def _with_json_arguments(messages):
+    """Return `messages` with the arguments of every call as a string of JSON."""
+    return [
+        {**message, "tool_calls": [_with_json(call) for call in message["tool_calls"]]}
+        if message.get("tool_calls")
+        else message
+        for message in messages
+    ]
+
+
+def _with_json(call):
+    arguments = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+    return {**call, "function": {**call["function"], "arguments": arguments}}
 
 
 def _hostile(what):
@@ -216,12 +241,24 @@ def encode(tokenizer, conversation: Conversation, train_on="assistant") -> list[
         so_far = messages[: index + 1]
         row = _row(tokenizer, so_far, tools, _as_in_chat(tokenizer, so_far, tools), [index], everything)
         if row is None:
+            left_out = _thoughts_left_out(tokenizer, so_far, tools)
             raise ValueError(
-                f"the chat template renders what comes before message {index}, or the message itself, differently in the "
-                "whole conversation than in chat, or leaves words out; give another data.chat_template"
+                f"the chat template leaves the thoughts of message {left_out} out (reasoning_content), so the model would "
+                "learn an answer without them; remove them from the row, or give another data.chat_template"
+                if left_out is not None
+                else f"the chat template renders what comes before message {index}, or the message itself, differently in "
+                "the whole conversation than in chat, or leaves words out; give another data.chat_template"
             )
         rows.append(row if everything else _up_to_the_last_trained(row))
     return rows
+
+
+def _thoughts_left_out(tokenizer, messages, tools):
+    """Return the index of the last message if its thoughts are not in what the template writes, else None."""
+    thoughts = messages[-1].get("reasoning_content")
+    if thoughts and _squeezed(thoughts) not in _squeezed(render(tokenizer, messages, tools=tools)):
+        return len(messages) - 1
+    return None
 
 
 def _up_to_the_last_trained(example):
@@ -298,9 +335,15 @@ def _as_in_chat(tokenizer, messages, tools):
 
 
 def _holds(text, messages, tools):
-    """True if `text` has the words of every system and user message, and names every tool."""
+    """True if `text` has the words of every system and user message; raises ValueError unless it has the results of tools
+    and names every tool: a model that does not see a result learns to invent it."""
     squeezed = None
     for message in messages:
+        if message["role"] == "tool" and not _shows_result(text, message["content"]):
+            raise ValueError(
+                f"the chat template leaves a tool's result out ({message['content'].strip()[:40]!r}), so the model would "
+                "learn to invent it; give data.chat_template, e.g. chatml, or a row without calls"
+            )
         if message["role"] in ("system", "user") and message["content"].strip() not in text:
             squeezed = squeezed if squeezed is not None else _squeezed(text)
             if _squeezed(message["content"]) not in squeezed:
@@ -311,6 +354,33 @@ def _holds(text, messages, tools):
             f"the chat template leaves the row's tools out ({missing[0]}); give data.chat_template, e.g. chatml"
         )
     return True
+
+
+def _shows_result(text, content):
+    """True if `content` stands in `text`: as it is, as a JSON string, or, where it is JSON itself, value by value."""
+    squeezed = _squeezed(text)
+    if _squeezed(content) in squeezed or _squeezed(json.dumps(content, ensure_ascii=False)[1:-1]) in squeezed:
+        return True
+    try:
+        value = json.loads(content)
+    except ValueError:
+        return False
+    return isinstance(value, (dict, list)) and all(_squeezed(leaf) in squeezed for leaf in _leaves(value))
+
+
+def _leaves(value):
+    """Yield the keys and values of a JSON value as text."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield str(key)
+            yield from _leaves(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _leaves(inner)
+    elif isinstance(value, str):
+        yield value
+    elif value is not None and not isinstance(value, bool):  # a template may write them as None and True
+        yield str(value)
 
 
 def _says(region, message):
@@ -457,7 +527,7 @@ class _Facts:
 
 
 def _facts(tokenizer):
-    key = (tokenizer.chat_template, len(tokenizer))
+    key = (tokenizer.chat_template, len(tokenizer), known_stops(tokenizer))
     cached = getattr(tokenizer, "_qlora_facts", None)
     if cached is None or cached[0] != key:
         added = list(tokenizer.added_tokens_decoder.values())
@@ -480,14 +550,26 @@ def _any_of(words):
     return re.compile("|".join(map(re.escape, sorted(set(words), key=len, reverse=True)))) if words else None
 
 
+def know_stops(tokenizer, generation_config):
+    """Tell `tokenizer` at which ids generation ends by the model's generation_config (None: it has none): some templates
+    close a call of tools with another token than an answer (gpt-oss: <|call|>)."""
+    tokenizer._qlora_stops = _listed_ends(generation_config)
+
+
+def known_stops(tokenizer):
+    return getattr(tokenizer, "_qlora_stops", frozenset())
+
+
+def _listed_ends(generation_config):
+    listed = None if generation_config is None else generation_config.eos_token_id
+    return frozenset(listed if isinstance(listed, (list, tuple)) else {listed} - {None})
+
+
 def stop_token_ids(tokenizer, generation_config=None):
-    """Return the set of ids at which generation ends: the tokenizer's end token, those of `generation_config`, and
-    the special token with which the template closes an assistant turn."""
-    ids = {tokenizer.eos_token_id} - {None}
-    if generation_config is not None and generation_config.eos_token_id is not None:
-        listed = generation_config.eos_token_id
-        ids |= set(listed) if isinstance(listed, (list, tuple)) else {listed}
-    return ids | _turn_end_ids(tokenizer)
+    """Return the set of ids at which generation ends: the tokenizer's end token, those of `generation_config` and of
+    `know_stops`, and the special token with which the template closes an assistant turn."""
+    named = known_stops(tokenizer) | _listed_ends(generation_config)
+    return ({tokenizer.eos_token_id} - {None}) | named | _turn_end_ids(tokenizer)
 
 
 def _turn_end_ids(tokenizer):

@@ -154,6 +154,7 @@ def _key(file, digest, tokenizer, settings, pick):
         backend,
         names,
         tokenizer.chat_template,
+        sorted(chat.known_stops(tokenizer)),
         asdict(settings),
         None if pick is None else hashlib.sha256(np.sort(np.fromiter(pick, np.int64)).tobytes()).hexdigest(),
         _code_digest(),

@@ -350,3 +350,14 @@ def test_a_prompt_that_is_no_text_is_refused(tokenizer_json):
     assert chat.encode_prompt(tokenizer, messages([("user", "\xff")]))
     with pytest.raises(ValueError, match="the message of the system has half of a surrogate pair"):
         chat.encode_prompt(tokenizer, messages([("system", "\udcff"), ("user", "x")]))
+
+
+def test_the_ends_of_generation_config_travel_with_the_tokenizer(tokenizer):
+    """Rows are tokenized in other processes; and what is cached for other ends is other rows."""
+    import pickle
+
+    before = chat.stop_token_ids(tokenizer)
+    chat.know_stops(tokenizer, transformers.GenerationConfig(eos_token_id=[7, 9]))
+    assert chat.stop_token_ids(pickle.loads(pickle.dumps(tokenizer))) == before | {7, 9}
+    chat.know_stops(tokenizer, None)
+    assert chat.stop_token_ids(tokenizer) == before

@@ -77,7 +77,12 @@ def main():
     recipe = Recipe.from_dict({"model": {"name_or_path": args.model}, "data": {"train": "none"}, "output_dir": "none"})
     model = base_model.load(base_model.find(recipe.model), recipe.model, recipe.quantization)
     model = adapter.attach(model, recipe.lora).train()
-    ids = torch.randint(10, 10_000, (args.rows, args.tokens), generator=torch.Generator().manual_seed(0)).tolist()
+    ids = torch.randint(
+        10,
+        min(10_000, model.config.get_text_config().vocab_size),
+        (args.rows, args.tokens),
+        generator=torch.Generator().manual_seed(0),
+    ).tolist()
     rows = [{"input_ids": row, "labels": [-100] * (len(row) // 2) + row[len(row) // 2 :]} for row in ids]
     inputs = {k: v.to(model.device) if torch.is_tensor(v) else v for k, v in sft.join_rows(rows).items()}
     found = {name: [] for name in VARIANTS}

@@ -7,7 +7,6 @@ share of the numbers in all A that differ from where they started.
 """
 
 import argparse
-import json
 import statistics
 import tempfile
 from pathlib import Path
@@ -25,6 +24,9 @@ class NoMasters:
         pass
 
     def give_weights(self):
+        pass
+
+    def clear_gradients(self):
         for parameter in self.live:
             parameter.grad = None
 
@@ -39,8 +41,8 @@ def run(args, learning_rate, masters):
     start = {}
     attach = adapter.attach
 
-    def remember(model, section, seed):
-        model = attach(model, section, seed)
+    def remember(model, *sections):
+        model = attach(model, *sections)
         start.update({n: p.detach().clone() for n, p in model.named_parameters() if ".lora_A." in n})
         start["model"] = model
         return model
@@ -64,7 +66,7 @@ def run(args, learning_rate, masters):
                 }
             )
         )
-        losses = [json.loads(line)["loss"] for line in finished.metrics_file.read_text().splitlines()]
+        losses = [record["loss"] for record in finished.records() if "loss" in record]
     adapter.attach = attach
     now = dict(start.pop("model").named_parameters())
     moved = statistics.mean((now[name] != value).to(torch.float32).mean().item() for name, value in start.items())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import re
+import textwrap
 import time
 
 from rich import box
@@ -25,9 +27,27 @@ _results = Console(highlight=False)
 quiet_tables = False  # set by --json, whose stdout is for scripts
 
 
+_WIDTH = 80  # columns of a line on a terminal
+_INDENT = " " * 10  # under the words of a line, which begin there
+_COMMAND = re.compile(r"qlora (?:plan|data|train|eval|export|chat|push|adapters) [^,;`\n]*")
+
+
 def say(text):
-    """Print one line; never as markup, and never folded."""
-    _console.print(text, markup=False, soft_wrap=True)
+    """Print one line, never as markup; folded on a terminal, whole in a file."""
+    text = str(text)
+    _console.print(_folded(text) if _console.is_terminal else text, markup=False, soft_wrap=True)
+
+
+def _folded(text):
+    """Return `text` in lines of at most _WIDTH columns with a hanging indent; words and commands, to be pasted, stay whole."""
+    kept = _COMMAND.sub(lambda command: command[0].replace(" ", "\0"), text)
+    lines = [
+        textwrap.fill(
+            line, min(_WIDTH, _console.width), subsequent_indent=_INDENT, break_long_words=False, break_on_hyphens=False
+        )
+        for line in kept.split("\n")
+    ]
+    return "\n".join(lines).replace("\0", " ")
 
 
 def has_color():

@@ -1,0 +1,61 @@
+"""Each script runs, at a tiny size: one that nobody runs rots."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import CONVERSATIONS, messages, write_jsonl
+from tests.test_layout import ROOT
+
+SCRIPTS = ROOT / "scripts"
+QUICK = {
+    "measure_master_weights.py": "--model MODEL --data ROWS --steps 3 --rates 1e-3",
+    "benchmark_kernels.py": "--model MODEL --tokens 32 --rounds 1",
+    "random_model.py": "--shape tiny --tokenizer MODEL --out OUT",
+    "quickstart_data.py": "OUT --train-rows 4 --test-rows 2",
+    "quickstart_answer.py": "MODEL",
+}
+SLOW = {
+    "benchmark_data.py": "--model MODEL --data ALPACA --rows 8 --repeats 1 --max-length 256",
+    "benchmark_train.py": "--model MODEL --full-rows 32 --steps 4 --rounds 1 --batch 2",
+    "benchmark_export.py": "--shape tiny --tokenizer MODEL --folder OUT --rounds 1",
+}
+ELSEWHERE = {"quickstart_model.py"}  # downloads; quickstart.sh runs it
+
+
+@pytest.fixture
+def run(tiny_model, tmp_path):
+    """Return run(script, arguments) -> what it printed."""
+    places = {
+        "MODEL": tiny_model("llama"),
+        "ROWS": write_jsonl(tmp_path / "rows.jsonl", [{"messages": messages(turns)} for turns in CONVERSATIONS]),
+        "ALPACA": tmp_path / "alpaca.json",
+        "OUT": tmp_path / "out",
+    }
+    alpaca = [{"instruction": turns[0][1], "input": "", "output": turns[1][1]} for turns in CONVERSATIONS]
+    places["ALPACA"].write_text(json.dumps(alpaca))
+
+    def run(script, arguments):
+        words = [str(places.get(word, word)) for word in arguments.split()]
+        done = subprocess.run([sys.executable, SCRIPTS / script, *words], capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+
+    return run
+
+
+@pytest.mark.parametrize("script", QUICK)
+def test_a_script_runs(run, script):
+    assert run(script, QUICK[script])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SLOW)
+def test_a_slow_script_runs(run, script):
+    assert run(script, SLOW[script])
+
+
+def test_no_script_is_forgotten():
+    assert {path.name for path in SCRIPTS.glob("*.py")} == QUICK.keys() | SLOW.keys() | ELSEWHERE

@@ -131,8 +131,8 @@ def _refuse_meaningless(trained, compare_bases):
         return
     if trained.fitted and trained.section.base == "original":
         raise InputError(
-            f"{trained.name}: lora.init_lora_weights loftq makes the adapter repair what 4 bits lost of the base; on the "
-            "original weights it would be added twice. Export with --base dequantized"
+            f"{trained.name}: lora.init_lora_weights loftq makes the adapter correct the quantization error; on the "
+            "original weights the correction would be added again. Export with --base dequantized"
         )
     if trained.recipe.quantization is None:
         what = "--base original" if trained.section.base == "original" else "--compare-bases"
@@ -165,9 +165,10 @@ def _write(trained, plan, folder, base, device):
         writer.write(folder, plan.specs, merging.pieces, max_bytes, advance)
     different = sorted(name for name, same in merging.digests.items() if not same)
     if different:
+        layers = f"{len(different)} layer{'s' if len(different) > 1 else ''}"
         raise InputError.listing(
-            f"{trained.name}: quantizing the base again gives other codes than training had; it",
-            [f"{name}: other 4-bit codes" for name in different],
+            f"{trained.name}: re-quantized weights differ from those used in training in {layers}; the run",
+            [f"{name}: different 4-bit codes" for name in different],
             "export with the versions in environment.json, and on a GPU if it was trained on one",
         )
     dtype = trained.section.dtype
@@ -211,7 +212,7 @@ def _warn(report):
     if cast["underflows"]:
         name, count = max(cast["underflows"].items(), key=lambda item: item[1])
         console.say(
-            f"          {sum(cast['underflows'].values()):,} numbers are too small for {dtype} and became 0, most of them "
+            f"          {sum(cast['underflows'].values()):,} values underflow to 0 in {dtype}, most of them "
             f"in {name} ({count:,})"
         )
 

@@ -96,7 +96,7 @@ def test_an_adapter_that_was_never_trained_is_refused_as_one(load_model, tiny_mo
 
 def test_the_original_base_is_refused_where_it_would_be_wrong_or_nothing_else(run, make_recipe, tmp_path):
     fitted = train(make_recipe(lora={"init_lora_weights": "loftq"}, output_dir=str(tmp_path / "fitted")))
-    with pytest.raises(InputError, match=r"loftq makes the adapter repair .* --base dequantized"):
+    with pytest.raises(InputError, match=r"loftq makes the adapter correct .* --base dequantized"):
         export(fitted.path, tmp_path / "out", overrides=["export.base=original"])
     plain = train(Recipe.from_dict({**make_recipe().model_dump(), "quantization": None}))
     for overrides, compare, flag in (
@@ -113,7 +113,7 @@ def test_an_adapter_fitted_to_quantization_is_so_without_its_run_and_in_a_sum_to
 ):
     fitted = train(make_recipe(lora={"init_lora_weights": "loftq"}))
     for target, model in ((fitted.adapter, tiny_model("llama")), ([f"{run.path}:0.5", f"{fitted.path}:0.5"], None)):
-        with pytest.raises(InputError, match="loftq makes the adapter repair"):
+        with pytest.raises(InputError, match="loftq makes the adapter correct"):
             export(target, tmp_path / "out", overrides=["export.base=original"], model=model)
 
 
@@ -131,7 +131,8 @@ def test_codes_that_differ_from_the_trainings_are_refused_and_the_same_are_count
     environment["base_model"]["quantized_sha256"][name] = "0" * 64
     (other / "environment.json").write_text(json.dumps(environment))
     with pytest.raises(
-        InputError, match=rf"other codes than training had; it has 1 problem\n  {name}: other 4-bit codes"
+        InputError,
+        match=rf"differ from those used in training in 1 layer; the run has 1 problem\n  {name}: different 4-bit",
     ):
         export(other, tmp_path / "out2")
     assert not list(tmp_path.glob("out2*"))
@@ -345,7 +346,7 @@ def test_numbers_that_float16_makes_zero_are_counted(run, tiny_model, tmp_path, 
     own = shutil.copytree(run.adapter, tmp_path / "adapter", ignore=shutil.ignore_patterns(adapter.MANIFEST))
     report = export(own, tmp_path / "out", model=base)
     assert report["cast"]["underflows"]["model.norm.weight"] == 3
-    assert "too small for float16" in capsys.readouterr().err
+    assert "underflow to 0 in float16" in capsys.readouterr().err
 
 
 # ---- never half a model ----------------------------------------------------------------------------------------------

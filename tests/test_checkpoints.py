@@ -506,7 +506,7 @@ def test_settings_that_change_no_weight_may_change(stopped, recipe_of):
 def test_without_resume_an_unfinished_run_is_refused_and_the_way_on_is_named(stopped, tmp_path):
     with pytest.raises(InputError, match=r"go on with `qlora train .*run/recipe.yaml --resume`, remove it or set"):
         train(stopped)
-    with pytest.raises(InputError, match="holds no run that could go on; leave --resume out"):
+    with pytest.raises(InputError, match="contains no run to resume; leave --resume out"):
         train(changed(stopped, f"output_dir={tmp_path / 'none'}"), resume=True)
     with pytest.raises(InputError, match="--allow-change is for --resume"):
         train(stopped, allow_change=["training.seed"])

@@ -127,9 +127,9 @@ def _say(recipe, job, found, limits, changes, why):
         how += f", layer inputs offloaded to CPU memory ({console.size(found.host_bytes)})"
     show(f"layers    {how}")
     if found.tokens_per_second is not None:
-        time = (
-            "" if found.hours is None else f": {found.steps:,} steps in {console.duration(3600 * found.hours)} at least"
-        )
+        time = "" if found.hours is None else f"; {found.steps:,} steps"
+        if found.hours is not None and 3600 * found.hours >= 1:
+            time += f" in at least {console.duration(3600 * found.hours)}"
         show(f"speed     at most {found.tokens_per_second:,.0f} tokens/s on {job.card.name}{time}")
     words = {"max_length": "rows up to {:,} tokens", "micro_batch": "{:,} rows per micro-batch", "r": "r up to {:,}"}
     show("limits    " + "; or ".join(words[name].format(limit) for name, limit in limits.items()))

@@ -116,7 +116,7 @@ def resumed(recipe: Recipe, allowed):
     """
     run = RunDir(recipe.output_dir)
     if not run.recipe_file.is_file():
-        raise InputError(f"output_dir {run.path} holds no run that could go on; leave --resume out to begin one")
+        raise InputError(f"output_dir {run.path} contains no run to resume; leave --resume out to start one")
     with run.locked():
         if run.adapter.is_dir() and not _is_longer(run.recipe(), recipe):
             console.say(

@@ -218,7 +218,7 @@ def _plan(recipe, prepared, device):
         setting = recipe.memory.gradient_checkpointing
         setting = device.type == "cuda" if setting == "auto" else setting
         layers = num_layers * setting if isinstance(setting, bool) else setting
-        console.say(f"plan      none: this architecture cannot be gone through without numbers ({error})")
+        console.say(f"plan      none: this architecture cannot be traced on the meta device ({error})")
         return layers, recipe.memory.offload is True, None
     found = planner.plan(job)
     if not found.fits:
@@ -235,7 +235,7 @@ def _plan(recipe, prepared, device):
             lines.append(f"  other processes hold {console.size(others)} of the GPU; nvidia-smi lists them")
         raise DoesNotFit("\n".join(lines))
     _refuse_full_disk(recipe, found)
-    where = ", what they start from waits in the host's memory" if found.offload else ""
+    where = ", layer inputs offloaded to CPU memory" if found.offload else ""
     console.say(
         f"plan      peak {console.size(found.peak_bytes)} of {console.size(budget)} ({found.where}); "
         f"{found.checkpointed_layers} of {found.num_layers} layers checkpointed{where}"
@@ -267,15 +267,15 @@ def _refuse_full_disk(recipe, found):
 
 
 def _print_kernels(installed, device):
-    """Name what computes in the place of the model's own modules."""
-    names = {"lora": "LoRA layers", "swiglu": "gated feed-forward parts", "rmsnorm": "norms"}
+    """Print which kernels replace the model's own modules."""
+    names = {"lora": "LoRA layers", "swiglu": "SwiGLU blocks", "rmsnorm": "RMSNorms"}
     parts = [f"{count} {names[kind]}" for kind, count in installed.modules.items()]
-    parts += ["rows without padding"] if installed.joined else []
-    parts += ["loss in pieces"] if installed.loss and device.type == "cpu" else []
-    parts += ["kept memory"] if installed.memory else []
+    parts += ["batches without padding"] if installed.joined else []
+    parts += ["chunked loss"] if installed.loss and device.type == "cpu" else []
+    parts += ["freed memory reused"] if installed.memory else []
     console.say(f"kernels   {', '.join(parts) or 'off'}")
     for kind, classes in installed.refused.items():
-        console.say(f"          {names[kind]}: not for {', '.join(classes)}, whose numbers differ")
+        console.say(f"          {names[kind]}: not used for {', '.join(classes)}, because the results differ")
 
 
 def _peak(result, predicted):

@@ -225,7 +225,7 @@ def test_the_model_learns_to_answer_and_to_stop(make_recipe, tmp_path):
 @pytest.mark.parametrize(("memory", "layers", "said"), [
     ({}, 0, "0 of 2 layers checkpointed\n"),
     ({"gradient_checkpointing": 1}, 1, "1 of 2 layers checkpointed\n"),
-    ({"gradient_checkpointing": True, "offload": True}, 2, "2 of 2 layers checkpointed, what they start from waits"),
+    ({"gradient_checkpointing": True, "offload": True}, 2, "2 of 2 layers checkpointed, layer inputs offloaded to CPU memory"),
 ])  # fmt: skip
 def test_a_run_says_and_keeps_which_layers_were_checkpointed_and_its_peak(make_recipe, capsys, memory, layers, said):
     run = train(make_recipe(memory=memory))
@@ -279,7 +279,7 @@ def test_architectures_that_allow_less_train_all_the_same(make_recipe, tmp_path,
         records = [json.loads(line) for line in run.metrics_file.read_text().splitlines()]
         losses[setting] = [record.get("loss", record.get("eval_loss")) for record in records]
         printed = capsys.readouterr().err
-        assert "rows without padding" not in printed
+        assert "batches without padding" not in printed
         assert ("plan      none: " in printed) is not planned
     assert losses["auto"] == pytest.approx(losses["off"], rel=1e-2)
     if not planned:
@@ -311,7 +311,7 @@ def test_kernels_change_no_loss_of_a_run(make_recipe, tmp_path, capsys, family, 
     assert len(losses["auto"]) == 11
     assert said["off"] == "kernels   off"
     assert "8 LoRA layers" in said["auto"]
-    assert ("rows without padding" in said["auto"]) == (family != "gemma2")
+    assert ("batches without padding" in said["auto"]) == (family != "gemma2")
 
 
 def test_an_export_that_4_bit_would_undo_is_no_base_for_4_bit(make_recipe, tmp_path):

@@ -57,7 +57,7 @@ STOPS = {
     "export, planning": ("export run --out out", [("qlora.exporter.merge:plan", INT)], 130, LOST),
     "export, merging": ("export run --out out", [("qlora.exporter.merge:Merge._matrix", TERM)], 143, LOST),
     "export, writing": ("export run --out out", [("qlora.exporter.writer:_write_tensor", INT)], 130, LOST),
-    "export, the configs": ("export run --out out", [("qlora.commands.export:_write_configs", TERM)], 143, LOST),
+    "export, the configs": ("export run --out out", [("qlora.exporter.configs:write", TERM)], 143, LOST),
     "export, the proof": ("export run --out out", [("qlora.exporter.proof:Live.compare", INT)], 130, LOST),
     "export, the other base": (
         "export run --out out --compare-bases", [("qlora.commands.proving:Prover.compare", TERM)], 143, LOST

@@ -223,6 +223,7 @@ class Data(Section):
     max_length: Annotated[int, Field(ge=8, le=_LARGEST)] = 2048
     overlong: Literal["error", "drop", "truncate_prompt", "truncate", "split"] = "error"
     on_bad_row: Literal["error", "skip"] = "error"
+    ignore_keys: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)] | None = None
     packing: bool = False
     train_on: Literal["assistant", "last_assistant", "completion", "all"] = "assistant"
     chat_template: PathText | None = None

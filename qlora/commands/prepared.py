@@ -68,6 +68,8 @@ def prepare(recipe: Recipe, weights=True) -> Prepared:
         batches,
         recipe.training.per_device_train_batch_size * recipe.training.gradient_accumulation_steps,
     )
+    named = [*recipe.data.train, *(recipe.data.eval or [])]
+    report["not_read"] = sorted({path for source in named for path in data.not_read(source)})
     report |= {"eval_rows": len(held_out), **data.copies(once, held_out)}
     return Prepared(checkpoint, config, tokenizer, template, [*parts, *eval_parts], examples, held_out, batches, report)
 
@@ -112,6 +114,10 @@ def say_report(prepared: Prepared):
         console.say(
             f"data      {source['path']}: {source['rows_read']:,} rows ({source['format']}){weight}{dropped}{''.join(changed)}"
         )
+        for line in _altered(source):
+            console.say(f"          {line}")
+    for path in report["not_read"]:
+        console.say(f"          {path} describes data sets; not read as rows")
     console.say(
         f"          {report['rows']:,} rows to train on, {report['eval_rows']:,} held out; {tokens['total']:,} tokens, "
         f"{tokens['trained'] / tokens['total']:.0%} trained; length p50 {length['p50']}, p95 {length['p95']}, "
@@ -127,6 +133,27 @@ def say_report(prepared: Prepared):
     elif isinstance(batches, data.Batches):
         console.say(f"batches   {report['rows']:,} rows in {len(batches):,} micro-batches")
     console.say(f"template  {prepared.template}")
+
+
+def _altered(source):
+    """Return lines on what of the rows is not in the conversations as it stands in the file."""
+    unused = ", ".join(f"{key} ({count:,} rows)" for key, count in source["unused"].items())
+    return [
+        *([f"unused keys: {unused}"] if unused else []),
+        *(
+            [f"{source['rows_merged']:,} rows had consecutive assistant messages merged into one turn"]
+            if source["rows_merged"]
+            else []
+        ),
+        *(
+            [
+                f"{source['rows_with_nulls']:,} rows had null fields removed from tool calls or tool schemas (to keep them, "
+                "write arguments and tools as JSON strings)"
+            ]
+            if source["rows_with_nulls"]
+            else []
+        ),
+    ]
 
 
 def _dropped(source):

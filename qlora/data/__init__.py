@@ -11,6 +11,7 @@ from ..errors import InputError
 from . import formats, sources, tokenized
 from .chat import IGNORE_INDEX, Example
 from .packing import Batches, Packed, Packs, pack
+from .sources import not_read
 
 __all__ = [
     "IGNORE_INDEX",
@@ -23,6 +24,7 @@ __all__ = [
     "copies",
     "hold_out",
     "load",
+    "not_read",
     "pack",
     "report",
     "weighted",
@@ -120,16 +122,22 @@ def load(source_list, tokenizer, section, seed, on_progress=None):
     """
     parts = []
     for source in source_list:
-        formats.refuse_bad_templates(source.columns or section.columns or {})
+        columns, ignore = source.columns or section.columns, tuple(section.ignore_keys or ())
+        formats.refuse_bad_columns(columns or {})
         files = sources.open_source(source)
+        for file in files:
+            header = file.header()
+            if header is not None:
+                formats.refuse_table(file.path, header, columns, ignore)
         for file, pick in zip(files, _picks(files, source.max_rows, seed), strict=True):
             settings = tokenized.Settings(
                 source.format,
-                source.columns or section.columns,
+                columns,
                 section.train_on,
                 section.max_length,
                 section.overlong,
                 section.on_bad_row,
+                ignore,
             )
             report_to = (
                 None if on_progress is None else lambda share, rows, path=file.path: on_progress(path, share, rows)
@@ -199,10 +207,9 @@ def conversations(rows):
             continue
         if part.file.digest() != part.digest:
             raise InputError(f"{part.path} has changed since it was tokenized; put it back, or begin again")
-        columns, only = part.settings.columns, part.settings.format
         for row in part.file.rows():
             if row.line in wanted:
-                found[number, row.line] = formats.to_conversation(formats.renamed(row.value, columns), only)[1]
+                found[number, row.line] = tokenized.read(row.value, part.settings)[1]
     return [found[key] for key in zip(rows._part_of.tolist(), rows.lines.tolist(), strict=True)]
 
 

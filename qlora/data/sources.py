@@ -19,6 +19,7 @@ from ..errors import InputError
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
 _SUFFIXES = (".json", ".jsonl", ".parquet", ".txt", *_SEPARATORS)
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip")
+_DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 _BLOCK = 1 << 20
 _LONGEST = 64 << 20  # bytes or characters of one row: a hundred times what a model can take
 
@@ -66,6 +67,13 @@ class File:
             while block := file.read(_BLOCK):
                 whole.update(block)
         return whole.hexdigest()
+
+    def header(self):
+        """Return the columns that every row has, where the file is a table; None for other files and what cannot be read,
+        which `rows` explains."""
+        if self.suffix == ".parquet":
+            return _parquet_header(self)
+        return next((row.value for row in _table_rows(self, names=True)), None) if self.suffix in _SEPARATORS else None
 
     def rows(self) -> Iterator[Row]:
         """Yield the rows in order, malformed ones with their `problem`; blank lines are passed over.
@@ -121,13 +129,16 @@ class HubSplit:
         """Return what `datasets` calls the fingerprint: it changes with the files, the revision and the split."""
         return hashlib.sha256(f"{self.path} {self.source.revision} {self.data._fingerprint}".encode()).hexdigest()
 
+    def header(self):
+        return self.data.column_names
+
     def rows(self) -> Iterator[Row]:
         """Yield the rows in order; raises InputError if the split cannot be had or is empty."""
         if not len(self.data):
             raise InputError(f"{self.path} has no rows")
         for number, value in enumerate(self.data, start=1):
             self.done = number
-            yield Row(number, _without_fillers(value))
+            yield Row(number, value)
 
 
 def _load_hub(source, path):
@@ -157,9 +168,13 @@ def open_source(source):
 
 def _expand(path):
     if Path(path).is_dir():
-        found = sorted(str(file) for file in Path(path).iterdir() if file.suffix.lower() in _SUFFIXES)
+        found = sorted(
+            str(file)
+            for file in Path(path).iterdir()
+            if file.suffix.lower() in _SUFFIXES and file.name not in _DESCRIPTIONS
+        )
         if not found:
-            raise InputError(f"the folder {path} holds no {', '.join(_SUFFIXES)} file")
+            raise InputError(f"the folder {path} has no data file ({', '.join(_SUFFIXES)})")
         return found
     if Path(path).exists() or not glob.has_magic(str(path)):
         return [str(path)]
@@ -167,6 +182,12 @@ def _expand(path):
     if not found:
         raise InputError(f"no data file matches {path} (looked in {Path.cwd()})")
     return found
+
+
+def not_read(source):
+    """Return the files of a folder that describe data sets and are therefore not read as rows."""
+    folder = Path(source.path) if source.path is not None else None
+    return [str(folder / name) for name in _DESCRIPTIONS if (folder / name).is_file()] if folder else []
 
 
 def _open(path):
@@ -243,8 +264,9 @@ def _refuse_encoding(path):
     raise InputError(f"{path}: not UTF-8; save the file as UTF-8")
 
 
-def _table_rows(file):
-    """Rows of a table with a header; every value is a string. A quoted field may hold separators and line ends."""
+def _table_rows(file, names=False):
+    """Rows of a table with a header; every value is a string. A quoted field may hold separators and line ends. names:
+    the header alone, as a row."""
     path, header, line = file.path, None, 1
     csv.field_size_limit(_LONGEST)
     _open(path).close()
@@ -258,7 +280,10 @@ def _table_rows(file):
                 if header is None:
                     header = fields
                     if len(set(header)) != len(header):
-                        raise InputError(f"{path} line {start}: a column name stands twice in the header")
+                        raise InputError(f"{path} line {start}: duplicate column name in the header")
+                    if names:
+                        yield Row(start, header)
+                        return
                 elif len(fields) != len(header):
                     yield Row(start, None, f"{len(fields)} fields, the header has {len(header)}")
                 else:
@@ -312,27 +337,31 @@ def _parquet_rows(file):
         with pyarrow.parquet.ParquetFile(file.path, page_checksum_verification=True) as parquet:
             names = parquet.schema_arrow.names
             if len(set(names)) != len(names):
-                raise InputError(f"{file.path}: a column name stands twice")
+                raise InputError(f"{file.path}: duplicate column name")
             total = max(1, parquet.metadata.num_rows)
             for batch in parquet.iter_batches(batch_size=64):  # of 64 rows, which may be long
                 for value in batch.to_pylist():
                     number += 1
-                    yield Row(number, _without_fillers(value))
+                    yield Row(number, value)
                 file.done = file.size * number // total
     # OSError: pages that cannot be unpacked; ValueError and OverflowError: bytes that are no text, dates that are none
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         raise InputError(f"{file.path} is not a whole Parquet file: after row {number}: {_first_line(error)}") from None
 
 
+def _parquet_header(file):
+    import pyarrow
+    import pyarrow.parquet
+
+    _open(file.path).close()
+    try:
+        return pyarrow.parquet.read_schema(file.path).names
+    except (pyarrow.ArrowException, OSError, ValueError):
+        return None
+
+
 def _first_line(error):
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-
-
-def _without_fillers(value, top=True):
-    """Return the row without the nulls that Arrow fills in where structs of one column have different keys."""
-    if isinstance(value, dict):
-        return {key: _without_fillers(inner, False) for key, inner in value.items() if top or inner is not None}
-    return [_without_fillers(inner, False) for inner in value] if isinstance(value, list) else value
 
 
 def _array_rows(file, stream):

@@ -53,6 +53,7 @@ class Settings:
     max_length: int
     overlong: str
     on_bad_row: str
+    ignore_keys: tuple = ()
 
 
 class Part:
@@ -100,6 +101,7 @@ def tokenize(file, tokenizer, settings, weight=1.0, pick=None, num_proc=None, on
                 if file.stamp() != stamp:
                     raise InputError(f"{file.path} has changed while it was read; run this again once it is whole")
                 tally.refuse(file.path, file.unit)
+                tally.refuse_missing_columns(file.path)
                 write_json(partial / "summary.json", tally.summary(file.unit))
         except OSError as error:
             if not folder.is_dir():  # else another process was faster
@@ -186,6 +188,10 @@ class _Result:
     split: int
     bad: list  # (line, what is wrong)
     too_long: list  # (line, what is wrong, the reason to count)
+    unused: collections.Counter  # keys that are in no conversation
+    merged: int  # rows in which messages of the assistant were merged
+    with_nulls: int  # rows from whose tool calls or tools nulls were removed
+    columns: set  # of the mapped columns that a row may lack: those found
 
 
 class _Job:
@@ -197,14 +203,14 @@ class _Job:
     def __call__(self, chunk):
         settings, seen = self.settings, collections.Counter()
         ids, labels, examples, bad, too_long = [], [], [], [], []
-        cut = split = 0
+        unused, columns, mapped = collections.Counter(), set(), formats.optional_columns(settings.columns)
+        cut = split = merged = with_nulls = 0
         for row in chunk:
+            columns |= mapped & row.value.keys() if isinstance(row.value, dict) else set()
             try:
                 if row.problem is not None:
                     raise ValueError(row.problem)
-                name, conversation = formats.to_conversation(
-                    formats.renamed(row.value, settings.columns), settings.format
-                )
+                name, conversation = read(row.value, settings)
                 encoded = chat.encode(self.tokenizer, conversation, settings.train_on)
                 fitted = length.fit(
                     self.tokenizer, conversation, encoded, settings.train_on, settings.max_length, settings.overlong
@@ -217,6 +223,9 @@ class _Job:
                 too_long.append((row.line, *error.args))
                 continue
             seen[name] += 1
+            unused.update(conversation.unused)
+            merged += conversation.merged
+            with_nulls += conversation.nulls > 0
             cut += fitted.cut
             split += fitted.split
             key = conversation.key()
@@ -235,7 +244,16 @@ class _Job:
             split,
             bad,
             too_long,
+            unused,
+            merged,
+            with_nulls,
+            columns,
         )
+
+
+def read(value, settings):
+    """Return (format name, Conversation) of a row under `settings`; raises ValueError for what is wrong with it."""
+    return formats.read(value, settings.columns, settings.format, settings.ignore_keys)
 
 
 _job: Any = None
@@ -309,7 +327,8 @@ class _Tally:
     def __init__(self, settings):
         self.refuses_bad, self.refuses_long = settings.on_bad_row == "error", settings.overlong == "error"
         self.rows = self.cut = self.split = self.not_picked = self.num_refused = self.num_too_long = 0
-        self.largest_token = 0
+        self.largest_token = self.merged = self.with_nulls = 0
+        self.unused, self.missing = collections.Counter(), formats.optional_columns(settings.columns)
         self.formats, self.reasons = collections.Counter(), collections.Counter()
         self.refused, self.dropped = [], []  # (line, text): the first of them
 
@@ -318,6 +337,10 @@ class _Tally:
         self.cut += result.cut
         self.split += result.split
         self.formats += result.formats
+        self.unused += result.unused
+        self.merged += result.merged
+        self.with_nulls += result.with_nulls
+        self.missing -= result.columns
         self.largest_token = max(self.largest_token, int(result.tokens.max(initial=0)))
         for line, text in result.bad:
             self._leave_out(line, text, _sort_of(text), self.refuses_bad)
@@ -345,6 +368,14 @@ class _Tally:
         problems = [f"{unit} {line}  {text}" for line, text in sorted(self.refused)]
         raise InputError.listing(path, problems, "; ".join(remedies), total=self.num_refused)
 
+    def refuse_missing_columns(self, path):
+        """Raise InputError if a column that rows may lack is in none of them."""
+        if self.missing and self.rows:
+            raise InputError(
+                f"{path}: no row has {', '.join(map(repr, sorted(self.missing)))}, which data.columns names; "
+                "correct the name, or take it out"
+            )
+
     def summary(self, unit):
         """Return the counts as a JSON object."""
         left_out = sum(self.reasons.values())
@@ -360,7 +391,10 @@ class _Tally:
             "rows_dropped": left_out + self.not_picked,
             "rows_truncated": self.cut,
             "rows_split": self.split,
+            "rows_merged": self.merged,
+            "rows_with_nulls": self.with_nulls,
             "reasons": reasons,
+            "unused": dict(self.unused.most_common()),
             "largest_token": self.largest_token,
             "dropped_rows": [{"row": f"{unit} {line}", "reason": text} for line, text in self.dropped],
         }

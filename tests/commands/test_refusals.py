@@ -21,7 +21,7 @@ def no_model_is_loaded(monkeypatch):
     [
         ({"data": {"train": "none.jsonl"}}, "no data file at none.jsonl"),
         ({"data": {"max_length": 10}}, "data.max_length is 10"),
-        ({"data": {"columns": {"prompt": "question"}}}, "has no column 'question'; it has messages"),
+        ({"data": {"columns": {"prompt": "q", "completion": "a"}}}, "has no column 'q', 'a'; it has messages"),
         ({"data": {"chat_template": "none.jinja"}}, "none.jinja"),
         ({"data": {"eval_fraction": 0.99}}, "leaves no training rows"),
         ({"model": {"name_or_path": "./none"}}, "no such folder"),

@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qlora import data
+from qlora.data import chat
 from qlora.errors import InputError
 from qlora.recipe import Data
 from tests.conftest import CONVERSATIONS, messages, write_jsonl
@@ -91,7 +92,8 @@ def test_bad_rows_are_skipped_and_counted_where_the_recipe_says_so(bad, load):
     assert "not valid JSON" in summary["dropped_rows"][2]["reason"]
 
 
-def test_the_first_twenty_are_named_and_the_rest_counted(tmp_path, load):
+def test_the_first_twenty_are_named_and_the_rest_counted(tmp_path, load, tokenizer):
+    chat.set_template(tokenizer, "chatml")
     path = tmp_path / "d.jsonl"
     path.write_text(json.dumps(ROWS[0]) + "\n" + "nope\n" * 2500)
     with pytest.raises(InputError) as caught:
@@ -258,3 +260,96 @@ def test_rows_read_are_rows_kept_and_rows_dropped_with_a_reason(tmp_path, load, 
     assert loaded.lengths.max(initial=0) <= 64
     assert (loaded.num_trained > 0).all()
     assert summary["rows_truncated"] + summary["rows_split"] <= summary["rows_kept"]
+
+
+# ---- what is said of keys, tables and files ---------------------------------------------------------------------------
+
+
+def write_csv(path, rows):
+    with open(path, "w", newline="", encoding="utf-8") as stream:
+        csv.writer(stream).writerows(rows)
+    return path
+
+
+def test_unused_keys_and_merged_messages_and_removed_nulls_are_counted(tmp_path, load, tokenizer):
+    chat.set_template(tokenizer, "chatml")
+    look = {"function": {"name": "f", "arguments": {"x": 1, "y": None}}}
+    calls = [*ROWS[0]["messages"], {"role": "assistant", "tool_calls": [look]}, {"role": "tool", "content": "2"}]
+    rows = [{**ROWS[0], "id": 0}, {**ROWS[1], "id": 1, "note": "n"}, {"messages": [*calls, ROWS[0]["messages"][1]]}]
+    part = load(write_jsonl(tmp_path / "d.jsonl", rows), on_bad_row="skip").parts[0]
+    assert part.summary["unused"] == {"id": 2, "note": 1}
+    assert report_of(load(tmp_path / "d.jsonl", on_bad_row="skip"))["sources"][0]["unused"] == {"id": 2, "note": 1}
+    assert (part.summary["rows_merged"], part.summary["rows_with_nulls"]) == (1, 1), part.summary["reasons"]
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_a_column_that_a_table_lacks_is_one_problem_of_the_file(tmp_path, load, suffix):
+    import pyarrow
+    import pyarrow.parquet
+
+    path = tmp_path / f"d.{suffix}"
+    if suffix == "csv":
+        write_csv(path, [["q", "a"], *[["Q", "A"]] * 50])
+    else:
+        pyarrow.parquet.write_table(pyarrow.table({"q": ["Q"] * 50, "a": ["A"] * 50}), path)
+    for columns, expected in (
+        ({"prompt": "question", "completion": "a"}, "has no column 'question', which data.columns names; it has q, a"),
+        ({"prompt": "q", "completion": "a", "system": "s"}, "has no column 's', which data.columns names"),
+        (None, "columns q, a fit no known shape"),
+    ):
+        with pytest.raises(InputError) as caught:
+            load(path, columns=columns, on_bad_row="skip")
+        assert expected in str(caught.value)
+        assert "problems" not in str(caught.value)
+    assert len(load(path, columns={"prompt": "q", "completion": "a"})) == 50
+
+
+def test_an_optional_column_that_no_row_has_is_a_mistake_in_the_recipe(tmp_path, load):
+    columns = {"prompt": "q", "completion": "a", "system": "s"}
+    path = write_jsonl(tmp_path / "d.jsonl", [{"q": "Q", "a": "A"}, {"q": "Q", "a": "A", "s": "S"}])
+    assert len(load(path, columns=columns)) == 2
+    with pytest.raises(InputError, match=r"no row has 'sys', which data\.columns names"):
+        load(path, columns={**columns, "system": "sys"})
+
+
+def test_messages_in_a_cell_of_a_csv_file_are_the_messages(tmp_path, load):
+    cells = [[json.dumps(row["messages"])] for row in ROWS]
+    path = write_csv(tmp_path / "d.csv", [["messages"], *cells])
+    plain = load(write_jsonl(tmp_path / "d.jsonl", ROWS))
+    assert list(load(path)) == list(plain)
+
+
+def test_one_datum_has_one_target_whatever_the_file_type(tmp_path, load, tokenizer):
+    import datasets
+
+    chat.set_template(tokenizer, "chatml")
+
+    calls = [{"function": {"name": "f", "arguments": {key: "v"}}} for key in ("x", "y")]
+    tools = [{"name": "f", "parameters": {"properties": {key: {"type": "string"}}}} for key in ("x", "y")]
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": "Q"},
+                {"role": "assistant", "content": "", "tool_calls": [one]},
+                {"role": "tool", "content": "2"},
+                {"role": "assistant", "content": "A"},
+            ],
+            "tools": [tool],
+        }
+        for one, tool in zip(calls, tools, strict=True)
+    ]
+    plain = write_jsonl(tmp_path / "plain.jsonl", rows)
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "d.parquet")
+    datasets.Dataset.from_list(rows).to_json(tmp_path / "filled.jsonl")
+    assert "null" in (tmp_path / "filled.jsonl").read_text()  # else nothing is tested
+    said = [data.conversations(load(tmp_path / name)) for name in (plain.name, "d.parquet", "filled.jsonl")]
+    assert said[0] == said[1] == said[2]
+    assert load(tmp_path / "filled.jsonl").parts[0].summary["rows_with_nulls"] == 2
+
+
+def test_ignored_keys_make_rows_that_have_them_readable(tmp_path, load):
+    rows = [{"messages": [{**ROWS[0]["messages"][0], "mood": "good"}, ROWS[0]["messages"][1]]}]
+    path = write_jsonl(tmp_path / "d.jsonl", rows)
+    with pytest.raises(InputError, match=r"data.ignore_keys: \[mood\]"):
+        load(path)
+    assert load(path, ignore_keys=["mood"]).parts[0].summary["unused"] == {"mood": 1}

@@ -2,7 +2,7 @@
 
 import pytest
 
-from qlora.data.formats import refuse_bad_templates, renamed, to_conversation
+from qlora.data.formats import read, refuse_bad_columns, renamed, to_conversation
 from qlora.errors import InputError
 
 USER, ANSWER = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
@@ -60,21 +60,21 @@ def call(arguments):
         ([], "not an empty list"),
         ({"words": "x"}, "keys words fit no known shape"),
         ({"messages": []}, "an empty list"),
-        ({"messages": "hi"}, "not a list"),
+        ({"messages": "hi"}, "messages is a string, but no list in JSON"),
         ({"messages": [USER]}, "ends with the user"),
-        ({"messages": [USER, {"role": "gpt", "content": "A"}]}, r"messages\[1\].role is 'gpt'"),
+        ({"messages": [USER, {"role": "narrator", "content": "A"}]}, r"messages\[1\].role is 'narrator'"),
         ({"messages": [USER, {"role": "assistant", "content": None}]}, "content is null"),
         ({"messages": [USER, {"role": "assistant"}]}, "content is null"),
         ({"messages": [USER, {"role": "assistant", "content": 5}]}, "content is 5"),
         ({"messages": [USER, {"role": "assistant", "content": "  "}]}, "content is empty"),
-        ({"messages": [USER, {**ANSWER, "mood": "good"}]}, "has mood: not understood"),
+        ({"messages": [USER, {**ANSWER, "mood": "good"}]}, r"has mood: not understood.*data.ignore_keys: \[mood\]"),
         ({"messages": [USER, {**ANSWER, "tool_calls": [{"function": {}}]}]}, r"tool_calls\[0\] is no"),
         ({"messages": [USER, {**ANSWER, "tool_calls": "f()"}]}, "tool_calls is a string, not a list"),
         ({"messages": [USER, {**ANSWER, "tool_calls": [call("{")]}]}, "arguments is no JSON"),
         ({"messages": [USER, {**ANSWER, "tool_calls": [call("[1]")]}]}, "arguments is a list"),
         ({"messages": [{**USER, "tool_calls": [call("{}")]}, ANSWER]}, "only the assistant calls tools"),
         ({"messages": [USER, {**ANSWER, "train": 1}]}, "train is 1, not one of True, False"),
-        ({"messages": [USER, {**ANSWER, "weight": 2}]}, "weight is 2, not one of 1, 0|weight is 2, not one of 0, 1"),
+        ({"messages": [USER, {**ANSWER, "weight": 2}]}, "weight is 2, not 0 or 1"),
         ({"messages": [{**USER, "train": True}, ANSWER]}, "only the assistant's messages"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}, ANSWER]}, "only text is supported"),
         ({"messages": [{"role": ["user"], "content": "Q"}, ANSWER]}, r"role is \['user'\]"),
@@ -82,9 +82,9 @@ def call(arguments):
         ({"messages": [USER, {"role": "system", "content": "S"}, ANSWER]}, "can only come first"),
         ({"messages": [USER, {"role": "assistant", "content": "\ud800"}]}, "surrogate"),
         ({"instruction": "Q", "output": None}, "output is null"),
-        ({"conversations": [{"from": "narrator", "value": "A"}]}, r"conversations\[0\].from is 'narrator'"),
+        ({"conversations": [{"from": "narrator", "value": "A"}]}, r"conversations\[0\].role is 'narrator'"),
         ({"conversations": [{"from": "function_call", "value": "f()"}]}, "is no JSON of a function call"),
-        ({"conversations": ["hi"]}, "not a list of"),
+        ({"conversations": ["hi"]}, r"conversations\[0\] is a string"),
         ({"prompt": 1, "completion": "A"}, "strings or lists"),
     ],
 )
@@ -185,7 +185,7 @@ def test_columns_may_be_jinja_templates_of_the_rows_columns():
     with pytest.raises(ValueError, match=r"fails: .*(unsafe|access)"):
         renamed({"x": "a"}, {"prompt": "{{ x.__class__.__mro__ }}"})
     with pytest.raises(InputError, match=r"data.columns.prompt: .* is no Jinja template"):
-        refuse_bad_templates({"prompt": "{{ x"})
+        refuse_bad_columns({"prompt": "{{ x"})
 
 
 def test_a_label_that_is_a_number_is_an_answer():
@@ -197,3 +197,211 @@ def test_columns_of_other_names_are_taken_by_name():
     assert to_messages(renamed({"question": "Q", "answer": "A", "id": 1}, columns)) == ("completion", [USER, ANSWER])
     with pytest.raises(ValueError, match="has no column 'answer'; it has question"):
         renamed({"question": "Q"}, columns)
+
+
+# ---- what a row says beside its shape --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "Q2", "completion": "A2"},
+        {"instruction": "Q2", "output": "A2"},
+        {"prompt": [{"role": "user", "content": "Q2"}], "completion": [{"role": "assistant", "content": "A2"}]},
+    ],
+)
+def test_system_history_and_tools_go_into_the_conversation_of_every_shape_that_has_one(row):
+    tools = [{"name": "f", "parameters": {}}]
+    _, conversation = to_conversation({**row, "system": "S", "history": [["Q", "A"]], "tools": tools})
+    assert [message["content"] for message in conversation.messages] == ["S", "Q", "A", "Q2", "A2"]
+    assert conversation.tools == [{"type": "function", "function": tools[0]}]
+    assert conversation.unused == ()
+    assert conversation.completion == (4 if "prompt" in row else None)
+
+
+def test_system_beside_messages_comes_first_and_never_against_the_one_in_them():
+    system = {"role": "system", "content": "S"}
+    assert to_messages({"messages": [USER, ANSWER], "system": "S"})[1] == [system, USER, ANSWER]
+    assert to_messages({"messages": [system, USER, ANSWER], "system": "S"})[1] == [system, USER, ANSWER]
+    with pytest.raises(ValueError, match="system is another text than the system message"):
+        to_conversation({"messages": [system, USER, ANSWER], "system": "T"})
+    with pytest.raises(ValueError, match=r"history: rows of format messages have no place for it"):
+        to_conversation({"messages": [USER, ANSWER], "history": [["Q", "A"]]})
+    with pytest.raises(ValueError, match=r"system: rows of format text have no place for it"):
+        to_conversation({"text": "T", "system": "S"})
+
+
+def test_labels_are_unused_and_what_is_empty_says_nothing():
+    row = {"messages": [USER, {**ANSWER, "annotations": []}], "id": 0, "images": [], "note": None, "source": "web"}
+    _, conversation = to_conversation(row)
+    assert conversation.unused == ("id", "source")
+    assert conversation.messages == [USER, ANSWER]
+
+
+def test_a_label_in_a_message_is_left_out_only_where_the_recipe_says_so():
+    row = {"messages": [{**USER, "mood": "good"}, ANSWER], "images": ["x.png"]}
+    _, conversation = to_conversation(row, ignore=("mood", "images"))
+    assert conversation.messages == [USER, ANSWER]
+    assert conversation.unused == ("images", "mood")
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"messages": [USER, ANSWER], "label": False}, "label: false.* KTO; supervised training does not take it"),
+        ({"messages": [USER, ANSWER], "label": True}, "label: true.* KTO"),
+        ({"prompt": "Q", "completion": "A", "label": "False"}, "label: false.* KTO"),
+        ({"instruction": "Q", "output": "A", "kto_tag": False}, "kto_tag: false.* KTO"),
+        ({"messages": [USER, ANSWER], "rejected": [ANSWER]}, "has rejected: .* DPO; supervised training does not"),
+        ({"prompt": "Q", "chosen": "A", "rejected": "B"}, "has chosen, rejected: .* DPO"),
+    ],
+)
+def test_rows_that_say_do_not_learn_this_are_refused_by_the_name_of_their_objective(row, expected):
+    with pytest.raises(ValueError, match=expected):
+        to_conversation(row)
+
+
+def test_a_class_is_no_verdict_and_who_maps_the_good_answer_may_train_on_it():
+    assert to_conversation({"instruction": "Q", "output": "A", "label": 1})[1].unused == ("label",)
+    assert to_conversation({"text": "T", "label": False})[1].unused == ("label",)
+    pair = {"prompt": "Q", "chosen": "A", "rejected": "B"}
+    _, conversation = read(pair, {"prompt": "prompt", "completion": "chosen"})
+    assert (conversation.messages, conversation.unused) == ([USER, ANSWER], ("rejected",))
+    with pytest.raises(ValueError, match="KTO"):
+        read({"q": "Q", "a": "A", "label": False}, {"prompt": "q", "completion": "a"})
+
+
+@pytest.mark.parametrize("key", ["weight", "loss_weight"])
+@pytest.mark.parametrize(("value", "trained"), [(0, False), (1, True), (0.0, False), (1.0, True)])
+def test_weights_of_0_and_1_are_flags_however_they_are_written(key, value, trained):
+    row = {"messages": [{**USER, key: 0.0}, {**ANSWER, key: value}]}
+    assert to_conversation(row)[1].flags == ((1, trained),)
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ({"weight": 0.5}, "weight is 0.5, not 0 or 1"),
+        ({"loss_weight": True}, "loss_weight is True, not 0 or 1"),
+        ({"loss_weight": 0.0, "weight": 1}, "weight and loss_weight contradict each other"),
+        ({"train": True, "weight": 0}, "train and weight contradict each other"),
+    ],
+)
+def test_weights_between_or_against_each_other_are_refused(said, expected):
+    with pytest.raises(ValueError, match=expected):
+        to_conversation({"messages": [USER, {**ANSWER, **said}]})
+
+
+@pytest.mark.parametrize(
+    "turns",
+    [
+        [
+            ("gpt", "Let me look."),
+            ("function_call", '[{"name": "f", "arguments": {"x": 1}}, {"name": "g", "arguments": {}}]'),
+        ],
+        [
+            ("gpt", "Let me look."),
+            ("function_call", '{"name": "f", "arguments": {"x": 1}}'),
+            ("function_call", '{"name": "g", "arguments": {}}'),
+        ],
+    ],
+)
+def test_words_and_calls_in_several_messages_are_the_one_turn_of_chat(turns):
+    row = [("human", "Q"), *turns, ("observation", "2"), ("gpt", "A")]
+    _, conversation = to_conversation({"conversations": [{"from": who, "value": what} for who, what in row]})
+    g = {"type": "function", "function": {"name": "g", "arguments": {}}}
+    turn = {"role": "assistant", "content": "Let me look.", "tool_calls": [call({"x": 1}), g]}
+    assert conversation.messages == [USER, turn, {"role": "tool", "content": "2"}, ANSWER]
+    assert conversation.merged
+
+
+def test_flags_follow_their_message_when_others_are_merged_and_must_agree_in_one_turn():
+    calls = {"role": "assistant", "tool_calls": [call({"x": 1})]}
+    result = {"role": "tool", "content": "2"}
+    row = [USER, {**ANSWER, "train": False}, {**calls, "train": False}, result, {**ANSWER, "train": True}]
+    assert to_conversation({"messages": row})[1].flags == ((1, False), (3, True))
+    with pytest.raises(ValueError, match=r"messages\[2\]: is one turn .* another train"):
+        to_conversation({"messages": [USER, {**ANSWER, "train": False}, calls, result, ANSWER]})
+    with pytest.raises(ValueError, match=r"messages\[2\]: two messages of the assistant in a row"):
+        to_conversation({"messages": [USER, ANSWER, ANSWER]})
+    with pytest.raises(ValueError, match="two messages of the assistant in a row"):
+        to_conversation({"messages": [USER, calls, ANSWER]})
+    with pytest.raises(ValueError, match="the prompt ends with the assistant"):
+        to_conversation({"prompt": [USER, ANSWER], "completion": [calls]})
+
+
+def test_names_and_parts_of_other_projects_mean_the_same():
+    parts = [{"type": "text", "value": "one"}, {"type": "text", "text": "two"}]
+    expected = [{"role": "user", "content": "one\ntwo"}, ANSWER]
+    assert to_messages({"conversations": [{"role": "user", "content": parts}, ANSWER]})[1] == expected
+    assert to_messages({"messages": [{"from": "human", "value": parts}, {"from": "gpt", "value": "A"}]})[1] == expected
+    assert to_messages({"messages": '[{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]'})[
+        1
+    ] == [
+        USER,
+        ANSWER,
+    ]
+    with pytest.raises(ValueError, match="has both content and value"):
+        to_conversation({"messages": [USER, {**ANSWER, "value": "B"}]})
+
+
+def test_parts_of_reasoning_and_calls_are_the_keys_that_templates_read():
+    parts = [
+        {"type": "reasoning", "value": "Hm."},
+        {"type": "text", "value": "Let me look."},
+        {"type": "tool_call", "value": '{"name": "f", "arguments": {"x": 1}}'},
+    ]
+    row = {"messages": [USER, {"role": "assistant", "content": parts}, {"role": "tool", "content": "2"}, ANSWER]}
+    assert to_messages(row)[1][1] == {
+        "role": "assistant",
+        "content": "Let me look.",
+        "tool_calls": [call({"x": 1})],
+        "reasoning_content": "Hm.",
+    }
+    for wrong in (parts[1:] + parts[:1], parts[2:] + parts[1:2]):
+        with pytest.raises(ValueError, match="in this order"):
+            to_conversation({"messages": [USER, {"role": "assistant", "content": wrong}]})
+
+
+def test_a_null_that_arrow_may_have_filled_in_is_removed_and_counted_and_one_in_a_string_of_json_is_meant():
+    tool = {"name": "f", "parameters": {"type": "object", "properties": {"x": {"type": "number"}}}}
+
+    def row(arguments, **more):
+        return {
+            "messages": [
+                {**USER, "tool_calls": None},
+                {"role": "assistant", "content": None, "tool_calls": [call(arguments)]},
+                {"role": "tool", "content": "2"},
+                ANSWER,
+            ],
+            "tools": [{**tool, "parameters": {**tool["parameters"], "properties": {"x": {"type": "number"}, **more}}}],
+        }
+
+    plain, filled = (to_conversation(one)[1] for one in (row({"x": 1}), row({"x": 1, "y": None}, y=None)))
+    assert plain == filled
+    assert (plain.nulls, filled.nulls) == (0, 2)
+    meant = to_conversation(row('{"x": 1, "y": null}'))[1]
+    assert meant.messages[1]["tool_calls"] == [call({"x": 1, "y": None})]
+    assert meant.nulls == 0
+
+
+@pytest.mark.parametrize(
+    ("columns", "expected"),
+    [
+        (
+            {"prompt": "q", "completion": "a", "text": "t"},
+            "data.columns.text: rows of format completion have no use for text",
+        ),
+        ({"messages": "m", "history": "h"}, "rows of format messages have no use for history"),
+        ({"prompt": "q"}, "data.columns maps prompt: not enough for a row"),
+    ],
+)
+def test_a_mapped_column_that_the_shape_cannot_use_is_an_error(columns, expected):
+    with pytest.raises(InputError, match=expected):
+        refuse_bad_columns(columns)
+
+
+def test_a_mapped_column_that_some_rows_lack_is_optional_where_the_shape_says_so():
+    columns = {"prompt": "q", "completion": "a", "system": "s"}
+    assert [m["role"] for m in read({"q": "Q", "a": "A"}, columns)[1].messages] == ["user", "assistant"]
+    assert read({"q": "Q", "a": "A", "s": "S"}, columns)[1].messages[0] == {"role": "system", "content": "S"}

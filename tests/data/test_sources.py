@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora.data.sources import File, open_source
+from qlora.data.sources import File, not_read, open_source
 from qlora.errors import InputError
 from qlora.recipe import Source
 
@@ -248,16 +248,6 @@ def test_a_hub_data_set_that_cannot_be_had_is_one_clear_message(hub):
     assert len(hub) == 1
 
 
-def test_nulls_that_arrow_fills_in_are_not_part_of_a_row(tmp_path):
-    import pyarrow
-    import pyarrow.parquet
-
-    calls = [{"tool_calls": [{"name": "f", "arguments": {key: 1}}], "note": None} for key in ("x", "y")]
-    path = tmp_path / "d.parquet"
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(calls), path)
-    assert [row.value for row in read_rows(path)] == calls
-
-
 def test_parquet_rows_come_back_with_their_numbers(tmp_path):
     import pyarrow
     import pyarrow.parquet
@@ -281,8 +271,11 @@ def test_a_glob_and_a_folder_name_their_files_in_order(tmp_path):
     assert expand(f"{tmp_path}/d[1].json") == [f"{tmp_path}/d[1].json"]  # a name, not a glob
     with pytest.raises(InputError, match="no data file matches"):
         expand(f"{tmp_path}/*.tsv")
+    (tmp_path / "dataset_info.json").write_text("{}")
+    assert [path.rpartition("/")[2] for path in expand(tmp_path)] == ["a.jsonl", "b.jsonl", "c.csv", "d[1].json"]
+    assert not_read(Source(path=str(tmp_path))) == [f"{tmp_path}/dataset_info.json"]
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match="holds no"):
+    with pytest.raises(InputError, match="has no data file"):
         expand(tmp_path / "empty")
 
 

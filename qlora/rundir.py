@@ -10,7 +10,9 @@ lock              held by the process that trains here; holds its number
 memory.json       layers that were checkpointed, and the memory that was predicted and measured; also after running out
 metrics.jsonl     one JSON object a logged step; TensorBoard events in tensorboard/
 proof_rows.json   token ids of the rows that export's proof uses, so that it needs no data file
-data_report.json  eval.json
+data_report.json
+eval.json         the score on the run's own held-out rows, and what they were
+evals/            scores on other rows, never taken for the run's own
 """
 
 from __future__ import annotations
@@ -246,6 +248,7 @@ class RunDir:
         self.data_report_file = self.path / "data_report.json"
         self.proof_rows_file = self.path / "proof_rows.json"
         self.eval_file = self.path / "eval.json"
+        self.evals = self.path / "evals"
         self.checkpoints = self.path / "checkpoints"
         self.lock_file = self.path / "lock"
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
 
 from .. import base_model, data, generate, metrics
 from ..data import chat
@@ -12,20 +16,25 @@ from ..rundir import write_json
 from . import console
 from .subject import open_subject
 
+MAX_ROWS = 100  # of the run's own score
 
-def evaluate(target, data_file=None, overrides=(), max_rows=100) -> dict:
-    """Return {"loss", "perplexity", "tokens", "rows", "metrics", "before"} of a run or a model on held-out rows.
 
-    target: a run folder, a model folder or a hub name. data_file: rows to use; by default those that the run's recipe
-    holds out. For a run, "before" has the same keys for its base without the adapter, and eval.json is written.
+def evaluate(target, data_file=None, overrides=(), max_rows=MAX_ROWS) -> dict:
+    """Return {"loss", "perplexity", "tokens", "rows", "metrics", "before", "data"} of a run or a model on held-out rows.
+
+    target: a run folder, a model folder or a hub name. data_file: rows to use; by default the first `max_rows` of those
+    that the run has held out, which it knows by their content. For a run, "before" has the same keys for its base without
+    the adapter, and the run's own score is written to eval.json; that of a `data_file` or of another number of rows goes
+    into evals/. "data": what it was measured on.
     Loss is in nats a trained token; metrics are shares of greedy answers: `exact_match`, and `json_fields` where every
     reference is a JSON object.
 
     Raises:
-        InputError: no such target, or no rows to evaluate on.
+        InputError: no such target, no rows to evaluate on, or held-out rows that are no longer in their file.
     """
     subject = open_subject(target, overrides)
-    rows = _held_out(subject, data_file).first_rows(max_rows)
+    all_rows = _held_out(subject, data_file)
+    rows = all_rows.first_rows(max_rows)
     if not len(rows):
         source = data_file or "data.eval or data.eval_fraction of the recipe"
         raise InputError(f"no row to evaluate on is left of {source}: all are dropped; look at them with qlora data")
@@ -35,7 +44,17 @@ def evaluate(target, data_file=None, overrides=(), max_rows=100) -> dict:
     if subject.run is not None:
         with subject.model.disable_adapter():
             result["before"] = _score(subject, conversations, rows, "answering without the adapter")
-        write_json(subject.run.eval_file, result)
+    result["data"] = {
+        "files": [{"path": str(part.path), "sha256": part.digest} for part in rows.parts],
+        "held_out": data_file is None,
+        "rows": len(conversations),
+        "rows_in_all": len(all_rows.one_each()),
+        "command": _command(target, data_file, overrides, max_rows),
+    }
+    if subject.run is not None:
+        place = _place(subject.run, result["data"], max_rows)
+        place.parent.mkdir(exist_ok=True)
+        write_json(place, result)
     _show(target, result)
     return result
 
@@ -49,10 +68,36 @@ def _held_out(subject, data_file):
         return data.Rows(data.load(section.train, tokenizer, section, seed=0))
     if recipe is None or not (recipe.data.eval or recipe.data.eval_fraction):
         raise InputError("no held-out rows: the recipe has neither data.eval nor data.eval_fraction; give --data FILE")
-    section, seed = recipe.data, recipe.training.seed
-    if section.eval:
-        return data.Rows(data.load(section.eval, tokenizer, section, seed))
-    return data.hold_out(data.Rows(data.load(section.train, tokenizer, section, seed)), section.eval_fraction, seed)[1]
+    section, run = recipe.data, subject.run
+    sources = section.eval or section.train
+    recorded = run.environment().get("held_out")
+    if not recorded:
+        raise InputError(f"{run.environment_file}: does not say which rows were held out; give --data FILE")
+    rows = data.Rows(data.load(sources, tokenizer, section, recipe.training.seed))
+    keys = np.array([int(key, 16) for key in recorded], np.uint64)
+    missing = int((~np.isin(keys, rows.keys)).sum())
+    if missing:
+        files = ", ".join(str(part.path) for part in rows.parts)
+        raise InputError(
+            f"{missing:,} of the {len(keys):,} rows that {run.path} has held out are no longer in {files}: the score would be of "
+            "other rows. Put the file back as it was, or measure on other rows with --data FILE"
+        )
+    return rows[np.isin(rows.keys, keys)]
+
+
+def _place(run, measured, max_rows):
+    """Return the file for a score: eval.json for the run's own, else one in evals/ named after what it is of."""
+    if measured["held_out"] and max_rows == MAX_ROWS:
+        return run.eval_file
+    first = measured["files"][0]
+    name = "held-out" if measured["held_out"] else f"{Path(first['path']).stem}-{first['sha256'][:8]}"
+    return run.evals / (f"{name}.json" if max_rows == MAX_ROWS else f"{name}-{max_rows}-rows.json")
+
+
+def _command(target, data_file, overrides, max_rows):
+    options = [] if data_file is None else ["--data", str(data_file)]
+    options += [] if max_rows == MAX_ROWS else ["--max-rows", str(max_rows)]
+    return shlex.join(["qlora", "eval", str(target), *overrides, *options])
 
 
 def _score(subject, conversations, rows, what):

@@ -115,6 +115,8 @@ def _train(recipe, resumed):
         if resumed is not None:
             _say_resumed(resumed, environment)
             environment["id"] = resumed.environment["id"]
+        # by content, so that an evaluation is of these rows whatever happens to their file
+        environment["held_out"] = [f"{key:016x}" for key in held_out.one_each().keys]
 
         def begin():
             """Write what the run is; until then a finished run that is to go on is as it was."""

@@ -61,7 +61,7 @@ def test_the_folder_is_an_ordinary_model(make_recipe, tmp_path):
     assert config["dtype"] == "bfloat16"
     assert config["tie_word_embeddings"] is True
     generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
-    assert generation["eos_token_id"] == [2]
+    assert generation["eos_token_id"] == 2  # as the base's file has it
     modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()}
     assert len(modes) == 1  # by the umask, weights too
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
@@ -283,7 +283,7 @@ def test_architectures_that_allow_less_train_all_the_same(make_recipe, tmp_path,
         assert ("plan      none: " in printed) is not planned
     assert losses["auto"] == pytest.approx(losses["off"], rel=1e-2)
     if not planned:
-        with pytest.raises(InputError, match="this architecture cannot be planned"):
+        with pytest.raises(InputError, match="this architecture is not supported by the planner"):
             plan(recipe)
     with pytest.raises(InputError, match=r"set data\.packing=false"):
         train(make_recipe(family, data={"packing": True}, output_dir=str(tmp_path / "packed")))

@@ -246,7 +246,7 @@ BROKEN = {
     "unknown model type": (setting(CONFIG, model_type="nope"), ALL, "model type `nope`"),
     "model type that is a list": (setting(CONFIG, model_type=[4]), "data chat", "unhashable"),
     "not a causal model": (writing(CONFIG, '{"model_type": "t5"}'), ALL, "'t5' is not a causal language model"),
-    "config of an encoder": (writing(CONFIG, '{"model_type": "bert"}'), "plan train chat export", "bert|cannot be planned"),
+    "config of an encoder": (writing(CONFIG, '{"model_type": "bert"}'), "plan train chat export", "bert|not supported by the planner"),
     "tokenizer cut": (cutting(TOKENIZER, 200), ALL, "tokenizer.json is not JSON.*fix it or download it again"),
     "tokenizer of nothing": (writing(TOKENIZER, "{}"), "data chat", r"no usable tokenizer.*KeyError: 'added_tokens'"),
     "no tokenizer": (removing(TOKENIZER, TOKENIZER_CONFIG), "data train chat export", "no usable tokenizer"),

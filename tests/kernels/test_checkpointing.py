@@ -286,7 +286,7 @@ def test_more_layers_than_there_are_and_layers_of_another_kind_are_refused(prepa
     model = prepared()
     layers = base_model.decoder_layers(model)
     with (
-        pytest.raises(InputError, match=r"memory.gradient_checkpointing is 3, the model has 2 layers"),
+        pytest.raises(InputError, match=r"memory.gradient_checkpointing is 3, but the model has 2 layers"),
         checkpointed(layers, 3),
     ):
         pass

@@ -75,6 +75,7 @@ def _export(trained, out, inputs, compare_bases, gguf, start):
         recipe.model.trust_remote_code,
         trained.adapter,
     )
+    _refuse_tokens_without_a_row(trained, plan.config.get_text_config().vocab_size)
     if gguf:
         serving.refuse(trained, plan, gguf)
     more = serving.num_bytes(gguf, plan) if gguf else 0
@@ -91,6 +92,7 @@ def _export(trained, out, inputs, compare_bases, gguf, start):
             "dtype": section.dtype,
             "verify": section.verify,
             "verified": False,
+            "live_model": trained.live_model,
             **_what_merging_did(trained, merging),
             "new_tokens": trained.checkpoint.new_tokens,
             "bytes": plan.num_bytes,
@@ -119,10 +121,24 @@ def _export(trained, out, inputs, compare_bases, gguf, start):
         text = card(out.name, base, trained.adapter.config, report, quantized, rows, trained.origins)
         (folder / "README.md").write_text(text, encoding="utf-8")
     verdict = "proven" if report["verified"] else "NOT VERIFIED (export.verify: off)"
+    if report["verified"] and trained.live_model == "assumed":
+        verdict = "agrees with the assumed model, and nothing says that it is the one that was trained"
     console.say(
         f"{verdict}; the model is in {out}: {console.size(plan.num_bytes)}, {console.duration(time.monotonic() - start)}"
     )
     return report
+
+
+def _refuse_tokens_without_a_row(trained, num_rows):
+    """Raise InputError if the tokenizer can make an id that the embedding has no row for: generation would fail there."""
+    vocabulary = trained.tokenizer.get_vocab()
+    beyond = sorted((number, token) for token, number in vocabulary.items() if number >= num_rows)
+    if beyond:
+        raise InputError(
+            f"{trained.folder}: its tokenizer has {len(beyond)} tokens without a row in the embedding, which has {num_rows:,} "
+            f"({beyond[0][1]!r} is {beyond[0][0]:,}). The training has not saved the embedding that it grew; save it with "
+            "the adapter (modules_to_save), or take these tokens out of tokenizer.json"
+        )
 
 
 def _refuse_meaningless(trained, compare_bases):
@@ -244,7 +260,10 @@ def _table(report):
         ("base, without the adapter", report["base_model"]),
     ]
     return [
-        row(f"trained ({quantized} + adapter, live)", report["live"]["loss"]),
+        row(
+            f"{'assumed' if report['live_model'] == 'assumed' else 'trained'} ({quantized} + adapter, live)",
+            report["live"]["loss"],
+        ),
         *(row(name, one["loss"], one["kl"], one["top1"]) for name, one in scored),
     ]
 

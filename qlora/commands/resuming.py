@@ -90,7 +90,7 @@ class Resumed:
         refused = [name for name in changed if name not in self.allowed]
         if refused:
             raise InputError.listing(
-                f"{self.checkpoint}: to go on would be another run; it",
+                f"cannot resume {self.checkpoint}: the run it was made by differs from this recipe; it",
                 [f"{name}: {_said(then.get(name))} then, {_said(now.get(name))} now" for name in refused],
                 "change it back, or take it as it is: " + " ".join(f"--allow-change {name}" for name in refused),
             )
@@ -101,8 +101,9 @@ class Resumed:
         if run.adapter.is_dir():
             kept = _place_of_finished(run)
             run.adapter.rename(kept)
-            if run.eval_file.exists():
-                run.eval_file.rename(kept / run.eval_file.name)
+            for scores in (run.eval_file, run.evals):
+                if scores.exists():
+                    scores.rename(kept / scores.name)
         run.write_recipe(recipe)
         self.kept.rotate(self.checkpoint, recipe.training.save_total_limit)  # a killed process may not have come to it
 

@@ -27,7 +27,8 @@ class Trained:
 
     name: what the user called it. modules: {quantized layer: sha256 of its codes at training, or None}. rows: what the
     proof uses, data.Examples; rows_from says in words where they are from. inputs: folders that are read. fitted: the
-    adapter was started from what quantization has lost (LoftQ), so it is right on the quantized base only.
+    adapter was started from what quantization has lost (LoftQ), so it is right on the quantized base only. live_model: how it is
+    known what the adapter was trained on: "recorded" by the run, "declared" by the user, or "assumed".
     """
 
     name: str
@@ -42,6 +43,7 @@ class Trained:
     rows_from: str
     inputs: list
     fitted: bool
+    live_model: str = "recorded"
     origins: tuple = ()  # export.card.Origin of each run
     temporary: Any = None  # what `folder` is in, if that goes away with the `with` block
 
@@ -123,6 +125,7 @@ def _of_several(weighted, base, overrides):
         adapter=read,
         inputs=[folder for one in found for folder in one.inputs],
         fitted=any(one.fitted for one in found),
+        live_model=min(one.live_model for one in found),  # the least certain is the first by the alphabet
         origins=tuple(origin for one in found for origin in one.origins),
         temporary=temporary,
     )
@@ -171,11 +174,13 @@ def _of_adapter(folder, base, overrides):
     recipe = Recipe.from_dict(values, overrides)
     if said and Path(str(said)).name.lower() != Path(str(base)).name.lower():
         console.say(f"base      {folder} says that it was trained on {said}; it is merged with {base}")
-    if recipe.quantization:
-        double = " and double quantization" if recipe.quantization.use_double_quant else ""
+    quantized = recipe.quantization
+    assumed = quantized is not None and not any(one.startswith("quantization") for one in overrides)
+    if quantized is not None and assumed:
+        kind = f"{quantized.quant_type}{' and double quantization' if quantized.use_double_quant else ''}"
         console.say(
-            f"base      taken as quantized to {recipe.quantization.quant_type}{double}, which the adapter does not say; if it "
-            "was trained on 16 bit: quantization=null"
+            f"base      assumed to be quantized to {kind} in every linear layer: the adapter does not say. If you know it, give "
+            f"quantization.quant_type={quantized.quant_type}, or quantization=null for 16 bit"
         )
     checkpoint = base_model.find(recipe.model)
     if isinstance(recorded := adapter.base_of(folder), dict):
@@ -183,6 +188,9 @@ def _of_adapter(folder, base, overrides):
         refuse_other_base(folder, recorded, checkpoint, how)
     config = base_model.load_config(checkpoint, recipe.model)
     has_tokenizer = (folder / "tokenizer.json").is_file()
+    if not has_tokenizer:
+        _refuse_half_a_tokenizer(folder)
+        console.say(f"tokenizer of {checkpoint.folder}: the adapter has none")
     tokenizer = base_model.load_tokenizer(folder if has_tokenizer else checkpoint.folder, recipe.model)
     chat.set_template(tokenizer, recipe.data.chat_template)
     chat.know_stops(tokenizer, checkpoint.generation_config())
@@ -200,7 +208,21 @@ def _of_adapter(folder, base, overrides):
         rows_from="sentences of no data set",
         inputs=[folder, checkpoint.folder],
         fitted=_is_fitted(folder),
+        live_model="assumed" if assumed else "declared",
     )
+
+
+def _refuse_half_a_tokenizer(folder):
+    """Raise InputError if a folder without tokenizer.json has other files of a tokenizer: the base's would replace them."""
+    names = ("tokenizer*", "*.model", "vocab.*", "merges.txt", "added_tokens.json", "special_tokens_map.json",
+             "chat_template*")  # fmt: skip
+    found = sorted({path.name for name in names for path in folder.glob(name)})
+    if found:
+        raise InputError(
+            f"{folder}: has {', '.join(found)} but no tokenizer.json, and the base's tokenizer may differ from it. Make one: "
+            f"AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r}), or move these files away to take "
+            "the base's"
+        )
 
 
 def _is_fitted(folder):

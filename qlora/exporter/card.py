@@ -42,7 +42,12 @@ weights{% else %}these weights{% endif %}: each adapted weight is `{{ formula }}
 {% endif %}
 ## Is it the model that was trained?
 {% if report.verified %}
-Yes, measured ({{ report.verify }}) on {{ report.rows.count }} {{ report.rows.from }}, {{ report.rows.positions }} positions:
+{% if report.live_model == "assumed" -%}
+Not known: nothing says how the base was quantized when the adapter was trained. The export agrees with the assumed
+model, measured
+{%- else -%}
+Yes, measured
+{%- endif %} ({{ report.verify }}) on {{ report.rows.count }} {{ report.rows.from }}, {{ report.rows.positions }} positions:
 
 | | loss | perplexity | KL to the trained model | same top-1 |
 |---|---|---|---|---|

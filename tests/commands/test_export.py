@@ -173,6 +173,43 @@ def test_an_adapter_of_another_tool_exports_proven_on_the_base_that_is_named(for
     assert report["rows"]["from"] == "rows of rows.jsonl"
 
 
+def test_what_an_adapter_was_trained_on_is_assumed_until_somebody_says_it(foreign, run, tiny_model, tmp_path, capsys):
+    """A proof against a guess is no proof: the row, the verdict, the report and the card say so."""
+    folder = foreign()
+    guessed = export(folder, tmp_path / "guessed", model=tiny_model("llama"))
+    said = capsys.readouterr()
+    assert (guessed["verified"], guessed["live_model"]) == (True, "assumed")
+    assert "assumed to be quantized to nf4" in said.err
+    assert "assumed (quantized + adapter, live)" in said.out
+    assert "agrees with the assumed model" in said.err
+    assert "proven;" not in said.err
+    assert "Not known: nothing says how" in (tmp_path / "guessed" / "README.md").read_text()
+    known = export(folder, tmp_path / "known", overrides=["quantization.quant_type=nf4"], model=tiny_model("llama"))
+    assert known["live_model"] == "declared"
+    assert "proven;" in capsys.readouterr().err
+    assert export(run.path, tmp_path / "own")["live_model"] == "recorded"
+
+
+def test_half_a_tokenizer_is_not_replaced_by_the_bases(foreign, tiny_model, tmp_path):
+    folder = foreign()
+    (folder / "tokenizer.model").write_bytes(b"sentencepiece")
+    with pytest.raises(InputError, match=r"has tokenizer\.model but no tokenizer\.json, and the base's"):
+        export(folder, tmp_path / "out", model=tiny_model("llama"))
+
+
+def test_a_tokenizer_with_more_ids_than_rows_is_refused(foreign, tiny_model, tmp_path):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_model("llama"))
+    num_rows = json.loads((tiny_model("llama") / "config.json").read_text())["vocab_size"]
+    tokenizer.add_tokens([f"<spare {number}>" for number in range(len(tokenizer), num_rows)])  # rows that are there
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    folder = foreign()
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(
+        InputError, match=rf"1 tokens without a row in the embedding, which has .*'\[PAD\]' is {num_rows:,}"
+    ):
+        export(folder, tmp_path / "out", model=tiny_model("llama"))
+
+
 def test_an_adapter_needs_a_base_and_a_run_has_one(foreign, run, tiny_model, tmp_path):
     with pytest.raises(InputError, match=r"is an adapter; name the model it was trained on: --model .*llama"):
         export(foreign(), tmp_path / "out")

@@ -27,8 +27,14 @@ def no_model_is_loaded(monkeypatch):
         ({"model": {"name_or_path": "./none"}}, "no such folder"),
         ({"model": {"revision": "main"}}, "has no revisions"),
         ({"output_dir": "/proc/run"}, "output_dir /proc/run"),
-        ({"memory": {"gradient_checkpointing": 3}}, "gradient_checkpointing is 3, but the model has 2 layers; set 0 to 2"),
-        ({"memory": {"gradient_checkpointing": False, "offload": True}}, "memory.offload moves the inputs of checkpointed layers"),
+        (
+            {"memory": {"gradient_checkpointing": 3}},
+            "gradient_checkpointing is 3, but the model has 2 layers; set 0 to 2",
+        ),
+        (
+            {"memory": {"gradient_checkpointing": False, "offload": True}},
+            "memory.offload moves the inputs of checkpointed",
+        ),
     ],
 )
 def test_wrong_input_is_found_before_the_model_is_loaded(make_recipe, tmp_path, sections, expected):

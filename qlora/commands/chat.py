@@ -41,7 +41,7 @@ def talk(target, system=None, max_new_tokens=512, overrides=()):
         except EOFError:
             return
         except (KeyboardInterrupt, Interrupted) as stopped:
-            if getattr(stopped, "number", signal.SIGINT) != signal.SIGINT:
+            if not _is_ctrl_c(stopped):
                 raise
             return
         command, _, argument = prompt.strip().partition(" ")
@@ -70,7 +70,7 @@ def _turn(subject, messages, max_new_tokens):
         print(f"qlora: {error}", file=sys.stderr)
         return []
     except (KeyboardInterrupt, Interrupted) as stopped:
-        if getattr(stopped, "number", signal.SIGINT) != signal.SIGINT:
+        if not _is_ctrl_c(stopped):
             raise
         signals.answered()
         print(" [stopped]", file=sys.stderr, flush=True)
@@ -79,6 +79,11 @@ def _turn(subject, messages, max_new_tokens):
             return []
     print()
     return [messages[-1], {"role": "assistant", "content": answer}]
+
+
+def _is_ctrl_c(stopped):
+    """True if a KeyboardInterrupt or Interrupted came from SIGINT."""
+    return getattr(stopped, "number", signal.SIGINT) == signal.SIGINT
 
 
 def _switch(subject, name):

@@ -74,15 +74,15 @@ def _held_out(subject, data_file):
     if not recorded:
         raise InputError(f"{run.environment_file}: does not say which rows were held out; give --data FILE")
     rows = data.Rows(data.load(sources, tokenizer, section, recipe.training.seed))
-    keys = np.array([int(key, 16) for key in recorded], np.uint64)
-    missing = int((~np.isin(keys, rows.keys)).sum())
+    keys, found = np.array([int(key, 16) for key in recorded], np.uint64), rows.keys
+    missing = int((~np.isin(keys, found)).sum())
     if missing:
         files = ", ".join(str(part.path) for part in rows.parts)
         raise InputError(
             f"{missing:,} of the {len(keys):,} rows that {run.path} has held out are no longer in {files}: the score would be of "
             "other rows. Put the file back as it was, or measure on other rows with --data FILE"
         )
-    return rows[np.isin(rows.keys, keys)]
+    return rows[np.isin(found, keys)]
 
 
 def _place(run, measured, max_rows):

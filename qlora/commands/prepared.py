@@ -137,23 +137,17 @@ def say_report(prepared: Prepared):
 
 def _altered(source):
     """Return lines on what of the rows is not in the conversations as it stands in the file."""
-    unused = ", ".join(f"{key} ({count:,} rows)" for key, count in source["unused"].items())
-    return [
-        *([f"unused keys: {unused}"] if unused else []),
-        *(
-            [f"{source['rows_merged']:,} rows had consecutive assistant messages merged into one turn"]
-            if source["rows_merged"]
-            else []
-        ),
-        *(
-            [
-                f"{source['rows_with_nulls']:,} rows had null fields removed from tool calls or tool schemas (to keep them, "
-                "write arguments and tools as JSON strings)"
-            ]
-            if source["rows_with_nulls"]
-            else []
-        ),
-    ]
+    lines = []
+    if source["unused"]:
+        lines.append("unused keys: " + ", ".join(f"{key} ({count:,} rows)" for key, count in source["unused"].items()))
+    if source["rows_merged"]:
+        lines.append(f"{source['rows_merged']:,} rows had consecutive assistant messages merged into one turn")
+    if source["rows_with_nulls"]:
+        lines.append(
+            f"{source['rows_with_nulls']:,} rows had null fields removed from tool calls or tool schemas (to keep them, "
+            "write arguments and tools as JSON strings)"
+        )
+    return lines
 
 
 def _dropped(source):

@@ -140,7 +140,7 @@ def render(tokenizer, messages, add_generation_prompt=False, tools=None, **varia
             messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt, **variables
         )
 
-    def by_turns():
+    def rendered_somehow():
         try:
             return rendered(messages)
         except TypeError:  # DeepSeek-V3's template writes the arguments of a call as they are: it wants JSON text
@@ -150,7 +150,7 @@ def render(tokenizer, messages, add_generation_prompt=False, tools=None, **varia
             return rendered(in_json)
 
     try:
-        text = bounded.call(by_turns)
+        text = bounded.call(rendered_somehow)
     except bounded.TookTooLong:
         raise _hostile(f"was still running after {bounded.SECONDS} seconds on one conversation") from None
     except MemoryError:
@@ -241,24 +241,23 @@ def encode(tokenizer, conversation: Conversation, train_on="assistant") -> list[
         so_far = messages[: index + 1]
         row = _row(tokenizer, so_far, tools, _as_in_chat(tokenizer, so_far, tools), [index], everything)
         if row is None:
-            left_out = _thoughts_left_out(tokenizer, so_far, tools)
+            if _leaves_thoughts_out(tokenizer, so_far, tools):
+                raise ValueError(
+                    f"the chat template leaves the thoughts of message {index} out (reasoning_content), so the model would "
+                    "learn an answer without them; remove them from the row, or give another data.chat_template"
+                )
             raise ValueError(
-                f"the chat template leaves the thoughts of message {left_out} out (reasoning_content), so the model would "
-                "learn an answer without them; remove them from the row, or give another data.chat_template"
-                if left_out is not None
-                else f"the chat template renders what comes before message {index}, or the message itself, differently in "
-                "the whole conversation than in chat, or leaves words out; give another data.chat_template"
+                f"the chat template renders what comes before message {index}, or the message itself, differently in the "
+                "whole conversation than in chat, or leaves words out; give another data.chat_template"
             )
         rows.append(row if everything else _up_to_the_last_trained(row))
     return rows
 
 
-def _thoughts_left_out(tokenizer, messages, tools):
-    """Return the index of the last message if its thoughts are not in what the template writes, else None."""
+def _leaves_thoughts_out(tokenizer, messages, tools):
+    """True if the last message has thoughts that are not in what the template writes."""
     thoughts = messages[-1].get("reasoning_content")
-    if thoughts and _squeezed(thoughts) not in _squeezed(render(tokenizer, messages, tools=tools)):
-        return len(messages) - 1
-    return None
+    return bool(thoughts) and _squeezed(thoughts) not in _squeezed(render(tokenizer, messages, tools=tools))
 
 
 def _up_to_the_last_trained(example):
@@ -339,15 +338,16 @@ def _holds(text, messages, tools):
     and names every tool: a model that does not see a result learns to invent it."""
     squeezed = None
     for message in messages:
-        if message["role"] == "tool" and not _shows_result(text, message["content"]):
+        if message["role"] not in ("system", "user", "tool") or message["content"].strip() in text:
+            continue
+        squeezed = squeezed if squeezed is not None else _squeezed(text)
+        if message["role"] == "tool" and not _shows_result(squeezed, message["content"]):
             raise ValueError(
                 f"the chat template leaves a tool's result out ({message['content'].strip()[:40]!r}), so the model would "
                 "learn to invent it; give data.chat_template, e.g. chatml, or a row without calls"
             )
-        if message["role"] in ("system", "user") and message["content"].strip() not in text:
-            squeezed = squeezed if squeezed is not None else _squeezed(text)
-            if _squeezed(message["content"]) not in squeezed:
-                return False
+        if message["role"] != "tool" and _squeezed(message["content"]) not in squeezed:
+            return False
     missing = [tool["function"]["name"] for tool in tools or () if tool["function"]["name"] not in text]
     if missing:
         raise ValueError(
@@ -356,9 +356,9 @@ def _holds(text, messages, tools):
     return True
 
 
-def _shows_result(text, content):
-    """True if `content` stands in `text`: as it is, as a JSON string, or, where it is JSON itself, value by value."""
-    squeezed = _squeezed(text)
+def _shows_result(squeezed, content):
+    """True if `content` stands in the `squeezed` text: as it is, as a JSON string, or, where it is JSON itself, value by
+    value."""
     if _squeezed(content) in squeezed or _squeezed(json.dumps(content, ensure_ascii=False)[1:-1]) in squeezed:
         return True
     try:

@@ -85,16 +85,12 @@ class File:
         if suffix in _COMPRESSED:
             raise InputError(f"{self.path} is compressed; unpack it, and give the file that comes out")
         reader = {".parquet": _parquet_rows, ".txt": _text_rows, **dict.fromkeys(_SEPARATORS, _table_rows)}
-        found = reader.get(suffix, _json_rows)(self)
-        while True:
-            try:
-                row = next(found, None)
-            except OSError as error:  # a disk or network drive that fails under way
-                raise InputError(f"{self.path}: cannot be read: {error.strerror or error}") from None
-            if row is None:
-                break
-            empty = False
-            yield row
+        try:
+            for row in reader.get(suffix, _json_rows)(self):
+                empty = False
+                yield row
+        except OSError as error:  # a disk or network drive that fails under way
+            raise InputError(f"{self.path}: cannot be read: {error.strerror or error}") from None
         if empty:
             raise InputError(f"{self.path} has no rows")
 

@@ -112,8 +112,6 @@ class Trainer(SFTTrainer):
         """
         inputs = self.data_collator([self.train_dataset[int(index)] for index in largest])
         rows = inputs.pop("rows")
-        # transformers 5.23 sets it with the first batch, and divides by it where a forward takes no **kwargs
-        self.current_gradient_accumulation_steps = self.args.gradient_accumulation_steps
         self.moment = Moment("in the rehearsal, before the first step", inputs, rows)
         with self._held_later(), _undone(self):
             super().training_step(self.model_wrapped, dict(inputs), (inputs["labels"][:, 1:] != IGNORE_INDEX).sum())

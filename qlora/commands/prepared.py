@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from .. import base_model, data
-from ..data import chat
+from ..data import chat, page
 from ..errors import InputError
 from ..recipe import Recipe
 from . import console
+from .subject import open_tokenizer
 
 
 @dataclass
@@ -38,11 +39,8 @@ def prepare(recipe: Recipe, weights=True) -> Prepared:
     """
     checkpoint = base_model.find(recipe.model, weights)
     config = base_model.load_config(checkpoint, recipe.model)
-    tokenizer = base_model.load_tokenizer(checkpoint.folder, recipe.model)
-    new_tokens, chat_template = recipe.model.new_tokens or [], recipe.data.chat_template
-    base_model.add_tokens(tokenizer, new_tokens, chat.template_text(tokenizer, chat_template, new_tokens))
-    template = chat.set_template(tokenizer, chat_template)
-    chat.know_stops(tokenizer, checkpoint.generation_config())
+    generation_config, chat_template = checkpoint.generation_config(), recipe.data.chat_template
+    tokenizer, template = open_tokenizer(checkpoint.folder, recipe.model, generation_config, chat_template)
 
     seed = recipe.training.seed
     with console.Reading() as reading:
@@ -64,7 +62,7 @@ def prepare(recipe: Recipe, weights=True) -> Prepared:
     report = data.report(
         examples,
         [*parts, *eval_parts],
-        chat.stop_token_ids(tokenizer, checkpoint.generation_config()),
+        chat.stop_token_ids(tokenizer, generation_config),
         batches,
         recipe.training.per_device_train_batch_size * recipe.training.gradient_accumulation_steps,
     )
@@ -114,7 +112,7 @@ def say_report(prepared: Prepared):
         console.say(
             f"data      {source['path']}: {source['rows_read']:,} rows ({source['format']}){weight}{dropped}{''.join(changed)}"
         )
-        for line in _altered(source):
+        for line in page.altered(source):
             console.say(f"          {line}")
     for path in report["not_read"]:
         console.say(f"          {path} describes data sets; not read as rows")
@@ -133,21 +131,6 @@ def say_report(prepared: Prepared):
     elif isinstance(batches, data.Batches):
         console.say(f"batches   {report['rows']:,} rows in {len(batches):,} micro-batches")
     console.say(f"template  {prepared.template}")
-
-
-def _altered(source):
-    """Return lines on what of the rows is not in the conversations as it stands in the file."""
-    lines = []
-    if source["unused"]:
-        lines.append("unused keys: " + ", ".join(f"{key} ({count:,} rows)" for key, count in source["unused"].items()))
-    if source["rows_merged"]:
-        lines.append(f"{source['rows_merged']:,} rows had consecutive assistant messages merged into one turn")
-    if source["rows_with_nulls"]:
-        lines.append(
-            f"{source['rows_with_nulls']:,} rows had null fields removed from tool calls or tool schemas (to keep them, "
-            "write arguments and tools as JSON strings)"
-        )
-    return lines
 
 
 def _dropped(source):

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+import transformers
 
 from qlora import adapter, base_model
 from qlora.commands import chat as chat_verb
@@ -193,10 +194,20 @@ def test_a_sum_that_is_another_one_is_noticed(two, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_run_that_cannot_be_switched_to_changes_nothing(two, runs):
+def test_a_run_that_cannot_be_switched_to_changes_nothing(two, runs, tiny_model, tmp_path):
     subject = open_subject(two[0].path)
     before = logits(subject.model)
+    grown = shutil.copytree(two[1].path, tmp_path / "grown")
+    (grown / "adapter" / "manifest.json").unlink()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(grown / "adapter")
+    tokenizer.add_tokens(["<city>"])
+    tokenizer.save_pretrained(grown / "adapter")
     for name, expected in (
+        (str(grown), r"grown: its tokenizer has other tokens than that of .* \(1 differ, such as '<city>' with id"),
+        (
+            str(runs("tokens", model={"name_or_path": str(tiny_model("llama")), "new_tokens": ["<sql>"]}).path),
+            r"other tokens .* such as '<sql>'",
+        ),
         ("nowhere", "no run at nowhere"),
         (str(runs("mistral", family="mistral").path), "trained on another base"),
         (str(runs("head", lora={"r": 4, "modules_to_save": ["lm_head"]}).path), "cannot lie beside another"),

@@ -93,6 +93,7 @@ def _export(trained, out, inputs, compare_bases, gguf, start):
             "verify": section.verify,
             "verified": False,
             "live_model": trained.live_model,
+            "origins": trained.taken_from,
             **_what_merging_did(trained, merging),
             "new_tokens": trained.checkpoint.new_tokens,
             "bytes": plan.num_bytes,
@@ -188,7 +189,9 @@ def _write(trained, plan, folder, base, device):
             "export with the versions in environment.json, and on a GPU if it was trained on one",
         )
     dtype = trained.section.dtype
-    configs.write(folder, trained.checkpoint, trained.recipe.model, plan.config, trained.tokenizer, dtype)
+    configs.write(
+        folder, trained.checkpoint, trained.recipe.model, plan.config, trained.tokenizer, dtype, trained.generation
+    )
     console.say(
         f"wrote     {len(plan.specs)} tensors, {console.size(plan.num_bytes)} of {dtype}, {len(merging.modules)} merged"
         + (f"; {len(merging.digests)} have the 4-bit codes of the training" if merging.digests else "")

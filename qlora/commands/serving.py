@@ -21,7 +21,7 @@ def num_bytes(kind, plan):
 def refuse(trained, plan, kind):
     """Raise InputError before the export where no correct GGUF file could be written after it."""
     checkpoint = trained.checkpoint
-    stops = chat.stop_token_ids(trained.tokenizer, checkpoint.generation_config())
+    stops = chat.stop_token_ids(trained.tokenizer, trained.generation.generation_config())
     gguf.refuse(checkpoint.folder, plan.config, trained.tokenizer, stops, kind)
 
 
@@ -45,7 +45,7 @@ def add_gguf(trained, folder, name, kind, plan):
         said = proof.why_not
     console.say(f"gguf      {file.name}, {console.size(size)}: {said}")
     report = {"file": file.name, "bytes": size, **dataclasses.asdict(proof), "modelfile": None}
-    stops = chat.stop_token_ids(tokenizer, trained.checkpoint.generation_config())
+    stops = chat.stop_token_ids(tokenizer, trained.generation.generation_config())
     try:
         text = ollama.modelfile(tokenizer, file.name, stops, gguf.adds_bos(file))
     except InputError as error:  # the GGUF file is none the worse for it

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from .. import adapter, base_model, data
-from ..data import chat
 from ..errors import InputError
 from ..exporter import proof
 from ..recipe import Data, Recipe
@@ -18,7 +17,7 @@ from ..rundir import RunDir
 from . import console
 from .adapters import combine, parse_weighted
 from .described import origin_of
-from .subject import load_tokenizer, refuse_changed_base, refuse_other_base
+from .subject import load_tokenizer, open_tokenizer, refuse_changed_base, refuse_other_base
 
 
 @dataclass
@@ -28,7 +27,9 @@ class Trained:
     name: what the user called it. modules: {quantized layer: sha256 of its codes at training, or None}. rows: what the
     proof uses, data.Examples; rows_from says in words where they are from. inputs: folders that are read. fitted: the
     adapter was started from what quantization has lost (LoftQ), so it is right on the quantized base only. live_model: how it is
-    known what the adapter was trained on: "recorded" by the run, "declared" by the user, or "assumed".
+    known what the adapter was trained on: "recorded" by the run, "declared" by the user, or "assumed". generation: the
+    checkpoint, its folder that whose generation_config.json counts. taken_from: {tokenizer, chat_template,
+    generation_config: "adapter", "base", "recipe" or "built in"}, None for what there is none of.
     """
 
     name: str
@@ -39,6 +40,8 @@ class Trained:
     folder: Path
     adapter: adapter.Adapter
     tokenizer: Any
+    generation: base_model.Checkpoint
+    taken_from: dict
     rows: list
     rows_from: str
     inputs: list
@@ -156,6 +159,8 @@ def _of_run(run, overrides):
         folder=run.adapter,
         adapter=trained,
         tokenizer=load_tokenizer(run, recipe.model, checkpoint),
+        generation=checkpoint,
+        taken_from=_taken_from("adapter", "adapter", checkpoint.generation_config() and "base"),
         rows=rows,
         rows_from=rows_from,
         inputs=[run.path, checkpoint.folder],
@@ -191,9 +196,16 @@ def _of_adapter(folder, base, overrides):
     if not has_tokenizer:
         _refuse_half_a_tokenizer(folder)
         console.say(f"tokenizer of {checkpoint.folder}: the adapter has none")
-    tokenizer = base_model.load_tokenizer(folder if has_tokenizer else checkpoint.folder, recipe.model)
-    chat.set_template(tokenizer, recipe.data.chat_template)
-    chat.know_stops(tokenizer, checkpoint.generation_config())
+    base_model.refuse_generation(folder)
+    has_generation = (folder / "generation_config.json").is_file()
+    generation = dataclasses.replace(checkpoint, folder=folder) if has_generation else checkpoint
+    generation_config, chat_template = generation.generation_config(), recipe.data.chat_template
+    place = folder if has_tokenizer else checkpoint.folder
+    has_template = base_model.load_tokenizer(place, recipe.model).chat_template
+    tokenizer, template = open_tokenizer(place, recipe.model, generation_config, chat_template)
+    whose = "adapter" if has_tokenizer else "base"
+    if chat_template is None and not has_template:
+        console.say(f"template  {template}")
     modules = base_model.names_to_quantize(config, recipe.model) if recipe.quantization else []
     return Trained(
         name=str(folder),
@@ -204,12 +216,22 @@ def _of_adapter(folder, base, overrides):
         folder=folder,
         adapter=trained,
         tokenizer=tokenizer,
+        generation=generation,
+        taken_from=_taken_from(
+            whose,
+            "recipe" if chat_template else whose if has_template else "built in",
+            "adapter" if has_generation else generation_config and "base",
+        ),
         rows=proof.text_rows(tokenizer),
         rows_from="sentences of no data set",
         inputs=[folder, checkpoint.folder],
         fitted=_is_fitted(folder),
         live_model="assumed" if assumed else "declared",
     )
+
+
+def _taken_from(tokenizer, chat_template, generation_config):
+    return {"tokenizer": tokenizer, "chat_template": chat_template, "generation_config": generation_config or None}
 
 
 def _refuse_half_a_tokenizer(folder):

@@ -84,6 +84,36 @@ def test_both_bases_are_compared_as_they_are_and_as_served_in_4_bit(run, tmp_pat
     assert [path.name for path in tmp_path.iterdir()] == ["out"]  # the second merge is gone
 
 
+def test_the_report_says_where_tokenizer_template_and_generation_config_are_from(run, tiny_model, tmp_path, capsys):
+    base = tiny_model("llama")
+    there = (base / "generation_config.json").is_file()
+    of_run = {"tokenizer": "adapter", "chat_template": "adapter", "generation_config": "base" if there else None}
+    assert export(run.path, tmp_path / "a", overrides=["export.verify=off"])["origins"] == of_run
+    folder = shutil.copytree(run.adapter, tmp_path / "adapter")
+    (folder / "manifest.json").unlink()
+    own = {"eos_token_id": [2, 5], "temperature": 0.3, "do_sample": True}
+
+    def exported(out):
+        found = export(folder, tmp_path / out, model=base, overrides=["export.verify=off"])["origins"]
+        assert json.loads((tmp_path / out / "export_report.json").read_text())["origins"] == found
+        return found, json.loads((tmp_path / out / "generation_config.json").read_text())
+
+    assert exported("b")[0] == of_run
+    (folder / "generation_config.json").write_text(json.dumps(own))
+    origins, generation = exported("c")
+    assert origins == of_run | {"generation_config": "adapter"}
+    assert {name: generation[name] for name in own} == own
+    (folder / "chat_template.jinja").unlink()
+    assert exported("d")[0] == origins | {"chat_template": "built in"}
+    assert "template  ChatML, built in (the model has none)" in capsys.readouterr().err
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    assert exported("e")[0] == {"tokenizer": "base", "chat_template": "base", "generation_config": "adapter"}
+    (folder / "generation_config.json").write_text('{"eos_token_id": "stop"}')
+    with pytest.raises(InputError, match=r"adapter.generation_config.json: eos_token_id 'stop' is neither"):
+        exported("f")
+
+
 @pytest.mark.parametrize("start", [True, "pissa"])
 def test_an_adapter_that_was_never_trained_is_refused_as_one(load_model, tiny_model, tmp_path, start):
     quantization = None if start == "pissa" else Quantization()

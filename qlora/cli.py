@@ -300,7 +300,12 @@ _SURROUNDINGS = {
 
 
 def _fail(message, code):
-    print(f"qlora: {redacted(str(message))}", file=sys.stderr)
+    message = f"qlora: {redacted(str(message))}"
+    if sys.stderr is not None and sys.stderr.isatty():
+        from .commands.console import folded
+
+        message = folded(message)
+    print(message, file=sys.stderr)
     sys.exit(code)
 
 

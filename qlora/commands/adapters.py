@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import torch
+from rich.text import Text
 
 from .. import adapter
 from ..errors import InputError, ProofFailed, QLoRAError
@@ -75,21 +76,23 @@ def _of_run(folder):
 
 
 def _show(folder, found):
-    def number(value, form):
-        return "" if value is None else format(value, form)
-
-    rows = []
+    console.show(f"{len(found)} in {folder}")
     for one in found:
-        metrics = ", ".join(f"{name.replace('_', ' ')} {value:.0%}" for name, value in (one["metrics"] or {}).items())
+        base = f" on {Path(one['base']).name}" if one["base"] else ""
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(one["time"]))
-        state = "" if one["state"] == "finished" else one["state"]
-        base = Path(one["base"]).name if one["base"] else ""
-        rows.append(
-            [one["path"], one["kind"] or "", base, number(one["steps"], "d"), number(one["loss"], ".4f"),
-             number(one["eval_loss"], ".4f"), metrics or state, when]
-        )  # fmt: skip
-    header = ["", "kind", "base", "steps", "loss", "held-out loss", "scores", "trained"]
-    console.table(f"{len(found)} in {folder}", header, rows)
+        trained = [(one["kind"] or "") + base, "" if one["steps"] is None else f"{one['steps']:,} steps", when]
+        scores = [f"{name} {one[key]:.4f}" for name, key in _LOSSES.items() if one[key] is not None]
+        scores += [f"{name.replace('_', ' ')} {value:.0%}" for name, value in (one["metrics"] or {}).items()]
+        console.show("")
+        console.show(Text(one["path"]))  # whole, to be pasted
+        console.show(f"          {', '.join(filter(None, trained))}")
+        if scores:
+            console.show(f"          {', '.join(scores)}")
+        if one["state"] != "finished":
+            console.show(f"          {one['state']}")
+
+
+_LOSSES = {"loss": "loss", "held-out loss": "eval_loss"}
 
 
 # ---- several as one --------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from huggingface_hub.utils import disable_progress_bars
+from rich.text import Text
 
 from .. import adapter, base_model, hub
 from ..errors import InputError, Interrupted
@@ -73,7 +74,7 @@ def push(target, repo, *, public=False, base=None, license=None, dry_run=False) 
     if "license:" not in text:
         console.say("license   none is named in the card; the base has one that yours depends on: --license ID")
     if dry_run:
-        console.show(text)
+        console.show(Text(text))
         console.say("nothing was uploaded")
         return result
     if not sys.stderr.isatty():

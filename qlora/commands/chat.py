@@ -90,7 +90,7 @@ def _switch(subject, name):
     if name:
         switch(subject, None if name == "none" else name)
     listed = ", ".join(["none", *(str(one) for one in subject.voices if one is not None)])
-    return f"answering: {subject.speaking or 'the base alone'}; known: {listed}"
+    return f"answering with {subject.speaking or 'the base model alone'}; loaded: {listed}"
 
 
 def _opening(system):
@@ -113,5 +113,5 @@ def _answer(subject, messages, max_new_tokens, on_text):
         subject.stops,
         max_new_tokens,
         on_text or (lambda piece: None),
-        lambda limit: console.say(f"\nthe answer ends here: the model has {limit:,} positions, and all are used"),
+        lambda limit: console.say(f"\nanswer cut off: all {limit:,} positions of the model are used"),
     ).strip()

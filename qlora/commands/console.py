@@ -76,7 +76,10 @@ def table(title, header, rows):
     for row in rows:
         grid.add_row(*row)
     show(title)
-    _results.print(grid, end="", width=min(_WIDTH, _results.width) if _results.is_terminal else 1000)
+    if _results.is_terminal:
+        _results.print(grid, end="", width=_WIDTH)  # or the window's, if that is less
+    else:
+        Console(highlight=False, emoji=False, width=1000).print(grid, end="")
 
 
 def hush_libraries():
@@ -200,7 +203,7 @@ class Steps:
     def update(self, record, total_steps):
         step = record["step"]
         if "not_taken" in record:
-            say(f"          step {step}  not taken: {record['not_taken']}")
+            say(f"          step {step}  skipped: {record['not_taken']}")
             return
         if "loss" not in record:
             say(f"          step {step}  held-out loss {record['eval_loss']:.4f}")

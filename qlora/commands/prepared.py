@@ -55,7 +55,7 @@ def prepare(recipe: Recipe, weights=True) -> Prepared:
     held_out = data.Rows(eval_parts) if eval_parts else held_out
     examples = data.weighted(once, seed)
     if not len(examples):
-        raise InputError("no row is left to train on: data.train's weights are too small")
+        raise InputError("no rows left to train on: the weights in data.train are too small")
     for some in (examples, held_out):
         base_model.refuse_rows(some, config)
     batches = _batches(examples, recipe)
@@ -83,14 +83,14 @@ def _batches(examples, recipe):
 
 def _nothing_left(to, parts):
     lines = [f"  {part.path}: {_dropped(part.summary)}" for part in parts]
-    return "\n".join([f"no row is left to {to} on", *lines])
+    return "\n".join([f"no rows left to {to} on", *lines])
 
 
 def refuse_pointless(report):
     """Raise InputError where training on the rows of `report` would teach the model never to stop."""
     if report["ends_with_stop_token"] == 0:
         raise InputError(
-            "no row ends with a token that generation stops at, because all are cut: the model would never learn to stop; "
+            "no row ends with a stop token, because all are truncated, so the model would never learn to stop; "
             "raise data.max_length, or set data.overlong to truncate_prompt or drop"
         )
 

@@ -37,7 +37,7 @@ def add_gguf(trained, folder, name, kind, plan):
         size = gguf.write(folder, file, kind, advance)
     tokenizer = trained.tokenizer
     prompts = gguf.prompts_of(tokenizer, trained.rows)
-    with console.status("proving: the exported folder against the GGUF file in llama.cpp"):
+    with console.status("proof: comparing the exported folder with the GGUF file in llama.cpp"):
         proof = gguf.prove(folder, file, kind, prompts)
     if proof.proven:
         said = f"{proof.same_top1:.1%} of {proof.num_tokens} greedy tokens the same, KL {proof.kl:.1e}"
@@ -52,5 +52,5 @@ def add_gguf(trained, folder, name, kind, plan):
         console.say(f"          no Modelfile for Ollama: {error}")
         return report | {"why_no_modelfile": str(error)}
     (folder / "Modelfile").write_text(text, encoding="utf-8")
-    console.say("ollama    Modelfile: its prompts equal the chat template's, character by character")
+    console.say("ollama    Modelfile: its prompts are identical to the chat template's")
     return report | {"modelfile": "Modelfile"}

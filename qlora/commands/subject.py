@@ -45,7 +45,7 @@ def open_subject(target, overrides=()) -> Subject:
     if overrides:
         raise InputError(f"{target} is not a run folder, so there is no recipe for {overrides[0]!r} to change")
     if not Path(target).exists() and str(target).startswith(("runs/", ".", "/", "~")):
-        raise InputError(f"no run and no model at {target}; `qlora train RECIPE` makes a run")
+        raise InputError(f"neither a run nor a model at {target}; `qlora train RECIPE` makes a run")
     section = Model(name_or_path=str(target))
     checkpoint = base_model.find(section)
     base_model.load_config(checkpoint, section)  # what is wrong with config.json is said of that file
@@ -96,7 +96,9 @@ def switch(subject, name):
     if subject.run is None:
         raise InputError("a plain model has no adapters; open a run: qlora chat RUN")
     if name != str(subject.run.path):
-        adapter.read(subject.run.adapter).refuse_more_than_low_rank("cannot be switched off; open the other by itself")
+        adapter.read(subject.run.adapter).refuse_more_than_low_rank(
+            "cannot be switched off; open the other run by itself"
+        )
     if name not in subject.voices:
         run = RunDir.open(name)
         recipe = run.recipe()
@@ -132,8 +134,8 @@ def load_tokenizer(run, section, checkpoint):
     found = base_model.add_tokens(tokenizer, section.new_tokens)
     if found != checkpoint.new_tokens:
         raise InputError(
-            f"{run.adapter}: its tokenizer has model.new_tokens as {found}, that of {checkpoint.folder} makes them "
-            f"{checkpoint.new_tokens}; give both as they were at the training"
+            f"{run.adapter}: its tokenizer has model.new_tokens with the ids {found}, that of {checkpoint.folder} gives "
+            f"them {checkpoint.new_tokens}; restore both as they were in training"
         )
     return tokenizer
 

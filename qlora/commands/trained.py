@@ -78,7 +78,7 @@ def open_trained(targets, base=None, data_file=None, overrides=()) -> Trained:
         section = Data.of_file(data_file, settings)
         rows = data.Rows(data.load(section.train, trained.tokenizer, section, seed=0))
         if not len(rows):
-            raise InputError(f"{data_file}: no row is left for the proof")
+            raise InputError(f"{data_file}: no rows left for the proof")
         base_model.refuse_rows(rows, trained.config)
         trained.rows = proof.proof_rows(rows, trained.config.get_text_config().vocab_size)
         trained.rows_from = f"rows of {Path(data_file).name}"
@@ -88,7 +88,7 @@ def open_trained(targets, base=None, data_file=None, overrides=()) -> Trained:
 def _of_one(target, base, overrides):
     if RunDir.is_run(target):
         if base is not None:
-            raise InputError(f"{target} is a run, which knows its base; leave --model out, or give {target}/adapter")
+            raise InputError(f"{target} is a run, which records its base; leave --model out, or give {target}/adapter")
         trained = _of_run(RunDir.open(target), overrides)
     elif (Path(target) / adapter.CONFIG).is_file():
         trained = _of_adapter(Path(target), base, overrides)
@@ -109,7 +109,9 @@ def _of_several(weighted, base, overrides):
             and other.modules == first.modules
         )
         if not same:
-            raise InputError(f"{other.name}: trained on another base than {first.name}; such adapters do not add up")
+            raise InputError(
+                f"{other.name}: trained on another base than {first.name}; adapters of different bases cannot be summed"
+            )
     weights = [weight for _, weight in weighted]
     temporary = tempfile.TemporaryDirectory()
     try:
@@ -120,7 +122,7 @@ def _of_several(weighted, base, overrides):
         temporary.cleanup()
         raise
     named = " + ".join(f"{weight:g} * {target}" for target, weight in weighted)
-    console.say(f"adapter   {named}, side by side: r = {read.config['r']}")
+    console.say(f"adapter   {named}: r = {read.config['r']}, the sum of the ranks")
     return dataclasses.replace(
         first,
         name=named,
@@ -143,7 +145,9 @@ def _of_run(run, overrides):
     recipe, as_trained = Recipe.load(run.recipe_file, overrides), run.recipe()
     for name in ("quantization", "lora"):
         if getattr(recipe, name) != getattr(as_trained, name):
-            raise InputError(f"{name}: {run.path} was trained with another; export follows the run, leave it out")
+            raise InputError(
+                f"{name}: differs from what {run.path} was trained with; export uses the run's, so leave it out"
+            )
     checkpoint = base_model.find(recipe.model)
     trained = adapter.read(run.adapter)
     refuse_changed_base(run, checkpoint)
@@ -178,7 +182,7 @@ def _of_adapter(folder, base, overrides):
     values = {"model": {"name_or_path": str(base)}, "data": {"train": str(folder)}, "output_dir": str(folder)}
     recipe = Recipe.from_dict(values, overrides)
     if said and Path(str(said)).name.lower() != Path(str(base)).name.lower():
-        console.say(f"base      {folder} says that it was trained on {said}; it is merged with {base}")
+        console.say(f"base      {folder} names {said} as its base; merging with {base} instead")
     quantized = recipe.quantization
     assumed = quantized is not None and not any(one.startswith("quantization") for one in overrides)
     if quantized is not None and assumed:
@@ -195,7 +199,7 @@ def _of_adapter(folder, base, overrides):
     has_tokenizer = (folder / "tokenizer.json").is_file()
     if not has_tokenizer:
         _refuse_half_a_tokenizer(folder)
-        console.say(f"tokenizer of {checkpoint.folder}: the adapter has none")
+        console.say(f"tokenizer taken from {checkpoint.folder}: the adapter has none")
     base_model.refuse_generation(folder)
     has_generation = (folder / "generation_config.json").is_file()
     generation = dataclasses.replace(checkpoint, folder=folder) if has_generation else checkpoint
@@ -223,7 +227,7 @@ def _of_adapter(folder, base, overrides):
             "adapter" if has_generation else generation_config and "base",
         ),
         rows=proof.text_rows(tokenizer),
-        rows_from="sentences of no data set",
+        rows_from="built-in sentences",
         inputs=[folder, checkpoint.folder],
         fitted=_is_fitted(folder),
         live_model="assumed" if assumed else "declared",
@@ -242,7 +246,7 @@ def _refuse_half_a_tokenizer(folder):
     if found:
         raise InputError(
             f"{folder}: has {', '.join(found)} but no tokenizer.json, and the base's tokenizer may differ from it. Make one: "
-            f"AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r}), or move these files away to take "
+            f"AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r}), or move these files away to use "
             "the base's"
         )
 

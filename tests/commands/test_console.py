@@ -122,6 +122,8 @@ def test_a_command_stays_on_one_line(terminal):
     assert command in terminal.getvalue().splitlines()[1]
 
 
-def test_lines_are_whole_in_a_file(capsys):
+def test_lines_and_tables_are_whole_in_a_file(capsys):
     console.say("word " * 40)
     assert len(capsys.readouterr().err.splitlines()) == 1
+    console.table("word " * 40, ["", "number"], [["word " * 40, "1"]])
+    assert sum("word" in line for line in capsys.readouterr().out.splitlines()) == 2

@@ -91,7 +91,7 @@ def test_what_would_never_learn_to_stop_is_shown_and_refused(make_recipe, tmp_pa
 
 @pytest.mark.usefixtures("no_model_is_loaded")
 def test_nothing_left_is_refused_with_the_reasons(make_recipe):
-    with pytest.raises(InputError, match=r"no row is left to train on\n  .*24 of 24 rows dropped: 24 .*max_length 8"):
+    with pytest.raises(InputError, match=r"no rows left to train on\n  .*24 of 24 rows dropped: 24 .*max_length 8"):
         inspect_data(make_recipe(data={"max_length": 8, "overlong": "drop"}))
 
 
@@ -138,9 +138,9 @@ def test_held_out_rows_that_are_all_bad_are_an_error_and_no_evaluation_less(make
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"messages": []}\n{"messages": [{"role": "user", "content": "no answer"}]}\n')
     recipe = make_recipe(data={"eval_fraction": 0.0, "eval": str(bad), "on_bad_row": "skip"})
-    with pytest.raises(InputError, match=r"no row is left to evaluate on\n  .*bad.jsonl: 2 of 2 rows dropped"):
+    with pytest.raises(InputError, match=r"no rows left to evaluate on\n  .*bad.jsonl: 2 of 2 rows dropped"):
         inspect_data(recipe)
     run = train(make_recipe())
-    with pytest.raises(InputError, match=r"no row to evaluate on is left of .*bad.jsonl: all are dropped"):
+    with pytest.raises(InputError, match=r"no rows left to evaluate on in .*bad.jsonl: all were dropped"):
         evaluate(run.path, bad, ["data.on_bad_row=skip"])
     assert not run.eval_file.exists()

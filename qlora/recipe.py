@@ -273,7 +273,7 @@ class Training(Section):
     lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
     warmup_ratio: Share = 0.03
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    max_grad_norm: Annotated[float, Field(ge=0)] | None = 1.0
     neftune_noise_alpha: Annotated[float, Field(gt=0)] | None = None
     logging_steps: Positive = 1
     eval_steps: Positive | None = None

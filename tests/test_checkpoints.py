@@ -80,7 +80,7 @@ def stopped_and_resumed(monkeypatch, recipe, *steps):
     for number, step in enumerate(steps):
         for _ in stop_at(monkeypatch, step):
             with pytest.raises(
-                Interrupted, match=r"go on after step \d+ with:  qlora train .*/recipe.yaml --resume"
+                Interrupted, match=r"resume after step \d+ with:  qlora train .*/recipe.yaml --resume"
             ) as caught:
                 train(recipe, resume=number > 0)
         assert caught.value.exit_code == 143
@@ -423,16 +423,16 @@ def changed(recipe, *overrides):
 
 
 REFUSED = [
-    ("training.learning_rate=1e-3", "training.learning_rate: 0.01 then, 0.001 now"),
-    ("training.gradient_accumulation_steps=2", "training.gradient_accumulation_steps: 3 then, 2 now"),
-    ("training.seed=7", "training.seed: 42 then, 7 now"),
-    ("training.max_steps=3", "training.max_steps: 4 then, 3 now"),
-    ("lora.lora_dropout=0.2", "lora.lora_dropout: 0.1 then, 0.2 now"),
-    ("quantization.use_double_quant=false", "quantization.use_double_quant: true then, false now"),
-    ("quantization=null", 'quantization.quant_type: "nf4" then, null now'),
-    ("data.packing=true", "data.packing: false then, true now"),
+    ("training.learning_rate=1e-3", "training.learning_rate: was 0.01, is 0.001"),
+    ("training.gradient_accumulation_steps=2", "training.gradient_accumulation_steps: was 3, is 2"),
+    ("training.seed=7", "training.seed: was 42, is 7"),
+    ("training.max_steps=3", "training.max_steps: was 4, is 3"),
+    ("lora.lora_dropout=0.2", "lora.lora_dropout: was 0.1, is 0.2"),
+    ("quantization.use_double_quant=false", "quantization.use_double_quant: was true, is false"),
+    ("quantization=null", 'quantization.quant_type: was "nf4", is null'),
+    ("data.packing=true", "data.packing: was false, is true"),
     ("data.chat_template=chatml", "chat_template: "),
-    ("kernels=off", 'kernels: "auto" then, "off" now'),
+    ("kernels=off", 'kernels: was "auto", is "off"'),
 ]
 
 
@@ -458,7 +458,7 @@ def test_a_change_that_is_allowed_takes_effect(stopped):
 def test_other_rows_another_base_tokenizer_or_template_are_refused(stopped, rows, tmp_path, tiny_model):
     with open(rows[0], "a") as file:
         file.write(Path(rows[1]).read_text().splitlines()[0] + "\n")
-    with pytest.raises(InputError, match=r"data: .* then, .* now"):
+    with pytest.raises(InputError, match=r"data: was .*, is .*"):
         train(stopped, resume=True)
     Path(rows[0]).write_text("".join(line + "\n" for line in Path(rows[0]).read_text().splitlines()[:-1]))
 
@@ -511,7 +511,7 @@ def test_without_resume_an_unfinished_run_is_refused_and_the_way_on_is_named(sto
     with pytest.raises(InputError, match="--allow-change is for --resume"):
         train(stopped, allow_change=["training.seed"])
     shutil.rmtree(tmp_path / "run" / "checkpoints")
-    with pytest.raises(InputError, match="no checkpoint to go on from; remove the folder"):
+    with pytest.raises(InputError, match="no checkpoint to resume from; remove the folder"):
         train(stopped, resume=True)
     with pytest.raises(InputError, match="did not finish; remove it or set"):
         train(stopped)
@@ -574,7 +574,7 @@ def test_ranks_that_shrink_by_the_number_of_steps_do_not_get_more_of_them(recipe
     for _ in stop_at(monkeypatch, 2):
         with pytest.raises(Interrupted):
             train(recipe)
-    with pytest.raises(InputError, match=r"training\.max_steps: 9 then, 12 now"):
+    with pytest.raises(InputError, match=r"training\.max_steps: was 9, is 12"):
         train(changed(recipe, "training.max_steps=12"), resume=True)
 
 

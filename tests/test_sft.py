@@ -271,12 +271,13 @@ def test_a_warmup_starts_above_zero_and_is_never_the_whole_run(fit, num_steps, r
 
 
 def test_no_limit_on_the_norm_is_no_clipping(fit):
-    runs = {limit: fit(max_steps=2, max_grad_norm=limit, optim="adamw_torch") for limit in (None, 1e6, 1e-3)}
+    runs = {limit: fit(max_steps=2, max_grad_norm=limit, optim="adamw_torch") for limit in (None, 0, 1e6, 1e-3)}
     weights = {limit: trained(model) for limit, (model, _, _) in runs.items()}
     norms = [record["grad_norm"] for record in records(runs[None][2]) if "grad_norm" in record]
     assert norms
     assert min(norms) > 1e-3  # so that the last one is clipped
-    assert all(torch.equal(tensor, weights[1e6][name]) for name, tensor in weights[None].items())
+    for unlimited in (0, 1e6):
+        assert all(torch.equal(tensor, weights[unlimited][name]) for name, tensor in weights[None].items())
     assert not all(torch.equal(tensor, weights[1e-3][name]) for name, tensor in weights[None].items())
 
 

@@ -20,7 +20,17 @@ from safetensors import safe_open
 
 from .. import memory
 from ..errors import DoesNotFit, InputError
-from .folder import Checkpoint, add_tokens, find, load_config, load_tokenizer, read_config, said, weight_files
+from .folder import (
+    Checkpoint,
+    add_tokens,
+    find,
+    load_config,
+    load_tokenizer,
+    read_config,
+    refuse_generation,
+    said,
+    weight_files,
+)
 from .limits import num_positions, refuse_rows
 
 __all__ = [
@@ -31,6 +41,7 @@ __all__ = [
     "load_tokenizer",
     "num_positions",
     "read_config",
+    "refuse_generation",
     "refuse_rows",
     "weight_files",
 ]

@@ -137,6 +137,11 @@ def _refuse_folder(folder):
                 f"{folder / 'config.json'}: {name} {value!r} names code on the hub, which transformers would get and run; "
                 "take it out of the file (recipes have model.attn_implementation)"
             )
+    refuse_generation(folder)
+
+
+def refuse_generation(folder):
+    """Raise InputError if the folder has a generation_config.json that does not say which tokens end an answer."""
     generation = folder / "generation_config.json"
     if generation.is_file():
         ends = files.read_object(generation).get("eos_token_id")

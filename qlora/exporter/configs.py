@@ -25,11 +25,11 @@ _HAS_LOCAL_ROPE = ("gemma3", "gemma3_text", "gemma3n", "gemma3n_text")
 _ROPE_NAMES = dict.fromkeys(("gpt_neox", "gpt_neox_japanese"), ("rotary_emb_base", "rotary_pct"))
 
 
-def write(folder, checkpoint, section, config, tokenizer, dtype):
+def write(folder, checkpoint, section, config, tokenizer, dtype, generation=None):
     """Write config.json, generation_config.json, tokenizer files and remote code into `folder`.
 
     checkpoint, section: the base and the recipe's section `model`. config, tokenizer: of the merged model. dtype: its
-    name.
+    name. generation: a Checkpoint whose folder has the generation_config.json to write; by default the base.
 
     Raises:
         ProofFailed: what was written does not read as config and tokenizer of the merged model.
@@ -37,7 +37,7 @@ def write(folder, checkpoint, section, config, tokenizer, dtype):
     before = base_model.read_config(checkpoint, section)
     raw = files.read_object(checkpoint.folder / "config.json")
     write_json(folder / "config.json", model_config(raw, _as_dict(before), _as_dict(config), dtype))
-    _write_generation_config(folder, checkpoint, config, tokenizer)
+    _write_generation_config(folder, generation or checkpoint, config, tokenizer)
     _write_tokenizer(folder, checkpoint.folder, base_model.load_tokenizer(checkpoint.folder, section), tokenizer)
     has_code = [path for path in folder.glob("*config.json") if files.read_object(path).get("auto_map")]
     for code in checkpoint.folder.glob("*.py") if has_code else []:

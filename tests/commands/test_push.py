@@ -368,21 +368,21 @@ def flip(path):
 
 REFUSED = {
     "an export that was not proven": (
-        "model", lambda f: change_json(f / "export_report.json", verified=False), "without its proof"
+        "model", lambda f: change_json(f / "export_report.json", verified=False), "without a proof"
     ),
-    "an export without its report": ("model", lambda f: (f / "export_report.json").unlink(), "is no export"),
-    "a report that is none": ("model", lambda f: (f / "export_report.json").write_text("[1]"), "not what export wrote"),
-    "a report of another GGUF": ("model", lambda f: change_json(f / "export_report.json", gguf="x"), "not what export wrote"),
+    "an export without its report": ("model", lambda f: (f / "export_report.json").unlink(), "is not an export"),
+    "a report that is none": ("model", lambda f: (f / "export_report.json").write_text("[1]"), "not the report"),
+    "a report of another GGUF": ("model", lambda f: change_json(f / "export_report.json", gguf="x"), "not the report"),
     "a config that is cut off": ("model", lambda f: (f / "config.json").write_text("{"), "config.json is not JSON"),
     "a tokenizer that is a web page": ("model", lambda f: (f / "tokenizer.json").write_text("<html>"), "is a web page"),
     "a card that is no text": ("model", lambda f: (f / "README.md").write_bytes(b"\xff"), "README.md line 1: not UTF-8"),
     "weights that are cut off": ("model", lambda f: flip(f / "model.safetensors"), "model.safetensors is not a whole"),
     "no weights": ("model", lambda f: (f / "model.safetensors").unlink(), "no model.safetensors"),
-    "a model without its card": ("model", lambda f: (f / "README.md").unlink(), "README.md is missing; export again"),
+    "a model without its card": ("model", lambda f: (f / "README.md").unlink(), "README.md is missing; export it again"),
     "a model without its tokenizer": ("model", lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json is missing"),
     "a card without metadata": ("model", lambda f: (f / "README.md").write_text("# mine"), "does not begin with metadata"),
     "a link": (
-        "model", lambda f: ((f / "tokenizer.model").symlink_to("/etc/passwd")), "tokenizer.model is a link to /etc/passwd"
+        "model", lambda f: ((f / "tokenizer.model").symlink_to("/etc/passwd")), "a symbolic link to /etc/passwd"
     ),
     "a token in a file": (
         "model", lambda f: (f / "chat_template.jinja").write_text("hf_" + "x" * 34), "chat_template.jinja contains a token"
@@ -400,10 +400,10 @@ REFUSED = {
     "an adapter that is cut off": (
         "run", lambda f: flip(f / "adapter" / "adapter_model.safetensors"), "changed since the training"
     ),
-    "an adapter by itself": ("run/adapter", lambda f: None, "give the run that it lies in"),
+    "an adapter by itself": ("run/adapter", lambda f: None, "give the run folder that contains it"),
     "a run without its record": ("run", lambda f: (f / "metrics.jsonl").unlink(), "is damaged"),
-    "a folder of something else": ("run/checkpoints", lambda f: None, "is no export"),
-    "nothing": ("none", lambda f: None, "no run and no model at"),
+    "a folder of something else": ("run/checkpoints", lambda f: None, "is not an export"),
+    "nothing": ("none", lambda f: None, "neither a run nor a model at"),
 }  # fmt: skip
 
 
@@ -454,7 +454,7 @@ def test_a_push_that_is_stopped_leaves_all_of_it_or_none(run, hub, place):
         pushed()
     assert (stopped.value.exit_code, stopped.value.message) == (
         143,
-        "push stopped; me/mine has all files of it or none",
+        "push interrupted; me/mine has either all of its files or none",
     )
     assert hub.repos["me/mine"]["files"].keys() in (set(), ADAPTER)
 

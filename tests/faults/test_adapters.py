@@ -276,7 +276,7 @@ def swapped(trained, model, out):
             lambda: export(trained / "adapter", out, model=trained / "adapter"), r"is an adapter, not a model.*give the model"
         ),
         "export ADAPTER --model RUN": (lambda: export(trained / "adapter", out, model=trained), "no config.json"),
-        "export RUN --model MODEL": (lambda: export(trained, out, model=model), "is a run, which knows its base"),
+        "export RUN --model MODEL": (lambda: export(trained, out, model=model), "is a run, which records its base"),
         "export RUN --out MODEL": (lambda: export(trained, model), "is not empty; export never overwrites"),
         "export FILE": (lambda: export(data, out), "is not a run folder"),
         "chat ADAPTER": (lambda: chat(trained / "adapter", "x"), "is an adapter, not a model"),

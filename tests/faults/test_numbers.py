@@ -111,7 +111,7 @@ def test_a_few_in_a_row_end_the_run_with_a_checkpoint_of_finite_numbers(overflow
     recipe = overflowing(set(range(1, 13)), save_steps=100)
     pattern = (
         r"the loss is nan with training row \d+ in step 3; it was not taken, nor were others before, 3 in a row\. Lower "
-        r"training.learning_rate, or look at these rows: .*; go on after step 3 with:  qlora train .* --resume"
+        r"training.learning_rate, or look at these rows: .*; resume after step 3 with:  qlora train .* --resume"
     )
     with pytest.raises(TrainingFailed, match=pattern):
         train(recipe)
@@ -182,7 +182,7 @@ def test_a_run_that_diverges_is_paused_and_its_last_good_checkpoint_kept(make_re
     kept = [path.name.removeprefix("step-") for path in (run / "checkpoints").iterdir()]
     steps = sorted(int(name) for name in kept if name.isdigit())
     assert all(name.partition(".")[2] in {"", "diverged-1"} for name in kept)
-    assert f"go on after step {steps[-1]} with:  qlora train {run}/recipe.yaml --resume" in str(caught.value)
+    assert f"resume after step {steps[-1]} with:  qlora train {run}/recipe.yaml --resume" in str(caught.value)
     assert steps[-1] <= len(losses) - 3  # another was due since, when the loss was high already
     assert max(losses[steps[-1] - 2 : steps[-1]]) < losses[-1]
     assert not (run / "adapter").exists()

@@ -272,7 +272,7 @@ NONE_LEFT = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (5, 5))
 LIMITS = {
     "a long name of an export": (["export", "RUN", "--out", LONG], "", "n: File name too long; choose a shorter name"),
     "a long name of a run": (["train", "RECIPE", f"output_dir={LONG}"], "", "File name too long; choose a shorter name"),
-    "a folder that is gone": (["eval", "RUN"], GONE, "the folder that this was started in: No such file or directory; cd to"),
+    "a folder that is gone": (["eval", "RUN"], GONE, "the current directory: No such file or directory; cd to"),
     "a limit on files": (["export", "RUN", "--out", "out"], FILES, "out.partial/model.safetensors: File too large"),
     "no more files may be open": (["plan", "RECIPE"], NONE_LEFT, "Too many open files"),
 }  # fmt: skip

@@ -140,7 +140,7 @@ def test_a_signal_saves_and_says_how_to_go_on_and_that_works(endless, recipe_fil
     _, said = process.communicate(timeout=60)
     assert process.returncode == code, said
     assert "Traceback" not in said
-    (command,) = re.findall(r"^qlora: stopped; go on after step \d+ with:  qlora (train .* --resume)$", said, re.M)
+    (command,) = re.findall(r"^qlora: stopped; resume after step \d+ with:  qlora (train .* --resume)$", said, re.M)
     (folder,) = (tmp_path / "run" / "checkpoints").iterdir()
     step = int(folder.name.removeprefix("step-"))
     if number == signal.SIGINT:

@@ -8,6 +8,7 @@ X.quant_state.bitsandbytes__nf4, the rest (shape, block sizes) as JSON in bytes.
 from __future__ import annotations
 
 import math
+import re
 
 import torch
 from safetensors import safe_open
@@ -46,8 +47,16 @@ def refuse_unsupported(config, path):
     storage, skipped = (stored.get(name) for name in ("bnb_4bit_quant_storage", "llm_int8_skip_modules"))
     if storage not in (None, "uint8"):
         raise InputError(f"{path}: bnb_4bit_quant_storage is {storage!r}, only uint8 is supported; {_REMEDY}")
-    if not (skipped is None or (isinstance(skipped, list) and all(isinstance(name, str) for name in skipped))):
+    if not (skipped is None or (isinstance(skipped, list) and all(map(_is_expression, skipped)))):
         raise InputError(f"{path}: llm_int8_skip_modules {skipped!r} is not a list of names; download the model again")
+
+
+def _is_expression(name):
+    """True for what transformers can match the names of modules with."""
+    try:
+        return isinstance(name, str) and bool(re.compile(name))
+    except re.error:
+        return False
 
 
 def settle(recipe, config, checkpoint):
@@ -120,7 +129,7 @@ def refuse_other_codes(checkpoint, config, expected):
     """
     found = {name for name in checkpoint.files if holds_codes(checkpoint, name)}
     problems = [
-        f"{name}: 4-bit codes, but 16-bit by config.json, or no layer" for name in sorted(found - expected.keys())
+        f"{name}: 4-bit codes, but config.json has no 4-bit layer here" for name in sorted(found - expected.keys())
     ]
     problems += [f"{name}: no 4-bit codes, but 4-bit by config.json" for name in sorted(expected.keys() - found)]
     nested = bool(stored_quantization(config).get("bnb_4bit_use_double_quant"))

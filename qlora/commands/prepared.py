@@ -39,8 +39,10 @@ def prepare(recipe: Recipe, weights=True) -> Prepared:
     """
     checkpoint = base_model.find(recipe.model, weights)
     config = base_model.load_config(checkpoint, recipe.model)
-    generation_config, chat_template = checkpoint.generation_config(), recipe.data.chat_template
-    tokenizer, template = open_tokenizer(checkpoint.folder, recipe.model, generation_config, chat_template)
+    generation_config = checkpoint.generation_config()
+    tokenizer, template = open_tokenizer(
+        checkpoint.folder, recipe.model, generation_config, recipe.data.chat_template, recipe.data.system_as_user
+    )
 
     seed = recipe.training.seed
     with console.Reading() as reading:
@@ -67,6 +69,7 @@ def prepare(recipe: Recipe, weights=True) -> Prepared:
         recipe.training.per_device_train_batch_size * recipe.training.gradient_accumulation_steps,
     )
     named = [*recipe.data.train, *(recipe.data.eval or [])]
+    report["ignored_nothing"] = _ignored_nothing(recipe.data.ignore_keys, report)
     report["not_read"] = sorted({path for source in named for path in data.not_read(source)})
     report |= {"eval_rows": len(held_out), **data.copies(once, held_out)}
     return Prepared(checkpoint, config, tokenizer, template, [*parts, *eval_parts], examples, held_out, batches, report)
@@ -114,6 +117,8 @@ def say_report(prepared: Prepared):
         )
         for line in page.altered(source):
             console.say(f"          {line}")
+    for key in report["ignored_nothing"]:
+        console.say(f"          data.ignore_keys: {key}: no row has this key")
     for path in report["not_read"]:
         console.say(f"          {path} describes data sets; not read as rows")
     console.say(
@@ -131,6 +136,12 @@ def say_report(prepared: Prepared):
     elif isinstance(batches, data.Batches):
         console.say(f"batches   {report['rows']:,} rows in {len(batches):,} micro-batches")
     console.say(f"template  {prepared.template}")
+
+
+def _ignored_nothing(ignore_keys, report):
+    """Return the keys of data.ignore_keys that no row has."""
+    found = {key for source in report["sources"] for key in source["unused"]}
+    return [key for key in ignore_keys or () if key not in found]
 
 
 def _dropped(source):

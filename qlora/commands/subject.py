@@ -55,16 +55,17 @@ def open_subject(target, overrides=()) -> Subject:
     return Subject(model, tokenizer, chat.stop_token_ids(tokenizer, model.generation_config), None, None)
 
 
-def open_tokenizer(folder, section, generation_config, chat_template=None):
+def open_tokenizer(folder, section, generation_config, chat_template=None, system_as_user=False):
     """Return the tokenizer in `folder`, knowing what a conversation needs, and in words which chat template it has.
 
     It gets the new tokens of `section` (the recipe's `model`), the template `chat_template` (None: its own, or a built-in
-    one) and the tokens at which generation ends by `generation_config` (None: the model has none).
+    one; system_as_user: see `chat.set_template`) and the tokens at which generation ends by `generation_config` (None: the model
+    has none).
     """
     tokenizer = base_model.load_tokenizer(folder, section)
     new_tokens = section.new_tokens or []
     base_model.add_tokens(tokenizer, new_tokens, chat.template_text(tokenizer, chat_template, new_tokens))
-    template = chat.set_template(tokenizer, chat_template)
+    template = chat.set_template(tokenizer, chat_template, system_as_user)
     chat.know_stops(tokenizer, generation_config)
     return tokenizer, template
 

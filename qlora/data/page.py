@@ -8,7 +8,7 @@ from pathlib import Path
 import jinja2
 import numpy as np
 
-from .chat import IGNORE_INDEX
+from .examples import IGNORE_INDEX
 
 BARS = 10
 
@@ -51,6 +51,15 @@ def altered(source):
         lines.append("unused keys: " + ", ".join(f"{key} ({count:,} rows)" for key, count in source["unused"].items()))
     if source["rows_merged"]:
         lines.append(f"{source['rows_merged']:,} rows had consecutive assistant messages merged into one turn")
+    if source["rows_without_thoughts"]:
+        lines.append(f"{source['rows_without_thoughts']:,} rows had their thoughts removed (data.thoughts=drop)")
+    if source["conversations_by_answer"]:
+        times = source["tokens_by_answer"] / source["tokens_of_conversations"]
+        lines.append(
+            f"{source['conversations_by_answer']:,} conversations became {source['answers_by_answer']:,} training rows, one per "
+            f"answer ({times:.1f}x the tokens): the template shows earlier turns differently once later ones follow, or an "
+            "answer's first characters would merge with the prompt; data.train_on=last_assistant trains on last answers only"
+        )
     if source["rows_with_nulls"]:
         lines.append(
             f"{source['rows_with_nulls']:,} rows had null fields removed from tool calls or tool schemas (to keep them, "

@@ -442,7 +442,7 @@ def _override(values, lines, overrides):
         node = values
         for index, part in enumerate(parts[:-1]):
             if isinstance(node.get(part), list):
-                raise InputError(f"{shown}: {explain.dotted(parts[: index + 1])} is a list; give the whole of it")
+                raise InputError(f"{shown}: {explain.dotted(parts[: index + 1])} is a list; give the whole list")
             if not isinstance(node.get(part), dict):
                 node[part] = {}
             node = node[part]

@@ -256,7 +256,7 @@ def test_the_state_of_another_optimizer_is_refused():
     parameter.grad = torch.ones_like(parameter)
     for first, second in ((one, other), (other, one)):
         first.step()
-        with pytest.raises(InputError, match="cannot go on with another training"):
+        with pytest.raises(InputError, match="resume with the training"):
             checkpoints.restore_optimizer(second, ["p"], *checkpoints.optimizer_state(first, ["p"]))
         second.state.clear()
 
@@ -350,7 +350,7 @@ def test_a_whole_checkpoint_of_another_run_or_under_another_name_is_skipped(kept
     shutil.copytree(kept.folder / "step-10", kept.folder / "step-50")
     path, reasons = kept.newest()
     assert path == kept.folder / "step-30"
-    assert [reason.rpartition(": ")[2] for reason in reasons] == ["format 2, step 10", "of another run"]
+    assert [reason.rpartition(": ")[2] for reason in reasons] == ["format 2, step 10", "belongs to another run"]
 
 
 def test_rotation_removes_only_what_this_run_made_and_only_older_ones(kept, tmp_path):
@@ -483,8 +483,8 @@ def test_other_rows_another_base_tokenizer_or_template_are_refused(stopped, rows
 
 def test_what_cannot_be_continued_says_so_even_if_it_is_allowed(stopped):
     for override, expected in (
-        ("lora.r=8", "of another adapter"),
-        ("training.optim=adamw_torch", "another training.optim"),
+        ("lora.r=8", "has another adapter"),
+        ("training.optim=adamw_torch", "resume with the training.optim of the run"),
     ):
         with pytest.raises(InputError, match=expected):
             train(changed(stopped, override), True, [override.partition("=")[0]])
@@ -504,7 +504,7 @@ def test_settings_that_change_no_weight_may_change(stopped, recipe_of):
 
 
 def test_without_resume_an_unfinished_run_is_refused_and_the_way_on_is_named(stopped, tmp_path):
-    with pytest.raises(InputError, match=r"go on with `qlora train .*run/recipe.yaml --resume`, remove it or set"):
+    with pytest.raises(InputError, match=r"resume it with `qlora train .*run/recipe.yaml --resume`, remove it or set"):
         train(stopped)
     with pytest.raises(InputError, match="contains no run to resume; leave --resume out"):
         train(changed(stopped, f"output_dir={tmp_path / 'none'}"), resume=True)
@@ -513,7 +513,7 @@ def test_without_resume_an_unfinished_run_is_refused_and_the_way_on_is_named(sto
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     with pytest.raises(InputError, match="no checkpoint to resume from; remove the folder"):
         train(stopped, resume=True)
-    with pytest.raises(InputError, match="did not finish; remove it or set"):
+    with pytest.raises(InputError, match="contains an unfinished run; remove it or set"):
         train(stopped)
 
 
@@ -607,7 +607,7 @@ def test_numbers_that_are_not_finite_never_reach_a_checkpoint(recipe_of, monkeyp
             self.masters[0].data[0, 0] = float("nan")
 
     monkeypatch.setattr(sft.MasterWeights, "clear_gradients", poison)
-    with pytest.raises(TrainingFailed, match=r"weights/.* holds numbers that are not finite after step 5"):
+    with pytest.raises(TrainingFailed, match=r"weights/.* contains non-finite values after step 5"):
         train(recipe_of("run", save_steps=1))
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["step-3", "step-4"]
 

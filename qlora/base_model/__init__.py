@@ -207,7 +207,7 @@ def _refuse_not_finite(checkpoint, section):
             for key in file.keys():  # noqa: SIM118
                 tensor = file.get_tensor(key)  # mapped: what is read here is in memory when the model is loaded
                 if tensor.is_floating_point() and tensor.numel() and not _is_finite(tensor):
-                    wrong[key] = f"{key}: holds numbers that are not finite ({name})"
+                    wrong[key] = f"{key}: contains non-finite values ({name})"
     unused = _left_in_the_files(checkpoint, section, wrong) if wrong else set()
     problems = [problem for key, problem in wrong.items() if key not in unused]
     if problems:

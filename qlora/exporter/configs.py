@@ -214,7 +214,9 @@ def refuse_misread(folder, section, config, tokenizer):
         problems.append("tokenizer.json: encodes text differently from the tokenizer of the training")
     if problems:
         raise ProofFailed(
-            "\n  ".join([f"the files beside the weights are wrong, {len(problems)} problems:", *problems])
+            "\n  ".join(
+                [f"the config and tokenizer files of the export are wrong, {len(problems)} problems:", *problems]
+            )
         )
 
 

@@ -145,7 +145,7 @@ def test_only_low_rank_updates_on_one_base_add_up(runs, two, tmp_path):
     dora = runs("dora", lora={"r": 4, "use_dora": True})
     head = runs("head", lora={"r": 4, "modules_to_save": ["lm_head"]})
     mistral = runs("mistral", family="mistral")
-    for run, expected in ((dora, "DoRA adapters rescale"), (head, "with trained biases or modules it cannot be added"),
+    for run, expected in ((dora, "DoRA adapters rescale"), (head, "has trained biases or modules, so it cannot be added"),
                           (mistral, "trained on another base")):  # fmt: skip
         with pytest.raises(InputError, match=expected):
             export([f"{two[0].path}:1", f"{run.path}:1"], tmp_path / "out")
@@ -210,7 +210,7 @@ def test_a_run_that_cannot_be_switched_to_changes_nothing(two, runs, tiny_model,
         ),
         ("nowhere", "no run at nowhere"),
         (str(runs("mistral", family="mistral").path), "trained on another base"),
-        (str(runs("head", lora={"r": 4, "modules_to_save": ["lm_head"]}).path), "cannot lie beside another"),
+        (str(runs("head", lora={"r": 4, "modules_to_save": ["lm_head"]}).path), "cannot be loaded beside another"),
     ):
         with pytest.raises(InputError, match=expected):
             switch(subject, name)

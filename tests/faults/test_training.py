@@ -249,7 +249,7 @@ def test_a_disk_that_is_full_leaves_the_checkpoints_that_are_there(recipe_file, 
 
     monkeypatch.setattr(checkpoints, "save_file", full)
     recipe = Recipe.load(recipe_file)
-    with pytest.raises(InputError, match=r"No space left on device; a checkpoint takes [\d,]+ bytes, [\d,]+ are free"):
+    with pytest.raises(InputError, match=r"No space left on device; a checkpoint needs [\d,]+ bytes, [\d,]+ are free"):
         train(recipe)
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["step-1", "step-2"]
     run = train(recipe, resume=True)

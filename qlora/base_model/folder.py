@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from .. import files
 from ..errors import InputError
 from ..rundir import sha256
+from . import multimodal
 
 
 @dataclass(frozen=True)
@@ -247,7 +248,11 @@ def _names(checkpoint, section, ids):
 
 
 def read_config(checkpoint, section):
-    """Return the transformers config as the files have it; raises what `load_config` does."""
+    """Return the transformers config as the files have it, of a multimodal model that of its text half.
+
+    Raises:
+        InputError: as `load_config` does.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     path = checkpoint.folder / "config.json"
@@ -255,14 +260,9 @@ def read_config(checkpoint, section):
         config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=section.trust_remote_code)
     except Exception as error:  # its class computes with what the file says, and divides by zero heads
         raise InputError(f"{path}: {said(error)}") from None
-    other_parts = sorted(
-        name for name in type(config).sub_configs if name != "text_config" and getattr(config, name, None) is not None
-    )
-    if any(re.search("vision|image|video|audio|speech", name) for name in other_parts):
-        raise InputError(
-            f"{checkpoint.folder}: a multimodal checkpoint ({config.model_type}, with {', '.join(other_parts)}); its text "
-            "half is not supported yet; take a text-only model of this family"
-        )
+    text_half = multimodal.text_config(config, checkpoint.folder)
+    if text_half is not None:
+        return text_half
     known = type(config) in AutoModelForCausalLM._model_mapping or "AutoModelForCausalLM" in getattr(
         config, "auto_map", {}
     )

@@ -178,7 +178,7 @@ def _write(trained, plan, folder, base, device):
         Cores(device) as cores,
     ):
         merging = merge.Merge(reader, plan, trained.adapter, how, device, cores.map)
-        writer.write(folder, plan.specs, merging.pieces, max_bytes, advance)
+        writer.write(folder, plan.written, merging.pieces, max_bytes, advance)
     different = sorted(name for name, same in merging.digests.items() if not same)
     if different:
         layers = f"{len(different)} layer{'s' if len(different) > 1 else ''}"
@@ -191,6 +191,7 @@ def _write(trained, plan, folder, base, device):
     configs.write(folder, trained.checkpoint, trained.recipe.model, plan.config, trained.tokenizer, dtype)
     console.say(
         f"wrote     {len(plan.specs)} tensors, {console.size(plan.num_bytes)} of {dtype}, {len(merging.modules)} merged"
+        + (f", {len(plan.kept)} that are not text copied as they are" if plan.kept else "")
         + (f"; {len(merging.digests)} have the 4-bit codes of the training" if merging.digests else "")
     )
     return merging

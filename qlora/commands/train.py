@@ -330,6 +330,9 @@ def _print_model(checkpoint, model, quantized, recipe):
     trainable, total = base_model.num_parameters(model)
     how = f"{len(quantized)} linear layers in {recipe.quantization.quant_type}" if quantized else "not quantized"
     console.say(f"base      {checkpoint.name_or_path}: {total - trainable:,} parameters, {how}, on {model.device}")
+    half = base_model.half_of(checkpoint)
+    if half is not None:
+        console.say(f"          multimodal checkpoint: training the text half; {half}")
     console.say(f"adapter   {_kind(recipe.lora)}, {trainable:,} trainable parameters ({trainable / total:.2%})")
     if checkpoint.new_tokens:
         console.say(

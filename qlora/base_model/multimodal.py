@@ -20,9 +20,10 @@ from .. import files
 from ..errors import InputError
 
 # Whose text half computes what the whole model computes of text: tests/test_multimodal.py compares the logits.
-FAMILIES = ("gemma3", "mistral3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5")
+FAMILIES = ("gemma3", "gemma4", "internvl", "llava", "mistral3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl",
+            "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")  # fmt: skip
 # Of these transformers has the text model and no class with a head on it.
-_WITHOUT_HEAD = ("qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text")
+_WITHOUT_HEAD = ("qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text", "qwen3_vl_moe_text")
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,10 @@ class Half:
 
     def name_in_files(self, name):
         """Return what the files of the whole model call parameter `name` of the text half, there or not."""
-        return self.names.get(name) or _whole_name(self.model, name)
+        if name in self.names:
+            return self.names[name]
+        outer, inner = next(pair for pair in _prefixes(self.model).items() if name.startswith(pair[1]))
+        return outer + name.removeprefix(inner)
 
     def __str__(self):
         return f"{len(self.kept)} other tensors ({', '.join(self.parts)}) are kept as they are"
@@ -127,23 +131,23 @@ def half_of(checkpoint):
     mapping = get_model_conversion_mapping(model)
     renamings = [one for one in mapping if isinstance(one, WeightRenaming)]
     converters = [one for one in mapping if not isinstance(one, WeightRenaming)]
-    state, decoder, names, whole, kept, unknown = model.state_dict(), _decoder_name(model), {}, {}, {}, []
+    state, text, names, whole, kept, unknown = model.state_dict(), _prefixes(model), {}, {}, {}, []
     ignored = model._keys_to_ignore_on_load_unexpected or ()
     for stored in sorted(checkpoint.files):
         renamed, _ = rename_source_key(stored, renamings, [], model.base_model_prefix, state)
-        if renamed.startswith(f"{decoder}."):
-            names["model." + renamed.removeprefix(f"{decoder}.")] = stored
-        elif renamed.startswith("lm_head."):
-            names[renamed] = stored
+        prefix = next((prefix for prefix in text if renamed.startswith(prefix)), None)
+        if prefix is not None:
+            names[text[prefix] + renamed.removeprefix(prefix)] = stored
         else:
             final, _ = rename_source_key(stored, renamings, converters, model.base_model_prefix, state)
             kept[stored] = final
             if final not in state and not any(re.search(pattern, final) for pattern in ignored):
                 unknown.append(f"not used by this architecture: {stored}")
         whole[renamed] = stored
-    text = (f"{decoder}.", "lm_head.")
     tied = getattr(model, "all_tied_weights_keys", None) or {}
-    missing = sorted(name for name in state.keys() - set(kept.values()) - tied.keys() if not name.startswith(text))
+    missing = sorted(
+        name for name in state.keys() - set(kept.values()) - tied.keys() if not name.startswith(tuple(text))
+    )
     problems = unknown + [f"missing: {name} (of the part that is no text)" for name in missing if not converters]
     if problems:
         raise InputError.listing(
@@ -153,13 +157,11 @@ def half_of(checkpoint):
     return Half(names, whole, list(kept), parts, model)
 
 
-def _decoder_name(model):
-    return next(name for name, module in model.named_modules() if module is model.get_decoder())
-
-
-def _whole_name(model, name):
-    text = name.startswith("model.")
-    return f"{_decoder_name(model)}.{name.removeprefix('model.')}" if text else name
+def _prefixes(model):
+    """Return {prefix of parameters of the whole model: what stands there in the text half}."""
+    decoder = model.get_decoder()
+    name = next(name for name, module in model.named_modules() if module is decoder)
+    return {f"{name}.": "model.", "lm_head.": "lm_head."}
 
 
 def _with_head(text_model):

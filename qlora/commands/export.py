@@ -95,6 +95,7 @@ def _export(trained, out, inputs, compare_bases, gguf, start):
             "live_model": trained.live_model,
             **_what_merging_did(trained, merging),
             "new_tokens": trained.checkpoint.new_tokens,
+            "kept_tensors": len(plan.kept),
             "bytes": plan.num_bytes,
             "write_seconds": wrote,
             "peak_bytes": peak.bytes,

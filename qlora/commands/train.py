@@ -111,7 +111,9 @@ def _train(recipe, resumed):
             model = adapter.attach(
                 model, recipe.lora, recipe.training.seed, checkpoint.new_tokens.values(), checkpoint, prepared.examples
             )
+        half = base_model.half_of(checkpoint)
         environment = _environment(checkpoint, quantized, hashes, prepared.parts, model.device)
+        environment["base_model"]["kept_tensors"] = len(half.kept) if half else 0
         if resumed is not None:
             _say_resumed(resumed, environment)
             environment["id"] = resumed.environment["id"]
@@ -126,7 +128,7 @@ def _train(recipe, resumed):
             write_json(run.proof_rows_file, proof.to_json(rows, "held-out rows" if len(held_out) else "training rows"))
             write_json(run.environment_file, environment)
 
-        _print_model(checkpoint, model, quantized, recipe)
+        _print_model(checkpoint, model, quantized, recipe, half)
         # a signal is noted until adapter/ is there: what training has made is never thrown away
         with kernels.installed(model, recipe.kernels) as installed, console.Steps() as steps, signals.noted() as stop:
             if recipe.data.packing and not (installed.joined or kernels.attention.joins(model.get_base_model())):
@@ -324,13 +326,12 @@ def _kind(lora):
     return f"{'DoRA, ' if lora.use_dora else ''}r = {lora.r}{start}"
 
 
-def _print_model(checkpoint, model, quantized, recipe):
+def _print_model(checkpoint, model, quantized, recipe, half):
     from .. import base_model
 
     trainable, total = base_model.num_parameters(model)
     how = f"{len(quantized)} linear layers in {recipe.quantization.quant_type}" if quantized else "not quantized"
     console.say(f"base      {checkpoint.name_or_path}: {total - trainable:,} parameters, {how}, on {model.device}")
-    half = base_model.half_of(checkpoint)
     if half is not None:
         console.say(f"          multimodal checkpoint: training the text half; {half}")
     console.say(f"adapter   {_kind(recipe.lora)}, {trainable:,} trainable parameters ({trainable / total:.2%})")

@@ -74,8 +74,6 @@ def model_config_of_whole(raw, before, after, dtype):
     dtypes = dict.fromkeys(("dtype", "torch_dtype"), dtype)
     nested = isinstance(raw.get("text_config"), dict)  # Qwen2-VL's files have the text's settings at the top
     text = _changed(raw["text_config"] if nested else raw, before, after)
-    if "rope_parameters" in text:
-        text |= {name: value for name, value in _rope(after).items() if name not in text}
     text |= {name: value for name, value in dtypes.items() if name in text}
     result = raw | {"text_config": text} if nested else text
     if before["tie_word_embeddings"] != after["tie_word_embeddings"]:
@@ -115,8 +113,7 @@ def _rope(settings):
     scaling = dict(rope)
     old = {name: scaling.pop(new, None) for name, new in ((theta, "rope_theta"), (partial, "partial_rotary_factor"))}
     found |= {name: value for name, value in old.items() if value is not None}
-    is_plain = scaling.get("rope_type", "default") == "default" and scaling.keys() <= {"rope_type"}
-    found["rope_scaling"] = None if is_plain else scaling  # "default" with mrope_section is the one of Qwen2-VL
+    found["rope_scaling"] = None if scaling.get("rope_type", "default") == "default" else scaling
     return found
 
 

@@ -16,7 +16,7 @@ from qlora.commands.push import push
 from qlora.commands.train import train
 from qlora.errors import InputError
 from qlora.recipe import Model
-from tests.conftest import VOCAB_SIZE, make_tokenizer
+from tests.conftest import CHATML, VOCAB_SIZE, make_tokenizer
 
 _TEXT = {
     "vocab_size": VOCAB_SIZE,
@@ -231,7 +231,7 @@ def as_on_the_hub(folder, out):
 def test_names_and_config_of_the_hub_are_kept(checkpoint, make_recipe, tmp_path):
     folder = as_on_the_hub(checkpoint("qwen2_5_vl"), tmp_path / "hub")
     assert torch.equal(whole_logits(folder, IDS), whole_logits(checkpoint("qwen2_5_vl"), IDS))
-    run = train(make_recipe(model={"name_or_path": str(folder)}))
+    run = train(make_recipe(model={"name_or_path": str(folder)}, lora={"init_lora_weights": "loftq"}))  # reads the files
     assert export(run.path, tmp_path / "out", dtype="bfloat16")["verified"]
     assert (tmp_path / "out" / "config.json").read_bytes() == (folder / "config.json").read_bytes()
     written, tensors = (load_file(one / "model.safetensors") for one in (tmp_path / "out", folder))
@@ -252,6 +252,17 @@ def test_older_names_of_the_other_half_are_known_and_kept(checkpoint, make_recip
     assert [one["model"].split(",")[0] for one in report["comparison"]] == ["dequantized base", "original base"] * 2
     written, tensors = (load_file(one / "model.safetensors") for one in (tmp_path / "out", tmp_path / "hub"))
     assert written.keys() == tensors.keys()
+
+
+def test_the_template_of_the_processor_is_the_one_that_is_trained(checkpoint, make_recipe, tmp_path, capsys):
+    section = damaged(checkpoint("gemma3"), tmp_path / "base", lambda tensors: None)
+    (tmp_path / "base" / "chat_template.jinja").unlink()
+    (tmp_path / "base" / "chat_template.json").write_text(json.dumps({"chat_template": CHATML}))
+    run = train(make_recipe(model=section.model_dump()))
+    assert "template the model's own" in said(capsys)
+    export(run.path, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "chat_template.json").read_text()) == {"chat_template": CHATML}
+    assert not (tmp_path / "out" / "chat_template.jinja").exists()
 
 
 def test_new_tokens_grow_the_text_half_alone(checkpoint, make_recipe, tmp_path):

@@ -297,6 +297,9 @@ def load_tokenizer(folder, section):
         if (folder / "tokenizer.json").is_file():
             files.read_object(folder / "tokenizer.json")
         raise InputError(f"{folder}: no usable tokenizer: {said(error)}") from None
+    of_processor = folder / "chat_template.json"  # where older multimodal models have their template
+    if tokenizer.chat_template is None and of_processor.is_file():
+        tokenizer.chat_template = files.read_object(of_processor).get("chat_template")
     for name, kinds in (("chat_template", (str, dict, type(None))), ("model_max_length", (int, float))):
         if not isinstance(getattr(tokenizer, name), kinds):
             raise InputError(f"{folder / 'tokenizer_config.json'}: {name} cannot be {getattr(tokenizer, name)!r}")

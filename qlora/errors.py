@@ -18,14 +18,16 @@ class InputError(QLoRAError):
     exit_code = 2
 
     @classmethod
-    def listing(cls, where, problems, remedy=None, limit=20, total=None):
+    def listing(cls, where, problems, remedy=None, limit=20, total=None, more=None):
         """Return one error that reports `problems` (strings) together: the first `limit` in full, then the count, and
-        what to do about them. total: how many there are, where `problems` holds only the first."""
+        what to do about them. total: how many there are, where `problems` holds only the first. more: how many of these the
+        `problems` do not say, where one may stand for several."""
         total = len(problems) if total is None else total
         head = f"{where} has {total:,} problem{'s' if total != 1 else ''}"
         lines = [f"  {problem}" for problem in problems[:limit]]
-        if total > len(lines):
-            lines.append(f"  ... and {total - len(lines):,} more")
+        more = total - len(lines) if more is None else more
+        if more:
+            lines.append(f"  ... and {more:,} more")
         if remedy:
             lines.append(f"  {remedy}")
         return cls("\n".join([head, *lines]))

@@ -226,7 +226,9 @@ class Data(Section):
     ignore_keys: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)] | None = None
     packing: bool = False
     train_on: Literal["assistant", "last_assistant", "completion", "all"] = "assistant"
+    thoughts: Literal["keep", "drop", "mask"] = "keep"
     chat_template: PathText | None = None
+    system_as_user: bool = False
     num_proc: Positive | None = None
 
     @classmethod

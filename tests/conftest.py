@@ -15,7 +15,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from qlora import base_model, planner
-from qlora.data import chat
+from qlora.data import examples
 from qlora.data.formats import Conversation
 from qlora.recipe import Model, Quantization, Recipe
 
@@ -98,7 +98,7 @@ def messages(turns):
 
 def encode(tokenizer, turns, train_on="assistant"):
     """Return the one Example of a list of messages."""
-    (example,) = chat.encode(tokenizer, Conversation(turns), train_on)
+    (example,) = examples.encode(tokenizer, Conversation(turns), train_on)
     return example
 
 

@@ -6,7 +6,7 @@ import signal
 import sys
 
 from .. import generate, signals
-from ..data.chat import encode_prompt
+from ..data.examples import encode_prompt
 from ..errors import InputError, Interrupted
 from . import console
 from .subject import open_subject, switch

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from .. import base_model, data, generate, metrics
-from ..data import chat
+from ..data import examples
 from ..errors import InputError
 from ..recipe import Data
 from ..rundir import write_json
@@ -105,7 +105,7 @@ def _score(subject, conversations, rows, what):
     found = {}
     if all(conversation.messages for conversation in conversations):  # plain text has no question
         prompts = [
-            chat.encode_prompt(subject.tokenizer, conversation.messages[:-1], conversation.tools)
+            examples.encode_prompt(subject.tokenizer, conversation.messages[:-1], conversation.tools)
             for conversation in conversations
         ]
         references = [_reference(subject.tokenizer, conversation) for conversation in conversations]
@@ -120,7 +120,7 @@ def _score(subject, conversations, rows, what):
 
 def _reference(tokenizer, conversation):
     """Return the last answer as the model has to write it, calls of tools in the template's form."""
-    example = chat.encode(tokenizer, replace(conversation, flags=()), "last_assistant")[-1]
+    example = examples.encode(tokenizer, replace(conversation, flags=()), "last_assistant")[-1]
     trained = [label for label in example.labels if label != data.IGNORE_INDEX]
     return tokenizer.decode(trained[:-1], skip_special_tokens=True)
 

@@ -41,7 +41,7 @@ def prepare(recipe: Recipe, weights=True) -> Prepared:
     tokenizer = base_model.load_tokenizer(checkpoint.folder, recipe.model)
     new_tokens, chat_template = recipe.model.new_tokens or [], recipe.data.chat_template
     base_model.add_tokens(tokenizer, new_tokens, chat.template_text(tokenizer, chat_template, new_tokens))
-    template = chat.set_template(tokenizer, chat_template)
+    template = chat.set_template(tokenizer, chat_template, recipe.data.system_as_user)
     chat.know_stops(tokenizer, checkpoint.generation_config())
 
     seed = recipe.training.seed
@@ -69,6 +69,7 @@ def prepare(recipe: Recipe, weights=True) -> Prepared:
         recipe.training.per_device_train_batch_size * recipe.training.gradient_accumulation_steps,
     )
     named = [*recipe.data.train, *(recipe.data.eval or [])]
+    report["ignored_nothing"] = _ignored_nothing(recipe.data.ignore_keys, report)
     report["not_read"] = sorted({path for source in named for path in data.not_read(source)})
     report |= {"eval_rows": len(held_out), **data.copies(once, held_out)}
     return Prepared(checkpoint, config, tokenizer, template, [*parts, *eval_parts], examples, held_out, batches, report)
@@ -116,6 +117,8 @@ def say_report(prepared: Prepared):
         )
         for line in _altered(source):
             console.say(f"          {line}")
+    for key in report["ignored_nothing"]:
+        console.say(f"          data.ignore_keys: {key}: no row has this key")
     for path in report["not_read"]:
         console.say(f"          {path} describes data sets; not read as rows")
     console.say(
@@ -142,12 +145,27 @@ def _altered(source):
         lines.append("unused keys: " + ", ".join(f"{key} ({count:,} rows)" for key, count in source["unused"].items()))
     if source["rows_merged"]:
         lines.append(f"{source['rows_merged']:,} rows had consecutive assistant messages merged into one turn")
+    if source["rows_without_thoughts"]:
+        lines.append(f"{source['rows_without_thoughts']:,} rows had their thoughts removed (data.thoughts=drop)")
+    if source["conversations_by_answer"]:
+        times = source["tokens_by_answer"] / source["tokens_of_conversations"]
+        lines.append(
+            f"{source['conversations_by_answer']:,} conversations became {source['answers_by_answer']:,} training rows, one per "
+            f"answer ({times:.1f}x the tokens): the template shows earlier turns differently once later ones follow; "
+            "data.train_on=last_assistant trains on last answers only"
+        )
     if source["rows_with_nulls"]:
         lines.append(
             f"{source['rows_with_nulls']:,} rows had null fields removed from tool calls or tool schemas (to keep them, "
             "write arguments and tools as JSON strings)"
         )
     return lines
+
+
+def _ignored_nothing(ignore_keys, report):
+    """Return the keys of data.ignore_keys that no row has."""
+    found = {key for source in report["sources"] for key in source["unused"]}
+    return [key for key in ignore_keys or () if key not in found]
 
 
 def _dropped(source):

@@ -9,7 +9,7 @@ import numpy as np
 
 from ..errors import InputError
 from . import formats, sources, tokenized
-from .chat import IGNORE_INDEX, Example
+from .examples import IGNORE_INDEX, Example
 from .packing import Batches, Packed, Packs, pack
 from .sources import not_read
 
@@ -138,6 +138,7 @@ def load(source_list, tokenizer, section, seed, on_progress=None):
                 section.overlong,
                 section.on_bad_row,
                 ignore,
+                section.thoughts,
             )
             report_to = (
                 None if on_progress is None else lambda share, rows, path=file.path: on_progress(path, share, rows)

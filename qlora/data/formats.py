@@ -15,6 +15,7 @@ server that applies the model's chat template see the same string.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -64,7 +65,7 @@ class Conversation:
     a row of plain `text`. tools: JSON schemas. flags: {index of an assistant message: trained or not}, where the row says
     so itself. completion: index at which the row's completion begins, where it has one. unused: keys of the row that are
     not in the conversation. merged: whether messages of the assistant were merged. nulls: how many nulls were removed from
-    tool calls and tools.
+    tool calls and tools. dropped_thoughts: whether thoughts were.
     """
 
     messages: list
@@ -75,6 +76,7 @@ class Conversation:
     unused: tuple = field(default=(), compare=False)
     merged: bool = field(default=False, compare=False)
     nulls: int = field(default=0, compare=False)
+    dropped_thoughts: bool = field(default=False, compare=False)
 
     def key(self):
         """Return 8 bytes that are equal for conversations that say the same, as an unsigned number."""
@@ -166,8 +168,8 @@ def refuse_bad_columns(columns):
 
 def refuse_table(path, header, columns, ignore):
     """Raise InputError if the table's columns, `header`, lack what data.columns names, or fit no shape."""
-    plain = [column for column in (columns or {}).values() if not is_template(column)]
-    missing = [column for column in plain if column not in header]
+    named = set().union(*(_mentioned(column) for column in (columns or {}).values() if _is_needed(column)))
+    missing = sorted(named.difference(header))
     if missing:
         raise InputError(
             f"{path} has no column {', '.join(map(repr, missing))}, which data.columns names; it has {', '.join(header)}"
@@ -177,6 +179,11 @@ def refuse_table(path, header, columns, ignore):
             _detect([name for name in header if name not in ignore], "columns")
         except ValueError as error:
             raise InputError(f"{path}: {error}") from None
+
+
+def _is_needed(column):
+    """False for a template that says what it does without a column."""
+    return not (is_template(column) and re.search(r"\bdefined\b|\bdefault\b", column))
 
 
 def _fill(column, value):
@@ -314,6 +321,7 @@ def _sharegpt(value, ignore):
 
 def _completion(value, ignore):
     prompt, completion = value.get("prompt"), value.get("completion")
+    prompt, completion = _messages_in(prompt), _messages_in(completion)
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
     if isinstance(completion, str):
@@ -321,6 +329,16 @@ def _completion(value, ignore):
     if not (isinstance(prompt, list) and isinstance(completion, list)):
         raise ValueError("prompt and completion are strings or lists of messages")
     return _checked(prompt + completion, "prompt + completion", value, ignore, completion=len(prompt))
+
+
+def _messages_in(value):
+    """Return the messages that the string `value` is as JSON, as in a cell of a CSV file; or `value`."""
+    if isinstance(value, str) and value.lstrip().startswith("[{"):
+        with contextlib.suppress(ValueError):
+            found = loads(value)
+            if all(isinstance(one, dict) and one.get("role") in _ROLE_NAMES and "content" in one for one in found):
+                return found
+    return value
 
 
 def _alpaca(value, ignore):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from . import chat
-from .chat import IGNORE_INDEX, Example
+from .examples import IGNORE_INDEX, Example, encode
+from .tokens import tokenize
 
 POLICIES = ("error", "drop", "truncate_prompt", "truncate", "split")
 
@@ -23,7 +23,7 @@ class Fitted:
     split: bool = False
 
 
-def fit(tokenizer, conversation, examples, train_on, max_length, policy) -> Fitted:
+def fit(tokenizer, conversation, examples, train_on, max_length, policy, mask_thoughts=False) -> Fitted:
     """Return the Examples of a row under `policy`.
 
     truncate keeps the first max_length tokens; truncate_prompt leaves out the oldest turns, then the beginning of the last
@@ -36,7 +36,7 @@ def fit(tokenizer, conversation, examples, train_on, max_length, policy) -> Fitt
     if max(len(example.input_ids) for example in examples) <= max_length:
         return Fitted(examples)
     if policy == "truncate_prompt" and conversation.text is None:
-        return _with_shorter_prompt(tokenizer, conversation, train_on, max_length)
+        return _with_shorter_prompt(tokenizer, conversation, train_on, max_length, mask_thoughts)
     if policy == "split":
         pieces = [piece for example in examples for piece in _windows(example, max_length)]
         return Fitted([piece for piece in pieces if _trains(piece)], split=True)
@@ -72,11 +72,11 @@ def _windows(example, max_length):
         yield Example(example.input_ids[start:end], [first, *example.labels[start + 1 : end]])
 
 
-def _with_shorter_prompt(tokenizer, conversation, train_on, max_length):
+def _with_shorter_prompt(tokenizer, conversation, train_on, max_length, mask_thoughts):
     """Leave out as few of the oldest turns as it takes, then as little of the last question's beginning."""
 
     def encoded(shorter):
-        return chat.encode(tokenizer, shorter, train_on)
+        return encode(tokenizer, shorter, train_on, mask_thoughts)
 
     def fits(examples):
         return max(len(example.input_ids) for example in examples) <= max_length
@@ -92,7 +92,7 @@ def _with_shorter_prompt(tokenizer, conversation, train_on, max_length):
     shortest = _without(conversation, head, starts[-1]) if starts else conversation
     question = shortest.messages[head]
     if question["role"] == "user":
-        begins = chat.token_starts(tokenizer, question["content"])
+        begins = tokenize(tokenizer, question["content"]).starts
         low, high = 1, len(begins)  # tokens to leave out; the fewest that fit
         while low < high:
             middle = (low + high) // 2

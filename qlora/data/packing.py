@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .chat import IGNORE_INDEX
+from .examples import IGNORE_INDEX
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 import jinja2
 import numpy as np
 
-from .chat import IGNORE_INDEX
+from .examples import IGNORE_INDEX
 
 BARS = 10
 

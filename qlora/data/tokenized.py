@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import importlib.metadata
@@ -24,7 +25,7 @@ import tempfile
 import threading
 import time
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +33,14 @@ import numpy as np
 
 from ..errors import InputError
 from ..rundir import new_folder, write_json
-from . import chat, formats, length
-from .chat import IGNORE_INDEX, Example
+from . import chat, formats, length, words
+from .examples import IGNORE_INDEX, Example, encode
 
 CHUNK = 256  # rows that a worker takes at a time
 _LONGEST_REASON = 400  # letters; a row may hold a role of a million
 SHOWN = 20  # bad or dropped rows that are named; the rest are counted
 _POOL_FROM = 1 << 20  # bytes (rows of a hub data set) under which starting workers costs more than it saves
+_ALIKE = 3  # rows with the same problem that are shown in full
 _KEPT_DAYS = 30
 _EXAMPLE = np.dtype([("end", "<i8"), ("line", "<i8"), ("key", "<u8"), ("trained", "<i4"), ("last", "<i4")])
 
@@ -54,6 +56,7 @@ class Settings:
     overlong: str
     on_bad_row: str
     ignore_keys: tuple = ()
+    thoughts: str = "keep"
 
 
 class Part:
@@ -184,13 +187,10 @@ class _Result:
     examples: np.ndarray
     rows: int
     formats: collections.Counter
-    cut: int
-    split: int
+    counts: collections.Counter  # of rows to which something was done, see `_Tally.summary`
     bad: list  # (line, what is wrong)
     too_long: list  # (line, what is wrong, the reason to count)
     unused: collections.Counter  # keys that are in no conversation
-    merged: int  # rows in which messages of the assistant were merged
-    with_nulls: int  # rows from whose tool calls or tools nulls were removed
     columns: set  # of the mapped columns that a row may lack: those found
 
 
@@ -204,16 +204,23 @@ class _Job:
         settings, seen = self.settings, collections.Counter()
         ids, labels, examples, bad, too_long = [], [], [], [], []
         unused, columns, mapped = collections.Counter(), set(), formats.optional_columns(settings.columns)
-        cut = split = merged = with_nulls = 0
+        counts: collections.Counter = collections.Counter()
+        masks = settings.thoughts == "mask"
         for row in chunk:
             columns |= mapped & row.value.keys() if isinstance(row.value, dict) else set()
             try:
                 if row.problem is not None:
                     raise ValueError(row.problem)
                 name, conversation = read(row.value, settings)
-                encoded = chat.encode(self.tokenizer, conversation, settings.train_on)
+                encoded = encode(self.tokenizer, conversation, settings.train_on, masks)
                 fitted = length.fit(
-                    self.tokenizer, conversation, encoded, settings.train_on, settings.max_length, settings.overlong
+                    self.tokenizer,
+                    conversation,
+                    encoded,
+                    settings.train_on,
+                    settings.max_length,
+                    settings.overlong,
+                    masks,
                 )
             except (ValueError, RecursionError) as error:
                 reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
@@ -223,11 +230,16 @@ class _Job:
                 too_long.append((row.line, *error.args))
                 continue
             seen[name] += 1
-            unused.update(conversation.unused)
-            merged += conversation.merged
-            with_nulls += conversation.nulls > 0
-            cut += fitted.cut
-            split += fitted.split
+            unused.update({*conversation.unused, *frozenset().union(*(example.left_out for example in encoded))})
+            counts["rows_truncated"] += fitted.cut
+            counts["rows_split"] += fitted.split
+            counts["rows_merged"] += conversation.merged
+            counts["rows_with_nulls"] += conversation.nulls > 0
+            counts["rows_without_thoughts"] += conversation.dropped_thoughts
+            if len(encoded) > 1:
+                lengths = [len(example.input_ids) for example in encoded]
+                counts.update({"conversations_by_answer": 1, "answers_by_answer": len(lengths)})
+                counts.update({"tokens_by_answer": sum(lengths), "tokens_of_conversations": max(lengths)})
             key = conversation.key()
             for example in fitted.examples:
                 ids.extend(example.input_ids)
@@ -240,20 +252,22 @@ class _Job:
             np.array(examples, _EXAMPLE),
             len(chunk),
             seen,
-            cut,
-            split,
+            counts,
             bad,
             too_long,
             unused,
-            merged,
-            with_nulls,
             columns,
         )
 
 
 def read(value, settings):
     """Return (format name, Conversation) of a row under `settings`; raises ValueError for what is wrong with it."""
-    return formats.read(value, settings.columns, settings.format, settings.ignore_keys)
+    name, conversation = formats.read(value, settings.columns, settings.format, settings.ignore_keys)
+    if settings.thoughts == "drop":
+        messages = words.without_thoughts(conversation.messages)
+        dropped = messages != conversation.messages
+        conversation = dataclasses.replace(conversation, messages=messages, dropped_thoughts=dropped)
+    return name, conversation
 
 
 _job: Any = None
@@ -321,25 +335,44 @@ def _picked(rows, pick, tally):
             tally.not_picked += 1
 
 
+_COUNTS = (
+    "rows_truncated",
+    "rows_split",
+    "rows_merged",  # consecutive messages of the assistant became one turn
+    "rows_with_nulls",  # nulls were removed from tool calls or tools
+    "rows_without_thoughts",  # data.thoughts is drop, and there were some
+    "conversations_by_answer",  # became a training row an answer
+    "answers_by_answer",
+    "tokens_by_answer",  # of all these rows
+    "tokens_of_conversations",  # of the longest of each conversation
+)
+
+
+@dataclass
+class _Alike:
+    """Refused rows with the same kind of problem: how many, and (line, what is wrong) of the first."""
+
+    count: int = 0
+    first: list = field(default_factory=list)
+
+
 class _Tally:
     """Counts what became of the rows of one file."""
 
     def __init__(self, settings):
         self.refuses_bad, self.refuses_long = settings.on_bad_row == "error", settings.overlong == "error"
-        self.rows = self.cut = self.split = self.not_picked = self.num_refused = self.num_too_long = 0
-        self.largest_token = self.merged = self.with_nulls = 0
+        self.rows = self.not_picked = self.num_refused = self.num_too_long = self.largest_token = 0
+        self.counts: collections.Counter = collections.Counter()
         self.unused, self.missing = collections.Counter(), formats.optional_columns(settings.columns)
         self.formats, self.reasons = collections.Counter(), collections.Counter()
-        self.refused, self.dropped = [], []  # (line, text): the first of them
+        self.refused: dict = {}  # kind of problem: _Alike
+        self.dropped: list = []  # (line, text): the first of them
 
     def add(self, result):
         self.rows += result.rows
-        self.cut += result.cut
-        self.split += result.split
+        self.counts += result.counts
         self.formats += result.formats
         self.unused += result.unused
-        self.merged += result.merged
-        self.with_nulls += result.with_nulls
         self.missing -= result.columns
         self.largest_token = max(self.largest_token, int(result.tokens.max(initial=0)))
         for line, text in result.bad:
@@ -351,7 +384,11 @@ class _Tally:
     def _leave_out(self, line, text, reason, refused):
         if refused:
             self.num_refused += 1
-            self.refused += [(line, text)] if len(self.refused) < SHOWN else []
+            kind = _sort_of(text)
+            if kind in self.refused or len(self.refused) < SHOWN:
+                same = self.refused.setdefault(kind, _Alike())
+                same.count += 1
+                same.first += [(line, text)] if len(same.first) < 2 * _ALIKE else []
         else:
             self.reasons[reason] += 1
             self.dropped += [(line, text)] if len(self.dropped) < SHOWN else []
@@ -365,8 +402,24 @@ class _Tally:
             remedies.append("raise data.max_length, or set data.overlong to drop, truncate_prompt, truncate or split")
         if self.num_refused > self.num_too_long:
             remedies.append("mend the bad rows, or leave them out with data.on_bad_row=skip")
-        problems = [f"{unit} {line}  {text}" for line, text in sorted(self.refused)]
-        raise InputError.listing(path, problems, "; ".join(remedies), total=self.num_refused)
+        lines = self._problems(unit)
+        more = self.num_refused - sum(count for count, _ in lines)
+        raise InputError.listing(
+            path, [text for _, text in lines], "; ".join(remedies), total=self.num_refused, more=more
+        )
+
+    def _problems(self, unit):
+        """Return [(number of rows, what is wrong with them), ...] in order: one for each of the first _ALIKE rows with a kind of
+        problem, and one for all the others of that kind."""
+        found = []
+        for same in self.refused.values():
+            found += [(line, 1, f"{unit} {line}  {text}") for line, text in same.first[:_ALIKE]]
+            rest = [line for line, _ in same.first[_ALIKE:]]
+            if rest:
+                more = same.count - _ALIKE
+                lines = ", ".join(map(str, rest)) + (", ..." if more > len(rest) else "")
+                found.append((rest[0], more, f"{unit} {lines}  likewise ({more:,} rows)"))
+        return [(count, text) for _, count, text in sorted(found)[:SHOWN]]
 
     def refuse_missing_columns(self, path):
         """Raise InputError if a column that rows may lack is in none of them."""
@@ -389,10 +442,7 @@ class _Tally:
             "rows_read": self.rows + self.not_picked,
             "rows_kept": self.rows - left_out,
             "rows_dropped": left_out + self.not_picked,
-            "rows_truncated": self.cut,
-            "rows_split": self.split,
-            "rows_merged": self.merged,
-            "rows_with_nulls": self.with_nulls,
+            **{key: self.counts[key] for key in _COUNTS},
             "reasons": reasons,
             "unused": dict(self.unused.most_common()),
             "largest_token": self.largest_token,

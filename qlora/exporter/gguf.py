@@ -20,7 +20,7 @@ import torch
 from safetensors import safe_open
 
 from .. import base_model
-from ..data import chat
+from ..data import IGNORE_INDEX, chat
 from ..errors import InputError, ProofFailed
 from ..recipe import Model
 from . import proof, vocabulary
@@ -480,7 +480,7 @@ def prompts_of(tokenizer, rows, limit=8):
     of a row that is trained whole, its first half."""
     starts = []
     for row in rows:
-        first = next(at for at, label in enumerate(row.labels) if label != chat.IGNORE_INDEX)
+        first = next(at for at, label in enumerate(row.labels) if label != IGNORE_INDEX)
         starts.append(row.input_ids[: first if first > 1 else max(1, len(row.input_ids) // 2)])
     shortest = sorted(starts, key=len)[:limit]
     return [tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False) for ids in shortest]

@@ -241,7 +241,8 @@ class DeepSeekDistill:
         return self.finished(messages, tools) + "<｜Assistant｜><think>\n"
 
     def answer(self, message):
-        return message["content"] + self.END
+        thought, words = thought_and_words(message["content"])
+        return f"{thought}\n</think>\n\n{words}{self.END}"
 
     def finished(self, messages, tools):
         system, rest = system_of(messages)

@@ -92,7 +92,7 @@ def test_bad_rows_are_skipped_and_counted_where_the_recipe_says_so(bad, load):
     assert "not valid JSON" in summary["dropped_rows"][2]["reason"]
 
 
-def test_the_first_twenty_are_named_and_the_rest_counted(tmp_path, load, tokenizer):
+def test_rows_with_the_same_problem_are_named_together(tmp_path, load, tokenizer):
     chat.set_template(tokenizer, "chatml")
     path = tmp_path / "d.jsonl"
     path.write_text(json.dumps(ROWS[0]) + "\n" + "nope\n" * 2500)
@@ -100,12 +100,25 @@ def test_the_first_twenty_are_named_and_the_rest_counted(tmp_path, load, tokeniz
         load(path)
     lines = str(caught.value).splitlines()
     assert "has 2,500 problems" in lines[0]
-    assert lines[1].startswith("  line 2 ")
-    assert lines[20].startswith("  line 21 ")
-    assert lines[21] == "  ... and 2,480 more"
+    assert [line[:10] for line in lines[1:4]] == ["  line 2  ", "  line 3  ", "  line 4  "]
+    assert lines[4:] == [
+        "  line 5, 6, 7, ...  likewise (2,497 rows)",
+        "  mend the bad rows, or leave them out with data.on_bad_row=skip",
+    ]
     assert load(path, on_bad_row="skip").parts[0].summary["reasons"] == {
         "not valid JSON: Expecting value at column N; each line holds one object": 2500
     }
+
+
+def test_twenty_lines_of_different_problems_are_shown_and_the_rest_counted(tmp_path, load, tokenizer):
+    path = tmp_path / "d.jsonl"
+    path.write_text("".join(json.dumps({chr(97 + i) * 4: 1}) + "\n" for i in range(24)))
+    with pytest.raises(InputError) as caught:
+        load(path)
+    lines = str(caught.value).splitlines()
+    assert lines[0].endswith("has 24 problems")
+    assert lines[20].startswith("  line 20  keys tttt fit no known shape")
+    assert lines[21] == "  ... and 4 more"
 
 
 # ---- length ----------------------------------------------------------------------------------------------------------
@@ -117,7 +130,9 @@ def test_rows_over_max_length_are_an_error_with_their_lines_by_default(file, loa
 
 
 def test_the_remedy_is_said_however_many_rows_are_wrong(file, load):
-    with pytest.raises(InputError, match=r"and 52 more\n  raise data.max_length, or set data.overlong to drop"):
+    with pytest.raises(
+        InputError, match=r"likewise \(69 rows\)\n  raise data.max_length, or set data.overlong to drop"
+    ):
         load(file, max_length=8)
 
 

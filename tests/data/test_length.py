@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora.data import IGNORE_INDEX, Example, chat, length
+from qlora.data import IGNORE_INDEX, Example, length
+from qlora.data.examples import encode, encode_prompt
 from qlora.data.formats import Conversation
 from tests.conftest import messages
 
@@ -20,18 +21,18 @@ TURNS = [
 
 def fit(tokenizer, turns, max_length, policy, train_on="assistant"):
     conversation = Conversation(messages(turns)) if isinstance(turns, list) else Conversation([], text=turns)
-    examples = chat.encode(tokenizer, conversation, train_on)
+    examples = encode(tokenizer, conversation, train_on)
     return length.fit(tokenizer, conversation, examples, train_on, max_length, policy)
 
 
 def size(tokenizer, turns):
-    (example,) = chat.encode(tokenizer, Conversation(messages(turns)))
+    (example,) = encode(tokenizer, Conversation(messages(turns)))
     return len(example.input_ids)
 
 
 @pytest.mark.parametrize("policy", length.POLICIES)
 def test_a_row_that_fits_is_left_as_it_is(tokenizer, policy):
-    (example,) = chat.encode(tokenizer, Conversation(messages(TURNS)))
+    (example,) = encode(tokenizer, Conversation(messages(TURNS)))
     assert fit(tokenizer, TURNS, len(example.input_ids), policy) == length.Fitted([example])
 
 
@@ -49,14 +50,14 @@ def test_a_long_row_is_left_out_with_its_length(tokenizer, policy):
 @pytest.mark.parametrize("policy", ["error", "drop", "truncate"])
 def test_a_prompt_that_leaves_no_room_is_named_as_the_reason(tokenizer, policy):
     turns = [("user", LONG), ("assistant", "Yes.")]
-    prompt = len(chat.encode_prompt(tokenizer, messages(turns[:1])))
+    prompt = len(encode_prompt(tokenizer, messages(turns[:1])))
     with pytest.raises(length.TooLong, match=f"the prompt alone is {prompt} tokens, data.max_length is 20"):
         fit(tokenizer, turns, 20, policy)
 
 
 def test_truncate_keeps_the_first_tokens(tokenizer):
     turns = [("user", "Hi"), ("assistant", LONG)]
-    (whole,) = chat.encode(tokenizer, Conversation(messages(turns)))
+    (whole,) = encode(tokenizer, Conversation(messages(turns)))
     fitted = fit(tokenizer, turns, 30, "truncate")
     assert fitted == length.Fitted([Example(whole.input_ids[:30], whole.labels[:30])], cut=True)
 
@@ -65,7 +66,7 @@ def test_truncate_prompt_leaves_out_the_oldest_turns_first(tokenizer):
     shorter = [TURNS[0], *TURNS[3:]]
     fitted = fit(tokenizer, TURNS, size(tokenizer, shorter), "truncate_prompt")
     assert fitted.cut
-    assert fitted.examples == chat.encode(tokenizer, Conversation(messages(shorter)))
+    assert fitted.examples == encode(tokenizer, Conversation(messages(shorter)))
 
 
 def test_truncate_prompt_then_cuts_the_beginning_of_the_question_and_nothing_else(tokenizer):
@@ -86,7 +87,7 @@ def test_truncate_prompt_never_cuts_an_answer(tokenizer):
 @pytest.mark.parametrize("max_length", [8, 30, 31])
 def test_a_split_row_trains_every_token_once(tokenizer, turns, max_length):
     conversation = Conversation(messages(turns)) if isinstance(turns, list) else Conversation([], text=turns)
-    (whole,) = chat.encode(tokenizer, conversation)
+    (whole,) = encode(tokenizer, conversation)
     fitted = fit(tokenizer, turns, max_length, "split")
     assert fitted.split
     assert all(len(piece.input_ids) <= max_length for piece in fitted.examples)

@@ -14,6 +14,7 @@ import transformers
 from tokenizers import AddedToken, Tokenizer
 
 from qlora.data import IGNORE_INDEX, chat
+from qlora.data.examples import encode
 from qlora.data.formats import Conversation
 from tests.data.families import _byte_level_bpe
 
@@ -46,9 +47,15 @@ SHAPES = {
         None,
     ),
     "line break first": ([_turn("user", "A poem."), _turn("assistant", "\n\nRoses are red.")], None),
+    "spaces first": ([_turn("user", "Code."), _turn("assistant", "    return 5")], None),
     "call": (_ASKED, _TOOLS),
+    "text and call": ([_ASKED[0], _turn("assistant", "I ask.", tool_calls=[_CALL])], _TOOLS),
     "result": (_TOLD, _TOOLS),
     "result, no tools": (_TOLD, None),
+    "inline thoughts": (
+        [_turn("user", "Why?"), _turn("assistant", "<think>\nLet me see.\n</think>\n\nBecause.")],
+        None,
+    ),
     "thoughts": ([_turn("user", "Why?"), _turn("assistant", "Because.", reasoning_content="Let me see.")], None),
 }
 
@@ -97,20 +104,43 @@ def outcome(name, shape):
     messages, tools = SHAPES[shape]
     tokenizer = tokenizer_of(name)
     try:
-        examples = chat.encode(tokenizer, Conversation(messages, tools), "assistant")
+        examples = encode(tokenizer, Conversation(messages, tools), "assistant")
     except ValueError as error:
         return f"refused: {error}"
+    _check_prompts(tokenizer, messages, tools, examples)
     text = re.sub(r"\s", "", " ".join(tokenizer.decode(example.input_ids) for example in examples))
     for piece in _pieces(messages, tools):
         assert re.sub(r"\s", "", piece) in text, (name, shape, piece)
     answers = [message for message in messages if message["role"] == "assistant"]
     trained = re.sub(r"\s", "", "".join(_trained(tokenizer, example) for example in examples))
     for message in answers:
-        assert re.sub(r"\s", "", message["content"]) in trained, (name, shape)
+        for piece in _said(message):
+            assert trained.count(re.sub(r"\s", "", piece)) == 1, (name, shape, trained)
     for message in messages:
         if message["role"] in ("system", "user"):
             assert re.sub(r"\s", "", message["content"]) not in trained, (name, shape)
     return "split" if len(examples) > 1 else "right"
+
+
+def _check_prompts(tokenizer, messages, tools, examples):
+    """Assert that the tokens before each answer are those that chat makes of the messages before it, tokenized alone."""
+    runs = [(example, start) for example in examples for start in _starts(example)]
+    indices = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    for index, (example, start) in zip(indices, runs, strict=True):
+        prompt = chat.render(tokenizer, messages[:index], add_generation_prompt=True, tools=tools)
+        assert example.input_ids[:start] == tokenizer(prompt, add_special_tokens=False).input_ids
+
+
+def _starts(example):
+    """Return where runs of trained tokens begin."""
+    before = [IGNORE_INDEX, *example.labels]
+    return [at for at, label in enumerate(example.labels) if label != IGNORE_INDEX and before[at] == IGNORE_INDEX]
+
+
+def _said(message):
+    """Return the pieces of an answer, each of which is to be trained once."""
+    pieces = [piece for piece in re.split("</?think>", message["content"]) if piece.strip()]
+    return [*pieces, *([message["reasoning_content"]] if "reasoning_content" in message else [])]
 
 
 def _pieces(messages, tools):
@@ -119,7 +149,7 @@ def _pieces(messages, tools):
         if message["role"] == "tool":
             yield from ("celsius", "31.5", "sky", "clear")
         else:
-            yield message["content"]
+            yield from re.split("</?think>", message["content"])
         if "reasoning_content" in message:
             yield message["reasoning_content"]
         if "tool_calls" in message:

@@ -362,6 +362,15 @@ def test_a_family_whose_text_half_cannot_be_had_is_called_multimodal(tmp_path):
         base_model.load_config(base_model.find(section, weights=False), section)
 
 
+def test_one_that_is_quantized_already_is_called_multimodal(checkpoint, tmp_path):
+    section = damaged(checkpoint("gemma3"), tmp_path / "base", lambda tensors: None)
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"a multimodal checkpoint .* that is quantized already"):
+        base_model.load_config(base_model.find(section), section)
+
+
 def test_gguf_of_a_multimodal_checkpoint_is_refused_before_anything_is_written(checkpoint, make_recipe, tmp_path):
     run = train(make_recipe(model={"name_or_path": str(checkpoint("gemma3"))}))
     with pytest.raises(InputError, match="multimodal"):

@@ -107,9 +107,8 @@ def text_config(config, where):
         if text.model_type not in _WITHOUT_HEAD:
             raise InputError(f"{what}, whose text half ({text.model_type}) is not a causal language model")
         with_head = _with_head(AutoModel._model_mapping[type(text)])
-        AutoModelForCausalLM.register(
-            type(text), with_head, exist_ok=True
-        )  # without it a class of theirs is passed over
+        # exist_ok: else transformers passes over, in silence, what is registered for a config of its own
+        AutoModelForCausalLM.register(type(text), with_head, exist_ok=True)
     return text
 
 

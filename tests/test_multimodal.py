@@ -231,7 +231,9 @@ def as_on_the_hub(folder, out):
 def test_names_and_config_of_the_hub_are_kept(checkpoint, make_recipe, tmp_path):
     folder = as_on_the_hub(checkpoint("qwen2_5_vl"), tmp_path / "hub")
     assert torch.equal(whole_logits(folder, IDS), whole_logits(checkpoint("qwen2_5_vl"), IDS))
-    run = train(make_recipe(model={"name_or_path": str(folder)}, lora={"init_lora_weights": "loftq"}))  # reads the files
+    run = train(
+        make_recipe(model={"name_or_path": str(folder)}, lora={"init_lora_weights": "loftq"})
+    )  # reads the files
     assert export(run.path, tmp_path / "out", dtype="bfloat16")["verified"]
     assert (tmp_path / "out" / "config.json").read_bytes() == (folder / "config.json").read_bytes()
     written, tensors = (load_file(one / "model.safetensors") for one in (tmp_path / "out", folder))

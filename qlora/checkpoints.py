@@ -83,7 +83,7 @@ class Checkpoints:
             free = free_disk_bytes(self.folder)
             why = getattr(error, "strerror", None) or error
             raise InputError(
-                f"{path}: {why}; a checkpoint takes {num_bytes:,} bytes, {free:,} are free. Older ones are as they were"
+                f"{path}: {why}; a checkpoint needs {num_bytes:,} bytes, {free:,} are free. Older checkpoints are intact"
             ) from None
         self.verify(path)
         self.rotate(path, limit)
@@ -94,7 +94,7 @@ class Checkpoints:
         """Raise Damaged unless `path` is a whole checkpoint of this run; names the file that is wrong."""
         manifest = self._manifest(path)
         if manifest.get("run") != self.run:
-            raise Damaged(f"{path / MANIFEST}: of another run")
+            raise Damaged(f"{path / MANIFEST}: belongs to another run")
         if manifest.get("format") != _FORMAT or manifest.get("step") != _step(path):
             raise Damaged(f"{path / MANIFEST}: format {manifest.get('format')}, step {manifest.get('step')}")
         files = manifest.get("files")
@@ -111,7 +111,7 @@ class Checkpoints:
             except OSError as error:
                 raise Damaged(f"{file}: {error.strerror}") from None
             except (TypeError, KeyError, ValueError):
-                raise Damaged(f"{path / MANIFEST}: is not one") from None
+                raise Damaged(f"{path / MANIFEST}: is not a checkpoint manifest") from None
 
     def newest(self):
         """Return (the newest folder that verifies, or None; [why a newer one does not])."""
@@ -157,7 +157,7 @@ class Checkpoints:
         except (ValueError, RecursionError):
             raise Damaged(f"{path / MANIFEST}: is not JSON") from None
         if not isinstance(manifest, dict):
-            raise Damaged(f"{path / MANIFEST}: is not one")
+            raise Damaged(f"{path / MANIFEST}: is not a checkpoint manifest")
         return manifest
 
     def _is_ours(self, path):
@@ -273,7 +273,7 @@ def restore_optimizer(optimizer, names, tensors, numbers):
         if _kinds(expected) != _kinds(values):
             raise InputError(
                 f"the checkpoint's optimizer state of {name} is {_kinds(values)}, this optimizer's is {_kinds(expected)}; "
-                "it cannot go on with another training.optim"
+                "resume with the training.optim of the run"
             )
         if hasattr(optimizer, "init_state"):
             for key, value in values.items():

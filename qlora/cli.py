@@ -60,15 +60,15 @@ def train(
     recipe: RecipeFile,
     overrides: Overrides = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="go on with the run at output_dir, from its newest whole checkpoint")
+        bool, typer.Option("--resume", help="resume the run in output_dir from its newest complete checkpoint")
     ] = False,
     allow_change: Annotated[
         list[str] | None,
-        typer.Option(metavar="FIELD", help="with --resume: this field may differ from what the run was begun with"),
+        typer.Option(metavar="FIELD", help="with --resume: accept that this field has changed since the run started"),
     ] = None,
     as_json: Json = False,
 ):
-    """Train adapters as a recipe says; leaves a run folder at its output_dir."""
+    """Train an adapter from a recipe; writes a run folder at its output_dir."""
     loaded = _load(recipe, overrides, as_json)
     from .commands.train import train as run_train
 
@@ -82,7 +82,7 @@ def train(
 def plan(
     recipe: RecipeFile,
     overrides: Overrides = None,
-    vram: Annotated[str | None, typer.Option(help="the memory there is, such as 24GiB; default: the GPU's")] = None,
+    vram: Annotated[str | None, typer.Option(help="available memory, such as 24GiB; default: the GPU's")] = None,
     card: Annotated[
         str | None, typer.Option(help="plan for this card: 3090, 4090, 5090, A10G, A100, H100, H200")
     ] = None,
@@ -106,7 +106,7 @@ def inspect_data(
     overrides: Overrides = None,
     row: Annotated[int | None, typer.Option(min=1, help="render this training row; default: the first two")] = None,
     tokens: Annotated[bool, typer.Option("--tokens", help="show the id of each token")] = False,
-    html: Annotated[str | None, typer.Option(help="write report and rows to this file, as one page")] = None,
+    html: Annotated[str | None, typer.Option(help="also write the report and sample rows to this HTML file")] = None,
     as_json: Json = False,
 ):
     """Show what the model will see: rows, lengths, and which tokens are trained; reads no weights."""
@@ -122,11 +122,13 @@ def inspect_data(
 def evaluate(
     target: Target,
     overrides: Overrides = None,
-    data: Annotated[str | None, typer.Option(help="rows to use; default: those the run's recipe holds out")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="file of rows to evaluate on; default: the run's held-out rows")
+    ] = None,
     max_rows: Annotated[int, typer.Option(min=1, help="use the first N rows")] = 100,
     as_json: Json = False,
 ):
-    """Measure loss, perplexity and right answers on held-out rows; for a run, before and after training."""
+    """Measure loss, perplexity and exact matches on held-out rows; for a run, before and after training."""
     _begin(as_json)
     from .commands.eval import evaluate as run_eval
 
@@ -141,29 +143,33 @@ def export(
         list[str],
         typer.Argument(
             metavar="RUN|ADAPTER [KEY=VALUE]",
-            help="a finished run, any PEFT adapter folder, or several RUN:WEIGHT to add up; then changes of the recipe",
+            help="a finished run, any PEFT adapter folder, or several RUN:WEIGHT to sum; then changes to the recipe",
         ),
     ],
-    out: Annotated[str, typer.Option(help="the folder to write; absent or empty")],
+    out: Annotated[str, typer.Option(help="output folder; must be new or empty")],
     model: Annotated[str | None, typer.Option(help="for an adapter: the model that it was trained on")] = None,
     dtype: Annotated[str | None, typer.Option(help="float16, bfloat16 or float32; default: the recipe's")] = None,
     base: Annotated[
         str | None,
-        typer.Option(help="dequantized: the 4-bit weights that were trained on; original: those of the files"),
+        typer.Option(
+            help="merge into: dequantized, the 4-bit weights used in training; or original, the 16-bit weights of the files"
+        ),
     ] = None,
     compare_bases: Annotated[
-        bool, typer.Option("--compare-bases", help="measure both bases, as they are and as served in 4 bit")
+        bool, typer.Option("--compare-bases", help="measure both bases, in 16 bit and quantized to 4 bit again")
     ] = False,
     verify: Annotated[
         str | None, typer.Option(help="full, layers (little memory), off; default: full where it fits")
     ] = None,
-    data: Annotated[str | None, typer.Option(help="rows for the proof; default: those that the run holds out")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="file of rows for the proof; default: the run's held-out rows")
+    ] = None,
     gguf: Annotated[
         str | None, typer.Option(help="f16, q8_0 or q4_k_m: add a GGUF file and an Ollama Modelfile")
     ] = None,
     as_json: Json = False,
 ):
-    """Write the merged full-precision model, prove that it is the one that was trained, or leave nothing."""
+    """Write the merged full-precision model and prove that it is the trained one; if the proof fails, write nothing."""
     _begin(as_json)
     from .commands.export import export as run_export
 
@@ -172,7 +178,7 @@ def export(
     overrides = [target for target in targets if "=" in target and target not in paths]
     targets = [target for target in targets if target not in overrides]
     if not targets:
-        raise InputError("name the run that is to be exported; `qlora adapters` lists what there is")
+        raise InputError("give the run to export; `qlora adapters` lists what there is")
     chosen = [*overrides, *(f"export.{name}={value}" for name, value in flags.items() if value is not None)]
     report = run_export(targets, out, None, chosen, model=model, data=data, compare_bases=compare_bases, gguf=gguf)
     if as_json:
@@ -182,13 +188,16 @@ def export(
 @app.command(epilog="Example:  qlora push models/mine me/my-model --dry-run")
 def push(
     target: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="a finished run, or a folder that export wrote")],
-    repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="on the hub; made if it is not there")],
-    public: Annotated[bool, typer.Option("--public", help="everybody may see it; default: private")] = False,
+    repo: Annotated[
+        str, typer.Argument(metavar="OWNER/NAME", help="repository on the hub; created if it does not exist")
+    ],
+    public: Annotated[bool, typer.Option("--public", help="make the repository public; default: private")] = False,
     base: Annotated[
-        str | None, typer.Option(metavar="OWNER/NAME", help="what a base that was a local folder is called on the hub")
+        str | None,
+        typer.Option(metavar="OWNER/NAME", help="hub name of the base model, if the run used a local folder"),
     ] = None,
     license: Annotated[
-        str | None, typer.Option(metavar="ID", help="for the card, such as apache-2.0; default: none is named")
+        str | None, typer.Option(metavar="ID", help="license id for the model card, such as apache-2.0; default: none")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="show files and card, upload nothing")] = False,
     as_json: Json = False,
@@ -204,7 +213,7 @@ def push(
 
 @app.command(epilog="Example:  qlora adapters runs --json")
 def adapters(
-    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="where to look, with all that is in it")] = "runs",
+    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="folder to search, with its subfolders")] = "runs",
     as_json: Json = False,
 ):
     """List runs, checkpoints and adapters with what they were trained on and how good they are."""
@@ -220,12 +229,14 @@ def adapters(
 def chat(
     target: Target,
     overrides: Overrides = None,
-    prompt: Annotated[str | None, typer.Option(help="answer this and end; without it, read from the terminal")] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="answer this prompt and exit; without it, chat in the terminal")
+    ] = None,
     system: Annotated[str | None, typer.Option(help="a system message")] = None,
     max_new_tokens: MaxNewTokens = 512,
     as_json: Json = False,
 ):
-    """Talk to a run or a model; greedy, streamed."""
+    """Chat with a run or a model; greedy decoding, streamed."""
     _begin(as_json)
     from .commands import chat as verb
 
@@ -260,7 +271,7 @@ def _main():
     try:
         os.getcwd()  # noqa: PTH109 (Path.cwd is the same)
     except OSError as error:
-        _fail(f"the folder that this was started in: {error.strerror}; cd to one that is there", InputError.exit_code)
+        _fail(f"the current directory: {error.strerror}; cd to a folder that exists", InputError.exit_code)
     try:
         app()
     except Interrupted as error:
@@ -279,7 +290,7 @@ def _main():
 
         if not is_refusal(error):
             raise
-        remedy = "free some memory, or take fewer or shorter rows or a smaller model"
+        remedy = "free some memory, or use fewer or shorter rows or a smaller model"
         _fail(f"out of memory: {refused(error)}\n  {remedy}", DoesNotFit.exit_code)
 
 
@@ -290,17 +301,22 @@ _SURROUNDINGS = {
     errno.EFBIG: "raise the limit on the size of a file (ulimit -f) and run this again",
     errno.EMFILE: "raise the limit on open files (ulimit -n) and run this again",
     errno.ENFILE: "the system has too many files open; run this again later",
-    errno.EROFS: "choose a place that can be written",
-    errno.EACCES: "choose a place that you may use",
-    errno.EPERM: "choose a place that you may use",
+    errno.EROFS: "choose a folder that can be written to",
+    errno.EACCES: "choose a folder that you have permission for",
+    errno.EPERM: "choose a folder that you have permission for",
     errno.ENAMETOOLONG: "choose a shorter name",
-    errno.ELOOP: "these links lead to each other; mend them",
-    errno.EIO: "the disk fails; look at the system's log",
+    errno.ELOOP: "the symbolic links form a loop; fix them",
+    errno.EIO: "the disk reports an error; see the system log",
 }
 
 
 def _fail(message, code):
-    print(f"qlora: {redacted(str(message))}", file=sys.stderr)
+    message = f"qlora: {redacted(str(message))}"
+    if sys.stderr is not None and sys.stderr.isatty():
+        from .commands.console import folded
+
+        message = folded(message)
+    print(message, file=sys.stderr)
     sys.exit(code)
 
 

@@ -90,24 +90,24 @@ def send(files, repo, public, message):
 
 def _refuse_used(info, files, public):
     if info.private is not None and info.private == public:
-        found, remedy = ("private", "leave --public out") if info.private else ("public", "say --public")
+        found, remedy = ("private", "leave --public out") if info.private else ("public", "add --public")
         raise InputError(
-            f"{info.id} is there already and {found}; {remedy}, change that on the hub, or choose another name"
+            f"{info.id} already exists and is {found}; {remedy}, change that on the hub, or choose another name"
         )
     others = sorted({sibling.rfilename for sibling in info.siblings or ()} - files.keys() - _OWN)
     if others:
         listed = ", ".join(others[:5]) + (", ..." if len(others) > 5 else "")
-        raise InputError(f"{info.id} holds files that are not of this push ({listed}); choose another name")
+        raise InputError(f"{info.id} contains files that are not part of this push ({listed}); choose another name")
 
 
 def _refusal(repo, error):
     status, said = error.response.status_code, error.server_message or next(iter(str(error).splitlines()), "")
     remedy = {
         401: "the token is not valid; run `hf auth login` again",
-        403: "the token may not write there; make one that may, or choose another owner",
-        404: "there is no such place, or the token may not see it; choose another name",
-        409: "something else is there; choose another name",
-        413: "it is too large for the hub",
+        403: "the token has no write access there; create one that has, or choose another owner",
+        404: "no such owner or repository, or the token has no access to it; choose another name",
+        409: "the name is taken by something else; choose another name",
+        413: "a file is too large for the hub",
         429: "too many requests; try again later",
     }.get(status, "try again later" if status >= 500 else "see what it says")
     return f"the hub refuses {repo} ({status}: {said}); {remedy}"

@@ -273,7 +273,7 @@ class Training(Section):
     lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
     warmup_ratio: Share = 0.03
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    max_grad_norm: Annotated[float, Field(ge=0)] | None = 1.0
     neftune_noise_alpha: Annotated[float, Field(gt=0)] | None = None
     logging_steps: Positive = 1
     eval_steps: Positive | None = None
@@ -442,7 +442,7 @@ def _override(values, lines, overrides):
         node = values
         for index, part in enumerate(parts[:-1]):
             if isinstance(node.get(part), list):
-                raise InputError(f"{shown}: {explain.dotted(parts[: index + 1])} is a list; give the whole of it")
+                raise InputError(f"{shown}: {explain.dotted(parts[: index + 1])} is a list; give the whole list")
             if not isinstance(node.get(part), dict):
                 node[part] = {}
             node = node[part]

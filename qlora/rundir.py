@@ -139,7 +139,7 @@ def refuse_inside(out, inputs):
     """Raise InputError where making `out` would change one of the folders `inputs`."""
     for folder in inputs:
         if folder.resolve() in Path(out).resolve().parents:
-            raise InputError(f"{out} lies in {folder}, which is read for it; choose another folder")
+            raise InputError(f"{out} is inside {folder}, which is an input; choose another folder")
 
 
 def refuse_partial(out, inputs):
@@ -147,14 +147,16 @@ def refuse_partial(out, inputs):
     for place in [*_leftovers(out), _lock_of(out)]:
         for path in inputs:
             if place.exists() and place.resolve() in [path.resolve(), *path.resolve().parents]:
-                raise InputError(f"{out}: {place} is needed to write it, and {path} lies there; choose another folder")
+                raise InputError(
+                    f"{out}: it is written as {place}, which would replace the input {path}; choose another folder"
+                )
 
 
 def refuse_nonempty(out, what):
     """Raise InputError unless `out` is absent or an empty folder."""
     out = Path(out)
     if out.is_symlink():
-        raise InputError(f"{out} is a link to {out.readlink()}; give {what} the folder itself, absent or empty")
+        raise InputError(f"{out} is a symbolic link to {out.readlink()}; give {what} the folder itself, new or empty")
     if out.is_dir() and any(out.iterdir()):
         raise InputError(f"{out} is not empty; {what} never overwrites: remove it or choose another folder")
     if out.exists() and not out.is_dir():
@@ -308,10 +310,9 @@ class RunDir:
         if self.recipe_file.exists() and not self.adapter.exists():
             there = any(self.checkpoints.glob("step-*"))
             command = f"qlora train {shlex.quote(str(self.recipe_file))} --resume"
-            resume = f"go on with `{command}`, " if there else ""
+            resume = f"resume it with `{command}`, " if there else ""
             raise InputError(
-                f"output_dir {self.path} holds a run that did not finish; {resume}remove it or set "
-                "output_dir=ANOTHER_FOLDER"
+                f"output_dir {self.path} contains an unfinished run; {resume}remove it or set output_dir=ANOTHER_FOLDER"
             )
         if not (self.path.is_dir() and {path.name for path in self.path.iterdir()} == {self.lock_file.name}):
             refuse_nonempty(self.path, "output_dir")

@@ -134,7 +134,7 @@ def test_an_adapter_that_did_not_move_stops_the_run(load_model):
 def test_numbers_that_are_not_finite_never_reach_a_file(load_model, tmp_path):
     model = adapter.attach(load_model("llama"), Lora(r=4))
     next(iter(adapter.first_to_move(model).values())).data.view(-1)[0] = float("nan")
-    with pytest.raises(TrainingFailed, match="not finite"):
+    with pytest.raises(TrainingFailed, match="non-finite"):
         adapter.save(model, tmp_path / "a", "x", None)
     assert not (tmp_path / "a").exists()
 
@@ -161,12 +161,12 @@ KEY = "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"
         (lambda f: (f / adapter.WEIGHTS).write_bytes((f / adapter.WEIGHTS).read_bytes()[:-9]), "adapter"),
         (lambda f: edit_tensors(f, lambda t: t.pop(KEY)), "up_proj: has lora_B but not its partner"),
         (lambda f: edit_tensors(f, lambda t: t.update(other=torch.ones(1))), "other: not a tensor of an adapter"),
-        (lambda f: edit_tensors(f, lambda t: t[KEY].fill_(float("inf"))), "not finite"),
+        (lambda f: edit_tensors(f, lambda t: t[KEY].fill_(float("inf"))), "non-finite"),
         (lambda f: edit_tensors(f, lambda t: t.clear()), "no LoRA tensors"),
         (lambda f: edit_config(f, peft_type="LOHA"), "'LOHA' is not LORA"),
         (lambda f: edit_config(f, use_dora=True), "not its partner lora_magnitude_vector"),
         (lambda f: edit_config(f, layer_replication=[[0, 2]]), "uses layer_replication"),
-        (lambda f: edit_config(f, init_lora_weights="pissa"), "trained on a changed base"),
+        (lambda f: edit_config(f, init_lora_weights="pissa"), "changed the base weights"),
         (lambda f: edit_config(f, r=8), "rank differs"),
     ],
 )
@@ -236,7 +236,7 @@ def test_plain_peft_opens_a_folder_with_rows(saved, load_model):
         (lambda f: edit_tensors(f, lambda t: t.pop(ROWS)), "lm_head: adapter_config.json names tokens, and their rows"),
         (
             lambda f: edit_tensors(f, lambda t: t[ROWS].fill_(float("nan"))),
-            "lm_head.token_adapter.trainable_tokens_delta: holds numbers that are not",
+            "lm_head.token_adapter.trainable_tokens_delta: contains non-finite values",
         ),
         (
             lambda f: edit_tensors(f, lambda t: t.update({ROWS: torch.ones(2, 64)})),
@@ -266,14 +266,14 @@ def test_broken_rows_are_an_input_error(saved, break_it, expected):
 def test_rows_that_are_not_finite_never_reach_a_file(load_model, tmp_path):
     model = adapter.attach(load_model("llama"), Lora(r=4), token_ids=IDS)
     next(p for n, p in model.named_parameters() if "trainable_tokens" in n).data[1, 1] = float("inf")
-    with pytest.raises(TrainingFailed, match="not finite"):
+    with pytest.raises(TrainingFailed, match="non-finite"):
         adapter.save(model, tmp_path / "a", "x", None)
 
 
 def test_rows_for_another_head_or_of_another_width_are_refused(saved, load_model):
     _, untied = saved("llama", token_ids=IDS)
     with pytest.raises(
-        InputError, match=r"\[7, 300, 511\] in lm_head.* ask for \[7, 300, 511\] in model.embed_tokens; give"
+        InputError, match=r"\[7, 300, 511\] in lm_head.* need \[7, 300, 511\] in model.embed_tokens; restore"
     ):
         adapter.load(load_model("llama-tied"), untied, IDS)
     edit_tensors(untied, lambda t: t.update({ROWS: torch.ones(3, 32, dtype=torch.bfloat16)}))
@@ -433,10 +433,10 @@ def test_patterns_set_the_rank_and_scaling_of_the_layers_they_match(load_model):
 @pytest.mark.parametrize(
     ("lora", "expected"),
     [
-        ({"target_modules": ".*"}, "modules_to_save: [embed_tokens] trains it whole"),
-        ({"target_modules": ["q_proj", "lm_head"]}, "'lm_head' takes no adapter"),
+        ({"target_modules": ".*"}, "modules_to_save: [embed_tokens] trains all of it"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "'lm_head' cannot have an adapter"),
         ({"exclude_modules": ["qproj"]}, "lora.exclude_modules: 'qproj' matches no linear layer"),
-        ({"target_modules": ["q_proj"], "exclude_modules": "(.*)proj"}, "no layer is left"),
+        ({"target_modules": ["q_proj"], "exclude_modules": "(.*)proj"}, "excludes every layer"),
         ({"layers_to_transform": [1, 2, 7]}, "no layer 2, 7"),
         ({"rank_pattern": {"q_proj": 2, "qproj": 4}}, "lora.rank_pattern: 'qproj' matches no layer"),
         ({"alpha_pattern": {"lm_head": 4}}, "lora.alpha_pattern: 'lm_head' matches no layer"),
@@ -449,7 +449,7 @@ def test_patterns_set_the_rank_and_scaling_of_the_layers_they_match(load_model):
         ({"bias": "all"}, "lora.bias all: LlamaForCausalLM has no bias"),
         ({"bias": "lora_only"}, "lora.bias lora_only: no layer that gets an adapter has a bias"),
         ({"lora_bias": True}, "lora.lora_bias: 14 of 14 layers have no bias"),
-        ({"init_lora_weights": "pissa"}, "is for a base in 16 bit"),
+        ({"init_lora_weights": "pissa"}, "needs a 16-bit base"),
         ({"init_lora_weights": "eva", "r": 20}, "lora.r: 20 (EVA: up to twice that) is above"),
         ({"init_lora_weights": "loftq", "rank_pattern": {"q_proj": 65}}, "so at most 64"),
     ],
@@ -462,10 +462,10 @@ def test_what_cannot_be_trained_is_refused_with_the_reason(load_model, lora, exp
 
 def test_what_cannot_be_trained_in_16_bit_is_refused_with_the_reason(load_model):
     for lora, expected in (
-        ({"modules_to_save": ["mlp", "up_proj"]}, "part of another one"),
+        ({"modules_to_save": ["mlp", "up_proj"]}, "is inside another"),
         ({"modules_to_save": ["q_proj"], "target_modules": ["q_proj", "v_proj"]}, "target_modules names"),
         ({"modules_to_save": ["layers"]}, "ModuleList"),
-        ({"modules_to_save": ["self_attn", "mlp"]}, "no layer is left"),
+        ({"modules_to_save": ["self_attn", "mlp"]}, "leaves no layer"),
         ({"init_lora_weights": "loftq"}, "the base is not quantized"),
     ):
         with pytest.raises(InputError, match=expected):
@@ -473,7 +473,7 @@ def test_what_cannot_be_trained_in_16_bit_is_refused_with_the_reason(load_model)
 
 
 def test_a_tie_that_peft_does_not_know_of_is_refused(load_model):
-    with pytest.raises(InputError, match="PEFT does that for embed_tokens and lm_head"):
+    with pytest.raises(InputError, match="PEFT only supports it for modules named embed_tokens and lm_head"):
         adapter.attach(load_model("gpt2"), Lora(r=4, modules_to_save=["wte"], ensure_weight_tying=True))
 
 
@@ -672,8 +672,8 @@ def test_an_adapter_that_peft_alone_made_loads(foreign, load_model, settings, fa
     [
         (lambda f: edit_config(f, use_qalora=True), "uses use_qalora, which is not supported"),
         (lambda f: edit_config(f, something_new={"a": 1}), "uses something_new, which is not supported"),
-        (lambda f: edit_config(f, init_lora_weights="pissa_niter_4"), "trained on a changed base"),
-        (lambda f: edit_config(f, init_lora_weights="loftq"), "trained on a changed base"),
+        (lambda f: edit_config(f, init_lora_weights="pissa_niter_4"), "changed the base weights"),
+        (lambda f: edit_config(f, init_lora_weights="loftq"), "changed the base weights"),
         (lambda f: edit_config(f, use_dora=False), "lora_magnitude_vector does not belong to this kind"),
         (
             lambda f: edit_tensors(f, lambda t: t.pop(KEY[:-13] + "lora_magnitude_vector")),

@@ -204,10 +204,10 @@ def edit_config(folder, **changes):
 @pytest.mark.parametrize(
     ("break_it", "expected"),
     [
-        (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-100]), "not a whole"),
+        (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-100]), "not a complete"),
         (lambda f: (f / "model.safetensors").write_bytes(b""), "model.safetensors is empty"),
         (lambda f: (f / "model.safetensors").write_text("<html>login</html>" * 9), "is a web page"),
-        (lambda f: (f / "model.safetensors").write_text("version https://git-lfs"), "not a whole safetensors file"),
+        (lambda f: (f / "model.safetensors").write_text("version https://git-lfs"), "not a complete safetensors file"),
         (lambda f: (f / "model.safetensors").unlink(), "no model.safetensors"),
         (lambda f: (f / "config.json").unlink(), "no config.json"),
         (lambda f: (f / "config.json").write_text("{"), "config.json"),
@@ -449,7 +449,7 @@ def test_a_buffer_that_the_architecture_leaves_in_the_files_may_be_infinite(tmp_
     tensors["gpt_neox.layers.0.attention.query_key_value.bias"][0] = math.nan
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(
-        InputError, match=r"1 problem\n  gpt_neox.layers.0.attention.query_key_value.bias: holds numbers that"
+        InputError, match=r"1 problem\n  gpt_neox.layers.0.attention.query_key_value.bias: contains non-finite"
     ):
         load(tmp_path)
 

@@ -80,7 +80,7 @@ def stopped_and_resumed(monkeypatch, recipe, *steps):
     for number, step in enumerate(steps):
         for _ in stop_at(monkeypatch, step):
             with pytest.raises(
-                Interrupted, match=r"go on after step \d+ with:  qlora train .*/recipe.yaml --resume"
+                Interrupted, match=r"resume after step \d+ with:  qlora train .*/recipe.yaml --resume"
             ) as caught:
                 train(recipe, resume=number > 0)
         assert caught.value.exit_code == 143
@@ -256,7 +256,7 @@ def test_the_state_of_another_optimizer_is_refused():
     parameter.grad = torch.ones_like(parameter)
     for first, second in ((one, other), (other, one)):
         first.step()
-        with pytest.raises(InputError, match="cannot go on with another training"):
+        with pytest.raises(InputError, match="resume with the training"):
             checkpoints.restore_optimizer(second, ["p"], *checkpoints.optimizer_state(first, ["p"]))
         second.state.clear()
 
@@ -350,7 +350,7 @@ def test_a_whole_checkpoint_of_another_run_or_under_another_name_is_skipped(kept
     shutil.copytree(kept.folder / "step-10", kept.folder / "step-50")
     path, reasons = kept.newest()
     assert path == kept.folder / "step-30"
-    assert [reason.rpartition(": ")[2] for reason in reasons] == ["format 2, step 10", "of another run"]
+    assert [reason.rpartition(": ")[2] for reason in reasons] == ["format 2, step 10", "belongs to another run"]
 
 
 def test_rotation_removes_only_what_this_run_made_and_only_older_ones(kept, tmp_path):
@@ -423,16 +423,16 @@ def changed(recipe, *overrides):
 
 
 REFUSED = [
-    ("training.learning_rate=1e-3", "training.learning_rate: 0.01 then, 0.001 now"),
-    ("training.gradient_accumulation_steps=2", "training.gradient_accumulation_steps: 3 then, 2 now"),
-    ("training.seed=7", "training.seed: 42 then, 7 now"),
-    ("training.max_steps=3", "training.max_steps: 4 then, 3 now"),
-    ("lora.lora_dropout=0.2", "lora.lora_dropout: 0.1 then, 0.2 now"),
-    ("quantization.use_double_quant=false", "quantization.use_double_quant: true then, false now"),
-    ("quantization=null", 'quantization.quant_type: "nf4" then, null now'),
-    ("data.packing=true", "data.packing: false then, true now"),
+    ("training.learning_rate=1e-3", "training.learning_rate: was 0.01, is 0.001"),
+    ("training.gradient_accumulation_steps=2", "training.gradient_accumulation_steps: was 3, is 2"),
+    ("training.seed=7", "training.seed: was 42, is 7"),
+    ("training.max_steps=3", "training.max_steps: was 4, is 3"),
+    ("lora.lora_dropout=0.2", "lora.lora_dropout: was 0.1, is 0.2"),
+    ("quantization.use_double_quant=false", "quantization.use_double_quant: was true, is false"),
+    ("quantization=null", 'quantization.quant_type: was "nf4", is null'),
+    ("data.packing=true", "data.packing: was false, is true"),
     ("data.chat_template=chatml", "chat_template: "),
-    ("kernels=off", 'kernels: "auto" then, "off" now'),
+    ("kernels=off", 'kernels: was "auto", is "off"'),
 ]
 
 
@@ -458,7 +458,7 @@ def test_a_change_that_is_allowed_takes_effect(stopped):
 def test_other_rows_another_base_tokenizer_or_template_are_refused(stopped, rows, tmp_path, tiny_model):
     with open(rows[0], "a") as file:
         file.write(Path(rows[1]).read_text().splitlines()[0] + "\n")
-    with pytest.raises(InputError, match=r"data: .* then, .* now"):
+    with pytest.raises(InputError, match=r"data: was .*, is .*"):
         train(stopped, resume=True)
     Path(rows[0]).write_text("".join(line + "\n" for line in Path(rows[0]).read_text().splitlines()[:-1]))
 
@@ -483,8 +483,8 @@ def test_other_rows_another_base_tokenizer_or_template_are_refused(stopped, rows
 
 def test_what_cannot_be_continued_says_so_even_if_it_is_allowed(stopped):
     for override, expected in (
-        ("lora.r=8", "of another adapter"),
-        ("training.optim=adamw_torch", "another training.optim"),
+        ("lora.r=8", "has another adapter"),
+        ("training.optim=adamw_torch", "resume with the training.optim of the run"),
     ):
         with pytest.raises(InputError, match=expected):
             train(changed(stopped, override), True, [override.partition("=")[0]])
@@ -504,16 +504,16 @@ def test_settings_that_change_no_weight_may_change(stopped, recipe_of):
 
 
 def test_without_resume_an_unfinished_run_is_refused_and_the_way_on_is_named(stopped, tmp_path):
-    with pytest.raises(InputError, match=r"go on with `qlora train .*run/recipe.yaml --resume`, remove it or set"):
+    with pytest.raises(InputError, match=r"resume it with `qlora train .*run/recipe.yaml --resume`, remove it or set"):
         train(stopped)
     with pytest.raises(InputError, match="contains no run to resume; leave --resume out"):
         train(changed(stopped, f"output_dir={tmp_path / 'none'}"), resume=True)
     with pytest.raises(InputError, match="--allow-change is for --resume"):
         train(stopped, allow_change=["training.seed"])
     shutil.rmtree(tmp_path / "run" / "checkpoints")
-    with pytest.raises(InputError, match="no checkpoint to go on from; remove the folder"):
+    with pytest.raises(InputError, match="no checkpoint to resume from; remove the folder"):
         train(stopped, resume=True)
-    with pytest.raises(InputError, match="did not finish; remove it or set"):
+    with pytest.raises(InputError, match="contains an unfinished run; remove it or set"):
         train(stopped)
 
 
@@ -574,7 +574,7 @@ def test_ranks_that_shrink_by_the_number_of_steps_do_not_get_more_of_them(recipe
     for _ in stop_at(monkeypatch, 2):
         with pytest.raises(Interrupted):
             train(recipe)
-    with pytest.raises(InputError, match=r"training\.max_steps: 9 then, 12 now"):
+    with pytest.raises(InputError, match=r"training\.max_steps: was 9, is 12"):
         train(changed(recipe, "training.max_steps=12"), resume=True)
 
 
@@ -607,7 +607,7 @@ def test_numbers_that_are_not_finite_never_reach_a_checkpoint(recipe_of, monkeyp
             self.masters[0].data[0, 0] = float("nan")
 
     monkeypatch.setattr(sft.MasterWeights, "clear_gradients", poison)
-    with pytest.raises(TrainingFailed, match=r"weights/.* holds numbers that are not finite after step 5"):
+    with pytest.raises(TrainingFailed, match=r"weights/.* contains non-finite values after step 5"):
         train(recipe_of("run", save_steps=1))
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["step-3", "step-4"]
 

@@ -71,10 +71,10 @@ def test_the_whole_way_from_the_command_line(recipe_file, tmp_path):
         (["train", "none.yaml"], "qlora: no recipe at none.yaml"),
         (["train", "RECIPE", "lora.rnak=3"], "override  lora.rnak: unknown field; did you mean lora.r?"),
         (["train", "RECIPE", "data.train=none.jsonl"], "no data file at none.jsonl"),
-        (["eval", "runs/none"], "no run and no model at runs/none"),
+        (["eval", "runs/none"], "neither a run nor a model at runs/none"),
         (["export", "runs/none", "--out", "x"], "no run at runs/none"),
         (["export", "runs/none"], "Missing option '--out'"),
-        (["chat", "./none", "--prompt", "x"], "no run and no model at ./none"),
+        (["chat", "./none", "--prompt", "x"], "neither a run nor a model at ./none"),
         (["frobnicate"], "No such command"),
     ],
 )
@@ -95,7 +95,7 @@ def test_a_failed_proof_exits_4(recipe_file, tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 4
-    assert "is not the trained model" in done.stderr
+    assert "the export differs from the trained model" in done.stderr
     assert not (tmp_path / "out").exists()
 
 

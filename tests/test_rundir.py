@@ -63,7 +63,7 @@ def test_a_run_that_did_not_finish_is_named_as_such(tmp_path, make_recipe):
     recipe = make_recipe(output_dir=str(tmp_path / "run"))
     with RunDir.create(recipe):
         pass
-    with pytest.raises(InputError, match="did not finish"), RunDir.create(recipe):
+    with pytest.raises(InputError, match="contains an unfinished run"), RunDir.create(recipe):
         pass
     with pytest.raises(InputError, match="did not finish"):
         RunDir.open(tmp_path / "run")

@@ -67,7 +67,7 @@ def attach(model, section, seed=0, token_ids=(), checkpoint=None, examples=()):
     peft_model = _peft_model(model, _config(section, model, targets, common))
     if section.ensure_weight_tying and model.get_input_embeddings().weight is not model.get_output_embeddings().weight:
         raise InputError(
-            "lora.ensure_weight_tying: PEFT does that for embed_tokens and lm_head, under these names; leave it out"
+            "lora.ensure_weight_tying: PEFT only supports it for modules named embed_tokens and lm_head; leave it out"
         )
     start.initialize(peft_model, section, checkpoint, examples)
     to_dtype(peft_model, _dtype(model))
@@ -183,8 +183,8 @@ def _target_names(model, section):
             end = field == "target_modules" and _matching(one, ends)
             if end:
                 problems.append(
-                    f"lora.{field}: {_said(one)} takes no adapter (trl computes the loss from the head's weight alone); "
-                    f"modules_to_save: [{end[0].rpartition('.')[2]}] trains it whole, model.new_tokens rows of it"
+                    f"lora.{field}: {_said(one)} cannot have an adapter (trl computes the loss from the head's weight alone); "
+                    f"modules_to_save: [{end[0].rpartition('.')[2]}] trains all of it, model.new_tokens trains rows of it"
                 )
             elif not _matching(one, linear):
                 problems.append(f"lora.{field}: {_said(one)} matches no linear layer")
@@ -196,10 +196,12 @@ def _target_names(model, section):
                   for index in section.layers_to_transform}  # fmt: skip
         absent = [str(index) for index, found in layers.items() if not found]
         if absent:
-            raise InputError(f"lora.layers_to_transform: no layer {', '.join(absent)} that an adapter could go to")
+            raise InputError(
+                f"lora.layers_to_transform: the model has no layer {', '.join(absent)} that can have an adapter"
+            )
         chosen = [name for name in chosen if any(name in found for found in layers.values())]
     if not chosen:
-        raise InputError("lora.exclude_modules: no layer is left that an adapter could go to")
+        raise InputError("lora.exclude_modules: excludes every layer that could have an adapter")
     return chosen
 
 
@@ -229,9 +231,9 @@ def _whole_names(model, section, targets, token_ids):
                 continue
             problems.append(f"lora.modules_to_save: {name}: {problem}")
     nested = [name for name in whole if _is_within(name, set(whole) - {name})]
-    problems += [f"lora.modules_to_save: {name}: part of another one that is listed" for name in nested]
+    problems += [f"lora.modules_to_save: {name}: is inside another listed module" for name in nested]
     if set(targets) <= {name for name in targets if _is_within(name, whole)}:
-        problems.append("lora.modules_to_save: no layer is left that an adapter could go to")
+        problems.append("lora.modules_to_save: leaves no layer that could have an adapter")
     tied = ends[0].weight is ends[1].weight
     if section.ensure_weight_tying and not (tied and any(modules[name] in ends for name in whole)):
         problems.append(
@@ -338,7 +340,7 @@ def save(peft_model, folder, base_name, revision):
     """Write PEFT's adapter folder; raises TrainingFailed before anything is written if a number is not finite."""
     broken = [n for n, p in peft_model.named_parameters() if p.requires_grad and not torch.isfinite(p).all()]
     if broken:
-        raise TrainingFailed(f"{len(broken)} adapter tensors hold numbers that are not finite ({broken[0]}); not saved")
+        raise TrainingFailed(f"{len(broken)} adapter tensors contain non-finite values ({broken[0]}); not saved")
     tensors = _tensors(peft_model)  # first: AdaLoRA's config is made ready for saving there
     config = copy.copy(peft_model.peft_config["default"])
     config.base_model_name_or_path, config.revision, config.inference_mode = str(base_name), revision, True
@@ -481,7 +483,7 @@ def add(peft_model, folder, name):
         InputError: as `read` does; an adapter for another base; or a kind that cannot lie beside another.
     """
     adapter = read(folder)
-    adapter.refuse_more_than_low_rank("cannot lie beside another adapter; open it by itself")
+    adapter.refuse_more_than_low_rank("cannot be loaded beside another adapter; open it by itself")
     adapter.refuse_mismatch(shapes(peft_model.get_base_model()), {}, {}, ())
     assert name not in peft_model.peft_config, name  # PEFT would load over it
     left = peft_model.load_adapter(str(folder), adapter_name=name).unexpected_keys

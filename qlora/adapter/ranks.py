@@ -34,7 +34,7 @@ class Ranks:
         if tinit + tfinal >= total_steps:
             raise InputError(
                 f"lora.tinit {tinit} and lora.tfinal {tfinal} leave none of {total_steps} steps for the ranks to shrink in; "
-                "give fewer steps, or shares"
+                "lower them, or give them as shares of all steps"
             )
         config.tinit, config.tfinal, config.total_step = tinit, tfinal, total_steps
 

@@ -45,10 +45,10 @@ def refuse(model, section, targets):
     where = f"lora.init_lora_weights {chosen}"
     if chosen in _SPLIT and quantized:
         raise InputError(
-            f"{where}: is for a base in 16 bit; loftq starts from what quantization has lost, or set quantization: null"
+            f"{where}: needs a 16-bit base; use loftq, which starts from the quantization error, or set quantization: null"
         )
     if chosen == "loftq" and not quantized:
-        raise InputError(f"{where}: the base is not quantized, so nothing is lost; pissa and olora are for such a base")
+        raise InputError(f"{where}: the base is not quantized, so there is no quantization error; use pissa or olora")
 
 
 def initialize(peft_model, section, checkpoint, examples):
@@ -161,7 +161,7 @@ def _span_the_inputs(peft_model, examples):
 
     def forward(model, inputs):
         if next(passes, None) is None:
-            raise InputError("lora.init_lora_weights eva: the inputs' components do not settle; give it more rows")
+            raise InputError("lora.init_lora_weights eva: EVA did not converge; use more training rows")
         model(inputs["input_ids"], attention_mask=inputs["attention_mask"], logits_to_keep=1, use_cache=False)
 
     initialize_lora_eva_weights(peft_model, batches, forward_fn=forward, show_progress_bar=False)
@@ -181,7 +181,7 @@ def _batches(examples, components):
         found = sum(row.num_trained for row in rows)
         if found < components:
             raise InputError(
-                f"lora.init_lora_weights eva: {found} trained tokens are too few for lora.r; give more rows"
+                f"lora.init_lora_weights eva: {found} trained tokens are too few for lora.r; use more training rows"
             )
         batches.append(_pad(rows))
     return batches

@@ -112,7 +112,7 @@ class Adapter:
                   "trained biases or modules": self.replaced or self.bias_deltas}  # fmt: skip
         found = [name for name, there in others.items() if there]
         if found:
-            raise InputError(f"adapter {self.folder}: with {', '.join(found)} it {why}")
+            raise InputError(f"adapter {self.folder}: has {', '.join(found)}, so it {why}")
 
     def refuse_mismatch(self, shapes, parameters, embeddings, token_ids):
         """Raise InputError unless everything in the adapter has its place in the base; lists all that has not.
@@ -172,7 +172,7 @@ class Adapter:
         )
         if missing:
             raise InputError.listing(
-                f"adapter {self.folder}: not whole; it",
+                f"adapter {self.folder}: incomplete; it",
                 [f"{name}: target_modules in {CONFIG} names it, and {WEIGHTS} has nothing for it" for name in missing],
                 "copy or download it again",
             )
@@ -183,8 +183,8 @@ class Adapter:
         found = {module: set(ids) for module, (ids, _) in self.rows.items()}
         if found != expected:
             raise InputError(
-                f"adapter {self.folder}: holds the rows of tokens {_said(found)}; model.new_tokens and the base's "
-                f"tokenizer ask for {_said(expected)}; give both as they were at the training"
+                f"adapter {self.folder}: has embedding rows for tokens {_said(found)}, but model.new_tokens and the base's "
+                f"tokenizer need {_said(expected)}; restore both as they were in training"
             )
 
 
@@ -239,7 +239,7 @@ def read_config(folder):
         with safe_open(weights, "pt"):
             pass
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{weights} is not a whole safetensors file ({error}); copy or download it again") from None
+        raise InputError(f"{weights} is not a complete safetensors file ({error}); copy or download it again") from None
     return config
 
 
@@ -292,8 +292,8 @@ def _refuse_unsupported(folder, config):
     start = str(config.get("init_lora_weights")).lower()
     if start.startswith(_CHANGED_BASE):
         raise InputError(
-            f"adapter {folder}: init_lora_weights {start!r} trained on a changed base, which the folder does not hold; "
-            "save it with PEFT's path_initial_model_for_weight_conversion, which makes an ordinary LoRA of it"
+            f"adapter {folder}: init_lora_weights {start!r} changed the base weights, which the folder does not contain; "
+            "save it with PEFT's path_initial_model_for_weight_conversion, which makes it an ordinary LoRA"
         )
     values = {key: config.get(key) for key in ("r", "lora_alpha", *(("init_r",) if kind == "ADALORA" else ()))}
     wrong = [f"{key} is {value!r}" for key, value in values.items() if not _is_usable(key, value)]
@@ -325,9 +325,9 @@ class _Sorted:
         self.replaced, self.bias_deltas, self.rows, self.problems = {}, {}, {}, []
         for key, tensor in tensors.items():
             if not tensor.is_floating_point():
-                self.problems.append(f"{key}: holds {str(tensor.dtype)[6:]}, not floating-point numbers")
+                self.problems.append(f"{key}: is {str(tensor.dtype)[6:]}, not floating point")
             elif not torch.isfinite(tensor).all():
-                self.problems.append(f"{key}: holds numbers that are not finite")
+                self.problems.append(f"{key}: contains non-finite values")
             if not key.startswith(_PREFIX):
                 self.problems.append(f"{key}: not a tensor of an adapter")
             else:

@@ -21,7 +21,17 @@ from safetensors import safe_open
 from .. import memory
 from ..errors import DoesNotFit, InputError
 from . import prequantized
-from .folder import Checkpoint, add_tokens, find, load_config, load_tokenizer, read_config, said, weight_files
+from .folder import (
+    Checkpoint,
+    add_tokens,
+    find,
+    load_config,
+    load_tokenizer,
+    read_config,
+    refuse_generation,
+    said,
+    weight_files,
+)
 from .limits import num_positions, refuse_rows
 from .multimodal import half_of, whole_config
 from .prequantized import settle, stored_quantization
@@ -35,6 +45,7 @@ __all__ = [
     "load_tokenizer",
     "num_positions",
     "read_config",
+    "refuse_generation",
     "refuse_rows",
     "settle",
     "stored_quantization",
@@ -214,7 +225,7 @@ def _refuse_not_finite(checkpoint, section):
             for key in sorted(set(file.keys()) - kept):
                 tensor = file.get_tensor(key)  # mapped: what is read here is in memory when the model is loaded
                 if tensor.is_floating_point() and tensor.numel() and not _is_finite(tensor):
-                    wrong[key] = f"{key}: holds numbers that are not finite ({name})"
+                    wrong[key] = f"{key}: contains non-finite values ({name})"
     unused = _left_in_the_files(checkpoint, section, wrong) if wrong else set()
     problems = [problem for key, problem in wrong.items() if key not in unused]
     if problems:

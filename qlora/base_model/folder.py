@@ -135,20 +135,25 @@ def _refuse_folder(folder):
         raise InputError(
             f"model.name_or_path {folder}: {what} ({adapter.name}); give the model that it was trained on"
             f"{f' ({trained_on})' if trained_on else ''}; "
-            f"`qlora export {shlex.quote(str(folder))} --model MODEL` makes one of both"
+            f"`qlora export {shlex.quote(str(folder))} --model MODEL` merges the two"
         )
     if not (folder / "config.json").is_file():
         raise InputError(f"model.name_or_path {folder}: no config.json; not a model folder")
     config = files.read_object(folder / "config.json")
     problems = _absurd(config)
     if problems:
-        raise InputError.listing(folder / "config.json", problems, "mend it or download it again")
+        raise InputError.listing(folder / "config.json", problems, "fix it or download it again")
     for name, value in config.items():
         if name.endswith("_implementation") and re.search(r"[/\\:@]", str(value)):
             raise InputError(
                 f"{folder / 'config.json'}: {name} {value!r} names code on the hub, which transformers would get and run; "
                 "take it out of the file (recipes have model.attn_implementation)"
             )
+    refuse_generation(folder)
+
+
+def refuse_generation(folder):
+    """Raise InputError if the folder has a generation_config.json that does not say which tokens end an answer."""
     generation = folder / "generation_config.json"
     if generation.is_file():
         ends = files.read_object(generation).get("eos_token_id")
@@ -223,7 +228,9 @@ def weight_files(folder):
             with safe_open(folder / name, "pt") as file:
                 keys = file.keys()
         except (SafetensorError, OSError) as error:
-            raise InputError(f"{folder / name} is not a whole safetensors file ({error}); download it again") from None
+            raise InputError(
+                f"{folder / name} is not a complete safetensors file ({error}); download it again"
+            ) from None
         twice = sorted(found.keys() & set(keys))
         if twice:
             raise InputError(
@@ -367,5 +374,5 @@ def said(error):
         )
     lines = [line.strip() for line in text.splitlines()]
     if not lines or isinstance(error, (KeyError, AttributeError, ZeroDivisionError, RecursionError)):
-        return f"it does not say what it has to ({type(error).__name__}: {text})"
+        return f"a required setting is missing or wrong ({type(error).__name__}: {text})"
     return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import torch
+from rich.text import Text
 
 from .. import adapter
 from ..errors import InputError, ProofFailed, QLoRAError
@@ -27,7 +28,7 @@ def adapters(folder="runs") -> list:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise InputError(f"no folder {folder}; `qlora train RECIPE` makes runs, or give the folder they are in")
+        raise InputError(f"no folder {folder}; give the folder that holds your runs (`qlora train RECIPE` makes one)")
     runs = {path.parent for path in [folder / "recipe.yaml", *folder.rglob("recipe.yaml")] if path.is_file()}
     own = {run / "adapter" for run in runs}
     others = {path.parent for path in folder.rglob(adapter.CONFIG)} - own
@@ -75,21 +76,23 @@ def _of_run(folder):
 
 
 def _show(folder, found):
-    def number(value, form):
-        return "" if value is None else format(value, form)
-
-    rows = []
+    console.show(f"{len(found)} in {folder}")
     for one in found:
-        metrics = ", ".join(f"{name.replace('_', ' ')} {value:.0%}" for name, value in (one["metrics"] or {}).items())
+        base = f" on {Path(one['base']).name}" if one["base"] else ""
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(one["time"]))
-        state = "" if one["state"] == "finished" else one["state"]
-        base = Path(one["base"]).name if one["base"] else ""
-        rows.append(
-            [one["path"], one["kind"] or "", base, number(one["steps"], "d"), number(one["loss"], ".4f"),
-             number(one["eval_loss"], ".4f"), metrics or state, when]
-        )  # fmt: skip
-    header = ["", "kind", "base", "steps", "loss", "held-out loss", "scores", "trained"]
-    console.table(f"{len(found)} in {folder}", header, rows)
+        trained = [(one["kind"] or "") + base, "" if one["steps"] is None else f"{one['steps']:,} steps", when]
+        scores = [f"{name} {one[key]:.4f}" for name, key in _LOSSES.items() if one[key] is not None]
+        scores += [f"{name.replace('_', ' ')} {value:.0%}" for name, value in (one["metrics"] or {}).items()]
+        console.show("")
+        console.show(Text(one["path"]))  # whole, to be pasted
+        console.show(f"          {', '.join(filter(None, trained))}")
+        if scores:
+            console.show(f"          {', '.join(scores)}")
+        if one["state"] != "finished":
+            console.show(f"          {one['state']}")
+
+
+_LOSSES = {"loss": "loss", "held-out loss": "eval_loss"}
 
 
 # ---- several as one --------------------------------------------------------------------------------------------------
@@ -105,12 +108,16 @@ def parse_weighted(targets):
         except ValueError:
             number = math.nan
         if not math.isfinite(number) or number == 0:
-            raise InputError(f"{target}: to combine adapters give each its weight, as in runs/a:0.7 runs/b:0.3")
+            raise InputError(
+                f"{target}: needs a weight other than 0; to combine adapters write RUN:WEIGHT, as in runs/a:0.7 runs/b:0.3"
+            )
         found.append((path, number))
     paths = [path for path, _ in found]
     twice = sorted({path for path in paths if paths.count(path) > 1})
     if twice:
-        raise InputError(f"{', '.join(twice)}: named more than once; give its weights as one")
+        raise InputError(
+            f"{', '.join(twice)}: listed more than once; list each adapter once, with the sum of its weights"
+        )
     return found
 
 
@@ -132,7 +139,7 @@ def combine(folders, weights, config, trust_remote_code, out):
     for folder, one in zip(folders, read, strict=True):
         one.refuse_more_than_low_rank("cannot be added to another")
         if one.config.get("use_dora"):
-            raise InputError(f"adapter {folder}: DoRA rescales the weight, so that such adapters do not add up")
+            raise InputError(f"adapter {folder}: DoRA adapters rescale the weights, so they cannot be summed")
     # PEFT wants a model to put the adapters on; their sum does not depend on its weights, so it gets none
     model = base_model.on_meta(config, trust_remote_code)
     layers = adapter.shapes(model)
@@ -177,7 +184,9 @@ def _refuse_another_sum(found, parts, weights):
         if not torch.allclose(_delta(found.updates[name], x_I), total, rtol=2e-2, atol=1e-2 * total.abs().max().item()):
             wrong.add(name)
     if wrong:
-        raise ProofFailed(f"PEFT's sum of the adapters is another one in {len(wrong)} layers, such as {min(wrong)}")
+        raise ProofFailed(
+            f"PEFT combined the adapters wrongly in {len(wrong)} layers, such as {min(wrong)}; nothing was exported"
+        )
 
 
 def _delta(update, x_I):

@@ -31,9 +31,8 @@ def talk(target, system=None, max_new_tokens=512, overrides=()):
     messages = _opening(system)
     interactive = sys.stdin.isatty()
     if interactive:
-        print(
-            "Type a message; /new starts over, /adapter RUN|none switches, Ctrl-C stops an answer, Ctrl-D quits.",
-            file=sys.stderr,
+        console.say(
+            "Type a message; /new starts over, /adapter RUN|none switches, Ctrl-C stops an answer, Ctrl-D quits."
         )
     while True:
         try:
@@ -49,9 +48,9 @@ def talk(target, system=None, max_new_tokens=512, overrides=()):
             messages = _opening(system)
         elif command == "/adapter":
             try:
-                print(_switch(subject, argument.strip()), file=sys.stderr)
+                console.say(_switch(subject, argument.strip()))
             except InputError as error:  # the conversation goes on as it was
-                print(f"qlora: {error}", file=sys.stderr)
+                console.say(f"qlora: {error}")
         elif prompt.strip():
             messages += _turn(subject, [*messages, {"role": "user", "content": prompt}], max_new_tokens)
 
@@ -67,7 +66,7 @@ def _turn(subject, messages, max_new_tokens):
     try:
         answer = _answer(subject, messages, max_new_tokens, on_text)
     except InputError as error:
-        print(f"qlora: {error}", file=sys.stderr)
+        console.say(f"qlora: {error}")
         return []
     except (KeyboardInterrupt, Interrupted) as stopped:
         if not _is_ctrl_c(stopped):
@@ -91,7 +90,7 @@ def _switch(subject, name):
     if name:
         switch(subject, None if name == "none" else name)
     listed = ", ".join(["none", *(str(one) for one in subject.voices if one is not None)])
-    return f"answering: {subject.speaking or 'the base alone'}; known: {listed}"
+    return f"answering with {subject.speaking or 'the base model alone'}; loaded: {listed}"
 
 
 def _opening(system):
@@ -114,5 +113,5 @@ def _answer(subject, messages, max_new_tokens, on_text):
         subject.stops,
         max_new_tokens,
         on_text or (lambda piece: None),
-        lambda limit: console.say(f"\nthe answer ends here: the model has {limit:,} positions, and all are used"),
+        lambda limit: console.say(f"\nanswer cut off: all {limit:,} positions of the model are used"),
     ).strip()

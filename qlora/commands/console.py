@@ -22,8 +22,8 @@ from rich.progress import (
 )
 from rich.table import Table
 
-_console = Console(stderr=True, highlight=False)
-_results = Console(highlight=False)
+_console = Console(stderr=True, highlight=False, emoji=False)
+_results = Console(highlight=False, emoji=False)
 quiet_tables = False  # set by --json, whose stdout is for scripts
 
 
@@ -35,15 +35,16 @@ _COMMAND = re.compile(r"qlora (?:plan|data|train|eval|export|chat|push|adapters)
 def say(text):
     """Print one line, never as markup; folded on a terminal, whole in a file."""
     text = str(text)
-    _console.print(_folded(text) if _console.is_terminal else text, markup=False, soft_wrap=True)
+    _console.print(folded(text, _console.width) if _console.is_terminal else text, markup=False, soft_wrap=True)
 
 
-def _folded(text):
-    """Return `text` in lines of at most _WIDTH columns with a hanging indent; words and commands, to be pasted, stay whole."""
+def folded(text, width=_WIDTH):
+    """Return `text` in lines of at most 80 columns, or `width` if that is less, with a hanging indent; words and commands,
+    to be pasted, stay whole."""
     kept = _COMMAND.sub(lambda command: command[0].replace(" ", "\0"), text)
     lines = [
         textwrap.fill(
-            line, min(_WIDTH, _console.width), subsequent_indent=_INDENT, break_long_words=False, break_on_hyphens=False
+            line, min(_WIDTH, width), subsequent_indent=_INDENT, break_long_words=False, break_on_hyphens=False
         )
         for line in kept.split("\n")
     ]
@@ -56,24 +57,29 @@ def has_color():
 
 
 def show(text):
-    """Print a line of the result, plain or rich text, to stdout. Silent under --json."""
+    """Print a line of the result to stdout; a str is folded on a terminal, a rich Text stays whole. Silent under --json."""
     if not quiet_tables:
-        _results.print(text, markup=False, soft_wrap=True)
+        fold = isinstance(text, str) and _results.is_terminal
+        _results.print(folded(text, _results.width) if fold else text, markup=False, soft_wrap=True)
 
 
 def table(title, header, rows):
-    """Print a small table to stdout; the first column is text, the others numbers. Silent under --json."""
+    """Print a small table to stdout; the first column is text, the others numbers. Silent under --json.
+
+    On a terminal the text is folded so that the table fits; in a file it is whole.
+    """
     if quiet_tables:
         return
     grid = Table(box=box.SIMPLE_HEAD)
     for index, name in enumerate(header):
-        grid.add_column(name, justify="left" if index == 0 else "right", no_wrap=True)
+        grid.add_column(name, justify="left" if index == 0 else "right", overflow="fold", no_wrap=index > 0)
     for row in rows:
         grid.add_row(*row)
-    # cut to the window on a terminal; whole in a file
-    console = Console(highlight=False, width=max(80, _console.width) if _results.is_terminal else 1000)
-    console.print(title)
-    console.print(grid, end="")
+    show(title)
+    if _results.is_terminal:
+        _results.print(grid, end="", width=_WIDTH)  # or the window's, if that is less
+    else:
+        Console(highlight=False, emoji=False, width=1000).print(grid, end="")
 
 
 def hush_libraries():
@@ -197,7 +203,7 @@ class Steps:
     def update(self, record, total_steps):
         step = record["step"]
         if "not_taken" in record:
-            say(f"          step {step}  not taken: {record['not_taken']}")
+            say(f"          step {step}  skipped: {record['not_taken']}")
             return
         if "loss" not in record:
             say(f"          step {step}  held-out loss {record['eval_loss']:.4f}")

@@ -39,7 +39,7 @@ def origin_of(run) -> Origin:
             device=environment["device"],
         )
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise InputError(f"{run.path}: what was recorded of the training is damaged ({error!r})") from None
+        raise InputError(f"{run.path}: the record of the training is damaged ({error!r})") from None
 
 
 def _shown(path, datasets):

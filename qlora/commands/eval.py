@@ -37,7 +37,7 @@ def evaluate(target, data_file=None, overrides=(), max_rows=MAX_ROWS) -> dict:
     rows = all_rows.first_rows(max_rows)
     if not len(rows):
         source = data_file or "data.eval or data.eval_fraction of the recipe"
-        raise InputError(f"no row to evaluate on is left of {source}: all are dropped; look at them with qlora data")
+        raise InputError(f"no rows left to evaluate on in {source}: all were dropped; `qlora data` shows why")
     base_model.refuse_rows(rows, subject.model.config)
     conversations = data.conversations(rows)
     result = {"rows": len(conversations), **_score(subject, conversations, rows, "answering")}
@@ -79,8 +79,8 @@ def _held_out(subject, data_file):
     if missing:
         files = ", ".join(str(part.path) for part in rows.parts)
         raise InputError(
-            f"{missing:,} of the {len(keys):,} rows that {run.path} has held out are no longer in {files}: the score would be of "
-            "other rows. Put the file back as it was, or measure on other rows with --data FILE"
+            f"{missing:,} of the {len(keys):,} held-out rows of {run.path} are no longer in {files}, so the score would be "
+            "on other rows. Restore the file, or evaluate on other rows with --data FILE"
         )
     return rows[np.isin(found, keys)]
 

@@ -57,8 +57,8 @@ def export(target, out, dtype=None, overrides=(), *, model=None, data=None, comp
             inputs = [Path(data)] if data is not None else []
             return _export(trained, out, inputs, compare_bases, gguf, start)
     except Interrupted as stopped:
-        left = f"the model is whole in {out}" if (out / REPORT).exists() else f"nothing was left at {out}"
-        raise Interrupted(stopped.number, f"export stopped; {left}") from None
+        left = f"the model in {out} is complete" if (out / REPORT).exists() else f"nothing was left at {out}"
+        raise Interrupted(stopped.number, f"export interrupted; {left}") from None
 
 
 def _export(trained, out, inputs, compare_bases, gguf, start):
@@ -93,6 +93,7 @@ def _export(trained, out, inputs, compare_bases, gguf, start):
             "verify": section.verify,
             "verified": False,
             "live_model": trained.live_model,
+            "origins": trained.taken_from,
             **_what_merging_did(trained, merging),
             "new_tokens": trained.checkpoint.new_tokens,
             "kept_tensors": len(plan.kept),
@@ -123,7 +124,7 @@ def _export(trained, out, inputs, compare_bases, gguf, start):
         (folder / "README.md").write_text(text, encoding="utf-8")
     verdict = "proven" if report["verified"] else "NOT VERIFIED (export.verify: off)"
     if report["verified"] and trained.live_model == "assumed":
-        verdict = "agrees with the assumed model, and nothing says that it is the one that was trained"
+        verdict = "matches the assumed model; what the adapter was really trained on is not recorded"
     console.say(
         f"{verdict}; the model is in {out}: {console.size(plan.num_bytes)}, {console.duration(time.monotonic() - start)}"
     )
@@ -136,9 +137,9 @@ def _refuse_tokens_without_a_row(trained, num_rows):
     beyond = sorted((number, token) for token, number in vocabulary.items() if number >= num_rows)
     if beyond:
         raise InputError(
-            f"{trained.folder}: its tokenizer has {len(beyond)} tokens without a row in the embedding, which has {num_rows:,} "
-            f"({beyond[0][1]!r} is {beyond[0][0]:,}). The training has not saved the embedding that it grew; save it with "
-            "the adapter (modules_to_save), or take these tokens out of tokenizer.json"
+            f"{trained.folder}: {len(beyond)} tokens of its tokenizer have no row in the embedding, which has {num_rows:,} "
+            f"({beyond[0][1]!r} has id {beyond[0][0]:,}). The training enlarged the embedding but did not save it; save it with "
+            "the adapter (modules_to_save), or remove these tokens from tokenizer.json"
         )
 
 
@@ -149,15 +150,15 @@ def _refuse_meaningless(trained, compare_bases):
     if trained.fitted and trained.section.base == "original":
         raise InputError(
             f"{trained.name}: lora.init_lora_weights loftq makes the adapter correct the quantization error; on the "
-            "original weights the correction would be added again. Export with --base dequantized"
+            "original weights that correction would be wrong. Export with --base dequantized"
         )
     if trained.recipe.quantization is None:
         what = "--base original" if trained.section.base == "original" else "--compare-bases"
-        raise InputError(f"{trained.name}: the base was not quantized, so there is only one; leave {what} out")
+        raise InputError(f"{trained.name}: the base was not quantized, so there is only one base; leave {what} out")
     if base_model.stored_quantization(trained.config):
         raise InputError(f"{trained.checkpoint.folder}: has its weights in 4 bit only; leave --compare-bases out")
     if compare_bases and trained.section.verify == "off":
-        raise InputError("--compare-bases measures both bases, and export.verify: off measures nothing; keep one")
+        raise InputError("--compare-bases needs the measurements that export.verify: off skips; drop one of the two")
 
 
 def _refuse_full_disk(out, num_bytes):
@@ -166,8 +167,8 @@ def _refuse_full_disk(out, num_bytes):
     needed = num_bytes + 64 * 2**20  # tokenizer, configs, report
     if free < needed:
         raise InputError(
-            f"{out}: the model takes {console.size(needed)}, {console.size(free)} are free on that disk; "
-            "free some, or choose another"
+            f"{out}: the model needs {console.size(needed)}, and {console.size(free)} are free on that disk; "
+            "free some space, or choose another disk"
         )
 
 
@@ -191,11 +192,13 @@ def _write(trained, plan, folder, base, device):
             "export with the versions in environment.json, and on a GPU if it was trained on one",
         )
     dtype = trained.section.dtype
-    configs.write(folder, trained.checkpoint, trained.recipe.model, plan.config, trained.tokenizer, dtype)
+    configs.write(
+        folder, trained.checkpoint, trained.recipe.model, plan.config, trained.tokenizer, dtype, trained.generation
+    )
     console.say(
         f"wrote     {len(plan.specs)} tensors, {console.size(plan.num_bytes)} of {dtype}, {len(merging.modules)} merged"
-        + (f", {len(plan.kept)} that are not text copied as they are" if plan.kept else "")
-        + (f"; {len(merging.digests)} have the 4-bit codes of the training" if merging.digests else "")
+        + (f", {len(plan.kept)} that are not text copied unchanged" if plan.kept else "")
+        + (f"; {len(merging.digests)} have the same 4-bit codes as in training" if merging.digests else "")
     )
     return merging
 
@@ -274,7 +277,7 @@ def _table(report):
 
 def _title(report):
     count = report["rows"]
-    few = "; so few show large differences only, --data FILE takes more rows"
+    few = "; too few to show small differences, --data FILE takes more rows"
     positions = count["positions"]
     return (
         f"proof on {count['count']} {count['from']}, {positions} positions{few if positions <= _FEW_POSITIONS else ''}"
@@ -284,4 +287,6 @@ def _title(report):
 def _refuse_unproven(report, out):
     if not report["verified"]:
         what = "the trained model" if report["base"] == "dequantized" else "the adapter on the original base"
-        raise ProofFailed("\n  ".join([f"the export is not {what}; nothing was left at {out}:", *report["failures"]]))
+        raise ProofFailed(
+            "\n  ".join([f"the export differs from {what}; nothing was left at {out}:", *report["failures"]])
+        )

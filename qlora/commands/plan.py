@@ -108,7 +108,7 @@ def _say(recipe, job, found, limits, changes, why):
     console.say(f"plan      {recipe.model.name_or_path}: largest micro-batch is {rows}, {load.scored:,} tokens trained")
     console.say(f"budget    {console.size(job.budget_bytes)} ({why})")
     show("")
-    scale = 40 / max(job.budget_bytes, found.peak_bytes)
+    scale = 38 / max(job.budget_bytes, found.peak_bytes)
     for (name, count), color in zip(found.components.items(), _COLORS, strict=True):
         if count:
             line = Text(f"  {_WORDS[name]:<26}{console.size(count):>11}  ")

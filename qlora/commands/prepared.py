@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from .. import base_model, data
-from ..data import chat
+from ..data import chat, page
 from ..errors import InputError
 from ..recipe import Recipe
 from . import console
+from .subject import open_tokenizer
 
 
 @dataclass
@@ -41,11 +42,10 @@ def prepare(recipe: Recipe, weights=True) -> Prepared:
     checkpoint = base_model.find(recipe.model, weights)
     config = base_model.load_config(checkpoint, recipe.model)
     recipe = base_model.settle(recipe, config, checkpoint)
-    tokenizer = base_model.load_tokenizer(checkpoint.folder, recipe.model)
-    new_tokens, chat_template = recipe.model.new_tokens or [], recipe.data.chat_template
-    base_model.add_tokens(tokenizer, new_tokens, chat.template_text(tokenizer, chat_template, new_tokens))
-    template = chat.set_template(tokenizer, chat_template, recipe.data.system_as_user)
-    chat.know_stops(tokenizer, checkpoint.generation_config())
+    generation_config = checkpoint.generation_config()
+    tokenizer, template = open_tokenizer(
+        checkpoint.folder, recipe.model, generation_config, recipe.data.chat_template, recipe.data.system_as_user
+    )
 
     seed = recipe.training.seed
     with console.Reading() as reading:
@@ -60,14 +60,14 @@ def prepare(recipe: Recipe, weights=True) -> Prepared:
     held_out = data.Rows(eval_parts) if eval_parts else held_out
     examples = data.weighted(once, seed)
     if not len(examples):
-        raise InputError("no row is left to train on: data.train's weights are too small")
+        raise InputError("no rows left to train on: the weights in data.train are too small")
     for some in (examples, held_out):
         base_model.refuse_rows(some, config)
     batches = _batches(examples, recipe)
     report = data.report(
         examples,
         [*parts, *eval_parts],
-        chat.stop_token_ids(tokenizer, checkpoint.generation_config()),
+        chat.stop_token_ids(tokenizer, generation_config),
         batches,
         recipe.training.per_device_train_batch_size * recipe.training.gradient_accumulation_steps,
     )
@@ -90,14 +90,14 @@ def _batches(examples, recipe):
 
 def _nothing_left(to, parts):
     lines = [f"  {part.path}: {_dropped(part.summary)}" for part in parts]
-    return "\n".join([f"no row is left to {to} on", *lines])
+    return "\n".join([f"no rows left to {to} on", *lines])
 
 
 def refuse_pointless(report):
     """Raise InputError where training on the rows of `report` would teach the model never to stop."""
     if report["ends_with_stop_token"] == 0:
         raise InputError(
-            "no row ends with a token that generation stops at, because all are cut: the model would never learn to stop; "
+            "no row ends with a stop token, because all are truncated, so the model would never learn to stop; "
             "raise data.max_length, or set data.overlong to truncate_prompt or drop"
         )
 
@@ -119,7 +119,7 @@ def say_report(prepared: Prepared):
         console.say(
             f"data      {source['path']}: {source['rows_read']:,} rows ({source['format']}){weight}{dropped}{''.join(changed)}"
         )
-        for line in _altered(source):
+        for line in page.altered(source):
             console.say(f"          {line}")
     for key in report["ignored_nothing"]:
         console.say(f"          data.ignore_keys: {key}: no row has this key")
@@ -140,30 +140,6 @@ def say_report(prepared: Prepared):
     elif isinstance(batches, data.Batches):
         console.say(f"batches   {report['rows']:,} rows in {len(batches):,} micro-batches")
     console.say(f"template  {prepared.template}")
-
-
-def _altered(source):
-    """Return lines on what of the rows is not in the conversations as it stands in the file."""
-    lines = []
-    if source["unused"]:
-        lines.append("unused keys: " + ", ".join(f"{key} ({count:,} rows)" for key, count in source["unused"].items()))
-    if source["rows_merged"]:
-        lines.append(f"{source['rows_merged']:,} rows had consecutive assistant messages merged into one turn")
-    if source["rows_without_thoughts"]:
-        lines.append(f"{source['rows_without_thoughts']:,} rows had their thoughts removed (data.thoughts=drop)")
-    if source["conversations_by_answer"]:
-        times = source["tokens_by_answer"] / source["tokens_of_conversations"]
-        lines.append(
-            f"{source['conversations_by_answer']:,} conversations became {source['answers_by_answer']:,} training rows, one per "
-            f"answer ({times:.1f}x the tokens): the template shows earlier turns differently once later ones follow; "
-            "data.train_on=last_assistant trains on last answers only"
-        )
-    if source["rows_with_nulls"]:
-        lines.append(
-            f"{source['rows_with_nulls']:,} rows had null fields removed from tool calls or tool schemas (to keep them, "
-            "write arguments and tools as JSON strings)"
-        )
-    return lines
 
 
 def _ignored_nothing(ignore_keys, report):

@@ -46,26 +46,24 @@ class Prover:
     def _mode(self, asked):
         grown = self.num_rows != trained_rows(self.trained)
         if asked == "layers" and (grown or self.plan.copied):
-            why = (
-                "brings the embeddings of a grown vocabulary"
-                if grown
-                else "has experts that are joined when it is loaded"
-            )
-            raise InputError(
-                f"{self.trained.name}: {why}, and cannot be read layer by layer; prove it with --verify full"
-            )
+            why = "has an enlarged vocabulary" if grown else "has experts that are fused when it is loaded"
+            raise InputError(f"{self.trained.name}: {why}, so it cannot be checked layer by layer; use --verify full")
         free = memory.available_bytes(self.device)
         fits = self.need.whole < 0.9 * free
         mode = ("full" if fits or grown or self.plan.copied else "layers") if asked == "auto" else asked
-        how = "both models whole" if mode == "full" else f"a layer at a time, read {self.need.num_passes} times"
+        how = (
+            "both models in memory"
+            if mode == "full"
+            else f"one layer at a time, reading the files {self.need.num_passes} times"
+        )
         most = memory.anonymous_bytes() + (self.need.whole if mode == "full" else self.need.streamed)
-        console.say(f"proof     {mode}: {how}, at most {console.size(most)} in all; {console.size(free)} are free")
+        console.say(f"proof     {mode}: {how}; needs at most {console.size(most)}, {console.size(free)} are free")
         return mode
 
     def prove(self, folder):
         """Return the part of the report that compares the written `folder` with the live model."""
         dtype = self.trained.section.dtype
-        with console.status("proving: the trained model against the written folder"), memory.Peak() as peak:
+        with console.status("proof: comparing the trained model with the exported folder"), memory.Peak() as peak:
             self.live = live = self._answers_of_live()
             self.merged = faithful = self._compare(live, self._written(folder))
             judged = live

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from huggingface_hub.utils import disable_progress_bars
+from rich.text import Text
 
 from .. import adapter, base_model, hub
 from ..errors import InputError, Interrupted
@@ -71,9 +72,11 @@ def push(target, repo, *, public=False, base=None, license=None, dry_run=False) 
         "commit": None,
     }
     if "license:" not in text:
-        console.say("license   none is named in the card; the base has one that yours depends on: --license ID")
+        console.say(
+            "license   not set in the model card; look up the base model's license and set yours with --license ID"
+        )
     if dry_run:
-        console.show(text)
+        console.show(Text(text))
         console.say("nothing was uploaded")
         return result
     if not sys.stderr.isatty():
@@ -82,7 +85,7 @@ def push(target, repo, *, public=False, base=None, license=None, dry_run=False) 
     try:
         url, commit = hub.send(files, repo, public, f"{target.name}, by qlora push")
     except Interrupted as stopped:
-        raise Interrupted(stopped.number, f"push stopped; {repo} has all files of it or none") from None
+        raise Interrupted(stopped.number, f"push interrupted; {repo} has either all of its files or none") from None
     console.say(f"pushed    {len(files)} files, {private}: {url}")
     return result | {"url": url, "commit": commit}
 
@@ -104,29 +107,31 @@ def _of_model(folder):
     """Return {name: path} of an exported model; raises InputError unless it is whole, and was proven."""
     if not folder.is_dir():
         raise InputError(
-            f"no run and no model at {folder}; `qlora train RECIPE` makes a run, `qlora export RUN` a model"
+            f"neither a run nor a model at {folder}; `qlora train RECIPE` makes a run, `qlora export RUN` a model"
         )
     if (folder / adapter.CONFIG).is_file():
         raise InputError(
-            f"{folder} is an adapter by itself; give the run that it lies in, which knows how it was trained"
+            f"{folder} is an adapter alone; give the run folder that contains it, which records how it was trained"
         )
     report = _read_report(folder)
     weights = base_model.weight_files(folder)
     stored = sum((folder / name).stat().st_size for name in set(weights.values()))
     if stored < report["bytes"]:
-        raise InputError(f"{folder}: its weights are {stored:,} bytes, {report['bytes']:,} were exported; export again")
+        raise InputError(
+            f"{folder}: has {stored:,} bytes of weights, but {report['bytes']:,} were exported; export it again"
+        )
     names = [*_OF_MODEL, *_TOKENIZER, *sorted(set(weights.values())), CARD]
     names += report["served"] + sorted(path.name for path in folder.glob("*processor_config.json"))
     files = _there(folder, [name for name in names if name])
     for needed in ("config.json", "tokenizer.json", CARD):
         if needed not in files:
-            raise InputError(f"{folder}: {needed} is missing; export again")
+            raise InputError(f"{folder}: {needed} is missing; export it again")
     found = {name: read_object(path) for name, path in files.items() if path.suffix == ".json"}
     if "auto_map" in found["config.json"]:
         files |= _there(folder, [path.name for path in folder.glob("*.py")])
     kept = sorted({path.name for path in folder.iterdir()} - files.keys())
     if kept:
-        console.say(f"          stays here: {', '.join(kept)}")
+        console.say(f"          not uploaded: {', '.join(kept)}")
     return files
 
 
@@ -137,12 +142,12 @@ def _read_report(folder):
         served = [served["file"], served["modelfile"]] if served else []
     except FileNotFoundError:
         raise InputError(
-            f"{folder} is no export: it has no {REPORT}; `qlora export RUN --out FOLDER` makes one"
+            f"{folder} is not an export: it has no {REPORT}; `qlora export RUN --out FOLDER` makes one"
         ) from None
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise InputError(f"{folder / REPORT}: not what export wrote ({error!r}); export again") from None
+        raise InputError(f"{folder / REPORT}: not the report that export wrote ({error!r}); export it again") from None
     if not proven:
-        raise InputError(f"{folder} was exported without its proof; export again, without export.verify: off")
+        raise InputError(f"{folder} was exported without a proof; export it again without export.verify: off")
     return {"bytes": size, "served": served}
 
 
@@ -152,7 +157,7 @@ def _there(folder, names):
     for name in names:
         path = folder / name
         if path.is_symlink():
-            raise InputError(f"{path} is a link to {path.readlink()}; put the file itself there")
+            raise InputError(f"{path} is a symbolic link to {path.readlink()}; replace it with the file itself")
         if Path(name).name == name and path.is_file():
             files[name] = path
     return files

@@ -86,13 +86,20 @@ class Resumed:
             unknown = sorted(set(self.allowed) - then.keys() - now.keys())
             if unknown:
                 known = ", ".join(sorted(then.keys() | now.keys()))
-                raise InputError(f"--allow-change {unknown[0]}: no such field; there are {known}")
+                raise InputError(f"--allow-change {unknown[0]}: no such field; the fields are {known}")
         refused = [name for name in changed if name not in self.allowed]
         if refused:
-            raise InputError.listing(
-                f"cannot resume {self.checkpoint}: the run it was made by differs from this recipe; it",
-                [f"{name}: {_said(then.get(name))} then, {_said(now.get(name))} now" for name in refused],
-                "change it back, or take it as it is: " + " ".join(f"--allow-change {name}" for name in refused),
+            many = f"{len(refused)} settings" if len(refused) > 1 else "1 setting"
+            lines = [f"{name}: was {_said(then.get(name))}, is {_said(now.get(name))}" for name in refused]
+            allow = " ".join(f"--allow-change {name}" for name in refused)
+            raise InputError(
+                "\n  ".join(
+                    [
+                        f"cannot resume: {many} changed since {self.checkpoint}",
+                        *lines,
+                        f"change it back, or accept the change with {allow}",
+                    ]
+                )
             )
 
     def begin(self, recipe: Recipe):
@@ -122,7 +129,7 @@ def resumed(recipe: Recipe, allowed):
         if run.adapter.is_dir() and not _is_longer(run.recipe(), recipe):
             console.say(
                 f"{run.path} is finished: {_last_step(run):,} steps; set a higher training.num_train_epochs or "
-                "training.max_steps to go on"
+                "training.max_steps to train it further"
             )
             yield None
             return
@@ -136,9 +143,9 @@ def resumed(recipe: Recipe, allowed):
             console.say(f"skipped   {reason}")
         if path is None:
             raise InputError(
-                f"output_dir {run.path} has no checkpoint to go on from"
-                + (": none of those there is whole" if skipped else "")
-                + "; remove the folder to begin again"
+                f"output_dir {run.path} has no checkpoint to resume from"
+                + (": none of them is complete" if skipped else "")
+                + "; remove the folder to start again"
             )
         yield Resumed(run, kept, path, known, tuple(allowed))
 

@@ -26,7 +26,7 @@ def refuse(trained, plan, kind):
             f"{checkpoint.folder}: a multimodal checkpoint, which --gguf does not convert; leave it out, and convert the "
             "exported folder with llama.cpp's own convert_hf_to_gguf.py"
         )
-    stops = chat.stop_token_ids(trained.tokenizer, checkpoint.generation_config())
+    stops = chat.stop_token_ids(trained.tokenizer, trained.generation.generation_config())
     gguf.refuse(checkpoint.folder, plan.config, trained.tokenizer, stops, kind)
 
 
@@ -42,7 +42,7 @@ def add_gguf(trained, folder, name, kind, plan):
         size = gguf.write(folder, file, kind, advance)
     tokenizer = trained.tokenizer
     prompts = gguf.prompts_of(tokenizer, trained.rows)
-    with console.status("proving: the exported folder against the GGUF file in llama.cpp"):
+    with console.status("proof: comparing the exported folder with the GGUF file in llama.cpp"):
         proof = gguf.prove(folder, file, kind, prompts)
     if proof.proven:
         said = f"{proof.same_top1:.1%} of {proof.num_tokens} greedy tokens the same, KL {proof.kl:.1e}"
@@ -50,12 +50,12 @@ def add_gguf(trained, folder, name, kind, plan):
         said = proof.why_not
     console.say(f"gguf      {file.name}, {console.size(size)}: {said}")
     report = {"file": file.name, "bytes": size, **dataclasses.asdict(proof), "modelfile": None}
-    stops = chat.stop_token_ids(tokenizer, trained.checkpoint.generation_config())
+    stops = chat.stop_token_ids(tokenizer, trained.generation.generation_config())
     try:
         text = ollama.modelfile(tokenizer, file.name, stops, gguf.adds_bos(file))
     except InputError as error:  # the GGUF file is none the worse for it
         console.say(f"          no Modelfile for Ollama: {error}")
         return report | {"why_no_modelfile": str(error)}
     (folder / "Modelfile").write_text(text, encoding="utf-8")
-    console.say("ollama    Modelfile: its prompts equal the chat template's, character by character")
+    console.say("ollama    Modelfile: its prompts are identical to the chat template's")
     return report | {"modelfile": "Modelfile"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,16 +45,29 @@ def open_subject(target, overrides=()) -> Subject:
     if overrides:
         raise InputError(f"{target} is not a run folder, so there is no recipe for {overrides[0]!r} to change")
     if not Path(target).exists() and str(target).startswith(("runs/", ".", "/", "~")):
-        raise InputError(f"no run and no model at {target}; `qlora train RECIPE` makes a run")
+        raise InputError(f"neither a run nor a model at {target}; `qlora train RECIPE` makes a run")
     section = Model(name_or_path=str(target))
     checkpoint = base_model.find(section)
     base_model.load_config(checkpoint, section)  # what is wrong with config.json is said of that file
-    tokenizer = base_model.load_tokenizer(checkpoint.folder, section)
-    chat.set_template(tokenizer, None)
-    chat.know_stops(tokenizer, checkpoint.generation_config())
+    tokenizer, _ = open_tokenizer(checkpoint.folder, section, checkpoint.generation_config())
     with console.status(f"loading {target}"):
         model = base_model.load(checkpoint, section, None)
     return Subject(model, tokenizer, chat.stop_token_ids(tokenizer, model.generation_config), None, None)
+
+
+def open_tokenizer(folder, section, generation_config, chat_template=None, system_as_user=False):
+    """Return the tokenizer in `folder`, knowing what a conversation needs, and in words which chat template it has.
+
+    It gets the new tokens of `section` (the recipe's `model`), the template `chat_template` (None: its own, or a built-in
+    one; system_as_user: see `chat.set_template`) and the tokens at which generation ends by `generation_config` (None: the model
+    has none).
+    """
+    tokenizer = base_model.load_tokenizer(folder, section)
+    new_tokens = section.new_tokens or []
+    base_model.add_tokens(tokenizer, new_tokens, chat.template_text(tokenizer, chat_template, new_tokens))
+    template = chat.set_template(tokenizer, chat_template, system_as_user)
+    chat.know_stops(tokenizer, generation_config)
+    return tokenizer, template
 
 
 def _open_run(run, overrides):
@@ -84,17 +98,20 @@ def switch(subject, name):
     if subject.run is None:
         raise InputError("a plain model has no adapters; open a run: qlora chat RUN")
     if name != str(subject.run.path):
-        adapter.read(subject.run.adapter).refuse_more_than_low_rank("cannot be switched off; open the other by itself")
+        adapter.read(subject.run.adapter).refuse_more_than_low_rank(
+            "cannot be switched off; open the other run by itself"
+        )
     if name not in subject.voices:
         run = RunDir.open(name)
         recipe = run.recipe()
         ours, theirs = (one.environment()["base_model"] for one in (subject.run, run))
         if recipe.quantization != subject.recipe.quantization or ours["sha256"] != theirs["sha256"]:
             raise InputError(f"{name}: trained on another base than {subject.run.path}")
+        adapter.read_config(run.adapter)  # what is wrong with it is said before the tokenizer in it is read
+        tokenizer, _ = open_tokenizer(run.adapter, recipe.model, subject.model.generation_config)
+        _refuse_other_tokens(name, tokenizer, subject)
         own = f"voice{len(subject.voices)}"
         adapter.add(subject.model, run.adapter, own)
-        tokenizer = base_model.load_tokenizer(run.adapter, recipe.model)
-        chat.know_stops(tokenizer, subject.model.generation_config)
         stops = chat.stop_token_ids(tokenizer, subject.model.generation_config)
         subject.voices[name] = (own, tokenizer, stops)
     chosen, subject.tokenizer, subject.stops = subject.voices[name]
@@ -102,15 +119,25 @@ def switch(subject, name):
     subject.speaking = name
 
 
+def _refuse_other_tokens(name, tokenizer, subject):
+    """Raise InputError unless run `name` has the tokens of the run that was opened: the embedding has rows for those."""
+    ours, theirs = subject.voices[str(subject.run.path)][1].get_vocab().items(), tokenizer.get_vocab().items()
+    if ours != theirs:
+        token, number = min(ours ^ theirs, key=lambda one: (one[1], one[0]))
+        raise InputError(
+            f"{name}: its tokenizer has other tokens than that of {subject.run.path} ({len(ours ^ theirs)} differ, such as "
+            f"{token!r} with id {number}); open it by itself: qlora chat {shlex.quote(name)}"
+        )
+
+
 def load_tokenizer(run, section, checkpoint):
     """Return the run's tokenizer; raises InputError unless it has the checkpoint's new tokens under the same ids."""
-    tokenizer = base_model.load_tokenizer(run.adapter, section)
-    chat.know_stops(tokenizer, checkpoint.generation_config())
+    tokenizer, _ = open_tokenizer(run.adapter, section, checkpoint.generation_config())
     found = base_model.add_tokens(tokenizer, section.new_tokens)
     if found != checkpoint.new_tokens:
         raise InputError(
-            f"{run.adapter}: its tokenizer has model.new_tokens as {found}, that of {checkpoint.folder} makes them "
-            f"{checkpoint.new_tokens}; give both as they were at the training"
+            f"{run.adapter}: its tokenizer has model.new_tokens with the ids {found}, that of {checkpoint.folder} gives "
+            f"them {checkpoint.new_tokens}; restore both as they were in training"
         )
     return tokenizer
 

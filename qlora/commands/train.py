@@ -71,8 +71,8 @@ def _how_to_go_on(run, change=""):
     steps = [path.name.removeprefix("step-") for path in run.checkpoints.glob("step-*")]
     newest = max((int(step) for step in steps if step.isdigit()), default=None)
     if newest is not None:
-        return f"; go on after step {newest} with:  qlora train {shlex.quote(str(run.recipe_file))} --resume{change}"
-    return f"; remove {run.path} to begin again" if run.recipe_file.exists() else ""
+        return f"; resume after step {newest} with:  qlora train {shlex.quote(str(run.recipe_file))} --resume{change}"
+    return f"; remove {run.path} to start again" if run.recipe_file.exists() else ""
 
 
 def _train(recipe, resumed):
@@ -163,7 +163,7 @@ def _train(recipe, resumed):
                 adapter.seal(folder, hashes)
     console.say(
         f"trained {result.steps} steps, {result.tokens:,} tokens in {console.duration(result.seconds)}: "
-        f"{result.tokens / result.step_seconds:,.0f} tokens/s in the steps, {result.tokens / result.seconds:,.0f} with "
+        f"{result.tokens / result.step_seconds:,.0f} tokens/s in the steps, {result.tokens / result.seconds:,.0f} including "
         f"evaluations and checkpoints; {_peak(result, predicted)}; "
         f"loss {result.loss:.4f}" + ("" if result.eval_loss is None else f", held-out {result.eval_loss:.4f}")
     )
@@ -186,8 +186,8 @@ def _refuse_what_quantizing_undoes(quantization, folder):
     quantized = report.get("quantized")
     if report.get("base") == "dequantized" and isinstance(quantized, dict) and quantized.get("modules"):
         raise InputError(
-            f"model.name_or_path {folder}: an export onto the dequantized base; quantized to "
-            f"{quantization.quant_type} again it would be the model before that training. Export the run with --base original "
+            f"model.name_or_path {folder}: an export with the dequantized base; quantizing it to "
+            f"{quantization.quant_type} again would undo its training. Export the run with --base original "
             "and train on that, or set quantization: null"
         )
 
@@ -229,7 +229,7 @@ def _plan(recipe, prepared, device):
     found = planner.plan(job)
     if not found.fits:
         lines = [
-            f"this does not fit: {console.size(found.peak_bytes)} are needed ({found.where}), {console.size(budget)} are "
+            f"does not fit: {console.size(found.peak_bytes)} are needed ({found.where}), {console.size(budget)} are "
             f"{'free' if recipe.memory.budget is None else 'memory.budget'}; what would help, best first:"
         ]
         lines += [

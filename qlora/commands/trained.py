@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from .. import adapter, base_model, data
-from ..data import chat
 from ..errors import InputError
 from ..exporter import proof
 from ..recipe import Data, Recipe
@@ -18,7 +17,7 @@ from ..rundir import RunDir
 from . import console
 from .adapters import combine, parse_weighted
 from .described import origin_of
-from .subject import load_tokenizer, refuse_changed_base, refuse_other_base
+from .subject import load_tokenizer, open_tokenizer, refuse_changed_base, refuse_other_base
 
 
 @dataclass
@@ -28,7 +27,9 @@ class Trained:
     name: what the user called it. modules: {quantized layer: sha256 of its codes at training, or None}. rows: what the
     proof uses, data.Examples; rows_from says in words where they are from. inputs: folders that are read. fitted: the
     adapter was started from what quantization has lost (LoftQ), so it is right on the quantized base only. live_model: how it is
-    known what the adapter was trained on: "recorded" by the run, "declared" by the user, or "assumed".
+    known what the adapter was trained on: "recorded" by the run, "declared" by the user, or "assumed". generation: the
+    checkpoint, its folder that whose generation_config.json counts. taken_from: {tokenizer, chat_template,
+    generation_config: "adapter", "base", "recipe" or "built in"}, None for what there is none of.
     """
 
     name: str
@@ -39,6 +40,8 @@ class Trained:
     folder: Path
     adapter: adapter.Adapter
     tokenizer: Any
+    generation: base_model.Checkpoint
+    taken_from: dict
     rows: list
     rows_from: str
     inputs: list
@@ -75,7 +78,7 @@ def open_trained(targets, base=None, data_file=None, overrides=()) -> Trained:
         section = Data.of_file(data_file, settings)
         rows = data.Rows(data.load(section.train, trained.tokenizer, section, seed=0))
         if not len(rows):
-            raise InputError(f"{data_file}: no row is left for the proof")
+            raise InputError(f"{data_file}: no rows left for the proof")
         base_model.refuse_rows(rows, trained.config)
         trained.rows = proof.proof_rows(rows, trained.config.get_text_config().vocab_size)
         trained.rows_from = f"rows of {Path(data_file).name}"
@@ -85,7 +88,7 @@ def open_trained(targets, base=None, data_file=None, overrides=()) -> Trained:
 def _of_one(target, base, overrides):
     if RunDir.is_run(target):
         if base is not None:
-            raise InputError(f"{target} is a run, which knows its base; leave --model out, or give {target}/adapter")
+            raise InputError(f"{target} is a run, which records its base; leave --model out, or give {target}/adapter")
         trained = _of_run(RunDir.open(target), overrides)
     elif (Path(target) / adapter.CONFIG).is_file():
         trained = _of_adapter(Path(target), base, overrides)
@@ -106,7 +109,9 @@ def _of_several(weighted, base, overrides):
             and other.modules == first.modules
         )
         if not same:
-            raise InputError(f"{other.name}: trained on another base than {first.name}; such adapters do not add up")
+            raise InputError(
+                f"{other.name}: trained on another base than {first.name}; adapters of different bases cannot be summed"
+            )
     weights = [weight for _, weight in weighted]
     temporary = tempfile.TemporaryDirectory()
     try:
@@ -117,7 +122,7 @@ def _of_several(weighted, base, overrides):
         temporary.cleanup()
         raise
     named = " + ".join(f"{weight:g} * {target}" for target, weight in weighted)
-    console.say(f"adapter   {named}, side by side: r = {read.config['r']}")
+    console.say(f"adapter   {named}: r = {read.config['r']}, the sum of the ranks")
     return dataclasses.replace(
         first,
         name=named,
@@ -140,7 +145,9 @@ def _of_run(run, overrides):
     recipe, as_trained = Recipe.load(run.recipe_file, overrides), run.recipe()
     for name in ("quantization", "lora"):
         if getattr(recipe, name) != getattr(as_trained, name):
-            raise InputError(f"{name}: {run.path} was trained with another; export follows the run, leave it out")
+            raise InputError(
+                f"{name}: differs from what {run.path} was trained with; export uses the run's, so leave it out"
+            )
     checkpoint = base_model.find(recipe.model)
     trained = adapter.read(run.adapter)
     refuse_changed_base(run, checkpoint)
@@ -158,6 +165,8 @@ def _of_run(run, overrides):
         folder=run.adapter,
         adapter=trained,
         tokenizer=load_tokenizer(run, recipe.model, checkpoint),
+        generation=checkpoint,
+        taken_from=_taken_from("adapter", "adapter", checkpoint.generation_config() and "base"),
         rows=rows,
         rows_from=rows_from,
         inputs=[run.path, checkpoint.folder],
@@ -176,7 +185,7 @@ def _of_adapter(folder, base, overrides):
     recipe = Recipe.from_dict(values, overrides)
     other = bool(said) and Path(str(said)).name.lower() != Path(str(base)).name.lower()
     if other:
-        console.say(f"base      {folder} says that it was trained on {said}; it is merged with {base}")
+        console.say(f"base      {folder} names {said} as its base; merging with {base} instead")
     checkpoint = base_model.find(recipe.model)
     if isinstance(recorded := adapter.base_of(folder), dict):
         how = f"--model, or, if it was changed on purpose, remove {folder / adapter.MANIFEST}"
@@ -194,10 +203,17 @@ def _of_adapter(folder, base, overrides):
     has_tokenizer = (folder / "tokenizer.json").is_file()
     if not has_tokenizer:
         _refuse_half_a_tokenizer(folder)
-        console.say(f"tokenizer of {checkpoint.folder}: the adapter has none")
-    tokenizer = base_model.load_tokenizer(folder if has_tokenizer else checkpoint.folder, recipe.model)
-    chat.set_template(tokenizer, recipe.data.chat_template)
-    chat.know_stops(tokenizer, checkpoint.generation_config())
+        console.say(f"tokenizer taken from {checkpoint.folder}: the adapter has none")
+    base_model.refuse_generation(folder)
+    has_generation = (folder / "generation_config.json").is_file()
+    generation = dataclasses.replace(checkpoint, folder=folder) if has_generation else checkpoint
+    generation_config, chat_template = generation.generation_config(), recipe.data.chat_template
+    place = folder if has_tokenizer else checkpoint.folder
+    has_template = base_model.load_tokenizer(place, recipe.model).chat_template
+    tokenizer, template = open_tokenizer(place, recipe.model, generation_config, chat_template)
+    whose = "adapter" if has_tokenizer else "base"
+    if chat_template is None and not has_template:
+        console.say(f"template  {template}")
     modules = base_model.names_to_quantize(config, recipe.model) if recipe.quantization else []
     return Trained(
         name=str(folder),
@@ -208,12 +224,22 @@ def _of_adapter(folder, base, overrides):
         folder=folder,
         adapter=trained,
         tokenizer=tokenizer,
+        generation=generation,
+        taken_from=_taken_from(
+            whose,
+            "recipe" if chat_template else whose if has_template else "built in",
+            "adapter" if has_generation else generation_config and "base",
+        ),
         rows=proof.text_rows(tokenizer),
-        rows_from="sentences of no data set",
+        rows_from="built-in sentences",
         inputs=[folder, checkpoint.folder],
         fitted=_is_fitted(folder),
         live_model="assumed" if assumed else "declared",
     )
+
+
+def _taken_from(tokenizer, chat_template, generation_config):
+    return {"tokenizer": tokenizer, "chat_template": chat_template, "generation_config": generation_config or None}
 
 
 def _assumption(quantized):
@@ -232,7 +258,7 @@ def _refuse_half_a_tokenizer(folder):
     if found:
         raise InputError(
             f"{folder}: has {', '.join(found)} but no tokenizer.json, and the base's tokenizer may differ from it. Make one: "
-            f"AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r}), or move these files away to take "
+            f"AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r}), or move these files away to use "
             "the base's"
         )
 

@@ -41,6 +41,33 @@ def histogram(lengths):
     return [(index * step + 1, (index + 1) * step, count) for index, count in enumerate(counts)]
 
 
+def altered(source):
+    """Return lines on what of a source's rows is not in the conversations as it is in the file.
+
+    source: an entry of a report's "sources".
+    """
+    lines = []
+    if source["unused"]:
+        lines.append("unused keys: " + ", ".join(f"{key} ({count:,} rows)" for key, count in source["unused"].items()))
+    if source["rows_merged"]:
+        lines.append(f"{source['rows_merged']:,} rows had consecutive assistant messages merged into one turn")
+    if source["rows_without_thoughts"]:
+        lines.append(f"{source['rows_without_thoughts']:,} rows had their thoughts removed (data.thoughts=drop)")
+    if source["conversations_by_answer"]:
+        times = source["tokens_by_answer"] / source["tokens_of_conversations"]
+        lines.append(
+            f"{source['conversations_by_answer']:,} conversations became {source['answers_by_answer']:,} training rows, one per "
+            f"answer ({times:.1f}x the tokens): the template shows earlier turns differently once later ones follow, or an "
+            "answer's first characters would merge with the prompt; data.train_on=last_assistant trains on last answers only"
+        )
+    if source["rows_with_nulls"]:
+        lines.append(
+            f"{source['rows_with_nulls']:,} rows had null fields removed from tool calls or tool schemas (to keep them, "
+            "write arguments and tools as JSON strings)"
+        )
+    return lines
+
+
 def page(title, template, report, bars, max_length, rows):
     """Return the HTML of a report. rows: [(where, pieces of the row), ...] to show."""
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
@@ -49,6 +76,7 @@ def page(title, template, report, bars, max_length, rows):
         title=title,
         template=template,
         report=report,
+        altered=[(source["path"], altered(source)) for source in report["sources"]],
         histogram=bars,
         tallest=max(count for *_, count in bars),
         max_length=max_length,

@@ -64,8 +64,11 @@ class File:
         """Return the sha256 of the contents, in hex; raises InputError if the file cannot be read."""
         whole = hashlib.sha256()
         with _open(self.path) as file:
-            while block := file.read(_BLOCK):
-                whole.update(block)
+            try:
+                while block := file.read(_BLOCK):
+                    whole.update(block)
+            except OSError as error:
+                raise InputError(f"{self.path}: cannot be read: {error.strerror or error}") from None
         return whole.hexdigest()
 
     def header(self):

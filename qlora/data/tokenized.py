@@ -99,6 +99,7 @@ def tokenize(file, tokenizer, settings, weight=1.0, pick=None, num_proc=None, on
         tally = _Tally(settings)
         try:
             results = _results(_chunks(file, pick, tally), _Job(tokenizer, settings), _workers(file, num_proc))
+            results = _naming(file, results)
             with new_folder(folder, shared=True) as partial, contextlib.closing(results):
                 _write(partial, results, tally, file, on_progress)
                 if file.stamp() != stamp:
@@ -108,11 +109,25 @@ def tokenize(file, tokenizer, settings, weight=1.0, pick=None, num_proc=None, on
                 write_json(partial / "summary.json", tally.summary(file.unit))
         except OSError as error:
             if not folder.is_dir():  # else another process was faster
-                raise InputError(
-                    f"{folder}: {error.strerror or error}; set QLORA_CACHE to a folder with room"
+                raise (
+                    _unreadable(file, error)
+                    if error.filename == file.path
+                    else InputError(f"{folder}: {error.strerror or error}; set QLORA_CACHE to a folder with room")
                 ) from None
         _forget_unused(folder.parent)
     return Part(folder, file, digest, settings, weight)
+
+
+def _naming(file, results):
+    """Yield `results`; what the system refuses meanwhile is said of the data file, not of the cache."""
+    try:
+        yield from results
+    except OSError as error:
+        raise _unreadable(file, error) from None
+
+
+def _unreadable(file, error):
+    return InputError(f"{file.path}: cannot be read and tokenized: {error.strerror or error}")
 
 
 def _workers(file, num_proc):

@@ -25,11 +25,11 @@ _HAS_LOCAL_ROPE = ("gemma3", "gemma3_text", "gemma3n", "gemma3n_text")
 _ROPE_NAMES = dict.fromkeys(("gpt_neox", "gpt_neox_japanese"), ("rotary_emb_base", "rotary_pct"))
 
 
-def write(folder, checkpoint, section, config, tokenizer, dtype):
+def write(folder, checkpoint, section, config, tokenizer, dtype, generation=None):
     """Write config.json, generation_config.json, tokenizer files and remote code into `folder`.
 
     checkpoint, section: the base and the recipe's section `model`. config, tokenizer: of the merged model. dtype: its
-    name.
+    name. generation: a Checkpoint whose folder has the generation_config.json to write; by default the base.
 
     Raises:
         ProofFailed: what was written does not read as config and tokenizer of the merged model.
@@ -40,7 +40,7 @@ def write(folder, checkpoint, section, config, tokenizer, dtype):
     is_multimodal = base_model.whole_config(checkpoint.folder) is not None
     changed = model_config_of_whole if is_multimodal else model_config
     _write_or_copy(folder / path.name, changed(raw, before, after, dtype), path)
-    _write_generation_config(folder, checkpoint, config, tokenizer)
+    _write_generation_config(folder, generation or checkpoint, config, tokenizer)
     _write_tokenizer(folder, checkpoint.folder, base_model.load_tokenizer(checkpoint.folder, section), tokenizer)
     for source in checkpoint.folder.glob("*processor_config.json") if is_multimodal else ():
         shutil.copyfile(source, folder / source.name)
@@ -235,7 +235,9 @@ def refuse_misread(folder, section, config, tokenizer):
         problems.append("tokenizer.json: encodes text differently from the tokenizer of the training")
     if problems:
         raise ProofFailed(
-            "\n  ".join([f"the files beside the weights are wrong, {len(problems)} problems:", *problems])
+            "\n  ".join(
+                [f"the config and tokenizer files of the export are wrong, {len(problems)} problems:", *problems]
+            )
         )
 
 

@@ -403,7 +403,7 @@ def _cast(spec, stored, base, merged):
     low, high = torch.aminmax(merged)
     largest = max(-low.item(), high.item())
     if not math.isfinite(largest):
-        raise InputError(f"{spec.name}: holds numbers that are not finite; the base or the adapter is broken")
+        raise InputError(f"{spec.name}: contains non-finite values; the base or the adapter is broken")
     # halfway from the largest number to the next power of two is where rounding goes to infinity
     if not largest < torch.finfo(dtype).max * (1 + torch.finfo(dtype).eps / 4):
         raise InputError(

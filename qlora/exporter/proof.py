@@ -223,7 +223,9 @@ def open_folder(folder, device, dtype="float32", trust_remote_code=False):
     )
     lost = [*info["missing_keys"], *info["unexpected_keys"], *(key for key, *_ in info["mismatched_keys"])]
     if lost:
-        raise ProofFailed(f"the written folder does not load whole: {', '.join(sorted(lost)[:5])}")
+        raise ProofFailed(
+            f"tensors of the exported folder are missing, unused or of another shape: {', '.join(sorted(lost)[:5])}"
+        )
     return base_model.accept_arguments(model).eval()
 
 
@@ -231,7 +233,7 @@ def failures(live, merged, base, dtype):
     """Return what is wrong, as sentences; none means proven."""
     found = []
     if not (math.isfinite(merged.loss) and math.isfinite(merged.kl)):
-        return [f"its answers are not finite numbers in {dtype}; export with --dtype bfloat16 or float32"]
+        return [f"its logits are not finite in {dtype}; export with --dtype bfloat16 or float32"]
     if merged.kl > KL_LIMIT[dtype]:
         found.append(
             f"KL(trained, exported) is {merged.kl:.2e} nats a token, the limit for {dtype} is {KL_LIMIT[dtype]:.0e}"
@@ -242,14 +244,14 @@ def failures(live, merged, base, dtype):
         found.append(f"the loss is {merged.loss:.4f}, the trained model's {live.loss:.4f}")
     if not base.kl > BASE_FACTOR * merged.kl:
         found.append(
-            f"the export is no nearer to the trained model (KL {merged.kl:.2e}) than the untrained base is ({base.kl:.2e}): "
-            f"what was trained is lost in {dtype}"
+            f"the export is no closer to the trained model (KL {merged.kl:.2e}) than the untrained base is ({base.kl:.2e}): "
+            f"the training is lost in {dtype}"
         )
     if found:
         steps = [after - before for before, after in zip((0.0, *merged.hidden), merged.hidden, strict=False)]
         worst = max(range(len(steps)), key=steps.__getitem__)
         found.append(
-            f"the hidden states part most in {f'decoder layer {worst - 1}' if worst else 'the embedding'}: "
-            f"{merged.hidden[worst]:.1e} off after it, {merged.hidden[-1]:.1e} after the last layer"
+            f"the hidden states differ most in {f'decoder layer {worst - 1}' if worst else 'the embedding'}: "
+            f"by {merged.hidden[worst]:.1e} after it, {merged.hidden[-1]:.1e} after the last layer"
         )
     return found

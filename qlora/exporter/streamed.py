@@ -156,7 +156,7 @@ class _Weights:
         if converts or any(self.source.get(name) not in files for name in self.dtypes):
             raise InputError(
                 f"{folder}: the files hold {type(model).__name__} in another layout than it has in memory, so it cannot "
-                "be read layer by layer; prove it with --verify full"
+                "be read layer by layer; use --verify full"
             )
 
     def read(self, name, device, rows=slice(None)):

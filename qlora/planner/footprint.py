@@ -195,7 +195,7 @@ def usage(model: Outline, load: Load, training, checkpointed, offload, eval_load
     left = model.trained_bytes / numbers * np.cumsum(model.trained[::-1])[::-1]
     before = 0.0 if accumulates else 4 * (np.cumsum(model.trained) - model.trained)
     taken = summed + (left + before + 4 * model.trained).max()
-    moments.append(("taking over gradients", {"gradients": taken}))
+    moments.append(("copying gradients to the masters", {"gradients": taken}))
     temporary = _optimizer_work(model, numbers, largest, training.optim)
     moments.append(("optimizer step", {"gradients": 4 * numbers, "layer_work": temporary}))
     if eval_load is not None:

@@ -179,7 +179,7 @@ def _config(training, run, device, evaluates):
         warmup_steps=training.warmup_ratio,  # a float below 1 is a share of the steps
         weight_decay=training.weight_decay,
         # the norm is computed in any case: it tells whether a step is finite
-        max_grad_norm=math.inf if training.max_grad_norm is None else training.max_grad_norm,
+        max_grad_norm=training.max_grad_norm or math.inf,  # 0 is no clipping too, as in transformers
         logging_steps=training.logging_steps,
         logging_nan_inf_filter=False,  # the default logs 0.0 for a loss that is not finite
         eval_strategy="steps" if evaluates and training.eval_steps else "no",

@@ -47,8 +47,8 @@ class MasterWeights:
             differing = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
             name = differing[0]
             raise InputError(
-                f"the checkpoint is of another adapter: {len(differing)} tensors differ, {name} is {there.get(name)} there "
-                f"and {here.get(name)} here; training cannot go on with another lora section"
+                f"the checkpoint has another adapter: {len(differing)} tensors differ, {name} is {there.get(name)} there "
+                f"and {here.get(name)} here; resume with the lora section of the run"
             )
         for name, master, parameter in zip(names, self.masters, self.live, strict=True):
             master.copy_(tensors[name])

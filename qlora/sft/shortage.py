@@ -13,7 +13,7 @@ def too_much(trainer, measured, changes):
     known = {"predicted": measured["predicted_bytes"], "measured in the rehearsal": trainer.rehearsed_bytes}
     peaks = [f"{word} {num_bytes / 2**30:.2f} GiB" for word, num_bytes in known.items() if num_bytes]
     lines += [f"  peak {', '.join(peaks)}"] if peaks else []
-    return "\n".join([*lines, "  to make it fit, what costs least first:", *(f"    {change}" for change in changes)])
+    return "\n".join([*lines, "  to make it fit, cheapest first:", *(f"    {change}" for change in changes)])
 
 
 def what_would_help(training, measured, on_gpu, evaluates, longest):
@@ -23,7 +23,7 @@ def what_would_help(training, measured, on_gpu, evaluates, longest):
     """
     number, total = measured["checkpointed_layers"], measured["layers"]
     rows, steps = training.per_device_train_batch_size, training.gradient_accumulation_steps
-    shorter = f"set a data.max_length under {longest:,}, the longest there is, and data.overlong=truncate or split"
+    shorter = f"set data.max_length below {longest:,}, the longest row, and data.overlong=truncate or split"
     if evaluates:
         rows = training.per_device_eval_batch_size
         return ([f"set training.per_device_eval_batch_size=1 (now {rows})"] if rows > 1 else []) + [shorter]

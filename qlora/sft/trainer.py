@@ -255,8 +255,8 @@ class Trainer(SFTTrainer):
         """Raise TrainingFailed if no step was taken: too few for `Watch` to say so."""
         if self.watch.not_taken == self.state.global_step:
             raise TrainingFailed(
-                "no step could be taken, each had a loss or a gradient that is not finite. Lower training.learning_rate, "
-                f"or look at the rows that {self.recorder.file.name} names"
+                "every step was skipped because of a non-finite loss or gradient. Lower training.learning_rate, "
+                f"or look at the rows listed in {self.recorder.file.name}"
             )
 
     def refuse_broken_weights(self):
@@ -272,8 +272,8 @@ class Trainer(SFTTrainer):
         if broken:
             why = f"\n  {self.failure}" if self.failure is not None else ""
             raise TrainingFailed(
-                f"{broken[0]} holds numbers that are not finite after step {self.state.global_step}; it was not saved. "
-                f"Earlier checkpoints are as they were: lower training.learning_rate{why}"
+                f"{broken[0]} contains non-finite values after step {self.state.global_step}; it was not saved. "
+                f"Earlier checkpoints are intact: lower training.learning_rate{why}"
             )
 
     def _own_optimizer(self):

@@ -1,4 +1,4 @@
-"""What the numbers of a run say about it: steps that cannot be taken, and a loss that has risen for good."""
+"""Watches a training: skipped steps (non-finite loss or gradient), and a loss that has diverged."""
 
 from __future__ import annotations
 
@@ -6,19 +6,20 @@ import math
 import statistics
 from collections import deque
 
-FEW_IN_A_ROW, FEW, SHARE = 3, 10, 0.01  # steps that are not taken, before the run ends: in a row; in all, and of all
+# the run ends after so many skipped steps: consecutive; in all, if they are more than this share of all steps
+FEW_IN_A_ROW, FEW, SHARE = 3, 10, 0.01
 RISE = 1.0  # nats: a perplexity 2.7 times as high
-_FIRST = 10  # steps whose median is taken for the first one
-_NOISE = 4  # standard errors on either side: losses that only differ do not move a mean so far
-_WORST = 12.0  # nats: what all tokens having one chance costs; how far a loss is above it says nothing
+_FIRST = 10  # steps before the first median
+_NOISE = 4  # standard errors: noise alone does not move the mean further
+_WORST = 12.0  # nats: the loss of a uniform guess; larger losses count as this
 
 
 class Watch:
     """Judges a run by the loss and the gradient of each of its steps.
 
-    num_steps: the loss has diverged when the median of the last so many steps is RISE above the lowest that it has been,
-    and their mean above its lowest too, beyond chance. A single step, or a few rows that are hard, do not move a median;
-    rows of two kinds, easy and hard, move it by chance, and not the mean. None: any loss will do that is a number.
+    num_steps: the window. The loss has diverged when the median over the window is RISE above its lowest value so far and
+    the mean is above its lowest value by more than noise. The median ignores single bad steps and a few hard rows; the
+    mean ignores jumps of the median between easy and hard rows. None: only non-finite losses end the run.
     first: steps before the first median and mean.
     """
 
@@ -32,7 +33,7 @@ class Watch:
         self.diverged = False
 
     def take(self, step, loss):
-        """Note a step that was taken; returns what is wrong with the run, or None."""
+        """Record the loss of a step; return why the run has to end, or None."""
         self.in_a_row, self.taken_here = 0, self.taken_here + 1
         if self.num_steps is None:
             return None
@@ -51,26 +52,26 @@ class Watch:
         self.diverged = True
         return (
             f"the loss has diverged: the median of the last {self.num_steps} steps is {median:.2f} in step {step}, it was "
-            f"{self.lowest[0]:.2f} in step {self.lowest_step}. Lower training.learning_rate, or, if such losses are right, set "
-            "training.watchdog_steps=null"
+            f"{self.lowest[0]:.2f} in step {self.lowest_step}. Lower training.learning_rate, or, if such losses are "
+            "expected, set training.watchdog_steps=null"
         )
 
     def leave_out(self, step, what):
-        """Note a step that was not taken because of `what`; returns what is wrong with the run, or None."""
+        """Record that a step was skipped because of `what`; return why the run has to end, or None."""
         self.not_taken, self.in_a_row, self.here = self.not_taken + 1, self.in_a_row + 1, self.here + 1
         many = self.here >= FEW and self.here > SHARE * (self.here + self.taken_here)
         if self.in_a_row < FEW_IN_A_ROW and not many:
             return None
-        often = f"{self.in_a_row} in a row" if self.in_a_row >= FEW_IN_A_ROW else f"{self.here} of them"
-        return f"{what} in step {step}; it was not taken, nor were others before, {often}"
+        steps = f"{self.in_a_row} consecutive" if self.in_a_row >= FEW_IN_A_ROW else f"{self.here}"
+        return f"{what} in step {step}; skipped: {steps} steps had a non-finite loss or gradient"
 
     def suspects(self):
-        """True while so many of the last losses are high that the weights may be those of a run that diverges."""
+        """True while so many of the last losses are high that the run may be diverging."""
         return self.num_steps is not None and sum(map(self._is_high, self.recent)) > self.num_steps / 4
 
     def last_good_step(self):
-        """Return the step since which three in four losses are high, or one a little before: any noise is taken for a rise."""
-        high, good = 0, self.recent[0][0] - 1  # where no part of them is: all of them
+        """Return the last step before the losses rose: from there on, three in four are high. Errs on the early side."""
+        high, good = 0, self.recent[0][0] - 1  # if no tail of the window qualifies: before all of it
         for count, (step, loss) in enumerate(reversed(self.recent), start=1):
             high += self._is_high((step, loss))
             good = step - 1 if 4 * high >= 3 * count else good
@@ -85,7 +86,7 @@ class Watch:
         return {"recent": [*self.recent], "lowest": [lowest, self.lowest_step], "not_taken": self.not_taken}
 
     def restore(self, state):
-        """Go on from a `state`. Steps that were not taken by another process do not end this one."""
+        """Continue from `state`. Steps skipped by an earlier process do not count towards ending this one."""
         self.recent.extend(map(tuple, state["recent"]) if self.num_steps is not None else ())
         lowest, self.lowest_step = state["lowest"]
         self.lowest = [math.inf if level is None else level for level in lowest]

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+import transformers
 
 from qlora import adapter, base_model
 from qlora.commands import chat as chat_verb
@@ -128,11 +129,11 @@ def test_the_whole_weight_on_one_is_that_one(two, tmp_path):
 @pytest.mark.parametrize(
     ("targets", "expected"),
     [
-        (["runs/a:0.7", "runs/b"], "runs/b: to combine adapters give each its weight"),
-        (["runs/a:0.7", "runs/b:x"], "runs/b:x: to combine"),
-        (["runs/a:nan", "runs/b:1"], "runs/a:nan: to combine"),
-        (["runs/a:1", "runs/b:0"], "runs/b:0: to combine"),
-        (["runs/a:1", "runs/a:2"], "runs/a: named more than once"),
+        (["runs/a:0.7", "runs/b"], "runs/b: needs a weight other than 0; to combine adapters write RUN:WEIGHT"),
+        (["runs/a:0.7", "runs/b:x"], "runs/b:x: needs a weight"),
+        (["runs/a:nan", "runs/b:1"], "runs/a:nan: needs a weight"),
+        (["runs/a:1", "runs/b:0"], "runs/b:0: needs a weight"),
+        (["runs/a:1", "runs/a:2"], "runs/a: listed more than once"),
     ],
 )
 def test_weights_are_numbers_for_different_runs(targets, expected):
@@ -144,7 +145,7 @@ def test_only_low_rank_updates_on_one_base_add_up(runs, two, tmp_path):
     dora = runs("dora", lora={"r": 4, "use_dora": True})
     head = runs("head", lora={"r": 4, "modules_to_save": ["lm_head"]})
     mistral = runs("mistral", family="mistral")
-    for run, expected in ((dora, "DoRA rescales"), (head, "with trained biases or modules it cannot be added"),
+    for run, expected in ((dora, "DoRA adapters rescale"), (head, "has trained biases or modules, so it cannot be added"),
                           (mistral, "trained on another base")):  # fmt: skip
         with pytest.raises(InputError, match=expected):
             export([f"{two[0].path}:1", f"{run.path}:1"], tmp_path / "out")
@@ -188,18 +189,28 @@ def test_a_sum_that_is_another_one_is_noticed(two, tmp_path, monkeypatch):
             self, names, [2 * weight for weight in weights], *rest, **more
         )
     )  # fmt: skip
-    with pytest.raises(ProofFailed, match="PEFT's sum of the adapters is another one"):
+    with pytest.raises(ProofFailed, match="PEFT combined the adapters wrongly in"):
         export([f"{two[0].path}:0.7", f"{two[1].path}:0.3"], tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
-def test_a_run_that_cannot_be_switched_to_changes_nothing(two, runs):
+def test_a_run_that_cannot_be_switched_to_changes_nothing(two, runs, tiny_model, tmp_path):
     subject = open_subject(two[0].path)
     before = logits(subject.model)
+    grown = shutil.copytree(two[1].path, tmp_path / "grown")
+    (grown / "adapter" / "manifest.json").unlink()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(grown / "adapter")
+    tokenizer.add_tokens(["<city>"])
+    tokenizer.save_pretrained(grown / "adapter")
     for name, expected in (
+        (str(grown), r"grown: its tokenizer has other tokens than that of .* \(1 differ, such as '<city>' with id"),
+        (
+            str(runs("tokens", model={"name_or_path": str(tiny_model("llama")), "new_tokens": ["<sql>"]}).path),
+            r"other tokens .* such as '<sql>'",
+        ),
         ("nowhere", "no run at nowhere"),
         (str(runs("mistral", family="mistral").path), "trained on another base"),
-        (str(runs("head", lora={"r": 4, "modules_to_save": ["lm_head"]}).path), "cannot lie beside another"),
+        (str(runs("head", lora={"r": 4, "modules_to_save": ["lm_head"]}).path), "cannot be loaded beside another"),
     ):
         with pytest.raises(InputError, match=expected):
             switch(subject, name)
@@ -221,6 +232,6 @@ def test_the_command_in_a_conversation(two, monkeypatch, capsys):
     monkeypatch.setattr("builtins.input", read)
     chat_verb.talk(two[0].path, max_new_tokens=4)
     said = capsys.readouterr().err
-    assert f"answering: {two[1].path}" in said
+    assert f"answering with {two[1].path}" in said
     assert "qlora: no run at nowhere" in said
-    assert "answering: the base alone" in said
+    assert "answering with the base model alone" in said

@@ -1,12 +1,28 @@
 """Lines for a person: folded on a terminal, whole in a file."""
 
+import fcntl
 import io
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
 
 import pytest
 from rich.console import Console
 
+import qlora
 from qlora import train
 from qlora.commands import console
+from qlora.commands.adapters import adapters
+from qlora.commands.data import inspect_data
+from qlora.commands.eval import evaluate
+from qlora.commands.export import export
+from qlora.commands.push import push
+from qlora.recipe import Recipe
+from tests.conftest import CONVERSATIONS, messages, write_jsonl
 
 
 @pytest.fixture
@@ -15,7 +31,80 @@ def terminal(monkeypatch):
     screen = io.StringIO()
     fake = Console(file=screen, force_terminal=True, width=80, highlight=False, color_system=None)
     monkeypatch.setattr(console, "_console", fake)
+    monkeypatch.setattr(console, "_results", fake)
     return screen
+
+
+def refuse_wide(screen):
+    """Assert that no line is wider than 80 columns but for a path or a command, which stay whole; empties the screen."""
+    text = re.sub(r"\n---\n.*\n", "\n", screen.getvalue(), flags=re.DOTALL)  # the card, as it is uploaded
+    screen.truncate(0)
+    screen.seek(0)
+    lines = [line for line in text.splitlines() if "\x1b" not in line]  # of a bar, which goes away
+    wide = [line for line in lines if len(line) > 80 and len(line.split()) > 1 and "qlora " not in line]
+    assert not wide, "\n".join(wide)
+    return "\n".join(lines)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, tiny_model):
+    """Return the folder that holds a run "run", the recipe's values, and what they are relative to."""
+    folder = tmp_path_factory.mktemp("somewhere")
+    rows = [{"messages": messages(turns), "source": "a list"} for turns in CONVERSATIONS]
+    write_jsonl(folder / "rows.jsonl", rows)
+    values = {
+        "model": {"name_or_path": str(tiny_model("llama"))},
+        "lora": {"r": 4, "lora_alpha": 8},
+        "data": {"train": str(folder / "rows.jsonl"), "max_length": 128, "eval_fraction": 0.25},
+        "training": {"max_steps": 4, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1,
+                     "learning_rate": 3e-2, "warmup_ratio": 0},
+        "output_dir": str(folder / "run"),
+    }  # fmt: skip
+    train(Recipe.from_dict(values))
+    return folder, Recipe.from_dict(values)
+
+
+VERBS = {
+    "adapters": (lambda run, recipe, out: adapters(run.parent), "steps"),
+    "data": (lambda run, recipe, out: inspect_data(recipe), "steps     "),
+    "plan": (lambda run, recipe, out: qlora.plan(recipe, "24GiB"), "peak"),
+    "plan, too little": (lambda run, recipe, out: qlora.plan(recipe, "20MiB"), "DOES NOT FIT"),
+    "eval": (lambda run, recipe, out: evaluate(run), "perplexity"),
+    "eval of the base": (lambda run, recipe, out: evaluate(recipe.model.name_or_path, recipe.data.train[0].path), "loss"),
+    "export": (lambda run, recipe, out: export(run, out, compare_bases=True), "same top-1"),
+    "export of an adapter": (
+        lambda run, recipe, out: export(run / "adapter", out, "bfloat16", model=recipe.model.name_or_path), "assumed"),
+    "push": (lambda run, recipe, out: push(run, "me/a-model", dry_run=True), "adapter_model.safetensors"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_lines_and_tables_of_every_verb_keep_to_80_columns_on_a_terminal(trained, terminal, tmp_path, verb):
+    folder, recipe = trained
+    call, expected = VERBS[verb]
+    call(folder / "run", recipe, tmp_path / "out")
+    shown = refuse_wide(terminal)
+    assert expected in shown
+    assert "\u2026" not in shown  # nothing is cut
+
+
+def test_no_part_of_a_message_is_taken_for_a_picture(capsys):
+    console.say("runs:x:1 is there")
+    console.show("runs:x:1 is there")
+    assert [*capsys.readouterr()] == ["runs:x:1 is there\n"] * 2
+
+
+def test_an_error_is_folded_on_a_terminal():
+    read, written = pty.openpty()
+    fcntl.ioctl(written, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    command = [sys.executable, "-m", "qlora", "export", "runs/none", "--model", "x", "--out", "y", "--dtype", "float7"]
+    done = subprocess.run(command, stderr=written, stdout=subprocess.PIPE)
+    os.close(written)
+    said = os.read(read, 10_000).decode()
+    os.close(read)
+    assert done.returncode == 2
+    assert said.startswith("qlora: ")
+    assert all(len(line) <= 80 for line in said.splitlines())
 
 
 def test_lines_of_a_training_keep_to_80_columns_on_a_terminal(make_recipe, terminal, monkeypatch, tmp_path):
@@ -33,6 +122,8 @@ def test_a_command_stays_on_one_line(terminal):
     assert command in terminal.getvalue().splitlines()[1]
 
 
-def test_lines_are_whole_in_a_file(capsys):
+def test_lines_and_tables_are_whole_in_a_file(capsys):
     console.say("word " * 40)
     assert len(capsys.readouterr().err.splitlines()) == 1
+    console.table("word " * 40, ["", "number"], [["word " * 40, "1"]])
+    assert sum("word" in line for line in capsys.readouterr().out.splitlines()) == 2

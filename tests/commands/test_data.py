@@ -58,6 +58,24 @@ def test_a_page_holds_the_report_and_the_rows_and_nothing_of_a_row_is_markup(mak
 
 
 @pytest.mark.usefixtures("no_model_is_loaded")
+def test_the_page_says_what_of_the_rows_is_not_used_as_the_terminal_does(make_recipe, tmp_path, capsys):
+    call = {"function": {"name": "look", "arguments": {"at": "the moon", "from": None}}}
+    turns = [*messages([("user", "Look."), ("assistant", "I shall.")]), {"role": "assistant", "tool_calls": [call]}]
+    train_file = write_jsonl(tmp_path / "t.jsonl", [{"messages": turns, "id": 7, "topic": "sky"}])
+    file = tmp_path / "page.html"
+    recipe = make_recipe(data={"train": str(train_file), "eval_fraction": 0.0, "chat_template": "chatml"})
+    inspect_data(recipe, html=str(file))
+    said, page = " ".join(capsys.readouterr().err.split()), file.read_text(encoding="utf-8")
+    for line in (
+        "unused keys: id (1 rows), topic (1 rows)",
+        "1 rows had consecutive assistant messages merged into one turn",
+        "1 rows had null fields removed from tool calls",
+    ):
+        assert line in said
+        assert line in page
+
+
+@pytest.mark.usefixtures("no_model_is_loaded")
 def test_what_would_never_learn_to_stop_is_shown_and_refused(make_recipe, tmp_path, capsys):
     turns = [("user", "Hi"), ("assistant", "word " * 100)]
     train_file = write_jsonl(tmp_path / "t.jsonl", [{"messages": messages(turns)}])
@@ -73,7 +91,7 @@ def test_what_would_never_learn_to_stop_is_shown_and_refused(make_recipe, tmp_pa
 
 @pytest.mark.usefixtures("no_model_is_loaded")
 def test_nothing_left_is_refused_with_the_reasons(make_recipe):
-    with pytest.raises(InputError, match=r"no row is left to train on\n  .*24 of 24 rows dropped: 24 .*max_length 8"):
+    with pytest.raises(InputError, match=r"no rows left to train on\n  .*24 of 24 rows dropped: 24 .*max_length 8"):
         inspect_data(make_recipe(data={"max_length": 8, "overlong": "drop"}))
 
 
@@ -120,9 +138,9 @@ def test_held_out_rows_that_are_all_bad_are_an_error_and_no_evaluation_less(make
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"messages": []}\n{"messages": [{"role": "user", "content": "no answer"}]}\n')
     recipe = make_recipe(data={"eval_fraction": 0.0, "eval": str(bad), "on_bad_row": "skip"})
-    with pytest.raises(InputError, match=r"no row is left to evaluate on\n  .*bad.jsonl: 2 of 2 rows dropped"):
+    with pytest.raises(InputError, match=r"no rows left to evaluate on\n  .*bad.jsonl: 2 of 2 rows dropped"):
         inspect_data(recipe)
     run = train(make_recipe())
-    with pytest.raises(InputError, match=r"no row to evaluate on is left of .*bad.jsonl: all are dropped"):
+    with pytest.raises(InputError, match=r"no rows left to evaluate on in .*bad.jsonl: all were dropped"):
         evaluate(run.path, bad, ["data.on_bad_row=skip"])
     assert not run.eval_file.exists()

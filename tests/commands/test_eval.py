@@ -37,7 +37,7 @@ def test_rows_that_are_gone_are_missed_and_not_replaced(make_recipe, tmp_path):
     score = run.eval_file.read_bytes()
     lines = (tmp_path / "train.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "train.jsonl").write_text("".join(lines[: len(lines) // 2]))
-    with pytest.raises(InputError, match=r"of the 6 rows that .*run has held out are no longer in .*train\.jsonl"):
+    with pytest.raises(InputError, match=r"of the 6 held-out rows of .*run are no longer in .*train\.jsonl"):
         evaluate(run.path)
     assert run.eval_file.read_bytes() == score
 
@@ -50,7 +50,7 @@ def test_a_changed_file_of_held_out_rows_is_told_apart(make_recipe, tmp_path):
     appended(held_out, ("Three?", "Tre."))
     assert evaluate(run.path)["loss"] == before["loss"]  # the run's own rows are all there
     held_out.write_text(held_out.read_text().replace("Uno", "Unus"))
-    with pytest.raises(InputError, match=r"1 of the 2 rows that .* no longer in .*held_out\.jsonl"):
+    with pytest.raises(InputError, match=r"1 of the 2 held-out rows of .* no longer in .*held_out\.jsonl"):
         evaluate(run.path)
 
 

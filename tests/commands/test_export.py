@@ -84,6 +84,36 @@ def test_both_bases_are_compared_as_they_are_and_as_served_in_4_bit(run, tmp_pat
     assert [path.name for path in tmp_path.iterdir()] == ["out"]  # the second merge is gone
 
 
+def test_the_report_says_where_tokenizer_template_and_generation_config_are_from(run, tiny_model, tmp_path, capsys):
+    base = tiny_model("llama")
+    there = (base / "generation_config.json").is_file()
+    of_run = {"tokenizer": "adapter", "chat_template": "adapter", "generation_config": "base" if there else None}
+    assert export(run.path, tmp_path / "a", overrides=["export.verify=off"])["origins"] == of_run
+    folder = shutil.copytree(run.adapter, tmp_path / "adapter")
+    (folder / "manifest.json").unlink()
+    own = {"eos_token_id": [2, 5], "temperature": 0.3, "do_sample": True}
+
+    def exported(out):
+        found = export(folder, tmp_path / out, model=base, overrides=["export.verify=off"])["origins"]
+        assert json.loads((tmp_path / out / "export_report.json").read_text())["origins"] == found
+        return found, json.loads((tmp_path / out / "generation_config.json").read_text())
+
+    assert exported("b")[0] == of_run
+    (folder / "generation_config.json").write_text(json.dumps(own))
+    origins, generation = exported("c")
+    assert origins == of_run | {"generation_config": "adapter"}
+    assert {name: generation[name] for name in own} == own
+    (folder / "chat_template.jinja").unlink()
+    assert exported("d")[0] == origins | {"chat_template": "built in"}
+    assert "template  ChatML, built in (the model has none)" in capsys.readouterr().err
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    assert exported("e")[0] == {"tokenizer": "base", "chat_template": "base", "generation_config": "adapter"}
+    (folder / "generation_config.json").write_text('{"eos_token_id": "stop"}')
+    with pytest.raises(InputError, match=r"adapter.generation_config.json: eos_token_id 'stop' is neither"):
+        exported("f")
+
+
 @pytest.mark.parametrize("start", [True, "pissa"])
 def test_an_adapter_that_was_never_trained_is_refused_as_one(load_model, tiny_model, tmp_path, start):
     quantization = None if start == "pissa" else Quantization()
@@ -103,7 +133,7 @@ def test_the_original_base_is_refused_where_it_would_be_wrong_or_nothing_else(ru
         (["export.base=original"], False, "--base original"),
         ([], True, "--compare-bases"),
     ):
-        with pytest.raises(InputError, match=f"was not quantized, so there is only one; leave {flag} out"):
+        with pytest.raises(InputError, match=f"was not quantized, so there is only one base; leave {flag} out"):
             export(plain.path, tmp_path / "out", overrides=overrides, compare_bases=compare)
     assert not (tmp_path / "out").exists()
 
@@ -119,7 +149,7 @@ def test_an_adapter_fitted_to_quantization_is_so_without_its_run_and_in_a_sum_to
 
 @pytest.mark.parametrize("override", ["quantization=null", "quantization.use_double_quant=false", "lora.lora_alpha=99"])
 def test_what_was_trained_cannot_be_overridden(run, tmp_path, override):
-    with pytest.raises(InputError, match="was trained with another; export follows the run"):
+    with pytest.raises(InputError, match="was trained with; export uses the run's"):
         export(run.path, tmp_path / "out", overrides=[override])
 
 
@@ -164,7 +194,7 @@ def test_an_adapter_of_another_tool_exports_proven_on_the_base_that_is_named(for
     folder = foreign()
     report = export(folder, tmp_path / "out", model=tiny_model("llama"))
     assert report["verified"]
-    assert report["rows"]["from"] == "sentences of no data set"
+    assert report["rows"]["from"] == "built-in sentences"
     assert len(report["modules"]) == 4
     assert report["base_model"]["kl"] > 100 * report["merged"]["kl"]
     rows = write_jsonl(tmp_path / "rows.jsonl", [{"messages": messages(turns)} for turns in CONVERSATIONS[:5]])
@@ -181,7 +211,7 @@ def test_what_an_adapter_was_trained_on_is_assumed_until_somebody_says_it(foreig
     assert (guessed["verified"], guessed["live_model"]) == (True, "assumed")
     assert "assumed to be quantized to nf4" in said.err
     assert "assumed (quantized + adapter, live)" in said.out
-    assert "agrees with the assumed model" in said.err
+    assert "matches the assumed model" in said.err
     assert "proven;" not in said.err
     assert "Not known: nothing says how" in (tmp_path / "guessed" / "README.md").read_text()
     known = export(folder, tmp_path / "known", overrides=["quantization.quant_type=nf4"], model=tiny_model("llama"))
@@ -205,7 +235,7 @@ def test_a_tokenizer_with_more_ids_than_rows_is_refused(foreign, tiny_model, tmp
     folder = foreign()
     tokenizer.save_pretrained(folder)
     with pytest.raises(
-        InputError, match=rf"1 tokens without a row in the embedding, which has .*'\[PAD\]' is {num_rows:,}"
+        InputError, match=rf"1 tokens of its tokenizer have no row in the embedding, .*'\[PAD\]' has id {num_rows:,}"
     ):
         export(folder, tmp_path / "out", model=tiny_model("llama"))
 
@@ -213,7 +243,7 @@ def test_a_tokenizer_with_more_ids_than_rows_is_refused(foreign, tiny_model, tmp
 def test_an_adapter_needs_a_base_and_a_run_has_one(foreign, run, tiny_model, tmp_path):
     with pytest.raises(InputError, match=r"is an adapter; name the model it was trained on: --model .*llama"):
         export(foreign(), tmp_path / "out")
-    with pytest.raises(InputError, match="is a run, which knows its base"):
+    with pytest.raises(InputError, match="is a run, which records its base"):
         export(run.path, tmp_path / "out", model=tiny_model("llama"))
     with pytest.raises(InputError, match="no run at"):
         export(tmp_path / "nothing", tmp_path / "out", model=tiny_model("llama"))
@@ -235,7 +265,7 @@ def test_a_vocabulary_that_another_tool_grew_is_exported_proven(tiny_model, tmp_
     report = export(tmp_path / "grown", tmp_path / "out", model=tiny_model("llama"))
     assert (report["verified"], report["verify"]) == (True, "full")
     assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.vocab_size == 530
-    with pytest.raises(InputError, match=r"grown vocabulary.* --verify full"):
+    with pytest.raises(InputError, match=r"enlarged vocabulary.* --verify full"):
         export(tmp_path / "grown", tmp_path / "out2", overrides=["export.verify=layers"], model=tiny_model("llama"))
 
 
@@ -431,7 +461,7 @@ def test_what_a_killed_export_left_counts_as_free(run, tmp_path, monkeypatch):
 
 def test_too_little_disk_is_known_before_anything_is_written_with_both_numbers(run, tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 5 * 2**20}))
-    with pytest.raises(InputError, match=r"the model takes 64 MiB, 5 MiB are free on that disk"):
+    with pytest.raises(InputError, match=r"the model needs 64 MiB, and 5 MiB are free on that disk"):
         export(run.path, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
@@ -454,7 +484,7 @@ def test_an_export_that_is_not_what_was_asked_for_leaves_nothing(run, tmp_path, 
 
     monkeypatch.setattr(merge, "_cast", wrong)
     for base in ("dequantized", "original"):
-        with pytest.raises(ProofFailed, match="the export is not the"):
+        with pytest.raises(ProofFailed, match="the export differs from the"):
             export(run.path, tmp_path / "out", overrides=[f"export.base={base}"])
         assert not list(tmp_path.iterdir())
 

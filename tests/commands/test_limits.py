@@ -38,7 +38,7 @@ def test_an_answer_ends_at_the_last_position_and_says_so(tiny_model, with_positi
     cut = chat(with_positions("llama", 30), "Hi", max_new_tokens=40)
     assert whole.startswith(cut)
     assert len(cut) < len(whole)
-    assert "the answer ends here: the model has 30 positions" in capsys.readouterr().err
+    assert "answer cut off: all 30 positions of the model are used" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])

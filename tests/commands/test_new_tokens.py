@@ -198,9 +198,11 @@ def test_other_tokens_than_at_training_are_refused_by_every_verb(recipe_of, tmp_
         "[<call>, <|im_start|>, </call>, <other>]": lambda changed: chat(run.path, "hi", overrides=changed),
     }
     for tokens, verb in verbs.items():
-        with pytest.raises(InputError, match=r"holds the rows of tokens \[1, 278, 279\] in lm_head, .*ask for "):
+        with pytest.raises(InputError, match=r"has embedding rows for tokens \[1, 278, 279\] in lm_head, .*need "):
             verb([f"model.new_tokens={tokens}"])
-        with pytest.raises(InputError, match=r"its tokenizer has model.new_tokens as {'</call>': 279, .* makes them"):
+        with pytest.raises(
+            InputError, match=r"its tokenizer has model.new_tokens with the ids {'</call>': 279, .* gives them"
+        ):
             verb(["model.new_tokens=[</call>, <|im_start|>, <call>]"])
     assert not (tmp_path / "out").exists()
 

@@ -259,7 +259,7 @@ def test_what_does_not_fit_is_refused_before_a_weight_is_read(make_recipe, monke
     recipe = make_recipe(memory={"budget": "0.5MiB"}, training={"per_device_train_batch_size": 8})
     with pytest.raises(DoesNotFit) as caught:
         train(recipe)
-    assert "this does not fit: " in str(caught.value)
+    assert "does not fit: " in str(caught.value)
     assert "512 KiB are memory.budget" in str(caught.value)
     assert "training.per_device_train_batch_size=4 training.gradient_accumulation_steps=2: " in str(caught.value)
     assert not Path(recipe.output_dir).exists()

@@ -230,7 +230,7 @@ def test_a_second_push_replaces_what_the_first_has_brought(run, model, hub):
     assert list(hub.repos) == ["me/mine"]
     assert b"\nlicense: mit\n" in hub.repos["me/mine"]["files"]["README.md"]
     with pytest.raises(
-        InputError, match=r"me/mine holds files that are not of this push \(adapter_config.json, adapter_"
+        InputError, match=r"me/mine contains files that are not part of this push \(adapter_config.json, adapter_"
     ):
         push(model, "me/mine")  # a folder of both would open as either
     assert hub.repos["me/mine"]["files"].keys() == ADAPTER
@@ -238,13 +238,13 @@ def test_a_second_push_replaces_what_the_first_has_brought(run, model, hub):
 
 def test_what_is_there_and_public_gets_nothing_that_was_to_be_private(run, hub):
     hub.repos["me/mine"] = {"private": False, "files": {}}
-    with pytest.raises(InputError, match="me/mine is there already and public; say --public"):
+    with pytest.raises(InputError, match="me/mine already exists and is public; add --public"):
         push(run.path, "me/mine")
     assert hub.repos["me/mine"]["files"] == {}
     push(run.path, "me/mine", public=True)
     assert hub.repos["me/mine"]["files"].keys() == ADAPTER
     hub.repos["me/mine"] = {"private": True, "files": {}}
-    with pytest.raises(InputError, match="me/mine is there already and private; leave --public out"):
+    with pytest.raises(InputError, match="me/mine already exists and is private; leave --public out"):
         push(run.path, "me/mine", public=True)  # a push does not change who may see it
     assert hub.repos["me/mine"] == {"private": True, "files": {}}
 
@@ -368,21 +368,21 @@ def flip(path):
 
 REFUSED = {
     "an export that was not proven": (
-        "model", lambda f: change_json(f / "export_report.json", verified=False), "without its proof"
+        "model", lambda f: change_json(f / "export_report.json", verified=False), "without a proof"
     ),
-    "an export without its report": ("model", lambda f: (f / "export_report.json").unlink(), "is no export"),
-    "a report that is none": ("model", lambda f: (f / "export_report.json").write_text("[1]"), "not what export wrote"),
-    "a report of another GGUF": ("model", lambda f: change_json(f / "export_report.json", gguf="x"), "not what export wrote"),
+    "an export without its report": ("model", lambda f: (f / "export_report.json").unlink(), "is not an export"),
+    "a report that is none": ("model", lambda f: (f / "export_report.json").write_text("[1]"), "not the report"),
+    "a report of another GGUF": ("model", lambda f: change_json(f / "export_report.json", gguf="x"), "not the report"),
     "a config that is cut off": ("model", lambda f: (f / "config.json").write_text("{"), "config.json is not JSON"),
     "a tokenizer that is a web page": ("model", lambda f: (f / "tokenizer.json").write_text("<html>"), "is a web page"),
     "a card that is no text": ("model", lambda f: (f / "README.md").write_bytes(b"\xff"), "README.md line 1: not UTF-8"),
-    "weights that are cut off": ("model", lambda f: flip(f / "model.safetensors"), "model.safetensors is not a whole"),
+    "weights that are cut off": ("model", lambda f: flip(f / "model.safetensors"), "model.safetensors is not a complete"),
     "no weights": ("model", lambda f: (f / "model.safetensors").unlink(), "no model.safetensors"),
-    "a model without its card": ("model", lambda f: (f / "README.md").unlink(), "README.md is missing; export again"),
+    "a model without its card": ("model", lambda f: (f / "README.md").unlink(), "README.md is missing; export it again"),
     "a model without its tokenizer": ("model", lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json is missing"),
     "a card without metadata": ("model", lambda f: (f / "README.md").write_text("# mine"), "does not begin with metadata"),
     "a link": (
-        "model", lambda f: ((f / "tokenizer.model").symlink_to("/etc/passwd")), "tokenizer.model is a link to /etc/passwd"
+        "model", lambda f: ((f / "tokenizer.model").symlink_to("/etc/passwd")), "a symbolic link to /etc/passwd"
     ),
     "a token in a file": (
         "model", lambda f: (f / "chat_template.jinja").write_text("hf_" + "x" * 34), "chat_template.jinja contains a token"
@@ -400,10 +400,10 @@ REFUSED = {
     "an adapter that is cut off": (
         "run", lambda f: flip(f / "adapter" / "adapter_model.safetensors"), "changed since the training"
     ),
-    "an adapter by itself": ("run/adapter", lambda f: None, "give the run that it lies in"),
+    "an adapter by itself": ("run/adapter", lambda f: None, "give the run folder that contains it"),
     "a run without its record": ("run", lambda f: (f / "metrics.jsonl").unlink(), "is damaged"),
-    "a folder of something else": ("run/checkpoints", lambda f: None, "is no export"),
-    "nothing": ("none", lambda f: None, "no run and no model at"),
+    "a folder of something else": ("run/checkpoints", lambda f: None, "is not an export"),
+    "nothing": ("none", lambda f: None, "neither a run nor a model at"),
 }  # fmt: skip
 
 
@@ -425,12 +425,16 @@ def test_what_is_not_whole_or_not_proven_is_refused_and_nothing_is_sent(run, mod
     ("path", "status", "expected"),
     [
         ("/api/repos/create", 401, "the token is not valid; run `hf auth login` again"),
-        ("/api/repos/create", 403, "the token may not write there"),
-        ("/api/repos/create", 409, "no such place, or the token may not see it"),  # the name is of something else
-        ("/api/models/me/mine/preupload", 403, "the token may not write there"),
-        ("/objects/", 403, "the token may not write there"),
+        ("/api/repos/create", 403, "the token has no write access there"),
+        (
+            "/api/repos/create",
+            409,
+            "no such owner or repository, or the token has no access",
+        ),  # the name is of something else
+        ("/api/models/me/mine/preupload", 403, "the token has no write access there"),
+        ("/objects/", 403, "the token has no write access there"),
         ("/api/models/me/mine/commit", 500, "try again later"),
-        ("/api/models/me/mine/commit", 413, "it is too large for the hub"),
+        ("/api/models/me/mine/commit", 413, "a file is too large for the hub"),
     ],
 )
 def test_a_refusal_of_the_hub_is_one_message_and_nothing_is_there(run, hub, path, status, expected):
@@ -454,7 +458,7 @@ def test_a_push_that_is_stopped_leaves_all_of_it_or_none(run, hub, place):
         pushed()
     assert (stopped.value.exit_code, stopped.value.message) == (
         143,
-        "push stopped; me/mine has all files of it or none",
+        "push interrupted; me/mine has either all of its files or none",
     )
     assert hub.repos["me/mine"]["files"].keys() in (set(), ADAPTER)
 

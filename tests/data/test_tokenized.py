@@ -1,8 +1,11 @@
 """The cache sees every change, several processes make what one makes, and memory does not grow with the file."""
 
 import json
+import os
+import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -39,9 +42,10 @@ def made(monkeypatch):
     return calls
 
 
-def tokenize(path, tokenizer, pick=None, num_proc=1, source=None, **settings):
+def tokenize(path, tokenizer, pick=None, num_proc=1, source=None, on_progress=None, **settings):
     file = sources.File(str(path), source or Source(path=str(path)))
-    return tokenized.tokenize(file, tokenizer, tokenized.Settings(**{**SETTINGS, **settings}), 1.0, pick, num_proc)
+    settings = tokenized.Settings(**{**SETTINGS, **settings})
+    return tokenized.tokenize(file, tokenizer, settings, 1.0, pick, num_proc, on_progress)
 
 
 def test_a_second_time_nothing_is_tokenized(tmp_path, tokenizer, made):
@@ -128,8 +132,6 @@ def test_rows_that_are_refused_leave_nothing_in_the_cache(tmp_path, tokenizer, o
 
 
 def test_what_was_not_used_for_a_month_is_forgotten(tmp_path, tokenizer, own_cache, made):
-    import os
-
     old, used = (write_jsonl(tmp_path / f"{n}.jsonl", ROWS[:n]) for n in (3, 4))
     for path in (old, used):
         tokenize(path, tokenizer)
@@ -158,6 +160,35 @@ def test_control_tokens_and_long_rows_keep_their_ids_on_disk(tmp_path, tokenizer
     assert part.example(1) == encode(tokenizer, messages(turns))
 
 
+def test_a_data_file_that_cannot_be_read_is_named_and_not_the_cache(tmp_path, tokenizer, monkeypatch):
+    path = write_jsonl(tmp_path / "d.jsonl", ROWS)
+    monkeypatch.setattr(tokenized, "CHUNK", 10)
+    with pytest.raises(InputError, match=r"d\.jsonl: cannot be read and tokenized: No such file") as caught:
+        tokenize(path, tokenizer, on_progress=lambda share, rows: path.unlink(missing_ok=True))
+    assert "QLORA_CACHE" not in str(caught.value)
+
+    write_jsonl(path, ROWS)
+    monkeypatch.setattr(tokenized, "_POOL_FROM", 0)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(list(Path("/proc/self/fd").iterdir())) + 4, limits[1]))
+    try:
+        with pytest.raises(InputError, match=r"d\.jsonl: cannot be read and tokenized: Too many open files"):
+            tokenize(path, tokenizer, num_proc=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_a_cache_that_cannot_be_written_has_its_remedy(tmp_path, tokenizer):
+    path = write_jsonl(tmp_path / "d.jsonl", ROWS)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))  # Python ignores SIGXFSZ
+    try:
+        with pytest.raises(InputError, match="set QLORA_CACHE to a folder with room"):
+            tokenize(path, tokenizer)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
 MEASURE = """
 import resource, sys
 sys.path.insert(0, {root!r})
@@ -177,8 +208,6 @@ print(len(rows), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_file(tmp_path, tokenizer_json):
-    from pathlib import Path
-
     (tmp_path / "t.json").write_text(tokenizer_json.to_str())
     line = json.dumps({"text": "What is 3 plus 4? " * 8}) + "\n"
     peaks = []

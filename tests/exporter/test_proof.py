@@ -66,7 +66,7 @@ def test_the_bare_base_fails_both_ways(live_and_merged, load_model):
     live, _ = live_and_merged
     found = judge(live, load_model("llama", None).float(), "bfloat16")
     assert any("KL(trained, exported)" in failure for failure in found)
-    assert any("no nearer to the trained model" in failure for failure in found)
+    assert any("no closer to the trained model" in failure for failure in found)
 
 
 def test_one_wrong_layer_fails(live_and_merged):

@@ -251,7 +251,7 @@ def _head_wrong(model):
 def test_a_wrong_merge_fails_and_the_place_is_named(proven, change, where):
     failures = proven(change)
     assert any("KL(trained, exported)" in failure for failure in failures)
-    assert any(f"part most in {where}" in failure for failure in failures)
+    assert any(f"differ most in {where}" in failure for failure in failures)
 
 
 def test_a_merge_that_lost_the_adapter_fails(live_models, tokenizer, tiny_model):

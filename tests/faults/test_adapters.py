@@ -122,15 +122,15 @@ def layer_7(found):
 # how it is broken: (what does it, what the message says)
 BROKEN = {
     "no weights": (removing(WEIGHTS), f"no {WEIGHTS}; copy or download it again"),
-    "weights cut": (cutting(WEIGHTS, 1), f"{WEIGHTS} is not a whole safetensors file .*copy or download it again"),
+    "weights cut": (cutting(WEIGHTS, 1), f"{WEIGHTS} is not a complete safetensors file .*copy or download it again"),
     "weights empty": (writing(WEIGHTS, b""), f"{WEIGHTS} is empty"),
     "weights a web page": (writing(WEIGHTS, WEB_PAGE), f"{WEIGHTS} is a web page"),
     "weights a pointer": (writing(WEIGHTS, POINTER), f"{WEIGHTS} is a Git LFS pointer.*`git lfs pull`"),
     "weights a pipe": (fifo, f"no {WEIGHTS}"),
     "a pickle only": (pickle, "adapter_model.bin is a pickle, which is never read"),
-    "NaN": (number(float("nan")), "up_proj.lora_A.weight: holds numbers that are not finite"),
-    "infinity": (number(float("-inf")), "up_proj.lora_A.weight: holds numbers that are not finite"),
-    "whole numbers": (tensors(lambda found: {k: v.to(torch.int32) for k, v in found.items()}), "holds int32, not floating"),
+    "NaN": (number(float("nan")), "up_proj.lora_A.weight: contains non-finite values"),
+    "infinity": (number(float("-inf")), "up_proj.lora_A.weight: contains non-finite values"),
+    "whole numbers": (tensors(lambda found: {k: v.to(torch.int32) for k, v in found.items()}), "is int32, not floating"),
     "no tensors": (lambda folder: save_file({}, folder / WEIGHTS), "no LoRA tensors"),
     "names that match nothing": (
         tensors(lambda found: {key.replace("layers", "blocks"): found[key] for key in found}),
@@ -141,9 +141,9 @@ BROKEN = {
     "every A gone": (without("lora_A"), "has lora_B but not its partner lora_A"),
     "one layer gone": (
         without("layers.1.mlp.up_proj"),
-        f"not whole; it has 1 problem\n  model.layers.1.mlp.up_proj: target_modules in {CONFIG} names it",
+        f"incomplete; it has 1 problem\n  model.layers.1.mlp.up_proj: target_modules in {CONFIG} names it",
     ),
-    "half the layers gone": (without("layers.1."), "not whole; it has 7 problems"),
+    "half the layers gone": (without("layers.1."), "incomplete; it has 7 problems"),
     "another shape": (
         tensors(lambda found: {**found, UP.format("A"): torch.ones(4, 32)}), r"made for another base.*up_proj.*32\).*64\)"
     ),
@@ -171,7 +171,7 @@ BROKEN = {
     "another kind": (config(peft_type="LOHA"), "peft_type 'LOHA' is not LORA or ADALORA"),
     "no kind": (config(peft_type=["LORA"]), r"peft_type \['LORA'\] is not"),
     "a field of a later version": (config(evil_field=True), "uses evil_field, which is not supported"),
-    "a start that changed the base": (config(init_lora_weights="pissa"), "'pissa' trained on a changed base"),
+    "a start that changed the base": (config(init_lora_weights="pissa"), "'pissa' changed the base weights"),
     "DoRA without magnitudes": (config(use_dora=True), "not its partner lora_magnitude_vector"),
     "AdaLoRA without E": (config(peft_type="ADALORA", init_r=4, target_r=4, total_step=2), "partner lora_E|uses"),
     "rows of tokens that are missing": (config(trainable_token_indices=[1, 2]), "their rows are missing"),
@@ -276,7 +276,7 @@ def swapped(trained, model, out):
             lambda: export(trained / "adapter", out, model=trained / "adapter"), r"is an adapter, not a model.*give the model"
         ),
         "export ADAPTER --model RUN": (lambda: export(trained / "adapter", out, model=trained), "no config.json"),
-        "export RUN --model MODEL": (lambda: export(trained, out, model=model), "is a run, which knows its base"),
+        "export RUN --model MODEL": (lambda: export(trained, out, model=model), "is a run, which records its base"),
         "export RUN --out MODEL": (lambda: export(trained, model), "is not empty; export never overwrites"),
         "export FILE": (lambda: export(data, out), "is not a run folder"),
         "chat ADAPTER": (lambda: chat(trained / "adapter", "x"), "is an adapter, not a model"),

@@ -57,7 +57,7 @@ def small_disk(tmp_path):
 
 def test_a_disk_that_is_too_small_is_refused_ahead(make_recipe, small_disk):
     run = train(make_recipe())
-    with pytest.raises(InputError, match=r"the model takes 64 MiB, 2\d\d KiB are free on that disk"):
+    with pytest.raises(InputError, match=r"the model needs 64 MiB, and 2\d\d KiB are free on that disk"):
         export(run.path, small_disk / "out")
     assert not list(small_disk.iterdir())
 

@@ -154,8 +154,8 @@ FIELDS = {"auto_map": {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}
 
 # how it is broken: (what does it, verbs, what the message says)
 BROKEN = {
-    "weights cut": (cutting(WEIGHTS, 1), WITH_WEIGHTS, r"model.safetensors is not a whole safetensors file.*download"),
-    "weights cut in the header": (writing(WEIGHTS, b"\x40" + bytes(7) + b'{"a'), "train", "is not a whole safetensors"),
+    "weights cut": (cutting(WEIGHTS, 1), WITH_WEIGHTS, r"model.safetensors is not a complete safetensors file.*download"),
+    "weights cut in the header": (writing(WEIGHTS, b"\x40" + bytes(7) + b'{"a'), "train", "is not a complete safetensors"),
     "weights empty": (writing(WEIGHTS, b""), "train export", "model.safetensors is empty; download it again"),
     "weights of zeros": (writing(WEIGHTS, bytes(9999)), "train", "contains only zeros.*download it again"),
     "weights a web page": (writing(WEIGHTS, WEB_PAGE), WITH_WEIGHTS, "model.safetensors is a web page.*download it again"),
@@ -166,10 +166,10 @@ BROKEN = {
     "tokenizer config a pointer": (writing(TOKENIZER_CONFIG, POINTER), "data chat", "tokenizer_config.json is a Git LFS"),
     "generation config a pointer": (writing(GENERATION, POINTER), ALL, "generation_config.json is a Git LFS pointer"),
     "index a pointer": (all_of(shards(), writing(INDEX, POINTER)), "train", "index.json is a Git LFS pointer"),
-    "NaN in a linear layer": (number(UP, NAN), WITH_WEIGHTS, rf"{UP}: holds numbers that are not finite"),
-    "infinity in a linear layer": (number(UP, -INF), "chat export", rf"{UP}: holds numbers that are not finite"),
-    "NaN in the embedding": (number("model.embed_tokens.weight", NAN), "chat export", "embed_tokens.weight: holds numbers"),
-    "NaN in a norm": (number("model.norm.weight", NAN), "chat eval", "norm.weight: holds numbers that are not"),
+    "NaN in a linear layer": (number(UP, NAN), WITH_WEIGHTS, rf"{UP}: contains non-finite values"),
+    "infinity in a linear layer": (number(UP, -INF), "chat export", rf"{UP}: contains non-finite values"),
+    "NaN in the embedding": (number("model.embed_tokens.weight", NAN), "chat export", "embed_tokens.weight: contains non-finite"),
+    "NaN in a norm": (number("model.norm.weight", NAN), "chat eval", "norm.weight: contains non-finite"),
     "tensor missing": (
         with_tensors(WEIGHTS, lambda found: {key: found[key] for key in found if key != "model.norm.weight"}),
         WITH_WEIGHTS,
@@ -280,7 +280,7 @@ def test_a_broken_model_folder_is_refused(tiny_model, rows, adapter, tmp_path, h
     [
         (lambda path: path.write_text("x"), "is a file; give the model folder"),
         (lambda path: path.mkdir(), "no config.json; not a model folder"),
-        (lambda path: path.symlink_to("nowhere"), "no such folder|no run and no model"),
+        (lambda path: path.symlink_to("nowhere"), "no such folder|neither a run nor a model"),
     ],
     ids=["file", "empty", "broken link"],
 )

@@ -316,7 +316,7 @@ WRONG_OVERRIDES = {
     "brackets": (["lora.r=" + "[" * 5000], "override lora.r line 1: nested too deeply"),
     "twice": (["lora.r=4", "lora.r=8"], "override lora.r is given twice; keep one"),
     "undone": (["lora.r=4", "lora={}"], "override lora would undo lora.r, which is given too; keep one"),
-    "into a list": (["data.train.0.path=x"], "override data.train.0.path: data.train is a list; give the whole of it"),
+    "into a list": (["data.train.0.path=x"], "override data.train.0.path: data.train is a list; give the whole list"),
     "a whole section that is wrong": (["lora={r: 4, rr: 5}"], "override  lora.rr: unknown field; did you mean lora.r?"),
     "an escape": (["lora.\x1b[31mr=4"], "override  lora.'\\x1b[31mr': unknown field"),
     "half a surrogate": (["output_dir=\udcff"], "output_dir"),

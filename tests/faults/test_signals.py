@@ -21,7 +21,7 @@ TERM, INT, KILL, HUP, NONE = signal.SIGTERM, signal.SIGINT, signal.SIGKILL, sign
 
 STOPPED = "{verb} interrupted; no partial output was left"
 LOST = "export stopped; nothing was left at out"
-KEPT = "export stopped; the model is whole in out"
+KEPT = "export interrupted; the model in out is complete"
 # tokenize by several processes, though the file is small
 WORKERS = {"qlora.data.tokenized:_POOL_FROM": 0, "qlora.data.tokenized:CHUNK": 2}
 CONVERTER = "import time\nprint('converting', flush=True)\ntime.sleep(300)\n"

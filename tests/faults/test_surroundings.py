@@ -205,11 +205,11 @@ OUTS = {
     "a file": ("file", "file is a file; choose another folder"),
     "in a file": ("file/out", "file is a file; choose another folder"),
     "a folder that is used": ("used", "used is not empty; export never overwrites"),
-    "a link": ("link", "link is a link to empty"),
+    "a link": ("link", "link is a symbolic link to empty"),
     "the run": ("run", "run is not empty"),
     "the adapter": ("run/adapter", "adapter is not empty"),
-    "in the adapter": ("run/adapter/out", r"adapter/out lies in .*adapter, which is read for it"),
-    "in the base": ("BASE/out", r"out lies in .*, which is read for it"),
+    "in the adapter": ("run/adapter/out", r"adapter/out is inside .*adapter, which is an input"),
+    "in the base": ("BASE/out", r"out is inside .*, which is an input"),
     "the base": ("BASE", "is not empty"),
     "this folder": (".", "is not empty"),
     "nothing": ("", "is not empty"),
@@ -272,7 +272,7 @@ NONE_LEFT = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (5, 5))
 LIMITS = {
     "a long name of an export": (["export", "RUN", "--out", LONG], "", "n: File name too long; choose a shorter name"),
     "a long name of a run": (["train", "RECIPE", f"output_dir={LONG}"], "", "File name too long; choose a shorter name"),
-    "a folder that is gone": (["eval", "RUN"], GONE, "the folder that this was started in: No such file or directory; cd to"),
+    "a folder that is gone": (["eval", "RUN"], GONE, "the current directory: No such file or directory; cd to"),
     "a limit on files": (["export", "RUN", "--out", "out"], FILES, "out.partial/model.safetensors: File too large"),
     "no more files may be open": (["plan", "RECIPE"], NONE_LEFT, "Too many open files"),
 }  # fmt: skip

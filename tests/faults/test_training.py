@@ -140,7 +140,7 @@ def test_a_signal_saves_and_says_how_to_go_on_and_that_works(endless, recipe_fil
     _, said = process.communicate(timeout=60)
     assert process.returncode == code, said
     assert "Traceback" not in said
-    (command,) = re.findall(r"^qlora: stopped; go on after step \d+ with:  qlora (train .* --resume)$", said, re.M)
+    (command,) = re.findall(r"^qlora: stopped; resume after step \d+ with:  qlora (train .* --resume)$", said, re.M)
     (folder,) = (tmp_path / "run" / "checkpoints").iterdir()
     step = int(folder.name.removeprefix("step-"))
     if number == signal.SIGINT:
@@ -249,7 +249,7 @@ def test_a_disk_that_is_full_leaves_the_checkpoints_that_are_there(recipe_file, 
 
     monkeypatch.setattr(checkpoints, "save_file", full)
     recipe = Recipe.load(recipe_file)
-    with pytest.raises(InputError, match=r"No space left on device; a checkpoint takes [\d,]+ bytes, [\d,]+ are free"):
+    with pytest.raises(InputError, match=r"No space left on device; a checkpoint needs [\d,]+ bytes, [\d,]+ are free"):
         train(recipe)
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["step-1", "step-2"]
     run = train(recipe, resume=True)

@@ -472,21 +472,6 @@ def test_a_repository_in_the_hubs_cache_means_its_snapshot(tiny_model, tmp_path)
         base_model.find(section)
 
 
-def test_a_multimodal_checkpoint_is_called_that(tiny_model, tmp_path):
-    text = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1,
-            "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}  # fmt: skip
-    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
-              "image_size": 28, "patch_size": 14}  # fmt: skip
-    config = transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
-    transformers.Gemma3ForConditionalGeneration(config).save_pretrained(tmp_path)
-    for path in tiny_model("llama").glob("tokenizer*"):
-        shutil.copy(path, tmp_path)
-    with pytest.raises(
-        InputError, match=r"a multimodal checkpoint \(gemma3, with vision_config\); its text half is not"
-    ):
-        load(tmp_path)
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_decoders_are_causal(load_model, tiny_model, family):
     checkpoint = base_model.find(Model(name_or_path=str(tiny_model(family))))

@@ -258,7 +258,7 @@ BROKEN = {
     "half the codes": (broken(Q, lambda tensor: tensor[:999].clone()), "999 numbers of U8, not 2,048 of U8"),
     "no finite constant": (
         broken(f"{Q}.nested_absmax", lambda tensor: tensor * torch.nan),
-        "nested_absmax: holds numbers",
+        "nested_absmax: contains non-finite",
     ),
 }
 

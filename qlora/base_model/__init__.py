@@ -33,12 +33,14 @@ from .folder import (
     weight_files,
 )
 from .limits import num_positions, refuse_rows
+from .multimodal import half_of, whole_config
 from .prequantized import settle, stored_quantization
 
 __all__ = [
     "Checkpoint",
     "add_tokens",
     "find",
+    "half_of",
     "load_config",
     "load_tokenizer",
     "num_positions",
@@ -48,6 +50,7 @@ __all__ = [
     "settle",
     "stored_quantization",
     "weight_files",
+    "whole_config",
 ]
 
 # W is cast to bfloat16 before it is quantized, whatever the files hold: fp32, fp16 and bf16 copies of one weight give
@@ -65,7 +68,7 @@ def load(checkpoint, section, quantization, device=None, dtype=DTYPE_WHEN_QUANTI
         DoesNotFit: there is not enough memory.
         InputError: a weight is missing, left over or of another shape than the config says; names them.
     """
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import BitsAndBytesConfig
 
     device = torch.device(device or default_device())
     num_rows = load_config(checkpoint, section).get_text_config().vocab_size
@@ -87,8 +90,8 @@ def load(checkpoint, section, quantization, device=None, dtype=DTYPE_WHEN_QUANTI
     try:
         if device.type != "meta":  # where nothing is read
             _refuse_not_finite(checkpoint, section)
-        model, info = AutoModelForCausalLM.from_pretrained(
-            checkpoint.folder,
+        model, info = _from_pretrained(
+            checkpoint,
             config=config,
             dtype=dtype,
             quantization_config=bnb,
@@ -127,6 +130,20 @@ def load(checkpoint, section, quantization, device=None, dtype=DTYPE_WHEN_QUANTI
     # what the files were called by the user, so that an adapter names a model and not a cache folder
     model.name_or_path = model.config._name_or_path = checkpoint.name_or_path
     return model.eval()
+
+
+def _from_pretrained(checkpoint, config, **settings):
+    """Return what AutoModelForCausalLM.from_pretrained does; of a multimodal checkpoint, of its text half."""
+    from transformers import AutoModelForCausalLM
+
+    half = half_of(checkpoint)
+    if half is None:
+        return AutoModelForCausalLM.from_pretrained(checkpoint.folder, config=config, **settings)
+    model_class = AutoModelForCausalLM._model_mapping[type(config)]
+    with half.tensors(checkpoint) as tensors:
+        model, info = model_class.from_pretrained(None, config=config, state_dict=tensors, **settings)
+    model.generation_config = checkpoint.generation_config() or model.generation_config
+    return model, info
 
 
 def _settle_dtypes(model, dtype):
@@ -201,10 +218,11 @@ def _refuse_not_finite(checkpoint, section):
     In the files, not in the model: the codes of a 4-bit weight cannot say so any more. What the architecture leaves in
     the files may be anything: GPT-NeoX's masked_bias of -1e9 is -inf in float16.
     """
-    wrong = {}
+    wrong, half = {}, half_of(checkpoint)
+    kept = set(half.kept) if half else set()
     for name in sorted(set(checkpoint.files.values())):
         with safe_open(checkpoint.folder / name, "pt") as file:
-            for key in file.keys():  # noqa: SIM118
+            for key in sorted(set(file.keys()) - kept):
                 tensor = file.get_tensor(key)  # mapped: what is read here is in memory when the model is loaded
                 if tensor.is_floating_point() and tensor.numel() and not _is_finite(tensor):
                     wrong[key] = f"{key}: contains non-finite values ({name})"
@@ -456,8 +474,10 @@ def tensors(model):
 
 
 def decoder_layers(model):
-    """Return the list of decoder layers of a plain or PEFT model: of its module lists the one with most parameters."""
-    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
+    """Return the list of decoder layers of a plain, PEFT or multimodal model: the module list with most parameters."""
+    is_whole = model.config.get_text_config() is not model.config  # a vision tower has layers too
+    inside = model.get_decoder() if is_whole else model
+    lists = [module for module in inside.modules() if isinstance(module, torch.nn.ModuleList)]
     return max(lists, key=lambda layers: sum(parameter.numel() for parameter in layers.parameters()))
 
 

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from .. import files
 from ..errors import InputError
 from ..rundir import sha256
-from . import prequantized
+from . import multimodal, prequantized
 
 
 @dataclass(frozen=True)
@@ -46,13 +46,16 @@ class Checkpoint:
         except (ValueError, TypeError, AttributeError, OSError) as error:
             raise InputError(f"{path}: {said(error)}") from None
 
-    def in_files(self, name, prefix):
+    def in_files(self, name, prefix, among=None):
         """Return the name in the files of parameter `name`, None if it is not there.
 
-        prefix: the model's base_model_prefix, which GPT-2's files leave out.
+        prefix: the model's base_model_prefix, which GPT-2's files leave out. among: {name: name in the files}, where these
+        differ, as in a multimodal checkpoint.
         """
+        among = self.files.keys() if among is None else among
         names = (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")
-        return next((candidate for candidate in names if candidate in self.files), None)
+        found = next((candidate for candidate in names if candidate in among), None)
+        return among[found] if found is not None and isinstance(among, dict) else found
 
     def shapes(self):
         """Return {tensor name: shape} from the headers, without reading weights."""
@@ -263,7 +266,11 @@ def _names(checkpoint, section, ids):
 
 
 def read_config(checkpoint, section):
-    """Return the transformers config as the files have it; raises what `load_config` does."""
+    """Return the transformers config as the files have it, of a multimodal model that of its text half.
+
+    Raises:
+        InputError: as `load_config` does.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     path = checkpoint.folder / "config.json"
@@ -271,14 +278,9 @@ def read_config(checkpoint, section):
         config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=section.trust_remote_code)
     except Exception as error:  # its class computes with what the file says, and divides by zero heads
         raise InputError(f"{path}: {said(error)}") from None
-    other_parts = sorted(
-        name for name in type(config).sub_configs if name != "text_config" and getattr(config, name, None) is not None
-    )
-    if any(re.search("vision|image|video|audio|speech", name) for name in other_parts):
-        raise InputError(
-            f"{checkpoint.folder}: a multimodal checkpoint ({config.model_type}, with {', '.join(other_parts)}); its text "
-            "half is not supported yet; take a text-only model of this family"
-        )
+    text_half = multimodal.text_config(config, checkpoint.folder)
+    if text_half is not None:
+        return text_half
     known = type(config) in AutoModelForCausalLM._model_mapping or "AutoModelForCausalLM" in getattr(
         config, "auto_map", {}
     )
@@ -310,6 +312,9 @@ def load_tokenizer(folder, section):
         if (folder / "tokenizer.json").is_file():
             files.read_object(folder / "tokenizer.json")
         raise InputError(f"{folder}: no usable tokenizer: {said(error)}") from None
+    of_processor = folder / "chat_template.json"  # where older multimodal models have their template
+    if tokenizer.chat_template is None and of_processor.is_file():
+        tokenizer.chat_template = files.read_object(of_processor).get("chat_template")
     for name, kinds in (("chat_template", (str, dict, type(None))), ("model_max_length", (int, float))):
         if not isinstance(getattr(tokenizer, name), kinds):
             raise InputError(f"{folder / 'tokenizer_config.json'}: {name} cannot be {getattr(tokenizer, name)!r}")

@@ -96,6 +96,7 @@ def _export(trained, out, inputs, compare_bases, gguf, start):
             "origins": trained.taken_from,
             **_what_merging_did(trained, merging),
             "new_tokens": trained.checkpoint.new_tokens,
+            "kept_tensors": len(plan.kept),
             "bytes": plan.num_bytes,
             "write_seconds": wrote,
             "peak_bytes": peak.bytes,
@@ -181,7 +182,7 @@ def _write(trained, plan, folder, base, device):
         Cores(device) as cores,
     ):
         merging = merge.Merge(reader, plan, trained.adapter, how, device, cores.map)
-        writer.write(folder, plan.specs, merging.pieces, max_bytes, advance)
+        writer.write(folder, plan.written, merging.pieces, max_bytes, advance)
     different = sorted(name for name, same in merging.digests.items() if not same)
     if different:
         layers = f"{len(different)} layer{'s' if len(different) > 1 else ''}"
@@ -196,6 +197,7 @@ def _write(trained, plan, folder, base, device):
     )
     console.say(
         f"wrote     {len(plan.specs)} tensors, {console.size(plan.num_bytes)} of {dtype}, {len(merging.modules)} merged"
+        + (f", {len(plan.kept)} that are not text copied unchanged" if plan.kept else "")
         + (f"; {len(merging.digests)} have the same 4-bit codes as in training" if merging.digests else "")
     )
     return merging

@@ -71,6 +71,8 @@ def _job(recipe, budget, card):
     paths = [source.path for source in recipe.data.train if source.path is not None]
     absent = [path for path in paths if not any(letter in path for letter in "*?[") and not Path(path).exists()]
     checkpoint = base_model.find(recipe.model, weights=False)
+    if base_model.whole_config(checkpoint.folder) is not None:
+        console.say("model     a multimodal checkpoint: planning the text half, which is what is trained")
     if not absent and (checkpoint.folder / "tokenizer.json").is_file():
         prepared = prepare(recipe, weights=False)
         say_report(prepared)

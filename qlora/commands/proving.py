@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import math
 
 import torch
 
@@ -37,6 +38,7 @@ class Prover:
             trained.adapter.num_parameters,
             bool(trained.checkpoint.new_tokens),
             self.section.trust_remote_code,
+            sum(math.prod(spec.shape) for spec in plan.specs if spec.name in plan.kept),
         )
         self.mode = self._mode(trained.section.verify)
         self.live = None
@@ -148,7 +150,8 @@ class Prover:
         section = Model(name_or_path=str(folder), trust_remote_code=self.section.trust_remote_code)
         checkpoint = base_model.find(section)
         if self.mode == "layers":
-            source = {name: name for name in checkpoint.files}
+            half = base_model.half_of(checkpoint)
+            source = half.names if half else {name: name for name in checkpoint.files}
             model = streamed.live(checkpoint, section, quantization, self.device, source)
         else:
             model = base_model.load(checkpoint, section, quantization, self.device)

@@ -121,7 +121,7 @@ def _of_model(folder):
             f"{folder}: has {stored:,} bytes of weights, but {report['bytes']:,} were exported; export it again"
         )
     names = [*_OF_MODEL, *_TOKENIZER, *sorted(set(weights.values())), CARD]
-    names += report["served"]
+    names += report["served"] + sorted(path.name for path in folder.glob("*processor_config.json"))
     files = _there(folder, [name for name in names if name])
     for needed in ("config.json", "tokenizer.json", CARD):
         if needed not in files:

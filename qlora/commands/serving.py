@@ -21,6 +21,11 @@ def num_bytes(kind, plan):
 def refuse(trained, plan, kind):
     """Raise InputError before the export where no correct GGUF file could be written after it."""
     checkpoint = trained.checkpoint
+    if plan.kept:
+        raise InputError(
+            f"{checkpoint.folder}: a multimodal checkpoint, which --gguf does not convert; leave it out, and convert the "
+            "exported folder with llama.cpp's own convert_hf_to_gguf.py"
+        )
     stops = chat.stop_token_ids(trained.tokenizer, trained.generation.generation_config())
     gguf.refuse(checkpoint.folder, plan.config, trained.tokenizer, stops, kind)
 

@@ -113,7 +113,9 @@ def _train(recipe, resumed):
                 model, recipe.lora, recipe.training.seed, checkpoint.new_tokens.values(), checkpoint, prepared.examples
             )
         prequantized = base_model.stored_quantization(prepared.config) is not None
+        half = base_model.half_of(checkpoint)
         environment = _environment(checkpoint, quantized, prequantized, hashes, prepared.parts, model.device)
+        environment["base_model"]["kept_tensors"] = len(half.kept) if half else 0
         if resumed is not None:
             _say_resumed(resumed, environment)
             environment["id"] = resumed.environment["id"]
@@ -128,7 +130,7 @@ def _train(recipe, resumed):
             write_json(run.proof_rows_file, proof.to_json(rows, "held-out rows" if len(held_out) else "training rows"))
             write_json(run.environment_file, environment)
 
-        _print_model(checkpoint, model, quantized, prequantized, recipe)
+        _print_model(checkpoint, model, quantized, prequantized, recipe, half)
         # a signal is noted until adapter/ is there: what training has made is never thrown away
         with kernels.installed(model, recipe.kernels) as installed, console.Steps() as steps, signals.noted() as stop:
             if recipe.data.packing and not (installed.joined or kernels.attention.joins(model.get_base_model())):
@@ -327,13 +329,15 @@ def _kind(lora):
     return f"{'DoRA, ' if lora.use_dora else ''}r = {lora.r}{start}"
 
 
-def _print_model(checkpoint, model, quantized, prequantized, recipe):
+def _print_model(checkpoint, model, quantized, prequantized, recipe, half):
     from .. import base_model
 
     trainable, total = base_model.num_parameters(model)
     how = f"{len(quantized)} linear layers in {recipe.quantization.quant_type}" if quantized else "not quantized"
     how += " (the folder's own codes)" if prequantized else ""
     console.say(f"base      {checkpoint.name_or_path}: {total - trainable:,} parameters, {how}, on {model.device}")
+    if half is not None:
+        console.say(f"          multimodal checkpoint: training the text half; {half}")
     console.say(f"adapter   {_kind(recipe.lora)}, {trainable:,} trainable parameters ({trainable / total:.2%})")
     if checkpoint.new_tokens:
         console.say(

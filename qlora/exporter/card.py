@@ -16,7 +16,7 @@ HERE = "FOLDER"  # stands for where the files are, until that is known
 _HEAD = """\
 ---
 library_name: {{ library }}
-pipeline_tag: text-generation
+pipeline_tag: {{ "image-text-to-text" if kept_tensors and library == "transformers" else "text-generation" }}
 {%- if hub_name %}
 base_model: {{ hub_name }}
 base_model_relation: {{ relation }}
@@ -33,6 +33,9 @@ tags: [{{ tags }}]
 
 _MODEL = """\
 A full-precision model: `{{ base }}` with a {{ kind }} adapter merged into its weights, stored in {{ report.dtype }}.
+{%- if kept_tensors %}
+Only its text half was trained: the other {{ kept_tensors }} tensors (images) are those of the base, bit for bit.
+{%- endif %}
 {% if report.base == "dequantized" %}
 The adapter was trained on the 4-bit weights of the base, and that is what it is merged with: each adapted weight is
 `{{ formula }}`, added in float32 and cast once.
@@ -65,9 +68,10 @@ the two are apart.
 
 ## Use
 
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    {% set auto = "AutoModelForImageTextToText" if kept_tensors else "AutoModelForCausalLM" -%}
+    from transformers import {{ auto }}, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained("{{ here }}", dtype="auto", device_map="auto")
+    model = {{ auto }}.from_pretrained("{{ here }}", dtype="auto", device_map="auto")
     tokenizer = AutoTokenizer.from_pretrained("{{ here }}")
 
 The chat template in this folder is the one of the training; the tokens that end an answer are in
@@ -80,7 +84,11 @@ trained on its weights in 4 bit ({{ quantized }}): on the original weights it an
 {%- else %}trained on its 16-bit weights.{% endif %}
 
 ## Use
+{% if kept_tensors %}
+It belongs to the text half of a multimodal model, whose layers it names as a text-only model has them. Merge it:
 
+    qlora export THIS_FOLDER --model {{ base }} --out MERGED
+{% else %}
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer{% if four_bit %}, BitsAndBytesConfig{% endif %}
@@ -98,7 +106,7 @@ quantization_config=four_bit{% endif %}
     base.resize_token_embeddings(num_rows, mean_resizing=False)
 {%- endif %}
     model = PeftModel.from_pretrained(base, "{{ here }}")
-
+{% endif %}
 The chat template in this folder is the one of the training.
 """
 
@@ -178,6 +186,7 @@ def card(title, base, adapter_config, report, quantized, rows, origins=()):
         quantized=quantized,
         report=report,
         rows=rows,
+        kept_tensors=report.get("kept_tensors"),
     )
 
 
@@ -207,6 +216,7 @@ def adapter_card(title, base, adapter_config, quantization, origin):
         quantized=quantization and quantization["quant_type"].upper(),
         four_bit=four_bit,
         revision=origin.base["revision"],
+        kept_tensors=origin.base.get("kept_tensors"),
         num_tokens=1 + max((max(some) for some in indices if some), default=-1),
     )
 

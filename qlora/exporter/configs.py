@@ -34,11 +34,16 @@ def write(folder, checkpoint, section, config, tokenizer, dtype, generation=None
     Raises:
         ProofFailed: what was written does not read as config and tokenizer of the merged model.
     """
-    before = base_model.read_config(checkpoint, section)
-    raw = files.read_object(checkpoint.folder / "config.json")
-    write_json(folder / "config.json", model_config(raw, _as_dict(before), _as_dict(config), dtype))
+    before, after = _as_dict(base_model.read_config(checkpoint, section)), _as_dict(config)
+    path = checkpoint.folder / "config.json"
+    raw = files.read_object(path)
+    is_multimodal = base_model.whole_config(checkpoint.folder) is not None
+    changed = model_config_of_whole if is_multimodal else model_config
+    _write_or_copy(folder / path.name, changed(raw, before, after, dtype), path)
     _write_generation_config(folder, generation or checkpoint, config, tokenizer)
     _write_tokenizer(folder, checkpoint.folder, base_model.load_tokenizer(checkpoint.folder, section), tokenizer)
+    for source in checkpoint.folder.glob("*processor_config.json") if is_multimodal else ():
+        shutil.copyfile(source, folder / source.name)
     has_code = [path for path in folder.glob("*config.json") if files.read_object(path).get("auto_map")]
     for code in checkpoint.folder.glob("*.py") if has_code else []:
         shutil.copy(code, folder)
@@ -59,6 +64,22 @@ def model_config(raw, before, after, dtype):
             part |= {name: dtype for name in ("dtype", "torch_dtype") if name in part}
             part |= {name: value for name, value in _rope(settings).items() if name not in part}
     return result
+
+
+def model_config_of_whole(raw, before, after, dtype):
+    """Return config.json of a multimodal model whose text half was merged: the base's, but for what the merge changed.
+
+    before, after: all settings of the text half.
+    """
+    dtypes = dict.fromkeys(("dtype", "torch_dtype"), dtype)
+    nested = isinstance(raw.get("text_config"), dict)  # Qwen2-VL's files have the text's settings at the top
+    text = _changed(raw["text_config"] if nested else raw, before, after)
+    text |= {name: value for name, value in dtypes.items() if name in text}
+    result = raw | {"text_config": text} if nested else text
+    if before["tie_word_embeddings"] != after["tie_word_embeddings"]:
+        result["tie_word_embeddings"] = after["tie_word_embeddings"]
+    there = {name: value for name, value in dtypes.items() if name in result}
+    return result | (there or dtypes)
 
 
 def _as_dict(config):
@@ -202,8 +223,8 @@ def refuse_misread(folder, section, config, tokenizer):
         if _without_dtype(found.get(name)) != _without_dtype(expected.get(name))
     ]
     raw = files.read_object(folder / "config.json")
-    for name, value in _rope(expected).items():
-        if name not in raw and "text_config" not in raw:
+    for name, value in _rope(expected).items() if base_model.whole_config(folder) is None else ():
+        if name not in raw:
             problems.append(f"config.json: {name} is missing; one version of transformers reads it, as {value!r}")
     read = base_model.load_tokenizer(folder, section)
     if read.get_vocab() != tokenizer.get_vocab():

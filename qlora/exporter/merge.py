@@ -12,7 +12,7 @@ that is held of a model is one 16-bit weight, its 4-bit codes, and a few pieces.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from safetensors import safe_open
@@ -39,7 +39,9 @@ class Plan:
     order. source: {name: tensor name in the files}. conv1d: names of modules that store (I, O). shapes: {module: (O,
     I)} of what may carry an update. embeddings: {module: (V, I)} of embedding and head where rows of new tokens belong;
     empty without new tokens. copied: names in the files of tensors that go over as they are, because the architecture
-    joins them into other parameters when it loads them (fused experts).
+    joins them into other parameters when it loads them (fused experts). kept: names in the files of tensors that are
+    copied bit for bit: what is not text in a multimodal model. names: {name in specs: name in the written files}, where
+    that is another.
     """
 
     config: object
@@ -49,6 +51,8 @@ class Plan:
     shapes: dict
     embeddings: dict
     copied: set = field(default_factory=set)
+    kept: set = field(default_factory=set)
+    names: dict = field(default_factory=dict)
 
     @property
     def num_bytes(self):
@@ -57,6 +61,11 @@ class Plan:
     @property
     def parameters(self):
         return {spec.name: spec.shape for spec in self.specs}
+
+    @property
+    def written(self):
+        """Specs under the names that the written files have them by."""
+        return [replace(spec, name=self.names.get(spec.name, spec.name)) for spec in self.specs]
 
 
 def plan(checkpoint, config, dtype, trust_remote_code=False, adapter=None):
@@ -87,14 +96,16 @@ def plan(checkpoint, config, dtype, trust_remote_code=False, adapter=None):
     result = Plan(config, [], {}, conv1d, shapes, embeddings)
     replaced = adapter.replaced if adapter is not None else {}
     tied, missing, wrong, in_files = _tied(model), [], [], checkpoint.shapes()
+    half = base_model.half_of(checkpoint)
+    stored = half.names if half else {name: name for name in checkpoint.files}
     for name, tensor in model.state_dict().items():
         if name in tied:
-            if name in checkpoint.files and tied[name] in checkpoint.files:
-                _refuse_unequal(checkpoint, name, tied[name])
+            if name in stored and tied[name] in stored:
+                _refuse_unequal(checkpoint, stored[name], stored[tied[name]])
             continue
-        found = checkpoint.in_files(name, model.base_model_prefix)
+        found = checkpoint.in_files(name, model.base_model_prefix, stored)
         if found is None and name == f"{head}.weight":  # untied by the adapter: it starts as the embedding
-            found = checkpoint.in_files(f"{embedding}.weight", model.base_model_prefix)
+            found = checkpoint.in_files(f"{embedding}.weight", model.base_model_prefix, stored)
         if found is None and name not in replaced:
             missing.append(name)
             continue
@@ -107,7 +118,9 @@ def plan(checkpoint, config, dtype, trust_remote_code=False, adapter=None):
         result.specs.append(Spec(name, expected, dtype if tensor.is_floating_point() else tensor.dtype))
     if wrong:
         raise InputError.listing(f"{checkpoint.folder}: config.json and the weights do not fit; the model", wrong)
-    _copy_the_rest(checkpoint, result, missing, dtype, model)
+    _copy_the_rest(checkpoint, result, missing, dtype, model, stored)
+    if half:
+        _keep_the_other_half(checkpoint, result, half)
     if adapter is not None:
         stays_tied = {name: result.parameters[tied[name]] for name in tied}
         adapter.refuse_mismatch(shapes, result.parameters | stays_tied, embeddings, checkpoint.new_tokens.values())
@@ -152,7 +165,7 @@ def _change(config, model, adapter):
     return changed
 
 
-def _copy_the_rest(checkpoint, plan, missing, dtype, model):
+def _copy_the_rest(checkpoint, plan, missing, dtype, model, stored):
     """Let tensors that no parameter is made of alone go over as they are, where the architecture joins them itself.
 
     A mixture model's files have a tensor an expert, and transformers makes one parameter of all of them. These are not
@@ -162,7 +175,8 @@ def _copy_the_rest(checkpoint, plan, missing, dtype, model):
 
     adapted = [name for name in missing if name.rpartition(".")[0] in plan.shapes]
     beside = prequantized.beside_codes(checkpoint)
-    unused = sorted(checkpoint.files.keys() - set(plan.source.values()) - _tied(model).keys() - beside)
+    loose = {stored[name] for name in stored.keys() - _tied(model).keys()}
+    unused = sorted(loose - set(plan.source.values()) - beside)
     if missing and unused and not adapted and get_checkpoint_conversion_mapping(model.config.model_type):
         shapes = checkpoint.shapes()
         plan.copied = set(unused)
@@ -171,6 +185,15 @@ def _copy_the_rest(checkpoint, plan, missing, dtype, model):
         return
     if missing:
         raise InputError.listing(f"{checkpoint.folder}: export finds no tensor for parameters: it", missing)
+
+
+def _keep_the_other_half(checkpoint, plan, half):
+    """Let the plan write a multimodal checkpoint: text under the names that the files have, all else as it is."""
+    plan.names = {spec.name: half.name_in_files(spec.name) for spec in plan.specs if spec.name not in plan.copied}
+    with Reader(checkpoint) as reader:
+        plan.specs += [Spec(name, reader.shape(name), reader.dtype(name)) for name in half.kept]
+    plan.source |= {name: name for name in half.kept}
+    plan.kept = set(half.kept)
 
 
 def _refuse_unequal(checkpoint, one, other):
@@ -215,17 +238,22 @@ class Merge:
         self.reader, self.plan, self.adapter, self.base = reader, plan, adapter, base
         self.device, self.each = device, each
         self.specs = {spec.name: spec for spec in plan.specs}
+        self._named = {written: name for name, written in plan.names.items()}
         largest = max((math.prod(self.specs[f"{name}.weight"].shape) for name in base.quantized), default=0)
         self._codes = torch.empty(largest // 2, dtype=torch.uint8)  # of one weight after the other
         self.modules, self.underflows, self.digests = [], {}, {}
 
     def pieces(self, name):
-        """Yield the tensor of parameter `name` as it is stored in the output, in order, some rows at a time.
+        """Yield the tensor that the plan writes as `name` as it is stored in the output, in order, some rows at a time.
 
         Raises:
             InputError: a number does not fit the output dtype; names the tensor and the remedy.
         """
+        name = self._named.get(name, name)
         spec = self.specs[name]
+        if name in self.plan.kept:
+            yield self.reader.whole(name, self.each)
+            return
         module, _, leaf = name.rpartition(".")
         carrier = module if leaf == "weight" else None  # what the adapter and the quantization call this tensor
         start, end = self._start(name, carrier)

@@ -205,10 +205,15 @@ def reload(folder, device, trust_remote_code=False):
 
 
 def open_folder(folder, device, dtype="float32", trust_remote_code=False):
-    """Return the model that plain transformers makes of `folder`; raises ProofFailed unless it takes every tensor."""
-    from transformers import AutoModelForCausalLM
+    """Return the model that plain transformers makes of `folder`, of a multimodal checkpoint the whole one.
 
-    model, info = AutoModelForCausalLM.from_pretrained(
+    Raises:
+        ProofFailed: it does not take every tensor.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    auto = AutoModelForCausalLM if base_model.whole_config(folder) is None else AutoModelForImageTextToText
+    model, info = auto.from_pretrained(
         folder,
         dtype=dtype,
         device_map={"": device},

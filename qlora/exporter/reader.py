@@ -52,6 +52,9 @@ class Reader:
     def shape(self, name):
         return self._places[name][2]
 
+    def dtype(self, name):
+        return self._places[name][1]
+
     def rows(self, name):
         """Return an object whose slices [first:last] are rows of the tensor, each read into memory of its own."""
         return _Rows(*self._places[name])

@@ -36,7 +36,9 @@ def exported(folder, device, trust_remote_code=False):
     model = proof.open_folder(folder, torch.device("meta"), trust_remote_code=trust_remote_code)
     files = base_model.weight_files(folder)
     checkpoint = base_model.Checkpoint(str(folder), folder, None, files)
-    _stream(model, _Weights(model, checkpoint, {name: name for name in files}), device)
+    half = base_model.half_of(checkpoint)
+    source = half.whole if half else {name: name for name in files}
+    _stream(model, _Weights(model, checkpoint, source), device)
     return model
 
 
@@ -75,10 +77,11 @@ class Need:
     num_passes: int
 
 
-def need(config, rows, quantized, num_adapter_parameters=0, new_tokens=False, trust_remote_code=False):
+def need(config, rows, quantized, num_adapter_parameters=0, new_tokens=False, trust_remote_code=False, num_kept=0):
     """Return the Need of a proof on `rows`, from shapes alone.
 
-    config: of the model, with the rows of new tokens. quantized: names of the layers in NF4.
+    config: of the model, with the rows of new tokens. quantized: names of the layers in NF4. num_kept: numbers in the part
+    of a multimodal model that is not text, which is held whole in the exported one.
     """
     model = base_model.on_meta(config, trust_remote_code)
     nf4 = {model.get_submodule(name).weight for name in quantized}
@@ -116,14 +119,14 @@ def need(config, rows, quantized, num_adapter_parameters=0, new_tokens=False, tr
     kept = 4 * len(head) * sum(map(len, columns))
     whole = max(
         live(total) + adapter + max(quantizing, 4 * largest + longest * per_token, head_alone),
-        exported(total) + max(longest * per_token, head_alone),
+        exported(total) + 4 * num_kept + max(longest * per_token, head_alone),
     )
     streamed = max(
         live(apart | ends if new_tokens else apart)
         + adapter
         + int(_NF4_BYTES * largest)  # stand-ins
         + max(max(map(live, layers)) + max(quantizing, computing), head_together),
-        exported(apart) + max(max(map(exported, layers)) + computing, head_together),
+        exported(apart) + 4 * num_kept + max(max(map(exported, layers)) + computing, head_together),
     )
     whole, streamed = (int(1.1 * (kept + most)) + _SLACK_BYTES for most in (whole, streamed))
     return Need(whole, streamed, tokens_at_once, 3 * len(batches))

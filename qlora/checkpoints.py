@@ -1,4 +1,4 @@
-"""Checkpoints of a run: whole or absent, checked by their content, safetensors and JSON only.
+"""Checkpoints of a run: complete or absent, verified by hash, safetensors and JSON only.
 
 checkpoints/step-20/
   tensors.safetensors  weights/NAME: float32 masters; optimizer/NAME/KEY: its state, as it is; ranks/KEY/NAME: AdaLoRA's

@@ -1,4 +1,4 @@
-"""The run folder: which file is where, and what makes a run whole.
+"""The run folder: where each file is, and what makes a run complete.
 
 recipe.yaml       the resolved recipe, copied first
 environment.json  versions, device, base-model and data hashes

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: raised where nothing is to be saved, noted where the work at hand comes to an end first."""
+"""SIGINT and SIGTERM: raised at once, or recorded where the current step is finished and saved first."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What adapters start from, where that is not a random A and B = 0 (`init_lora_weights`). None of it changes the base.
+"""Initial values of A and B other than a random A and B = 0 (`init_lora_weights`). None of them changes the base.
 
 loftq           s B A is the best approximation of what quantization has lost, W - dequantize(NF4(W))
 eva             A spans what the layer's inputs vary in most; ranks go to the layers where that explains most

@@ -1,4 +1,4 @@
-"""qlora push: the adapter of a run, or an exported model, to the hub; private, listed before, and nothing but what is meant."""
+"""qlora push: upload the adapter of a run, or an exported model, to the hub; private by default."""
 
 from __future__ import annotations
 

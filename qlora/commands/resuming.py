@@ -1,4 +1,4 @@
-"""What train --resume needs: whether a run can go on, from where, and whether it would still be the same run."""
+"""What train --resume checks: is there a run to resume, from which checkpoint, and have its settings changed."""
 
 from __future__ import annotations
 

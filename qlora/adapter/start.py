@@ -90,12 +90,12 @@ def _correct_quantization(peft_model, checkpoint):
     from bitsandbytes.nn import Linear4bit
     from transformers.pytorch_utils import Conv1D
 
-    prefix = f"{peft_model.get_base_model().base_model_prefix}."
+    prefix = peft_model.get_base_model().base_model_prefix
     for name, layer in _layers(peft_model):
         base = layer.get_base_layer()
         if not isinstance(base, Linear4bit):
             continue
-        W_OI = _stored(checkpoint, f"{name}.weight", prefix).to(base.weight.device, torch.float32)
+        W_OI = _stored(checkpoint, checkpoint.in_files(f"{name}.weight", prefix)).to(base.weight.device, torch.float32)
         exact = copy.copy(base.weight.quant_state)
         exact.dtype = torch.float32  # else it is rounded to bfloat16
         W_OI = W_OI.T if issubclass(base.source_cls, Conv1D) else W_OI
@@ -119,11 +119,9 @@ def low_rank(M_OI, rank):
     return A_RI / roots_R[:, None], U_OR * roots_R
 
 
-def _stored(checkpoint, name, prefix):
-    """Return the tensor of the files that parameter `name` is made from (GPT-2's files leave out "transformer.")."""
-    found = next(one for one in (name, name.removeprefix(prefix), prefix + name) if one in checkpoint.files)
-    with safe_open(checkpoint.folder / checkpoint.files[found], "pt") as file:
-        return file.get_tensor(found)
+def _stored(checkpoint, name):
+    with safe_open(checkpoint.folder / checkpoint.files[name], "pt") as file:
+        return file.get_tensor(name)
 
 
 # ---- orthogonal ------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from safetensors import safe_open
 
 from .. import memory
 from ..errors import DoesNotFit, InputError
+from . import prequantized
 from .folder import (
     Checkpoint,
     add_tokens,
@@ -32,6 +33,7 @@ from .folder import (
     weight_files,
 )
 from .limits import num_positions, refuse_rows
+from .prequantized import settle, stored_quantization
 
 __all__ = [
     "Checkpoint",
@@ -43,6 +45,8 @@ __all__ = [
     "read_config",
     "refuse_generation",
     "refuse_rows",
+    "settle",
+    "stored_quantization",
     "weight_files",
 ]
 
@@ -54,7 +58,8 @@ DTYPE_WHEN_QUANTIZED = torch.bfloat16
 def load(checkpoint, section, quantization, device=None, dtype=DTYPE_WHEN_QUANTIZED):
     """Return the frozen model of `checkpoint` in eval mode: NF4 under `quantization`, or plain `dtype` if it is None.
 
-    It has a row for each of the checkpoint's new tokens; see `add_rows` for where these start.
+    Where the files hold NF4 codes, the model has these, and of `quantization` only compute_dtype counts. It has a row for
+    each of the checkpoint's new tokens; see `add_rows` for where these start.
 
     Raises:
         DoesNotFit: there is not enough memory.
@@ -64,18 +69,27 @@ def load(checkpoint, section, quantization, device=None, dtype=DTYPE_WHEN_QUANTI
 
     device = torch.device(device or default_device())
     num_rows = load_config(checkpoint, section).get_text_config().vocab_size
-    bnb = quantization and BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=quantization.quant_type,
-        bnb_4bit_use_double_quant=quantization.use_double_quant,
-        bnb_4bit_compute_dtype=dtype_of(quantization.compute_dtype),
-    )
+    config, bnb = read_config(checkpoint, section), None
+    compute_dtype = quantization.compute_dtype if quantization else "bfloat16"
+    stored = stored_quantization(config)
+    if stored:
+        refuse_other_codes(checkpoint, on_meta(config, section.trust_remote_code))
+        if device.type == "meta":  # transformers would read the codes
+            return load_on_meta(config, section, quantization, dtype, codes=False)
+        config.quantization_config = stored | {"bnb_4bit_compute_dtype": compute_dtype}
+    elif quantization:
+        bnb = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=quantization.quant_type,
+            bnb_4bit_use_double_quant=quantization.use_double_quant,
+            bnb_4bit_compute_dtype=dtype_of(compute_dtype),
+        )
     try:
         if device.type != "meta":  # where nothing is read
             _refuse_not_finite(checkpoint, section)
         model, info = AutoModelForCausalLM.from_pretrained(
             checkpoint.folder,
-            config=read_config(checkpoint, section),
+            config=config,
             dtype=dtype,
             quantization_config=bnb,
             device_map={"": device},
@@ -96,7 +110,9 @@ def load(checkpoint, section, quantization, device=None, dtype=DTYPE_WHEN_QUANTI
         raise InputError(f"{checkpoint.folder}: cannot load the model: {said(error)}") from error
     _refuse_incomplete(checkpoint, info)
     accept_arguments(model)
-    if quantization and quantization.compute_dtype == "float32":
+    if stored:
+        _settle_dtypes(model, dtype)
+    if quantization and compute_dtype == "float32":
         to_float32(model)
     if quantization and not quantized_modules(model):
         raise InputError(f"{checkpoint.folder}: no linear layer could be quantized; set quantization: null")
@@ -111,6 +127,19 @@ def load(checkpoint, section, quantization, device=None, dtype=DTYPE_WHEN_QUANTI
     # what the files were called by the user, so that an adapter names a model and not a cache folder
     model.name_or_path = model.config._name_or_path = checkpoint.name_or_path
     return model.eval()
+
+
+def _settle_dtypes(model, dtype):
+    """Let a model whose 4-bit weights were read as codes have the dtypes of one that was quantized when it was loaded.
+
+    transformers 5.23 leaves whatever is called `weight` in the dtype of the file then, and casts biases.
+    """
+    in_float32 = model._keep_in_fp32_modules_strict or ()
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(torch.float32 if any(one in name for one in in_float32) else dtype)
+    for module in quantized_modules(model).values():
+        module.weight.quant_state.dtype = dtype  # in which dequantizing ends
 
 
 # of a forward pass, with the values that mean nothing where a model does not know them
@@ -317,8 +346,32 @@ def linear_names(model):
 
 
 def names_to_quantize(config, section):
-    """Return the names of the layers that `load` quantizes of a model with this config."""
-    return linear_names(on_meta(config, section.trust_remote_code))
+    """Return the names of the layers that are in 4 bit in a quantized model with this config."""
+    return _names_in_4_bit(on_meta(config, section.trust_remote_code))
+
+
+def _names_in_4_bit(model):
+    names = linear_names(model)
+    return prequantized.chosen(model, names) if stored_quantization(model.config) else names
+
+
+def refuse_other_codes(checkpoint, model):
+    """Raise InputError where the files hold NF4 codes and those are not what `model`, on the meta device, has in 4 bit."""
+    if not stored_quantization(model.config):
+        return
+    head = next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
+    if prequantized.chosen(model, [head]):
+        raise InputError(
+            f"{checkpoint.folder}: the head ({head}) is in 4 bit, which is not supported: config.json does not name it in "
+            "llm_int8_skip_modules; give the 16-bit model it was made from"
+        )
+    expected = {}
+    for name in _names_in_4_bit(model):
+        module, weight = model.get_submodule(name), f"{name}.weight"
+        shape = tuple(module.weight.shape)
+        found = checkpoint.in_files(weight, model.base_model_prefix) or weight
+        expected[found] = shape[::-1] if is_conv1d(module) else shape
+    prequantized.refuse_other_codes(checkpoint, model.config, expected)
 
 
 def on_meta(config, trust_remote_code=False):
@@ -341,10 +394,11 @@ def on_meta(config, trust_remote_code=False):
     return accept_arguments(model)
 
 
-def load_on_meta(config, section, quantization, dtype=DTYPE_WHEN_QUANTIZED):
+def load_on_meta(config, section, quantization, dtype=DTYPE_WHEN_QUANTIZED, codes=True):
     """Return the model that `load` returns for this config, its 4-bit layers too, with shapes and without numbers.
 
-    config: the transformers config, grown to the new tokens, see `load_config`.
+    config: the transformers config, grown to the new tokens, see `load_config`. codes: False for 4-bit layers that are not
+    quantized yet, as transformers makes them on the meta device.
     """
     from bitsandbytes.nn import Linear4bit
 
@@ -353,13 +407,14 @@ def load_on_meta(config, section, quantization, dtype=DTYPE_WHEN_QUANTIZED):
     for parameter in model.parameters():
         parameter.data = parameter.data.to(torch.float32 if float32 else dtype)
     if quantization:
-        for name in linear_names(model):
+        for name in _names_in_4_bit(model):
             old = model.get_submodule(name)
             num_in, num_out = old.weight.shape if is_conv1d(old) else reversed(old.weight.shape)
             bias, compute_dtype = old.bias is not None, dtype_of(quantization.compute_dtype)
             new = Linear4bit(num_in, num_out, bias, compute_dtype, quant_type=quantization.quant_type, device="meta")
             new.bias = old.bias
-            new.weight = _weight_on_meta(num_in, num_out, quantization, torch.float32 if float32 else dtype)
+            if codes:
+                new.weight = _weight_on_meta(num_in, num_out, quantization, torch.float32 if float32 else dtype)
             new.support_avx512bf16_for_cpu = False
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, new)

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from .. import files
 from ..errors import InputError
 from ..rundir import sha256
+from . import prequantized
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,14 @@ class Checkpoint:
             return GenerationConfig.from_pretrained(self.folder) if path.is_file() else None
         except (ValueError, TypeError, AttributeError, OSError) as error:
             raise InputError(f"{path}: {said(error)}") from None
+
+    def in_files(self, name, prefix):
+        """Return the name in the files of parameter `name`, None if it is not there.
+
+        prefix: the model's base_model_prefix, which GPT-2's files leave out.
+        """
+        names = (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")
+        return next((candidate for candidate in names if candidate in self.files), None)
 
     def shapes(self):
         """Return {tensor name: shape} from the headers, without reading weights."""
@@ -232,7 +241,7 @@ def load_config(checkpoint, section):
     """Return the transformers config, its vocab_size grown to hold the checkpoint's new tokens.
 
     Raises:
-        InputError: not a known causal language model in 16 or 32 bit; or rows would have to be made up for tokens
+        InputError: not a known causal language model in 16 or 32 bit or NF4; or rows would have to be made up for tokens
             that are not trained.
     """
     config = read_config(checkpoint, section)
@@ -275,10 +284,7 @@ def read_config(checkpoint, section):
     )
     if not known:
         raise InputError(f"{checkpoint.folder / 'config.json'}: {config.model_type!r} is not a causal language model")
-    if getattr(config, "quantization_config", None):
-        raise InputError(
-            f"{checkpoint.folder}: the weights are quantized already; give the 16-bit model it was made from"
-        )
+    prequantized.refuse_unsupported(config, path)
     return config
 
 

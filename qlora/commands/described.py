@@ -27,6 +27,7 @@ def origin_of(run) -> Origin:
                 "name_or_path": base["name_or_path"] if base["revision"] else Path(base["name_or_path"]).name,
                 "revision": base["revision"],
                 "sha256": base["sha256"],
+                "prequantized": base.get("prequantized", False),  # older runs do not say
             },
             data=[(_shown(part["path"], datasets), part["sha256"]) for part in environment["data"]],
             datasets=datasets,

@@ -154,6 +154,8 @@ def _refuse_meaningless(trained, compare_bases):
     if trained.recipe.quantization is None:
         what = "--base original" if trained.section.base == "original" else "--compare-bases"
         raise InputError(f"{trained.name}: the base was not quantized, so there is only one base; leave {what} out")
+    if base_model.stored_quantization(trained.config):
+        raise InputError(f"{trained.checkpoint.folder}: has its weights in 4 bit only; leave --compare-bases out")
     if compare_bases and trained.section.verify == "off":
         raise InputError("--compare-bases needs the measurements that export.verify: off skips; drop one of the two")
 

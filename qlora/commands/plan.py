@@ -74,10 +74,11 @@ def _job(recipe, budget, card):
     if not absent and (checkpoint.folder / "tokenizer.json").is_file():
         prepared = prepare(recipe, weights=False)
         say_report(prepared)
-        return job_of(recipe, prepared, "cuda", budget, card)
+        return job_of(prepared.recipe, prepared, "cuda", budget, card)
     why = f"no file at {absent[0]}" if absent else f"{checkpoint.folder} has no tokenizer.json"
     console.say(f"data      {why}: assuming rows of data.max_length tokens, all of them trained")
     config = base_model.load_config(checkpoint, recipe.model)
+    recipe = base_model.settle(recipe, config, checkpoint)
     return without_data(recipe, config, len(checkpoint.new_tokens), "cuda", budget, card)
 
 

@@ -17,10 +17,12 @@ from .subject import open_tokenizer
 class Prepared:
     """Model files found, rows tokenized.
 
-    template: in words, which chat template is used. parts: the data files, held-out ones last. examples, eval_examples:
-    data.Rows. batches: what training takes one after another: the examples, or the Packs or Batches they are joined into.
+    recipe: with the quantization that the model's files have. template: in words, which chat template is used. parts: the
+    data files, held-out ones last. examples, eval_examples: data.Rows. batches: what training takes one after another: the
+    examples, or the Packs or Batches they are joined into.
     """
 
+    recipe: Recipe
     checkpoint: base_model.Checkpoint
     config: Any
     tokenizer: Any
@@ -39,6 +41,7 @@ def prepare(recipe: Recipe, weights=True) -> Prepared:
     """
     checkpoint = base_model.find(recipe.model, weights)
     config = base_model.load_config(checkpoint, recipe.model)
+    recipe = base_model.settle(recipe, config, checkpoint)
     generation_config = checkpoint.generation_config()
     tokenizer, template = open_tokenizer(
         checkpoint.folder, recipe.model, generation_config, recipe.data.chat_template, recipe.data.system_as_user
@@ -72,7 +75,8 @@ def prepare(recipe: Recipe, weights=True) -> Prepared:
     report["ignored_nothing"] = _ignored_nothing(recipe.data.ignore_keys, report)
     report["not_read"] = sorted({path for source in named for path in data.not_read(source)})
     report |= {"eval_rows": len(held_out), **data.copies(once, held_out)}
-    return Prepared(checkpoint, config, tokenizer, template, [*parts, *eval_parts], examples, held_out, batches, report)
+    parts = [*parts, *eval_parts]
+    return Prepared(recipe, checkpoint, config, tokenizer, template, parts, examples, held_out, batches, report)
 
 
 def _batches(examples, recipe):

@@ -33,7 +33,7 @@ class Subject:
 
 
 def open_subject(target, overrides=()) -> Subject:
-    """Load a run folder (NF4 base and its adapter, as it was trained) or a plain model (bfloat16).
+    """Load a run folder (NF4 base and its adapter, as it was trained) or a plain model (bfloat16, or the 4-bit codes it has).
 
     overrides: `section.field=value` laid over the run's recipe.
 
@@ -77,6 +77,7 @@ def _open_run(run, overrides):
     adapter.read_config(run.adapter)  # what is wrong with it is said before the tokenizer in it is read
     checkpoint = base_model.find(recipe.model)
     refuse_changed_base(run, checkpoint)
+    recipe = base_model.settle(recipe, base_model.load_config(checkpoint, recipe.model), checkpoint)
     tokenizer = load_tokenizer(run, recipe.model, checkpoint)
     with console.status(f"loading {checkpoint.name_or_path} and the adapter of {run.path}"):
         model = base_model.load(checkpoint, recipe.model, recipe.quantization)

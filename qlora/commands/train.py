@@ -83,6 +83,7 @@ def _train(recipe, resumed):
     from .prepared import prepare, refuse_pointless, say_report
 
     prepared = prepare(recipe)
+    recipe = prepared.recipe
     say_report(prepared)
     refuse_pointless(prepared.report)
     _refuse_what_quantizing_undoes(recipe.quantization, prepared.checkpoint.folder)
@@ -111,7 +112,8 @@ def _train(recipe, resumed):
             model = adapter.attach(
                 model, recipe.lora, recipe.training.seed, checkpoint.new_tokens.values(), checkpoint, prepared.examples
             )
-        environment = _environment(checkpoint, quantized, hashes, prepared.parts, model.device)
+        prequantized = base_model.stored_quantization(prepared.config) is not None
+        environment = _environment(checkpoint, quantized, prequantized, hashes, prepared.parts, model.device)
         if resumed is not None:
             _say_resumed(resumed, environment)
             environment["id"] = resumed.environment["id"]
@@ -126,7 +128,7 @@ def _train(recipe, resumed):
             write_json(run.proof_rows_file, proof.to_json(rows, "held-out rows" if len(held_out) else "training rows"))
             write_json(run.environment_file, environment)
 
-        _print_model(checkpoint, model, quantized, recipe)
+        _print_model(checkpoint, model, quantized, prequantized, recipe)
         # a signal is noted until adapter/ is there: what training has made is never thrown away
         with kernels.installed(model, recipe.kernels) as installed, console.Steps() as steps, signals.noted() as stop:
             if recipe.data.packing and not (installed.joined or kernels.attention.joins(model.get_base_model())):
@@ -284,7 +286,7 @@ def _peak(result, predicted):
     return f"peak {console.size(result.peak_bytes)}" + (f" (predicted {console.size(predicted)})" if predicted else "")
 
 
-def _environment(checkpoint, quantized, hashes, parts, device):
+def _environment(checkpoint, quantized, prequantized, hashes, parts, device):
     import torch
 
     return {
@@ -303,6 +305,7 @@ def _environment(checkpoint, quantized, hashes, parts, device):
             "sha256": hashes,
             "quantized_modules": sorted(quantized),
             "quantized_sha256": quantized,
+            "prequantized": prequantized,
         },
         "data": [{"path": part.path, "sha256": part.digest} for part in parts],
     }
@@ -324,11 +327,12 @@ def _kind(lora):
     return f"{'DoRA, ' if lora.use_dora else ''}r = {lora.r}{start}"
 
 
-def _print_model(checkpoint, model, quantized, recipe):
+def _print_model(checkpoint, model, quantized, prequantized, recipe):
     from .. import base_model
 
     trainable, total = base_model.num_parameters(model)
     how = f"{len(quantized)} linear layers in {recipe.quantization.quant_type}" if quantized else "not quantized"
+    how += " (the folder's own codes)" if prequantized else ""
     console.say(f"base      {checkpoint.name_or_path}: {total - trainable:,} parameters, {how}, on {model.device}")
     console.say(f"adapter   {_kind(recipe.lora)}, {trainable:,} trainable parameters ({trainable / total:.2%})")
     if checkpoint.new_tokens:

@@ -151,13 +151,15 @@ def _of_run(run, overrides):
     checkpoint = base_model.find(recipe.model)
     trained = adapter.read(run.adapter)
     refuse_changed_base(run, checkpoint)
+    config = base_model.load_config(checkpoint, recipe.model)
+    recipe = base_model.settle(recipe, config, checkpoint)
     recorded = run.environment()["base_model"]
     digests = recorded.get("quantized_sha256", {})  # runs before 0.2 have none
     rows, rows_from = proof.from_json(run.proof_rows())
     return Trained(
         name=str(run.path),
         checkpoint=checkpoint,
-        config=base_model.load_config(checkpoint, recipe.model),
+        config=config,
         recipe=recipe,
         modules={name: digests.get(name) for name in recorded["quantized_modules"]},
         folder=run.adapter,
@@ -181,21 +183,23 @@ def _of_adapter(folder, base, overrides):
         raise InputError(f"{folder} is an adapter; name the model it was trained on: --model {named}")
     values = {"model": {"name_or_path": str(base)}, "data": {"train": str(folder)}, "output_dir": str(folder)}
     recipe = Recipe.from_dict(values, overrides)
-    if said and Path(str(said)).name.lower() != Path(str(base)).name.lower():
+    other = bool(said) and Path(str(said)).name.lower() != Path(str(base)).name.lower()
+    if other:
         console.say(f"base      {folder} names {said} as its base; merging with {base} instead")
-    quantized = recipe.quantization
-    assumed = quantized is not None and not any(one.startswith("quantization") for one in overrides)
-    if quantized is not None and assumed:
-        kind = f"{quantized.quant_type}{' and double quantization' if quantized.use_double_quant else ''}"
-        console.say(
-            f"base      assumed to be quantized to {kind} in every linear layer: the adapter does not say. If you know it, give "
-            f"quantization.quant_type={quantized.quant_type}, or quantization=null for 16 bit"
-        )
     checkpoint = base_model.find(recipe.model)
     if isinstance(recorded := adapter.base_of(folder), dict):
         how = f"--model, or, if it was changed on purpose, remove {folder / adapter.MANIFEST}"
         refuse_other_base(folder, recorded, checkpoint, how)
     config = base_model.load_config(checkpoint, recipe.model)
+    recipe = base_model.settle(recipe, config, checkpoint)
+    quantized = recipe.quantization
+    if base_model.stored_quantization(config):  # with an adapter of this tool its hashes are compared above
+        assumed = not isinstance(recorded, dict) and (other or not said)
+    else:
+        assumed = quantized is not None and not any(one.startswith("quantization") for one in overrides)
+    if assumed:
+        own = base_model.stored_quantization(config) is not None
+        console.say(f"base      assumed to be {f'the 4-bit weights of {base}' if own else _assumption(quantized)}")
     has_tokenizer = (folder / "tokenizer.json").is_file()
     if not has_tokenizer:
         _refuse_half_a_tokenizer(folder)
@@ -236,6 +240,14 @@ def _of_adapter(folder, base, overrides):
 
 def _taken_from(tokenizer, chat_template, generation_config):
     return {"tokenizer": tokenizer, "chat_template": chat_template, "generation_config": generation_config or None}
+
+
+def _assumption(quantized):
+    kind = f"{quantized.quant_type}{' and double quantization' if quantized.use_double_quant else ''}"
+    return (
+        f"quantized to {kind} in every linear layer: the adapter does not say. If you know it, give "
+        f"quantization.quant_type={quantized.quant_type}, or quantization=null for 16 bit"
+    )
 
 
 def _refuse_half_a_tokenizer(folder):

@@ -83,14 +83,14 @@ trained on its weights in 4 bit ({{ quantized }}): on the original weights it an
 
     import torch
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer{% if quantized %}, BitsAndBytesConfig{% endif %}
+    from transformers import AutoModelForCausalLM, AutoTokenizer{% if four_bit %}, BitsAndBytesConfig{% endif %}
 
-    {% if quantized -%}
+    {% if four_bit -%}
     four_bit = BitsAndBytesConfig({{ four_bit }})
     {% endif -%}
     tokenizer = AutoTokenizer.from_pretrained("{{ here }}")
     base = AutoModelForCausalLM.from_pretrained(
-        "{{ base }}"{% if revision %}, revision="{{ revision }}"{% endif %}, dtype=torch.bfloat16{% if quantized %}, \
+        "{{ base }}"{% if revision %}, revision="{{ revision }}"{% endif %}, dtype=torch.bfloat16{% if four_bit %}, \
 quantization_config=four_bit{% endif %}
     )
 {%- if num_tokens %}
@@ -188,11 +188,13 @@ def adapter_card(title, base, adapter_config, quantization, origin):
     """
     trained_tokens = adapter_config.get("trainable_token_indices") or {}
     indices = trained_tokens.values() if isinstance(trained_tokens, dict) else [trained_tokens]
-    four_bit = quantization and (
-        f'load_in_4bit=True, bnb_4bit_quant_type="{quantization["quant_type"]}", '
-        f"bnb_4bit_use_double_quant={quantization['use_double_quant']}, "
-        f"bnb_4bit_compute_dtype=torch.{quantization['compute_dtype']}"
-    )
+    four_bit = None
+    if quantization is not None and not origin.base["prequantized"]:  # such a folder says so itself
+        four_bit = (
+            f'load_in_4bit=True, bnb_4bit_quant_type="{quantization["quant_type"]}", '
+            f"bnb_4bit_use_double_quant={quantization['use_double_quant']}, "
+            f"bnb_4bit_compute_dtype=torch.{quantization['compute_dtype']}"
+        )
     return _rendered(
         _ADAPTER,
         title,

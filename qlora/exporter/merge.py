@@ -18,6 +18,7 @@ import torch
 from safetensors import safe_open
 
 from .. import base_model
+from ..base_model import prequantized
 from ..errors import InputError
 from ..kernels import nf4
 from .reader import Reader
@@ -69,6 +70,10 @@ def plan(checkpoint, config, dtype, trust_remote_code=False, adapter=None):
         pass
     config = type(config).from_dict(config.to_dict())  # the caller's stays as it is
     model = base_model.on_meta(config, trust_remote_code)
+    if base_model.stored_quantization(config):
+        base_model.refuse_other_codes(checkpoint, model)
+        del config.quantization_config  # what is written is in full precision
+        model = base_model.on_meta(config, trust_remote_code)
     if adapter is not None and _change(config, model, adapter):
         model = base_model.on_meta(config, trust_remote_code)
     embedding, head = _name_of(model, model.get_input_embeddings()), _name_of(model, model.get_output_embeddings())
@@ -87,15 +92,16 @@ def plan(checkpoint, config, dtype, trust_remote_code=False, adapter=None):
             if name in checkpoint.files and tied[name] in checkpoint.files:
                 _refuse_unequal(checkpoint, name, tied[name])
             continue
-        found = _in_files(checkpoint, model.base_model_prefix, name)
+        found = checkpoint.in_files(name, model.base_model_prefix)
         if found is None and name == f"{head}.weight":  # untied by the adapter: it starts as the embedding
-            found = _in_files(checkpoint, model.base_model_prefix, f"{embedding}.weight")
+            found = checkpoint.in_files(f"{embedding}.weight", model.base_model_prefix)
         if found is None and name not in replaced:
             missing.append(name)
             continue
         expected = tuple(tensor.shape)
         grows = name in replaced or name.removesuffix(".weight") in embeddings
-        if found is not None and in_files[found] != expected and not grows:
+        has_codes = found is not None and prequantized.holds_codes(checkpoint, found)
+        if found is not None and in_files[found] != expected and not (grows or has_codes):
             wrong.append(f"{name} is {in_files[found]} in the files, {expected} by config.json")
         result.source[name] = found
         result.specs.append(Spec(name, expected, dtype if tensor.is_floating_point() else tensor.dtype))
@@ -114,11 +120,6 @@ def _name_of(model, wanted):
 
 def _tied(model):
     return getattr(model, "all_tied_weights_keys", None) or {}
-
-
-def _in_files(checkpoint, prefix, name):
-    names = (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")  # GPT-2's files leave out "transformer."
-    return next((candidate for candidate in names if candidate in checkpoint.files), None)
 
 
 def _change(config, model, adapter):
@@ -160,7 +161,8 @@ def _copy_the_rest(checkpoint, plan, missing, dtype, model):
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
     adapted = [name for name in missing if name.rpartition(".")[0] in plan.shapes]
-    unused = sorted(checkpoint.files.keys() - set(plan.source.values()) - _tied(model).keys())
+    beside = prequantized.beside_codes(checkpoint)
+    unused = sorted(checkpoint.files.keys() - set(plan.source.values()) - _tied(model).keys() - beside)
     if missing and unused and not adapted and get_checkpoint_conversion_mapping(model.config.model_type):
         shapes = checkpoint.shapes()
         plan.copied = set(unused)
@@ -232,8 +234,8 @@ class Merge:
             return
         total = _Sums()
         if carrier in self.plan.conv1d:
-            end = end if end is None else end.T
-            made = [*self._matrix(module, spec, spec.shape[::-1], start.T, end)]
+            start, end = (tensor if tensor is None else tensor.T for tensor in (start, end))
+            made = [*self._matrix(module, spec, spec.shape[::-1], start, end)]
             made = [(torch.cat([piece for piece, _ in made]).T, sum((sums for _, sums in made), _Sums()))]
         elif len(spec.shape) == 2:
             made = self._matrix(carrier, spec, spec.shape, start, end)
@@ -250,16 +252,22 @@ class Merge:
     def _start(self, name, carrier):
         """Return (the base's own tensor, the one that the adapter puts in its place or None).
 
-        A tensor of another shape than the base's, of a grown vocabulary, counts as the base. A matrix that is not
-        quantized is read when its rows are asked for.
+        The first is None where the files hold codes. A tensor of another shape than the base's, of a grown vocabulary,
+        counts as the base. A matrix that is not quantized is read when its rows are asked for.
         """
         end, source = self.adapter.replaced.get(name), self.plan.source.get(name)
+        if self._has_codes(name):
+            return None, end
         if end is not None and self._grows(name):
             return end, None
         spec = self.specs[name]
         is_matrix = len(spec.shape) == 2 and spec.dtype.is_floating_point
         by_rows = is_matrix and carrier not in {*self.base.quantized, *self.plan.conv1d}
         return self.reader.rows(source) if by_rows else self.reader.whole(source, self.each), end
+
+    def _has_codes(self, name):
+        source = self.plan.source.get(name)
+        return source is not None and prequantized.holds_codes(self.reader.checkpoint, source)
 
     def _grows(self, name):
         """True if the files have no tensor of this parameter's shape."""
@@ -284,7 +292,7 @@ class Merge:
     def _matrix(self, module, spec, shape, start_OI, end_OI):
         """Yield (rows in their dtype, Sums) of a weight of `shape` (O, I), from top to bottom."""
         update = self.adapter.updates.get(module)
-        codes = self._quantized(module, start_OI)
+        codes = self._quantized(module, spec.name, start_OI)
         num_rows, width = shape
         at_once = max(1, _PIECE[self.device.type] // width)
         if codes is not None:
@@ -293,7 +301,7 @@ class Merge:
 
         def rows(first):
             last = min(first + at_once, num_rows)
-            stored = start_OI[first:last].to(self.device)
+            stored = None if start_OI is None else start_OI[first:last].to(self.device)
             base = self._held(spec.name, stored) if codes is None else codes.rows(first, last)
             merged = base if end_OI is None else end_OI[first:last].to(self.device).float()
             if module in self.adapter.rows:
@@ -303,14 +311,18 @@ class Merge:
 
         yield from self.each(rows, range(0, num_rows, at_once))
 
-    def _quantized(self, module, stored_OI):
+    def _quantized(self, module, name, stored_OI):
         """Return the nf4.Quantized weight that training held, None if it was not quantized; compares its digest."""
-        if module not in self.base.quantized:
+        if stored_OI is None:
+            source = self.plan.source[name]
+            quantized = nf4.Quantized(*prequantized.read(self.reader.checkpoint, source, self.device))
+        elif module in self.base.quantized:
+            W_OI = stored_OI.to(self.device, base_model.DTYPE_WHEN_QUANTIZED).contiguous()
+            how = self.base.quantization
+            quantized = nf4.quantize(W_OI, how.quant_type, how.use_double_quant, self.each, self._codes)
+        else:
             return None
-        W_OI = stored_OI.to(self.device, base_model.DTYPE_WHEN_QUANTIZED).contiguous()
-        how = self.base.quantization
-        quantized = nf4.quantize(W_OI, how.quant_type, how.use_double_quant, self.each, self._codes)
-        recorded = self.base.quantized[module]
+        recorded = self.base.quantized.get(module)
         if recorded is not None:
             self.digests[module] = base_model.digest(quantized.codes) == recorded
         return quantized
@@ -347,14 +359,17 @@ class _Sums:
         return {
             "name": module,
             "delta_norm": delta,
-            "quantization_error": math.sqrt(self.quantization),
+            "quantization_error": None if math.isnan(self.quantization) else math.sqrt(self.quantization),
             "cast_error": cast,
             "cast_loss": cast / delta if delta else None,
         }
 
 
 def _cast(spec, stored, base, merged):
-    """Return (`merged` in the dtype of the output, Sums); raises InputError where a number does not fit it."""
+    """Return (`merged` in the dtype of the output, Sums); raises InputError where a number does not fit it.
+
+    stored: what the files hold instead of `base`, None if that is not known.
+    """
     dtype = spec.dtype
     cast = merged.to(dtype)
     low, high = torch.aminmax(merged)
@@ -373,7 +388,7 @@ def _cast(spec, stored, base, merged):
         before = torch.nn.functional.pad(base, (0, 0, 0, len(merged) - len(base))) if merged.dim() == 2 else base
         sums.delta = _square(merged - before)
         sums.cast = _square(exact - merged)
-        sums.quantization = _square(base - stored.float())
+        sums.quantization = math.nan if stored is None else _square(base - stored.float())
     if dtype == torch.float16:
         sums.underflow = _zeros(exact) - _zeros(merged)
     return cast, sums

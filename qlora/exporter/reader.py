@@ -29,6 +29,7 @@ class Reader:
     """The tensors of a base_model.Checkpoint. `with Reader(checkpoint) as reader:` closes its files."""
 
     def __init__(self, checkpoint):
+        self.checkpoint = checkpoint
         self._files, self._places, self._memory = {}, {}, torch.empty(0, dtype=torch.uint8)
         for name in sorted(set(checkpoint.files.values())):
             file = self._files[name] = _File(checkpoint.folder / name)

@@ -15,6 +15,7 @@ import torch
 from safetensors import safe_open
 
 from .. import base_model, metrics
+from ..base_model import prequantized
 from ..errors import InputError
 from . import proof
 
@@ -34,7 +35,8 @@ def exported(folder, device, trust_remote_code=False):
     """
     model = proof.open_folder(folder, torch.device("meta"), trust_remote_code=trust_remote_code)
     files = base_model.weight_files(folder)
-    _stream(model, _Weights(model, folder, files, {name: name for name in files}), device)
+    checkpoint = base_model.Checkpoint(str(folder), folder, None, files)
+    _stream(model, _Weights(model, checkpoint, {name: name for name in files}), device)
     return model
 
 
@@ -51,7 +53,7 @@ def live(checkpoint, section, quantization, device, source, dtype=base_model.DTY
         quantization = quantization.model_copy(update={"compute_dtype": "bfloat16"})
     bare = dataclasses.replace(checkpoint, new_tokens={}, added=frozenset())
     model = base_model.load(bare, section, quantization, torch.device("meta"), dtype)
-    weights = _Weights(model, checkpoint.folder, checkpoint.files, source)
+    weights = _Weights(model, checkpoint, source)
     _stream(model, weights, device, whole_ends=bool(checkpoint.new_tokens))
     if checkpoint.new_tokens:
         num_rows = base_model.load_config(checkpoint, section).get_text_config().vocab_size
@@ -140,12 +142,12 @@ def _activation_bytes(model, num_tokens):
 class _Weights:
     """The files of a model that is on the meta device: its tensors by parameter name, in the dtype it has them in."""
 
-    def __init__(self, model, folder, files, source):
+    def __init__(self, model, checkpoint, source):
         from transformers.core_model_loading import WeightConverter
 
         tied = getattr(model, "all_tied_weights_keys", None) or {}
         self.source = {**{name: source[other] for name, other in tied.items() if other in source}, **source}
-        self.folder, self.files = folder, files
+        self.checkpoint, folder, files = checkpoint, checkpoint.folder, checkpoint.files
         self.dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
         converts = any(isinstance(one, WeightConverter) for one in getattr(model, "_weight_conversions", None) or ())
         if converts or any(self.source.get(name) not in files for name in self.dtypes):
@@ -157,7 +159,7 @@ class _Weights:
     def read(self, name, device, rows=slice(None)):
         """Return tensor `name`, or some rows of it; files are mapped, so that nothing else is read."""
         stored = self.source[name]
-        with safe_open(self.folder / self.files[stored], "pt") as file:
+        with safe_open(self.checkpoint.folder / self.checkpoint.files[stored], "pt") as file:
             return file.get_tensor(stored)[rows].to(device).to(self.dtypes[name])
 
 
@@ -260,7 +262,7 @@ def _read_on_entry(layer, prefixes, weights, device):
         for module, prefix in prefixes.items():
             for leaf, stand_in in module._parameters.items():
                 if isinstance(stand_in, Params4bit):
-                    weight = _quantized(module, weights.read(prefix + leaf, device), stand_in)
+                    weight = _quantized(module, weights, prefix + leaf, device, stand_in)
                 elif stand_in is not None and base_model.is_stand_in(stand_in):
                     weight = _parameter(weights.read(prefix + leaf, device).to(stand_in.dtype))
                 else:
@@ -277,17 +279,23 @@ def _read_on_entry(layer, prefixes, weights, device):
     layer.register_forward_hook(leave, always_call=True)
 
 
-def _quantized(module, weight, stand_in):
-    """Return `weight` as transformers' Bnb4bitQuantize makes it at training, to compute in the stand-in's dtype."""
+def _quantized(module, weights, name, device, stand_in):
+    """Return weight `name` as training has it, to compute in the stand-in's dtype: the codes in the files, or those that
+    transformers' Bnb4bitQuantize makes."""
     from bitsandbytes.nn import Params4bit
     from transformers.pytorch_utils import Conv1D
 
-    settings = ("blocksize", "compress_statistics", "quant_type", "quant_storage")
-    weight = Params4bit(
-        weight.T if issubclass(module.source_cls, Conv1D) else weight,
-        requires_grad=False,
-        **{name: getattr(stand_in, name) for name in settings},
-    ).to(weight.device)
+    settings = {name: getattr(stand_in, name) for name in ("blocksize", "quant_type", "quant_storage")}
+    source = weights.source[name]
+    if prequantized.holds_codes(weights.checkpoint, source):
+        codes, state = prequantized.read(weights.checkpoint, source, device)
+        settings |= {"compress_statistics": state.nested, "quant_state": state, "bnb_quantized": True}
+        weight = Params4bit(codes, requires_grad=False, **settings)
+    else:
+        W = weights.read(name, device)
+        W = W.T if issubclass(module.source_cls, Conv1D) else W
+        settings["compress_statistics"] = stand_in.compress_statistics
+        weight = Params4bit(W, requires_grad=False, **settings).to(device)
     weight.quant_state.dtype = stand_in.quant_state.dtype
     return weight
 

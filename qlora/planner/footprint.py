@@ -76,8 +76,8 @@ class Usage:
 @dataclass(frozen=True)
 class Outline:
     """joins: rows are joined without padding. weights: bytes. trained: numbers in each trained tensor. trained_bytes: all
-    of them, as the model holds them; layer_gradients: {kind of layer: bytes}. largest: numbers in the largest weight.
-    work: for its speed.
+    of them, as the model holds them; layer_gradients: {kind of layer: bytes}. read_bytes: beside the weights while
+    the largest of them is read. work: for its speed.
     """
 
     device_kind: str
@@ -86,7 +86,7 @@ class Outline:
     trained: np.ndarray
     trained_bytes: float
     layer_gradients: dict
-    largest: int
+    read_bytes: int
     step: trace.Step
     work: Work
 
@@ -131,6 +131,9 @@ def outline(config, model_section, quantization, lora, num_new_tokens, device_ki
 def _outline(config, model_section, quantization, lora, num_new_tokens, device_kind, packed, kernels):
     model = base_model.load_on_meta(config, model_section, quantization)
     largest = max(weight.numel() * (2 if weight.dtype.itemsize == 1 else 1) for weight in model.parameters())
+    # bfloat16; on a CPU float32 copies too, unless the files hold codes
+    quantizes = device_kind == "cpu" and not base_model.stored_quantization(config)
+    read_bytes = largest * (16 if quantizes else 2)
     weights = _bytes(base_model.tensors(model))
     linear = [model.get_submodule(name) for name in base_model.linear_names(model)]
     base = sum(_numbers(module.weight) for module in linear)
@@ -154,7 +157,7 @@ def _outline(config, model_section, quantization, lora, num_new_tokens, device_k
         np.array([parameter.numel() for parameter in trained], dtype=float),
         _bytes(trained),
         {kind: _bytes(p for p in layer.parameters() if p.requires_grad) for kind, layer in zip(step.layers, layers)},  # noqa: B905
-        largest,
+        read_bytes,
         step,
         Work(base, sum(p.numel() for p in trained if p.dim() == 2), head, len(layers), width, bool(quantization)),
     )
@@ -198,7 +201,7 @@ def usage(model: Outline, load: Load, training, checkpointed, offload, eval_load
     if eval_load is not None:
         moments.append(("evaluation", _evaluation(model, eval_load)))
     where, parts = max(moments, key=lambda moment: sum(moment[1].values()))
-    loading = model.weights + model.largest * (2 if model.device_kind == "cuda" else 16)  # bfloat16; float32 copies
+    loading = model.weights + model.read_bytes
     if loading > sum(always.values()) + sum(parts.values()):
         where, always, parts = "loading", {"weights": model.weights}, {"buffers": loading - model.weights}
     names = ("weights", "adapter", "gradients", "optimizer", "checkpoints", "layer_work", "loss_head", "buffers")

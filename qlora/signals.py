@@ -67,7 +67,7 @@ def noted():
 
 
 def answered():
-    """Take the signal that was raised as answered: the next one is a first again."""
+    """Mark the raised signal as handled: the next one counts as the first again."""
     global _came
     _came = False
 

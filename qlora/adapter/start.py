@@ -23,7 +23,7 @@ _EVA_BATCHES, _EVA_PASSES = 64, 50
 
 
 def settings(section):
-    """Return what peft.LoraConfig is told of ranks and initialisation."""
+    """Return the arguments of peft.LoraConfig for ranks and initialization."""
     from peft import EvaConfig
 
     chosen = section.init_lora_weights
@@ -40,7 +40,7 @@ def settings(section):
 
 
 def refuse(model, section, targets):
-    """Raise InputError where the start that `section` asks for cannot be made for the layers `targets`."""
+    """Raise InputError if the initialization of `section` is impossible for the layers `targets`."""
     chosen, quantized = section.init_lora_weights, base_model.quantized_modules(model)
     where = f"lora.init_lora_weights {chosen}"
     if chosen in _SPLIT and quantized:

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: whole or absent, checked by their content, safetensors and JSON only.
+"""Checkpoints of a run: complete or absent, verified by hash, safetensors and JSON only.
 
 checkpoints/step-20/
   tensors.safetensors  weights/NAME: float32 masters; optimizer/NAME/KEY: its state, as it is; ranks/KEY/NAME: AdaLoRA's
@@ -36,12 +36,12 @@ _FORMAT = 2
 
 
 class Damaged(InputError):
-    """A folder that is no whole checkpoint of this run; names the file that is wrong."""
+    """A folder that is not a complete checkpoint of this run; names the bad file."""
 
 
 @dataclass(frozen=True)
 class Written:
-    """A checkpoint that was written and read back. seconds: all of that took."""
+    """A checkpoint that was written and verified. seconds: the time for both."""
 
     path: Path
     step: int
@@ -50,7 +50,7 @@ class Written:
 
 
 class Checkpoints:
-    """The checkpoints of one run, in `folder`. run: what tells this run from others."""
+    """The checkpoints of one run, in `folder`. run: the id of the run."""
 
     def __init__(self, folder, run):
         self.folder, self.run = Path(folder), run
@@ -91,7 +91,7 @@ class Checkpoints:
         return Written(path, step, num_bytes, time.monotonic() - begin)
 
     def verify(self, path):
-        """Raise Damaged unless `path` is a whole checkpoint of this run; names the file that is wrong."""
+        """Raise Damaged unless `path` is a complete checkpoint of this run; names the bad file."""
         manifest = self._manifest(path)
         if manifest.get("run") != self.run:
             raise Damaged(f"{path / MANIFEST}: belongs to another run")
@@ -114,7 +114,7 @@ class Checkpoints:
                 raise Damaged(f"{path / MANIFEST}: is not a checkpoint manifest") from None
 
     def newest(self):
-        """Return (the newest folder that verifies, or None; [why a newer one does not])."""
+        """Return (the newest checkpoint that verifies, or None; [why newer ones do not])."""
         skipped = []
         for path in self._all():
             try:
@@ -126,16 +126,16 @@ class Checkpoints:
         return None, skipped
 
     def num_bytes(self):
-        """Return what the folders take that are named like checkpoints: those set aside stay, and are not counted."""
+        """Return the size of all checkpoint folders; those set aside are kept and not counted."""
         return sum(file.stat().st_size for path in self._all() for file in path.glob("*"))
 
     def remove_leftovers(self):
-        """Remove what a killed process has left half written or half removed. Only under the run's lock."""
+        """Remove what a killed process left half written or half removed. Needs the lock of the run."""
         for path in self.folder.glob("step-*.partial"):
             shutil.rmtree(path)
 
     def set_aside(self, step):
-        """Rename those of this run that are of later steps: training is not to go on from them."""
+        """Rename the checkpoints of later steps, so that training is not resumed from them."""
         for path in self._all():
             if _step(path) > step and self._is_ours(path):
                 self._rename(path, "diverged")
@@ -145,7 +145,7 @@ class Checkpoints:
         path.rename(path.with_name(f"{path.name}.{why}-{number}"))
 
     def _all(self):
-        """Return the folders that are named like checkpoints, newest first."""
+        """Return the checkpoint folders, newest first."""
         found = [path for path in self.folder.glob("step-*") if _step(path) is not None]
         return sorted(found, key=_step, reverse=True)
 
@@ -167,7 +167,7 @@ class Checkpoints:
             return False
 
     def rotate(self, path, limit):
-        """Keep `path`, which has verified, and the newest before it, `limit` in all; later ones have not verified."""
+        """Keep `path`, which is verified, and the newest before it, `limit` in all; remove others, later ones included."""
         step = _step(path)
         ours = [path for path in self._all() if self._is_ours(path)]
         later = [path for path in ours if _step(path) > step]
@@ -176,14 +176,14 @@ class Checkpoints:
             self._remove(path)
 
     def _remove(self, path):
-        """Remove a folder in two moves, so that one that is half gone never has a checkpoint's name."""
+        """Rename a folder before removing it, so that a half-removed one never has the name of a checkpoint."""
         gone = path.with_name(f"{path.name}.partial")
         shutil.rmtree(gone, ignore_errors=True)
         path.rename(gone)
         shutil.rmtree(gone)
 
     def _clear(self, path):
-        """Make room for a new checkpoint where one did not verify: what cannot be told to be ours is kept, renamed."""
+        """Make room for a new checkpoint where one did not verify; if it may not be ours, it is renamed and kept."""
         if not path.exists():
             return
         if self._is_ours(path):
@@ -193,7 +193,7 @@ class Checkpoints:
 
 
 def read_state(path):
-    """Return the contents of state.json of a checkpoint that has verified."""
+    """Return the contents of state.json of a verified checkpoint."""
     return json.loads((path / STATE).read_text(encoding="utf-8"))
 
 
@@ -208,7 +208,7 @@ def _step(path):
 
 
 def _apart(tensors):
-    """Return the tensors on the CPU, contiguous, and none sharing memory with another: safetensors takes no such."""
+    """Return the tensors on the CPU, contiguous and without shared memory, which safetensors does not accept."""
     seen, apart = set(), {}
     for name, tensor in tensors.items():
         tensor = tensor.detach().cpu().contiguous()
@@ -218,7 +218,7 @@ def _apart(tensors):
 
 
 def under(prefix, tensors):
-    """Return {name without `prefix/`: tensor} of those that have it."""
+    """Return {name without `prefix/`: tensor} of the tensors with that prefix."""
     return {
         name.removeprefix(f"{prefix}/"): tensor for name, tensor in tensors.items() if name.startswith(f"{prefix}/")
     }

@@ -1,4 +1,4 @@
-"""What can go wrong for a user, each with the exit code that the command line ends with."""
+"""The errors that a user sees, each with its exit code."""
 
 from .secrets import redacted
 

@@ -43,7 +43,7 @@ def settle(values, recipe_file):
 
 
 def _settle(section, field, places, recorded=None):
-    """Give `field` of a section the first place where its relative path leads somewhere, if it does so nowhere here."""
+    """Replace the relative path in `field` by the first existing candidate, unless it exists from here."""
     path = section.get(field)
     if not isinstance(path, str) or Path(path).is_absolute() or _leads_somewhere(path):
         return

@@ -1,4 +1,4 @@
-"""The run folder: which file is where, and what makes a run whole.
+"""The run folder: where each file is, and what makes a run complete.
 
 recipe.yaml       the resolved recipe, copied first
 environment.json  versions, device, base-model and data hashes
@@ -32,12 +32,12 @@ from .recipe import Recipe
 
 
 def write_json(path, value):
-    """Write `value` to `path` as JSON, whole or not at all; a number that is not finite is an error, never `NaN`."""
+    """Write `value` to `path` as JSON, atomically; a non-finite number is an error, never `NaN`."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def write_text(path, text):
-    """Write `text` to `path`, whole or not at all."""
+    """Write `text` to `path` atomically."""
     partial = Path(f"{path}.partial")
     try:
         with open(partial, "w", encoding="utf-8") as file:
@@ -60,12 +60,12 @@ def sha256(path):
 
 
 def listed(path):
-    """Return what a manifest says of a file: {"bytes", "sha256"}."""
+    """Return the manifest entry of a file: {"bytes", "sha256"}."""
     return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
 def free_disk_bytes(path):
-    """Return the bytes that are free where `path` is, or will be."""
+    """Return the free bytes on the disk of `path`, which need not exist yet."""
     path = Path(path).absolute()
     return shutil.disk_usage(next(place for place in (path, *path.parents) if place.exists())).free
 
@@ -99,7 +99,7 @@ def new_folder(out, shared=False):
 
 
 def fsync(path):
-    """Have what is written to a file, or the names in a folder, on the disk before this returns."""
+    """Return once the content of a file, or the entries of a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -120,7 +120,7 @@ def scratch_folder(beside):
 
 
 def _leftovers(out):
-    """Return the folders that making `out` needs, where a killed process may have left something."""
+    """Return the temporary folders used to make `out`, where a killed process may have left something."""
     partial = Path(f"{out}.partial")
     return [partial, Path(f"{partial}.scratch")]
 
@@ -130,7 +130,7 @@ def _lock_of(out):
 
 
 def leftover_bytes(out):
-    """Return what a killed process has left of `out`, and making it again removes."""
+    """Return the bytes that a killed process left beside `out`; making `out` again removes them."""
     files = [path for folder in _leftovers(out) for path in folder.rglob("*") if path.is_file()]
     return sum(path.stat().st_blocks * 512 for path in files)
 
@@ -167,7 +167,7 @@ _held: set = set()  # files of the locks that this process holds
 
 
 def _let_go():
-    """In a fork: the lock is its parent's, and must not live on in a fork that outlives it."""
+    """Release the lock in a fork: it belongs to the parent, and must not outlive it."""
     for file in _held:
         file.close()
 
@@ -215,7 +215,7 @@ def _locked(path, what, remedy):
 
 @contextlib.contextmanager
 def alone(out, what):
-    """Be the only process that makes `out` while the block runs; it is absent or empty when the block begins.
+    """Hold the lock on making `out` while the block runs; `out` is new or empty when the block begins.
 
     Raises:
         InputError: another process makes it, or has made it; or its parent cannot be written.
@@ -282,7 +282,7 @@ class RunDir:
                 raise
 
     def _remove(self, folder_too):
-        """Remove what a run has written that has not begun to train."""
+        """Remove the files of a run that has not begun to train."""
         mine = (self.recipe_file, self.environment_file, self.data_report_file, self.proof_rows_file, self.memory_file)
         for file in (*mine, self.lock_file):
             file.unlink(missing_ok=True)
@@ -341,7 +341,7 @@ class RunDir:
         return self._read(self.environment_file)
 
     def records(self):
-        """Return the objects in metrics.jsonl, one a line; OSError or ValueError where they cannot be read."""
+        """Return the objects in metrics.jsonl, one per line; OSError or ValueError if they cannot be read."""
         return [json.loads(line) for line in self.metrics_file.read_text(encoding="utf-8").splitlines()]
 
     def proof_rows(self):

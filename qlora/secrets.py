@@ -1,4 +1,4 @@
-"""What looks like a token or a password, so that it is refused where it must not stand and never repeated."""
+"""Recognizes tokens and passwords, so that they are refused in files and never printed."""
 
 from __future__ import annotations
 

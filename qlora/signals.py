@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: raised where nothing is to be saved, noted where the work at hand comes to an end first."""
+"""SIGINT and SIGTERM: raised at once, or recorded where the current step is finished and saved first."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def noted():
 
 
 def answered():
-    """Take the signal that was raised as answered: the next one is a first again."""
+    """Mark the raised signal as handled: the next one counts as the first again."""
     global _came
     _came = False
 

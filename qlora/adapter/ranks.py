@@ -1,4 +1,4 @@
-"""AdaLoRA while it trains: every layer starts with init_r ranks, and the least important of all layers are taken away.
+"""AdaLoRA during training: every layer starts with init_r ranks, and the least important ones of all layers are pruned.
 
 delta = lora_alpha / init_r * B (E * A): E (R, 1) takes the place of singular values; a rank whose E is 0 is gone.
 Source: Zhang et al., AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning, 2023 (arXiv:2303.10512).

@@ -1,4 +1,4 @@
-"""What adapters start from, where that is not a random A and B = 0 (`init_lora_weights`). None of it changes the base.
+"""Initial values of A and B other than a random A and B = 0 (`init_lora_weights`). None of them changes the base.
 
 loftq           s B A is the best approximation of what quantization has lost, W - dequantize(NF4(W))
 eva             A spans what the layer's inputs vary in most; ranks go to the layers where that explains most
@@ -23,7 +23,7 @@ _EVA_BATCHES, _EVA_PASSES = 64, 50
 
 
 def settings(section):
-    """Return what peft.LoraConfig is told of ranks and initialisation."""
+    """Return the arguments of peft.LoraConfig for ranks and initialization."""
     from peft import EvaConfig
 
     chosen = section.init_lora_weights
@@ -40,7 +40,7 @@ def settings(section):
 
 
 def refuse(model, section, targets):
-    """Raise InputError where the start that `section` asks for cannot be made for the layers `targets`."""
+    """Raise InputError if the initialization of `section` is impossible for the layers `targets`."""
     chosen, quantized = section.init_lora_weights, base_model.quantized_modules(model)
     where = f"lora.init_lora_weights {chosen}"
     if chosen in _SPLIT and quantized:

@@ -107,7 +107,7 @@ def load(checkpoint, section, quantization, device=None, dtype=DTYPE_WHEN_QUANTI
     except Exception as error:  # an architecture computes with what its config says, as in on_meta
         if memory.is_refusal(error):
             raise DoesNotFit(
-                f"out of memory while {checkpoint.name_or_path} was loaded: {memory.refused(error)}\n  free some, take a "
+                f"out of memory while {checkpoint.name_or_path} was loaded: {memory.refused(error)}\n  free some memory, use a "
                 f"smaller model{'' if quantization else ', or leave out quantization: null'}"
             ) from None
         raise InputError(f"{checkpoint.folder}: cannot load the model: {said(error)}") from error

@@ -1,4 +1,4 @@
-"""What a model card says of a run: base, data, settings and what was measured, without what is this machine's."""
+"""What a model card says of a run: base, data, settings and what was measured, without paths of this machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What train and data share: everything up to, and without, reading a weight."""
+"""What train and data share: everything before weights are read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What export proves: the written folder against the live model, both whole or both read layer by layer."""
+"""The proof of an export: compares the written folder with the live model, both in memory or both layer by layer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""qlora push: the adapter of a run, or an exported model, to the hub; private, listed before, and nothing but what is meant."""
+"""qlora push: upload the adapter of a run, or an exported model, to the hub; private by default."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def push(target, repo, *, public=False, base=None, license=None, dry_run=False) 
 
 
 def _of_run(run, base, title):
-    """Return {name: path, bytes, or text} of what a run has for others: its adapter, not its checkpoints and logs."""
+    """Return {name: path, bytes, or text} of the files of a run to upload: its adapter, not its checkpoints and logs."""
     read = adapter.read(run.adapter)
     recipe, origin = run.recipe(), origin_of(run)
     named = base or shown_name(origin.base["name_or_path"])[0]
@@ -104,7 +104,7 @@ def _of_run(run, base, title):
 
 
 def _of_model(folder):
-    """Return {name: path} of an exported model; raises InputError unless it is whole, and was proven."""
+    """Return {name: path} of an exported model; raises InputError unless it is complete and was proven."""
     if not folder.is_dir():
         raise InputError(
             f"neither a run nor a model at {folder}; `qlora train RECIPE` makes a run, `qlora export RUN` a model"
@@ -152,7 +152,7 @@ def _read_report(folder):
 
 
 def _there(folder, names):
-    """Return {name: path} of the files of these names in `folder`; raises InputError for links, which lead elsewhere."""
+    """Return {name: path} of those files that exist in `folder`; raises InputError for symbolic links."""
     files = {}
     for name in names:
         path = folder / name

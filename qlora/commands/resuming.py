@@ -1,4 +1,4 @@
-"""What train --resume needs: whether a run can go on, from where, and whether it would still be the same run."""
+"""What train --resume checks: is there a run to resume, from which checkpoint, and have its settings changed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _PLACE = {"path", "name", "subset", "split", "revision"}
 
 
 def of_recipe(recipe: Recipe, prepared) -> dict:
-    """Return {field: value} of what must stay as it is, as far as recipe, data and tokenizer decide it."""
+    """Return {field: value} of all that must not change when a run is resumed, from recipe, data and tokenizer."""
     found: dict[str, Any] = {}
     for name, section in recipe.model_dump().items():
         fields = {f"{name}.{key}": value for key, value in section.items()} if isinstance(section, dict) else {}
@@ -47,7 +47,7 @@ def of_recipe(recipe: Recipe, prepared) -> dict:
 
 
 def of_base(file_hashes, quantized) -> dict:
-    """Return the same of the base: its files, and the 4-bit weights that were made of them."""
+    """Return the same for the base: its files, and the 4-bit weights made from them."""
     return {
         "base_model": _digest(json.dumps(file_hashes, sort_keys=True).encode()),
         "base_model.quantized": _digest(json.dumps(quantized, sort_keys=True).encode()),
@@ -63,7 +63,7 @@ def _digest(*pieces):
 
 @dataclass
 class Resumed:
-    """A run that goes on. checkpoint: the folder that it goes on from; allowed: fields that may have changed."""
+    """A run that is resumed. checkpoint: the folder to resume from; allowed: fields that may have changed."""
 
     run: RunDir
     kept: Checkpoints
@@ -75,7 +75,7 @@ class Resumed:
         self.state = read_state(self.checkpoint)
 
     def refuse_changes(self, now):
-        """Raise InputError where fields of `now` are not what the run was begun with, and not allowed to differ."""
+        """Raise InputError if fields of `now` differ from those the run started with, unless they are allowed to."""
         then = self.state["fingerprint"]
         changed = [name for name in sorted(now) if now[name] != then.get(name)]
         if any(name in now for name in _LENGTH):
@@ -103,7 +103,7 @@ class Resumed:
             )
 
     def begin(self, recipe: Recipe):
-        """Give the run folder this recipe, and no adapter/; what a finished run left there is kept beside."""
+        """Write this recipe into the run folder and move a finished adapter/ and its scores aside."""
         run = self.run
         if run.adapter.is_dir():
             kept = _place_of_finished(run)
@@ -163,7 +163,7 @@ def _is_longer(old: Recipe, new: Recipe):
 
 
 def _place_of_finished(run):
-    """Return where the adapter of a finished run is kept when the run goes on."""
+    """Return where the adapter of a finished run is kept when the run is continued."""
     return run.path / f"adapter-step-{_last_step(run)}"
 
 

@@ -1,4 +1,4 @@
-"""What eval and chat talk to: a run folder (base + adapter) or any model folder or hub name."""
+"""Opens the model that eval and chat use: a run folder (base + adapter) or any model folder or hub name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What export writes: a trained model as the parts it is made of, from a run folder or from any PEFT adapter folder."""
+"""Opens what export merges: base, adapter, tokenizer and proof rows, from a run folder or any PEFT adapter folder."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ weights{% else %}these weights{% endif %}: each adapted weight is `{{ formula }}
 ## Is it the model that was trained?
 {% if report.verified %}
 {% if report.live_model == "assumed" -%}
-Not known: nothing says how the base was quantized when the adapter was trained. The export agrees with the assumed
+Unknown: the adapter does not record how its base was quantized in training. The export matches the assumed
 model, measured
 {%- else -%}
 Yes, measured
@@ -58,11 +58,11 @@ Yes, measured
 | {{ row | join(" | ") }} |
 {% endfor -%}
 {% if report.base == "original" %}
-It is the adapter on the original weights, exactly; the model that was trained is the first line, and the KL says how far
-the two are apart.
+This is the adapter on the original weights. The model that was trained is in the first line, and the KL shows how far apart
+the two are.
 {% endif -%}
 {% else %}
-**Not verified**: the export was told to leave the proof out.
+**Not verified**: the proof was switched off (export.verify: off).
 {% endif %}
 `export_report.json` has the numbers of every module.
 

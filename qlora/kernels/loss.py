@@ -1,4 +1,4 @@
-"""Cross entropy straight from hidden states, a few positions at a time: logits of a whole batch are never made.
+"""Cross entropy straight from hidden states, a few positions at a time: the logits of a whole batch are never in memory.
 
 The gradient of the hidden states is computed along with the loss, while the logits are at hand: softmax minus one-hot,
 through the head. The idea is that of Cut Cross-Entropy (arXiv:2411.09009) and Liger (arXiv:2410.10989).

@@ -1,4 +1,4 @@
-"""Quantize a weight to 4 bit as bitsandbytes does, and read it back row by row, in little memory and time.
+"""Quantize a weight to 4 bit as bitsandbytes does, and dequantize it row by row, fast and in little memory.
 
 On a CPU bitsandbytes 0.50.2 quantizes with several float32 copies of the whole weight and a binary search a number. Here
 a piece stays in the cache while it is scaled and compared with the 15 bounds: the same codes, about 15 times as fast

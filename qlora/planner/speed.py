@@ -1,4 +1,4 @@
-"""The most that a card could do: a roofline of its arithmetic and its memory."""
+"""An upper bound of tokens/s on a card: a roofline of compute and memory bandwidth."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One training step of a model without numbers: how many bytes live after every tensor made and freed, as a formula.
+"""One training step traced on the meta device: live bytes after each allocation and release, as a formula.
 
 The model is real code on the meta device: the layers of transformers, PEFT and bitsandbytes run forward and backward and
 allocate what they allocate, whatever the architecture. Decoder layers that are alike are run once and counted as often as

@@ -40,7 +40,7 @@ class Recorder(TrainerCallback):
         self.start, self.last_time = time.monotonic() - self.seconds, time.monotonic()
 
     def state(self):
-        """Return where the records end; they are on the disk then."""
+        """Flush the records to disk and return the position where they end."""
         os.fsync(self.file.fileno())
         step = self.trainer.state.global_step
         return {
@@ -52,7 +52,7 @@ class Recorder(TrainerCallback):
 
     @contextlib.contextmanager
     def outside(self):
-        """What the block takes (an evaluation, a checkpoint) is not the time of training steps."""
+        """Exclude the time of the block (an evaluation, a checkpoint) from that of the steps."""
         start = time.monotonic()
         try:
             yield
@@ -90,7 +90,7 @@ class Recorder(TrainerCallback):
         return record
 
     def left_out(self, step, what, rows):
-        """Record a step that was not taken. rows: their numbers, from 1."""
+        """Record a skipped step. rows: their numbers, from 1."""
         state = self.trainer.state
         elapsed = time.monotonic() - self.start
         self._record({"step": step, "epoch": state.epoch, "not_taken": what, "rows": rows, "time": elapsed}, state)
@@ -112,6 +112,6 @@ class Recorder(TrainerCallback):
 
 
 def _cut(path, num_lines):
-    """Leave the first `num_lines` lines of a file: what comes after will be computed again."""
+    """Truncate a file to its first `num_lines` lines; the later ones will be computed again."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
     write_text(path, "".join(lines[:num_lines]))

@@ -1,4 +1,4 @@
-"""Examples -> what a trainer asks for: a Dataset of numbers, rows made when they are needed, and their collators."""
+"""Examples -> what the Trainer needs: a Dataset of row numbers, examples made on demand, and collators."""
 
 from __future__ import annotations
 

@@ -67,5 +67,5 @@ class Moment:
 
 
 def few(words, limit=8):
-    """Return the first of them, and how many more there are."""
+    """Return the first few of them, and how many more there are."""
     return ", ".join(words[:limit]) + (f" and {len(words) - limit:,} more" if len(words) > limit else "")

@@ -119,7 +119,7 @@ class Trainer(SFTTrainer):
 
     @contextlib.contextmanager
     def _held_later(self):
-        """Hold what later micro-batches find beside the model."""
+        """Allocate what later micro-batches find in memory beside the model."""
         masters = self.masters.masters
         optimizer = self._own_optimizer()
         held = [torch.empty_like(m) for m in masters] if self.args.gradient_accumulation_steps > 1 else []
@@ -169,7 +169,7 @@ class Trainer(SFTTrainer):
         return output
 
     def create_scheduler(self, num_training_steps, optimizer=None):
-        """The library's schedule, but for a warmup that is never the whole run and whose first step is not of rate 0."""
+        """The schedule of transformers, except that the warmup is never the whole run and starts above 0."""
         if self.lr_scheduler is None:
             warmup = min(math.ceil(self.args.warmup_steps * num_training_steps), num_training_steps - 1)
             warmup = 0 if self.args.lr_scheduler_type == "constant" else warmup
@@ -208,7 +208,7 @@ class Trainer(SFTTrainer):
             self.refuse_left()
 
     def refuse_left(self):
-        """Raise TrainingFailed or Interrupted where training was left before its time."""
+        """Raise TrainingFailed or Interrupted if training ended early."""
         if self.failure is not None:
             raise TrainingFailed(self.failure)
         if self.saving.stop.number is not None and self.saved_step == self.state.global_step:
@@ -221,7 +221,7 @@ class Trainer(SFTTrainer):
             self.save()
 
     def save(self):
-        """Write a checkpoint of all that the steps to come depend on; only between two steps."""
+        """Write a checkpoint of everything that later steps depend on; only between two steps."""
         if self.model.device.type == "cuda":
             torch.cuda.synchronize()  # paged states are read from the host
         optimizer, numbers = checkpoints.optimizer_state(self._own_optimizer(), self.trained)
@@ -252,7 +252,7 @@ class Trainer(SFTTrainer):
             self.saving.on_save(written)
 
     def refuse_nothing_taken(self):
-        """Raise TrainingFailed if no step was taken: too few for `Watch` to say so."""
+        """Raise TrainingFailed if all steps were skipped, in a run too short for `Watch` to end it."""
         if self.watch.not_taken == self.state.global_step:
             raise TrainingFailed(
                 "every step was skipped because of a non-finite loss or gradient. Lower training.learning_rate, "
@@ -311,7 +311,7 @@ class Trainer(SFTTrainer):
         return (num_train_epochs, 0) if self.state.global_step >= max_steps else begin
 
     def continue_counting(self):
-        """Put back what transformers begins anew with every training."""
+        """Restore the counters that transformers resets at each start of training."""
         total, since, self._globalstep_last_logged = self.resumed["loss"]
         self._total_loss_scalar, self._initial_global_step = total, 0
         self._tr_loss = torch.tensor(since, device=self.args.device)
@@ -335,7 +335,7 @@ class Trainer(SFTTrainer):
         return self.norm
 
     def _leave_out(self, step, gradient, losses):
-        """Have the optimizer do nothing in this step, and the mean loss be that of the others."""
+        """Skip this step: the optimizer changes nothing, and the mean loss is that of the other steps."""
         for master in self.masters.masters:
             master.grad = None
         self._tr_loss.copy_(self.loss_before)
@@ -361,14 +361,14 @@ class Trainer(SFTTrainer):
 
 
 def _set_rates(schedule, step, optimizer):
-    """Have the next step, `step` counted from 0, be taken at the rates of the schedule."""
+    """Set the learning rates of the schedule for step `step`, counted from 0."""
     schedule._last_lr = [base * rate(step) for base, rate in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
     for group, rate in zip(optimizer.param_groups, schedule._last_lr, strict=True):
         group["lr"] = rate
 
 
 class _Left(Exception):
-    """An evaluation is not finished, because training is to stop."""
+    """Aborts an evaluation, because training is to stop."""
 
 
 def loss_of_trained_positions(model, inputs, num_items_in_batch, lean=False):
@@ -395,7 +395,7 @@ def loss_of_trained_positions(model, inputs, num_items_in_batch, lean=False):
 
 @contextlib.contextmanager
 def _same_random_numbers(model):
-    """Leave every generator as it was before the block."""
+    """Restore the state of every random generator after the block."""
     python, numpy = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
@@ -407,7 +407,7 @@ def _same_random_numbers(model):
 
 @contextlib.contextmanager
 def _undone(trainer):
-    """Leave random numbers, counters, gradients and buffers as they were before the block."""
+    """Restore random states, counters, gradients and buffers after the block."""
     model = trainer.model
     # what trl 1.16 counts where it computes the loss
     kept = {name: copy.deepcopy(getattr(trainer, name)) for name in ("_metrics", "_total_train_tokens")}
@@ -478,7 +478,7 @@ class Rehearsal(TrainerCallback):
 
 
 class Begins(TrainerCallback):
-    """Says that all is ready for the first step to come: what is restored fits, and the rehearsal has gone well."""
+    """Runs when everything is ready for the first step: the state is restored and the rehearsal has passed."""
 
     def __init__(self, trainer):
         self.trainer = trainer
@@ -490,7 +490,7 @@ class Begins(TrainerCallback):
 
 
 class Schedule(TrainerCallback):
-    """Tells AdaLoRA how many steps there will be."""
+    """Tells AdaLoRA the number of steps."""
 
     def __init__(self, ranks):
         self.ranks = ranks

@@ -61,13 +61,15 @@ def test_a_page_holds_the_report_and_the_rows_and_nothing_of_a_row_is_markup(mak
 def test_the_page_says_what_of_the_rows_is_not_used_as_the_terminal_does(make_recipe, tmp_path, capsys):
     call = {"function": {"name": "look", "arguments": {"at": "the moon", "from": None}}}
     turns = [*messages([("user", "Look."), ("assistant", "I shall.")]), {"role": "assistant", "tool_calls": [call]}]
-    train_file = write_jsonl(tmp_path / "t.jsonl", [{"messages": turns, "id": 7, "topic": "sky"}])
+    train_file = write_jsonl(tmp_path / "t.jsonl", [{"messages": turns, "mood": 7, "topic": "sky"}])
     file = tmp_path / "page.html"
     recipe = make_recipe(data={"train": str(train_file), "eval_fraction": 0.0, "chat_template": "chatml"})
     inspect_data(recipe, html=str(file))
     said, page = " ".join(capsys.readouterr().err.split()), file.read_text(encoding="utf-8")
     for line in (
-        "unused keys: id (1 rows), topic (1 rows)",
+        "unused keys: ",
+        "mood (1 rows)",
+        "topic (1 rows)",
         "1 rows had consecutive assistant messages merged into one turn",
         "1 rows had null fields removed from tool calls",
     ):

@@ -213,7 +213,7 @@ def test_what_an_adapter_was_trained_on_is_assumed_until_somebody_says_it(foreig
     assert "assumed (quantized + adapter, live)" in said.out
     assert "matches the assumed model" in said.err
     assert "proven;" not in said.err
-    assert "Not known: nothing says how" in (tmp_path / "guessed" / "README.md").read_text()
+    assert "Unknown: the adapter does not record how" in (tmp_path / "guessed" / "README.md").read_text()
     known = export(folder, tmp_path / "known", overrides=["quantization.quant_type=nf4"], model=tiny_model("llama"))
     assert known["live_model"] == "declared"
     assert "proven;" in capsys.readouterr().err

@@ -171,3 +171,16 @@ def test_calls_of_glm_end_with_the_marker_of_what_follows():
         "<|observation|>",
         "<|user|>",
     ]
+
+
+@pytest.mark.parametrize("name", OPENS)
+def test_what_a_model_said_after_a_prompt_that_opens_the_thought_is_trained_as_it_was_said(name):
+    """It has </think> without <think>, as the prompt has that. The earlier thought is gone in the second prompt, or whole."""
+    tokenizer = tokenizer_of(name)
+    if name == "qwen3_5_nothink":
+        pytest.skip("its prompt closes the thought")
+    said = [_turn("assistant", f"2+2 is {n}.\n</think>\n\nIt is {n}.") for n in (4, 6)]
+    rows = encode(tokenizer, Conversation([_turn("user", "2+2?"), said[0], _turn("user", "3+3?"), said[1]]))
+    trained = [tokenizer.decode(row.input_ids[first:last]) for row in rows for first, last in spans(row)]
+    assert ["".join(text.split()) for text in trained] == ["".join(message["content"].split()) for message in said]
+    assert all(row.input_ids.count(tokenizer.convert_tokens_to_ids("<think>")) <= len(spans(row)) + 1 for row in rows)

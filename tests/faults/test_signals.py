@@ -20,7 +20,7 @@ from tests.conftest import CONVERSATIONS, messages, write_jsonl
 TERM, INT, KILL, HUP, NONE = signal.SIGTERM, signal.SIGINT, signal.SIGKILL, signal.SIGHUP, 0
 
 STOPPED = "{verb} interrupted; no partial output was left"
-LOST = "export stopped; nothing was left at out"
+LOST = "export interrupted; nothing was left at out"
 KEPT = "export interrupted; the model in out is complete"
 # tokenize by several processes, though the file is small
 WORKERS = {"qlora.data.tokenized:_POOL_FROM": 0, "qlora.data.tokenized:CHUNK": 2}
@@ -30,7 +30,7 @@ CONVERTER = "import time\nprint('converting', flush=True)\ntime.sleep(300)\n"
 STOPS = {
     "plan, reading the config": ("plan RECIPE", [("qlora.base_model:load_config", TERM)], 143, STOPPED),
     "plan, going through the model": ("plan RECIPE", [("qlora.planner:outline", INT)], 130, STOPPED),
-    "data, tokenizing": ("data RECIPE", [("qlora.data.chat:encode", INT)], 130, STOPPED),
+    "data, tokenizing": ("data RECIPE", [("qlora.data.tokenized:encode", INT)], 130, STOPPED),
     "data, tokenizing in processes": (
         "data RECIPE", [("qlora.data.tokenized:_Tally.add", TERM)], 143, STOPPED, {"set": WORKERS}
     ),

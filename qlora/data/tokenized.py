@@ -459,7 +459,7 @@ class _Tally:
             "rows_dropped": left_out + self.not_picked,
             **{key: self.counts[key] for key in _COUNTS},
             "reasons": reasons,
-            "unused": dict(self.unused.most_common()),
+            "unused": dict(sorted(self.unused.items(), key=lambda item: (-item[1], item[0]))),
             "largest_token": self.largest_token,
             "dropped_rows": [{"row": f"{unit} {line}", "reason": text} for line, text in self.dropped],
         }

@@ -29,6 +29,8 @@ from .errors import InputError
 MAX_VALUES = 10_000  # with what aliases repeat
 MAX_DEPTH = 20
 
+HALF_A_CHARACTER = "half of a surrogate pair, which is not valid text; write the character itself"
+
 
 def parse(text, where):
     """Return (value, {(key or index, ...): line from 1}) of the one YAML document in `text`; `where` is for messages.
@@ -65,9 +67,7 @@ class _Reader:
         try:
             event = next(self._events)
             if isinstance(event, ScalarEvent) and re.search("[\ud800-\udfff]", event.value):
-                raise self.refusal(
-                    event, "half of a surrogate pair, which is not valid text; write the character itself"
-                )
+                raise self.refusal(event, HALF_A_CHARACTER)
             return event
         except MarkedYAMLError as error:
             raise InputError(f"{self.where}{_lines_of(error)}: not valid YAML: {_problem(error)}") from None

@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from . import secrets
+from .document import HALF_A_CHARACTER
 from .errors import InputError
 
 NO_SECRETS = (
@@ -24,6 +25,22 @@ def refuse_secrets(where, values, lines):
     exposed = [f"{_place(at, lines)}{dotted(at)}: {NO_SECRETS}" for at in _secrets(values)]
     if exposed:
         raise InputError.listing(where, exposed)
+
+
+def refuse_half_characters(where, values, lines):
+    """Raise InputError if a text in the nested `values` is no valid text: it could not be written into a run folder."""
+    wrong = [f"{_place(at, lines)}{dotted(at)}: {HALF_A_CHARACTER}" for at in _half_characters(values)]
+    if wrong:
+        raise InputError.listing(where, wrong)
+
+
+def _half_characters(node, at=()):
+    """Yield where in the nested `node` a text has half of a surrogate pair."""
+    if isinstance(node, (dict, list)):
+        for key, value in node.items() if isinstance(node, dict) else enumerate(node):
+            yield from _half_characters(value, (*at, key))
+    elif isinstance(node, str) and re.search("[\ud800-\udfff]", node):
+        yield at
 
 
 def refusal(where, error, values, lines, schema):

@@ -398,6 +398,7 @@ class Recipe(Section):
     @classmethod
     def _validated(cls, values, lines, where):
         explain.refuse_secrets(where, values, lines)
+        explain.refuse_half_characters(where, values, lines)
         try:
             return cls.model_validate(values)
         except ValidationError as error:

@@ -281,7 +281,11 @@ def _refuse_ranks(model, section, targets):
             f"so at most {limit // factor}"
         )
     if problems:
-        raise InputError.listing("the recipe", problems, "set a lower rank; 8 to 64 is usual")
+        raise InputError.listing(
+            "the recipe",
+            problems,
+            "set a lower rank (8 to 64 is usual), or leave such a layer out with lora.exclude_modules",
+        )
 
 
 def _pattern_of(patterns, name):

@@ -207,7 +207,7 @@ def conversations(rows):
         if not wanted:
             continue
         if part.file.digest() != part.digest:
-            raise InputError(f"{part.path} has changed since it was tokenized; put it back, or begin again")
+            raise InputError(f"{part.path} changed since it was tokenized; restore it, or start a new run")
         for row in part.file.rows():
             if row.line in wanted:
                 found[number, row.line] = tokenized.read(row.value, part.settings)[1]

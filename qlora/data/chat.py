@@ -110,8 +110,8 @@ def _set_chatml(tokenizer):
     missing = [marker for marker in CHATML_MARKERS if marker not in tokenizer.get_vocab()]
     if missing:
         raise InputError(
-            f"data.chat_template chatml: {', '.join(missing)} are no tokens of this model, so it could never learn to stop; "
-            "add them with model.new_tokens, or leave chat_template out for turns that end with the model's own end token"
+            f"data.chat_template chatml: {', '.join(missing)} are not tokens of this model, so it could not learn to stop; "
+            "add them with model.new_tokens, or remove chat_template to end turns with the model's own end token"
         )
     tokenizer.chat_template = CHATML.replace("ADD_BOS", str(adds_bos(tokenizer)))
     return "ChatML, built in"
@@ -152,18 +152,18 @@ def render(tokenizer, messages, add_generation_prompt=False, tools=None, **varia
     except bounded.TookTooLong:
         raise _hostile(f"was still running after {bounded.SECONDS} seconds on one conversation") from None
     except MemoryError:
-        raise _hostile(f"asks for more than {bounded.BYTES >> 20:,} MiB of memory for one conversation") from None
+        raise _hostile(f"needs more than {bounded.BYTES >> 20:,} MiB of memory for one conversation") from None
     except jinja2.TemplateSyntaxError as error:
         raise _hostile(f"is not a Jinja template: line {error.lineno}: {error.message}") from None
     except jinja2.sandbox.SecurityError as error:
-        raise _hostile(f"does what a template must not: {error}") from None
+        raise _hostile(f"does something a template must not do: {error}") from None
     except (jinja2.TemplateError, TypeError) as error:
         raise ValueError(f"the chat template refuses this conversation: {error}") from None
     except Exception as error:  # a program that others wrote: it divides by zero, calls itself without end, ...
         what = f"{type(error).__name__}: {error}"
         raise ValueError(f"the chat template refuses this conversation: {what}") from None
     if len(text) > _LONG and len(text) > 10 * _size([messages, tools]):
-        raise _hostile(f"makes {len(text):,} characters of one conversation")
+        raise _hostile(f"turns one conversation into {len(text):,} characters")
     return text
 
 

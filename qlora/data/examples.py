@@ -257,7 +257,7 @@ def _chosen(conversation, train_on):
     """Return the indices of the assistant messages to train on; raises ValueError if there are none."""
     flags = dict(conversation.flags)
     if train_on == "all" and not all(flags.values()):
-        raise ValueError("says train: false of a message, and data.train_on is all; set it to assistant")
+        raise ValueError("has train: false on a message, but data.train_on is all; set it to assistant")
     answers = [index for index, message in enumerate(conversation.messages) if message["role"] == "assistant"]
     if train_on == "last_assistant":
         chosen = set(answers[-1:])

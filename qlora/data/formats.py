@@ -151,7 +151,7 @@ def refuse_bad_columns(columns):
         try:
             compiled(column) if is_template(column) else None
         except jinja2.TemplateError as error:
-            raise InputError(f"data.columns.{name}: {column!r} is no Jinja template: {error}") from None
+            raise InputError(f"data.columns.{name}: {column!r} is not a Jinja template: {error}") from None
     if not columns:
         return
     try:
@@ -161,7 +161,7 @@ def refuse_bad_columns(columns):
     useless = [name for name in columns if name not in _USED[shape]]
     if useless:
         raise InputError(
-            f"data.columns.{useless[0]}: rows of format {shape} have no use for {', '.join(useless)}; "
+            f"data.columns.{useless[0]}: rows of format {shape} do not use {', '.join(useless)}; "
             f"they take {', '.join(_USED[shape])}"
         )
 
@@ -227,8 +227,8 @@ def to_conversation(value, only="auto", ignore=()):
     meant = [key for key in _CHANGES_THE_PROMPT if row.get(key)]
     if meant:
         raise ValueError(
-            f"{', '.join(meant)}: not supported, and leaving it out would train on another conversation; "
-            "leave it out all the same with data.ignore_keys"
+            f"{', '.join(meant)}: not supported, and without it the model would see a different conversation; "
+            "to train without it, list it in data.ignore_keys"
         )
     _refuse_other_objectives(row, None, _PREFERENCE, ignore)
     name = _detect(row)
@@ -242,8 +242,8 @@ def to_conversation(value, only="auto", ignore=()):
     useless = [key for key in useless if not _is_empty(row.get(key))]
     if useless:
         raise ValueError(
-            f"{', '.join(useless)}: rows of format {name} have no place for it; put it into the {_KEYS[name][0]}, or leave "
-            "it out with data.ignore_keys"
+            f"{', '.join(useless)}: rows of format {name} cannot hold it; put it into the {_KEYS[name][0]}, or ignore "
+            "it with data.ignore_keys"
         )
     nulls = _count_nulls(row)
     seen = {key: _without_nulls(inner) for key, inner in row.items()}
@@ -280,7 +280,7 @@ def _listed(text, name):
     try:
         return loads(text)
     except ValueError as error:
-        raise ValueError(f"{name} is a string, but no list in JSON: {error}; write it with json.dumps") from None
+        raise ValueError(f"{name} is a string, but not a JSON list: {error}; write it with json.dumps") from None
 
 
 def _without_nulls(value):
@@ -308,7 +308,9 @@ def _detect(keys, what="keys"):
     for name, needed in _KEYS.items():
         if all(key in keys for key in needed):
             return name
-    raise ValueError(f"{what} {', '.join(map(str, keys)) or 'none'} fit no known shape; give {SHAPES}, or data.columns")
+    raise ValueError(
+        f"{what} {', '.join(map(str, keys)) or 'none'} match no known format; give {SHAPES}, or data.columns"
+    )
 
 
 def _messages(value, ignore):
@@ -380,7 +382,7 @@ def _with_context(messages, value):
         return [{"role": "system", "content": system}, *messages]
     said = {"content": first[0].get("content", first[0].get("value"))}
     if _plain_keys(said, "system").get("content") != system:
-        raise ValueError("system is another text than the system message; keep one of them")
+        raise ValueError("system differs from the system message; keep one of them")
     return messages
 
 
@@ -432,7 +434,7 @@ def _tools(value):
         try:
             tools = loads(tools)
         except ValueError as error:
-            raise ValueError(f"tools is a string, but no JSON: {error}") from None
+            raise ValueError(f"tools is a string, but not valid JSON: {error}") from None
     if not tools:
         return None
     if not isinstance(tools, list):
@@ -441,7 +443,7 @@ def _tools(value):
     for index, tool in enumerate(tools):
         function = tool.get("function", tool) if isinstance(tool, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise ValueError(f'tools[{index}] is no function with a "name"')
+            raise ValueError(f'tools[{index}] is not a function with a "name"')
         _refuse_no_json(f"tools[{index}]", tool)
         wrapped.append({"type": "function", **tool} if function is not tool else {"type": "function", "function": tool})
     return wrapped
@@ -472,7 +474,9 @@ def _checked(messages, name, value, ignore, completion=None):
             begins = len(turns)
         if cleaned["role"] == "assistant" and turns and turns[-1][0]["role"] == "assistant":
             if begins == len(turns):
-                raise ValueError(f"{at}: the prompt ends with the assistant; end it with what the assistant answers to")
+                raise ValueError(
+                    f"{at}: the prompt ends with the assistant; end it with the message that the assistant answers"
+                )
             turns[-1] = (_merged(turns[-1], (cleaned, flag), at), flag)
             merged += 1
         else:
@@ -492,7 +496,7 @@ def _merged(before, after, at):
     (first, first_flag), (second, second_flag) = before, after
     if not second.get("tool_calls") or second["content"].strip():
         raise ValueError(
-            f"{at}: two messages of the assistant in a row, which no chat can produce; join them, or put the user's message "
+            f"{at}: two assistant messages in a row, which a chat cannot produce; join them, or put the user's message "
             "or the tool's result between them"
         )
     if first_flag != second_flag or second.get("reasoning_content"):
@@ -512,7 +516,7 @@ def _plain_keys(message, at):
     unknown = {str(key) for key in message} - _KNOWN
     if unknown:
         raise ValueError(
-            f"{at} has {', '.join(sorted(unknown))}: not understood, and it might change what is said; if it is a label, "
+            f"{at} has {', '.join(sorted(unknown))}: unknown key, which may change the conversation; if it is only a label, "
             f"list it in data.ignore_keys: [{', '.join(sorted(unknown))}]"
         )
     if message.get("role") == "function_call":
@@ -556,7 +560,7 @@ def _calls(text, at):
     try:
         calls = loads(text)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{at}.value is no JSON of a function call: {error}") from None
+        raise ValueError(f"{at}.value is not a JSON function call: {error}") from None
     return [{"type": "function", "function": call} for call in (calls if isinstance(calls, list) else [calls])]
 
 
@@ -598,13 +602,13 @@ def _text_of(content, at):
 def _call(call, at):
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
-        raise ValueError(f'{at} is no {{"function": {{"name", "arguments"}}}}')
+        raise ValueError(f'{at} is not {{"function": {{"name", "arguments"}}}}')
     arguments = function.get("arguments", {})
     if isinstance(arguments, str):  # OpenAI's form; templates write the JSON themselves
         try:
             arguments = loads(arguments or "{}")
         except ValueError as error:
-            raise ValueError(f"{at}.arguments is no JSON: {error}") from None
+            raise ValueError(f"{at}.arguments is not valid JSON: {error}") from None
     if not isinstance(arguments, dict):
         raise ValueError(f"{at}.arguments is {_kind(arguments)}, not an object")
     _refuse_no_json(f"{at}.arguments", [function["name"], arguments])
@@ -621,7 +625,7 @@ def _flag(message, at):
         if key != "train" and (isinstance(value, bool) or not isinstance(value, (int, float)) or value not in (0, 1)):
             raise ValueError(f"{at}.{key} is {value!r}, not 0 or 1: a message is trained or it is not; set one of them")
     if len(set(map(bool, said.values()))) > 1:
-        raise ValueError(f"{at}: {' and '.join(said)} contradict each other; keep one of them")
+        raise ValueError(f"{at}: {' and '.join(said)} disagree; keep one of them")
     return bool(next(iter(said.values()))) if said else None
 
 

@@ -100,7 +100,7 @@ def _with_shorter_prompt(tokenizer, conversation, train_on, max_length, mask_tho
         if low < len(begins):
             return Fitted(encoded(_cut(shortest, head, begins[low])), cut=True)
     raise TooLong(
-        f"system message, answer and tool results alone do not fit into data.max_length {max_length}",
+        f"system message, answer and tool results alone exceed data.max_length {max_length}",
         f"without its question longer than max_length {max_length}",
     )
 

@@ -86,7 +86,7 @@ class File:
         """
         suffix, empty = self.suffix, True
         if suffix in _COMPRESSED:
-            raise InputError(f"{self.path} is compressed; unpack it, and give the file that comes out")
+            raise InputError(f"{self.path} is compressed; unpack it and give the unpacked file")
         reader = {".parquet": _parquet_rows, ".txt": _text_rows, **dict.fromkeys(_SEPARATORS, _table_rows)}
         try:
             for row in reader.get(suffix, _json_rows)(self):
@@ -218,8 +218,8 @@ def _lines(path, stream):
         yield number, line
 
 
-def _too_long(path, place, remedy="split it, or leave it out"):
-    return InputError(f"{path} {place}: longer than {_LONGEST >> 20} MiB, which is no row of text; {remedy}")
+def _too_long(path, place, remedy="split it or remove it"):
+    return InputError(f"{path} {place}: longer than {_LONGEST >> 20} MiB, too long for one row; {remedy}")
 
 
 def _line_rows(file, stream):
@@ -232,10 +232,10 @@ def _line_rows(file, stream):
             except ValueError as error:
                 if line.strip() == "{":
                     raise InputError(
-                        f"{file.path} line {number}: an object over several lines; rows are the elements of one array, or "
-                        "objects of one line each"
+                        f"{file.path} line {number}: a JSON object that spans several lines; write one array of objects, or "
+                        "one object per line (JSON Lines)"
                     ) from None
-                yield Row(number, None, f"not valid JSON: {error}; each line holds one object")
+                yield Row(number, None, f"not valid JSON: {error}; expected one JSON object per line")
 
 
 def _decoded_lines(file, stream):
@@ -288,7 +288,7 @@ def _table_rows(file, names=False):
                 else:
                     yield Row(start, dict(zip(header, fields, strict=True)))
         except csv.Error as error:
-            raise InputError(f"{path} line {line}: {error}; where this row ends cannot be told") from None
+            raise InputError(f"{path} line {line}: {error}; cannot tell where this row ends") from None
         except UnicodeDecodeError:
             _refuse_encoding(path)
 
@@ -345,7 +345,9 @@ def _parquet_rows(file):
                 file.done = file.size * number // total
     # OSError: pages that cannot be unpacked; ValueError and OverflowError: bytes that are no text, dates that are none
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
-        raise InputError(f"{file.path} is not a whole Parquet file: after row {number}: {_first_line(error)}") from None
+        raise InputError(
+            f"{file.path} is not a complete Parquet file: after row {number}: {_first_line(error)}"
+        ) from None
 
 
 def _parquet_header(file):
@@ -454,13 +456,13 @@ def _no_duplicates(pairs):
     if len(value) != len(pairs):
         names = [name for name, _ in pairs]
         raise ValueError(
-            f"the key {next(name for name in names if names.count(name) > 1)!r} stands twice in one object"
+            f"the key {next(name for name in names if names.count(name) > 1)!r} occurs twice in one object"
         )
     return value
 
 
 def _no_constant(name):
-    raise ValueError(f"{name} is not JSON")
+    raise ValueError(f"{name} is not valid JSON")
 
 
 def _finite(text):

@@ -103,7 +103,7 @@ def tokenize(file, tokenizer, settings, weight=1.0, pick=None, num_proc=None, on
             with new_folder(folder, shared=True) as partial, contextlib.closing(results):
                 _write(partial, results, tally, file, on_progress)
                 if file.stamp() != stamp:
-                    raise InputError(f"{file.path} has changed while it was read; run this again once it is whole")
+                    raise InputError(f"{file.path} changed while it was being read; run again when it is complete")
                 tally.refuse(file.path, file.unit)
                 tally.refuse_missing_columns(file.path)
                 write_json(partial / "summary.json", tally.summary(file.unit))
@@ -416,7 +416,7 @@ class _Tally:
         if self.num_too_long:
             remedies.append("raise data.max_length, or set data.overlong to drop, truncate_prompt, truncate or split")
         if self.num_refused > self.num_too_long:
-            remedies.append("mend the bad rows, or leave them out with data.on_bad_row=skip")
+            remedies.append("fix these rows, or skip them with data.on_bad_row=skip")
         lines = self._problems(unit)
         more = self.num_refused - sum(count for count, _ in lines)
         raise InputError.listing(
@@ -441,7 +441,7 @@ class _Tally:
         if self.missing and self.rows:
             raise InputError(
                 f"{path}: no row has {', '.join(map(repr, sorted(self.missing)))}, which data.columns names; "
-                "correct the name, or take it out"
+                "correct the name or remove it"
             )
 
     def summary(self, unit):

@@ -82,7 +82,7 @@ def _tokens_inside(backend, piece, first, spelled):
     finally:
         backend.encode_special_tokens = False
     raise ValueError(
-        f"this tokenizer cannot cut its text before {piece[:20]!r}; take a control token there out of the row"
+        f"this tokenizer cannot encode a control token as plain text (near {piece[:20]!r}); remove it from the row"
     )
 
 

@@ -51,7 +51,7 @@ def test_a_page_holds_the_report_and_the_rows_and_nothing_of_a_row_is_markup(mak
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
     assert "<script" not in page
     assert '<span class="t ">No ␛[31mred.</span><span class="t s">&lt;|im_end|&gt;</span>' in page
-    assert "keys words fit no known shape" in page
+    assert "keys words match no known format" in page
     assert f"{train_file} line 1" in page
     with pytest.raises(InputError, match="--html"):
         inspect_data(recipe, html=str(tmp_path / "no" / "page.html"))

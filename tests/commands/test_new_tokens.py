@@ -167,7 +167,7 @@ def test_a_base_model_gets_chatml_by_its_two_markers(make_recipe, base_folder, t
     assert prepared.tokenizer.decode([257, 5, 258], skip_special_tokens=True) == prepared.tokenizer.decode([5])
     assert 258 in chat_format.stop_token_ids(prepared.tokenizer)
     if template is not None:
-        with pytest.raises(InputError, match="are no tokens of this model"):
+        with pytest.raises(InputError, match="are not tokens of this model"):
             prepare(recipe.model_copy(update={"model": recipe.model.model_copy(update={"new_tokens": None})}))
 
 

@@ -297,7 +297,7 @@ def test_a_base_model_without_the_markers_gets_turns_closed_by_its_own_end_token
     tokenizer = make_tokenizer(tokenizer_json, None)
     tokenizer.get_vocab = lambda: {"<s>": 3}
     assert "closed by the end token" in chat.set_template(tokenizer, None)
-    with pytest.raises(InputError, match=r"<\|im_start\|>, <\|im_end\|> are no tokens of this model"):
+    with pytest.raises(InputError, match=r"<\|im_start\|>, <\|im_end\|> are not tokens of this model"):
         chat.set_template(tokenizer, "chatml")
 
 

@@ -76,7 +76,7 @@ def test_bad_rows_are_reported_together_with_file_and_line(bad, load):
         load(bad)
     message = str(caught.value)
     assert f"{bad} has 3 problems" in message
-    assert "line 2  keys words fit no known shape" in message
+    assert "line 2  keys words match no known format" in message
     assert "line 3  messages is an empty list" in message
     assert "line 5  not valid JSON" in message
     assert "data.on_bad_row=skip" in message
@@ -103,10 +103,10 @@ def test_rows_with_the_same_problem_are_named_together(tmp_path, load, tokenizer
     assert [line[:10] for line in lines[1:4]] == ["  line 2  ", "  line 3  ", "  line 4  "]
     assert lines[4:] == [
         "  line 5, 6, 7, ...  likewise (2,497 rows)",
-        "  mend the bad rows, or leave them out with data.on_bad_row=skip",
+        "  fix these rows, or skip them with data.on_bad_row=skip",
     ]
     assert load(path, on_bad_row="skip").parts[0].summary["reasons"] == {
-        "not valid JSON: Expecting value at column N; each line holds one object": 2500
+        "not valid JSON: Expecting value at column N; expected one JSON object per line": 2500
     }
 
 
@@ -117,7 +117,7 @@ def test_twenty_lines_of_different_problems_are_shown_and_the_rest_counted(tmp_p
         load(path)
     lines = str(caught.value).splitlines()
     assert lines[0].endswith("has 24 problems")
-    assert lines[20].startswith("  line 20  keys tttt fit no known shape")
+    assert lines[20].startswith("  line 20  keys tttt match no known format")
     assert lines[21] == "  ... and 4 more"
 
 
@@ -310,7 +310,7 @@ def test_a_column_that_a_table_lacks_is_one_problem_of_the_file(tmp_path, load, 
     for columns, expected in (
         ({"prompt": "question", "completion": "a"}, "has no column 'question', which data.columns names; it has q, a"),
         ({"prompt": "q", "completion": "a", "system": "s"}, "has no column 's', which data.columns names"),
-        (None, "columns q, a fit no known shape"),
+        (None, "columns q, a match no known format"),
     ):
         with pytest.raises(InputError) as caught:
             load(path, columns=columns, on_bad_row="skip")

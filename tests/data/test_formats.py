@@ -51,26 +51,26 @@ def call(arguments):
     ("row", "expected"),
     [
         ({"instruction": "Q", "output": "A", "history": ["x"]}, "history is not a list"),
-        ({"messages": [USER, ANSWER], "tools": [{"description": "f"}]}, r"tools\[0\] is no function"),
-        ({"messages": [USER, ANSWER], "tools": "{"}, "tools is a string, but no JSON"),
+        ({"messages": [USER, ANSWER], "tools": [{"description": "f"}]}, r"tools\[0\] is not a function"),
+        ({"messages": [USER, ANSWER], "tools": "{"}, "tools is a string, but not valid JSON"),
         ({"messages": [USER, ANSWER], "tools": {"name": "f"}}, "tools is an object, not a list"),
         ({"messages": [USER, ANSWER], "images": ["x.png"]}, "images: not supported"),
         ({"text": "  "}, "text is empty"),
         ({"text": 5}, "text is 5, not a string"),
         ([], "not an empty list"),
-        ({"words": "x"}, "keys words fit no known shape"),
+        ({"words": "x"}, "keys words match no known format"),
         ({"messages": []}, "an empty list"),
-        ({"messages": "hi"}, "messages is a string, but no list in JSON"),
+        ({"messages": "hi"}, "messages is a string, but not a JSON list"),
         ({"messages": [USER]}, "ends with the user"),
         ({"messages": [USER, {"role": "narrator", "content": "A"}]}, r"messages\[1\].role is 'narrator'"),
         ({"messages": [USER, {"role": "assistant", "content": None}]}, "content is null"),
         ({"messages": [USER, {"role": "assistant"}]}, "content is null"),
         ({"messages": [USER, {"role": "assistant", "content": 5}]}, "content is 5"),
         ({"messages": [USER, {"role": "assistant", "content": "  "}]}, "content is empty"),
-        ({"messages": [USER, {**ANSWER, "mood": "good"}]}, r"has mood: not understood.*data.ignore_keys: \[mood\]"),
+        ({"messages": [USER, {**ANSWER, "mood": "good"}]}, r"has mood: unknown key.*data.ignore_keys: \[mood\]"),
         ({"messages": [USER, {**ANSWER, "tool_calls": [{"function": {}}]}]}, r"tool_calls\[0\] is no"),
         ({"messages": [USER, {**ANSWER, "tool_calls": "f()"}]}, "tool_calls is a string, not a list"),
-        ({"messages": [USER, {**ANSWER, "tool_calls": [call("{")]}]}, "arguments is no JSON"),
+        ({"messages": [USER, {**ANSWER, "tool_calls": [call("{")]}]}, "arguments is not valid JSON"),
         ({"messages": [USER, {**ANSWER, "tool_calls": [call("[1]")]}]}, "arguments is a list"),
         ({"messages": [{**USER, "tool_calls": [call("{}")]}, ANSWER]}, "only the assistant calls tools"),
         ({"messages": [USER, {**ANSWER, "train": 1}]}, "train is 1, not one of True, False"),
@@ -83,7 +83,7 @@ def call(arguments):
         ({"messages": [USER, {"role": "assistant", "content": "\ud800"}]}, "surrogate"),
         ({"instruction": "Q", "output": None}, "output is null"),
         ({"conversations": [{"from": "narrator", "value": "A"}]}, r"conversations\[0\].role is 'narrator'"),
-        ({"conversations": [{"from": "function_call", "value": "f()"}]}, "is no JSON of a function call"),
+        ({"conversations": [{"from": "function_call", "value": "f()"}]}, "is not a JSON function call"),
         ({"conversations": ["hi"]}, r"conversations\[0\] is a string"),
         ({"prompt": 1, "completion": "A"}, "strings or lists"),
     ],
@@ -184,7 +184,7 @@ def test_columns_may_be_jinja_templates_of_the_rows_columns():
         renamed({"x": None}, {"prompt": "{{ x | dictsort }}"})
     with pytest.raises(ValueError, match=r"fails: .*(unsafe|access)"):
         renamed({"x": "a"}, {"prompt": "{{ x.__class__.__mro__ }}"})
-    with pytest.raises(InputError, match=r"data.columns.prompt: .* is no Jinja template"):
+    with pytest.raises(InputError, match=r"data.columns.prompt: .* is not a Jinja template"):
         refuse_bad_columns({"prompt": "{{ x"})
 
 
@@ -223,11 +223,11 @@ def test_system_beside_messages_comes_first_and_never_against_the_one_in_them():
     system = {"role": "system", "content": "S"}
     assert to_messages({"messages": [USER, ANSWER], "system": "S"})[1] == [system, USER, ANSWER]
     assert to_messages({"messages": [system, USER, ANSWER], "system": "S"})[1] == [system, USER, ANSWER]
-    with pytest.raises(ValueError, match="system is another text than the system message"):
+    with pytest.raises(ValueError, match="system differs from the system message"):
         to_conversation({"messages": [system, USER, ANSWER], "system": "T"})
-    with pytest.raises(ValueError, match=r"history: rows of format messages have no place for it"):
+    with pytest.raises(ValueError, match=r"history: rows of format messages cannot hold it"):
         to_conversation({"messages": [USER, ANSWER], "history": [["Q", "A"]]})
-    with pytest.raises(ValueError, match=r"system: rows of format text have no place for it"):
+    with pytest.raises(ValueError, match=r"system: rows of format text cannot hold it"):
         to_conversation({"text": "T", "system": "S"})
 
 
@@ -283,8 +283,8 @@ def test_weights_of_0_and_1_are_flags_however_they_are_written(key, value, train
     [
         ({"weight": 0.5}, "weight is 0.5, not 0 or 1"),
         ({"loss_weight": True}, "loss_weight is True, not 0 or 1"),
-        ({"loss_weight": 0.0, "weight": 1}, "weight and loss_weight contradict each other"),
-        ({"train": True, "weight": 0}, "train and weight contradict each other"),
+        ({"loss_weight": 0.0, "weight": 1}, "weight and loss_weight disagree"),
+        ({"train": True, "weight": 0}, "train and weight disagree"),
     ],
 )
 def test_weights_between_or_against_each_other_are_refused(said, expected):
@@ -322,9 +322,9 @@ def test_flags_follow_their_message_when_others_are_merged_and_must_agree_in_one
     assert to_conversation({"messages": row})[1].flags == ((1, False), (3, True))
     with pytest.raises(ValueError, match=r"messages\[2\]: is one turn .* another train"):
         to_conversation({"messages": [USER, {**ANSWER, "train": False}, calls, result, ANSWER]})
-    with pytest.raises(ValueError, match=r"messages\[2\]: two messages of the assistant in a row"):
+    with pytest.raises(ValueError, match=r"messages\[2\]: two assistant messages in a row"):
         to_conversation({"messages": [USER, ANSWER, ANSWER]})
-    with pytest.raises(ValueError, match="two messages of the assistant in a row"):
+    with pytest.raises(ValueError, match="two assistant messages in a row"):
         to_conversation({"messages": [USER, calls, ANSWER]})
     with pytest.raises(ValueError, match="the prompt ends with the assistant"):
         to_conversation({"prompt": [USER, ANSWER], "completion": [calls]})
@@ -390,9 +390,9 @@ def test_a_null_that_arrow_may_have_filled_in_is_removed_and_counted_and_one_in_
     [
         (
             {"prompt": "q", "completion": "a", "text": "t"},
-            "data.columns.text: rows of format completion have no use for text",
+            "data.columns.text: rows of format completion do not use text",
         ),
-        ({"messages": "m", "history": "h"}, "rows of format messages have no use for history"),
+        ({"messages": "m", "history": "h"}, "rows of format messages do not use history"),
         ({"prompt": "q"}, "data.columns maps prompt: not enough for a row"),
     ],
 )

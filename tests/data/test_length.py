@@ -79,7 +79,7 @@ def test_truncate_prompt_then_cuts_the_beginning_of_the_question_and_nothing_els
 
 
 def test_truncate_prompt_never_cuts_an_answer(tokenizer):
-    with pytest.raises(length.TooLong, match="answer and tool results alone do not fit"):
+    with pytest.raises(length.TooLong, match="answer and tool results alone exceed"):
         fit(tokenizer, [("user", "Hi"), ("assistant", LONG)], 30, "truncate_prompt")
 
 

@@ -75,8 +75,8 @@ def test_a_bad_line_is_a_row_with_a_problem_and_those_around_it_are_whole(tmp_pa
     ("content", "line", "expected"),
     [
         (b'{"a": 1}\n{"a": \xff}\n', 2, "not UTF-8 (byte 0xff)"),
-        (b'{"a": NaN}\n', 1, "not valid JSON: NaN is not JSON"),
-        (b'{"a": 1, "a": 2}\n', 1, "'a' stands twice"),
+        (b'{"a": NaN}\n', 1, "not valid JSON: NaN is not valid JSON"),
+        (b'{"a": 1, "a": 2}\n', 1, "'a' occurs twice"),
         (b'{"a": 1} {"a": 2}\n', 1, "not valid JSON: Extra data"),
         (b'{"a":' + b"[" * 100_000 + b"\n", 1, "not valid JSON: nested too deeply"),
     ],
@@ -97,9 +97,9 @@ def test_what_is_wrong_with_a_line_is_said(tmp_path, content, line, expected):
         (b'[{"a": 1}\n{"a": 2}]', "line 2: not valid JSON"),
         (b'[{"a": 1}]\nmore', "after the end"),
         (b'[{"a": 1},\n{"a": "\xff"}]', "line 2: not UTF-8 (byte 0xff)"),
-        (b'[{"a": 1},\n{"a": 1, "a": 2}]', "'a' stands twice"),
+        (b'[{"a": 1},\n{"a": 1, "a": 2}]', "'a' occurs twice"),
         (b"[" * 100_000, "nested too deeply"),
-        (b'{\n "data": [{"a": 1}]\n}', "line 1: an object over several lines; rows are the elements of one array"),
+        (b'{\n "data": [{"a": 1}]\n}', "line 1: a JSON object that spans several lines; write one array of objects"),
     ],
 )
 def test_broken_files_are_refused_with_the_line(tmp_path, content, expected):
@@ -259,7 +259,7 @@ def test_parquet_rows_come_back_with_their_numbers(tmp_path):
     assert [row.value for row in rows] == values
     assert [row.line for row in rows] == [1, 2, 3, 4, 5]
     path.write_bytes(path.read_bytes()[:-10])
-    assert "not a whole Parquet file" in refusal(path)
+    assert "not a complete Parquet file" in refusal(path)
 
 
 def test_a_glob_and_a_folder_name_their_files_in_order(tmp_path):

@@ -357,7 +357,7 @@ def doubling(start, following, shown=""):
 TREE = "{% macro m(n) %}{% if n %}{{ m(n-1) }}{{ m(n-1) }}{% else %}x{% endif %}{% endmacro %}{{ m(40) }}"
 LOOPS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 RUNS, TAKES, MAKES = "was still running after", "asks for more than 64 MiB", "makes [0-9,]+ characters"
-OUT_OF_THE_SANDBOX = "does what a template must not: access to attribute '__class__'"
+OUT_OF_THE_SANDBOX = "does something a template must not do: access to attribute '__class__'"
 
 TEMPLATES = {
     "nested loops": (LOOPS, RUNS),
@@ -376,7 +376,7 @@ TEMPLATES = {
     "brackets in brackets": ("{{ " + "(" * 10**5 + "1" + ")" * 10**5 + " }}", "RecursionError"),
     "a range too long": ("{{ range(10**9) | list }}", "OverflowError: Range too big"),
     "a class": ("{{ ''.__class__.__mro__ }}", OUT_OF_THE_SANDBOX),
-    "a change of the messages": ("{{ messages.append(1) }}", "does what a template must not: .*'append' of 'list'"),
+    "a change of the messages": ("{{ messages.append(1) }}", "does something a template must not do: .*'append' of 'list'"),
     "a file": ("{% include '/etc/passwd' %}", "no loader"),
     "a module": ("{% import 'os' as os %}{{ os }}", "no loader"),
     "half a block": ("one\n{% for x in %}", "is not a Jinja template: line 2: Expected an expression"),

@@ -433,7 +433,7 @@ class _Tally:
             if rest:
                 more = same.count - _ALIKE
                 lines = ", ".join(map(str, rest)) + (", ..." if more > len(rest) else "")
-                found.append((rest[0], more, f"{unit} {lines}  likewise ({more:,} rows)"))
+                found.append((rest[0], more, f"{unit}{'s' if len(rest) > 1 else ''} {lines}  likewise ({more:,} rows)"))
         return [(count, text) for _, count, text in sorted(found)[:SHOWN]]
 
     def refuse_missing_columns(self, path):

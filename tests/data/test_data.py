@@ -102,7 +102,7 @@ def test_rows_with_the_same_problem_are_named_together(tmp_path, load, tokenizer
     assert "has 2,500 problems" in lines[0]
     assert [line[:10] for line in lines[1:4]] == ["  line 2  ", "  line 3  ", "  line 4  "]
     assert lines[4:] == [
-        "  line 5, 6, 7, ...  likewise (2,497 rows)",
+        "  lines 5, 6, 7, ...  likewise (2,497 rows)",
         "  fix these rows, or skip them with data.on_bad_row=skip",
     ]
     assert load(path, on_bad_row="skip").parts[0].summary["reasons"] == {

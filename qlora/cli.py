@@ -12,9 +12,9 @@ from typing import Annotated
 
 import typer
 
-from .errors import DoesNotFit, InputError, Interrupted, QLoRAError
-from .secrets import redacted
-from .signals import handled
+from .system.errors import DoesNotFit, InputError, Interrupted, QLoRAError
+from .system.secrets import redacted
+from .system.signals import handled
 
 app = typer.Typer(
     name="qlora",
@@ -286,7 +286,7 @@ def _main():
         place = f"{error.filename}: {error.strerror}" if error.filename else error
         _fail(f"{place}; {_SURROUNDINGS[error.errno]}", InputError.exit_code)
     except Exception as error:
-        from .memory import is_refusal, refused
+        from .system.memory import is_refusal, refused
 
         if not is_refusal(error):
             raise

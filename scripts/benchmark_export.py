@@ -61,7 +61,7 @@ def put_out_of_the_cache(*folders):
 
 def run(command):
     """Return (seconds, peak anonymous bytes) of a command; its output goes to stderr."""
-    from qlora import memory
+    from qlora.system import memory
 
     start = time.monotonic()
     process = subprocess.Popen(command, stdout=sys.stderr)

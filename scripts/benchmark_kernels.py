@@ -14,7 +14,8 @@ import time
 
 import torch
 
-from qlora import adapter, base_model, kernels, sft
+from qlora import adapter, base_model, kernels
+from qlora import training as sft
 from qlora.commands.console import hush_libraries
 from qlora.kernels import attention
 from qlora.recipe import Recipe

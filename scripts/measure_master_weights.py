@@ -35,7 +35,8 @@ def run(args, learning_rate, masters):
     """Return (mean loss of the last ten steps, share of A that moved)."""
     import torch
 
-    from qlora import Recipe, adapter, sft, train
+    from qlora import Recipe, adapter, train
+    from qlora import training as sft
 
     sft.trainer.MasterWeights = masters
     start = {}
@@ -83,7 +84,7 @@ def main():
     from qlora.commands.console import hush_libraries
 
     hush_libraries()
-    from qlora import sft
+    from qlora import training as sft
 
     sides = (("float32 masters", sft.MasterWeights), ("bf16 only", NoMasters))
     for learning_rate in args.rates:

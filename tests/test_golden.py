@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from qlora import Recipe, evaluate, export, train
-from tests.test_checkpoints import stopped_and_resumed
+from tests.runs.test_checkpoints import stopped_and_resumed
 
 RECORD = Path(__file__).parent / "golden" / "trajectories.json"
 CASES = {

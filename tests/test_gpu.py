@@ -8,13 +8,14 @@ import pytest
 import torch
 from bitsandbytes.nn import Params4bit
 
-from qlora import adapter, base_model, sft
+from qlora import adapter, base_model
+from qlora import training as sft
 from qlora.commands.export import export
 from qlora.commands.train import train
-from qlora.errors import DoesNotFit
 from qlora.kernels import attention, nf4
 from qlora.kernels.checkpointing import Host, checkpointed
 from qlora.recipe import Lora
+from qlora.system.errors import DoesNotFit
 from tests.conftest import messages, write_jsonl
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]

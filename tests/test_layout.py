@@ -15,28 +15,14 @@ else:
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "qlora"
 
-# DESIGN: cli > commands > sft > parts > leaves > errors. A part may use another part; cycles are caught below.
+# cli > commands > pages > training > parts > runs > recipe > system. A part may use another part; cycles are caught below.
 LEVELS = [
-    {"secrets"},
-    {"errors"},
-    {"document", "explain", "files", "bounded", "moved"},
+    {"system"},
     {"recipe"},
-    {"rundir", "metrics"},
-    {
-        "data",
-        "base_model",
-        "adapter",
-        "checkpoints",
-        "kernels",
-        "memory",
-        "neftune",
-        "exporter",
-        "planner",
-        "generate",
-        "hub",
-        "signals",
-    },
-    {"sft"},
+    {"runs"},
+    {"data", "base_model", "adapter", "kernels", "exporter", "planner", "evaluation"},
+    {"training"},
+    {"pages"},
     {"commands"},
     {"cli"},
     {"__main__", "__init__"},
@@ -90,7 +76,7 @@ def test_parts_have_no_import_cycles():
 
 def test_only_commands_see_a_whole_recipe():
     for path in FILES:
-        if part_of(path) not in {"commands", "cli", "recipe", "rundir", "__init__"}:
+        if part_of(path) not in {"commands", "cli", "recipe", "runs", "__init__"}:
             assert not re.search(r"\bRecipe\b", path.read_text(encoding="utf-8")), path
 
 

@@ -5,7 +5,7 @@ import trl
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from qlora.sft.trainer import Trainer
+from qlora.training.trainer import Trainer
 from tests.test_layout import ROOT, tomllib
 
 OVERRIDDEN = {

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from .. import base_model
-from ..errors import InputError, TrainingFailed
+from ..system.errors import InputError, TrainingFailed
 from . import start
 from .ranks import SCHEDULE, Ranks
 from .tensors import (

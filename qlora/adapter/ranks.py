@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from ..errors import InputError
+from ..system.errors import InputError
 
 SCHEDULE = ("tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight")
 _SUMS = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # of PEFT's RankAllocator

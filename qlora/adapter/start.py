@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 
 from .. import base_model
-from ..errors import InputError
+from ..system.errors import InputError
 
 _SPLIT = ("pissa", "olora")
 _EVA_TOKENS = 16  # trained tokens a batch and principal component: fewer make the components those of the batch

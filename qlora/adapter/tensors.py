@@ -21,9 +21,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from .. import bounded, files
-from ..errors import InputError
-from ..rundir import listed, write_json
+from ..system import bounded, files
+from ..system.errors import InputError
+from ..system.storage import listed, write_json
 from .ranks import SCHEDULE
 
 # O out_features, I in_features, R rank, V vocab, N new tokens

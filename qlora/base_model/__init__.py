@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from .. import memory
-from ..errors import DoesNotFit, InputError
+from ..system import memory
+from ..system.errors import DoesNotFit, InputError
 from . import prequantized
 from .folder import (
     Checkpoint,

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from .. import files
-from ..errors import InputError
-from ..rundir import sha256
+from ..system import files
+from ..system.errors import InputError
+from ..system.storage import sha256
 from . import multimodal, prequantized
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..errors import InputError
+from ..system.errors import InputError
 
 
 def num_positions(config):

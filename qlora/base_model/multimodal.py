@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from .. import files
-from ..errors import InputError
+from ..system import files
+from ..system.errors import InputError
 
-# Whose text half computes what the whole model computes of text: tests/test_multimodal.py compares the logits.
+# Whose text half computes what the whole model computes of text: tests/base_model/test_multimodal.py compares the logits.
 FAMILIES = ("gemma3", "gemma4", "internvl", "llava", "mistral3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl",
             "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")  # fmt: skip
 # Of these transformers has the text model and no class with a head on it.

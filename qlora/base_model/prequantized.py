@@ -13,7 +13,7 @@ import re
 import torch
 from safetensors import safe_open
 
-from ..errors import InputError
+from ..system.errors import InputError
 
 _BLOCKSIZE = 64
 _STATE = ".quant_state.bitsandbytes__nf4"

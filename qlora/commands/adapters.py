@@ -12,8 +12,8 @@ import torch
 from rich.text import Text
 
 from .. import adapter
-from ..errors import InputError, ProofFailed, QLoRAError
-from ..rundir import RunDir
+from ..runs.folder import RunDir
+from ..system.errors import InputError, ProofFailed, QLoRAError
 from . import console
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import signal
 import sys
 
-from .. import generate, signals
 from ..data.examples import encode_prompt
-from ..errors import InputError, Interrupted
+from ..evaluation import generate
+from ..system import signals
+from ..system.errors import InputError, Interrupted
 from . import console
 from .subject import open_subject, switch
 

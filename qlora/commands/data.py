@@ -6,9 +6,9 @@ from pathlib import Path
 
 from rich.text import Text
 
-from ..data import page
-from ..errors import InputError
+from ..pages import data as page
 from ..recipe import Recipe
+from ..system.errors import InputError
 from . import console
 from .prepared import prepare, refuse_pointless, say_report
 

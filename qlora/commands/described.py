@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 from ..adapter.ranks import SCHEDULE
-from ..errors import InputError
 from ..exporter.card import Origin
 from ..recipe import as_yaml
+from ..system.errors import InputError
 
 _OF_DATA = {"max_length", "overlong", "on_bad_row", "packing", "train_on", "eval_fraction"}
 

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
-from .. import base_model, data, generate, metrics
+from .. import base_model, data
 from ..data import examples
-from ..errors import InputError
+from ..evaluation import generate, metrics
 from ..recipe import Data
-from ..rundir import write_json
+from ..system.errors import InputError
+from ..system.storage import write_json
 from . import console
 from .subject import open_subject
 

@@ -7,13 +7,15 @@ import shutil
 import time
 from pathlib import Path
 
-from .. import base_model, memory, metrics
-from ..errors import InputError, Interrupted, ProofFailed
+from .. import base_model
+from ..evaluation import metrics
 from ..exporter import configs, merge, writer
 from ..exporter.card import card
 from ..exporter.reader import Reader
 from ..kernels.threads import Cores
-from ..rundir import (
+from ..system import memory
+from ..system.errors import InputError, Interrupted, ProofFailed
+from ..system.storage import (
     alone,
     leftover_bytes,
     new_folder,

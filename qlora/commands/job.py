@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from .. import data, memory, planner
+from .. import data, planner
 from ..data import Batches, Packs
-from ..errors import InputError
 from ..kernels import attention
+from ..system import memory
+from ..system.errors import InputError
 
 
 def free_bytes(device):

@@ -9,8 +9,8 @@ import numpy as np
 from rich.text import Text
 
 from .. import base_model, planner
-from ..errors import InputError
 from ..recipe import Recipe, parse_size
+from ..system.errors import InputError
 from . import console
 from .job import free_bytes, job_of, without_data
 from .prepared import prepare, say_report

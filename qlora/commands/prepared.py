@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from .. import base_model, data
-from ..data import chat, page
-from ..errors import InputError
+from ..data import chat
+from ..pages import data as page
 from ..recipe import Recipe
+from ..system.errors import InputError
 from . import console
 from .subject import open_tokenizer
 

@@ -8,10 +8,12 @@ import math
 
 import torch
 
-from .. import adapter, base_model, memory, metrics
-from ..errors import InputError
+from .. import adapter, base_model
+from ..evaluation import metrics
 from ..exporter import proof, streamed
 from ..recipe import Model, Quantization
+from ..system import memory
+from ..system.errors import InputError
 from . import console
 
 

@@ -9,12 +9,13 @@ from pathlib import Path
 from huggingface_hub.utils import disable_progress_bars
 from rich.text import Text
 
-from .. import adapter, base_model, hub
-from ..errors import InputError, Interrupted
+from .. import adapter, base_model
 from ..exporter.card import adapter_card, addressed, shown_name
-from ..files import read as read_text
-from ..files import read_object
-from ..rundir import RunDir
+from ..runs.folder import RunDir
+from ..system import hub
+from ..system.errors import InputError, Interrupted
+from ..system.files import read as read_text
+from ..system.files import read_object
 from . import console
 from .described import origin_of
 from .export import REPORT

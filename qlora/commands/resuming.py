@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints import Checkpoints, read_state
-from ..errors import InputError
 from ..recipe import Recipe
-from ..rundir import RunDir
+from ..runs.checkpoints import Checkpoints, read_state
+from ..runs.folder import RunDir
+from ..system.errors import InputError
 from . import console
 
 _LENGTH = ("training.max_steps", "training.num_train_epochs")

@@ -9,9 +9,9 @@ from typing import Any
 
 from .. import base_model
 from ..data import chat
-from ..errors import InputError
 from ..recipe import Model, Recipe
-from ..rundir import RunDir
+from ..runs.folder import RunDir
+from ..system.errors import InputError
 from . import console
 
 

@@ -11,10 +11,11 @@ import subprocess
 import uuid
 from pathlib import Path
 
-from .. import files
-from ..errors import DoesNotFit, InputError, Interrupted, TrainingFailed
 from ..recipe import Recipe, parse_size
-from ..rundir import RunDir, free_disk_bytes, new_folder, write_json
+from ..runs.folder import RunDir
+from ..system import files
+from ..system.errors import DoesNotFit, InputError, Interrupted, TrainingFailed
+from ..system.storage import free_disk_bytes, new_folder, write_json
 from . import console, resuming
 
 PACKAGES = (
@@ -77,9 +78,11 @@ def _how_to_go_on(run, change=""):
 
 def _train(recipe, resumed):
     """Train from the beginning, or go on with a Resumed run."""
-    from .. import adapter, base_model, kernels, sft, signals
-    from ..checkpoints import Checkpoints
+    from .. import adapter, base_model, kernels
+    from .. import training as sft
     from ..exporter import merge, proof
+    from ..runs.checkpoints import Checkpoints
+    from ..system import signals
     from .prepared import prepare, refuse_pointless, say_report
 
     prepared = prepare(recipe)
@@ -212,7 +215,8 @@ def _plan(recipe, prepared, device):
         DoesNotFit: it does not; says what would.
         InputError: the model has fewer layers than are to be checkpointed, or offloading has nothing to move.
     """
-    from .. import memory, planner
+    from .. import planner
+    from ..system import memory
     from .job import free_bytes, held_by_others, job_of, refuse_layers
 
     budget = free_bytes(device) if recipe.memory.budget is None else parse_size(recipe.memory.budget)
@@ -253,7 +257,7 @@ def _plan(recipe, prepared, device):
 
 def _refuse_full_disk(recipe, found):
     """Raise InputError where the disk has no room for the checkpoints that will be there at a time, and the adapter."""
-    from ..checkpoints import Checkpoints
+    from ..runs.checkpoints import Checkpoints
 
     training, run = recipe.training, RunDir(recipe.output_dir)
     count = 0

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from .. import adapter, base_model, data
-from ..errors import InputError
 from ..exporter import proof
 from ..recipe import Data, Recipe
-from ..rundir import RunDir
+from ..runs.folder import RunDir
+from ..system.errors import InputError
 from . import console
 from .adapters import combine, parse_weighted
 from .described import origin_of

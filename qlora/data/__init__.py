@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..errors import InputError
+from ..system.errors import InputError
 from . import formats, sources, tokenized
 from .examples import IGNORE_INDEX, Example
 from .packing import Batches, Packed, Packs, pack

@@ -11,8 +11,8 @@ import json
 import jinja2
 import jinja2.sandbox
 
-from .. import bounded, files
-from ..errors import InputError
+from ..system import bounded, files
+from ..system.errors import InputError
 
 CHATML = """\
 {{ bos_token if ADD_BOS else '' }}\

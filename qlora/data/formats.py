@@ -22,7 +22,7 @@ import re
 from dataclasses import dataclass, field, replace
 from functools import cache
 
-from ..errors import InputError
+from ..system.errors import InputError
 from .sources import loads
 
 FORMATS = ("messages", "alpaca", "completion", "sharegpt", "text")

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .. import files
-from ..errors import InputError
+from ..system import files
+from ..system.errors import InputError
 
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
 _SUFFIXES = (".json", ".jsonl", ".parquet", ".txt", *_SEPARATORS)

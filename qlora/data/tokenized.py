@@ -31,8 +31,8 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import InputError
-from ..rundir import new_folder, write_json
+from ..system.errors import InputError
+from ..system.storage import new_folder, write_json
 from . import chat, formats, length, words
 from .examples import IGNORE_INDEX, Example, encode
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from jinja2 import Environment, StrictUndefined
 
 from .. import adapter
-from ..errors import InputError
+from ..system.errors import InputError
 
 HERE = "FOLDER"  # stands for where the files are, until that is known
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 import shutil
 
-from .. import base_model, files
+from .. import base_model
 from ..data import chat
-from ..errors import ProofFailed
-from ..rundir import write_json
+from ..system import files
+from ..system.errors import ProofFailed
+from ..system.storage import write_json
 from .proof import text_rows
 
 # of a tokenizer: what may lie in a model's folder

@@ -19,8 +19,8 @@ from safetensors import safe_open
 
 from .. import base_model
 from ..base_model import prequantized
-from ..errors import InputError
 from ..kernels import nf4
+from ..system.errors import InputError
 from .reader import Reader
 from .writer import Spec
 

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 
 import torch
 
-from .. import base_model, metrics
+from .. import base_model
 from ..data import IGNORE_INDEX, Example
-from ..errors import InputError, ProofFailed
+from ..evaluation import metrics
+from ..system.errors import InputError, ProofFailed
 
 # KL(live || merged) in nats a position. Measured on SmolLM2-135M: float16 1e-6 (10 to 40 steps), bfloat16 2.5e-4 to 1e-3;
 # any wrong merge (other base, adapter lost, embedding rounded) 0.06 to 0.23. The limits stand a decade above the right

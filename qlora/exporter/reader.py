@@ -16,7 +16,7 @@ import threading
 
 import torch
 
-from ..errors import InputError
+from ..system.errors import InputError
 from .writer import DTYPE_NAMES
 
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}

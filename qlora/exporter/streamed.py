@@ -14,9 +14,10 @@ import functools
 import torch
 from safetensors import safe_open
 
-from .. import base_model, metrics
+from .. import base_model
 from ..base_model import prequantized
-from ..errors import InputError
+from ..evaluation import metrics
+from ..system.errors import InputError
 from . import proof
 
 _HEAD_BYTES = 32 * 2**20  # of the head in memory at a time

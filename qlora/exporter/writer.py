@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import torch
 
 from .. import recipe
-from ..errors import InputError
-from ..rundir import write_json
+from ..system.errors import InputError
+from ..system.storage import write_json
 
 DTYPE_NAMES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.int64: "I64",
                 torch.int32: "I32", torch.uint8: "U8", torch.int8: "I8", torch.bool: "BOOL",

@@ -17,7 +17,7 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from ..errors import InputError
+from ..system.errors import InputError
 from .causal import causal_attention, within_window
 
 NAME, PLAIN = "qlora_segments", "qlora_segments_plain"

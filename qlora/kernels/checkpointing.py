@@ -16,7 +16,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..errors import InputError
+from ..system.errors import InputError
 
 # B rows, T tokens, D hidden width
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from .. import adapter, base_model
-from ..errors import QLoRAError
+from ..system.errors import QLoRAError
 from . import trace
 from .speed import Work
 

@@ -18,8 +18,9 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from .. import base_model, kernels, memory
+from .. import base_model, kernels
 from ..kernels import checkpointing, swiglu
+from ..system import memory
 
 # B batch (1), H heads, T tokens, D head dim, N scored positions, V vocabulary, C positions in a chunk of the head
 

@@ -14,8 +14,8 @@ from qlora.commands.eval import evaluate
 from qlora.commands.export import export
 from qlora.commands.subject import open_subject, switch
 from qlora.commands.train import train
-from qlora.errors import InputError, ProofFailed
 from qlora.recipe import Recipe
+from qlora.system.errors import InputError, ProofFailed
 from tests.conftest import CONVERSATIONS, messages, write_jsonl
 
 

@@ -9,7 +9,7 @@ from qlora import base_model
 from qlora.commands.data import inspect_data
 from qlora.commands.eval import evaluate
 from qlora.commands.train import train
-from qlora.errors import InputError
+from qlora.system.errors import InputError
 from tests.conftest import CONVERSATIONS, messages, write_jsonl
 
 

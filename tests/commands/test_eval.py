@@ -8,7 +8,7 @@ from qlora.commands.adapters import adapters
 from qlora.commands.eval import evaluate
 from qlora.commands.train import train
 from qlora.data.sources import File
-from qlora.errors import InputError
+from qlora.system.errors import InputError
 from tests.conftest import messages, write_jsonl
 
 

@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 from qlora import adapter, base_model
 from qlora.commands.export import export
 from qlora.commands.train import train
-from qlora.errors import InputError, ProofFailed
 from qlora.exporter import merge
 from qlora.recipe import Lora, Model, Quantization, Recipe
+from qlora.system.errors import InputError, ProofFailed
+from tests.adapter.test_adapter import KINDS
 from tests.conftest import CONVERSATIONS, MIXTURES, messages, write_jsonl
-from tests.test_adapter import KINDS
 
 OLD_ENOUGH = {"max_steps": 4, "learning_rate": 3e-2}
 
@@ -276,7 +276,7 @@ def test_a_vocabulary_that_another_tool_grew_is_exported_proven(tiny_model, tmp_
 def test_the_proof_is_whole_where_that_fits_and_says_its_bound_ahead(
     run, tmp_path, monkeypatch, capsys, free, expected
 ):
-    monkeypatch.setattr("qlora.memory.available_bytes", lambda device: free)
+    monkeypatch.setattr("qlora.system.memory.available_bytes", lambda device: free)
     report = export(run.path, tmp_path / "out")
     assert (report["verify"], report["verified"]) == (expected, True)
     said = capsys.readouterr().err

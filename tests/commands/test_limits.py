@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from qlora import chat, evaluate, export, train
-from qlora.errors import InputError
+from qlora.system.errors import InputError
 from tests.conftest import messages, write_jsonl
 
 LONG = {"messages": messages([("user", "x " * 600), ("assistant", "x")])}

@@ -16,8 +16,8 @@ from qlora.commands.export import export
 from qlora.commands.prepared import prepare
 from qlora.commands.train import train
 from qlora.data import chat as chat_format
-from qlora.errors import InputError
 from qlora.recipe import Recipe
+from qlora.system.errors import InputError
 from tests.conftest import messages, write_jsonl
 
 KEPT = "<|im_start|>"  # in the vocabulary already

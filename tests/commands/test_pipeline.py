@@ -15,10 +15,10 @@ from qlora.commands.eval import evaluate
 from qlora.commands.export import export
 from qlora.commands.plan import plan
 from qlora.commands.train import train
-from qlora.errors import DoesNotFit, InputError, ProofFailed
 from qlora.exporter import merge
 from qlora.recipe import Recipe
-from qlora.rundir import RunDir
+from qlora.runs.folder import RunDir
+from qlora.system.errors import DoesNotFit, InputError, ProofFailed
 from tests.conftest import CONVERSATIONS, FAMILIES, messages, write_jsonl
 
 

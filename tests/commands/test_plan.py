@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from qlora.commands.plan import plan
-from qlora.errors import InputError
 from qlora.recipe import Recipe
+from qlora.system.errors import InputError
 from tests.test_cli import qlora
 
 CONTRACT = {

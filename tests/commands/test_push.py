@@ -17,13 +17,14 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from qlora import adapter, base_model, cli, signals
+from qlora import adapter, base_model, cli
 from qlora.commands.eval import evaluate
 from qlora.commands.export import export
 from qlora.commands.push import push
 from qlora.commands.train import train
-from qlora.errors import InputError, Interrupted
 from qlora.recipe import Model, Recipe
+from qlora.system import signals
+from qlora.system.errors import InputError, Interrupted
 from tests.conftest import CONVERSATIONS, messages, write_jsonl
 
 # huggingface_hub 2.4 gives httpx2 a file by the old name of the argument

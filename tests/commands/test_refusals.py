@@ -4,7 +4,7 @@ import pytest
 
 from qlora import base_model
 from qlora.commands.train import train
-from qlora.errors import InputError
+from qlora.system.errors import InputError
 from tests.conftest import CHATML, make_tokenizer, messages, write_jsonl
 
 

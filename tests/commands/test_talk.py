@@ -10,9 +10,9 @@ import pytest
 import torch
 import transformers
 
-from qlora import signals
 from qlora.commands.chat import talk
-from qlora.errors import Interrupted
+from qlora.system import signals
+from qlora.system.errors import Interrupted
 from tests.conftest import CHATML, make_tokenizer
 
 STRICT = (

@@ -5,7 +5,7 @@ import transformers
 
 from qlora.data import IGNORE_INDEX, chat, examples
 from qlora.data.formats import Conversation
-from qlora.errors import InputError
+from qlora.system.errors import InputError
 from tests.conftest import CHATML, SPECIAL, encode, make_tokenizer, messages
 
 TURNS = [

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from qlora import data
 from qlora.data import chat
-from qlora.errors import InputError
 from qlora.recipe import Data
+from qlora.system.errors import InputError
 from tests.conftest import CONVERSATIONS, messages, write_jsonl
 
 ROWS = [{"messages": messages(turns)} for turns in CONVERSATIONS]

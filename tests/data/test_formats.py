@@ -3,7 +3,7 @@
 import pytest
 
 from qlora.data.formats import read, refuse_bad_columns, renamed, to_conversation
-from qlora.errors import InputError
+from qlora.system.errors import InputError
 
 USER, ANSWER = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
 

@@ -8,8 +8,8 @@ import pytest
 
 from qlora import base_model, data
 from qlora.data import chat, formats, sources
-from qlora.errors import InputError
 from qlora.recipe import Data, Model, Source
+from qlora.system.errors import InputError
 from tests.test_smollm2 import FOLDER, needs_model
 
 FILES = Path(__file__).parents[3] / "shared" / "data"

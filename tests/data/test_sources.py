@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora.data.sources import File, not_read, open_source
-from qlora.errors import InputError
 from qlora.recipe import Source
+from qlora.system.errors import InputError
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from qlora.data import sources, tokenized
-from qlora.errors import InputError
 from qlora.recipe import Source
+from qlora.system.errors import InputError
 from tests.conftest import CONVERSATIONS, make_tokenizer, messages, write_jsonl
 
 SETTINGS = {

@@ -15,9 +15,9 @@ import transformers
 from qlora import base_model
 from qlora.commands.export import export
 from qlora.commands.train import train
-from qlora.errors import InputError, ProofFailed
 from qlora.exporter import configs
 from qlora.recipe import Model
+from qlora.system.errors import InputError, ProofFailed
 from tests.conftest import CHATML, CONVERSATIONS
 
 OLD = ["transformers==4.57.3", "tokenizers==0.22.1", "huggingface-hub==0.36.0"]

@@ -18,10 +18,10 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 
 from qlora import base_model
 from qlora.data import chat
-from qlora.errors import InputError, ProofFailed
-from qlora.exporter import gguf as export_gguf
-from qlora.exporter import vocabulary
+from qlora.exporter.gguf import converter as export_gguf
+from qlora.exporter.gguf import vocabulary
 from qlora.recipe import Model
+from qlora.system.errors import InputError, ProofFailed
 from tests.conftest import CHATML, CONVERSATIONS, FAMILIES, SPECIAL, encode, make_tokenizer, messages
 from tests.data.families import BY_NAME
 

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 
 from qlora import adapter, base_model
 from qlora.adapter.tensors import Update
-from qlora.errors import InputError
 from qlora.exporter import merge, writer
 from qlora.exporter.reader import Reader
 from qlora.recipe import Model
+from qlora.system.errors import InputError
 
 ALL = {"llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
        "qwen2": ["q_proj", "v_proj", "down_proj"], "gpt2": ["c_attn", "c_proj", "c_fc"]}  # fmt: skip

@@ -8,10 +8,10 @@ from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from safetensors.torch import load_file, save_file
 
 from qlora import adapter, base_model
-from qlora.errors import InputError
 from qlora.exporter import merge
 from qlora.exporter.reader import Reader
 from qlora.recipe import Lora, Model, Quantization
+from qlora.system.errors import InputError
 from tests.conftest import FAMILIES
 
 

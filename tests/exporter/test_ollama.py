@@ -7,8 +7,8 @@ import subprocess
 import pytest
 
 from qlora.data import chat
-from qlora.errors import InputError
-from qlora.exporter import ollama, vocabulary
+from qlora.exporter.gguf import ollama, vocabulary
+from qlora.system.errors import InputError
 from tests.conftest import CHATML, messages
 from tests.data.families import BY_NAME, FAMILIES
 

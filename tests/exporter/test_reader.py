@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qlora.base_model import Checkpoint
-from qlora.errors import InputError
 from qlora.exporter.reader import Reader
 from qlora.exporter.writer import Spec, write
 from qlora.kernels.threads import Cores
+from qlora.system.errors import InputError
 
 TENSORS = {
     "odd": torch.arange(7, dtype=torch.uint8),  # so that what follows begins at no even place

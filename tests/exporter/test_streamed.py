@@ -15,11 +15,12 @@ import torch
 import transformers
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
-from qlora import adapter, base_model, metrics
+from qlora import adapter, base_model
 from qlora.data import Example
-from qlora.errors import ProofFailed
+from qlora.evaluation import metrics
 from qlora.exporter import merge, proof, streamed
 from qlora.recipe import Lora, Model, Quantization
+from qlora.system.errors import ProofFailed
 from tests.conftest import CONVERSATIONS, FAMILIES, encode, messages
 
 CPU = torch.device("cpu")

@@ -7,8 +7,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from qlora.errors import InputError
 from qlora.exporter.writer import Spec, parse_size, shards, write
+from qlora.system.errors import InputError
 
 TENSORS = {
     "a": torch.arange(6, dtype=torch.float16).reshape(2, 3),

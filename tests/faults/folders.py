@@ -8,7 +8,7 @@ import sys
 import pytest
 from safetensors.torch import load_file, save_file
 
-from qlora.errors import InputError
+from qlora.system.errors import InputError
 
 WEB_PAGE = "\n<!DOCTYPE html>\n<html><head><title>Log in</title></head></html>"
 POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 134215\n"

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qlora import adapter, bounded
+from qlora import adapter
 from qlora.commands.adapters import adapters
 from qlora.commands.chat import chat
 from qlora.commands.eval import evaluate
@@ -17,7 +17,8 @@ from qlora.commands.export import export
 from qlora.commands.subject import open_subject, switch
 from qlora.commands.train import train
 from qlora.commands.trained import open_trained
-from qlora.errors import InputError
+from qlora.system import bounded
+from qlora.system.errors import InputError
 from tests.conftest import CONVERSATIONS, messages, write_jsonl
 from tests.faults.folders import (
     DEEP,

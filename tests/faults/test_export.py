@@ -10,7 +10,7 @@ import pytest
 from qlora.commands import export as verb
 from qlora.commands.export import export
 from qlora.commands.train import train
-from qlora.errors import InputError
+from qlora.system.errors import InputError
 
 
 def contents(folder):

@@ -9,7 +9,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qlora import bounded
 from qlora.commands.chat import chat
 from qlora.commands.data import inspect_data
 from qlora.commands.eval import evaluate
@@ -17,8 +16,9 @@ from qlora.commands.export import export
 from qlora.commands.plan import plan
 from qlora.commands.train import train
 from qlora.data import chat as templates
-from qlora.errors import InputError
 from qlora.recipe import Recipe
+from qlora.system import bounded
+from qlora.system.errors import InputError
 from tests.conftest import CHATML, CONVERSATIONS, make_tokenizer, messages, write_jsonl
 from tests.faults.folders import (
     DEEP,

@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qlora import sft
+from qlora import training as sft
 from qlora.commands.train import train
-from qlora.errors import InputError, TrainingFailed
-from qlora.sft.watch import FEW, Watch
+from qlora.system.errors import InputError, TrainingFailed
+from qlora.training.watchdog import FEW, Watch
 from tests.conftest import CONVERSATIONS, messages, write_jsonl
 
 EACH_STEP = {"save_steps": 1, "save_total_limit": None, "per_device_train_batch_size": 1, "logging_steps": 1}

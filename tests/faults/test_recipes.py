@@ -1,6 +1,6 @@
 """Recipes and overrides that are wrong, hostile or hold a token: exit code 2, one message that names the place, in no time.
 
-What is merely odd still loads. Which value is wrong for which field is in tests/test_recipe.py where it is the field's own
+What is merely odd still loads. Which value is wrong for which field is in tests/recipe/test_recipe.py where it is the field's own
 rule; here is what no field may take, and what YAML, shells and people do to a file.
 """
 
@@ -14,9 +14,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qlora import cli, document
-from qlora.errors import InputError
-from qlora.recipe import Recipe
+from qlora import cli
+from qlora.recipe import Recipe, document
+from qlora.system.errors import InputError
 
 TOP = "model: {name_or_path: m}\ndata: {train: d.jsonl}\noutput_dir: o\n"  # three lines
 HF_TOKEN = "hf_" + "abcdEFGH" * 4

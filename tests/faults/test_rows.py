@@ -20,8 +20,8 @@ from qlora.commands.data import inspect_data
 from qlora.commands.train import train
 from qlora.data import sources, tokenized
 from qlora.data.sources import Row, open_source
-from qlora.errors import InputError
 from qlora.recipe import Source
+from qlora.system.errors import InputError
 from tests.conftest import write_jsonl
 from tests.data.test_properties import junk, rows
 

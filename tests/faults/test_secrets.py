@@ -12,8 +12,8 @@ import pytest
 
 import qlora
 from qlora import cli
-from qlora.errors import InputError
-from qlora.secrets import names_secret
+from qlora.system.errors import InputError
+from qlora.system.secrets import names_secret
 from tests.faults.test_recipes import PASSWORD, SECRETS, TOKENS
 
 NAMES = """HF_TOKEN HUGGING_FACE_HUB_TOKEN HUGGINGFACE_TOKEN WANDB_API_KEY AWS_ACCESS_KEY_ID AWS_SECRET_ACCESS_KEY

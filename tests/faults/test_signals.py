@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from qlora import signals
 from qlora.commands.train import train
-from qlora.errors import InputError, Interrupted
 from qlora.recipe import Recipe
-from qlora.rundir import alone, new_folder
+from qlora.system import signals
+from qlora.system.errors import InputError, Interrupted
+from qlora.system.storage import alone, new_folder
 from tests.conftest import CONVERSATIONS, messages, write_jsonl
 
 TERM, INT, KILL, HUP, NONE = signal.SIGTERM, signal.SIGINT, signal.SIGKILL, signal.SIGHUP, 0
@@ -48,11 +48,11 @@ STOPS = {
     ),
     "eval, loading": ("eval run", [("qlora.base_model:load", TERM)], 143, STOPPED),
     "eval, loading the adapter": ("eval run", [("qlora.adapter:load", INT)], 130, STOPPED),
-    "eval, the loss": ("eval run", [("qlora.metrics:mean_loss", INT)], 130, STOPPED),
-    "eval, answering": ("eval run", [("qlora.generate:_generate", TERM)], 143, STOPPED),
+    "eval, the loss": ("eval run", [("qlora.evaluation.metrics:mean_loss", INT)], 130, STOPPED),
+    "eval, answering": ("eval run", [("qlora.evaluation.generate:_generate", TERM)], 143, STOPPED),
     "eval, writing": ("eval run", [("qlora.commands.eval:write_json", TERM)], 143, STOPPED),
     "chat, loading": ("chat run --prompt x", [("qlora.base_model:load", INT)], 130, STOPPED),
-    "chat, answering": ("chat run --prompt x --max-new-tokens 4", [("qlora.generate:_until_stop", TERM)], 143, STOPPED),
+    "chat, answering": ("chat run --prompt x --max-new-tokens 4", [("qlora.evaluation.generate:_until_stop", TERM)], 143, STOPPED),
     "adapters": ("adapters .", [("qlora.commands.adapters:_entry", TERM)], 143, STOPPED),
     "export, planning": ("export run --out out", [("qlora.exporter.merge:plan", INT)], 130, LOST),
     "export, merging": ("export run --out out", [("qlora.exporter.merge:Merge._matrix", TERM)], 143, LOST),
@@ -65,7 +65,7 @@ STOPS = {
     "export, the card": ("export run export.verify=off --out out", [("qlora.commands.export:card", INT)], 130, LOST),
     "export, before the rename": ("export run export.verify=off --out out", [("os:rename", TERM)], 143, LOST),
     "export, after the rename": (
-        "export run export.verify=off --out out", [("os:rename", NONE), ("qlora.rundir:fsync", TERM)], 143, KEPT
+        "export run export.verify=off --out out", [("os:rename", NONE), ("qlora.system.storage:fsync", TERM)], 143, KEPT
     ),
     "export, llama.cpp's converter": (
         "export run export.verify=off --out out --gguf f16", [("subprocess:Popen.communicate", TERM)], 143, LOST,

@@ -21,8 +21,8 @@ from qlora.commands import train as train_verb
 from qlora.commands.eval import evaluate
 from qlora.commands.export import export
 from qlora.commands.train import train
-from qlora.errors import DoesNotFit, InputError
 from qlora.recipe import Recipe
+from qlora.system.errors import DoesNotFit, InputError
 from tests.conftest import CONVERSATIONS, messages, write_jsonl
 
 ODD = 'ein "Ordner" für \'s\nübrige -- ü ✓'  # of a folder: spaces, quotes, a line's end, and not in ASCII

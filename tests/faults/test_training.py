@@ -15,8 +15,8 @@ import pytest
 from safetensors.torch import load_file
 
 from qlora.commands.train import train
-from qlora.errors import InputError
-from qlora.rundir import RunDir
+from qlora.runs.folder import RunDir
+from qlora.system.errors import InputError
 from tests.conftest import messages, write_jsonl
 
 ROOT = Path(__file__).parents[2]
@@ -236,8 +236,8 @@ def test_a_fork_that_outlives_a_killed_trainer_does_not_keep_its_lock(tmp_path):
 
 
 def test_a_disk_that_is_full_leaves_the_checkpoints_that_are_there(recipe_file, monkeypatch, tmp_path):
-    from qlora import checkpoints
     from qlora.recipe import Recipe
+    from qlora.runs import checkpoints
 
     original, calls = checkpoints.save_file, iter(range(99))
 

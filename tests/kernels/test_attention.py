@@ -12,11 +12,11 @@ from torch.nn.attention.varlen import varlen_attn
 from qlora import adapter, base_model
 from qlora.commands.train import train
 from qlora.data import pack
-from qlora.errors import InputError
 from qlora.kernels import attention
 from qlora.kernels.attention import refuse_unsupported, within_documents
 from qlora.recipe import Lora
-from qlora.sft import join_rows
+from qlora.system.errors import InputError
+from qlora.training import join_rows
 from tests.conftest import CONVERSATIONS, FAMILIES, encode, messages
 
 PACKABLE = [family for family in FAMILIES if family != "gemma2"]

@@ -11,9 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from qlora import adapter, base_model
-from qlora.errors import InputError
 from qlora.kernels.checkpointing import Host, checkpointed
 from qlora.recipe import Lora
+from qlora.system.errors import InputError
 from tests.conftest import FAMILIES, VOCAB_SIZE
 
 WIDTH, NUM_LAYERS = 64, 2  # of the tiny families

@@ -9,10 +9,12 @@ import torch
 import transformers
 from bitsandbytes.optim import AdamW
 
-from qlora import adapter, base_model, kernels, memory, planner, sft
+from qlora import adapter, base_model, kernels, planner
+from qlora import training as sft
 from qlora.kernels import checkpointing
 from qlora.planner import speed
 from qlora.recipe import Lora, Model, Quantization, Training
+from qlora.system import memory
 
 _SHAPE = {
     "vocab_size": 512,

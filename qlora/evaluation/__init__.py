@@ -1,0 +1,1 @@
+"""Scores of answers and losses, and the answers themselves."""

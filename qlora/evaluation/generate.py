@@ -1,0 +1,99 @@
+"""Greedy answers from a model: many at once, or one that streams."""
+
+from __future__ import annotations
+
+import torch
+
+from .. import base_model
+from ..system.errors import InputError, Interrupted
+
+
+def answers(model, tokenizer, prompts, stops, max_new_tokens, batch_size=25, on_batch=None):
+    """Return the answer text to each prompt (lists of token ids), decoded greedily, in the order given.
+
+    Prompts of like length share a batch (padded on the left), whatever their order. on_batch(number of prompts) is
+    called after each. stops: ids that end an answer; not part of the text. Answers end at the model's last position.
+
+    Raises:
+        InputError: a prompt fills all positions of the model.
+    """
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    limits = [limit_of(model, prompt, max_new_tokens) for prompt in prompts]
+    texts = [""] * len(prompts)
+    while order:
+        batch = order[:batch_size] if limits[order[0]] == max_new_tokens else order[:1]  # near the end: each by itself
+        batch = [index for index in batch if limits[index] == limits[batch[0]]]
+        del order[: len(batch)]
+        longest = max(len(prompts[index]) for index in batch)
+        pads = [longest - len(prompts[index]) for index in batch]
+        rows = [[tokenizer.pad_token_id] * pad + list(prompts[index]) for pad, index in zip(pads, batch, strict=True)]
+        ids = torch.tensor(rows, device=model.device)
+        mask = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in pads], device=model.device)
+        output = _generate(model, tokenizer, ids, mask, stops, limits[batch[0]])
+        for index, row in zip(batch, output[:, longest:].tolist(), strict=True):
+            texts[index] = tokenizer.decode(_until_stop(row, stops), skip_special_tokens=True)
+        if on_batch is not None:
+            on_batch(len(batch))
+    return texts
+
+
+def limit_of(model, prompt, max_new_tokens):
+    """Return how many tokens an answer to `prompt` (token ids) can have: max_new_tokens, or up to the last position.
+
+    Raises:
+        InputError: the prompt leaves no position for an answer.
+    """
+    positions = base_model.num_positions(model.config)
+    if positions is None:
+        return max_new_tokens
+    if len(prompt) >= positions:
+        raise InputError(
+            f"the prompt is too long: {len(prompt):,} tokens, and the model has {positions:,} positions for prompt and "
+            "answer; shorten it"
+        )
+    return min(max_new_tokens, positions - len(prompt))
+
+
+def stream(model, tokenizer, prompt, stops, max_new_tokens, on_text, on_limit=None):
+    """Return the answer text to one prompt (token ids); on_text(piece) is called as words are finished.
+
+    on_limit(positions): called where the answer was cut short because the model has no more positions.
+
+    Raises:
+        InputError: the prompt fills all positions of the model.
+    """
+    from transformers import TextStreamer
+
+    class Streamer(TextStreamer):
+        def on_finalized_text(self, text, stream_end=False):
+            if text:
+                on_text(text)
+
+    limit = limit_of(model, prompt, max_new_tokens)
+    ids = torch.tensor([list(prompt)], device=model.device)
+    streamer = Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    try:
+        output = _generate(model, tokenizer, ids, torch.ones_like(ids), stops, limit, streamer)
+    except (KeyboardInterrupt, Interrupted):
+        streamer.end()  # what it holds back until a word is finished
+        raise
+    found = output[0, len(prompt) :].tolist()
+    kept = _until_stop(found, stops)
+    if on_limit is not None and limit < max_new_tokens and len(kept) == limit:
+        on_limit(len(prompt) + limit)
+    return tokenizer.decode(kept, skip_special_tokens=True)
+
+
+@torch.no_grad()
+def _generate(model, tokenizer, ids, mask, stops, max_new_tokens, streamer=None):
+    from transformers import GenerationConfig
+
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=sorted(stops), pad_token_id=tokenizer.pad_token_id
+    )
+    return model.generate(input_ids=ids, attention_mask=mask, generation_config=config, streamer=streamer)
+
+
+def _until_stop(ids, stops):
+    end = next((index for index, token in enumerate(ids) if token in stops), len(ids))
+    return ids[:end]

@@ -1,0 +1,1 @@
+"""GGUF for llama.cpp and a Modelfile for Ollama, each proven; optional."""

@@ -1,0 +1,84 @@
+"""What the model will see, as pieces of text and as one page of HTML that needs nothing else."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import jinja2
+import numpy as np
+
+from ..data.examples import IGNORE_INDEX
+
+BARS = 10
+
+
+def pieces(tokenizer, example, one_by_one=False):
+    """Return [(text, ids, trained, special), ...] of the row: its longest runs of one kind, or its tokens."""
+    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    tokens = [
+        (token, label != IGNORE_INDEX, token in special)
+        for token, label in zip(example.input_ids, example.labels, strict=True)
+    ]
+    if one_by_one:
+        groups = [[token] for token in tokens]
+    else:
+        groups = [list(group) for _, group in itertools.groupby(tokens, key=lambda token: token[1:])]
+    return [
+        (_visible(tokenizer.decode(ids)), ids, *group[0][1:]) for group in groups for ids in [[t for t, *_ in group]]
+    ]
+
+
+def _visible(text):
+    """A terminal must not obey what a row holds."""
+    return text.replace("\x1b", "␛")
+
+
+def histogram(lengths):
+    """Return [(from, to, rows), ...]: how many of `lengths`, an array, lie in each of BARS equal ranges up to the longest."""
+    step = -(-int(lengths.max()) // BARS)
+    counts = np.bincount(np.minimum((lengths - 1) // step, BARS - 1), minlength=BARS).tolist()
+    return [(index * step + 1, (index + 1) * step, count) for index, count in enumerate(counts)]
+
+
+def altered(source):
+    """Return lines on what of a source's rows is not in the conversations as it is in the file.
+
+    source: an entry of a report's "sources".
+    """
+    lines = []
+    if source["unused"]:
+        lines.append("unused keys: " + ", ".join(f"{key} ({count:,} rows)" for key, count in source["unused"].items()))
+    if source["rows_merged"]:
+        lines.append(f"{source['rows_merged']:,} rows had consecutive assistant messages merged into one turn")
+    if source["rows_without_thoughts"]:
+        lines.append(f"{source['rows_without_thoughts']:,} rows had their thoughts removed (data.thoughts=drop)")
+    if source["conversations_by_answer"]:
+        times = source["tokens_by_answer"] / source["tokens_of_conversations"]
+        lines.append(
+            f"{source['conversations_by_answer']:,} conversations became {source['answers_by_answer']:,} training rows, one per "
+            f"answer ({times:.1f}x the tokens): the template shows earlier turns differently once later ones follow, or an "
+            "answer's first characters would merge with the prompt; data.train_on=last_assistant trains on last answers only"
+        )
+    if source["rows_with_nulls"]:
+        lines.append(
+            f"{source['rows_with_nulls']:,} rows had null fields removed from tool calls or tool schemas (to keep them, "
+            "write arguments and tools as JSON strings)"
+        )
+    return lines
+
+
+def page(title, template, report, bars, max_length, rows):
+    """Return the HTML of a report. rows: [(where, pieces of the row), ...] to show."""
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    source = Path(__file__).with_name("data.html").read_text(encoding="utf-8")
+    return environment.from_string(source).render(
+        title=title,
+        template=template,
+        report=report,
+        altered=[(source["path"], altered(source)) for source in report["sources"]],
+        histogram=bars,
+        tallest=max(count for *_, count in bars),
+        max_length=max_length,
+        rows=[(where, [(text, trained, special) for text, _, trained, special in row]) for where, row in rows],
+    )

@@ -1,0 +1,199 @@
+"""What is wrong with a recipe, in words: line, field, what was found, what is allowed, and the name that was meant."""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import re
+import unicodedata
+from typing import Any
+
+from pydantic import BaseModel
+
+from ..system import secrets
+from ..system.errors import InputError
+from .document import HALF_A_CHARACTER
+
+NO_SECRETS = (
+    "looks like a token or password, which a recipe must not hold: it is copied into the run folder. Take it out (and renew "
+    "it, if others have seen the file); set HF_TOKEN in the environment, or log in once with `hf auth login`"
+)
+
+
+def refuse_secrets(where, values, lines):
+    """Raise InputError if a token or password stands in the nested `values`; before anything else, which might repeat it."""
+    exposed = [f"{_place(at, lines)}{dotted(at)}: {NO_SECRETS}" for at in _secrets(values)]
+    if exposed:
+        raise InputError.listing(where, exposed)
+
+
+def refuse_half_characters(where, values, lines):
+    """Raise InputError if a text in the nested `values` is no valid text: it could not be written into a run folder."""
+    wrong = [f"{_place(at, lines)}{dotted(at)}: {HALF_A_CHARACTER}" for at in _half_characters(values)]
+    if wrong:
+        raise InputError.listing(where, wrong)
+
+
+def _half_characters(node, at=()):
+    """Yield where in the nested `node` a text has half of a surrogate pair."""
+    if isinstance(node, (dict, list)):
+        for key, value in node.items() if isinstance(node, dict) else enumerate(node):
+            yield from _half_characters(value, (*at, key))
+    elif isinstance(node, str) and re.search("[\ud800-\udfff]", node):
+        yield at
+
+
+def refusal(where, error, values, lines, schema):
+    """Return the InputError for pydantic's ValidationError `error` of `values` as a `schema`, a class of sections."""
+    problems = _one_a_field(error.errors(include_url=False), values)
+    explained = (_explain(problem, lines, schema) for problem in problems)
+    return InputError.listing(where, list(itertools.islice(explained, 20)), total=len(problems))
+
+
+def _secrets(node, at=()):
+    """Yield where in the nested `node` a key or text is, or is named like, a token or password."""
+    for key, value in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
+        here = (*at, key)
+        named = isinstance(key, str) and secrets.names_secret(key) and value is not None
+        if named or any(isinstance(text, str) and secrets.is_secret(text) for text in (key, value)):
+            yield here
+        else:
+            yield from _secrets(value, here)
+
+
+def _one_a_field(problems, values):
+    """Return pydantic's problems, those of the members of a union joined: what a deeper one explains, and one a field."""
+    found: dict[tuple, Any] = {}
+    for problem in problems:
+        at = _location(problem["loc"], values)
+        if at in found:
+            found[at] |= {"msg": f"{found[at]['msg']} or {said(problem).removeprefix('should be ')}", "type": "union"}
+        else:
+            found[at] = problem | {"loc": at, "msg": said(problem)}
+    inner = {at[:end] for at in found for end in range(len(at))}
+    return [problem for at, problem in found.items() if at not in inner or not problem["type"].endswith("_type")]
+
+
+def _location(parts, values):
+    """Return the place in `values` without what pydantic adds to it: the tried members of a union, and [key]."""
+    node, kept = values, []
+    for part in parts:
+        there = part in node if isinstance(node, dict) else isinstance(part, int)
+        tag = isinstance(part, str) and re.match(r"(str|bool)$|literal|constrained-|function-|list\[|\[key\]", part)
+        if there or not tag:
+            kept.append(part)
+        if there:
+            node = node[part] if isinstance(node, dict) or (isinstance(node, list) and part < len(node)) else None
+    return tuple(kept)
+
+
+_TYPES = {
+    "model_type": "should be fields with values (leave it out for the defaults)",
+    "bool_type": "should be true or false",
+    "string_type": "should be a valid string (in quotes, if it looks like something else)",
+}
+
+
+def said(problem):
+    """Return what one problem of pydantic says, as a sentence about the value."""
+    if problem["type"] == "literal_error":
+        return f"should be {problem['ctx']['expected'].replace(' or ', ', ')}"
+    message = problem["msg"].removeprefix("Value error, ").replace("Input should be", "should be")
+    return _TYPES.get(problem["type"], message)
+
+
+def _explain(problem, lines, schema):
+    """Return one line for one problem of pydantic: line, dotted field, what was found, what to do."""
+    location, place, field = problem["loc"], _place(problem["loc"], lines), dotted(problem["loc"]) or "recipe"
+    kind, found = problem["type"], problem.get("input")
+    if kind == "extra_forbidden":
+        return f"{place}{field}: unknown field{_did_you_mean(location, schema)}"
+    if kind == "missing":
+        return f"{place}{field}: required, but not given"
+    if kind == "literal_error":
+        return f"{place}{field}: {shown(found)} is not one of {problem['ctx']['expected'].replace(' or ', ', ')}"
+    return f"{place}{field}: {problem['msg']}" + ("" if isinstance(found, dict) else f", found {shown(found)}")
+
+
+def _place(location, lines):
+    known = next((lines[location[:end]] for end in range(len(location), 0, -1) if location[:end] in lines), None)
+    return {None: "", "override": "override  "}.get(known, f"line {known}  ")
+
+
+def dotted(location):
+    """Return the place in the recipe as text; what is not plain in it is quoted, with the characters that look like others."""
+    return ".".join(
+        str(part) if isinstance(part, int) or re.fullmatch(r"[!-~]{1,80}", str(part)) else shown(str(part), ascii)
+        for part in location
+    )
+
+
+def shown(value, written=repr):
+    """Return the value as text of 120 characters at most."""
+    text = written(value)
+    return text if len(text) <= 120 else f"{text[:80]}... ({len(text):,} characters)"
+
+
+def _fields(section):
+    """Return {dotted name: section class or None} of a section class's own fields."""
+    return {
+        name: next((kind for kind in _kinds(field.annotation) if issubclass(kind, BaseModel)), None)
+        for name, field in section.model_fields.items()
+    }
+
+
+def _kinds(annotation):
+    """Return the classes that an annotation is made of: those in list[...] and X | None, too."""
+    arguments = getattr(annotation, "__args__", ())
+    if not arguments:
+        return [annotation] if isinstance(annotation, type) else []
+    return [kind for argument in arguments for kind in _kinds(argument)]
+
+
+# what other tools call it
+_SYNONYMS = {
+    "rank": "lora.r",
+    "alpha": "lora.lora_alpha",
+    "dropout": "lora.lora_dropout",
+    "lr": "training.learning_rate",
+    "epochs": "training.num_train_epochs",
+    "batch_size": "training.per_device_train_batch_size",
+    "cutoff_len": "data.max_length",
+    "max_seq_length": "data.max_length",
+    "train_on_inputs": "data.train_on",
+    "neat_packing": "data.packing",
+    "sample_packing": "data.packing",
+    "base_model": "model.name_or_path",
+}
+
+
+def _did_you_mean(location, schema):
+    section: Any = schema
+    for part in location[:-1]:
+        section = section if isinstance(part, int) else _fields(section).get(part) or section
+    name, prefix = _plain_letters(location[-1]), "".join(f"{part}." for part in location[:-1])
+    here = {field: f"{prefix}{field}" for field in section.model_fields}
+    if name in here:
+        return f"; did you mean {here[name]}?"
+    sections = {parent: kind for parent, kind in _fields(schema).items() if kind}
+    if name in schema.model_fields:
+        return f"; did you mean {name}, which is a top-level field?"
+    inside = {
+        f"{parent}.{field}": kind for parent in sections for field, kind in _fields(sections[parent]).items() if kind
+    }
+    elsewhere = {}
+    for parent, kind in [*reversed(inside.items()), *sections.items()]:  # what comes later is the likelier place
+        elsewhere |= {f"{parent}_{field}": f"{parent}.{field}" for field in kind.model_fields}
+        elsewhere |= {field: f"{parent}.{field}" for field in kind.model_fields}
+    known = elsewhere | _SYNONYMS
+    if name in known:
+        return f"; did you mean {known[name]}?"
+    here |= {other: field for other, field in _SYNONYMS.items() if field in here.values()}
+    near = difflib.get_close_matches(name[:80], here, n=1, cutoff=0.4)
+    return f"; did you mean {here[near[0]]}?" if near else f"; known here: {', '.join(section.model_fields)}"
+
+
+def _plain_letters(name):
+    """Return the name in lower case, words joined by _, without look-alikes of Unicode as far as it knows them."""
+    text = "".join(letter for letter in unicodedata.normalize("NFKC", str(name)) if letter.isprintable())
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", text.strip()).replace("-", "_").lower()

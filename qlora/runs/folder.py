@@ -1,0 +1,150 @@
+"""The run folder: where each file is, and what makes a run complete.
+
+recipe.yaml       the resolved recipe, copied first
+environment.json  versions, device, base-model and data hashes
+adapter/          PEFT format, tokenizer, chat template; appears by rename, so a folder is either whole or absent;
+                  manifest.json in it has the hashes of the others and of the base
+adapter-step-20/  what adapter/ was, with its eval.json, before a finished run was continued
+checkpoints/      step-20/ and so on, see checkpoints.py; appear by rename too
+lock              held by the process that trains here; holds its number
+memory.json       layers that were checkpointed, and the memory that was predicted and measured; also after running out
+metrics.jsonl     one JSON object a logged step; TensorBoard events in tensorboard/
+proof_rows.json   token ids of the rows that export's proof uses, so that it needs no data file
+data_report.json
+eval.json         the score on the run's own held-out rows, and what they were
+evals/            scores on other rows, never taken for the run's own
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shlex
+import shutil
+import uuid
+from pathlib import Path
+
+from ..system.errors import InputError, Interrupted
+from ..recipe import Recipe
+from ..system.storage import locked, refuse_nonempty, write_text
+
+
+class RunDir:
+    """Paths of one run folder."""
+
+    def __init__(self, path):
+        self.path = Path(path)
+        self.recipe_file = self.path / "recipe.yaml"
+        self.environment_file = self.path / "environment.json"
+        self.adapter = self.path / "adapter"
+        self.metrics_file = self.path / "metrics.jsonl"
+        self.memory_file = self.path / "memory.json"
+        self.tensorboard = self.path / "tensorboard"
+        self.data_report_file = self.path / "data_report.json"
+        self.proof_rows_file = self.path / "proof_rows.json"
+        self.eval_file = self.path / "eval.json"
+        self.evals = self.path / "evals"
+        self.checkpoints = self.path / "checkpoints"
+        self.lock_file = self.path / "lock"
+
+    @classmethod
+    @contextlib.contextmanager
+    def create(cls, recipe: Recipe):
+        """Yield a new run folder at `recipe.output_dir` that holds the resolved recipe, locked while the block runs.
+
+        Nothing of it is left where the block finds an input wrong, or is interrupted, before training has begun.
+
+        Raises:
+            InputError: it holds something already, is a file, or cannot be written; or another process has it.
+        """
+        run = cls(recipe.output_dir)
+        run.refuse_used()
+        made = not run.path.exists()
+        try:
+            run.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"output_dir {run.path}: {error.strerror}; choose another folder") from None
+        with run.locked():
+            run.refuse_used()  # another process may have come first
+            run.write_recipe(recipe)
+            try:
+                yield run
+            except (InputError, Interrupted):
+                if not run.metrics_file.exists():
+                    run._remove(made)
+                raise
+
+    def _remove(self, folder_too):
+        """Remove the files of a run that has not begun to train."""
+        mine = (self.recipe_file, self.environment_file, self.data_report_file, self.proof_rows_file, self.memory_file)
+        for file in (*mine, self.lock_file):
+            file.unlink(missing_ok=True)
+        if folder_too and not any(self.path.iterdir()):
+            self.path.rmdir()
+
+    def write_recipe(self, recipe):
+        try:
+            write_text(self.recipe_file, recipe.to_yaml())
+        except OSError as error:
+            raise InputError(f"output_dir {self.path}: {error.strerror}; choose another folder") from None
+
+    @contextlib.contextmanager
+    def locked(self):
+        """Have this folder alone while the block runs. The lock goes with the process, however that ends.
+
+        Raises:
+            InputError: another process has it; names its number.
+        """
+        with locked(self.lock_file, f"output_dir {self.path}", "set output_dir=ANOTHER_FOLDER"):
+            yield
+
+    def refuse_used(self):
+        """Raise InputError if a new run cannot start here."""
+        if self.recipe_file.exists() and not self.adapter.exists():
+            there = any(self.checkpoints.glob("step-*"))
+            command = f"qlora train {shlex.quote(str(self.recipe_file))} --resume"
+            resume = f"resume it with `{command}`, " if there else ""
+            raise InputError(
+                f"output_dir {self.path} contains an unfinished run; {resume}remove it or set output_dir=ANOTHER_FOLDER"
+            )
+        if not (self.path.is_dir() and {path.name for path in self.path.iterdir()} == {self.lock_file.name}):
+            refuse_nonempty(self.path, "output_dir")
+
+    @classmethod
+    def is_run(cls, path):
+        """True if `path` is a run folder, finished or not (a model folder has config.json and no recipe.yaml)."""
+        return (Path(path) / "recipe.yaml").is_file()
+
+    @classmethod
+    def open(cls, path):
+        """Return the finished run in `path`; raises InputError if there is none."""
+        run = cls(path)
+        if not run.path.exists():
+            raise InputError(f"no run at {path}; `qlora train RECIPE` makes one")
+        if not run.recipe_file.is_file():
+            raise InputError(f"{path} is not a run folder: it has no recipe.yaml")
+        if not run.adapter.is_dir():
+            raise InputError(f"{path} did not finish training: it has no adapter/")
+        return run
+
+    def recipe(self):
+        return Recipe.load(self.recipe_file)
+
+    def environment(self):
+        return self._read(self.environment_file)
+
+    def records(self):
+        """Return the objects in metrics.jsonl, one per line; OSError or ValueError if they cannot be read."""
+        return [json.loads(line) for line in self.metrics_file.read_text(encoding="utf-8").splitlines()]
+
+    def proof_rows(self):
+        return self._read(self.proof_rows_file)
+
+    def _read(self, file):
+        try:
+            return json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"{file}: {error}; the run folder is damaged") from None

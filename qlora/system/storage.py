@@ -1,0 +1,219 @@
+"""Files and folders that are whole or absent, whatever happens while they are written; locks; hashes."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from pathlib import Path
+
+from .errors import InputError
+
+
+def write_json(path, value):
+    """Write `value` to `path` as JSON, atomically; a non-finite number is an error, never `NaN`."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_text(path, text):
+    """Write `text` to `path` atomically."""
+    partial = Path(f"{path}.partial")
+    try:
+        with open(partial, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def sha256(path):
+    """Return the hex SHA-256 of a file, read in pieces of 1 MiB."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def listed(path):
+    """Return the manifest entry of a file: {"bytes", "sha256"}."""
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
+
+
+def free_disk_bytes(path):
+    """Return the free bytes on the disk of `path`, which need not exist yet."""
+    path = Path(path).absolute()
+    return shutil.disk_usage(next(place for place in (path, *path.parents) if place.exists())).free
+
+
+@contextlib.contextmanager
+def new_folder(out, shared=False):
+    """Yield `OUT.partial` to fill; rename it to `out` when the block ends well, remove it when it does not.
+
+    Nothing that looks whole is ever at `out`. A leftover of a killed process is replaced. shared: other processes may
+    be making the same folder; each fills one of its own, and the first is kept (OSError for the others).
+    """
+    out = Path(out)
+    partial = out.with_name(f"{out.name}{f'.{uuid.uuid4().hex}' if shared else ''}.partial")
+    try:
+        for leftover in [partial] if shared else _leftovers(out):
+            shutil.rmtree(leftover, ignore_errors=True)
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise InputError(f"cannot write {out}: {error.strerror}; choose another folder") from None
+    try:
+        yield partial
+        for path in [*partial.rglob("*"), partial]:
+            fsync(path)
+        if out.is_dir():
+            out.rmdir()  # an empty folder that the user made; a filled one was refused before
+        os.rename(partial, out)
+        fsync(out.absolute().parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def fsync(path):
+    """Return once the content of a file, or the entries of a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def scratch_folder(beside):
+    """Yield a new folder beside `beside`, in the same file system, that is removed at the end of the block."""
+    folder = Path(beside).with_name(f"{Path(beside).name}.scratch")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _leftovers(out):
+    """Return the temporary folders used to make `out`, where a killed process may have left something."""
+    partial = Path(f"{out}.partial")
+    return [partial, Path(f"{partial}.scratch")]
+
+
+def _lock_of(out):
+    return Path(f"{out}.partial.lock")
+
+
+def leftover_bytes(out):
+    """Return the bytes that a killed process left beside `out`; making `out` again removes them."""
+    files = [path for folder in _leftovers(out) for path in folder.rglob("*") if path.is_file()]
+    return sum(path.stat().st_blocks * 512 for path in files)
+
+
+def refuse_inside(out, inputs):
+    """Raise InputError where making `out` would change one of the folders `inputs`."""
+    for folder in inputs:
+        if folder.resolve() in Path(out).resolve().parents:
+            raise InputError(f"{out} is inside {folder}, which is an input; choose another folder")
+
+
+def refuse_partial(out, inputs):
+    """Raise InputError where making `out` would remove one of `inputs`, as the leftover of a killed process."""
+    for place in [*_leftovers(out), _lock_of(out)]:
+        for path in inputs:
+            if place.exists() and place.resolve() in [path.resolve(), *path.resolve().parents]:
+                raise InputError(
+                    f"{out}: it is written as {place}, which would replace the input {path}; choose another folder"
+                )
+
+
+def refuse_nonempty(out, what):
+    """Raise InputError unless `out` is absent or an empty folder."""
+    out = Path(out)
+    if out.is_symlink():
+        raise InputError(f"{out} is a symbolic link to {out.readlink()}; give {what} the folder itself, new or empty")
+    if out.is_dir() and any(out.iterdir()):
+        raise InputError(f"{out} is not empty; {what} never overwrites: remove it or choose another folder")
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out} is a file; choose another folder for {what}")
+
+
+_held: set = set()  # files of the locks that this process holds
+
+
+def _let_go():
+    """Release the lock in a fork: it belongs to the parent, and must not outlive it."""
+    for file in _held:
+        file.close()
+
+
+os.register_at_fork(after_in_child=_let_go)
+
+
+@contextlib.contextmanager
+def locked(path, what, remedy):
+    """Hold the lock file `path`, with this process' number in it, while the block runs. The lock goes with the process,
+    however that ends. The block may remove the file.
+
+    what: is locked by it, for the message. remedy: other than to wait.
+
+    Raises:
+        InputError: another process has it; names its number. Or it cannot be written.
+    """
+    while True:
+        try:
+            file = open(path, "a+", encoding="utf-8")  # noqa: SIM115
+        except OSError as error:
+            raise InputError(f"{what}: {error.strerror}; choose another folder") from None
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                number = file.read().strip() or "?"
+                raise InputError(f"{what} is in use by process {number}; wait for it, or {remedy}") from None
+            except OSError as error:
+                raise InputError(f"{path}: {error.strerror}; this file system has no locks") from None
+            if not os.fstat(file.fileno()).st_nlink:
+                continue  # its owner has removed it in between
+            _held.add(file)
+            file.truncate(0)
+            file.write(f"{os.getpid()}\n")
+            file.flush()
+            try:
+                yield
+            finally:
+                _held.discard(file)
+                fcntl.flock(file, fcntl.LOCK_UN)
+            return
+
+
+@contextlib.contextmanager
+def alone(out, what):
+    """Hold the lock on making `out` while the block runs; `out` is new or empty when the block begins.
+
+    Raises:
+        InputError: another process makes it, or has made it; or its parent cannot be written.
+    """
+    out = Path(out)
+    lock_file = _lock_of(out)
+    try:
+        out.absolute().parent.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise InputError(f"cannot write {out}: {error.filename} is a file; choose another folder") from None
+    except OSError as error:
+        raise InputError(f"cannot write {out}: {error.strerror}; choose another folder") from None
+    with locked(lock_file, out, "choose another folder"):
+        try:
+            refuse_nonempty(out, what)
+            yield
+        finally:
+            lock_file.unlink(missing_ok=True)

@@ -1,0 +1,40 @@
+"""Answers do not depend on who shares the batch, and end where the model stops."""
+
+import pytest
+import torch
+
+from qlora.evaluation import generate
+
+
+@pytest.fixture
+def prompts(tokenizer):
+    texts = ["What is 1 plus 2?", "Hi", "Say something long, please, about 3 and 4 and 5.", "?"]
+    return [tokenizer(text).input_ids for text in texts]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_batch_answers_as_one_prompt_alone(load_model, tokenizer, prompts, family):
+    model = load_model(family, None).float()  # float32: in bf16 near-ties depend on the batch shape
+    alone = [generate.answers(model, tokenizer, [prompt], {2}, 12)[0] for prompt in prompts]
+    batch_counts = []
+    together = generate.answers(model, tokenizer, prompts, {2}, 12, batch_size=3, on_batch=batch_counts.append)
+    assert together == alone
+    assert batch_counts == [3, 1]
+    assert len(set(alone)) > 1
+
+
+def test_a_stop_token_ends_the_answer_and_is_not_part_of_it(load_model, tokenizer, prompts):
+    model = load_model("llama", None).float()
+    full = model.generate(torch.tensor([prompts[0]]), max_new_tokens=6, do_sample=False, eos_token_id=None)
+    ids = full[0, len(prompts[0]) :].tolist()
+    stop = ids[3]
+    expected = tokenizer.decode(ids[: ids.index(stop)], skip_special_tokens=True)
+    assert generate.answers(model, tokenizer, [prompts[0]], {stop}, 6) == [expected]
+
+
+def test_streaming_gives_the_same_text_in_pieces(load_model, tokenizer, prompts):
+    model = load_model("llama", None).float()
+    pieces = []
+    text = generate.stream(model, tokenizer, prompts[2], {2}, 12, pieces.append)
+    assert text == generate.answers(model, tokenizer, [prompts[2]], {2}, 12)[0]
+    assert "".join(pieces).strip() == text.strip()

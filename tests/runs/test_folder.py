@@ -1,0 +1,105 @@
+"""A folder is whole or absent, and nothing of the user's is overwritten."""
+
+import os
+
+import pytest
+
+from qlora.system.errors import DoesNotFit, InputError, Interrupted
+from qlora.runs.folder import RunDir
+from qlora.system.storage import new_folder, refuse_nonempty, write_json
+
+
+def test_a_new_folder_appears_only_when_the_block_ends_well(tmp_path):
+    out = tmp_path / "out"
+    with new_folder(out) as folder:
+        (folder / "file").write_text("x")
+        assert not out.exists()
+    assert (out / "file").read_text() == "x"
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_a_failed_block_leaves_nothing(tmp_path):
+    def fail():
+        with new_folder(tmp_path / "out") as folder:
+            (folder / "file").write_text("x")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_leftover_of_a_killed_process_is_replaced(tmp_path):
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "stale").write_text("x")
+    with new_folder(tmp_path / "out") as folder:
+        assert list(folder.iterdir()) == []
+
+
+def test_folder_follows_the_umask(tmp_path):
+    old = os.umask(0o027)
+    try:
+        with new_folder(tmp_path / "out"):
+            pass
+    finally:
+        os.umask(old)
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o750
+
+
+def test_files_of_the_user_are_never_overwritten(tmp_path):
+    (tmp_path / "mine").write_text("x")
+    with pytest.raises(InputError, match="not empty"):
+        refuse_nonempty(tmp_path, "export")
+    with pytest.raises(InputError, match="is a file"):
+        refuse_nonempty(tmp_path / "mine", "export")
+
+
+def test_a_number_that_is_not_finite_is_never_written_as_json(tmp_path):
+    with pytest.raises(ValueError, match="JSON compliant"):
+        write_json(tmp_path / "x.json", {"loss": float("nan")})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_did_not_finish_is_named_as_such(tmp_path, make_recipe):
+    recipe = make_recipe(output_dir=str(tmp_path / "run"))
+    with RunDir.create(recipe):
+        pass
+    with pytest.raises(InputError, match="contains an unfinished run"), RunDir.create(recipe):
+        pass
+    with pytest.raises(InputError, match="did not finish"):
+        RunDir.open(tmp_path / "run")
+
+
+def test_an_output_dir_that_cannot_be_made_is_an_input_error(tmp_path, make_recipe):
+    (tmp_path / "file").write_text("x")
+    for folder, expected in (("file/run", "choose another folder"), ("file", "is a file")):
+        with pytest.raises(InputError, match=expected), RunDir.create(make_recipe(output_dir=str(tmp_path / folder))):
+            pass
+
+
+def fail(recipe, error, name):
+    """Begin a run that writes the file `name` of its folder, and ends with `error`."""
+    with RunDir.create(recipe) as run:
+        getattr(run, name).write_text("{}")
+        raise error
+
+
+@pytest.mark.parametrize("error", [InputError("wrong"), Interrupted(15)])
+def test_a_run_that_has_not_begun_to_train_leaves_nothing(tmp_path, make_recipe, error):
+    recipe, folder = make_recipe(output_dir=str(tmp_path / "run")), tmp_path / "run"
+    with pytest.raises(type(error)):
+        fail(recipe, error, "environment_file")
+    assert not folder.exists()
+    folder.mkdir()  # of the user
+    with pytest.raises(type(error)):
+        fail(recipe, error, "environment_file")
+    assert list(folder.iterdir()) == []
+    with pytest.raises(type(error)):
+        fail(recipe, error, "metrics_file")
+    assert RunDir(folder).recipe_file.exists()
+
+
+def test_what_was_measured_before_memory_ran_out_is_kept(tmp_path, make_recipe):
+    with pytest.raises(DoesNotFit):
+        fail(make_recipe(output_dir=str(tmp_path / "run")), DoesNotFit(""), "memory_file")
+    assert RunDir(tmp_path / "run").memory_file.exists()

@@ -221,7 +221,7 @@ def _as_in_chat(talk, index):
     if at < 0 or text[:at] != marked[:at]:
         what = "the thoughts of " if words.thoughts_and_words(answer)[0].strip() else ""
         raise ValueError(
-            f"the chat template has no place for {what}message {index} after the prompt that chat shows; "
+            f"the chat template does not continue the prompt that chat shows with {what}message {index}; "
             f"{'remove them with data.thoughts=drop, or ' if what else ''}give another data.chat_template"
         )
     if re.search(r"<think>\s*$", prompt):  # the thought is open: what it says, be it nothing, and its end come first

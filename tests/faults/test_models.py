@@ -441,7 +441,7 @@ def test_a_row_that_the_template_refuses_is_named_by_its_line(tiny_model, tmp_pa
 def test_a_template_that_is_never_the_same_twice_is_not_trained_on(tiny_model, rows, tmp_path, first):
     model = shutil.copytree(tiny_model("llama"), tmp_path / "model")
     (model / "chat_template.jinja").write_text(first + CHATML)
-    with pytest.raises(InputError, match="differently in the whole conversation than in chat"):
+    with pytest.raises(InputError, match="does not continue the prompt that chat shows with message 1"):
         inspect_data(recipe_of(model, rows, tmp_path / "out"))
 
 

@@ -79,7 +79,8 @@ def test_a_part_of_a_call_that_a_template_leaves_out_is_missed(name, lost):
     message = f"{{'role': 'assistant', 'content': '', 'tool_calls': [{call}]}}"
     tokenizer = with_messages(name, f"messages[:1] + [{message}][:messages[1:] | length] + messages[2:]")
     with pytest.raises(
-        ValueError, match=r"leaves the call of get_weather out, or a part of it|does not continue the prompt that chat shows with message 1"
+        ValueError,
+        match=r"leaves the call of get_weather out, or a part of it|does not continue the prompt that chat shows with message 1",
     ):
         encode(tokenizer, Conversation(messages, _TOOLS))
 

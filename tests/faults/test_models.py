@@ -356,7 +356,11 @@ def doubling(start, following, shown=""):
 
 TREE = "{% macro m(n) %}{% if n %}{{ m(n-1) }}{{ m(n-1) }}{% else %}x{% endif %}{% endmacro %}{{ m(40) }}"
 LOOPS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
-RUNS, TAKES, MAKES = "was still running after", "asks for more than 64 MiB", "makes [0-9,]+ characters"
+RUNS, TAKES, MAKES = (
+    "was still running after",
+    "needs more than 64 MiB",
+    "turns one conversation into [0-9,]+ characters",
+)
 OUT_OF_THE_SANDBOX = "does something a template must not do: access to attribute '__class__'"
 
 TEMPLATES = {
@@ -385,8 +389,8 @@ TEMPLATES = {
     "a name that is none": ("{{ foo.bar }}", "refuses this conversation: 'foo' is undefined"),
     "a message that is none": ("{{ messages[99].content }}", "refuses this conversation: list object has no element 99"),
     "a division by zero": ("{{ 1 // 0 }}", "refuses this conversation: ZeroDivisionError"),
-    "no contents": ("{% for m in messages %}{{ m.role }}{% endfor %}", "leaves words out|leaves out 1 of the 1 messages"),
-    "always the same": ("hello", "leaves words out|leaves out 1 of the 1 messages"),
+    "no contents": ("{% for m in messages %}{{ m.role }}{% endfor %}", "leaves message 0 \\(user\\) out"),
+    "always the same": ("hello", "leaves message 0 \\(user\\) out"),
 }  # fmt: skip
 SOURCES = ["data, own", "data, recipe", "chat, own"]
 EVERYWHERE = ["nested loops", "a longer one", "a class", "half a block", "a refusal", "no contents"]

@@ -14,8 +14,7 @@ import time
 
 import torch
 
-from qlora import adapter, base_model, kernels
-from qlora import training as sft
+from qlora import adapter, base_model, kernels, training
 from qlora.commands.console import hush_libraries
 from qlora.kernels import attention
 from qlora.recipe import Recipe
@@ -56,7 +55,7 @@ def step(model, inputs, lean):
     begin = time.perf_counter()
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         if device.type == "cpu":
-            loss = sft.loss_of_trained_positions(model, inputs, None, lean)
+            loss = training.loss_of_trained_positions(model, inputs, None, lean)
         else:
             loss = model(**inputs, use_cache=False).loss
     loss.backward()
@@ -85,7 +84,7 @@ def main():
         generator=torch.Generator().manual_seed(0),
     ).tolist()
     rows = [{"input_ids": row, "labels": [-100] * (len(row) // 2) + row[len(row) // 2 :]} for row in ids]
-    inputs = {k: v.to(model.device) if torch.is_tensor(v) else v for k, v in sft.join_rows(rows).items()}
+    inputs = {k: v.to(model.device) if torch.is_tensor(v) else v for k, v in training.join_rows(rows).items()}
     found = {name: [] for name in VARIANTS}
     for _ in range(args.rounds):
         for name, names in VARIANTS.items():

@@ -15,7 +15,7 @@ RATES = [1e-3, 1e-4, 1e-5]
 
 
 class NoMasters:
-    """Stands in for sft.MasterWeights: gradients and steps in the model's own bf16."""
+    """Stands in for training.MasterWeights: gradients and steps in the model's own bf16."""
 
     def __init__(self, live):
         self.live = self.masters = live
@@ -35,10 +35,9 @@ def run(args, learning_rate, masters):
     """Return (mean loss of the last ten steps, share of A that moved)."""
     import torch
 
-    from qlora import Recipe, adapter, train
-    from qlora import training as sft
+    from qlora import Recipe, adapter, train, training
 
-    sft.trainer.MasterWeights = masters
+    training.trainer.MasterWeights = masters
     start = {}
     attach = adapter.attach
 
@@ -84,9 +83,9 @@ def main():
     from qlora.commands.console import hush_libraries
 
     hush_libraries()
-    from qlora import training as sft
+    from qlora import training
 
-    sides = (("float32 masters", sft.MasterWeights), ("bf16 only", NoMasters))
+    sides = (("float32 masters", training.MasterWeights), ("bf16 only", NoMasters))
     for learning_rate in args.rates:
         for name, masters in sides:
             loss, moved = run(args, learning_rate, masters)

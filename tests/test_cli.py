@@ -101,9 +101,9 @@ def test_a_failed_proof_exits_4(recipe_file, tmp_path):
 
 def test_out_of_memory_exits_3_with_a_remedy(recipe_file):
     code = (
-        "import sys, torch; from qlora import sft\n"
+        "import sys, torch; from qlora import training\n"
         "def full(*args, **kwargs): raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB')\n"
-        f"sft.train = full; sys.argv = ['qlora', 'train', {str(recipe_file)!r}]\n"
+        f"training.train = full; sys.argv = ['qlora', 'train', {str(recipe_file)!r}]\n"
         "from qlora.cli import main; main()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

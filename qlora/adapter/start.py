@@ -222,4 +222,4 @@ def _split_off(peft_model, kind):
         A.held, B.held = (
             (slice(rank, None),),
             (slice(None), slice(rank, None)),
-        )  # sft.MasterWeights keeps these as they are
+        )  # training.MasterWeights keeps these as they are

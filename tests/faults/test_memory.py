@@ -16,7 +16,8 @@ import resource, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from qlora import base_model, sft
+from qlora import base_model
+from qlora import training as sft
 from qlora.cli import main
 
 def limit(room):

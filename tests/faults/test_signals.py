@@ -52,7 +52,9 @@ STOPS = {
     "eval, answering": ("eval run", [("qlora.evaluation.generate:_generate", TERM)], 143, STOPPED),
     "eval, writing": ("eval run", [("qlora.commands.eval:write_json", TERM)], 143, STOPPED),
     "chat, loading": ("chat run --prompt x", [("qlora.base_model:load", INT)], 130, STOPPED),
-    "chat, answering": ("chat run --prompt x --max-new-tokens 4", [("qlora.evaluation.generate:_until_stop", TERM)], 143, STOPPED),
+    "chat, answering": (
+        "chat run --prompt x --max-new-tokens 4", [("qlora.evaluation.generate:_until_stop", TERM)], 143, STOPPED
+    ),
     "adapters": ("adapters .", [("qlora.commands.adapters:_entry", TERM)], 143, STOPPED),
     "export, planning": ("export run --out out", [("qlora.exporter.merge:plan", INT)], 130, LOST),
     "export, merging": ("export run --out out", [("qlora.exporter.merge:Merge._matrix", TERM)], 143, LOST),

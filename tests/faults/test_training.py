@@ -262,7 +262,7 @@ FULL_DISK = """
 import shutil, sys
 from pathlib import Path
 from types import SimpleNamespace
-from qlora import sft
+from qlora import training as sft
 from qlora.commands.train import train
 from qlora.errors import InputError
 from qlora.recipe import Recipe

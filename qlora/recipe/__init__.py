@@ -1,8 +1,6 @@
 """The recipe: YAML in, one frozen value out. Parsed once; each part of the program gets its own section.
 
-A field is named as the library that consumes it names it, so its documentation can be looked up there:
-`lora` as `peft.LoraConfig`, `training` as `transformers.TrainingArguments`, `quantization` as
-`transformers.BitsAndBytesConfig` without `bnb_4bit_`.
+Sections and fields, with their documentation, are in sections.py; what goes together across sections is said here.
 """
 
 from __future__ import annotations
@@ -10,312 +8,20 @@ from __future__ import annotations
 import copy
 import io
 import math
-import re
-import unicodedata
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import ValidationError, model_validator
 from ruamel.yaml import YAML
 
 from ..system import files, secrets
 from ..system.errors import InputError
 from . import document, explain, moved
+from .sections import Data, Export, Lora, Memory, Model, PathText, Quantization, Section, Source, Training, parse_size
 
-_LARGEST = 2**31 - 1  # a count that the libraries can take
-Positive = Annotated[int, Field(ge=1, le=_LARGEST)]
-Count = Annotated[int, Field(ge=0, le=_LARGEST)]
-Share = Annotated[float, Field(ge=0, lt=1)]
-Number = Annotated[float, Field(gt=0)]
-
-
-def _one_line(text):
-    """A name: not blank, and without line ends and other characters that nobody sees."""
-    strange = next((letter for letter in text if unicodedata.category(letter) in ("Cc", "Zl", "Zp")), None)
-    if not text.strip():
-        raise ValueError("should not be blank")
-    if strange is not None:
-        raise ValueError(f"should be one line of plain text, without the character U+{ord(strange):04X}")
-    return text
-
-
-def _path(text):
-    """A name or path, of which `~` is no part: it is the shell that knows whose home it is."""
-    if text.startswith("~"):
-        raise ValueError("should be a full path; ~ is not expanded (write ./~ for a folder of that name)")
-    return _one_line(text)
-
-
-def _expression(text):
-    try:
-        re.compile(text)
-    except (re.error, RecursionError, OverflowError) as error:
-        raise ValueError(f"should be a regular expression ({error})") from None
-    return _one_line(text)
-
-
-def _size(text):
-    parse_size(text)
-    return text
-
-
-Name = Annotated[str, AfterValidator(_one_line)]
-Expression = Annotated[str, AfterValidator(_expression)]
-PathText = Annotated[str, AfterValidator(_path)]
-Size = Annotated[str, AfterValidator(_size)]
-Names = Annotated[list[Name], Field(min_length=1)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class Model(Section):
-    name_or_path: PathText
-    revision: Name | None = None
-    attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"  # auto: sdpa where there is one
-    trust_remote_code: bool = False
-    new_tokens: Annotated[list[str], Field(min_length=1)] | None = None
-
-    @field_validator("new_tokens")
-    @classmethod
-    def _each_once_and_visible(cls, tokens):
-        blank = sorted({token for token in tokens or () if not token.strip()})
-        twice = sorted({token for token in tokens or () if tokens.count(token) > 1} - set(blank))
-        if blank:
-            raise ValueError(f"{', '.join(map(repr, blank))} cannot be a token; leave it out")
-        if twice:
-            raise ValueError(f"{', '.join(map(repr, twice))} is listed more than once")
-        return tokens
-
-
-class Quantization(Section):
-    quant_type: Literal["nf4", "fp4"] = "nf4"
-    use_double_quant: bool = True
-    compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
-
-
-class Lora(Section):
-    peft_type: Literal["LORA", "ADALORA"] = "LORA"
-    r: Positive = 16
-    lora_alpha: Number = 32
-    lora_dropout: Share = 0.0
-    target_modules: Expression | Names = "all-linear"
-    exclude_modules: Expression | Names | None = None
-    layers_to_transform: Annotated[list[Count], Field(min_length=1)] | None = None
-    rank_pattern: dict[Expression, Positive] = {}
-    alpha_pattern: dict[Expression, Number] = {}
-    use_rslora: bool = False
-    use_dora: bool = False
-    init_lora_weights: Literal[True, "gaussian", "orthogonal", "loftq", "eva", "pissa", "olora"] = True
-    bias: Literal["none", "all", "lora_only"] = "none"
-    lora_bias: bool = False
-    modules_to_save: Names | None = None
-    ensure_weight_tying: bool = False
-    init_r: Positive = 12
-    target_r: Positive = 8
-    tinit: Count | Share = 0.1
-    tfinal: Count | Share = 0.3
-    deltaT: Positive = 1
-    beta1: Annotated[float, Field(gt=0, lt=1)] = 0.85
-    beta2: Annotated[float, Field(gt=0, lt=1)] = 0.85
-    orth_reg_weight: Annotated[float, Field(ge=0)] = 0.5
-
-    def changed(self, *names):
-        """Return those of the fields `names` that do not have their default."""
-        return [name for name in names if getattr(self, name) != type(self).model_fields[name].default]
-
-    @model_validator(mode="after")
-    def _fields_of_one_kind(self):
-        adaptive = self.peft_type == "ADALORA"
-        of_lora = ("r", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "init_lora_weights", "lora_bias",
-                   "ensure_weight_tying")  # fmt: skip
-        of_adalora = ("init_r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight")
-        strange = self.changed(*(of_lora if adaptive else of_adalora))
-        if strange:
-            instead = "use init_r and target_r" if adaptive else "set peft_type: ADALORA"
-            raise ValueError(f"{', '.join(strange)}: not supported with peft_type {self.peft_type}; {instead}")
-        if adaptive and self.target_r >= self.init_r:
-            raise ValueError(
-                f"target_r {self.target_r} must be less than init_r {self.init_r}, because ranks shrink from there"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _what_goes_together(self):
-        start = self.init_lora_weights
-        expression = isinstance(self.target_modules, str) and self.target_modules != "all-linear"
-        if expression and self.layers_to_transform is not None:
-            raise ValueError("layers_to_transform is for a list of target_modules; put it into the expression")
-        if self.use_dora and self.lora_bias:
-            raise ValueError("use_dora and lora_bias exclude each other; keep one")
-        if self.use_dora and start == "loftq":
-            raise ValueError("use_dora and init_lora_weights loftq exclude each other; keep one")
-        if start == "orthogonal" and any(rank % 2 for rank in (self.r, *self.rank_pattern.values())):
-            raise ValueError("init_lora_weights orthogonal needs even ranks; change r or rank_pattern")
-        if self.ensure_weight_tying and self.modules_to_save is None:
-            raise ValueError("ensure_weight_tying is for modules_to_save; name the embedding there, or leave it out")
-        return self
-
-
-Column = Literal[
-    "messages",
-    "conversations",
-    "system",
-    "instruction",
-    "input",
-    "output",
-    "history",
-    "prompt",
-    "completion",
-    "text",
-    "tools",
-]
-
-
-class Source(Section):
-    """Where rows come from: local files (`path`), or a data set on the hub (`name`, as `datasets.load_dataset` takes it)."""
-
-    path: PathText | None = None
-    name: Name | None = None
-    subset: Name | None = None
-    split: Name = "train"
-    revision: Name | None = None
-    format: Literal["auto", "messages", "alpaca", "completion", "sharegpt", "text"] = "auto"
-    columns: dict[Column, Annotated[str, Field(min_length=1)]] | None = None
-    sample_by: Literal["document", "paragraph", "line"] = "document"
-    weight: Annotated[float, Field(gt=0, le=1000)] = 1.0
-    max_rows: Positive | None = None
-
-    @model_validator(mode="after")
-    def _one_place(self):
-        if (self.path is None) == (self.name is None):
-            raise ValueError("give either path (a file, glob or folder) or name (a data set on the hub)")
-        hub_only = {"subset", "revision", "split"} & self.model_fields_set
-        if self.path is not None and any(getattr(self, key) not in (None, "train") for key in hub_only):
-            raise ValueError(f"{', '.join(sorted(hub_only))} belong to a hub data set (name), not to a path")
-        return self
-
-
-def _as_sources(value):
-    """A path, a source, or a list of both."""
-    items = value if isinstance(value, list) else [value]
-    if not all(isinstance(item, (str, dict, Source)) for item in items):
-        raise ValueError("should be a path, {path: ...} or {name: ...}, or a list of these")
-    return [{"path": item} if isinstance(item, str) else item for item in items]
-
-
-Sources = Annotated[list[Source], Field(min_length=1), BeforeValidator(_as_sources)]
-
-
-class Data(Section):
-    train: Sources
-    eval: Sources | None = None
-    columns: dict[Column, Annotated[str, Field(min_length=1)]] | None = None
-    eval_fraction: Share = 0.0
-    max_length: Annotated[int, Field(ge=8, le=_LARGEST)] = 2048
-    overlong: Literal["error", "drop", "truncate_prompt", "truncate", "split"] = "error"
-    on_bad_row: Literal["error", "skip"] = "error"
-    ignore_keys: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)] | None = None
-    packing: bool = False
-    train_on: Literal["assistant", "last_assistant", "completion", "all"] = "assistant"
-    thoughts: Literal["keep", "drop", "mask"] = "keep"
-    chat_template: PathText | None = None
-    system_as_user: bool = False
-    num_proc: Positive | None = None
-
-    @classmethod
-    def of_file(cls, path, settings):
-        """Return the section with these `settings` for the one file `path`, which is given as --data.
-
-        Raises:
-            InputError: `path` is no path.
-        """
-        try:
-            return cls.model_validate({**settings, "train": str(path)})
-        except ValidationError as error:
-            raise InputError(
-                f"--data {explain.shown(str(path))}: {explain.said(error.errors(include_url=False)[0])}"
-            ) from None
-
-    @model_validator(mode="after")
-    def _one_eval_source(self):
-        if self.eval is not None and self.eval_fraction > 0:
-            raise ValueError("eval and eval_fraction exclude each other; keep one")
-        return self
-
-
-class Training(Section):
-    num_train_epochs: Annotated[float, Field(gt=0, le=1e6)] = 1.0
-    max_steps: Positive | None = None
-    per_device_train_batch_size: Positive = 1
-    tokens_per_micro_batch: Positive | None = None
-    group_by_length: bool = False
-    per_device_eval_batch_size: Positive = 1
-    gradient_accumulation_steps: Positive = 16
-    learning_rate: Annotated[float, Field(gt=0, le=1000)] = 2e-4
-    optim: Literal[
-        "paged_adamw_8bit",
-        "paged_adamw_32bit",
-        "adamw_8bit",
-        "adamw_torch",
-        "adamw_torch_fused",
-        "paged_lion_8bit",
-        "paged_lion_32bit",
-    ] = "paged_adamw_8bit"
-    lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
-    warmup_ratio: Share = 0.03
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    max_grad_norm: Annotated[float, Field(ge=0)] | None = 1.0
-    neftune_noise_alpha: Annotated[float, Field(gt=0)] | None = None
-    logging_steps: Positive = 1
-    eval_steps: Positive | None = None
-    save_steps: Positive | None = 100
-    save_total_limit: Positive | None = 2
-    watchdog_steps: Positive | None = 50
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
-
-
-_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
-
-def parse_size(text):
-    """Return bytes of "5GB" (10**9) or "5GiB" (2**30); raises ValueError otherwise."""
-    text = text.strip().upper()
-    unit = next((unit for unit in _UNITS if text.endswith(unit)), None)
-    number = text.removesuffix(unit or "").strip()
-    count = float(number) * _UNITS[unit] if unit and re.fullmatch(r"[0-9]+(\.[0-9]*)?|\.[0-9]+", number) else 0
-    if not 1 <= count < 2**63:
-        raise ValueError("give a size such as 5GB or 23.5GiB")
-    return int(count)
-
-
-def _auto_or_layers(value):
-    """One message for what would be three, one for each type."""
-    if value == "auto" or (isinstance(value, int) and 0 <= value <= _LARGEST):
-        return value
-    raise ValueError("should be auto, true, false or a number of layers")
-
-
-class Memory(Section):
-    budget: Size | None = None
-    gradient_checkpointing: Annotated[Literal["auto"] | bool | int, BeforeValidator(_auto_or_layers)] = "auto"
-    offload: Literal["auto"] | bool = "auto"
-
-
-class Export(Section):
-    dtype: Literal["float16", "bfloat16", "float32"] = "float16"
-    base: Literal["dequantized", "original"] = "dequantized"
-    verify: Literal["auto", "full", "layers", "off"] = "auto"
-    max_shard_size: Size = "5GB"
+__all__ = [
+    "Data", "Export", "Lora", "Memory", "Model", "Quantization", "Recipe", "Section", "Source", "Training", "as_yaml",
+    "parse_size",
+]  # fmt: skip
 
 
 class Recipe(Section):
@@ -327,7 +33,9 @@ class Recipe(Section):
     memory: Memory = Memory()
     export: Export = Export()
     kernels: Literal["auto", "off"] = "auto"
+    """faster kernels for parts of the model, with the same results and less memory ([plan.md](plan.md#kernels)); off"""
     output_dir: PathText
+    """a new or empty folder"""
 
     @model_validator(mode="after")
     def _a_start_that_fits_the_base(self):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from ruamel.yaml import YAML
 
-from qlora.recipe import Data, Recipe
+from qlora.recipe import Data, Recipe, documentation
 from qlora.system.errors import InputError
 
 MINIMAL = "model: {name_or_path: m}\ndata: {train: d.jsonl}\noutput_dir: o\n"
@@ -227,9 +227,15 @@ def test_any_text_is_a_recipe_or_an_input_error(tmp_path_factory, text):
         Recipe.load(path)
 
 
-def test_the_documents_list_every_field_with_its_default():
-    table = (Path(__file__).parents[2] / "docs" / "recipe.md").read_text(encoding="utf-8")
-    documented = dict(re.findall(r"^\| `([\w.]+)` \|([^|]*)\|", table, flags=re.MULTILINE))
+def test_the_page_of_the_recipe_is_made_from_the_fields():
+    page = (Path(__file__).parents[2] / "docs" / "recipe.md").read_text(encoding="utf-8")
+    assert documentation.table() in page, "write it with: python -m qlora.recipe.documentation docs/recipe.md"
+
+
+def test_every_field_is_documented_with_its_default():
+    rows = re.findall(r"^\| `([\w.]+)` \|([^|]*)\|(.*)\|$", documentation.table(), flags=re.MULTILINE)
+    documented = {name: default for name, default, _ in rows}
+    assert all(words.strip() for *_, words in rows)
     recipe = Recipe.from_dict({"model": {"name_or_path": "m"}, "data": {"train": "d"}, "output_dir": "o"}).model_dump()
     fields = {name: value for name, value in recipe.items() if not isinstance(value, dict)}
     fields |= {f"{name}.{field}": value for name, section in recipe.items() if isinstance(section, dict)

@@ -219,6 +219,8 @@ def make_recipe(tiny_model, tmp_path):
             },
             "output_dir": str(tmp_path / "run"),
         }
+        if "adalora" in sections:
+            del values["lora"]
         for name, section in sections.items():
             values[name] = {**values.get(name, {}), **section} if isinstance(section, dict) else section
         return Recipe.from_dict(values)

@@ -28,7 +28,7 @@ CASES = {
     "dora": ("llama", {"lora": {"use_dora": True}}),
     "adalora": (
         "llama",
-        {"lora": {"peft_type": "ADALORA", "init_r": 6, "target_r": 2, "tinit": 1, "tfinal": 1, "deltaT": 1}},
+        {"adalora": {"init_r": 6, "target_r": 2, "tinit": 1, "tfinal": 1, "deltaT": 1}},
     ),
     "16 bit": ("llama", {"quantization": None}),
 }
@@ -86,9 +86,10 @@ def recipe_of(make_recipe):
         values = make_recipe(family, training={"max_steps": 4, "eval_steps": 2}).model_dump(exclude_unset=True)
         if name == "micro-batches":
             del values["training"]["per_device_train_batch_size"]
-        for section, fields in sections.items():  # what A and B of AdaLoRA start with goes without r
-            keeps = isinstance(fields, dict) and "peft_type" not in fields
-            values[section] = {**values.get(section, {}), **fields} if keeps else fields
+        if "adalora" in sections:
+            del values["lora"]
+        for section, fields in sections.items():
+            values[section] = {**values.get(section, {}), **fields} if isinstance(fields, dict) else fields
         return Recipe.from_dict(values)
 
     return make

@@ -122,7 +122,7 @@ def _peft_model(model, config):
             peft_model = get_peft_model(model, config)
         except ValueError as error:  # layers whose forward the model never calls, as in state-space blocks
             raise InputError(
-                f"lora: PEFT refuses {type(model).__name__}: {error}\n  name such layers in lora.exclude_modules"
+                f"lora: PEFT refuses {type(model).__name__}: {error}\n  name such layers in exclude_modules"
             ) from None
     whole = [n for n, m in peft_model.get_base_model().named_modules() if isinstance(m, ModulesToSaveWrapper)]
     if config.trainable_token_indices:
@@ -197,11 +197,11 @@ def _target_names(model, section):
         absent = [str(index) for index, found in layers.items() if not found]
         if absent:
             raise InputError(
-                f"lora.layers_to_transform: the model has no layer {', '.join(absent)} that can have an adapter"
+                f"{section.key}.layers_to_transform: the model has no layer {', '.join(absent)} that can have an adapter"
             )
         chosen = [name for name in chosen if any(name in found for found in layers.values())]
     if not chosen:
-        raise InputError("lora.exclude_modules: excludes every layer that could have an adapter")
+        raise InputError(f"{section.key}.exclude_modules: excludes every layer that could have an adapter")
     return chosen
 
 
@@ -229,11 +229,11 @@ def _whole_names(model, section, targets, token_ids):
                 problem = "model.new_tokens trains rows of it; leave one of the two out"
             else:
                 continue
-            problems.append(f"lora.modules_to_save: {name}: {problem}")
+            problems.append(f"{section.key}.modules_to_save: {name}: {problem}")
     nested = [name for name in whole if _is_within(name, set(whole) - {name})]
-    problems += [f"lora.modules_to_save: {name}: is inside another listed module" for name in nested]
+    problems += [f"{section.key}.modules_to_save: {name}: is inside another listed module" for name in nested]
     if set(targets) <= {name for name in targets if _is_within(name, whole)}:
-        problems.append("lora.modules_to_save: leaves no layer that could have an adapter")
+        problems.append(f"{section.key}.modules_to_save: leaves no layer that could have an adapter")
     tied = ends[0].weight is ends[1].weight
     if section.ensure_weight_tying and not (tied and any(modules[name] in ends for name in whole)):
         problems.append(
@@ -268,7 +268,7 @@ def _refuse_ranks(model, section, targets):
     too_large: dict = {}
     for name in targets:
         pattern = None if adaptive else _pattern_of(section.rank_pattern, name)
-        field = "lora.init_r" if adaptive else "lora.r" if pattern is None else f"lora.rank_pattern {pattern!r}"
+        field = "adalora.init_r" if adaptive else "lora.r" if pattern is None else f"lora.rank_pattern {pattern!r}"
         rank = section.init_r if adaptive else section.r if pattern is None else section.rank_pattern[pattern]
         sides = _sides(model.get_submodule(name))
         if rank * factor > min(sides):
@@ -284,7 +284,7 @@ def _refuse_ranks(model, section, targets):
         raise InputError.listing(
             "the recipe",
             problems,
-            "set a lower rank (8 to 64 is usual), or leave such a layer out with lora.exclude_modules",
+            "set a lower rank (8 to 64 is usual), or leave the layer out with exclude_modules",
         )
 
 
@@ -308,9 +308,9 @@ def _refuse_biases(model, section, targets):
             f"({without[0]}, ...); name layers that have one in target_modules"
         )
     if section.bias == "lora_only" and len(without) == len(targets):
-        raise InputError("lora.bias lora_only: no layer that gets an adapter has a bias; leave it out")
+        raise InputError(f"{section.key}.bias lora_only: no layer that gets an adapter has a bias; leave it out")
     if section.bias == "all" and not any(name.endswith(".bias") for name, _ in model.named_parameters()):
-        raise InputError(f"lora.bias all: {type(model).__name__} has no bias; leave it out")
+        raise InputError(f"{section.key}.bias all: {type(model).__name__} has no bias; leave it out")
 
 
 # ---- training --------------------------------------------------------------------------------------------------------

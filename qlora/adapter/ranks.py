@@ -33,7 +33,7 @@ class Ranks:
         tinit, tfinal = (int(value * total_steps) if value < 1 else value for value in (config.tinit, config.tfinal))
         if tinit + tfinal >= total_steps:
             raise InputError(
-                f"lora.tinit {tinit} and lora.tfinal {tfinal} leave none of {total_steps} steps for the ranks to shrink in; "
+                f"adalora.tinit {tinit} and adalora.tfinal {tfinal} leave none of {total_steps} steps in which ranks shrink; "
                 "lower them, or give them as shares of all steps"
             )
         config.tinit, config.tfinal, config.total_step = tinit, tfinal, total_steps

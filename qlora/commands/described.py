@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from ..adapter.ranks import SCHEDULE
 from ..exporter.card import Origin
 from ..recipe import as_yaml
 from ..system.errors import InputError
@@ -77,9 +76,6 @@ def _measured(run):
 
 def _settings(recipe):
     """Return the sections that decide what is learned as YAML, without places and without what is not set."""
-    values = recipe.model_dump(exclude_none=True, include={"quantization", "lora", "training"})
-    if recipe.lora.peft_type != "ADALORA":
-        for name in ("init_r", "target_r", *SCHEDULE):
-            del values["lora"][name]
+    values = recipe.model_dump(exclude_none=True, include={"quantization", "lora", "adalora", "training"})
     values["data"] = recipe.data.model_dump(include=_OF_DATA)
     return as_yaml(values)

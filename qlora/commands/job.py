@@ -101,7 +101,7 @@ def _outlines(recipe, config, num_new_tokens, device_kind):
     """Return remade(lora, num_new_tokens, packed) -> Outline, each made once."""
     made = {}
 
-    def remade(lora=recipe.lora, num_new_tokens=num_new_tokens, packed=recipe.data.packing):
+    def remade(lora=recipe.method, num_new_tokens=num_new_tokens, packed=recipe.data.packing):
         key = (repr(lora), num_new_tokens, packed and device_kind == "cpu")  # on a GPU packing allocates the same
         if key not in made:
             made[key] = planner.outline(
@@ -125,7 +125,7 @@ def with_outline(recipe, remade, **numbers):
         training=recipe.training,
         gradient_checkpointing=section.gradient_checkpointing,
         offload=section.offload,
-        lora=recipe.lora,
+        lora=recipe.method,
         num_new_tokens=0 if recipe.model.new_tokens is None else len(recipe.model.new_tokens),
         remade=remade,
         **numbers,

@@ -81,7 +81,7 @@ class Resumed:
         if any(name in now for name in _LENGTH):
             gone = then.keys() - now.keys() - {"base_model", "base_model.quantized"}
             changed += sorted(gone)
-            if now["lora.peft_type"] != "ADALORA" and _at_least_as_long(then, now):
+            if "adalora.init_r" not in now and _at_least_as_long(then, now):
                 changed = [name for name in changed if name not in _LENGTH]
             unknown = sorted(set(self.allowed) - then.keys() - now.keys())
             if unknown:

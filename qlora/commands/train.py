@@ -113,7 +113,12 @@ def _train(recipe, resumed):
                 resumed.refuse_changes(of_base)
             base_model.refuse_not_causal(model, checkpoint)
             model = adapter.attach(
-                model, recipe.lora, recipe.training.seed, checkpoint.new_tokens.values(), checkpoint, prepared.examples
+                model,
+                recipe.method,
+                recipe.training.seed,
+                checkpoint.new_tokens.values(),
+                checkpoint,
+                prepared.examples,
             )
         prequantized = base_model.stored_quantization(prepared.config) is not None
         half = base_model.half_of(checkpoint)
@@ -342,7 +347,7 @@ def _print_model(checkpoint, model, quantized, prequantized, recipe, half):
     console.say(f"base      {checkpoint.name_or_path}: {total - trainable:,} parameters, {how}, on {model.device}")
     if half is not None:
         console.say(f"          multimodal checkpoint: training the text half; {half}")
-    console.say(f"adapter   {_kind(recipe.lora)}, {trainable:,} trainable parameters ({trainable / total:.2%})")
+    console.say(f"adapter   {_kind(recipe.method)}, {trainable:,} trainable parameters ({trainable / total:.2%})")
     if checkpoint.new_tokens:
         console.say(
             f"tokens    rows of {len(checkpoint.new_tokens)} tokens are trained, {len(checkpoint.added)} of them new to the "

@@ -143,7 +143,7 @@ def _have_one_base(*checkpoints):
 
 def _of_run(run, overrides):
     recipe, as_trained = Recipe.load(run.recipe_file, overrides), run.recipe()
-    for name in ("quantization", "lora"):
+    for name in ("quantization", "lora", "adalora"):
         if getattr(recipe, name) != getattr(as_trained, name):
             raise InputError(
                 f"{name}: differs from what {run.path} was trained with; export uses the run's, so leave it out"
@@ -170,7 +170,7 @@ def _of_run(run, overrides):
         rows=rows,
         rows_from=rows_from,
         inputs=[run.path, checkpoint.folder],
-        fitted=recipe.lora.init_lora_weights == "loftq",
+        fitted=recipe.method.init_lora_weights == "loftq",
         origins=(origin_of(run),),
     )
 
@@ -266,4 +266,4 @@ def _refuse_half_a_tokenizer(folder):
 def _is_fitted(folder):
     """True if the adapter lies in the folder of a run that started it from what quantization has lost."""
     run = RunDir(folder.parent)
-    return run.recipe_file.is_file() and run.recipe().lora.init_lora_weights == "loftq"
+    return run.recipe_file.is_file() and run.recipe().method.init_lora_weights == "loftq"

@@ -291,6 +291,6 @@ def _smaller(job):
     for field, value in (("use_dora", False), ("lora_dropout", 0.0), ("modules_to_save", None)):
         if getattr(lora, field):
             said = "null" if value is None else str(value).lower()
-            yield f"lora.{field}={said}", job.but(outline=job.remade(lora=lora.model_copy(update={field: value})))
+            yield f"{lora.key}.{field}={said}", job.but(outline=job.remade(lora=lora.model_copy(update={field: value})))
     if job.num_new_tokens:
         yield "model.new_tokens=null", job.but(outline=job.remade(num_new_tokens=0))

@@ -16,10 +16,23 @@ from ruamel.yaml import YAML
 from ..system import files, secrets
 from ..system.errors import InputError
 from . import document, explain, moved
-from .sections import Data, Export, Lora, Memory, Model, PathText, Quantization, Section, Source, Training, parse_size
+from .sections import (
+    Adalora,
+    Data,
+    Export,
+    Lora,
+    Memory,
+    Model,
+    PathText,
+    Quantization,
+    Section,
+    Source,
+    Training,
+    parse_size,
+)
 
 __all__ = [
-    "Data", "Export", "Lora", "Memory", "Model", "Quantization", "Recipe", "Section", "Source", "Training", "as_yaml",
+    "Adalora", "Data", "Export", "Lora", "Memory", "Model", "Quantization", "Recipe", "Section", "Source", "Training", "as_yaml",
     "parse_size",
 ]  # fmt: skip
 
@@ -27,7 +40,10 @@ __all__ = [
 class Recipe(Section):
     model: Model
     quantization: Quantization | None = Quantization()
-    lora: Lora = Lora()
+    lora: Lora | None = None
+    """the default method; null where another is given"""
+    adalora: Adalora | None = None
+    """instead of lora: ranks that shrink while training"""
     data: Data
     training: Training = Training()
     memory: Memory = Memory()
@@ -37,9 +53,29 @@ class Recipe(Section):
     output_dir: PathText
     """a new or empty folder"""
 
+    @property
+    def method(self):
+        """The section that says what is trained."""
+        return self.lora or self.adalora
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lora_by_default(cls, values):
+        if isinstance(values, dict) and "lora" not in values and values.get("adalora") is None:
+            return {**values, "lora": {}}
+        return values
+
+    @model_validator(mode="after")
+    def _one_method(self):
+        if self.lora is not None and self.adalora is not None:
+            raise ValueError("lora and adalora exclude each other; keep one")
+        if self.method is None:
+            raise ValueError("lora: null leaves nothing to train; leave it out for the defaults, or give adalora")
+        return self
+
     @model_validator(mode="after")
     def _a_start_that_fits_the_base(self):
-        start = self.lora.init_lora_weights
+        start = self.method.init_lora_weights
         if start in ("pissa", "olora") and self.quantization is not None:
             raise ValueError(
                 f"lora.init_lora_weights {start} needs a 16-bit base; use loftq, which corrects the quantization error, or "
@@ -53,10 +89,11 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _steps_for_the_ranks_to_shrink_in(self):
-        total, ends = self.training.max_steps, (self.lora.tinit, self.lora.tfinal)
-        share = sum(end if end < 1 else end / (total or math.inf) for end in ends)
-        if self.lora.peft_type == "ADALORA" and share >= 1:
-            raise ValueError("lora.tinit and lora.tfinal leave no steps in which the ranks could shrink")
+        if self.adalora is None:
+            return self
+        total, ends = self.training.max_steps, (self.adalora.tinit, self.adalora.tfinal)
+        if sum(end if end < 1 else end / (total or math.inf) for end in ends) >= 1:
+            raise ValueError("adalora.tinit and adalora.tfinal leave no steps in which the ranks could shrink")
         return self
 
     @model_validator(mode="after")

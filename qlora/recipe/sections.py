@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import (
     AfterValidator,
@@ -110,11 +110,12 @@ class Quantization(Section):
     """dtype of the computation and of everything that is not quantized; float32 for checks"""
 
 
-class Lora(Section):
-    peft_type: Literal["LORA", "ADALORA"] = "LORA"
-    """ADALORA: ranks that shrink while training ([below](#kinds-of-adapters))"""
-    r: Positive = 16
-    """rank of the adapters"""
+class _OnLayers(Section):
+    """What methods with adapters on linear layers have in common. key: the section's name in the recipe. peft_type: PEFT's."""
+
+    key: ClassVar[str]
+    peft_type: ClassVar[str]
+
     lora_alpha: Number = 32
     """scaling = lora_alpha / r"""
     lora_dropout: Share = 0.0
@@ -125,6 +126,33 @@ class Lora(Section):
     """names or a regular expression: layers to leave out"""
     layers_to_transform: Annotated[list[Count], Field(min_length=1)] | None = None
     """`[0, 1, 2]`: only in these layers of the model"""
+    bias: Literal["none", "all", "lora_only"] = "none"
+    """all, lora_only: the biases of the model, or of layers with an adapter, are trained"""
+    modules_to_save: Names | None = None
+    """modules trained whole: `[embed_tokens, lm_head]`"""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _a_kind_is_a_section(cls, values):
+        if isinstance(values, dict) and "peft_type" in values:
+            raise ValueError(
+                "peft_type is no field; AdaLoRA is a section of its own: adalora: {init_r: 12, target_r: 8}"
+            )
+        return values
+
+    @model_validator(mode="after")
+    def _layers_of_a_list(self):
+        expression = isinstance(self.target_modules, str) and self.target_modules != "all-linear"
+        if expression and self.layers_to_transform is not None:
+            raise ValueError("layers_to_transform is for a list of target_modules; put it into the expression")
+        return self
+
+
+class Lora(_OnLayers):
+    key: ClassVar[str] = "lora"
+    peft_type: ClassVar[str] = "LORA"
+    r: Positive = 16
+    """rank of the adapters"""
     rank_pattern: dict[Expression, Positive] = {}
     """`{q_proj: 32}`: another r for layers whose name ends with this, or matches it"""
     alpha_pattern: dict[Expression, Number] = {}
@@ -135,57 +163,14 @@ class Lora(Section):
     """DoRA: the length of each row of W + scaling * B A is trained apart from its direction"""
     init_lora_weights: Literal[True, "gaussian", "orthogonal", "loftq", "eva", "pissa", "olora"] = True
     """gaussian, orthogonal, loftq, eva, pissa, olora ([below](#starts))"""
-    bias: Literal["none", "all", "lora_only"] = "none"
-    """all, lora_only: the biases of the model, or of layers with an adapter, are trained"""
     lora_bias: bool = False
     """B has a bias; for layers that have one"""
-    modules_to_save: Names | None = None
-    """modules trained whole: `[embed_tokens, lm_head]`"""
     ensure_weight_tying: bool = False
     """embedding and head of a tied model stay one matrix when one of them is trained whole"""
-    init_r: Positive = 12
-    """AdaLoRA: rank of each layer at the start"""
-    target_r: Positive = 8
-    """AdaLoRA: mean rank of a layer at the end"""
-    tinit: Count | Share = 0.1
-    """AdaLoRA: steps before ranks begin to shrink; a value below 1 is a share of the steps"""
-    tfinal: Count | Share = 0.3
-    """AdaLoRA: steps at the end without shrinking, counted the same way"""
-    deltaT: Positive = 1
-    """AdaLoRA: steps between two reductions"""
-    beta1: Annotated[float, Field(gt=0, lt=1)] = 0.85
-    """AdaLoRA: smoothing of the importance of a rank"""
-    beta2: Annotated[float, Field(gt=0, lt=1)] = 0.85
-    """AdaLoRA: smoothing of its uncertainty"""
-    orth_reg_weight: Annotated[float, Field(ge=0)] = 0.5
-    """AdaLoRA: weight of the penalty that keeps A and B orthogonal"""
-
-    def changed(self, *names):
-        """Return those of the fields `names` that do not have their default."""
-        return [name for name in names if getattr(self, name) != type(self).model_fields[name].default]
-
-    @model_validator(mode="after")
-    def _fields_of_one_kind(self):
-        adaptive = self.peft_type == "ADALORA"
-        of_lora = ("r", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "init_lora_weights", "lora_bias",
-                   "ensure_weight_tying")  # fmt: skip
-        of_adalora = ("init_r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight")
-        strange = self.changed(*(of_lora if adaptive else of_adalora))
-        if strange:
-            instead = "use init_r and target_r" if adaptive else "set peft_type: ADALORA"
-            raise ValueError(f"{', '.join(strange)}: not supported with peft_type {self.peft_type}; {instead}")
-        if adaptive and self.target_r >= self.init_r:
-            raise ValueError(
-                f"target_r {self.target_r} must be less than init_r {self.init_r}, because ranks shrink from there"
-            )
-        return self
 
     @model_validator(mode="after")
     def _what_goes_together(self):
         start = self.init_lora_weights
-        expression = isinstance(self.target_modules, str) and self.target_modules != "all-linear"
-        if expression and self.layers_to_transform is not None:
-            raise ValueError("layers_to_transform is for a list of target_modules; put it into the expression")
         if self.use_dora and self.lora_bias:
             raise ValueError("use_dora and lora_bias exclude each other; keep one")
         if self.use_dora and start == "loftq":
@@ -194,6 +179,44 @@ class Lora(Section):
             raise ValueError("init_lora_weights orthogonal needs even ranks; change r or rank_pattern")
         if self.ensure_weight_tying and self.modules_to_save is None:
             raise ValueError("ensure_weight_tying is for modules_to_save; name the embedding there, or leave it out")
+        return self
+
+
+class Adalora(_OnLayers):
+    """AdaLoRA: ranks that shrink while training. What PEFT gives it no choice of is set here."""
+
+    key: ClassVar[str] = "adalora"
+    peft_type: ClassVar[str] = "ADALORA"
+    init_lora_weights: ClassVar[bool] = True
+    rank_pattern: ClassVar[dict] = {}
+    alpha_pattern: ClassVar[dict] = {}
+    use_dora: ClassVar[bool] = False
+    lora_bias: ClassVar[bool] = False
+    ensure_weight_tying: ClassVar[bool] = False
+
+    init_r: Positive = 12
+    """rank of each layer at the start"""
+    target_r: Positive = 8
+    """mean rank of a layer at the end"""
+    tinit: Count | Share = 0.1
+    """steps before ranks begin to shrink; a value below 1 is a share of the steps"""
+    tfinal: Count | Share = 0.3
+    """steps at the end without shrinking, counted the same way"""
+    deltaT: Positive = 1
+    """steps between two reductions"""
+    beta1: Annotated[float, Field(gt=0, lt=1)] = 0.85
+    """smoothing of the importance of a rank"""
+    beta2: Annotated[float, Field(gt=0, lt=1)] = 0.85
+    """smoothing of its uncertainty"""
+    orth_reg_weight: Annotated[float, Field(ge=0)] = 0.5
+    """weight of the penalty that keeps A and B orthogonal"""
+
+    @model_validator(mode="after")
+    def _ranks_shrink(self):
+        if self.target_r >= self.init_r:
+            raise ValueError(
+                f"target_r {self.target_r} must be less than init_r {self.init_r}, because ranks shrink from there"
+            )
         return self
 
 

@@ -12,7 +12,7 @@ from qlora import adapter, base_model
 from qlora.adapter import start
 from qlora.commands.train import train
 from qlora.kernels import nf4
-from qlora.recipe import Lora, Model, Quantization
+from qlora.recipe import Adalora, Lora, Model, Quantization
 from qlora.system.errors import InputError, TrainingFailed
 from tests.conftest import CONVERSATIONS, FAMILIES, encode, messages
 
@@ -289,7 +289,7 @@ def test_rows_for_another_head_or_of_another_width_are_refused(saved, load_model
 
 # ---- every kind ------------------------------------------------------------------------------------------------------
 
-ADALORA = {"peft_type": "ADALORA", "r": 16, "init_r": 6, "target_r": 3, "lora_alpha": 64}
+ADALORA = {"init_r": 6, "target_r": 3, "lora_alpha": 64}
 IN_16_BIT = {"quantization": None}
 
 # name -> (family, lora, other sections of the recipe)
@@ -353,8 +353,8 @@ def trained(make_recipe):
         with pytest.MonkeyPatch.context() as patch:
             original = adapter.save
             patch.setattr(adapter, "save", lambda model, *rest: left.append(model) or original(model, *rest))
-            sections = {"training": {"max_steps": 4 if "ADALORA" in lora.values() else 2}} | sections
-            recipe = make_recipe(family, lora=lora, **sections)
+            sections = {"training": {"max_steps": 4 if "init_r" in lora else 2}} | sections
+            recipe = make_recipe(family, **{"adalora" if "init_r" in lora else "lora": lora}, **sections)
             done = train(recipe)
         return left[0].eval(), recipe, done
 
@@ -705,7 +705,7 @@ def test_a_folder_that_does_not_fit_in_every_tensor_is_refused(foreign, load_mod
         ("llama", Lora(r=1_000_000), r"lora\.r: 1000000 is above .* so at most \d+"),
         ("gpt2", Lora(r=100_000), r"lora\.r: 100000"),
         ("llama", Lora(r=4, rank_pattern={"q_proj": 100_000}), r"lora\.rank_pattern 'q_proj': 100000 .*q_proj is"),
-        ("llama", Lora(peft_type="ADALORA", init_r=100_000), r"lora\.init_r: 100000"),
+        ("llama", Adalora(init_r=100_000), r"adalora\.init_r: 100000"),
     ],
 )
 def test_a_rank_that_no_layer_can_have_is_refused_before_anything_is_allocated(load_model, family, section, said):

@@ -507,8 +507,8 @@ LAYERS = ["dora", "dora-conv1d", "bias-all", "tied-head", "tied-as-one", "adalor
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_that_can_be_trained_exports_proven(make_recipe, tmp_path, kind):
     family, lora, sections = KINDS[kind]
-    sections = {"training": {"max_steps": 4 if "ADALORA" in lora.values() else 3}} | sections
-    run = train(make_recipe(family, lora=lora, **sections))
+    sections = {"training": {"max_steps": 4 if "init_r" in lora else 3}} | sections
+    run = train(make_recipe(family, **{"adalora" if "init_r" in lora else "lora": lora}, **sections))
     verify = "layers" if kind in LAYERS else "full"
     report = export(run.path, tmp_path / "out", "float32", [f"export.verify={verify}"])
     assert (report["verify"], report["verified"]) == (verify, True)

@@ -107,7 +107,7 @@ WRONG = {
     "epochs without end": ("training: {num_train_epochs: 1e300}", line(4, "should be less than or equal to 1000000")),
     "a hexadecimal of 5,000 digits": (f"training: {{seed: 0x{'f' * 5000}}}", line(4, "should be a valid integer")),
     "too many layers": (f"memory: {{gradient_checkpointing: {'9' * 30}}}", line(4, "or a number of layers, found 999")),
-    "a share that is none": ("lora: {peft_type: ADALORA, tinit: .nan}", line(4, "lora.tinit: should be a valid integer")),
+    "a share that is none": ("adalora: {tinit: .nan}", line(4, "adalora.tinit: should be a valid integer")),
     "a size of 400 digits": (f"memory: {{budget: {'9' * 400}GB}}", line(4, "give a size such as 5GB")),
     "a size of other digits": ("memory: {budget: '²GB'}", line(4, "give a size such as 5GB")),
     "a size without unit": ("memory: {budget: '5'}", line(4, "give a size such as 5GB")),
@@ -229,7 +229,7 @@ WRONG = {
     "a revision of a file": (
         b"model: {name_or_path: m}\ndata: {train: {path: d, revision: x}}\noutput_dir: o\n", line(2, "not to a path")
     ),
-    "DoRA of AdaLoRA": ("lora: {peft_type: ADALORA, use_dora: true}", line(4, "use_dora: not supported with peft_type ADALORA")),
+    "DoRA of AdaLoRA": ("adalora: {use_dora: true}", line(4, "adalora.use_dora: ")),
 }  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from qlora import adapter, base_model, kernels
 from qlora.kernels import attention, checkpointing, linear, loss, norm, swiglu
 from qlora.kernels.causal import causal_attention
-from qlora.recipe import Lora, Quantization
+from qlora.recipe import Adalora, Lora, Quantization
 
 # kinds installed in each family; "all" is what a training installs
 EXPECTED = {
@@ -128,13 +128,13 @@ def test_adapters_on_a_16_bit_base(load_model):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"use_dora": True},
-        {"peft_type": "ADALORA", "r": Lora.model_fields["r"].default},  # AdaLoRA's own is init_r
-        {"bias": "lora_only", "target_modules": ["q_proj"]},
+        Lora(r=4, use_dora=True),
+        Adalora(),
+        Lora(r=4, bias="lora_only", target_modules=["q_proj"]),
     ],
 )
-def test_what_the_kernel_does_not_compute_is_left_to_peft(load, settings):
-    with kernels.installed(load("qwen2", **settings)) as found:
+def test_what_the_kernel_does_not_compute_is_left_to_peft(load_model, settings):
+    with kernels.installed(adapter.attach(load_model("qwen2"), settings).train()) as found:
         assert "lora" not in found.modules
         assert "swiglu" not in found.modules
         assert found.modules["rmsnorm"] == 5

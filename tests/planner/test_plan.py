@@ -13,7 +13,7 @@ from qlora import adapter, base_model, kernels, planner
 from qlora import training as sft
 from qlora.kernels import checkpointing
 from qlora.planner import speed
-from qlora.recipe import Lora, Model, Quantization, Training
+from qlora.recipe import Adalora, Lora, Model, Quantization, Training
 from qlora.system import memory
 
 _SHAPE = {
@@ -134,7 +134,7 @@ def test_with_kernels_off_the_peak_is_that_of_real_training_steps(load_shape):
         (Lora(modules_to_save=["lm_head"]), ()),
         (Lora(target_modules=["q_proj", "v_proj"]), ()),
         (Lora(target_modules=["q_proj", "v_proj"], layers_to_transform=[2]), ()),
-        (Lora(peft_type="ADALORA"), ()),
+        (Adalora(), ()),
         (Lora(), range(4)),
     ],
     ids=["dropout", "dora", "modules_to_save", "two projections", "one layer", "adalora", "new tokens"],

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from ruamel.yaml import YAML
 
-from qlora.recipe import Data, Recipe, documentation
+from qlora.recipe import Adalora, Data, Recipe, documentation
 from qlora.system.errors import InputError
 
 MINIMAL = "model: {name_or_path: m}\ndata: {train: d.jsonl}\noutput_dir: o\n"
@@ -127,28 +127,20 @@ def test_new_tokens_are_texts_that_stand_once(tmp_path, tokens, expected):
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (["lora.peft_type=LOHA"], "lora.peft_type: 'LOHA' is not one of 'LORA', 'ADALORA'"),
-        (["lora.init_r=8"], "lora: init_r: not supported with peft_type LORA; set peft_type: ADALORA"),
-        (["lora.tinit=5", "lora.beta1=0.5"], "lora: tinit, beta1: not supported with peft_type LORA"),
+        (["lora.peft_type=ADALORA"], "AdaLoRA is a section of its own: adalora"),
+        (["lora.init_r=8"], "lora.init_r"),
+        (["adalora.r=8"], "adalora.r"),
+        (["adalora={}", "lora.r=8"], "lora and adalora exclude each other; keep one"),
+        (["lora=null"], "lora: null leaves nothing to train"),
+        (["adalora.use_dora=true"], "adalora.use_dora"),
+        (["adalora.rank_pattern={q_proj: 2}"], "adalora.rank_pattern"),
+        (["adalora.init_lora_weights=eva"], "adalora.init_lora_weights"),
+        (["adalora.target_r=12"], "target_r 12 must be less than init_r 12"),
         (
-            ["lora.peft_type=ADALORA", "lora.r=8"],
-            "lora: r: not supported with peft_type ADALORA; use init_r and target_r",
+            ["adalora.tinit=20", "training.max_steps=20"],
+            "adalora.tinit and adalora.tfinal leave no steps",
         ),
-        (["lora.peft_type=ADALORA", "lora.use_dora=true"], "lora: use_dora: not supported with peft_type ADALORA"),
-        (
-            ["lora.peft_type=ADALORA", "lora.rank_pattern={q_proj: 2}"],
-            "rank_pattern: not supported with peft_type ADALORA",
-        ),
-        (
-            ["lora.peft_type=ADALORA", "lora.init_lora_weights=eva"],
-            "init_lora_weights: not supported with peft_type ADALORA",
-        ),
-        (["lora.peft_type=ADALORA", "lora.target_r=12"], "target_r 12 must be less than init_r 12"),
-        (
-            ["lora.peft_type=ADALORA", "lora.tinit=20", "training.max_steps=20"],
-            "lora.tinit and lora.tfinal leave no steps",
-        ),
-        (["lora.peft_type=ADALORA", "lora.tfinal=0.95"], "lora.tinit and lora.tfinal leave no steps"),
+        (["adalora.tfinal=0.95"], "adalora.tinit and adalora.tfinal leave no steps"),
         (["lora.modules_to_save=[]"], "lora.modules_to_save: List should have at least 1 item"),
         (["lora.rank_pattern={q_proj: 0}"], "lora.rank_pattern.q_proj: should be greater than or equal to 1"),
         (["lora.alpha_pattern={q_proj: -1}"], "lora.alpha_pattern.q_proj: should be greater than 0"),
@@ -176,7 +168,7 @@ def test_adapter_settings_that_do_not_go_together_are_refused(tmp_path, override
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["lora.peft_type=ADALORA", "lora.init_r=8", "lora.target_r=4", "lora.tinit=10", "lora.tfinal=0.2"],
+        ["adalora.init_r=8", "adalora.target_r=4", "adalora.tinit=10", "adalora.tfinal=0.2"],
         ["lora.use_dora=true", "lora.rank_pattern={q_proj: 8}", "lora.alpha_pattern={q_proj: 16}", "lora.bias=all"],
         ["lora.init_lora_weights=pissa", "quantization=null"],
         ["lora.init_lora_weights=loftq", "lora.modules_to_save=[lm_head]", "lora.layers_to_transform=[0, 1]"],
@@ -238,6 +230,8 @@ def test_every_field_is_documented_with_its_default():
     assert all(words.strip() for *_, words in rows)
     recipe = Recipe.from_dict({"model": {"name_or_path": "m"}, "data": {"train": "d"}, "output_dir": "o"}).model_dump()
     fields = {name: value for name, value in recipe.items() if not isinstance(value, dict)}
+    recipe["adalora"] = Adalora().model_dump()
+    fields = {name: value for name, value in fields.items() if name != "adalora"}
     fields |= {f"{name}.{field}": value for name, section in recipe.items() if isinstance(section, dict)
                for field, value in section.items()}  # fmt: skip
     assert documented.keys() == fields.keys()

@@ -110,7 +110,7 @@ def assert_same_run(one, other):
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-ADALORA = {"peft_type": "ADALORA", "r": 16, "init_r": 32, "target_r": 20, "tinit": 1, "tfinal": 3}  # 16 is the default
+ADALORA = {"init_r": 32, "target_r": 20, "tinit": 1, "tfinal": 3}
 LION = {"learning_rate": 1e-3, "optim": "paged_lion_8bit"}
 LOGS = {"eval_steps": 2, "logging_steps": 3}
 # an epoch has 4 steps of 9 of the 36 rows: 2 and 5 lie within one, 8 ends one
@@ -119,7 +119,7 @@ CASES = {
     "packing, NEFTune, weights": ({"data": {"packing": True, "max_length": 128}, "neftune_noise_alpha": 5.0,
                                    "gradient_accumulation_steps": 2}, (5,)),
     "rows of like length, evaluations": ({"group_by_length": True, **LOGS}, (5,)),
-    "AdaLoRA": ({"lora": ADALORA}, (1, 5)),  # before ranks shrink, and while
+    "AdaLoRA": ({"adalora": ADALORA}, (1, 5)),  # before ranks shrink, and while
 }  # fmt: skip
 MORE = {
     "torch, tokens in a micro-batch": ({"optim": "adamw_torch", "tokens_per_micro_batch": 128,
@@ -149,7 +149,7 @@ def test_steps_that_are_not_taken_are_the_same_in_a_resumed_run(recipe_of, monke
         return original(self, model, *args, **kwargs) * float("nan" if broken else 1)
 
     monkeypatch.setattr(sft.Trainer, "compute_loss", overflowing)
-    settings = {"lora": ADALORA, "eval_steps": 2, "logging_steps": 4, "watchdog_steps": 4}
+    settings = {"adalora": ADALORA, "eval_steps": 2, "logging_steps": 4, "watchdog_steps": 4}
     whole = train(recipe_of("whole", **settings))
     watched = trainers[-1].watch.state()
     (said,) = re.findall(r" loss (\d.*), held-out", capsys.readouterr().err)
@@ -572,7 +572,7 @@ def contents(folder):
 
 
 def test_ranks_that_shrink_by_the_number_of_steps_do_not_get_more_of_them(recipe_of, monkeypatch):
-    recipe = recipe_of("run", lora=ADALORA)
+    recipe = recipe_of("run", adalora=ADALORA)
     for _ in stop_at(monkeypatch, 2):
         with pytest.raises(Interrupted):
             train(recipe)

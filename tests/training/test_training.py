@@ -18,7 +18,7 @@ from qlora import adapter, base_model
 from qlora import training as sft
 from qlora.data import Batches, pack
 from qlora.evaluation import metrics
-from qlora.recipe import Lora, Quantization, Training
+from qlora.recipe import Adalora, Lora, Quantization, Training
 from qlora.runs.folder import RunDir
 from qlora.system.errors import DoesNotFit, InputError, TrainingFailed
 from tests.conftest import CONVERSATIONS, encode, messages
@@ -283,7 +283,7 @@ def test_no_limit_on_the_norm_is_no_clipping(fit):
 
 # ---- AdaLoRA ---------------------------------------------------------------------------------------------------------
 
-ADALORA = Lora(peft_type="ADALORA", lora_alpha=64, init_r=6, target_r=3, tinit=1, tfinal=2)
+ADALORA = Adalora(lora_alpha=64, init_r=6, target_r=3, tinit=1, tfinal=2)
 
 
 def singular_values(model):

@@ -7,7 +7,6 @@ import pytest
 import torch
 from bitsandbytes.functional import QuantState, dequantize_4bit
 from peft import LoraConfig, get_peft_model
-from qlora.conftest import make_tokenizer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -21,6 +20,7 @@ from qlora.commands.train import train
 from qlora.exporter.card import adapter_card
 from qlora.recipe import Model, Quantization
 from qlora.system.errors import InputError
+from tests.conftest import make_tokenizer
 
 SKIPPED = ["lm_head", "model.layers.1.mlp.up_proj"]
 

@@ -264,7 +264,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from qlora import training as sft
 from qlora.commands.train import train
-from qlora.errors import InputError
+from qlora.system.errors import InputError
 from qlora.recipe import Recipe
 
 recipe, disk = sys.argv[1], Path(sys.argv[2])

@@ -121,8 +121,9 @@ def _peft_model(model, config):
         try:
             peft_model = get_peft_model(model, config)
         except ValueError as error:  # layers whose forward the model never calls, as in state-space blocks
+            key = str(config.peft_type.value).lower()
             raise InputError(
-                f"lora: PEFT refuses {type(model).__name__}: {error}\n  name such layers in exclude_modules"
+                f"{key}: PEFT refuses {type(model).__name__}: {error}\n  name such layers in {key}.exclude_modules"
             ) from None
     whole = [n for n, m in peft_model.get_base_model().named_modules() if isinstance(m, ModulesToSaveWrapper)]
     if config.trainable_token_indices:

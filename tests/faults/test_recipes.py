@@ -90,7 +90,7 @@ WRONG = {
     "half a float": ("training: {learning_rate: 2e}", line(4, "should be a valid number, found '2e'")),
     "a number in quotes": ("training: {learning_rate: '2e-4'}", line(4, "should be a valid number, found '2e-4'")),
     "a comma": ("training: {learning_rate: '0,1'}", line(4, "should be a valid number, found '0,1'")),
-    "nothing": ("lora:", line(4, "lora: should be fields with values (leave it out for the defaults), found None")),
+    "nothing": ("lora:", "lora: null leaves nothing to train; leave it out for the defaults"),
     "a year as revision": (
         b"model: {name_or_path: m, revision: 2024}\ndata: {train: d}\noutput_dir: o\n",
         line(1, "model.revision: should be a valid string (in quotes, if it looks like something else), found 2024"),

@@ -24,7 +24,7 @@ from qlora.runs.folder import RunDir
 from tests.conftest import messages, write_jsonl
 
 # the tiny model's layers have 32 to 128 numbers a side: 32 ranks make some of them large enough for 8-bit states
-WIDE = {"r": 32, "lora_alpha": 32, "lora_dropout": 0.1}
+WIDE = {"lora_alpha": 32, "lora_dropout": 0.1}
 
 
 @pytest.fixture
@@ -39,10 +39,11 @@ def rows(tmp_path):
 
 @pytest.fixture
 def recipe_of(make_recipe, rows, tmp_path):
-    """Return recipe_of(name, lora={}, data={}, **training) -> a Recipe over several epochs of 40 rows; its run is `name`."""
+    """Return recipe_of(name, lora={}, data={}, adalora=None, **training) -> a Recipe over several epochs of 40 rows.
+    Its run is `name`."""
 
-    def recipe_of(name, lora=None, data=None, **training):
-        lora = {**WIDE, **(lora or {})}
+    def recipe_of(name, lora=None, data=None, adalora=None, **training):
+        method = {"lora": {"r": 32, **WIDE, **(lora or {})}} if adalora is None else {"adalora": {**WIDE, **adalora}}
         defaults = {
             "max_steps": 9,
             "per_device_train_batch_size": 3,
@@ -52,7 +53,7 @@ def recipe_of(make_recipe, rows, tmp_path):
         if (data or {}).get("packing"):
             defaults |= {"per_device_train_batch_size": 1}
         return make_recipe(
-            lora=lora,
+            **method,
             data={"train": rows, "eval_fraction": 0.1, **(data or {})},
             training={**defaults, **training},
             output_dir=str(tmp_path / name),

@@ -359,7 +359,7 @@ def test_adalora_takes_the_steps_of_pefts_own_loop(fit, load_model, tokenizer, a
 
 
 def test_a_schedule_without_a_step_to_shrink_in_is_refused(fit):
-    with pytest.raises(InputError, match=r"lora.tinit 1 and lora.tfinal 2 leave none of 3 steps"):
+    with pytest.raises(InputError, match=r"adalora.tinit 1 and adalora.tfinal 2 leave none of 3 steps"):
         fit(lora=ADALORA, max_steps=3)
 
 

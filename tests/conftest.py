@@ -26,7 +26,7 @@ CHATML = (
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<s>"]
 VOCAB_SIZE = 512
 
-_SHAPE = {
+SHAPE = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -41,15 +41,15 @@ _SHAPE = {
 
 # name -> config; the families that the issue names, with tied and untied heads, biases, Conv1D, and a fused projection
 FAMILIES = {
-    "llama": lambda: transformers.LlamaConfig(**_SHAPE, tie_word_embeddings=False),
-    "llama-tied": lambda: transformers.LlamaConfig(**_SHAPE, tie_word_embeddings=True),
-    "mistral": lambda: transformers.MistralConfig(**_SHAPE, tie_word_embeddings=False, sliding_window=None),
-    "qwen2": lambda: transformers.Qwen2Config(**_SHAPE, tie_word_embeddings=True),
-    "qwen3": lambda: transformers.Qwen3Config(**_SHAPE, head_dim=16, tie_word_embeddings=False),
-    "gemma": lambda: transformers.GemmaConfig(**_SHAPE, head_dim=16),
-    "gemma2": lambda: transformers.Gemma2Config(**_SHAPE, head_dim=16, query_pre_attn_scalar=16, sliding_window=256),
-    "phi": lambda: transformers.PhiConfig(**{**_SHAPE, "num_key_value_heads": 4}, tie_word_embeddings=False),
-    "phi3": lambda: transformers.Phi3Config(**_SHAPE, tie_word_embeddings=False),
+    "llama": lambda: transformers.LlamaConfig(**SHAPE, tie_word_embeddings=False),
+    "llama-tied": lambda: transformers.LlamaConfig(**SHAPE, tie_word_embeddings=True),
+    "mistral": lambda: transformers.MistralConfig(**SHAPE, tie_word_embeddings=False, sliding_window=None),
+    "qwen2": lambda: transformers.Qwen2Config(**SHAPE, tie_word_embeddings=True),
+    "qwen3": lambda: transformers.Qwen3Config(**SHAPE, head_dim=16, tie_word_embeddings=False),
+    "gemma": lambda: transformers.GemmaConfig(**SHAPE, head_dim=16),
+    "gemma2": lambda: transformers.Gemma2Config(**SHAPE, head_dim=16, query_pre_attn_scalar=16, sliding_window=256),
+    "phi": lambda: transformers.PhiConfig(**{**SHAPE, "num_key_value_heads": 4}, tie_word_embeddings=False),
+    "phi3": lambda: transformers.Phi3Config(**SHAPE, tie_word_embeddings=False),
     "gpt2": lambda: transformers.GPT2Config(
         vocab_size=VOCAB_SIZE, n_embd=64, n_layer=2, n_head=4, n_positions=512, bos_token_id=3, eos_token_id=2,
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
@@ -58,9 +58,9 @@ FAMILIES = {
 
 # mixtures of experts: files with a tensor an expert, which transformers joins into one parameter
 MIXTURES = {
-    "mixtral": lambda: transformers.MixtralConfig(**_SHAPE, num_local_experts=4, tie_word_embeddings=False),
+    "mixtral": lambda: transformers.MixtralConfig(**SHAPE, num_local_experts=4, tie_word_embeddings=False),
     "qwen3-moe": lambda: transformers.Qwen3MoeConfig(
-        **_SHAPE, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64, head_dim=16, tie_word_embeddings=False
+        **SHAPE, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64, head_dim=16, tie_word_embeddings=False
     ),
 }
 
@@ -69,14 +69,14 @@ ODD = {
     "bloom": lambda: transformers.BloomConfig(
         vocab_size=VOCAB_SIZE, hidden_size=64, n_layer=2, n_head=4, eos_token_id=2
     ),
-    "stablelm": lambda: transformers.StableLmConfig(**_SHAPE, tie_word_embeddings=False),
-    "lfm2": lambda: transformers.Lfm2Config(**_SHAPE, full_attn_idxs=[1], block_auto_adjust_ff_dim=False),
+    "stablelm": lambda: transformers.StableLmConfig(**SHAPE, tie_word_embeddings=False),
+    "lfm2": lambda: transformers.Lfm2Config(**SHAPE, full_attn_idxs=[1], block_auto_adjust_ff_dim=False),
 }
 
 # parameters that are no layer's weight: biases of experts in a matrix, state-space matrices
 LOOSE = {
     "gpt-oss": lambda: transformers.GptOssConfig(
-        **_SHAPE,
+        **SHAPE,
         head_dim=16,
         num_local_experts=4,
         num_experts_per_tok=2,

@@ -90,13 +90,12 @@ def _correct_quantization(peft_model, checkpoint):
     from bitsandbytes.nn import Linear4bit
     from transformers.pytorch_utils import Conv1D
 
-    prefix, half = peft_model.get_base_model().base_model_prefix, base_model.half_of(checkpoint)
-    among = half and half.names
+    prefix = peft_model.get_base_model().base_model_prefix
     for name, layer in _layers(peft_model):
         base = layer.get_base_layer()
         if not isinstance(base, Linear4bit):
             continue
-        stored = checkpoint.in_files(f"{name}.weight", prefix, among)
+        stored = checkpoint.in_files(f"{name}.weight", prefix)
         W_OI = _stored(checkpoint, stored).to(base.weight.device, torch.float32)
         exact = copy.copy(base.weight.quant_state)
         exact.dtype = torch.float32  # else it is rounded to bfloat16

@@ -33,14 +33,13 @@ from .folder import (
     weight_files,
 )
 from .limits import num_positions, refuse_rows
-from .multimodal import half_of, whole_config
+from .multimodal import whole_config
 from .prequantized import settle, stored_quantization
 
 __all__ = [
     "Checkpoint",
     "add_tokens",
     "find",
-    "half_of",
     "load_config",
     "load_tokenizer",
     "num_positions",
@@ -136,7 +135,7 @@ def _from_pretrained(checkpoint, config, **settings):
     """Return what AutoModelForCausalLM.from_pretrained does; of a multimodal checkpoint, of its text half."""
     from transformers import AutoModelForCausalLM
 
-    half = half_of(checkpoint)
+    half = checkpoint.half
     if half is None:
         return AutoModelForCausalLM.from_pretrained(checkpoint.folder, config=config, **settings)
     model_class = AutoModelForCausalLM._model_mapping[type(config)]
@@ -218,8 +217,8 @@ def _refuse_not_finite(checkpoint, section):
     In the files, not in the model: the codes of a 4-bit weight cannot say so any more. What the architecture leaves in
     the files may be anything: GPT-NeoX's masked_bias of -1e9 is -inf in float16.
     """
-    wrong, half = {}, half_of(checkpoint)
-    kept = set(half.kept) if half else set()
+    wrong: dict = {}
+    kept = set(checkpoint.half.kept) if checkpoint.half else set()
     for name in sorted(set(checkpoint.files.values())):
         with safe_open(checkpoint.folder / name, "pt") as file:
             for key in sorted(set(file.keys()) - kept):

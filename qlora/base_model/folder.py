@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -46,16 +47,23 @@ class Checkpoint:
         except (ValueError, TypeError, AttributeError, OSError) as error:
             raise InputError(f"{path}: {said(error)}") from None
 
-    def in_files(self, name, prefix, among=None):
-        """Return the name in the files of parameter `name`, None if it is not there.
+    @cached_property
+    def half(self):
+        """The multimodal.Half of the files, None of a text-only checkpoint."""
+        return multimodal.half_of(self)
 
-        prefix: the model's base_model_prefix, which GPT-2's files leave out. among: {name: name in the files}, where these
-        differ, as in a multimodal checkpoint.
+    @cached_property
+    def text_tensors(self):
+        """{tensor of the text model: its name in the files}, which are one in a text-only checkpoint."""
+        return self.half.names if self.half else {name: name for name in self.files}
+
+    def in_files(self, name, prefix):
+        """Return the name in the files of parameter `name` of the text model, None if it is not there.
+
+        prefix: the model's base_model_prefix, which GPT-2's files leave out.
         """
-        among = self.files.keys() if among is None else among
         names = (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")
-        found = next((candidate for candidate in names if candidate in among), None)
-        return among[found] if found is not None and isinstance(among, dict) else found
+        return next((self.text_tensors[one] for one in names if one in self.text_tensors), None)
 
     def shapes(self):
         """Return {tensor name: shape} from the headers, without reading weights."""

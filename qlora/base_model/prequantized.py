@@ -77,12 +77,15 @@ def settle(recipe, config, checkpoint):
             for name, value in own.items()
             if name in section.model_fields_set and getattr(section, name) != value
         ]
-    for field, value in (("lora.init_lora_weights", "loftq"), ("export.base", "original")):
-        part, _, name = field.partition(".")
-        if getattr(getattr(recipe, part), name) == value:
-            problems.append(
-                f"{field}: {value}, which needs the original weights, and this folder has only their NF4 codes"
-            )
+    from_originals = {
+        "lora.init_lora_weights: loftq": recipe.method.init_lora_weights == "loftq",
+        "export.base: original": recipe.export.base == "original",
+    }
+    problems += [
+        f"{field}, which needs the original weights, and this folder has only their NF4 codes"
+        for field, asked in from_originals.items()
+        if asked
+    ]
     if problems:
         raise InputError.listing(
             f"{checkpoint.folder}: the weights are quantized already; the recipe",

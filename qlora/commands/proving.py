@@ -152,9 +152,7 @@ class Prover:
         section = Model(name_or_path=str(folder), trust_remote_code=self.section.trust_remote_code)
         checkpoint = base_model.find(section)
         if self.mode == "layers":
-            half = base_model.half_of(checkpoint)
-            source = half.names if half else {name: name for name in checkpoint.files}
-            model = streamed.live(checkpoint, section, quantization, self.device, source)
+            model = streamed.live(checkpoint, section, quantization, self.device, checkpoint.text_tensors)
         else:
             model = base_model.load(checkpoint, section, quantization, self.device)
         return base_model.to_float32(model)

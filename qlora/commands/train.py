@@ -121,7 +121,7 @@ def _train(recipe, resumed):
                 prepared.examples,
             )
         prequantized = base_model.stored_quantization(prepared.config) is not None
-        half = base_model.half_of(checkpoint)
+        half = checkpoint.half
         environment = _environment(checkpoint, quantized, prequantized, hashes, prepared.parts, model.device)
         environment["base_model"]["kept_tensors"] = len(half.kept) if half else 0
         if resumed is not None:

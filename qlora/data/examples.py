@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 
 from . import chat, words
 from .formats import Conversation, refuse_surrogates
-from .tokens import as_text, facts, num_before, tokenize, with_marks
+from .tokens import as_text, control_as_text, facts, num_before, tokenize
 
 IGNORE_INDEX = -100  # what cross_entropy skips
 
@@ -52,7 +52,7 @@ def encode_prompt(tokenizer, messages, tools=None):
     """
     for message in messages:
         refuse_surrogates(f"the message of the {message['role']}", message.get("content") or "")
-    talk = _Talk(tokenizer, *with_marks(tokenizer, messages, tools))
+    talk = _Talk(tokenizer, *control_as_text(tokenizer, messages, tools))
     _refuse_lost_tools(talk)
     problem = talk.dropped(talk.messages, as_prompt=True)
     if problem is not None:
@@ -76,7 +76,7 @@ def encode(tokenizer, conversation: Conversation, train_on="assistant", mask_tho
     chosen = _chosen(conversation, train_on)
     first_problem = None
     for messages in words.spellings(conversation.messages, tokenizer.chat_template):
-        talk = _Talk(tokenizer, *with_marks(tokenizer, messages, conversation.tools))
+        talk = _Talk(tokenizer, *control_as_text(tokenizer, messages, conversation.tools))
         how = _How(train_on == "all", mask_thoughts)
         try:
             _refuse_lost_tools(talk)
@@ -157,7 +157,6 @@ def _together(talk, chosen, how):
     text = talk.text_so_far(chosen[-1]) if chosen[-1] == len(messages) - 1 else talk.text_of(messages)
     if words.altered(text, messages) or talk.dropped(messages, as_prompt=False):
         return None
-    left_out = frozenset(words.left_out(text, messages, talk.tools))
     tokens = tokenize(tokenizer, text)
     labels = [IGNORE_INDEX] * len(tokens.ids)
     for index in chosen:
@@ -173,6 +172,7 @@ def _together(talk, chosen, how):
             return None
         begin += _num_masked(tokens, begin, text[len(prompt) :], len(prompt), messages[index], how)
         labels[begin : end + 1] = tokens.ids[begin : end + 1]
+    left_out = frozenset(words.left_out(text, messages, talk.tools))
     return [Example(tokens.ids, _all(tokens.ids) if how.everything else labels, left_out)]
 
 
@@ -245,7 +245,9 @@ def _stop(tokenizer, tokens, begin):
 
 def _num_masked(tokens, begin, region, offset, message, how):
     """Return how many tokens of an answer, whose text `region` begins at `offset`, are thoughts that are not trained."""
-    until = words.end_of_thoughts(region, message) if how.mask_thoughts else 0
+    if not how.mask_thoughts:
+        return 0
+    until = words.end_of_thoughts(region, message)
     return sum(start < offset + until for start in tokens.starts[begin:])
 
 

@@ -102,7 +102,7 @@ def num_before(tokenizer, text, tokens, at):
     return count if same else None
 
 
-def with_marks(tokenizer, messages, tools):
+def control_as_text(tokenizer, messages, tools):
     """Return messages and tools with marks around the control tokens in their strings.
 
     In the assistant's words those are the special tokens; elsewhere also the other added tokens that the template writes,

@@ -19,8 +19,13 @@ def thoughts_and_words(message):
     content = message["content"]
     if "reasoning_content" in message:
         return message["reasoning_content"], content
-    inline = _INLINE.fullmatch(content) if message["role"] == "assistant" else None
+    inline = _inline(message)
     return (inline["thoughts"], inline["words"]) if inline else ("", content)
+
+
+def _inline(message):
+    """Return the match of thoughts in tags and words in what the assistant says, or None."""
+    return _INLINE.fullmatch(message["content"]) if message["role"] == "assistant" else None
 
 
 def spellings(messages, template):
@@ -54,7 +59,7 @@ def without_thoughts(messages):
 
 def _without_thoughts(message, index):
     message = {key: value for key, value in message.items() if key != "reasoning_content"}
-    inline = _INLINE.fullmatch(message["content"]) if message["role"] == "assistant" else None
+    inline = _inline(message)
     if inline is None:
         return message
     if inline["open"] is None:
@@ -106,13 +111,11 @@ def with_marks(messages):
         return [replaced(inner, index) for inner in value] if isinstance(value, list) else value
 
     def of(message, index):
-        inline = _INLINE.fullmatch(message["content"]) if message["role"] == "assistant" else None
+        inline, head, words = _inline(message), "", message["content"]
         if inline:
-            words = inline["words"]
             head = (inline["open"] or "") + _OUTER.sub("thoughts", inline["thoughts"], count=1) + inline["close"]
-            message = {**message, "content": head + marked(words, index)}
-        else:
-            message = {**message, "content": marked(message["content"], index)}
+            words = inline["words"]
+        message = {**message, "content": head + marked(words, index)}
         calls = [
             {**call, "function": {**call["function"], "arguments": replaced(call["function"]["arguments"], index)}}
             for call in message.get("tool_calls", ())

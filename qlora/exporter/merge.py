@@ -96,16 +96,15 @@ def plan(checkpoint, config, dtype, trust_remote_code=False, adapter=None):
     result = Plan(config, [], {}, conv1d, shapes, embeddings)
     replaced = adapter.replaced if adapter is not None else {}
     tied, missing, wrong, in_files = _tied(model), [], [], checkpoint.shapes()
-    half = base_model.half_of(checkpoint)
-    stored = half.names if half else {name: name for name in checkpoint.files}
+    stored = checkpoint.text_tensors
     for name, tensor in model.state_dict().items():
         if name in tied:
             if name in stored and tied[name] in stored:
                 _refuse_unequal(checkpoint, stored[name], stored[tied[name]])
             continue
-        found = checkpoint.in_files(name, model.base_model_prefix, stored)
+        found = checkpoint.in_files(name, model.base_model_prefix)
         if found is None and name == f"{head}.weight":  # untied by the adapter: it starts as the embedding
-            found = checkpoint.in_files(f"{embedding}.weight", model.base_model_prefix, stored)
+            found = checkpoint.in_files(f"{embedding}.weight", model.base_model_prefix)
         if found is None and name not in replaced:
             missing.append(name)
             continue
@@ -118,9 +117,9 @@ def plan(checkpoint, config, dtype, trust_remote_code=False, adapter=None):
         result.specs.append(Spec(name, expected, dtype if tensor.is_floating_point() else tensor.dtype))
     if wrong:
         raise InputError.listing(f"{checkpoint.folder}: config.json and the weights do not fit; the model", wrong)
-    _copy_the_rest(checkpoint, result, missing, dtype, model, stored)
-    if half:
-        _keep_the_other_half(checkpoint, result, half)
+    _copy_the_rest(checkpoint, result, missing, dtype, model)
+    if checkpoint.half:
+        _keep_the_other_half(checkpoint, result)
     if adapter is not None:
         stays_tied = {name: result.parameters[tied[name]] for name in tied}
         adapter.refuse_mismatch(shapes, result.parameters | stays_tied, embeddings, checkpoint.new_tokens.values())
@@ -165,7 +164,7 @@ def _change(config, model, adapter):
     return changed
 
 
-def _copy_the_rest(checkpoint, plan, missing, dtype, model, stored):
+def _copy_the_rest(checkpoint, plan, missing, dtype, model):
     """Let tensors that no parameter is made of alone go over as they are, where the architecture joins them itself.
 
     A mixture model's files have a tensor an expert, and transformers makes one parameter of all of them. These are not
@@ -175,6 +174,7 @@ def _copy_the_rest(checkpoint, plan, missing, dtype, model, stored):
 
     adapted = [name for name in missing if name.rpartition(".")[0] in plan.shapes]
     beside = prequantized.beside_codes(checkpoint)
+    stored = checkpoint.text_tensors
     loose = {stored[name] for name in stored.keys() - _tied(model).keys()}
     unused = sorted(loose - set(plan.source.values()) - beside)
     if missing and unused and not adapted and get_checkpoint_conversion_mapping(model.config.model_type):
@@ -187,8 +187,9 @@ def _copy_the_rest(checkpoint, plan, missing, dtype, model, stored):
         raise InputError.listing(f"{checkpoint.folder}: export finds no tensor for parameters: it", missing)
 
 
-def _keep_the_other_half(checkpoint, plan, half):
+def _keep_the_other_half(checkpoint, plan):
     """Let the plan write a multimodal checkpoint: text under the names that the files have, all else as it is."""
+    half = checkpoint.half
     plan.names = {spec.name: half.name_in_files(spec.name) for spec in plan.specs if spec.name not in plan.copied}
     with Reader(checkpoint) as reader:
         plan.specs += [Spec(name, reader.shape(name), reader.dtype(name)) for name in half.kept]

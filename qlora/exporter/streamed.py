@@ -37,8 +37,7 @@ def exported(folder, device, trust_remote_code=False):
     model = proof.open_folder(folder, torch.device("meta"), trust_remote_code=trust_remote_code)
     files = base_model.weight_files(folder)
     checkpoint = base_model.Checkpoint(str(folder), folder, None, files)
-    half = base_model.half_of(checkpoint)
-    source = half.whole if half else {name: name for name in files}
+    source = checkpoint.half.whole if checkpoint.half else checkpoint.text_tensors
     _stream(model, _Weights(model, checkpoint, source), device)
     return model
 

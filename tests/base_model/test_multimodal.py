@@ -16,27 +16,15 @@ from qlora.commands.push import push
 from qlora.commands.train import train
 from qlora.recipe import Model
 from qlora.system.errors import InputError
-from tests.conftest import CHATML, VOCAB_SIZE, make_tokenizer
+from tests.conftest import CHATML, SHAPE, VOCAB_SIZE, make_tokenizer
 
-_TEXT = {
-    "vocab_size": VOCAB_SIZE,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "bos_token_id": 3,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
 _ROPE = {"rope_type": "default", "rope_theta": 1e6}
 _TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 28,
           "patch_size": 14}  # fmt: skip
 _QWEN_TOWER = {"depth": 3, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64}
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "decoder_sparse_step": 1}
 _QWEN3_5 = {
-    **_TEXT,
+    **SHAPE,
     "head_dim": 16,
     "linear_num_value_heads": 4,
     "linear_num_key_heads": 2,
@@ -48,33 +36,33 @@ _QWEN3_5 = {
 
 FAMILIES = {
     "gemma3": lambda: transformers.Gemma3Config(
-        text_config={**_TEXT, "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 256},
+        text_config={**SHAPE, "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 256},
         vision_config=_TOWER,
         mm_tokens_per_image=4,
     ),
     "mistral3": lambda: transformers.Mistral3Config(
-        text_config={**_TEXT, "model_type": "mistral", "head_dim": 16},
+        text_config={**SHAPE, "model_type": "mistral", "head_dim": 16},
         vision_config={**_TOWER, "model_type": "pixtral", "head_dim": 16},
         tie_word_embeddings=False,
     ),
     "qwen2_vl": lambda: transformers.Qwen2VLConfig(
-        text_config={**_TEXT, "rope_parameters": _ROPE | {"mrope_section": [2, 3, 3]}},
+        text_config={**SHAPE, "rope_parameters": _ROPE | {"mrope_section": [2, 3, 3]}},
         vision_config={"depth": 2, "embed_dim": 32, "hidden_size": 64, "num_heads": 2},
         tie_word_embeddings=True,
     ),
     "qwen2_5_vl": lambda: transformers.Qwen2_5_VLConfig(
-        text_config={**_TEXT, "rope_parameters": _ROPE | {"mrope_section": [2, 3, 3]}},
+        text_config={**SHAPE, "rope_parameters": _ROPE | {"mrope_section": [2, 3, 3]}},
         vision_config={**_QWEN_TOWER, "fullatt_block_indexes": [0]},
         tie_word_embeddings=False,
     ),
     "qwen3_vl": lambda: transformers.Qwen3VLConfig(
-        text_config={**_TEXT, "head_dim": 16, "rope_parameters": _ROPE | {"mrope_section": [3, 3, 2]}},
+        text_config={**SHAPE, "head_dim": 16, "rope_parameters": _ROPE | {"mrope_section": [3, 3, 2]}},
         vision_config={**_QWEN_TOWER, "deepstack_visual_indexes": [0]},
         tie_word_embeddings=True,
     ),
     "qwen3_5": lambda: transformers.Qwen3_5Config(text_config=_QWEN3_5, vision_config=_QWEN_TOWER),
     "qwen3_vl_moe": lambda: transformers.Qwen3VLMoeConfig(
-        text_config={**_TEXT, **_EXPERTS, "head_dim": 16, "rope_parameters": _ROPE | {"mrope_section": [3, 3, 2]}},
+        text_config={**SHAPE, **_EXPERTS, "head_dim": 16, "rope_parameters": _ROPE | {"mrope_section": [3, 3, 2]}},
         vision_config={**_QWEN_TOWER, "deepstack_visual_indexes": [0]},
         tie_word_embeddings=False,
     ),
@@ -83,7 +71,7 @@ FAMILIES = {
     ),
     "gemma4": lambda: transformers.Gemma4Config(
         text_config={
-            **_TEXT,
+            **SHAPE,
             "head_dim": 16,
             "global_head_dim": 16,
             "vocab_size_per_layer_input": VOCAB_SIZE,
@@ -94,12 +82,12 @@ FAMILIES = {
         vision_config=_TOWER,
     ),
     "llava": lambda: transformers.LlavaConfig(
-        text_config={**_TEXT, "model_type": "llama"},
+        text_config={**SHAPE, "model_type": "llama"},
         vision_config={**_TOWER, "model_type": "clip_vision_model"},
         tie_word_embeddings=False,
     ),
     "internvl": lambda: transformers.InternVLConfig(
-        text_config={**_TEXT, "model_type": "qwen2"},
+        text_config={**SHAPE, "model_type": "qwen2"},
         vision_config={**_TOWER, "image_size": [28, 28], "patch_size": [14, 14]},
         tie_word_embeddings=False,
     ),
@@ -356,7 +344,7 @@ def test_an_infinite_number_in_the_text_is_refused_and_one_elsewhere_kept(checkp
 
 def test_a_family_whose_text_half_cannot_be_had_is_called_multimodal(tmp_path):
     config = transformers.MllamaConfig(
-        text_config={**_TEXT, "cross_attention_layers": [1]}, vision_config={"hidden_size": 32, "num_hidden_layers": 1}
+        text_config={**SHAPE, "cross_attention_layers": [1]}, vision_config={"hidden_size": 32, "num_hidden_layers": 1}
     )
     config.save_pretrained(tmp_path)
     section = Model(name_or_path=str(tmp_path))

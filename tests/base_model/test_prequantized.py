@@ -220,6 +220,14 @@ def test_a_recipe_that_contradicts_the_folder_is_refused_naming_both(
             verb(recipe)
 
 
+def test_ranks_shrink_on_codes_too(prequantized, make_recipe, tmp_path):
+    adalora = {"init_r": 6, "target_r": 3, "tinit": 1, "tfinal": 1}
+    recipe = make_recipe(
+        model={"name_or_path": str(prequantized("llama", True))}, adalora=adalora, training={"max_steps": 4}
+    )
+    assert export(train(recipe).path, tmp_path / "out")["verified"]
+
+
 def broken(name, change):
     """Return edit(tensors), which replaces tensor `name` by what `change` makes of it, or removes it."""
 

@@ -98,7 +98,7 @@ def _refuse_lost_tools(talk):
         name = tool["function"]["name"]
         if shown.count(name) <= without.count(name):
             raise ValueError(
-                f"the chat template leaves the row's tools out ({name}); give data.chat_template, e.g. chatml"
+                f"the chat template leaves the row's tools out ({name!r}); give data.chat_template, e.g. chatml"
             )
 
 

@@ -467,7 +467,7 @@ class _Tally:
 
 def _sort_of(text):
     """Return the reason without what is special to one row: numbers, and what is quoted."""
-    return re.sub(r"\d+", "N", re.sub(r"'[^']*'", "'...'", text))[:120]
+    return re.sub(r"\d+", "N", re.sub(r"(?<!\w)'[^']*'", "'...'", text))[:120]
 
 
 def _write(folder, results, tally, file, on_progress):

@@ -136,7 +136,7 @@ def leaves_out(message, index, is_content):
             "invent it; give data.chat_template, e.g. chatml, or a row without calls"
         )
     if message.get("tool_calls"):
-        names = ", ".join(call["function"]["name"] for call in message["tool_calls"])
+        names = ", ".join(repr(call["function"]["name"]) for call in message["tool_calls"])
         if is_content:
             return f"the chat template leaves the words beside the call of {names} out; give data.chat_template, e.g. chatml"
         return (

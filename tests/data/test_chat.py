@@ -328,7 +328,7 @@ def test_a_template_that_leaves_tools_or_calls_out_is_refused(tokenizer, lost):
     call = {"type": "function", "function": {"name": "add", "arguments": {}}}
     answer = {"role": "assistant", "content": "Two.", **({"tool_calls": [call]} if lost == "calls" else {})}
     conversation = Conversation([{"role": "user", "content": "1+1?"}, answer], [tool] if lost == "tools" else None)
-    with pytest.raises(ValueError, match=r"leaves the (row's tools|call of add) out.*chatml"):
+    with pytest.raises(ValueError, match=r"leaves the (row's tools|call of 'add') out.*chatml"):
         examples.encode(tokenizer, conversation)
 
 

@@ -110,6 +110,15 @@ def test_rows_with_the_same_problem_are_named_together(tmp_path, load, tokenizer
     }
 
 
+def test_tools_of_any_name_that_a_template_leaves_out_are_one_kind_of_problem(tmp_path, load, tokenizer):
+    rows = [{**ROWS[0], "tools": [{"name": f"tool_{chr(97 + i)}"}]} for i in range(9)]
+    with pytest.raises(InputError) as caught:
+        load(write_jsonl(tmp_path / "d.jsonl", rows))
+    lines = str(caught.value).splitlines()
+    assert "leaves the row's tools out ('tool_a')" in lines[1]
+    assert lines[4] == "  lines 4, 5, 6, ...  likewise (6 rows)"
+
+
 def test_twenty_lines_of_different_problems_are_shown_and_the_rest_counted(tmp_path, load, tokenizer):
     path = tmp_path / "d.jsonl"
     path.write_text("".join(json.dumps({chr(97 + i) * 4: 1}) + "\n" for i in range(24)))

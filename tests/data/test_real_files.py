@@ -74,7 +74,7 @@ def test_every_row_is_read_and_every_answer_is_trained_to_its_end(name, rows, sh
     ("name", "expected"),
     [
         ("gsm8k_train_2k.jsonl", "keys question, answer match no known format"),
-        ("glaive_toolcall_en_sharegpt.json", "the chat template leaves the row's tools out (search_recipes)"),
+        ("glaive_toolcall_en_sharegpt.json", "the chat template leaves the row's tools out ('search_recipes')"),
         ("e2e_cleaned.csv", "e2e_cleaned.csv: columns mr, ref match no known format"),
     ],
 )

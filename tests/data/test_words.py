@@ -80,7 +80,8 @@ def test_a_part_of_a_call_that_a_template_leaves_out_is_missed(name, lost):
     tokenizer = with_messages(name, f"messages[:1] + [{message}][:messages[1:] | length] + messages[2:]")
     with pytest.raises(
         ValueError,
-        match=r"leaves the call of get_weather out, or a part of it|does not continue the prompt that chat shows with message 1",
+        match=r"leaves the call of 'get_weather' out, or a part of it|"
+        r"does not continue the prompt that chat shows with message 1",
     ):
         encode(tokenizer, Conversation(messages, _TOOLS))
 
@@ -90,9 +91,9 @@ def test_tools_that_only_the_call_names_are_missed(tokenizer_json):
         "{{ message['content'] }}", "{{ message['content'] }}{{ message['tool_calls'] | string }}"
     )
     conversation = Conversation([_turn("user", "Do get_weather."), _ASKED[1]], _TOOLS)
-    with pytest.raises(ValueError, match=r"leaves the row's tools out \(get_weather\)"):
+    with pytest.raises(ValueError, match=r"leaves the row's tools out \('get_weather'\)"):
         encode(make_tokenizer(tokenizer_json, template), conversation)
-    with pytest.raises(ValueError, match=r"leaves the row's tools out \(get_weather\)"):
+    with pytest.raises(ValueError, match=r"leaves the row's tools out \('get_weather'\)"):
         encode_prompt(make_tokenizer(tokenizer_json, template), conversation.messages[:1], _TOOLS)
 
 

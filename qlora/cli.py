@@ -35,7 +35,7 @@ MaxNewTokens = Annotated[int, typer.Option(min=1, help="longest answer, in token
 
 
 def _begin(as_json=False):
-    from .commands import console
+    from .terminal import console
 
     console.quiet_tables = as_json
     console.hush_libraries()
@@ -313,7 +313,7 @@ _SURROUNDINGS = {
 def _fail(message, code):
     message = f"qlora: {redacted(str(message))}"
     if sys.stderr is not None and sys.stderr.isatty():
-        from .commands.console import folded
+        from .terminal.console import folded
 
         message = folded(message)
     print(message, file=sys.stderr)

@@ -14,10 +14,10 @@ import time
 
 import torch
 
-from qlora import adapter, base_model, kernels, training
-from qlora.commands.console import hush_libraries
+from qlora import base_model, kernels, methods, training
 from qlora.kernels import attention
 from qlora.recipe import Recipe
+from qlora.terminal.console import hush_libraries
 
 ALL = dict(kernels._KINDS)
 KEEP = kernels.kept_memory
@@ -76,7 +76,7 @@ def main():
     hush_libraries()
     recipe = Recipe.from_dict({"model": {"name_or_path": args.model}, "data": {"train": "none"}, "output_dir": "none"})
     model = base_model.load(base_model.find(recipe.model), recipe.model, recipe.quantization)
-    model = adapter.attach(model, recipe.lora).train()
+    model = methods.attach(model, recipe.lora).train()
     ids = torch.randint(
         10,
         min(10_000, model.config.get_text_config().vocab_size),

@@ -35,11 +35,11 @@ def run(args, learning_rate, masters):
     """Return (mean loss of the last ten steps, share of A that moved)."""
     import torch
 
-    from qlora import Recipe, adapter, train, training
+    from qlora import Recipe, methods, train, training
 
     training.trainer.MasterWeights = masters
     start = {}
-    attach = adapter.attach
+    attach = methods.attach
 
     def remember(model, *sections):
         model = attach(model, *sections)
@@ -47,7 +47,7 @@ def run(args, learning_rate, masters):
         start["model"] = model
         return model
 
-    adapter.attach = remember
+    methods.attach = remember
     with tempfile.TemporaryDirectory() as folder:
         finished = train(
             Recipe.from_dict(
@@ -67,7 +67,7 @@ def run(args, learning_rate, masters):
             )
         )
         losses = [record["loss"] for record in finished.records() if "loss" in record]
-    adapter.attach = attach
+    methods.attach = attach
     now = dict(start.pop("model").named_parameters())
     moved = statistics.mean((now[name] != value).to(torch.float32).mean().item() for name, value in start.items())
     return statistics.mean(losses[-10:]), moved
@@ -80,7 +80,7 @@ def main():
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--rates", type=float, nargs="+", default=RATES)
     args = parser.parse_args()
-    from qlora.commands.console import hush_libraries
+    from qlora.terminal.console import hush_libraries
 
     hush_libraries()
     from qlora import training

@@ -8,7 +8,7 @@ import pytest
 import torch
 from bitsandbytes.nn import Params4bit
 
-from qlora import adapter, base_model
+from qlora import base_model, methods
 from qlora import training as sft
 from qlora.commands.export import export
 from qlora.commands.train import train
@@ -133,7 +133,7 @@ def test_what_waits_on_the_host_comes_back_as_it_was(load_model, monkeypatch, sl
             return original(host, target, source, device)
 
         monkeypatch.setattr(Host, "copy", late)
-    model = adapter.attach(load_model(), Lora(r=4, lora_dropout=0.2)).train()
+    model = methods.attach(load_model(), Lora(r=4, lora_dropout=0.2)).train()
     layers = base_model.decoder_layers(model)
     if slow == "layers":
         for layer in layers:

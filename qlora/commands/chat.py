@@ -7,10 +7,10 @@ import sys
 
 from ..data.examples import encode_prompt
 from ..evaluation import generate
+from ..jobs.opened_model import open_subject, switch
 from ..system import signals
 from ..system.errors import InputError, Interrupted
-from . import console
-from .subject import open_subject, switch
+from ..terminal import console
 
 
 def chat(target, prompt, system=None, max_new_tokens=512, overrides=(), on_text=None) -> str:

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from rich.text import Text
 
+from ..jobs.prepared_data import prepare, refuse_pointless, say_report
 from ..pages import data as page
 from ..recipe import Recipe
 from ..system.errors import InputError
-from . import console
-from .prepared import prepare, refuse_pointless, say_report
+from ..terminal import console
 
 _ON_PAGE = 20  # rows, from all over the data
 

@@ -11,11 +11,11 @@ import numpy as np
 from .. import base_model, data
 from ..data import examples
 from ..evaluation import generate, metrics
+from ..jobs.opened_model import open_subject
 from ..recipe import Data
 from ..system.errors import InputError
 from ..system.storage import write_json
-from . import console
-from .subject import open_subject
+from ..terminal import console
 
 MAX_ROWS = 100  # of the run's own score
 

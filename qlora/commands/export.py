@@ -9,9 +9,12 @@ from pathlib import Path
 
 from .. import base_model
 from ..evaluation import metrics
-from ..exporter import configs, merge, writer
+from ..exporter import REPORT, configs, merge, writer
 from ..exporter.card import card
 from ..exporter.reader import Reader
+from ..jobs import export_gguf
+from ..jobs.export_proof import Prover
+from ..jobs.opened_adapter import open_trained
 from ..kernels.threads import Cores
 from ..system import memory
 from ..system.errors import InputError, Interrupted, ProofFailed
@@ -25,11 +28,8 @@ from ..system.storage import (
     scratch_folder,
     write_json,
 )
-from . import console, serving
-from .proving import Prover
-from .trained import open_trained
+from ..terminal import console
 
-REPORT = "export_report.json"
 _FEW_POSITIONS = 250  # at 250, a top-1 agreement of 99 % is 2 positions
 
 
@@ -79,8 +79,8 @@ def _export(trained, out, inputs, compare_bases, gguf, start):
     )
     _refuse_tokens_without_a_row(trained, plan.config.get_text_config().vocab_size)
     if gguf:
-        serving.refuse(trained, plan, gguf)
-    more = serving.num_bytes(gguf, plan) if gguf else 0
+        export_gguf.refuse(trained, plan, gguf)
+    more = export_gguf.num_bytes(gguf, plan) if gguf else 0
     _refuse_full_disk(out, plan.num_bytes + max(more, plan.num_bytes if compare_bases else 0))
 
     device = base_model.default_device()
@@ -117,7 +117,7 @@ def _export(trained, out, inputs, compare_bases, gguf, start):
         _warn(report)
         _advise(report)
         if gguf:
-            report["gguf"] = serving.add_gguf(trained, folder, out.name, gguf, plan)
+            report["gguf"] = export_gguf.add_gguf(trained, folder, out.name, gguf, plan)
         report["seconds"] = time.monotonic() - start
         write_json(folder / REPORT, report)
         quantized = recipe.quantization.quant_type.upper() if recipe.quantization else None

@@ -9,11 +9,11 @@ import numpy as np
 from rich.text import Text
 
 from .. import base_model, planner
+from ..jobs.plan_job import free_bytes, job_of, without_data
+from ..jobs.prepared_data import prepare, say_report
 from ..recipe import Recipe, parse_size
 from ..system.errors import InputError
-from . import console
-from .job import free_bytes, job_of, without_data
-from .prepared import prepare, say_report
+from ..terminal import console
 
 _USUAL = 24 * 2**30
 

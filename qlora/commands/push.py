@@ -9,16 +9,16 @@ from pathlib import Path
 from huggingface_hub.utils import disable_progress_bars
 from rich.text import Text
 
-from .. import adapter, base_model
+from .. import base_model, methods
+from ..exporter import REPORT
 from ..exporter.card import adapter_card, addressed, shown_name
+from ..jobs.run_facts import origin_of
 from ..runs.folder import RunDir
 from ..system import hub
 from ..system.errors import InputError, Interrupted
 from ..system.files import read as read_text
 from ..system.files import read_object
-from . import console
-from .described import origin_of
-from .export import REPORT
+from ..terminal import console
 
 CARD = "README.md"
 _TOKENIZER = (
@@ -93,12 +93,12 @@ def push(target, repo, *, public=False, base=None, license=None, dry_run=False) 
 
 def _of_run(run, base, title):
     """Return {name: path, bytes, or text} of the files of a run to upload: its adapter, not its checkpoints and logs."""
-    read = adapter.read(run.adapter)
+    read = methods.read(run.adapter)
     recipe, origin = run.recipe(), origin_of(run)
     named = base or shown_name(origin.base["name_or_path"])[0]
     config = {**read.config, "base_model_name_or_path": named}
-    files = _there(run.adapter, [adapter.WEIGHTS, *_TOKENIZER])
-    files[adapter.CONFIG] = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
+    files = _there(run.adapter, [methods.WEIGHTS, *_TOKENIZER])
+    files[methods.CONFIG] = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
     quantization = recipe.quantization and recipe.quantization.model_dump()
     files[CARD] = adapter_card(title, named, read.config, quantization, origin)
     return files
@@ -110,7 +110,7 @@ def _of_model(folder):
         raise InputError(
             f"neither a run nor a model at {folder}; `qlora train RECIPE` makes a run, `qlora export RUN` a model"
         )
-    if (folder / adapter.CONFIG).is_file():
+    if (folder / methods.CONFIG).is_file():
         raise InputError(
             f"{folder} is an adapter alone; give the run folder that contains it, which records how it was trained"
         )

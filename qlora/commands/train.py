@@ -11,12 +11,13 @@ import subprocess
 import uuid
 from pathlib import Path
 
+from ..jobs import resumed_run
 from ..recipe import Recipe, parse_size
 from ..runs.folder import RunDir
 from ..system import files
 from ..system.errors import DoesNotFit, InputError, Interrupted, TrainingFailed
 from ..system.storage import free_disk_bytes, new_folder, write_json
-from . import console, resuming
+from ..terminal import console
 
 PACKAGES = (
     "qlora-trainer",
@@ -50,7 +51,7 @@ def train(recipe: Recipe, resume=False, allow_change=()) -> RunDir:
     run = RunDir(recipe.output_dir)
     try:
         if resume:
-            with resuming.resumed(recipe, allow_change) as resumed:
+            with resumed_run.resumed(recipe, allow_change) as resumed:
                 return run if resumed is None else _train(recipe, resumed)
         if allow_change:
             raise InputError("--allow-change is for --resume")
@@ -78,12 +79,12 @@ def _how_to_go_on(run, change=""):
 
 def _train(recipe, resumed):
     """Train from the beginning, or go on with a Resumed run."""
-    from .. import adapter, base_model, kernels
+    from .. import base_model, kernels, methods
     from .. import training as sft
     from ..exporter import merge, proof
+    from ..jobs.prepared_data import prepare, refuse_pointless, say_report
     from ..runs.checkpoints import Checkpoints
     from ..system import signals
-    from .prepared import prepare, refuse_pointless, say_report
 
     prepared = prepare(recipe)
     recipe = prepared.recipe
@@ -92,7 +93,7 @@ def _train(recipe, resumed):
     _refuse_what_quantizing_undoes(recipe.quantization, prepared.checkpoint.folder)
     if recipe.data.packing:
         kernels.attention.refuse_unsupported(prepared.config)
-    fingerprint = resuming.of_recipe(recipe, prepared)
+    fingerprint = resumed_run.of_recipe(recipe, prepared)
     if resumed is not None:
         resumed.refuse_changes(fingerprint)
     checkpoint, tokenizer = prepared.checkpoint, prepared.tokenizer
@@ -108,11 +109,11 @@ def _train(recipe, resumed):
         with console.status(f"loading {checkpoint.name_or_path}"):
             model = base_model.load(checkpoint, recipe.model, recipe.quantization)
             quantized, hashes = base_model.digests(model), checkpoint.file_hashes()
-            of_base = resuming.of_base(hashes, quantized)
+            of_base = resumed_run.of_base(hashes, quantized)
             if resumed is not None:
                 resumed.refuse_changes(of_base)
             base_model.refuse_not_causal(model, checkpoint)
-            model = adapter.attach(
+            model = methods.attach(
                 model,
                 recipe.method,
                 recipe.training.seed,
@@ -166,9 +167,9 @@ def _train(recipe, resumed):
                 ),
             )
             with new_folder(run.adapter) as folder:
-                adapter.save(model, folder, checkpoint.name_or_path, checkpoint.revision)
+                methods.save(model, folder, checkpoint.name_or_path, checkpoint.revision)
                 tokenizer.save_pretrained(folder)
-                adapter.seal(folder, hashes)
+                methods.seal(folder, hashes)
     console.say(
         f"trained {result.steps} steps, {result.tokens:,} tokens in {console.duration(result.seconds)}: "
         f"{result.tokens / result.step_seconds:,.0f} tokens/s in the steps, {result.tokens / result.seconds:,.0f} including "
@@ -186,7 +187,7 @@ def _refuse_what_quantizing_undoes(quantization, folder):
     A merge onto dequantized weights lies so near the points of the grid that quantizing rounds it back to them: held-out
     loss 1.03 after it, where the export has 0.065 (docs/export.md).
     """
-    from .export import REPORT
+    from ..exporter import REPORT
 
     if quantization is None or not (folder / REPORT).is_file():
         return
@@ -221,8 +222,8 @@ def _plan(recipe, prepared, device):
         InputError: the model has fewer layers than are to be checkpointed, or offloading has nothing to move.
     """
     from .. import planner
+    from ..jobs.plan_job import free_bytes, held_by_others, job_of, refuse_layers
     from ..system import memory
-    from .job import free_bytes, held_by_others, job_of, refuse_layers
 
     budget = free_bytes(device) if recipe.memory.budget is None else parse_size(recipe.memory.budget)
     try:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
 
-from .. import adapter
+from .. import methods
 from ..system.errors import InputError
 
 HERE = "FOLDER"  # stands for where the files are, until that is known
@@ -170,7 +170,7 @@ def card(title, base, adapter_config, report, quantized, rows, origins=()):
     base: what the base model was called; a path of this machine is cut to its last part. rows: the lines of the table
     that was shown, cells as text. origins: the trainings that it comes from, as far as they are known.
     """
-    kind = adapter.kind(adapter_config)
+    kind = methods.kind(adapter_config)
     weight = f"dequantize({quantized}(W))" if quantized and report["base"] == "dequantized" else "W"
     merged = f"{weight} + s B A"
     return _rendered(
@@ -212,7 +212,7 @@ def adapter_card(title, base, adapter_config, quantization, origin):
         library="peft",
         relation="adapter",
         tags="qlora, lora",
-        kind=adapter.kind(adapter_config),
+        kind=methods.kind(adapter_config),
         quantized=quantization and quantization["quant_type"].upper(),
         four_bit=four_bit,
         revision=origin.base["revision"],

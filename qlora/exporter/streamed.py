@@ -43,7 +43,7 @@ def exported(folder, device, trust_remote_code=False):
 
 
 def live(checkpoint, section, quantization, device, source, dtype=base_model.DTYPE_WHEN_QUANTIZED):
-    """Return the frozen model of `checkpoint` on `device`, streamed, for adapter.load; base_model.load holds it whole.
+    """Return the frozen model of `checkpoint` on `device`, streamed, for methods.load; base_model.load holds it whole.
 
     source: {parameter: name of its tensor in the files}. With new tokens embedding and head are held whole, as PEFT needs
     them. Adapters, and whatever else is put in the place of a weight, stay in memory.

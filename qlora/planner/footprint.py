@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .. import adapter, base_model
+from .. import base_model, methods
 from ..system.errors import QLoRAError
 from . import trace
 from .speed import Work
@@ -117,7 +117,7 @@ def outline(config, model_section, quantization, lora, num_new_tokens, device_ki
     config: the transformers config, grown to the new tokens. device_kind: "cuda" or "cpu". kernels: the recipe's setting.
 
     Raises:
-        InputError: the adapter does not go with the model, see adapter.attach.
+        InputError: the adapter does not go with the model, see methods.attach.
         NoPlan: the model does something on the way that cannot be done without numbers.
     """
     try:
@@ -143,7 +143,7 @@ def _outline(config, model_section, quantization, lora, num_new_tokens, device_k
     # made on the meta device at once, not moved there: at high ranks that is seconds and gigabytes. AdaLoRA's forward pass
     # then allocates less than it does in training (PEFT 0.21.2, found by the test against real steps)
     with torch.device("meta") if lora.peft_type == "LORA" else contextlib.nullcontext():
-        peft_model = adapter.attach(model, lora, token_ids=range(num_new_tokens))
+        peft_model = methods.attach(model, lora, token_ids=range(num_new_tokens))
     step, joins = trace.trace(peft_model, device_kind, packed, kernels)
     trained = [parameter for parameter in peft_model.parameters() if parameter.requires_grad]
     layers = base_model.decoder_layers(peft_model)

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers import TrainerCallback, get_scheduler
 from trl import SFTTrainer
 
-from .. import adapter
+from .. import methods
 from ..data import IGNORE_INDEX
 from ..kernels import loss
 from ..runs import checkpoints
@@ -69,8 +69,8 @@ class Trainer(SFTTrainer):
     def __init__(self, model, watch, **arguments):
         self.watch = watch
         self.micro_batches: list = []  # of the step at hand: (numbers of its rows, loss on the device)
-        self.ranks = adapter.Ranks(model)
-        self.before: Any = {name: p.detach().clone() for name, p in adapter.first_to_move(model).items()}
+        self.ranks = methods.Ranks(model)
+        self.before: Any = {name: p.detach().clone() for name, p in methods.first_to_move(model).items()}
         super().__init__(model, **arguments)
         # compute_loss divides by the tokens of the whole step itself, whatever the model's forward takes: else the mean
         # would be one of micro-batches, divided by a count that only exists once training has begun
@@ -97,7 +97,7 @@ class Trainer(SFTTrainer):
         self.masters.give_weights()
         taken = any(master.grad is not None for master in self.masters.masters)
         if self.before is not None and taken:
-            adapter.refuse_unmoved(self.model, self.before)
+            methods.refuse_unmoved(self.model, self.before)
             self.before = None
         if self.ranks.adaptive:
             with self.masters.in_the_model():

@@ -12,7 +12,7 @@ from bitsandbytes.nn import Params4bit
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
-from qlora import adapter, base_model
+from qlora import base_model, methods
 from qlora.recipe import Lora, Model, Quantization
 from qlora.system import memory
 from qlora.system.errors import InputError
@@ -79,7 +79,7 @@ def test_a_quantized_layer_is_a_plain_layer_on_the_dequantized_weight(load_model
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_parameter_names_by_dtype_are_exactly_these(load_model, family):
-    model = adapter.attach(load_model(family), Lora(r=4))
+    model = methods.attach(load_model(family), Lora(r=4))
     by_dtype = {}
     for name, parameter in model.named_parameters():
         by_dtype.setdefault(parameter.dtype, set()).add(name)
@@ -133,7 +133,7 @@ def test_parameters_are_counted_as_the_numbers_they_stand_for(load_model):
 
 
 def gradients(model, evaluate_first):
-    model = adapter.attach(model, Lora(r=4))
+    model = methods.attach(model, Lora(r=4))
     ids = torch.arange(1, 33)[None]
     torch.manual_seed(0)
     for parameter in model.parameters():

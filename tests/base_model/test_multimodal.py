@@ -7,7 +7,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from qlora import adapter, base_model
+from qlora import base_model, methods
 from qlora.base_model import multimodal
 from qlora.commands.eval import evaluate
 from qlora.commands.export import export
@@ -183,7 +183,7 @@ def test_the_text_half_is_trained_and_all_else_kept(checkpoint, family, make_rec
     assert (out / "config.json").read_bytes() == (folder / "config.json").read_bytes()
 
     checkpoint_ = base_model.find(recipe.model)
-    live = adapter.load(base_model.load(checkpoint_, recipe.model, recipe.quantization), run.adapter)
+    live = methods.load(base_model.load(checkpoint_, recipe.model, recipe.quantization), run.adapter)
     base_model.to_float32(live)
     with torch.no_grad():
         exported, trained = whole_logits(out, IDS), live(input_ids=IDS).logits

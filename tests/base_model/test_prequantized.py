@@ -12,12 +12,12 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora import base_model
 from qlora.commands.chat import chat
-from qlora.commands.described import origin_of
 from qlora.commands.eval import evaluate
 from qlora.commands.export import export
 from qlora.commands.plan import plan
 from qlora.commands.train import train
 from qlora.exporter.card import adapter_card
+from qlora.jobs.run_facts import origin_of
 from qlora.recipe import Model, Quantization
 from qlora.system.errors import InputError
 from tests.conftest import make_tokenizer

@@ -7,13 +7,14 @@ import pytest
 import torch
 import transformers
 
-from qlora import adapter, base_model
+from qlora import base_model, methods
 from qlora.commands import chat as chat_verb
-from qlora.commands.adapters import adapters, parse_weighted
+from qlora.commands.adapters import adapters
 from qlora.commands.eval import evaluate
 from qlora.commands.export import export
-from qlora.commands.subject import open_subject, switch
 from qlora.commands.train import train
+from qlora.jobs.opened_adapter import parse_weighted
+from qlora.jobs.opened_model import open_subject, switch
 from qlora.recipe import Recipe
 from qlora.system.errors import InputError, ProofFailed
 from tests.conftest import CONVERSATIONS, messages, write_jsonl
@@ -62,7 +63,7 @@ def test_runs_adapters_and_what_is_damaged_are_listed_with_their_scores(two, tmp
     shutil.copytree(two[1].adapter, tmp_path / "one" / "checkpoints" / "checkpoint-2")
     shutil.copytree(two[0].path, tmp_path / "unfinished", ignore=shutil.ignore_patterns("adapter"))
     damaged = shutil.copytree(two[0].path, tmp_path / "damaged")
-    (damaged / "adapter" / adapter.CONFIG).write_text("{")
+    (damaged / "adapter" / methods.CONFIG).write_text("{")
     capsys.readouterr()
     found = {entry["path"].removeprefix(f"{tmp_path}/"): entry for entry in adapters(tmp_path)}
     assert set(found) == {"one", "deeper/other", "one/checkpoints/checkpoint-2", "unfinished", "damaged"}
@@ -99,7 +100,7 @@ def test_a_weighted_sum_is_the_sum_of_the_updates_and_exports_proven(two, tmp_pa
     base = base_model.to_float32(base_model.load(base_model.find(recipe.model), recipe.model, recipe.quantization))
     deltas = {}
     for run, weight in ((one, 0.7), (other, -0.3)):
-        for name, update in adapter.read(run.adapter).updates.items():
+        for name, update in methods.read(run.adapter).updates.items():
             delta = weight * update.scaling * update.B_OR.float() @ update.A_RI.float()
             deltas[name] = deltas.get(name, 0) + delta
     hooks = [

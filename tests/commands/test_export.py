@@ -14,14 +14,14 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from qlora import adapter, base_model
+from qlora import base_model, methods
 from qlora.commands.export import export
 from qlora.commands.train import train
 from qlora.exporter import merge
 from qlora.recipe import Lora, Model, Quantization, Recipe
 from qlora.system.errors import InputError, ProofFailed
-from tests.adapter.test_adapter import KINDS
 from tests.conftest import CONVERSATIONS, MIXTURES, messages, write_jsonl
+from tests.methods.test_methods import KINDS
 
 OLD_ENOUGH = {"max_steps": 4, "learning_rate": 3e-2}
 
@@ -60,7 +60,7 @@ def test_the_original_base_is_w_plus_delta_and_says_how_far_that_is_from_what_wa
     assert report["merged"]["kl"] > 100 * report["to_original"]["kl"]  # ... which is not what was trained
     assert {module["quantization_error"] for module in report["modules"]} == {0.0}
     before, after = weights(tiny_model("llama")), weights(tmp_path / "out")
-    for name, update in adapter.read(run.adapter).updates.items():
+    for name, update in methods.read(run.adapter).updates.items():
         expected = before[f"{name}.weight"].float() + update.scaling * update.B_OR.float() @ update.A_RI.float()
         torch.testing.assert_close(after[f"{name}.weight"], expected, atol=1e-6, rtol=1e-6)
 
@@ -117,8 +117,8 @@ def test_the_report_says_where_tokenizer_template_and_generation_config_are_from
 @pytest.mark.parametrize("start", [True, "pissa"])
 def test_an_adapter_that_was_never_trained_is_refused_as_one(load_model, tiny_model, tmp_path, start):
     quantization = None if start == "pissa" else Quantization()
-    model = adapter.attach(load_model("llama", quantization), Lora(r=4, init_lora_weights=start))
-    adapter.save(model, tmp_path / "adapter", str(tiny_model("llama")), None)
+    model = methods.attach(load_model("llama", quantization), Lora(r=4, init_lora_weights=start))
+    methods.save(model, tmp_path / "adapter", str(tiny_model("llama")), None)
     with pytest.raises(InputError, match=r"adapter: its update is zero in all 14 layers .* it was never trained"):
         export(tmp_path / "adapter", tmp_path / "out", model=tiny_model("llama"))
     assert not (tmp_path / "out").exists()
@@ -391,12 +391,12 @@ def test_what_storing_costs_is_told_and_is_less_in_more_bits(run, tmp_path, caps
         losses[dtype] = export(run.path, tmp_path / dtype, dtype=dtype)["cast"]["loss"]
     assert losses["bfloat16"] > 6 * losses["float16"] > 1000 * losses["float32"]
     light = shutil.copytree(run.path, tmp_path / "light")
-    tensors = load_file(light / "adapter" / adapter.WEIGHTS)
+    tensors = load_file(light / "adapter" / methods.WEIGHTS)
     save_file(
         {key: value * (0.02 if "lora_B" in key else 1) for key, value in tensors.items()},
-        light / "adapter" / adapter.WEIGHTS,
+        light / "adapter" / methods.WEIGHTS,
     )
-    (light / "adapter" / adapter.MANIFEST).unlink()  # changed on purpose
+    (light / "adapter" / methods.MANIFEST).unlink()  # changed on purpose
     capsys.readouterr()
     report = export(light, tmp_path / "lossy", overrides=["export.dtype=bfloat16", "export.verify=off"])
     said = re.sub(r"\s+", " ", capsys.readouterr().err)
@@ -410,7 +410,7 @@ def test_numbers_that_float16_makes_zero_are_counted(run, tiny_model, tmp_path, 
     tensors = load_file(base / "model.safetensors")
     tensors["model.norm.weight"][:3] = 1e-9
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
-    own = shutil.copytree(run.adapter, tmp_path / "adapter", ignore=shutil.ignore_patterns(adapter.MANIFEST))
+    own = shutil.copytree(run.adapter, tmp_path / "adapter", ignore=shutil.ignore_patterns(methods.MANIFEST))
     report = export(own, tmp_path / "out", model=base)
     assert report["cast"]["underflows"]["model.norm.weight"] == 3
     assert "underflow to 0 in float16" in capsys.readouterr().err

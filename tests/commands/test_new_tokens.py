@@ -8,14 +8,14 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from qlora import adapter, base_model
+from qlora import base_model, methods
 from qlora.commands.chat import chat
 from qlora.commands.data import inspect_data
 from qlora.commands.eval import evaluate
 from qlora.commands.export import export
-from qlora.commands.prepared import prepare
 from qlora.commands.train import train
 from qlora.data import chat as chat_format
+from qlora.jobs.prepared_data import prepare
 from qlora.recipe import Recipe
 from qlora.system.errors import InputError
 from tests.conftest import messages, write_jsonl
@@ -59,7 +59,7 @@ def recipe_of(make_recipe, tiny_model, tmp_path):
 def live_model(recipe, run):
     checkpoint = base_model.find(recipe.model)
     model = base_model.load(checkpoint, recipe.model, recipe.quantization)
-    return base_model.to_float32(adapter.load(model, run.adapter, checkpoint.new_tokens.values()))
+    return base_model.to_float32(methods.load(model, run.adapter, checkpoint.new_tokens.values()))
 
 
 def logits(model, ids):
@@ -87,7 +87,7 @@ def test_the_exported_rows_are_the_trained_ones_and_all_others_the_bases(recipe_
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["vocab_size"] == num_rows == exported.get_input_embeddings().weight.shape[0]
 
-    saved = load_file(run.adapter / adapter.WEIGHTS)
+    saved = load_file(run.adapter / methods.WEIGHTS)
     trained = {key: tensor for key, tensor in saved.items() if ".lora_" not in key}
     base = transformers.AutoModelForCausalLM.from_pretrained(recipe.model.name_or_path, dtype=torch.bfloat16)
     tied = base.get_output_embeddings().weight is base.get_input_embeddings().weight
@@ -183,7 +183,7 @@ def test_without_quantization_and_with_checkpoints_and_packing_rows_are_trained_
     recipe = recipe_of("qwen2", False, data={"packing": True}, memory={"gradient_checkpointing": True})
     run = train(Recipe.from_dict({**recipe.model_dump(), "quantization": None}))
     assert export(run.path, tmp_path / "out", dtype="bfloat16")["verified"]
-    rows, ids = adapter.read(run.adapter).rows["model.embed_tokens"][::-1]
+    rows, ids = methods.read(run.adapter).rows["model.embed_tokens"][::-1]
     assert ids == [LENGTH, 1, LENGTH + 1]
     base = transformers.AutoModelForCausalLM.from_pretrained(recipe.model.name_or_path, dtype=torch.bfloat16)
     mean = base.get_input_embeddings().weight.detach().float().mean(0)

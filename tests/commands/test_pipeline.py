@@ -7,18 +7,18 @@ import pytest
 import torch
 import transformers
 
-from qlora import adapter, base_model
-from qlora.adapter import tensors
-from qlora.commands import console
+from qlora import base_model, methods
 from qlora.commands.chat import chat
 from qlora.commands.eval import evaluate
 from qlora.commands.export import export
 from qlora.commands.plan import plan
 from qlora.commands.train import train
 from qlora.exporter import merge
+from qlora.methods import tensors
 from qlora.recipe import Recipe
 from qlora.runs.folder import RunDir
 from qlora.system.errors import DoesNotFit, InputError, ProofFailed
+from qlora.terminal import console
 from tests.conftest import CONVERSATIONS, FAMILIES, messages, write_jsonl
 
 
@@ -40,7 +40,7 @@ def test_exported_is_trained_and_not_base(make_recipe, tmp_path, family):
     # ... and apart from it: plain transformers on one side, the live NF4 + adapter model on the other
     exported = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     checkpoint = base_model.find(recipe.model)
-    live = adapter.load(base_model.load(checkpoint, recipe.model, recipe.quantization), run.adapter)
+    live = methods.load(base_model.load(checkpoint, recipe.model, recipe.quantization), run.adapter)
     base_model.to_float32(live)
     ids = torch.arange(4, 60)[None]
     difference = (logits(exported, ids) - logits(live, ids)).abs().max()
@@ -171,10 +171,10 @@ def test_the_run_folder_holds_what_the_contract_says(make_recipe):
 
 def test_the_same_recipe_gives_the_same_adapter_byte_for_byte(make_recipe, tmp_path):
     lora = {"lora_dropout": 0.1}
-    files = [train(make_recipe(lora=lora, output_dir=str(tmp_path / name))).adapter / adapter.WEIGHTS for name in "ab"]
+    files = [train(make_recipe(lora=lora, output_dir=str(tmp_path / name))).adapter / methods.WEIGHTS for name in "ab"]
     assert files[0].read_bytes() == files[1].read_bytes()
     other = (
-        train(make_recipe(lora=lora, output_dir=str(tmp_path / "c"), training={"seed": 7})).adapter / adapter.WEIGHTS
+        train(make_recipe(lora=lora, output_dir=str(tmp_path / "c"), training={"seed": 7})).adapter / methods.WEIGHTS
     )
     assert other.read_bytes() != files[0].read_bytes()
 

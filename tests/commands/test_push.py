@@ -17,7 +17,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from qlora import adapter, base_model, cli
+from qlora import base_model, cli, methods
 from qlora.commands.eval import evaluate
 from qlora.commands.export import export
 from qlora.commands.push import push
@@ -304,7 +304,7 @@ def test_the_card_of_an_adapter_is_complete_and_its_lines_of_code_open_it(run, h
     exec(code, names)
     section = Model(name_or_path=str(tiny_model("llama")))
     ours = base_model.load(base_model.find(section), section, run.recipe().quantization)
-    ours = adapter.load(ours, run.adapter)
+    ours = methods.load(ours, run.adapter)
     ids = torch.tensor([[3, 40, 50, 60]])
     with torch.no_grad(), ours.disable_adapter():
         without = ours(ids).logits.float()

@@ -13,10 +13,10 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora import adapter, base_model
-from qlora.adapter.tensors import Update
+from qlora import base_model, methods
 from qlora.exporter import merge, writer
 from qlora.exporter.reader import Reader
+from qlora.methods.tensors import Update
 from qlora.recipe import Model
 from qlora.system.errors import InputError
 
@@ -75,7 +75,7 @@ def export(base_folder, adapter_folder, out):
     """Write the merge on the original base, in float32, as a folder that transformers opens."""
     section = Model(name_or_path=str(base_folder))
     checkpoint = base_model.find(section)
-    read = adapter.read(adapter_folder)
+    read = methods.read(adapter_folder)
     plan = merge.plan(checkpoint, base_model.load_config(checkpoint, section), torch.float32, adapter=read)
     merging = merge.Merge(Reader(checkpoint), plan, read, merge.Base({}, None, original=True), torch.device("cpu"))
     out.mkdir()
@@ -130,7 +130,7 @@ def test_adalora_merges_with_its_pruned_ranks(tiny_model, tmp_path):
         model.base_model.update_and_allocate(step)
         model.zero_grad()
     save(model.eval(), tmp_path / "adapter")
-    ranks = {len(update.A_RI) for update in adapter.read(tmp_path / "adapter").updates.values()}
+    ranks = {len(update.A_RI) for update in methods.read(tmp_path / "adapter").updates.values()}
     assert len(ranks) > 1  # some modules have kept more than others
     live = logits(peft.PeftModel.from_pretrained(plain(tiny_model("llama")), tmp_path / "adapter").eval())
     export(tiny_model("llama"), tmp_path / "adapter", tmp_path / "out")
@@ -235,4 +235,4 @@ def test_scaling_is_alpha_over_r_and_over_its_root(tiny_model, tmp_path):
     for rslora, expected in ((False, 8 / 4), (True, 8 / math.sqrt(4))):
         config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"], use_rslora=rslora)
         save(peft.get_peft_model(plain(tiny_model("llama")), config), tmp_path / f"{rslora}")
-        assert {update.scaling for update in adapter.read(tmp_path / f"{rslora}").updates.values()} == {expected}
+        assert {update.scaling for update in methods.read(tmp_path / f"{rslora}").updates.values()} == {expected}

@@ -7,7 +7,7 @@ import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from safetensors.torch import load_file, save_file
 
-from qlora import adapter, base_model
+from qlora import base_model, methods
 from qlora.exporter import merge
 from qlora.exporter.reader import Reader
 from qlora.recipe import Lora, Model, Quantization
@@ -17,10 +17,10 @@ from tests.conftest import FAMILIES
 
 def make(folder, model, tmp_path, dtype=torch.float32, original=False):
     """Return the Merge of `model` (a PeftModel) over the files in `folder`."""
-    adapter.save(model, tmp_path / "adapter", "x", None)
+    methods.save(model, tmp_path / "adapter", "x", None)
     section = Model(name_or_path=str(folder))
     checkpoint = base_model.find(section)
-    read = adapter.read(tmp_path / "adapter")
+    read = methods.read(tmp_path / "adapter")
     plan = merge.plan(checkpoint, base_model.load_config(checkpoint, section), dtype, adapter=read)
     digests = base_model.digests(model.get_base_model())
     modules = {name.removesuffix(".base_layer"): digest for name, digest in digests.items()}
@@ -36,7 +36,7 @@ def tensor(merging, name):
 @pytest.fixture
 def peft_model(load_model):
     def build(family):
-        model = adapter.attach(load_model(family), Lora(r=4, lora_alpha=8))
+        model = methods.attach(load_model(family), Lora(r=4, lora_alpha=8))
         torch.manual_seed(3)
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -106,7 +106,7 @@ def test_what_merging_and_casting_did_is_measured_per_module(peft_model, tiny_mo
 
 def test_a_number_too_large_for_float16_is_an_error_that_names_the_tensor(peft_model, tiny_model, tmp_path):
     model = peft_model("llama")
-    next(iter(adapter.first_to_move(model).values())).data.fill_(1e6)
+    next(iter(methods.first_to_move(model).values())).data.fill_(1e6)
     merging = make(tiny_model("llama"), model, tmp_path, torch.float16)
     with pytest.raises(InputError, match=r"model.layers.0.self_attn.q_proj.weight: largest number .* --dtype bfloat16"):
         tensor(merging, "model.layers.0.self_attn.q_proj.weight")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qlora import adapter, base_model
+from qlora import base_model, methods
 from qlora.exporter import proof
 from qlora.recipe import Lora
 from tests.conftest import CONVERSATIONS, encode, messages
@@ -12,7 +12,7 @@ from tests.conftest import CONVERSATIONS, encode, messages
 @pytest.fixture
 def live_and_merged(load_model, tokenizer):
     """Return (Live, a float32 model with the faithful merge): NF4 base with a strong random adapter."""
-    model = adapter.attach(load_model("llama"), Lora(r=4, lora_alpha=8))
+    model = methods.attach(load_model("llama"), Lora(r=4, lora_alpha=8))
     torch.manual_seed(3)
     for parameter in model.parameters():
         if parameter.requires_grad:

@@ -15,7 +15,7 @@ import torch
 import transformers
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
-from qlora import adapter, base_model
+from qlora import base_model, methods
 from qlora.data import Example
 from qlora.evaluation import metrics
 from qlora.exporter import merge, proof, streamed
@@ -41,14 +41,14 @@ def live_models(tiny_model, load_model, tmp_path):
     def make(family, quantization=Quantization()):  # noqa: B008 (frozen)
         section = Model(name_or_path=str(tiny_model(family)))
         checkpoint = base_model.find(section)
-        model = adapter.attach(load_model(family, quantization), Lora(r=4, lora_alpha=8))
+        model = methods.attach(load_model(family, quantization), Lora(r=4, lora_alpha=8))
         torch.manual_seed(3)
         for parameter in model.parameters():
             if parameter.requires_grad:
                 torch.nn.init.normal_(parameter, std=0.1)
-        adapter.save(model, tmp_path / "adapter", "x", None)
+        methods.save(model, tmp_path / "adapter", "x", None)
         bare = streamed.live(checkpoint, section, quantization, CPU, source_of(checkpoint, section))
-        return model.eval(), adapter.load(bare, tmp_path / "adapter")
+        return model.eval(), methods.load(bare, tmp_path / "adapter")
 
     return make
 
@@ -149,14 +149,14 @@ def test_rows_of_new_tokens_are_in_the_streamed_model(tiny_model, tokenizer, tmp
     section = Model(name_or_path=str(tiny_model(family)), new_tokens=["<call>", "<|im_start|>"])
     checkpoint = base_model.find(section)
     ids = list(checkpoint.new_tokens.values())
-    model = adapter.attach(base_model.load(checkpoint, section, Quantization()), Lora(r=4, lora_alpha=8), 0, ids)
+    model = methods.attach(base_model.load(checkpoint, section, Quantization()), Lora(r=4, lora_alpha=8), 0, ids)
     torch.manual_seed(3)
     for parameter in model.parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.1)
-    adapter.save(model, tmp_path / "adapter", "x", None)
+    methods.save(model, tmp_path / "adapter", "x", None)
     bare = streamed.live(checkpoint, section, Quantization(), CPU, source_of(checkpoint, section))
-    other = adapter.load(bare, tmp_path / "adapter", checkpoint.new_tokens.values())
+    other = methods.load(bare, tmp_path / "adapter", checkpoint.new_tokens.values())
     rows = [Example([*row.input_ids, *ids], [*row.labels, *ids]) for row in rows_of(tokenizer)]
     assert_same(proof.Live(model.eval(), rows), proof.Live(other, rows, 10**6))
 
@@ -309,8 +309,8 @@ def measure(folder, rows):
     """Print, as JSON, the peak of a proof of the model in `folder` (as its own export), whole and streamed, and the Need."""
     section, quantization = Model(name_or_path=str(folder)), Quantization()
     checkpoint, rows = base_model.find(section), proof.from_json({"rows": rows, "from": ""})[0]
-    attached = adapter.attach(base_model.load(checkpoint, section, quantization), Lora(r=8, lora_alpha=8))
-    adapter.save(attached, folder / "adapter", "x", None)
+    attached = methods.attach(base_model.load(checkpoint, section, quantization), Lora(r=8, lora_alpha=8))
+    methods.save(attached, folder / "adapter", "x", None)
     quantized = [name.removesuffix(".base_layer") for name in base_model.quantized_modules(attached.get_base_model())]
     config = base_model.load_config(checkpoint, section)
     need = streamed.need(config, rows, quantized, base_model.num_parameters(attached)[0])
@@ -318,11 +318,11 @@ def measure(folder, rows):
     del attached
     with Peak() as layers:
         bare = streamed.live(checkpoint, section, quantization, CPU, source)
-        live = proof.Live(adapter.load(bare, folder / "adapter"), rows, need.tokens_at_once)
+        live = proof.Live(methods.load(bare, folder / "adapter"), rows, need.tokens_at_once)
         scores = [live.scores.loss, live.base_scores.loss, live.compare(streamed.exported(folder, CPU)).loss]
     del bare, live
     with Peak() as whole:
-        live = proof.Live(adapter.load(base_model.load(checkpoint, section, quantization), folder / "adapter"), rows)
+        live = proof.Live(methods.load(base_model.load(checkpoint, section, quantization), folder / "adapter"), rows)
         expected = [live.scores.loss, live.base_scores.loss, live.compare(proof.reload(folder, CPU)).loss]
     result = {"need": dataclasses.asdict(need), "streamed": layers.num_bytes, "whole": whole.num_bytes}
     print(json.dumps({**result, "scores": scores, "expected": expected}))

@@ -9,14 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qlora import adapter
+from qlora import methods
 from qlora.commands.adapters import adapters
 from qlora.commands.chat import chat
 from qlora.commands.eval import evaluate
 from qlora.commands.export import export
-from qlora.commands.subject import open_subject, switch
 from qlora.commands.train import train
-from qlora.commands.trained import open_trained
+from qlora.jobs.opened_adapter import open_trained
+from qlora.jobs.opened_model import open_subject, switch
 from qlora.system import bounded
 from qlora.system.errors import InputError
 from tests.conftest import CONVERSATIONS, messages, write_jsonl
@@ -34,7 +34,7 @@ from tests.faults.folders import (
 )
 from tests.faults.test_models import recipe_of
 
-WEIGHTS, CONFIG, MANIFEST = adapter.WEIGHTS, adapter.CONFIG, adapter.MANIFEST
+WEIGHTS, CONFIG, MANIFEST = methods.WEIGHTS, methods.CONFIG, methods.MANIFEST
 UP = "base_model.model.model.layers.0.mlp.up_proj.lora_{}.weight"
 
 
@@ -260,7 +260,7 @@ def test_layers_left_out_of_the_training_are_not_missed(tiny_model, rows, tmp_pa
     lora = {"exclude_modules": ["up_proj"], "layers_to_transform": [1]}
     recipe = recipe.model_copy(update={"lora": recipe.lora.model_copy(update=lora)})
     run = train(recipe)
-    assert len(adapter.read(run.adapter).updates) == 6
+    assert len(methods.read(run.adapter).updates) == 6
     assert export(run.path, tmp_path / "out")["verified"]
 
 

@@ -47,7 +47,7 @@ STOPS = {
         "train RECIPE", [("qlora.data.tokenized:_Tally.add", TERM)], 143, "stopped before the first step", {"set": WORKERS}
     ),
     "eval, loading": ("eval run", [("qlora.base_model:load", TERM)], 143, STOPPED),
-    "eval, loading the adapter": ("eval run", [("qlora.adapter:load", INT)], 130, STOPPED),
+    "eval, loading the adapter": ("eval run", [("qlora.methods:load", INT)], 130, STOPPED),
     "eval, the loss": ("eval run", [("qlora.evaluation.metrics:mean_loss", INT)], 130, STOPPED),
     "eval, answering": ("eval run", [("qlora.evaluation.generate:_generate", TERM)], 143, STOPPED),
     "eval, writing": ("eval run", [("qlora.commands.eval:write_json", TERM)], 143, STOPPED),
@@ -62,7 +62,7 @@ STOPS = {
     "export, the configs": ("export run --out out", [("qlora.exporter.configs:write", TERM)], 143, LOST),
     "export, the proof": ("export run --out out", [("qlora.exporter.proof:Live.compare", INT)], 130, LOST),
     "export, the other base": (
-        "export run --out out --compare-bases", [("qlora.commands.proving:Prover.compare", TERM)], 143, LOST
+        "export run --out out --compare-bases", [("qlora.jobs.export_proof:Prover.compare", TERM)], 143, LOST
     ),
     "export, the card": ("export run export.verify=off --out out", [("qlora.commands.export:card", INT)], 130, LOST),
     "export, before the rename": ("export run export.verify=off --out out", [("os:rename", TERM)], 143, LOST),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn.attention.varlen import varlen_attn
 
-from qlora import adapter, base_model
+from qlora import base_model, methods
 from qlora.commands.train import train
 from qlora.data import pack
 from qlora.kernels import attention
@@ -26,7 +26,7 @@ TURNS = [*CONVERSATIONS[:4], [("user", "Count, please."), ("assistant", "1 2 3 4
 def prepare(load_model, tokenizer, family):
     """Return (PeftModel in float32 with a random adapter, examples, their packed rows as one batch)."""
     model = base_model.to_float32(load_model(family))
-    model = adapter.attach(model, Lora(r=4))
+    model = methods.attach(model, Lora(r=4))
     torch.manual_seed(1)
     for parameter in model.parameters():
         if parameter.requires_grad:

@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from qlora import adapter, base_model
+from qlora import base_model, methods
 from qlora.kernels.checkpointing import Host, checkpointed
 from qlora.recipe import Lora
 from qlora.system.errors import InputError
@@ -26,7 +26,7 @@ def prepared(load_model):
 
     def prepare(family="llama", lora=DROPOUT):
         torch.manual_seed(1)
-        model = adapter.attach(load_model(family), lora)
+        model = methods.attach(load_model(family), lora)
         for parameter in model.parameters():
             if parameter.requires_grad:
                 torch.nn.init.normal_(parameter, std=0.1)
@@ -217,7 +217,7 @@ class Late:
 
 def test_copies_may_be_as_late_as_the_events_allow(load_model, monkeypatch):
     late = Late()
-    model = adapter.attach(load_model(), DROPOUT).train()
+    model = methods.attach(load_model(), DROPOUT).train()
     layers = base_model.decoder_layers(model)
     layers.extend(copy.deepcopy(layer) for layer in list(layers) * 2)  # six
     for index, layer in enumerate(layers):

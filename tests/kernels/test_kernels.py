@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from qlora import adapter, base_model, kernels
+from qlora import base_model, kernels, methods
 from qlora.kernels import attention, checkpointing, linear, loss, norm, swiglu
 from qlora.kernels.causal import causal_attention
 from qlora.recipe import Adalora, Lora, Quantization
@@ -31,7 +31,7 @@ EXPECTED = {
 def load(load_model):
     def load(family, dtype="bfloat16", **lora):
         section = Lora(**{"r": 4, "lora_alpha": 8, **lora})
-        model = adapter.attach(load_model(family, Quantization(compute_dtype=dtype)), section)
+        model = methods.attach(load_model(family, Quantization(compute_dtype=dtype)), section)
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
@@ -118,7 +118,7 @@ def test_adapters_with_dropout_scaling_and_ranks_of_their_own(load, monkeypatch,
 
 
 def test_adapters_on_a_16_bit_base(load_model):
-    model = adapter.attach(load_model("llama", None), Lora(r=4, init_lora_weights="gaussian")).train()
+    model = methods.attach(load_model("llama", None), Lora(r=4, init_lora_weights="gaussian")).train()
     _, plain, _ = gradients(model)
     _, fast, found = gradients(model, "auto")
     assert found.modules == EXPECTED["llama"]
@@ -134,7 +134,7 @@ def test_adapters_on_a_16_bit_base(load_model):
     ],
 )
 def test_what_the_kernel_does_not_compute_is_left_to_peft(load_model, settings):
-    with kernels.installed(adapter.attach(load_model("qwen2"), settings).train()) as found:
+    with kernels.installed(methods.attach(load_model("qwen2"), settings).train()) as found:
         assert "lora" not in found.modules
         assert "swiglu" not in found.modules
         assert found.modules["rmsnorm"] == 5

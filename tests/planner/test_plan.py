@@ -9,7 +9,7 @@ import torch
 import transformers
 from bitsandbytes.optim import AdamW
 
-from qlora import adapter, base_model, kernels, planner
+from qlora import base_model, kernels, methods, planner
 from qlora import training as sft
 from qlora.kernels import checkpointing
 from qlora.planner import speed
@@ -56,7 +56,7 @@ def load_shape(tmp_path_factory):
             )
         section = Model(name_or_path=str(folders[name]))
         model = base_model.load(base_model.find(section), section, Quantization(), device="cpu")
-        return adapter.attach(model, lora, token_ids=token_ids).train()
+        return methods.attach(model, lora, token_ids=token_ids).train()
 
     return load
 

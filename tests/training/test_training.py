@@ -14,7 +14,7 @@ import pytest
 import torch
 from trl import SFTTrainer
 
-from qlora import adapter, base_model
+from qlora import base_model, methods
 from qlora import training as sft
 from qlora.data import Batches, pack
 from qlora.evaluation import metrics
@@ -57,7 +57,7 @@ def fit(load_model, tokenizer, tmp_path):
         torch.manual_seed(0)
         if float32:
             base_model.to_float32(model)
-        model = adapter.attach(model, lora, token_ids=token_ids)
+        model = methods.attach(model, lora, token_ids=token_ids)
         defaults = {"max_steps": 1, "learning_rate": 1e-2, "warmup_ratio": 0.0, "gradient_accumulation_steps": 1,
                     "lr_scheduler_type": "constant"}  # fmt: skip
         examples, eval_examples = ([encode(tokenizer, messages(t)) for t in rows] for rows in (turns, held_out))
@@ -171,7 +171,7 @@ def test_every_optimizer_learns(fit, optim):
 @pytest.mark.parametrize("optim", get_args(Training.model_fields["optim"].annotation))
 def test_no_optimizer_moves_what_pissa_starts_from(fit, load_model, optim):
     lora = Lora(r=64, init_lora_weights="pissa", target_modules=["q_proj"])  # 128 x 64: enough for 8-bit states
-    start = trained(adapter.attach(load_model("llama", None), lora, 0))
+    start = trained(methods.attach(load_model("llama", None), lora, 0))
     model, _, _ = fit(lora=lora, quantization=None, max_steps=3, optim=optim, weight_decay=0.1)
     for name, tensor in trained(model).items():
         dim = 0 if ".lora_A." in name else 1
@@ -301,8 +301,8 @@ def test_ranks_shrink_to_the_target_on_average_and_what_is_pruned_is_zero(fit, f
     assert mean_ranks[0] == 6
     assert mean_ranks == sorted(mean_ranks, reverse=True)
     assert mean_ranks[-3:] == [3, 3, 3]
-    adapter.save(model, tmp_path / "adapter", "base", None)
-    pattern = json.loads((tmp_path / "adapter" / adapter.CONFIG).read_text())["rank_pattern"]
+    methods.save(model, tmp_path / "adapter", "base", None)
+    pattern = json.loads((tmp_path / "adapter" / methods.CONFIG).read_text())["rank_pattern"]
     assert {name: sum(kept) for name, kept in pattern.items()} == {
         name.removeprefix("base_model.model.").removesuffix(".default"): int((tensor != 0).sum())
         for name, tensor in values.items()
@@ -328,7 +328,7 @@ def test_adalora_takes_the_steps_of_pefts_own_loop(fit, load_model, tokenizer, a
     torch.manual_seed(0)
     reference = get_peft_model(base, AdaLoraConfig(init_r=6, target_r=3, lora_alpha=64, tinit=1, tfinal=2, total_step=6,
                                                    target_modules=names, task_type="CAUSAL_LM"))  # fmt: skip
-    start = trained(adapter.attach(base_model.to_float32(load_model("llama")), ADALORA))
+    start = trained(methods.attach(base_model.to_float32(load_model("llama")), ADALORA))
     with torch.no_grad():
         for name, parameter in reference.named_parameters():
             if parameter.requires_grad:
@@ -570,7 +570,7 @@ CPU_SAYS = (
 
 def run_out(monkeypatch, error, at):
     """Let the forward pass number `at` (0, 1, ...) of each model run out of memory, in its last layer."""
-    original = adapter.attach
+    original = methods.attach
 
     def attach(*args, **kwargs):
         model, calls = original(*args, **kwargs), iter(range(10**6))
@@ -582,7 +582,7 @@ def run_out(monkeypatch, error, at):
         base_model.decoder_layers(model)[-1].register_forward_hook(full)
         return model
 
-    monkeypatch.setattr(adapter, "attach", attach)
+    monkeypatch.setattr(methods, "attach", attach)
 
 
 @pytest.mark.parametrize(

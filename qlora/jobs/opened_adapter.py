@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import shlex
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import adapter, base_model, data
+from .. import base_model, data, methods
 from ..exporter import proof
+from ..methods.sum import combine
 from ..recipe import Data, Recipe
 from ..runs.folder import RunDir
 from ..system.errors import InputError
-from . import console
-from .adapters import combine, parse_weighted
-from .described import origin_of
-from .subject import load_tokenizer, open_tokenizer, refuse_changed_base, refuse_other_base
+from ..terminal import console
+from .opened_model import load_tokenizer, open_tokenizer, refuse_changed_base, refuse_other_base
+from .run_facts import origin_of
 
 
 @dataclass
@@ -38,7 +39,7 @@ class Trained:
     recipe: Recipe
     modules: dict
     folder: Path
-    adapter: adapter.Adapter
+    adapter: methods.Adapter
     tokenizer: Any
     generation: base_model.Checkpoint
     taken_from: dict
@@ -90,7 +91,7 @@ def _of_one(target, base, overrides):
         if base is not None:
             raise InputError(f"{target} is a run, which records its base; leave --model out, or give {target}/adapter")
         trained = _of_run(RunDir.open(target), overrides)
-    elif (Path(target) / adapter.CONFIG).is_file():
+    elif (Path(target) / methods.CONFIG).is_file():
         trained = _of_adapter(Path(target), base, overrides)
     else:
         RunDir.open(target)  # says what is wrong with it
@@ -117,7 +118,7 @@ def _of_several(weighted, base, overrides):
     try:
         folders, trust = [one.folder for one in found], first.recipe.model.trust_remote_code
         folder = combine(folders, weights, first.config, trust, temporary.name)
-        read = adapter.read(folder)
+        read = methods.read(folder)
     except BaseException:
         temporary.cleanup()
         raise
@@ -136,6 +137,29 @@ def _of_several(weighted, base, overrides):
     )
 
 
+def parse_weighted(targets):
+    """Return [(path, weight)] of "RUN:0.7" strings; raises InputError where a weight is missing or no number."""
+    found = []
+    for target in targets:
+        path, colon, weight = str(target).rpartition(":")
+        try:
+            number = float(weight) if colon else math.nan
+        except ValueError:
+            number = math.nan
+        if not math.isfinite(number) or number == 0:
+            raise InputError(
+                f"{target}: needs a weight other than 0; to combine adapters write RUN:WEIGHT, as in runs/a:0.7 runs/b:0.3"
+            )
+        found.append((path, number))
+    paths = [path for path, _ in found]
+    twice = sorted({path for path in paths if paths.count(path) > 1})
+    if twice:
+        raise InputError(
+            f"{', '.join(twice)}: listed more than once; list each adapter once, with the sum of its weights"
+        )
+    return found
+
+
 def _have_one_base(*checkpoints):
     one, other = checkpoints
     return one.folder.samefile(other.folder) or one.file_hashes() == other.file_hashes()  # tens of seconds for a 7B
@@ -149,7 +173,7 @@ def _of_run(run, overrides):
                 f"{name}: differs from what {run.path} was trained with; export uses the run's, so leave it out"
             )
     checkpoint = base_model.find(recipe.model)
-    trained = adapter.read(run.adapter)
+    trained = methods.read(run.adapter)
     refuse_changed_base(run, checkpoint)
     config = base_model.load_config(checkpoint, recipe.model)
     recipe = base_model.settle(recipe, config, checkpoint)
@@ -176,7 +200,7 @@ def _of_run(run, overrides):
 
 
 def _of_adapter(folder, base, overrides):
-    trained = adapter.read(folder)
+    trained = methods.read(folder)
     said = trained.config.get("base_model_name_or_path")
     if base is None:
         named = shlex.quote(str(said)) if said else "FOLDER"
@@ -187,8 +211,8 @@ def _of_adapter(folder, base, overrides):
     if other:
         console.say(f"base      {folder} names {said} as its base; merging with {base} instead")
     checkpoint = base_model.find(recipe.model)
-    if isinstance(recorded := adapter.base_of(folder), dict):
-        how = f"--model, or, if it was changed on purpose, remove {folder / adapter.MANIFEST}"
+    if isinstance(recorded := methods.base_of(folder), dict):
+        how = f"--model, or, if it was changed on purpose, remove {folder / methods.MANIFEST}"
         refuse_other_base(folder, recorded, checkpoint, how)
     config = base_model.load_config(checkpoint, recipe.model)
     recipe = base_model.settle(recipe, config, checkpoint)

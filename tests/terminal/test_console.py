@@ -15,13 +15,13 @@ from rich.console import Console
 
 import qlora
 from qlora import train
-from qlora.commands import console
 from qlora.commands.adapters import adapters
 from qlora.commands.data import inspect_data
 from qlora.commands.eval import evaluate
 from qlora.commands.export import export
 from qlora.commands.push import push
 from qlora.recipe import Recipe
+from qlora.terminal import console
 from tests.conftest import CONVERSATIONS, messages, write_jsonl
 
 

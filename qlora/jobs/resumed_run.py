@@ -13,7 +13,7 @@ from ..recipe import Recipe
 from ..runs.checkpoints import Checkpoints, read_state
 from ..runs.folder import RunDir
 from ..system.errors import InputError
-from . import console
+from ..terminal import console
 
 _LENGTH = ("training.max_steps", "training.num_train_epochs")
 # what changes no weight, and what is compared by its content instead of its place

@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qlora import adapter, base_model
-from qlora.adapter import start
+from qlora import base_model, methods
 from qlora.commands.train import train
 from qlora.kernels import nf4
+from qlora.methods import start
 from qlora.recipe import Adalora, Lora, Model, Quantization
 from qlora.system.errors import InputError, TrainingFailed
 from tests.conftest import CONVERSATIONS, FAMILIES, encode, messages
@@ -23,13 +23,13 @@ def saved(load_model, tmp_path):
 
     def save(family="llama", section=Lora(r=4), quantized=True, token_ids=()):  # noqa: B008 (frozen)
         model = load_model(family) if quantized else load_model(family, None)
-        model = adapter.attach(model, section, token_ids=token_ids)
+        model = methods.attach(model, section, token_ids=token_ids)
         torch.manual_seed(3)
         for parameter in model.parameters():
             if parameter.requires_grad:
                 torch.nn.init.normal_(parameter, std=0.2)
         folder = tmp_path / f"adapter-{family}"
-        adapter.save(model, folder, "base/name", "main")
+        methods.save(model, folder, "base/name", "main")
         return model.eval(), folder
 
     return save
@@ -41,16 +41,16 @@ def test_all_linear_is_every_linear_layer_but_the_head(load_model, family):
     names = set(base_model.linear_names(model))
     adapted = {
         name.split(".lora_B")[0].removeprefix("base_model.model.")
-        for name in adapter.first_to_move(adapter.attach(model, Lora(r=4)))
+        for name in methods.first_to_move(methods.attach(model, Lora(r=4)))
     }
     assert adapted == names
     assert not any("lm_head" in name for name in adapted)
 
 
 def test_named_modules_get_adapters_and_no_others(load_model):
-    model = adapter.attach(load_model("llama"), Lora(r=4, target_modules=["q_proj", "model.layers.1.mlp.up_proj"]))
+    model = methods.attach(load_model("llama"), Lora(r=4, target_modules=["q_proj", "model.layers.1.mlp.up_proj"]))
     adapted = sorted(
-        name.split(".lora_B")[0].removeprefix("base_model.model.") for name in adapter.first_to_move(model)
+        name.split(".lora_B")[0].removeprefix("base_model.model.") for name in methods.first_to_move(model)
     )
     assert adapted == [
         "model.layers.0.self_attn.q_proj",
@@ -62,13 +62,13 @@ def test_named_modules_get_adapters_and_no_others(load_model):
 @pytest.mark.parametrize("targets", [["q_proj", "qq_proj"], ["lm_head"], ["embed_tokens"], "nothing.*", ["proj"]])
 def test_a_name_that_matches_nothing_lists_the_names_that_exist(load_model, targets):
     with pytest.raises(InputError) as caught:
-        adapter.attach(load_model("llama"), Lora(r=4, target_modules=targets))
+        methods.attach(load_model("llama"), Lora(r=4, target_modules=targets))
     assert "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj" in str(caught.value)
     assert repr(targets if isinstance(targets, str) else targets[-1]) in str(caught.value)
 
 
 def test_trainable_share_is_r_times_in_plus_out(load_model):
-    model = adapter.attach(load_model("llama"), Lora(r=4))
+    model = methods.attach(load_model("llama"), Lora(r=4))
     expected = sum(4 * (m.in_features + m.out_features) for m in base_model.quantized_modules(model).values())
     assert base_model.num_parameters(model)[0] == expected
 
@@ -79,7 +79,7 @@ def test_saving_and_loading_gives_the_same_logits(saved, load_model, family):
     ids = torch.arange(1, 33)[None]
     with torch.no_grad():
         expected = trained(input_ids=ids).logits
-        loaded = adapter.load(load_model(family), folder)(input_ids=ids).logits
+        loaded = methods.load(load_model(family), folder)(input_ids=ids).logits
         base = load_model(family)(input_ids=ids).logits
     assert torch.equal(loaded, expected)
     assert not torch.allclose(base, expected, atol=0.1)
@@ -96,14 +96,14 @@ def test_plain_peft_opens_the_folder(saved, load_model):
         base = load_model("llama")(input_ids=ids).logits
     # PEFT upcasts the adapter to float32, so the two differ by bf16 rounding: 20 times less than adapter and base do
     assert (found - expected).norm() < (base - expected).norm() / 20
-    config = json.loads((folder / adapter.CONFIG).read_text())
+    config = json.loads((folder / methods.CONFIG).read_text())
     assert (config["base_model_name_or_path"], config["revision"]) == ("base/name", "main")
 
 
 def test_qlora_forward_is_lora_on_the_dequantized_weight(saved):
     model, folder = saved("llama", Lora(r=4, lora_alpha=12))
     base_model.to_float32(model)
-    read = adapter.read(folder)
+    read = methods.read(folder)
     name = "model.layers.0.mlp.up_proj"
     module = model.get_submodule(f"base_model.model.{name}")
     update = read.updates[name]
@@ -118,35 +118,35 @@ def test_qlora_forward_is_lora_on_the_dequantized_weight(saved):
 
 def test_rslora_scales_by_the_root_of_r(saved):
     _, folder = saved("llama", Lora(r=4, lora_alpha=12, use_rslora=True))
-    assert {update.scaling for update in adapter.read(folder).updates.values()} == {6.0}
+    assert {update.scaling for update in methods.read(folder).updates.values()} == {6.0}
 
 
 def test_an_adapter_that_did_not_move_stops_the_run(load_model):
-    model = adapter.attach(load_model("llama"), Lora(r=4))
-    before = {name: parameter.detach().clone() for name, parameter in adapter.first_to_move(model).items()}
-    for index, parameter in enumerate(adapter.first_to_move(model).values()):
+    model = methods.attach(load_model("llama"), Lora(r=4))
+    before = {name: parameter.detach().clone() for name, parameter in methods.first_to_move(model).items()}
+    for index, parameter in enumerate(methods.first_to_move(model).values()):
         if index != 5:
             parameter.data += 1
     with pytest.raises(TrainingFailed, match=rf"1 of 14 adapters did not move.*{list(before)[5]}"):
-        adapter.refuse_unmoved(model, before)
+        methods.refuse_unmoved(model, before)
 
 
 def test_numbers_that_are_not_finite_never_reach_a_file(load_model, tmp_path):
-    model = adapter.attach(load_model("llama"), Lora(r=4))
-    next(iter(adapter.first_to_move(model).values())).data.view(-1)[0] = float("nan")
+    model = methods.attach(load_model("llama"), Lora(r=4))
+    next(iter(methods.first_to_move(model).values())).data.view(-1)[0] = float("nan")
     with pytest.raises(TrainingFailed, match="non-finite"):
-        adapter.save(model, tmp_path / "a", "x", None)
+        methods.save(model, tmp_path / "a", "x", None)
     assert not (tmp_path / "a").exists()
 
 
 def edit_tensors(folder, change):
-    tensors = load_file(folder / adapter.WEIGHTS)
+    tensors = load_file(folder / methods.WEIGHTS)
     change(tensors)
-    save_file(tensors, folder / adapter.WEIGHTS)
+    save_file(tensors, folder / methods.WEIGHTS)
 
 
 def edit_config(folder, **changes):
-    path = folder / adapter.CONFIG
+    path = folder / methods.CONFIG
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
@@ -156,9 +156,9 @@ KEY = "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"
 @pytest.mark.parametrize(
     ("break_it", "expected"),
     [
-        (lambda f: (f / adapter.WEIGHTS).unlink(), "adapter_model.safetensors"),
-        (lambda f: (f / adapter.CONFIG).unlink(), "adapter_config.json"),
-        (lambda f: (f / adapter.WEIGHTS).write_bytes((f / adapter.WEIGHTS).read_bytes()[:-9]), "adapter"),
+        (lambda f: (f / methods.WEIGHTS).unlink(), "adapter_model.safetensors"),
+        (lambda f: (f / methods.CONFIG).unlink(), "adapter_config.json"),
+        (lambda f: (f / methods.WEIGHTS).write_bytes((f / methods.WEIGHTS).read_bytes()[:-9]), "adapter"),
         (lambda f: edit_tensors(f, lambda t: t.pop(KEY)), "up_proj: has lora_B but not its partner"),
         (lambda f: edit_tensors(f, lambda t: t.update(other=torch.ones(1))), "other: not a tensor of an adapter"),
         (lambda f: edit_tensors(f, lambda t: t[KEY].fill_(float("inf"))), "non-finite"),
@@ -174,22 +174,22 @@ def test_a_broken_adapter_is_an_input_error(saved, break_it, expected):
     _, folder = saved("llama")
     break_it(folder)
     with pytest.raises(InputError, match=expected):
-        adapter.read(folder)
+        methods.read(folder)
 
 
 def test_an_adapter_of_another_base_is_refused_not_ignored(saved, load_model):
     _, folder = saved("llama")
     with pytest.raises(InputError, match="made for another base"):
-        adapter.load(load_model("gpt2"), folder)
+        methods.load(load_model("gpt2"), folder)
     edit_tensors(folder, lambda t: t.update({KEY: torch.ones(4, 128, dtype=torch.bfloat16)}))
     with pytest.raises(InputError, match=r"up_proj.lora_A.weight: \(4, 128\), the base needs \(4, 64\)"):
-        adapter.load(load_model("llama"), folder)
+        methods.load(load_model("llama"), folder)
 
 
 def test_a_copied_folder_reads_the_same(saved, tmp_path):
     _, folder = saved("llama")
-    copy = adapter.read(shutil.copytree(folder, tmp_path / "copy"))
-    assert copy.updates.keys() == adapter.read(folder).updates.keys()
+    copy = methods.read(shutil.copytree(folder, tmp_path / "copy"))
+    assert copy.updates.keys() == methods.read(folder).updates.keys()
 
 
 # ---- rows of new tokens ----------------------------------------------------------------------------------------------
@@ -203,11 +203,11 @@ def test_rows_are_saved_and_loaded_and_nothing_else_of_the_embeddings(saved, loa
     trained, folder = saved(family, token_ids=IDS)
     linear = sum(parameter.numel() for name, parameter in trained.named_parameters() if ".lora_" in name)
     assert base_model.num_parameters(trained)[0] == linear + num_matrices * len(IDS) * 64
-    others = {key: tensor for key, tensor in load_file(folder / adapter.WEIGHTS).items() if ".lora_" not in key}
+    others = {key: tensor for key, tensor in load_file(folder / methods.WEIGHTS).items() if ".lora_" not in key}
     assert [tuple(tensor.shape) for tensor in others.values()] == [(3, 64)] * num_matrices
 
     ids = torch.tensor([[5, *IDS, 9, 300]])
-    loaded = adapter.load(load_model(family), folder, IDS)
+    loaded = methods.load(load_model(family), folder, IDS)
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
     with torch.no_grad():
         expected, found = trained(input_ids=ids).logits, loaded(input_ids=ids).logits
@@ -260,14 +260,14 @@ def test_broken_rows_are_an_input_error(saved, break_it, expected):
     _, folder = saved("llama", token_ids=IDS)
     break_it(folder)
     with pytest.raises(InputError, match=expected):
-        adapter.read(folder)
+        methods.read(folder)
 
 
 def test_rows_that_are_not_finite_never_reach_a_file(load_model, tmp_path):
-    model = adapter.attach(load_model("llama"), Lora(r=4), token_ids=IDS)
+    model = methods.attach(load_model("llama"), Lora(r=4), token_ids=IDS)
     next(p for n, p in model.named_parameters() if "trainable_tokens" in n).data[1, 1] = float("inf")
     with pytest.raises(TrainingFailed, match="non-finite"):
-        adapter.save(model, tmp_path / "a", "x", None)
+        methods.save(model, tmp_path / "a", "x", None)
 
 
 def test_rows_for_another_head_or_of_another_width_are_refused(saved, load_model):
@@ -275,13 +275,13 @@ def test_rows_for_another_head_or_of_another_width_are_refused(saved, load_model
     with pytest.raises(
         InputError, match=r"\[7, 300, 511\] in lm_head.* need \[7, 300, 511\] in model.embed_tokens; restore"
     ):
-        adapter.load(load_model("llama-tied"), untied, IDS)
+        methods.load(load_model("llama-tied"), untied, IDS)
     edit_tensors(untied, lambda t: t.update({ROWS: torch.ones(3, 32, dtype=torch.bfloat16)}))
     with pytest.raises(
         InputError, match=r"lm_head.token_adapter.trainable_tokens_delta: \(3, 32\), the base needs \(3, 64\)"
     ):
-        adapter.load(load_model("llama"), untied, IDS)
-    read = adapter.read(untied)
+        methods.load(load_model("llama"), untied, IDS)
+    read = methods.read(untied)
     shapes = {module: update.shape for module, update in read.updates.items()}
     with pytest.raises(InputError, match="lm_head: rows of 32 numbers, the base has 64"):
         read.refuse_mismatch(shapes, {}, {"model.embed_tokens": (512, 64), "lm_head": (512, 64)}, IDS)
@@ -351,8 +351,8 @@ def trained(make_recipe):
     def run(family, lora, sections):
         left = []
         with pytest.MonkeyPatch.context() as patch:
-            original = adapter.save
-            patch.setattr(adapter, "save", lambda model, *rest: left.append(model) or original(model, *rest))
+            original = methods.save
+            patch.setattr(methods, "save", lambda model, *rest: left.append(model) or original(model, *rest))
             sections = {"training": {"max_steps": 4 if "init_r" in lora else 2}} | sections
             recipe = make_recipe(family, **{"adalora" if "init_r" in lora else "lora": lora}, **sections)
             done = train(recipe)
@@ -378,7 +378,7 @@ def test_every_kind_computes_after_loading_what_was_trained(trained, kind):
     expected = logits(model)
     base, ids = base_of(recipe)
     before = logits(base)
-    loaded = adapter.load(base, run.adapter, ids)
+    loaded = methods.load(base, run.adapter, ids)
     assert torch.equal(logits(loaded), expected)
     assert not torch.allclose(before, expected, atol=0.1)
     with loaded.disable_adapter():
@@ -411,7 +411,7 @@ def test_plain_peft_computes_what_was_trained(trained, kind):
 )
 def test_what_is_trained_of_a_tied_pair_is_untied_unless_it_is_to_stay_tied(trained, kind, one_matrix):
     model, recipe, run = trained(*KINDS[kind])
-    loaded = adapter.load(base_of(recipe)[0], run.adapter)
+    loaded = methods.load(base_of(recipe)[0], run.adapter)
     base = base_of(recipe)[0].lm_head.weight
     for one in (model, loaded):
         embedding, head = one.get_input_embeddings().weight, one.get_output_embeddings().weight
@@ -422,7 +422,7 @@ def test_what_is_trained_of_a_tied_pair_is_untied_unless_it_is_to_stay_tied(trai
 
 def test_patterns_set_the_rank_and_scaling_of_the_layers_they_match(load_model):
     section = Lora(r=4, lora_alpha=8, rank_pattern={"q_proj": 6, r"layers\.1\.mlp\..*": 2}, alpha_pattern={"q_proj": 3})
-    model = adapter.attach(load_model("llama"), section)
+    model = methods.attach(load_model("llama"), section)
     found = {name: (layer.r["default"], layer.scaling["default"]) for name, layer in layers(model).items()}
     for name, expected in found.items():
         rank = 6 if "q_proj" in name else 2 if "layers.1.mlp" in name else 4
@@ -456,7 +456,7 @@ def test_patterns_set_the_rank_and_scaling_of_the_layers_they_match(load_model):
 )
 def test_what_cannot_be_trained_is_refused_with_the_reason(load_model, lora, expected):
     with pytest.raises(InputError) as caught:
-        adapter.attach(load_model("llama"), Lora(**{"r": 4, **lora}))
+        methods.attach(load_model("llama"), Lora(**{"r": 4, **lora}))
     assert expected in str(caught.value)
 
 
@@ -469,19 +469,19 @@ def test_what_cannot_be_trained_in_16_bit_is_refused_with_the_reason(load_model)
         ({"init_lora_weights": "loftq"}, "the base is not quantized"),
     ):
         with pytest.raises(InputError, match=expected):
-            adapter.attach(load_model("llama", None), Lora(r=4, **lora))
+            methods.attach(load_model("llama", None), Lora(r=4, **lora))
 
 
 def test_a_tie_that_peft_does_not_know_of_is_refused(load_model):
     with pytest.raises(InputError, match="PEFT only supports it for modules named embed_tokens and lm_head"):
-        adapter.attach(load_model("gpt2"), Lora(r=4, modules_to_save=["wte"], ensure_weight_tying=True))
+        methods.attach(load_model("gpt2"), Lora(r=4, modules_to_save=["wte"], ensure_weight_tying=True))
 
 
 @pytest.mark.parametrize("name", ["lm_head", "embed_tokens", "wte"])
 def test_rows_and_the_whole_of_a_matrix_are_not_trained_at_once(load_model, name):
     model = load_model("gpt2" if name == "wte" else "llama")
     with pytest.raises(InputError, match=r"model\.new_tokens trains rows of it; leave one of the two out"):
-        adapter.attach(model, Lora(r=4, modules_to_save=[name]), token_ids=IDS)
+        methods.attach(model, Lora(r=4, modules_to_save=[name]), token_ids=IDS)
 
 
 # ---- starts ----------------------------------------------------------------------------------------------------------
@@ -518,7 +518,7 @@ def test_loftq_takes_back_as_much_of_the_quantization_error_as_its_rank_can(tiny
     stored = {name: t for file in files for name, t in load_file(checkpoint.folder / file).items()}
     # float32, where A and B are not rounded after the fact
     model = base_model.to_float32(base_model.load(checkpoint, section, Quantization()))
-    model = adapter.attach(model, Lora(r=6, lora_alpha=20, init_lora_weights="loftq"), checkpoint=checkpoint)
+    model = methods.attach(model, Lora(r=6, lora_alpha=20, init_lora_weights="loftq"), checkpoint=checkpoint)
     for name, layer in layers(model).items():
         W = stored.get(f"{name}.weight", stored.get(f"{name.removeprefix('transformer.')}.weight")).float()
         W = W.T if family == "gpt2" else W
@@ -532,7 +532,7 @@ def test_loftq_starts_closer_to_the_16_bit_model_than_nf4(load_model, tiny_model
     section = Model(name_or_path=str(tiny_model("llama")))
     exact = logits(load_model("llama", None))
     nf4 = logits(load_model("llama"))
-    model = adapter.attach(
+    model = methods.attach(
         load_model("llama"), Lora(r=32, init_lora_weights="loftq"), checkpoint=base_model.find(section)
     )
     assert (logits(model.eval()) - exact).norm() < 0.6 * (nf4 - exact).norm()
@@ -540,7 +540,7 @@ def test_loftq_starts_closer_to_the_16_bit_model_than_nf4(load_model, tiny_model
 
 def test_orthogonal_factors_start_as_nothing_on_4_bit_codes_too(load_model):
     base = logits(load_model("llama"))
-    model = adapter.attach(load_model("llama"), Lora(r=4, init_lora_weights="orthogonal"))
+    model = methods.attach(load_model("llama"), Lora(r=4, init_lora_weights="orthogonal"))
     for layer in layers(model).values():
         A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
         assert A.norm() > 0.1
@@ -571,7 +571,7 @@ def test_pissa_trains_what_pefts_pissa_trains_and_leaves_the_base_alone(load_mod
         return base_model.to_float32(load_model(family, None)).train()
 
     section = Lora(r=4, lora_alpha=6, init_lora_weights="pissa", use_rslora=use_rslora)
-    ours = adapter.attach(fresh(), section)
+    ours = methods.attach(fresh(), section)
     theirs = get_peft_model(
         fresh(),
         LoraConfig(r=4, lora_alpha=6, init_lora_weights="pissa", use_rslora=use_rslora, target_modules=list(layers(ours)),
@@ -588,8 +588,8 @@ def test_pissa_trains_what_pefts_pissa_trains_and_leaves_the_base_alone(load_mod
 
 def test_eva_spans_what_the_inputs_vary_in(load_model, tokenizer):
     examples = [encode(tokenizer, messages(turns)) for turns in CONVERSATIONS * 4]
-    plain = adapter.attach(load_model("llama"), Lora(r=4))
-    model = adapter.attach(load_model("llama"), Lora(r=4, init_lora_weights="eva"), examples=examples)
+    plain = methods.attach(load_model("llama"), Lora(r=4))
+    model = methods.attach(load_model("llama"), Lora(r=4, init_lora_weights="eva"), examples=examples)
     assert torch.equal(logits(model.eval()), logits(load_model("llama")))  # B = 0
     ranks = {name: layer.r["default"] for name, layer in layers(model).items()}
     assert sum(ranks.values()) == 4 * 14
@@ -615,7 +615,7 @@ def test_eva_spans_what_the_inputs_vary_in(load_model, tokenizer):
 def test_eva_without_enough_to_read_is_refused(load_model, tokenizer):
     examples = [encode(tokenizer, messages(CONVERSATIONS[0]))]
     with pytest.raises(InputError, match="trained tokens are too few"):
-        adapter.attach(load_model("llama"), Lora(r=16, init_lora_weights="eva"), examples=examples)
+        methods.attach(load_model("llama"), Lora(r=16, init_lora_weights="eva"), examples=examples)
 
 
 # ---- folders of other tools ------------------------------------------------------------------------------------------
@@ -659,7 +659,7 @@ def test_an_adapter_that_peft_alone_made_loads(foreign, load_model, settings, fa
     from peft import LoraConfig
 
     made, folder = foreign(LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **settings), family)
-    loaded = adapter.load(load_model(family), folder)
+    loaded = methods.load(load_model(family), folder)
     expected, base = logits(made), logits(load_model(family))
     assert torch.equal(logits(loaded), expected)
     assert not torch.allclose(base, expected, atol=0.1)
@@ -696,7 +696,7 @@ def test_a_folder_that_does_not_fit_in_every_tensor_is_refused(foreign, load_mod
     _, folder = foreign(LoraConfig(r=4, target_modules=["up_proj"], modules_to_save=["lm_head"], use_dora=True))
     break_it(folder)
     with pytest.raises(InputError, match=expected):
-        adapter.load(load_model("llama"), folder)
+        methods.load(load_model("llama"), folder)
 
 
 @pytest.mark.parametrize(
@@ -711,7 +711,7 @@ def test_a_folder_that_does_not_fit_in_every_tensor_is_refused(foreign, load_mod
 def test_a_rank_that_no_layer_can_have_is_refused_before_anything_is_allocated(load_model, family, section, said):
     model = load_model(family)
     with pytest.raises(InputError, match=said):
-        adapter.attach(model, section)
+        methods.attach(model, section)
     assert not any("lora_" in name for name, _ in model.named_parameters())
 
 
@@ -719,6 +719,6 @@ def test_the_smaller_side_of_a_layer_is_the_largest_rank(load_model):
     model = load_model("llama")
     layer = model.get_submodule("model.layers.0.mlp.up_proj")
     smaller = min(layer.in_features, layer.out_features)
-    assert adapter.attach(load_model("llama"), Lora(r=smaller, target_modules=["up_proj"]))
+    assert methods.attach(load_model("llama"), Lora(r=smaller, target_modules=["up_proj"]))
     with pytest.raises(InputError, match=f"at most {smaller}"):
-        adapter.attach(model, Lora(r=smaller + 1, target_modules=["up_proj"]))
+        methods.attach(model, Lora(r=smaller + 1, target_modules=["up_proj"]))

@@ -12,7 +12,7 @@ from ..data import chat
 from ..recipe import Model, Recipe
 from ..runs.folder import RunDir
 from ..system.errors import InputError
-from . import console
+from ..terminal import console
 
 
 @dataclass
@@ -71,17 +71,17 @@ def open_tokenizer(folder, section, generation_config, chat_template=None, syste
 
 
 def _open_run(run, overrides):
-    from .. import adapter
+    from .. import methods
 
     recipe = Recipe.load(run.recipe_file, overrides)
-    adapter.read_config(run.adapter)  # what is wrong with it is said before the tokenizer in it is read
+    methods.read_config(run.adapter)  # what is wrong with it is said before the tokenizer in it is read
     checkpoint = base_model.find(recipe.model)
     refuse_changed_base(run, checkpoint)
     recipe = base_model.settle(recipe, base_model.load_config(checkpoint, recipe.model), checkpoint)
     tokenizer = load_tokenizer(run, recipe.model, checkpoint)
     with console.status(f"loading {checkpoint.name_or_path} and the adapter of {run.path}"):
         model = base_model.load(checkpoint, recipe.model, recipe.quantization)
-        model = adapter.load(model, run.adapter, checkpoint.new_tokens.values())
+        model = methods.load(model, run.adapter, checkpoint.new_tokens.values())
     stops = chat.stop_token_ids(tokenizer, model.generation_config)
     voices = {str(run.path): ("default", tokenizer, stops), None: (None, tokenizer, stops)}
     return Subject(model, tokenizer, stops, recipe, run, voices, str(run.path))
@@ -93,12 +93,12 @@ def switch(subject, name):
     Raises:
         InputError: not a finished run on the same base, or an adapter that cannot lie beside another. Nothing changes.
     """
-    from .. import adapter
+    from .. import methods
 
     if subject.run is None:
         raise InputError("a plain model has no adapters; open a run: qlora chat RUN")
     if name != str(subject.run.path):
-        adapter.read(subject.run.adapter).refuse_more_than_low_rank(
+        methods.read(subject.run.adapter).refuse_more_than_low_rank(
             "cannot be switched off; open the other run by itself"
         )
     if name not in subject.voices:
@@ -107,15 +107,15 @@ def switch(subject, name):
         ours, theirs = (one.environment()["base_model"] for one in (subject.run, run))
         if recipe.quantization != subject.recipe.quantization or ours["sha256"] != theirs["sha256"]:
             raise InputError(f"{name}: trained on another base than {subject.run.path}")
-        adapter.read_config(run.adapter)  # what is wrong with it is said before the tokenizer in it is read
+        methods.read_config(run.adapter)  # what is wrong with it is said before the tokenizer in it is read
         tokenizer, _ = open_tokenizer(run.adapter, recipe.model, subject.model.generation_config)
         _refuse_other_tokens(name, tokenizer, subject)
         own = f"voice{len(subject.voices)}"
-        adapter.add(subject.model, run.adapter, own)
+        methods.add(subject.model, run.adapter, own)
         stops = chat.stop_token_ids(tokenizer, subject.model.generation_config)
         subject.voices[name] = (own, tokenizer, stops)
     chosen, subject.tokenizer, subject.stops = subject.voices[name]
-    adapter.activate(subject.model, chosen)
+    methods.activate(subject.model, chosen)
     subject.speaking = name
 
 

@@ -8,7 +8,7 @@ from ..data import chat
 from ..exporter.gguf import converter as gguf
 from ..exporter.gguf import ollama
 from ..system.errors import InputError
-from . import console
+from ..terminal import console
 
 _SIZE = {"f16": 1.0, "q8_0": 0.54, "q4_k_m": 1.35}  # of 2 bytes a number; q4_k_m with the f16 file that it is made from
 

@@ -10,8 +10,8 @@ from ..data import chat
 from ..pages import data as page
 from ..recipe import Recipe
 from ..system.errors import InputError
-from . import console
-from .subject import open_tokenizer
+from ..terminal import console
+from .opened_model import open_tokenizer
 
 
 @dataclass

@@ -8,13 +8,13 @@ import math
 
 import torch
 
-from .. import adapter, base_model
+from .. import base_model, methods
 from ..evaluation import metrics
 from ..exporter import proof, streamed
 from ..recipe import Model, Quantization
 from ..system import memory
 from ..system.errors import InputError
-from . import console
+from ..terminal import console
 
 
 class Prover:
@@ -137,7 +137,7 @@ class Prover:
             if self.num_rows != model.config.get_text_config().vocab_size:  # another tool grew it
                 model.resize_token_embeddings(self.num_rows, mean_resizing=False)
         base_model.to_float32(model)  # before the adapter, which is then not rounded to bfloat16 where it is float32
-        model = adapter.load(model, trained.folder, checkpoint.new_tokens.values())
+        model = methods.load(model, trained.folder, checkpoint.new_tokens.values())
         live = proof.Live(model, trained.rows, self.need.tokens_at_once if self.mode == "layers" else 0)
         del model
         self._forget()

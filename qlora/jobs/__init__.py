@@ -1,0 +1,1 @@
+"""What verbs share: a recipe and all that it names, opened."""

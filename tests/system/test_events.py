@@ -14,7 +14,8 @@ def test_those_who_listen_hear_what_is_emitted_in_their_block():
             events.emit("two")
         events.emit("three")
     events.emit("after")
-    assert outer == ["one", "two", "three"] and inner == ["two"]
+    assert outer == ["one", "two", "three"]
+    assert inner == ["two"]
 
 
 def test_another_thread_is_not_heard():

@@ -74,8 +74,9 @@ def train(
 
     run = run_train(loaded, resume, allow_change or ())
     if as_json:
-        last = run.metrics_file.read_text(encoding="utf-8").splitlines()[-1]
-        _print_json({"run": str(run.path), "last": json.loads(last)})
+        from .runs import record
+
+        _print_json({"run": str(run.path), "last": record.to_json(record.read(run)[-1])})
 
 
 @app.command(epilog="Example:  qlora plan recipes/mine.yaml data.max_length=8192 --card 4090 --plot memory.png")

@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.text import Text
 
 from .. import methods
+from ..runs import record
 from ..runs.folder import RunDir
 from ..system.errors import InputError, QLoRAError
 from ..terminal import console
@@ -60,10 +61,10 @@ def _of_run(folder):
         entry = _entry(run.adapter, folder)
     try:
         entry["base"] = run.recipe().model.name_or_path
-        for record in run.records():
-            entry["steps"] = record["step"]
-            entry["loss"] = record.get("loss", entry["loss"])
-            entry["eval_loss"] = record.get("eval_loss", entry["eval_loss"])
+        for line in record.read(run):
+            entry["steps"] = line.step
+            entry["loss"] = getattr(line, "loss", entry["loss"])
+            entry["eval_loss"] = getattr(line, "eval_loss", entry["eval_loss"])
         if run.eval_file.is_file():
             entry["metrics"] = json.loads(run.eval_file.read_text(encoding="utf-8"))["metrics"]
     except (OSError, ValueError, KeyError, QLoRAError) as error:

@@ -14,8 +14,10 @@ from pathlib import Path
 from ..jobs import resumed_run
 from ..recipe import Recipe, parse_size
 from ..runs.folder import RunDir
+from ..runs.record import Begun
 from ..system import files
 from ..system.errors import DoesNotFit, InputError, Interrupted, TrainingFailed
+from ..system.events import heard_by
 from ..system.storage import free_disk_bytes, new_folder, write_json
 from ..terminal import console
 
@@ -131,8 +133,10 @@ def _train(recipe, resumed):
         # by content, so that an evaluation is of these rows whatever happens to their file
         environment["held_out"] = [f"{key:016x}" for key in held_out.one_each().keys]
 
-        def begin():
-            """Write what the run is; until then a finished run that is to go on is as it was."""
+        def begin(event):
+            """Write what the run is as it begins; until then a finished run that is to go on is as it was."""
+            if not isinstance(event, Begun):
+                return
             if resumed is not None:
                 resumed.begin(recipe)
             write_json(run.data_report_file, prepared.report)
@@ -141,7 +145,12 @@ def _train(recipe, resumed):
 
         _print_model(checkpoint, model, quantized, prequantized, recipe, half)
         # a signal is noted until adapter/ is there: what training has made is never thrown away
-        with kernels.installed(model, recipe.kernels) as installed, console.Steps() as steps, signals.noted() as stop:
+        with (
+            kernels.installed(model, recipe.kernels) as installed,
+            console.Steps() as steps,
+            heard_by(begin, steps),
+            signals.noted() as stop,
+        ):
             if recipe.data.packing and not (installed.joined or kernels.attention.joins(model.get_base_model())):
                 raise InputError("data.packing: rows of this architecture cannot be joined; set data.packing=false")
             _print_kernels(installed, model.device)
@@ -155,15 +164,12 @@ def _train(recipe, resumed):
                 checkpointed_layers,
                 offload,
                 predicted,
-                on_log=steps.update,
                 installed=installed,
                 saving=sft.Saving(
                     to=Checkpoints(run.checkpoints, environment["id"]),
                     fingerprint=fingerprint | of_base,
                     resume=resumed and resumed.checkpoint,
                     stop=stop,
-                    on_begin=begin,
-                    on_save=steps.saved,
                 ),
             )
             with new_folder(run.adapter) as folder:

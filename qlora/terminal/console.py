@@ -22,6 +22,8 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from ..runs import record
+
 _console = Console(stderr=True, highlight=False, emoji=False)
 _results = Console(highlight=False, emoji=False)
 quiet_tables = False  # set by --json, whose stdout is for scripts
@@ -163,7 +165,7 @@ class Reading:
 
 
 class Steps:
-    """Progress of training: a live bar on a terminal, a plain line every `every` seconds elsewhere (logs, CI)."""
+    """A listener: shows a training as a live bar on a terminal, as a plain line every `every` seconds elsewhere (logs, CI)."""
 
     every = 20
 
@@ -182,6 +184,7 @@ class Steps:
         self.task = self.bar.add_task("training", total=None, loss="-", rate="-")
         self.start = self.said = self.last_save = time.monotonic()
         self.first = None  # step that was logged here
+        self.total = 0
 
     def __enter__(self):
         if _console.is_terminal:
@@ -192,32 +195,34 @@ class Steps:
         if _console.is_terminal:
             self.bar.stop()
 
-    def saved(self, written):
-        """Say what a checkpoint has cost."""
-        now = time.monotonic()
-        share = written.seconds / max(now - self.last_save, 1e-9)
-        say(f"          step {written.step}  checkpoint of {size(written.num_bytes)} in {written.seconds:.2f}s, "
-            f"{share:.1%} of the time since the last")  # fmt: skip
-        self.last_save = now
+    def __call__(self, event):
+        if isinstance(event, record.Begun):
+            self.total = event.total_steps
+        elif isinstance(event, record.Step):
+            self._show(event)
+        elif isinstance(event, record.Skipped):
+            say(f"          step {event.step}  skipped: {event.not_taken}")
+        elif isinstance(event, record.Evaluation):
+            say(f"          step {event.step}  held-out loss {event.eval_loss:.4f}")
+        elif isinstance(event, record.CheckpointSaved):
+            now = time.monotonic()
+            share = event.seconds / max(now - self.last_save, 1e-9)
+            say(f"          step {event.step}  checkpoint of {size(event.num_bytes)} in {event.seconds:.2f}s, "
+                f"{share:.1%} of the time since the last")  # fmt: skip
+            self.last_save = now
 
-    def update(self, record, total_steps):
-        step = record["step"]
-        if "not_taken" in record:
-            say(f"          step {step}  skipped: {record['not_taken']}")
-            return
-        if "loss" not in record:
-            say(f"          step {step}  held-out loss {record['eval_loss']:.4f}")
-            return
+    def _show(self, event):
+        step, total = event.step, self.total
         if self.first is None:
             self.first, self.start = step, time.monotonic()
-        loss, rate = f"{record['loss']:.4f}", f"{record['tokens_per_second']:,.0f}"
-        self.bar.update(self.task, completed=step, total=total_steps, loss=loss, rate=rate)
+        loss, rate = f"{event.loss:.4f}", f"{event.tokens_per_second:,.0f}"
+        self.bar.update(self.task, completed=step, total=total, loss=loss, rate=rate)
         now = time.monotonic()
-        if not _console.is_terminal and (now - self.said > self.every or step in (self.first, total_steps)):
+        if not _console.is_terminal and (now - self.said > self.every or step in (self.first, total)):
             # the first step is slow (allocation, warm-up), so the pace is that of the steps after it
             done = step - self.first
-            left = f"  {duration((now - self.start) / done * (total_steps - step))} left" if done else ""
-            say(f"training  step {step}/{total_steps}  loss {loss}  {rate} tokens/s{left}")
+            left = f"  {duration((now - self.start) / done * (total - step))} left" if done else ""
+            say(f"training  step {step}/{total}  loss {loss}  {rate} tokens/s{left}")
             self.said = now
 
 

@@ -88,7 +88,7 @@ def plain(args, folder):
     )
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16, quantization_config=bnb)
     for module in base_model.quantized_modules(model).values():
-        module.support_avx512bf16_for_cpu = False  # or it would lose its gradients, see qlora/base_model.py
+        module.support_avx512bf16_for_cpu = False  # or it would lose its gradients, see base_model/loading.py
     rates, losses = [], []
 
     class Clock(TrainerCallback):

@@ -83,6 +83,7 @@ def _train(recipe, resumed):
     """Train from the beginning, or go on with a Resumed run."""
     from .. import base_model, kernels, methods
     from .. import training as sft
+    from ..base_model import text_generation
     from ..exporter import merge, proof
     from ..jobs.prepared_data import prepare, refuse_pointless, say_report
     from ..runs.checkpoints import Checkpoints
@@ -114,7 +115,7 @@ def _train(recipe, resumed):
             of_base = resumed_run.of_base(hashes, quantized)
             if resumed is not None:
                 resumed.refuse_changes(of_base)
-            base_model.refuse_not_causal(model, checkpoint)
+            text_generation.refuse_unsuitable(model, checkpoint)
             model = methods.attach(
                 model,
                 recipe.method,

@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 
 from ..system.errors import InputError
-from ..system.storage import new_folder, write_json
+from ..system.storage import cache_folder, new_folder, write_json
 from . import chat, formats, length, words
 from .examples import IGNORE_INDEX, Example, encode
 
@@ -138,12 +138,8 @@ def _workers(file, num_proc):
 
 @functools.cache
 def _cache():
-    """Return the folder of tokenized files: $QLORA_CACHE, or ~/.cache/qlora; one that goes with the process if neither can
-    be written."""
-    root = Path(
-        os.environ.get("QLORA_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "qlora"
-    )
-    folder = root / "tokenized"
+    """Return the folder of tokenized files; one that goes with the process if the user's cannot be written."""
+    folder = cache_folder() / "tokenized"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

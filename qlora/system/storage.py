@@ -33,11 +33,11 @@ def write_text(path, text):
         raise
 
 
-def sha256(path):
-    """Return the hex SHA-256 of a file, read in pieces of 1 MiB."""
+def sha256(path, stop=None):
+    """Return the hex SHA-256 of a file, read in pieces of 1 MiB; of its beginning if `stop`, a threading.Event, is set."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while piece := file.read(1 << 20):
+        while not (stop and stop.is_set()) and (piece := file.read(1 << 20)):
             digest.update(piece)
     return digest.hexdigest()
 
@@ -45,6 +45,12 @@ def sha256(path):
 def listed(path):
     """Return the manifest entry of a file: {"bytes", "sha256"}."""
     return {"bytes": path.stat().st_size, "sha256": sha256(path)}
+
+
+def cache_folder():
+    """Return the user's folder for what can be made again: $QLORA_CACHE, or ~/.cache/qlora."""
+    own = os.environ.get("QLORA_CACHE")
+    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "qlora"
 
 
 def free_disk_bytes(path):

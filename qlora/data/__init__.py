@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..system.errors import InputError
-from . import formats, sources, tokenized
+from . import columns, sources, tokenized
 from .examples import IGNORE_INDEX, Example
 from .packing import Batches, Packed, Packs, pack
 from .sources import not_read
@@ -122,17 +122,17 @@ def load(source_list, tokenizer, section, seed, on_progress=None):
     """
     parts = []
     for source in source_list:
-        columns, ignore = source.columns or section.columns, tuple(section.ignore_keys or ())
-        formats.refuse_bad_columns(columns or {})
+        mapped, ignore = source.columns or section.columns, tuple(section.ignore_keys or ())
+        columns.refuse_bad(mapped or {})
         files = sources.open_source(source)
         for file in files:
             header = file.header()
             if header is not None:
-                formats.refuse_table(file.path, header, columns, ignore)
+                columns.refuse_table(file.path, header, mapped, ignore)
         for file, pick in zip(files, _picks(files, source.max_rows, seed), strict=True):
             settings = tokenized.Settings(
                 source.format,
-                columns,
+                mapped,
                 section.train_on,
                 section.max_length,
                 section.overlong,

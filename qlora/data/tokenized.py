@@ -33,7 +33,7 @@ import numpy as np
 
 from ..system.errors import InputError
 from ..system.storage import new_folder, write_json
-from . import chat, formats, length, words
+from . import chat, columns, length, words
 from .examples import IGNORE_INDEX, Example, encode
 
 CHUNK = 256  # rows that a worker takes at a time
@@ -185,7 +185,7 @@ def _key(file, digest, tokenizer, settings, pick):
 @functools.cache
 def _code_digest():
     """Return a hash of what turns rows into ids: this package's code for data, and the libraries it calls."""
-    code = [path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))]
+    code = [path.read_bytes() for path in sorted(Path(__file__).parent.rglob("*.py"))]
     versions = [importlib.metadata.version(name) for name in ("transformers", "tokenizers", "jinja2", "numpy")]
     return hashlib.sha256(b"\0".join([*code, *map(str.encode, versions)])).hexdigest()
 
@@ -218,11 +218,11 @@ class _Job:
     def __call__(self, chunk):
         settings, seen = self.settings, collections.Counter()
         ids, labels, examples, bad, too_long = [], [], [], [], []
-        unused, columns, mapped = collections.Counter(), set(), formats.optional_columns(settings.columns)
+        unused, found, mapped = collections.Counter(), set(), columns.optional(settings.columns)
         counts: collections.Counter = collections.Counter()
         masks = settings.thoughts == "mask"
         for row in chunk:
-            columns |= mapped & row.value.keys() if isinstance(row.value, dict) else set()
+            found |= mapped & row.value.keys() if isinstance(row.value, dict) else set()
             try:
                 if row.problem is not None:
                     raise ValueError(row.problem)
@@ -271,13 +271,13 @@ class _Job:
             bad,
             too_long,
             unused,
-            columns,
+            found,
         )
 
 
 def read(value, settings):
     """Return (format name, Conversation) of a row under `settings`; raises ValueError for what is wrong with it."""
-    name, conversation = formats.read(value, settings.columns, settings.format, settings.ignore_keys)
+    name, conversation = columns.read(value, settings.columns, settings.format, settings.ignore_keys)
     if settings.thoughts == "drop":
         messages = words.without_thoughts(conversation.messages)
         dropped = messages != conversation.messages
@@ -378,7 +378,7 @@ class _Tally:
         self.refuses_bad, self.refuses_long = settings.on_bad_row == "error", settings.overlong == "error"
         self.rows = self.not_picked = self.num_refused = self.num_too_long = self.largest_token = 0
         self.counts: collections.Counter = collections.Counter()
-        self.unused, self.missing = collections.Counter(), formats.optional_columns(settings.columns)
+        self.unused, self.missing = collections.Counter(), columns.optional(settings.columns)
         self.formats, self.reasons = collections.Counter(), collections.Counter()
         self.refused: dict = {}  # kind of problem: _Alike
         self.dropped: list = []  # (line, text): the first of them

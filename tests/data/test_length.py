@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora.data import IGNORE_INDEX, Example, length
+from qlora.data.conversation import Conversation
 from qlora.data.examples import encode, encode_prompt
-from qlora.data.formats import Conversation
 from tests.conftest import messages
 
 LONG = " ".join(f"w{n}" for n in range(60))

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from qlora import base_model, planner
 from qlora.data import examples
-from qlora.data.formats import Conversation
+from qlora.data.conversation import Conversation
 from qlora.recipe import Model, Quantization, Recipe
 
 CHATML = (

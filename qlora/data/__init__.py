@@ -112,10 +112,10 @@ class Rows(Sequence):
         return out
 
 
-def load(source_list, tokenizer, section, seed, on_progress=None):
+def load(source_list, tokenizer, section, seed):
     """Return a tokenized Part for each file that `source_list` (of the recipe's data.train or data.eval) names.
 
-    section: the recipe's data. seed: of the draw where a source has max_rows. on_progress(path, share, rows).
+    section: the recipe's data. seed: of the draw where a source has max_rows.
 
     Raises:
         InputError: a file is missing, broken, or has rows that the recipe does not say to leave out.
@@ -140,12 +140,7 @@ def load(source_list, tokenizer, section, seed, on_progress=None):
                 ignore,
                 section.thoughts,
             )
-            report_to = (
-                None if on_progress is None else lambda share, rows, path=file.path: on_progress(path, share, rows)
-            )
-            parts.append(
-                tokenized.tokenize(file, tokenizer, settings, source.weight, pick, section.num_proc, report_to)
-            )
+            parts.append(tokenized.tokenize(file, tokenizer, settings, source.weight, pick, section.num_proc))
     return parts
 
 

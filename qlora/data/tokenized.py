@@ -32,6 +32,7 @@ from typing import Any
 import numpy as np
 
 from ..system.errors import InputError
+from ..system.events import progress
 from ..system.storage import new_folder, write_json
 from . import chat, formats, length, words
 from .examples import IGNORE_INDEX, Example, encode
@@ -82,11 +83,10 @@ def _mapped(path, dtype):
     return np.memmap(path, dtype, "r") if path.stat().st_size else np.empty(0, dtype)
 
 
-def tokenize(file, tokenizer, settings, weight=1.0, pick=None, num_proc=None, on_progress=None) -> Part:
+def tokenize(file, tokenizer, settings, weight=1.0, pick=None, num_proc=None) -> Part:
     """Return the Part of `file`, from the cache if nothing that it depends on has changed.
 
     pick: the numbers of the rows to take, from 0, or None for all. num_proc: processes; None for all cores.
-    on_progress(share of the file read, rows so far): called now and then.
 
     Raises:
         InputError: rows are bad or too long and the recipe does not say to leave them out; all of the file together.
@@ -101,7 +101,7 @@ def tokenize(file, tokenizer, settings, weight=1.0, pick=None, num_proc=None, on
             results = _results(_chunks(file, pick, tally), _Job(tokenizer, settings), _workers(file, num_proc))
             results = _naming(file, results)
             with new_folder(folder, shared=True) as partial, contextlib.closing(results):
-                _write(partial, results, tally, file, on_progress)
+                _write(partial, results, tally, file)
                 if file.stamp() != stamp:
                     raise InputError(f"{file.path} changed while it was being read; run again when it is complete")
                 tally.refuse(file.path, file.unit)
@@ -470,10 +470,11 @@ def _sort_of(text):
     return re.sub(r"\d+", "N", re.sub(r"(?<!\w)'[^']*'", "'...'", text))[:120]
 
 
-def _write(folder, results, tally, file, on_progress):
+def _write(folder, results, tally, file):
     """Append each result's arrays to the folder's files."""
-    offset = 0
+    offset = read = 0
     with (
+        progress(f"tokenizing {file.path}", max(1, file.size), "bytes" if file.unit == "line" else "rows") as advance,
         open(folder / "tokens.bin", "wb") as tokens,
         open(folder / "trained.bin", "wb") as trained,
         open(folder / "examples.bin", "wb") as examples,
@@ -485,5 +486,6 @@ def _write(folder, results, tally, file, on_progress):
             result.tokens.tofile(tokens)
             result.trained.tofile(trained)
             result.examples.tofile(examples)
-            if on_progress is not None:
-                on_progress(min(1.0, file.done / max(1, file.size)), tally.rows)
+            done = min(file.done, file.size)
+            advance(done - read, f"{tally.rows:,} rows")
+            read = done

@@ -77,7 +77,9 @@ def train(
     """Train an adapter from a recipe; writes a run folder at its output_dir."""
     run = _run("train", False, _load(recipe, overrides), resume, allow_change or ())
     if as_json:
-        _print_json({"run": str(run.path), "last": run.records()[-1]})
+        from .runs import record
+
+        _print_json({"run": str(run.path), "last": record.to_json(record.read(run)[-1])})
 
 
 @app.command(epilog="Example:  qlora plan recipes/mine.yaml data.max_length=8192 --card 4090 --plot memory.png")

@@ -26,6 +26,7 @@ from pathlib import Path
 def ours(args, folder):
     """Return tokens/s and loss of each step, the share of trained tokens, and the predicted peak of qlora."""
     from qlora import Recipe, train
+    from qlora.runs import record
 
     run = train(
         Recipe.from_dict(
@@ -51,11 +52,11 @@ def ours(args, folder):
             }
         )
     )
-    records = [json.loads(line) for line in run.metrics_file.read_text().splitlines()]
+    steps = [line for line in record.read(run) if isinstance(line, record.Step)]
     share = json.loads(run.data_report_file.read_text())["tokens"]
     return {
-        "rates": [r["tokens_per_second"] for r in records],
-        "losses": [r["loss"] for r in records],
+        "rates": [step.tokens_per_second for step in steps],
+        "losses": [step.loss for step in steps],
         "trained_share": share["trained"] / share["total"],
         "predicted_bytes": json.loads(run.memory_file.read_text())["predicted_bytes"],
     }
@@ -87,7 +88,7 @@ def plain(args, folder):
     )
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16, quantization_config=bnb)
     for module in base_model.quantized_modules(model).values():
-        module.support_avx512bf16_for_cpu = False  # or it would lose its gradients, see qlora/base_model.py
+        module.support_avx512bf16_for_cpu = False  # or it would lose its gradients, see base_model/loading.py
     rates, losses = [], []
 
     class Clock(TrainerCallback):

@@ -36,6 +36,7 @@ def run(args, learning_rate, masters):
     import torch
 
     from qlora import Recipe, methods, train, training
+    from qlora.runs import record
 
     training.trainer.MasterWeights = masters
     start = {}
@@ -66,7 +67,7 @@ def run(args, learning_rate, masters):
                 }
             )
         )
-        losses = [record["loss"] for record in finished.records() if "loss" in record]
+        losses = [line.loss for line in record.read(finished) if isinstance(line, record.Step)]
     methods.attach = attach
     now = dict(start.pop("model").named_parameters())
     moved = statistics.mean((now[name] != value).to(torch.float32).mean().item() for name, value in start.items())

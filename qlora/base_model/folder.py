@@ -6,7 +6,6 @@ import re
 import shlex
 from dataclasses import dataclass, field
 from functools import cached_property
-from importlib.util import find_spec
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -14,7 +13,10 @@ from safetensors import SafetensorError, safe_open
 from ..system import files
 from ..system.errors import InputError
 from ..system.storage import sha256
-from . import multimodal, prequantized
+from . import multimodal
+from .messages import said
+from .new_tokens import add_tokens
+from .tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -60,10 +62,9 @@ class Checkpoint:
     def in_files(self, name, prefix):
         """Return the name in the files of parameter `name` of the text model, None if it is not there.
 
-        prefix: the model's base_model_prefix, which GPT-2's files leave out.
+        prefix: the model's base_model_prefix, see `spellings`.
         """
-        names = (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")
-        return next((self.text_tensors[one] for one in names if one in self.text_tensors), None)
+        return next((self.text_tensors[one] for one in spellings(name, prefix) if one in self.text_tensors), None)
 
     def shapes(self):
         """Return {tensor name: shape} from the headers, without reading weights."""
@@ -72,6 +73,11 @@ class Checkpoint:
             with safe_open(self.folder / name, "pt") as file:
                 shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
         return shapes
+
+
+def spellings(name, prefix):
+    """Return the names that a tensor may have: GPT-2's files leave out `prefix`, the model's base_model_prefix."""
+    return name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"
 
 
 def find(section, weights=True):
@@ -246,141 +252,3 @@ def weight_files(folder):
             )
         found |= dict.fromkeys(keys, name)
     return found
-
-
-def load_config(checkpoint, section):
-    """Return the transformers config, its vocab_size grown to hold the checkpoint's new tokens.
-
-    Raises:
-        InputError: not a known causal language model in 16 or 32 bit or NF4; or rows would have to be made up for tokens
-            that are not trained.
-    """
-    config = read_config(checkpoint, section)
-    if checkpoint.new_tokens:
-        text_config, ids = config.get_text_config(), set(checkpoint.new_tokens.values())
-        needed = set(range(text_config.vocab_size, max(ids) + 1))
-        if needed - ids:
-            raise InputError(
-                f"{checkpoint.folder}: the model has {text_config.vocab_size} embeddings, and its tokenizer has tokens "
-                f"beyond them ({_names(checkpoint, section, needed - ids)}); list these in model.new_tokens too"
-            )
-        text_config.vocab_size += len(needed)
-    return config
-
-
-def _names(checkpoint, section, ids):
-    tokens = load_tokenizer(checkpoint.folder, section).convert_ids_to_tokens(sorted(ids)[:5])
-    return ", ".join(map(repr, tokens)) + (", ..." if len(ids) > 5 else "")
-
-
-def read_config(checkpoint, section):
-    """Return the transformers config as the files have it, of a multimodal model that of its text half.
-
-    Raises:
-        InputError: as `load_config` does.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    path = checkpoint.folder / "config.json"
-    try:
-        config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=section.trust_remote_code)
-    except Exception as error:  # its class computes with what the file says, and divides by zero heads
-        raise InputError(f"{path}: {said(error)}") from None
-    text_half = multimodal.text_config(config, checkpoint.folder)
-    if text_half is not None:
-        return text_half
-    known = type(config) in AutoModelForCausalLM._model_mapping or "AutoModelForCausalLM" in getattr(
-        config, "auto_map", {}
-    )
-    if not known:
-        raise InputError(f"{checkpoint.folder / 'config.json'}: {config.model_type!r} is not a causal language model")
-    prequantized.refuse_unsupported(config, path)
-    return config
-
-
-_SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
-
-
-def load_tokenizer(folder, section):
-    """Return the tokenizer in `folder`, with a pad token; raises InputError where there is none.
-
-    Pads are masked by position, never by id, so that pad == end token cannot hide the end of a turn.
-    """
-    from transformers import AutoTokenizer
-
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        if (folder / name).is_file():
-            files.read_object(folder / name)
-    for template in sorted(folder.glob("*.jinja")):
-        files.refuse_instead(template)
-    _refuse_without_reader(folder)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=section.trust_remote_code)
-    except Exception as error:  # the Rust library raises Exception itself
-        if (folder / "tokenizer.json").is_file():
-            files.read_object(folder / "tokenizer.json")
-        raise InputError(f"{folder}: no usable tokenizer: {said(error)}") from None
-    of_processor = folder / "chat_template.json"  # where older multimodal models have their template
-    if tokenizer.chat_template is None and of_processor.is_file():
-        tokenizer.chat_template = files.read_object(of_processor).get("chat_template")
-    for name, kinds in (("chat_template", (str, dict, type(None))), ("model_max_length", (int, float))):
-        if not isinstance(getattr(tokenizer, name), kinds):
-            raise InputError(f"{folder / 'tokenizer_config.json'}: {name} cannot be {getattr(tokenizer, name)!r}")
-    if not tokenizer.is_fast:
-        raise InputError(f"{folder}: the tokenizer has no tokenizer.json, so the loss mask cannot be placed")
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.padding_side = "right"
-    return tokenizer
-
-
-def _refuse_without_reader(folder):
-    """Raise InputError where the tokenizer is a SentencePiece model only and the package that reads it is missing.
-
-    transformers 5 then takes the file for one of tiktoken's, and asks for that.
-    """
-    models = [path for path in sorted(folder.glob("*.model")) if path.name in _SENTENCEPIECE_FILES]
-    if models and not (folder / "tokenizer.json").is_file() and find_spec("sentencepiece") is None:
-        raise InputError(
-            f"{folder}: the tokenizer is a SentencePiece model ({models[0].name}, and no tokenizer.json); install what reads "
-            "it:  pip install 'qlora-trainer[sentencepiece]'"
-        )
-
-
-def add_tokens(tokenizer, tokens, template=None):
-    """Return {token: id} of `tokens` (None: no tokens), after adding to `tokenizer` those that are not one token there.
-
-    An added token that stands in the chat template (`template`, or the tokenizer's own) is special, which decoded answers
-    leave out; the others they keep.
-
-    Raises:
-        InputError: two of them are the same token to this tokenizer.
-    """
-    from transformers import AddedToken
-
-    template, ids = template or str(tokenizer.chat_template or ""), {}
-    for token in tokens or ():
-        found = tokenizer(token, add_special_tokens=False).input_ids
-        if len(found) != 1 or (found[0] == tokenizer.unk_token_id and token != tokenizer.unk_token):
-            special = token in template
-            tokenizer.add_tokens([AddedToken(token, special=special, normalized=False)], special_tokens=special)
-            found = [tokenizer.convert_tokens_to_ids(token)]
-        same = next((other for other, number in ids.items() if number == found[0]), None)
-        if same is not None:
-            raise InputError(f"model.new_tokens: to this tokenizer {same!r} and {token!r} are one token; keep one")
-        ids[token] = found[0]
-    return ids
-
-
-def said(error):
-    """Return what a library says of a file in a model folder, in one line."""
-    text = str(error).strip()
-    if "trust_remote_code" in text:
-        return (
-            "it needs code that comes with the model, which is not run; if you have read that code and trust it, set "
-            "model.trust_remote_code=true"
-        )
-    lines = [line.strip() for line in text.splitlines()]
-    if not lines or isinstance(error, (KeyError, AttributeError, ZeroDivisionError, RecursionError)):
-        return f"a required setting is missing or wrong ({type(error).__name__}: {text})"
-    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

@@ -18,6 +18,7 @@ from safetensors import safe_open
 
 from ..system import files
 from ..system.errors import InputError
+from . import text_generation
 
 # Whose text half computes what the whole model computes of text: tests/base_model/test_multimodal.py compares the logits.
 FAMILIES = ("gemma3", "gemma4", "internvl", "llava", "mistral3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl",
@@ -87,13 +88,16 @@ def text_config(config, where):
     Raises:
         InputError: the half cannot be trained by itself.
     """
-    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers import AutoModel
 
     others = other_parts(config)
     if not others:
         return None
     what = f"{where}: a multimodal checkpoint ({config.model_type}, with {', '.join(others)})"
-    if config.model_type not in FAMILIES or type(config) not in AutoModelForImageTextToText._model_mapping:
+    if (
+        config.model_type not in FAMILIES
+        or type(config) not in text_generation.auto_class(multimodal=True)._model_mapping
+    ):
         raise InputError(
             f"{what}, whose text half cannot be trained by itself; this works for {', '.join(FAMILIES)}, or take a text-only "
             "model of this family"
@@ -103,12 +107,12 @@ def text_config(config, where):
     text = copy.deepcopy(config.get_text_config())
     text.tie_word_embeddings = getattr(config, "tie_word_embeddings", False)  # what the whole model goes by
     text.name_or_path = config.name_or_path
-    if type(text) not in AutoModelForCausalLM._model_mapping:
+    if type(text) not in text_generation.auto_class()._model_mapping:
         if text.model_type not in _WITHOUT_HEAD:
             raise InputError(f"{what}, whose text half ({text.model_type}) is not a causal language model")
         with_head = _with_head(AutoModel._model_mapping[type(text)])
         # exist_ok: else transformers passes over, in silence, what is registered for a config of its own
-        AutoModelForCausalLM.register(type(text), with_head, exist_ok=True)
+        text_generation.auto_class().register(type(text), with_head, exist_ok=True)
     return text
 
 
@@ -118,7 +122,6 @@ def half_of(checkpoint):
     Raises:
         InputError: the files hold a tensor that the whole model does not know, or not all of what is not text.
     """
-    from transformers import AutoModelForImageTextToText
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, rename_source_key
 
@@ -126,7 +129,7 @@ def half_of(checkpoint):
     if config is None:
         return None
     with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+        model = text_generation.auto_class(multimodal=True).from_config(config, dtype=torch.float32)
     mapping = get_model_conversion_mapping(model)
     renamings = [one for one in mapping if isinstance(one, WeightRenaming)]
     converters = [one for one in mapping if not isinstance(one, WeightRenaming)]

@@ -14,6 +14,8 @@ import torch
 from safetensors import safe_open
 
 from ..system.errors import InputError
+from . import text_generation
+from .layers import is_conv1d, linear_names
 
 _BLOCKSIZE = 64
 _STATE = ".quant_state.bitsandbytes__nf4"
@@ -125,7 +127,32 @@ def beside_codes(checkpoint):
     }
 
 
-def refuse_other_codes(checkpoint, config, expected):
+def names_in_4_bit(model):
+    """Return the names of the layers that are in 4 bit in a quantized model, of which `model` has the shapes."""
+    names = linear_names(model)
+    return chosen(model, names) if stored_quantization(model.config) else names
+
+
+def refuse_other_codes(checkpoint, model):
+    """Raise InputError where the files hold NF4 codes and those are not what `model`, on the meta device, has in 4 bit."""
+    if not stored_quantization(model.config):
+        return
+    head = next(name for name, module in model.named_modules() if module is text_generation.head(model))
+    if chosen(model, [head]):
+        raise InputError(
+            f"{checkpoint.folder}: the head ({head}) is in 4 bit, which is not supported: config.json does not name it in "
+            "llm_int8_skip_modules; give the 16-bit model it was made from"
+        )
+    expected = {}
+    for name in names_in_4_bit(model):
+        module, weight = model.get_submodule(name), f"{name}.weight"
+        shape = tuple(module.weight.shape)
+        found = checkpoint.in_files(weight, model.base_model_prefix) or weight
+        expected[found] = shape[::-1] if is_conv1d(module) else shape
+    _refuse_other_codes(checkpoint, model.config, expected)
+
+
+def _refuse_other_codes(checkpoint, config, expected):
     """Raise InputError unless the codes in the files are those of the layers that config.json says, whole, and readable.
 
     expected: {name in the files: (O, I)} of the weights that are codes by config.json.

@@ -15,10 +15,10 @@ from ..runs.checkpoints import Checkpoints
 from ..runs.folder import RunDir
 from ..system import signals
 from ..system.errors import InputError, Interrupted, TrainingFailed
-from ..system.events import emit, progress
+from ..system.events import heard_by, progress
 from ..terminal import shown
 from ..terminal.data import say_report
-from ..terminal.training import Logged, say_kernels, say_model, say_planned, say_resumed, say_trained
+from ..terminal.training import say_kernels, say_model, say_planned, say_resumed, say_trained
 
 
 @shown()
@@ -68,7 +68,7 @@ def _train(recipe, resumed):
         with kernels.installed(opened.model, recipe.kernels) as installed, signals.noted() as stop:
             trainable.refuse_unjoinable(recipe, opened.model, installed)
             say_kernels(installed, opened.model.device)
-            with progress("training"):
+            with progress("training"), heard_by(trainable.begins(run, prepared, opened, resumed)):
                 result = training.train(
                     opened.model,
                     prepared.tokenizer,
@@ -79,15 +79,12 @@ def _train(recipe, resumed):
                     planned.checkpointed_layers,
                     planned.offload,
                     planned.predicted_bytes,
-                    on_log=lambda record, total_steps: emit(Logged(record, total_steps)),
                     installed=installed,
                     saving=training.Saving(
                         to=Checkpoints(run.checkpoints, opened.environment["id"]),
                         fingerprint=opened.fingerprint,
                         resume=resumed and resumed.checkpoint,
                         stop=stop,
-                        on_begin=lambda: trainable.record(run, prepared, opened, resumed),
-                        on_save=emit,
                     ),
                 )
             trainable.save_adapter(run, prepared, opened)

@@ -9,6 +9,7 @@ from pathlib import Path
 from jinja2 import Environment, StrictUndefined
 
 from .. import methods
+from ..base_model import text_generation
 from ..system.errors import InputError
 
 HERE = "FOLDER"  # stands for where the files are, until that is known
@@ -16,7 +17,7 @@ HERE = "FOLDER"  # stands for where the files are, until that is known
 _HEAD = """\
 ---
 library_name: {{ library }}
-pipeline_tag: {{ "image-text-to-text" if kept_tensors and library == "transformers" else "text-generation" }}
+pipeline_tag: {{ "image-text-to-text" if kept_tensors and library == "transformers" else task }}
 {%- if hub_name %}
 base_model: {{ hub_name }}
 base_model_relation: {{ relation }}
@@ -68,7 +69,6 @@ the two are.
 
 ## Use
 
-    {% set auto = "AutoModelForImageTextToText" if kept_tensors else "AutoModelForCausalLM" -%}
     from transformers import {{ auto }}, AutoTokenizer
 
     model = {{ auto }}.from_pretrained("{{ here }}", dtype="auto", device_map="auto")
@@ -91,13 +91,13 @@ It belongs to the text half of a multimodal model, whose layers it names as a te
 {% else %}
     import torch
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer{% if four_bit %}, BitsAndBytesConfig{% endif %}
+    from transformers import {{ auto }}, AutoTokenizer{% if four_bit %}, BitsAndBytesConfig{% endif %}
 
     {% if four_bit -%}
     four_bit = BitsAndBytesConfig({{ four_bit }})
     {% endif -%}
     tokenizer = AutoTokenizer.from_pretrained("{{ here }}")
-    base = AutoModelForCausalLM.from_pretrained(
+    base = {{ auto }}.from_pretrained(
         "{{ base }}"{% if revision %}, revision="{{ revision }}"{% endif %}, dtype=torch.bfloat16{% if four_bit %}, \
 quantization_config=four_bit{% endif %}
     )
@@ -187,6 +187,7 @@ def card(title, base, adapter_config, report, quantized, rows, origins=()):
         report=report,
         rows=rows,
         kept_tensors=report.get("kept_tensors"),
+        auto=text_generation.auto_name(multimodal=bool(report.get("kept_tensors"))),
     )
 
 
@@ -217,6 +218,7 @@ def adapter_card(title, base, adapter_config, quantization, origin):
         four_bit=four_bit,
         revision=origin.base["revision"],
         kept_tensors=origin.base.get("kept_tensors"),
+        auto=text_generation.auto_name(),
         num_tokens=1 + max((max(some) for some in indices if some), default=-1),
     )
 
@@ -254,6 +256,7 @@ def _rendered(text, title, base, origins, **values):
     shown, hub_name = shown_name(base)
     datasets = sorted({name for origin in origins for name in origin.datasets})
     values |= {"title": title, "base": shown, "hub_name": hub_name, "datasets": datasets, "here": HERE}
+    values["task"] = text_generation.NAME
     parts = [_HEAD, text, *([_ORIGIN] * len(origins))]
     more = [{}, {}, *({"origin": origin, "several": len(origins) > 1} for origin in origins)]
     return "".join(

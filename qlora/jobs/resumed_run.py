@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..recipe import Recipe
+from ..runs import record
 from ..runs.checkpoints import Checkpoints, read_state
 from ..runs.folder import RunDir
 from ..system.errors import InputError
@@ -168,8 +169,7 @@ def _place_of_finished(run):
 
 
 def _last_step(run):
-    records = run.records()
-    return records[-1]["step"] if records else 0
+    return max((line.step for line in record.read(run)), default=0)
 
 
 def _said(value):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..exporter.card import Origin
 from ..recipe import as_yaml
+from ..runs import record
 from ..system.errors import InputError
 
 _OF_DATA = {"max_length", "overlong", "on_bad_row", "packing", "train_on", "eval_fraction"}
@@ -48,7 +49,7 @@ def _shown(path, datasets):
 
 def _counts(run):
     report = json.loads(run.data_report_file.read_text(encoding="utf-8"))
-    steps = max(record["step"] for record in run.records())
+    steps = max(line.step for line in record.read(run))
     return (
         f"{report['rows']:,} rows to train on, {report['eval_rows']:,} held out; {report['tokens']['total']:,} tokens, "
         f"{report['tokens']['trained']:,} of them trained; {steps:,} steps."
@@ -57,9 +58,9 @@ def _counts(run):
 
 def _measured(run):
     """Return rows [what, before, after] as text."""
-    records = run.records()
-    losses = [record["loss"] for record in records if "loss" in record]
-    held_out = [record["eval_loss"] for record in records if "eval_loss" in record]
+    lines = record.read(run)
+    losses = [line.loss for line in lines if isinstance(line, record.Step)]
+    held_out = [line.eval_loss for line in lines if isinstance(line, record.Evaluation)]
     rows = [["loss in training, first and last step", f"{losses[0]:.4f}", f"{losses[-1]:.4f}"]] if losses else []
     rows += [["held-out loss at the end", "", f"{held_out[-1]:.4f}"]] if held_out else []
     if run.eval_file.is_file():

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from .. import base_model, methods
+from ..base_model import text_generation
 from ..exporter import REPORT, merge, proof
 from ..kernels import attention
 from ..runs.environment import environment
+from ..runs.record import Begun
 from ..system import files
 from ..system.errors import InputError
 from ..system.events import progress
@@ -76,7 +78,7 @@ def open_trainable(prepared, resumed=None) -> Trainable:
         of_base = resumed_run.of_base(hashes, quantized)
         if resumed is not None:
             resumed.refuse_changes(of_base)
-        base_model.refuse_not_causal(model, checkpoint)
+        text_generation.refuse_unsuitable(model, checkpoint)
         model = methods.attach(
             model,
             recipe.method,
@@ -105,8 +107,20 @@ def open_trainable(prepared, resumed=None) -> Trainable:
     return Trainable(model, quantized, hashes, found, resumed_run.of_recipe(recipe, prepared) | of_base)
 
 
-def record(run, prepared, trainable, resumed=None):
-    """Write what the run is into its folder; until then a finished run that is to go on is as it was."""
+def begins(run, prepared, trainable, resumed=None):
+    """Return a listener that writes what the run is into its folder once the training has begun.
+
+    Until then a finished run that is to go on is as it was.
+    """
+
+    def hear(event):
+        if isinstance(event, Begun):
+            _write(run, prepared, trainable, resumed)
+
+    return hear
+
+
+def _write(run, prepared, trainable, resumed):
     if resumed is not None:
         resumed.begin(prepared.recipe)
     held_out = prepared.eval_examples

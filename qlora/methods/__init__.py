@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from .. import base_model
+from ..base_model import text_generation
 from ..system.errors import InputError, TrainingFailed
 from . import start
 from .ranks import SCHEDULE, Ranks
@@ -82,7 +83,7 @@ def _config(section, model, targets, common):
         "target_modules": targets,
         "bias": section.bias,
         "fan_in_fan_out": _has_conv1d(model),
-        "task_type": "CAUSAL_LM",
+        "task_type": text_generation.PEFT_TYPE,
     }
     if section.peft_type == "ADALORA":
         ranks = {"init_r": section.init_r, "target_r": section.target_r}
@@ -442,7 +443,7 @@ def _saved_config(folder, config, model, tensors, rows):
         modules_to_save=whole or None,
         trainable_token_indices={module: ids for module, (ids, _) in rows.items()} or None,
         fan_in_fan_out=_has_conv1d(model),
-        task_type="CAUSAL_LM",
+        task_type=text_generation.PEFT_TYPE,
     )
 
 

@@ -16,7 +16,6 @@ import random
 import re
 import shutil
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from safetensors.torch import load_file, save_file
 
 from ..system.errors import InputError
 from ..system.storage import free_disk_bytes, fsync, listed, new_folder, sha256, write_json
+from .record import CheckpointSaved
 
 MANIFEST, TENSORS, STATE, TRAINER_STATE = "manifest.json", "tensors.safetensors", "state.json", "trainer_state.json"
 _FILES = {TENSORS, STATE, TRAINER_STATE}
@@ -39,16 +39,6 @@ class Damaged(InputError):
     """A folder that is not a complete checkpoint of this run; names the bad file."""
 
 
-@dataclass(frozen=True)
-class Written:
-    """A checkpoint that was written and verified. seconds: the time for both."""
-
-    path: Path
-    step: int
-    num_bytes: int
-    seconds: float
-
-
 class Checkpoints:
     """The checkpoints of one run, in `folder`. run: the id of the run."""
 
@@ -56,7 +46,7 @@ class Checkpoints:
         self.folder, self.run = Path(folder), run
 
     def write(self, step, tensors, state, trainer_state, limit=None):
-        """Return what was Written; keep the newest `limit` of this run's, removing others once the new one has verified.
+        """Return CheckpointSaved; keep the newest `limit` of this run's, removing others once the new one has verified.
 
         Raises:
             InputError: there is no room, or what was written does not read back; older ones are as they were.
@@ -88,7 +78,7 @@ class Checkpoints:
         self.verify(path)
         self.rotate(path, limit)
         num_bytes = sum(file.stat().st_size for file in path.iterdir())
-        return Written(path, step, num_bytes, time.monotonic() - begin)
+        return CheckpointSaved(path, step, num_bytes, time.monotonic() - begin)
 
     def verify(self, path):
         """Raise Damaged unless `path` is a complete checkpoint of this run; names the bad file."""

@@ -136,10 +136,6 @@ class RunDir:
     def environment(self):
         return self._read(self.environment_file)
 
-    def records(self):
-        """Return the objects in metrics.jsonl, one per line; OSError or ValueError if they cannot be read."""
-        return [json.loads(line) for line in self.metrics_file.read_text(encoding="utf-8").splitlines()]
-
     def proof_rows(self):
         return self._read(self.proof_rows_file)
 

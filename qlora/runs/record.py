@@ -1,117 +1,204 @@
-"""What a run records as it goes: metrics.jsonl and TensorBoard events."""
+"""What a training tells as it goes: its events, the files that keep them, and the one reader of metrics.jsonl.
+
+training emits these (system/events.py); whoever wants to show or keep them listens. metrics.jsonl has a line for each Step,
+Evaluation and Skipped, in the order in which they came.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
-import time
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback
-
+from ..system.errors import InputError
+from ..system.events import heard_by
 from ..system.storage import write_text
 
+# ---- events that are lines of metrics.jsonl ---------------------------------------------------------------------------
 
-class Recorder(TrainerCallback):
-    """Writes metrics.jsonl and TensorBoard events, and hands each record on."""
 
-    def __init__(self, trainer, run, listener):
-        self.trainer, self.run, self.listener = trainer, run, listener
-        self.file: Any = None  # until training begins: a run that is to go on is not changed before
-        self.board: Any = None
-        self.lines = self.last_tokens = 0
-        self.seconds = 0.0  # of the run, before this process went on with it
-        self.outside_seconds = 0.0  # of evaluations and checkpoints, in all of the run
-        if trainer.resumed is not None:
-            self.lines, self.seconds, self.last_tokens = (trainer.resumed[k] for k in ("lines", "seconds", "tokens"))
-            self.outside_seconds = trainer.resumed["outside_seconds"]
-        self.start = time.monotonic() - self.seconds
-        self.last_time = time.monotonic()
+@dataclass(frozen=True)
+class Step:
+    """A logged step, and the steps since the one logged before it.
 
-    def on_train_begin(self, args, state, control, **kwargs):
-        from torch.utils.tensorboard import SummaryWriter
+    step: counted from 1. epoch: with its part. loss: nats a trained token, the mean over those steps. grad_norm: before
+    clipping, of the last of them. tokens: trained on since the run began, padding excluded. tokens_per_second: in the steps
+    alone. memory_bytes: the most that this process has held. time: seconds since the run began, over all its processes.
+    metrics: what the method or the objective adds by name, such as AdaLoRA's mean_rank.
+    """
 
-        resumed = self.trainer.resumed
-        if resumed is not None:
-            _cut(self.run.metrics_file, self.lines)
-        self.file = open(self.run.metrics_file, "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
-        self.board = SummaryWriter(str(self.run.tensorboard), purge_step=resumed and resumed["step"] + 1)
-        self.start, self.last_time = time.monotonic() - self.seconds, time.monotonic()
+    step: int
+    epoch: float
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    tokens: int
+    tokens_per_second: float
+    memory_bytes: int
+    time: float
+    metrics: dict[str, float] = field(default_factory=dict)
 
-    def state(self):
-        """Flush the records to disk and return the position where they end."""
-        os.fsync(self.file.fileno())
-        step = self.trainer.state.global_step
-        return {
-            "step": step,
-            "lines": self.lines,
-            "seconds": time.monotonic() - self.start,
-            "outside_seconds": self.outside_seconds,
-        }
 
-    @contextlib.contextmanager
-    def outside(self):
-        """Exclude the time of the block (an evaluation, a checkpoint) from that of the steps."""
-        start = time.monotonic()
-        try:
-            yield
-        finally:
-            seconds = time.monotonic() - start
-            self.outside_seconds += seconds
-            self.last_time += seconds
+@dataclass(frozen=True)
+class Evaluation:
+    """The held-out loss after a step, nats a trained token. epoch, time, metrics: as of a Step."""
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if "loss" in logs:
-            self._record(self._training_record(state, logs), state)
-        elif "eval_loss" in logs:
-            elapsed = time.monotonic() - self.start
-            self._record(
-                {"step": state.global_step, "epoch": state.epoch, "eval_loss": logs["eval_loss"], "time": elapsed},
-                state,
-            )
+    step: int
+    epoch: float
+    eval_loss: float
+    time: float
+    metrics: dict[str, float] = field(default_factory=dict)
 
-    def _training_record(self, state, logs):
-        now, tokens = time.monotonic(), self.trainer.num_tokens()
-        record = {
-            "step": state.global_step,
-            "epoch": state.epoch,
-            "loss": logs["loss"],
-            "learning_rate": logs["learning_rate"],
-            "grad_norm": logs["grad_norm"],
-            "tokens": tokens,
-            "tokens_per_second": (tokens - self.last_tokens) / max(now - self.last_time, 1e-9),
-            "memory_bytes": self.trainer.peak.bytes,
-            "time": now - self.start,
-        }
-        if self.trainer.ranks.adaptive:
-            record["mean_rank"] = self.trainer.ranks.mean()
-        self.last_time, self.last_tokens = now, tokens
-        return record
 
-    def left_out(self, step, what, rows):
-        """Record a skipped step. rows: their numbers, from 1."""
-        state = self.trainer.state
-        elapsed = time.monotonic() - self.start
-        self._record({"step": step, "epoch": state.epoch, "not_taken": what, "rows": rows, "time": elapsed}, state)
+@dataclass(frozen=True)
+class Skipped:
+    """A step that changed nothing, because a loss or gradient was not finite.
 
-    def _record(self, record, state):
-        self.file.write(json.dumps(record, allow_nan=False) + "\n")
-        self.file.flush()
-        self.lines += 1
-        for key in record.keys() - {"step", "epoch", "time", "not_taken", "rows"}:
-            self.board.add_scalar(key, record[key], record["step"])
-        if self.listener is not None:
-            self.listener(record, state.max_steps)
+    not_taken: why, in words. rows: numbers of the training rows that it may have been, from 1.
+    """
+
+    step: int
+    epoch: float
+    not_taken: str
+    rows: tuple[int, ...]
+    time: float
+
+
+Line = Step | Evaluation | Skipped
+
+
+def to_json(event: Line) -> dict:
+    """Return the object that stands for `event` in metrics.jsonl: its fields, and its metrics beside them."""
+    values = dict(vars(event))
+    return values | values.pop("metrics", {})
+
+
+def from_json(values: dict) -> Line:
+    """Return the event of such an object; a field that an older version did not write is None."""
+    kind: Any = Skipped if "not_taken" in values else Evaluation if "eval_loss" in values else Step
+    names = [one.name for one in dataclasses.fields(kind) if one.name != "metrics"]
+    known = {name: values.get(name) for name in names} | {"step": values["step"]}
+    if kind is Skipped:
+        return Skipped(**(known | {"rows": tuple(known["rows"] or ())}))
+    return kind(**known, metrics={name: value for name, value in values.items() if name not in names})
+
+
+def read(run) -> list[Line]:
+    """Return what metrics.jsonl of a RunDir says, in order. A last line without its end is still being written: left out.
+
+    Raises:
+        InputError: the file cannot be read, or a line is not one of ours.
+    """
+    try:
+        lines = run.metrics_file.read_text(encoding="utf-8").splitlines(keepends=True)
+        return [from_json(json.loads(line)) for line in lines if line.endswith("\n")]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise InputError(f"{run.metrics_file}: {error!r}; the run folder is damaged") from None
+
+
+# ---- other events ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rehearsed:
+    """The largest micro-batch has run forward and backward, without a trace. peak_bytes: the most that was held by then."""
+
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
+class Begun:
+    """The steps begin: all is loaded, restored and rehearsed. Until now nothing of a run that goes on has changed.
+
+    step: the last one that was taken, 0 in a new run. total_steps: the number of the last. lines: of metrics.jsonl that are
+    of steps up to `step`; later ones will be computed again.
+    """
+
+    step: int
+    total_steps: int
+    lines: int
+
+
+@dataclass(frozen=True)
+class CheckpointBegun:
+    """A checkpoint is about to be written. What was recorded until now must be on the disk when this returns."""
+
+    step: int
+
+
+@dataclass(frozen=True)
+class CheckpointSaved:
+    """A checkpoint was written and verified. seconds: the time for both."""
+
+    path: Path
+    step: int
+    num_bytes: int
+    seconds: float
+
+
+# ---- who keeps them --------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def recorded(run):
+    """Keep in metrics.jsonl and tensorboard/ of a RunDir what is emitted in the block."""
+    with (
+        contextlib.closing(MetricsFile(run.metrics_file)) as lines,
+        contextlib.closing(TensorBoard(run.tensorboard)) as board,
+        heard_by(lines, board),
+    ):
+        yield
+
+
+class MetricsFile:
+    """A listener: writes metrics.jsonl. The file is not touched before a training has Begun."""
+
+    def __init__(self, path):
+        self.path = path
+        self.file: Any = None
+
+    def __call__(self, event):
+        if isinstance(event, Begun):
+            _cut(self.path, event.lines)
+            self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
+        elif isinstance(event, Line):
+            self.file.write(json.dumps(to_json(event), allow_nan=False) + "\n")
+            self.file.flush()
+        elif isinstance(event, CheckpointBegun):
+            os.fsync(self.file.fileno())
 
     def close(self):
         if self.file is not None:
             self.file.close()
+
+
+class TensorBoard:
+    """A listener: writes the numbers of steps and evaluations as TensorBoard events into `folder`."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.board: Any = None
+
+    def __call__(self, event):
+        if isinstance(event, Begun):
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(self.folder), purge_step=event.step + 1 if event.step else None)
+        elif isinstance(event, Step | Evaluation):
+            numbers = to_json(event)
+            for key in numbers.keys() - {"step", "epoch", "time"}:
+                self.board.add_scalar(key, numbers[key], event.step)
+
+    def close(self):
         if self.board is not None:
             self.board.close()
 
 
 def _cut(path, num_lines):
-    """Truncate a file to its first `num_lines` lines; the later ones will be computed again."""
+    """Keep the first `num_lines` lines of a file."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
     write_text(path, "".join(lines[:num_lines]))

@@ -4,22 +4,13 @@ from __future__ import annotations
 
 import shlex
 import time
-from dataclasses import dataclass
 
 from .. import base_model
-from ..runs.checkpoints import Written
+from ..runs import record
 from ..system.events import Progress, note
 from ..system.units import duration, size
 from . import lines
 from .bars import EVERY
-
-
-@dataclass(frozen=True)
-class Logged:
-    """A line of metrics.jsonl, of a run with so many steps."""
-
-    record: dict
-    total_steps: int
 
 
 class Steps:
@@ -29,42 +20,41 @@ class Steps:
         self.bars = bars
         self.start = self.said = self.last_save = time.monotonic()
         self.first = None  # step that was logged here
+        self.total = 0
 
     def hear(self, event):
-        if isinstance(event, Progress) and event.what == "training" and not event.done:
+        if isinstance(event, record.Begun):
+            self.total, self.first = event.total_steps, None
             self.start = self.said = self.last_save = time.monotonic()
-        elif isinstance(event, Written):
-            self._saved(event)
-        elif isinstance(event, Logged):
-            self._logged(event.record, event.total_steps)
+        elif isinstance(event, record.Step):
+            self._show(event)
+        elif isinstance(event, record.Skipped):
+            lines.say(f"          step {event.step}  skipped: {event.not_taken}")
+        elif isinstance(event, record.Evaluation):
+            lines.say(f"          step {event.step}  held-out loss {event.eval_loss:.4f}")
+        elif isinstance(event, record.CheckpointSaved):
+            now = time.monotonic()
+            share = event.seconds / max(now - self.last_save, 1e-9)
+            lines.say(
+                f"          step {event.step}  checkpoint of {size(event.num_bytes)} in {event.seconds:.2f}s, "
+                f"{share:.1%} of the time since the last"
+            )
+            self.last_save = now
 
-    def _saved(self, written):
-        """Say what a checkpoint has cost."""
-        now = time.monotonic()
-        share = written.seconds / max(now - self.last_save, 1e-9)
-        lines.say(f"          step {written.step}  checkpoint of {size(written.num_bytes)} in {written.seconds:.2f}s, "
-            f"{share:.1%} of the time since the last")  # fmt: skip
-        self.last_save = now
-
-    def _logged(self, record, total_steps):
-        step = record["step"]
-        if "not_taken" in record:
-            lines.say(f"          step {step}  skipped: {record['not_taken']}")
-            return
-        if "loss" not in record:
-            lines.say(f"          step {step}  held-out loss {record['eval_loss']:.4f}")
-            return
+    def _show(self, event):
+        step, total = event.step, self.total
         if self.first is None:
             self.first, self.start = step, time.monotonic()
-        loss, rate = f"{record['loss']:.4f}", f"{record['tokens_per_second']:,.0f}"
+        loss, rate = f"{event.loss:.4f}", f"{event.tokens_per_second:,.0f}"
         if lines.console.is_terminal:
-            self.bars.draw(Progress("training", step, total_steps, "steps", f"loss {loss}  {rate} tokens/s"))
+            self.bars.draw(Progress("training", step, total, "steps", f"loss {loss}  {rate} tokens/s"))
+            return
         now = time.monotonic()
-        if not lines.console.is_terminal and (now - self.said > EVERY or step in (self.first, total_steps)):
+        if now - self.said > EVERY or step in (self.first, total):
             # the first step is slow (allocation, warm-up), so the pace is that of the steps after it
             done = step - self.first
-            left = f"  {duration((now - self.start) / done * (total_steps - step))} left" if done else ""
-            lines.say(f"training  step {step}/{total_steps}  loss {loss}  {rate} tokens/s{left}")
+            left = f"  {duration((now - self.start) / done * (total - step))} left" if done else ""
+            lines.say(f"training  step {step}/{total}  loss {loss}  {rate} tokens/s{left}")
             self.said = now
 
 

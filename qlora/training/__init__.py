@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import time
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -18,11 +17,12 @@ from ..data import Packs
 from ..kernels import attention
 from ..kernels.checkpointing import checkpointed
 from ..runs import checkpoints
-from ..runs.record import Recorder
+from ..runs.record import recorded
 from ..system import memory
 from ..system.errors import DoesNotFit
 from ..system.storage import write_json
 from . import rows
+from .clock import Clock
 from .masters import MasterWeights
 from .neftune import noisy_embeddings
 from .rows import join_rows
@@ -61,7 +61,6 @@ def train(
     checkpointed_layers=0,
     offload=False,
     predicted_bytes=None,
-    on_log=None,
     rehearse=True,
     installed=kernels.OFF,
     saving=None,
@@ -70,7 +69,7 @@ def train(
 
     model: a PeftModel whose adapters alone require gradients. examples: a sequence of data.Example, data.Packs, or
     data.Batches, read when needed. eval_examples: a sequence of data.Example.
-    training: the recipe's section. on_log(record, total_steps): called with each line of metrics.jsonl.
+    training: the recipe's section.
     checkpointed_layers, offload: of kernels.checkpointing. predicted_bytes: what somebody expects the peak to be; is only
     written down, in memory.json, beside what was measured. rehearse: run the largest micro-batch once before the first
     step; it changes no number. installed: the kernels that the model computes with. saving: of checkpoints.
@@ -99,7 +98,11 @@ def train(
     trainer.lean_loss = installed.loss
     trainer.saving = saving = saving or Saving()
     if saving.resume is not None:
-        trainer.resumed = checkpoints.read_state(saving.resume)
+        trainer.resumed = resumed = checkpoints.read_state(saving.resume)
+        trainer.num_lines = resumed["lines"]
+        trainer.clock = Clock(resumed["seconds"], resumed["outside_seconds"], resumed["tokens"])
+    else:
+        trainer.clock = Clock()
     lengths = rows.lengths_of(examples, joined)
     if training.group_by_length:
         trainer.lengths = lengths
@@ -112,8 +115,6 @@ def train(
     if rehearse:
         trainer.add_callback(Rehearsal(trainer, lengths))
     trainer.add_callback(Begins(trainer))
-    recorder = trainer.recorder = Recorder(trainer, run, on_log)
-    trainer.add_callback(recorder)
     trainer.save_total_limit = training.save_total_limit
     trainer.add_callback(Saves(trainer, training.save_steps))
     measured: dict[str, Any] = {
@@ -126,6 +127,7 @@ def train(
     try:
         alpha = training.neftune_noise_alpha
         with (
+            recorded(run),
             peak,
             warnings.catch_warnings(),
             checkpointed(layers, checkpointed_layers, offload),
@@ -149,18 +151,17 @@ def train(
         measured["out_of_memory"] = f"{trainer.moment.when}: {memory.refused(error)}"
         raise DoesNotFit(too_much(trainer, measured, changes)) from None
     finally:
-        recorder.close()
         measured |= {"rehearsed_bytes": trainer.rehearsed_bytes, "peak_bytes": peak.bytes}
         if trainer.begun or saving.resume is None:  # what a run has measured stays where it could not go on
             write_json(run.memory_file, measured)
-    steps, seconds = trainer.state.global_step, time.monotonic() - recorder.start
+    steps, seconds = trainer.state.global_step, trainer.clock.elapsed()
     return Result(
         steps=steps,
         loss=mean_loss * steps / (steps - trainer.watch.not_taken),  # transformers divides by all
         eval_loss=eval_loss,
         tokens=trainer.num_tokens(),
         seconds=seconds,
-        step_seconds=seconds - recorder.outside_seconds,
+        step_seconds=seconds - trainer.clock.outside_seconds,
         peak_bytes=measured["peak_bytes"],
         rehearsed_bytes=trainer.rehearsed_bytes,
     )

@@ -8,6 +8,7 @@ import dataclasses
 import math
 import random
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,9 @@ from ..data import IGNORE_INDEX
 from ..kernels import loss
 from ..runs import checkpoints
 from ..runs.checkpoints import under
+from ..runs.record import Begun, CheckpointBegun, Evaluation, Rehearsed, Skipped, Step
 from ..system.errors import Interrupted, TrainingFailed
+from ..system.events import emit
 from ..system.signals import Stop
 from .masters import MasterWeights
 from .rows import ByLength
@@ -33,16 +36,13 @@ class Saving:
     """Where checkpoints go and come from.
 
     to: a checkpoints.Checkpoints, None for nowhere. fingerprint: is kept in each. resume: the folder of the one to
-    continue from, which has verified. stop: has a number once training is to save and stop. on_begin(): called when
-    nothing but the steps is left to do. on_save(Written).
+    continue from, which has verified. stop: has a number once training is to save and stop.
     """
 
     to: Any = None
     fingerprint: Any = None
     resume: Any = None
     stop: Stop = dataclasses.field(default_factory=Stop)
-    on_begin: Any = None
-    on_save: Any = None
 
 
 class Trainer(SFTTrainer):
@@ -50,7 +50,7 @@ class Trainer(SFTTrainer):
 
     lean_loss = False
     lengths: Any = None  # of the training rows, where rows of like length are to share a batch
-    rehearsed_bytes = None
+    rehearsed_bytes: Any = None
     peak: Any = None  # a memory.Peak
     moment = Moment("before the first step")
     failure: Any = None  # why training ends before its time
@@ -59,7 +59,8 @@ class Trainer(SFTTrainer):
     resumed: Any = None  # state.json of the checkpoint that training continues from
     saved_step = None
     evaluation_due = False  # one after this step has been left
-    recorder: Any
+    clock: Any
+    num_lines = 0  # of metrics.jsonl
     optimizer: Any
     norm: Any = None  # of the last step that was taken
     begun: bool = False
@@ -117,6 +118,7 @@ class Trainer(SFTTrainer):
         with self._held_later(), _undone(self):
             super().training_step(self.model_wrapped, dict(inputs), (inputs["labels"][:, 1:] != IGNORE_INDEX).sum())
         self.rehearsed_bytes = self.peak.bytes
+        emit(Rehearsed(self.rehearsed_bytes))
 
     @contextlib.contextmanager
     def _held_later(self):
@@ -184,7 +186,7 @@ class Trainer(SFTTrainer):
 
     def evaluate(self, *args, **kwargs):
         with (
-            self.recorder.outside(),
+            self.clock.outside(),
             _same_random_numbers(self.model),
         ):  # so that a run that goes on from before an evaluation is the same run
             return super().evaluate(*args, **kwargs)
@@ -218,7 +220,7 @@ class Trainer(SFTTrainer):
     # ---- checkpoints: transformers says when, and finds its place among the rows; what is in them is ours ----
 
     def _save_checkpoint(self, model, trial):
-        with self.recorder.outside():
+        with self.clock.outside():
             self.save()
 
     def save(self):
@@ -229,6 +231,7 @@ class Trainer(SFTTrainer):
         ranks, pattern = self.ranks.state()
         parts = {"weights": self._weights(), "optimizer": optimizer, "ranks": ranks}
         self._refuse_not_finite(parts)
+        emit(CheckpointBegun(self.state.global_step))
         written = self.saving.to.write(
             self.state.global_step,
             {f"{part}/{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()},
@@ -243,21 +246,23 @@ class Trainer(SFTTrainer):
                 "evaluation_due": self.evaluation_due,
                 "watch": self.watch.state(),
                 "norm": None if self.norm is None else float(self.norm),
-                **self.recorder.state(),
+                "step": self.state.global_step,
+                "lines": self.num_lines,
+                "seconds": self.clock.elapsed(),
+                "outside_seconds": self.clock.outside_seconds,
             },
             dataclasses.asdict(dataclasses.replace(self.state, log_history=[], stateful_callbacks={})),
             self.save_total_limit,
         )
         self.saved_step = self.state.global_step
-        if self.saving.on_save is not None:
-            self.saving.on_save(written)
+        emit(written)
 
     def refuse_nothing_taken(self):
         """Raise TrainingFailed if all steps were skipped, in a run too short for `Watch` to end it."""
         if self.watch.not_taken == self.state.global_step:
             raise TrainingFailed(
                 "every step was skipped because of a non-finite loss or gradient. Lower training.learning_rate, "
-                f"or look at the rows listed in {self.recorder.file.name}"
+                f"or look at the rows listed in {Path(self.args.output_dir) / 'metrics.jsonl'}"
             )
 
     def refuse_broken_weights(self):
@@ -349,7 +354,33 @@ class Trainer(SFTTrainer):
         what += f" with training row{'s' * (len(rows) > 1)} {few([f'{number + 1:,}' for number in rows])}"
         failure = self.watch.leave_out(step, what)
         self.failure = failure and f"{failure}. Lower training.learning_rate, or look at these rows: qlora data --row"
-        self.recorder.left_out(step, what, [number + 1 for number in rows])
+        self._record(Skipped(step, self.state.epoch, what, tuple(number + 1 for number in rows), self.clock.elapsed()))
+
+    def log(self, logs, start_time=None):
+        super().log(logs, start_time)
+        step, epoch = self.state.global_step, self.state.epoch
+        if "loss" in logs:
+            tokens, ranks = self.num_tokens(), self.ranks
+            self._record(
+                Step(
+                    step,
+                    epoch,
+                    logs["loss"],
+                    logs["learning_rate"],
+                    logs["grad_norm"],
+                    tokens,
+                    self.clock.rate(tokens),
+                    self.peak.bytes,
+                    self.clock.elapsed(),
+                    {"mean_rank": ranks.mean()} if ranks.adaptive else {},
+                )
+            )
+        elif "eval_loss" in logs:
+            self._record(Evaluation(step, epoch, logs["eval_loss"], self.clock.elapsed()))
+
+    def _record(self, line):
+        self.num_lines += 1
+        emit(line)
 
     def num_tokens(self):
         """Return the tokens trained on so far, padding excluded."""
@@ -485,8 +516,8 @@ class Begins(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if self.trainer.saving.on_begin is not None:
-            self.trainer.saving.on_begin()
+        emit(Begun(state.global_step, state.max_steps, self.trainer.num_lines))
+        self.trainer.clock.begin()
         self.trainer.begun = True
 
 

@@ -19,6 +19,7 @@ from qlora.commands.train import train
 from qlora.exporter.card import adapter_card
 from qlora.jobs.run_facts import origin_of
 from qlora.recipe import Model, Quantization
+from qlora.runs import record
 from qlora.system.errors import InputError
 from tests.conftest import make_tokenizer
 
@@ -115,7 +116,7 @@ def test_a_run_on_it_is_exported_as_its_own_codes_plus_the_adapter(
     assert run.recipe().quantization.use_double_quant is nested
     longer = make_recipe(model={"name_or_path": str(folder)}, training={"save_steps": 1, "max_steps": 2})
     run = train(longer, resume=True)
-    assert [record["step"] for record in run.records() if "loss" in record] == [1, 2]
+    assert [line.step for line in record.read(run) if isinstance(line, record.Step)] == [1, 2]
     assert evaluate(run.path)["loss"] > 0
     assert isinstance(chat(run.path, "What is 1 plus 1?", max_new_tokens=3), str)
 

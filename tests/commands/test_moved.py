@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from qlora import InputError, Recipe, RunDir, evaluate, export, train
+from qlora.runs import record
 
 
 @pytest.fixture
@@ -41,7 +42,7 @@ def test_a_run_is_used_from_another_directory(project):
     assert evaluate(run)["rows"] == 6
     assert export(run, "out")["verified"]
     assert train(longer(run), resume=True).path.samefile(run)
-    assert RunDir(run).records()[-1]["step"] == 3
+    assert record.read(RunDir(run))[-1].step == 3
 
 
 def test_a_copy_goes_on_and_the_original_stays(project):
@@ -50,7 +51,7 @@ def test_a_copy_goes_on_and_the_original_stays(project):
     run = train(longer(copy), resume=True)
     assert run.path.samefile(copy)
     assert files_of(project / "runs/x") == before
-    assert RunDir(copy).records()[-1]["step"] == 3
+    assert record.read(RunDir(copy))[-1].step == 3
     assert RunDir(copy).recipe().output_dir == "copy"
 
 

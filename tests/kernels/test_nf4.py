@@ -20,7 +20,7 @@ def same(W, **how):
         assert torch.equal(found.state.state2.absmax, state.state2.absmax)
     state.dtype = torch.float32
     if not W.numel() % 64:
-        state.shape = torch.Size((W.numel() // 64, 64))  # see base_model._refuse_rows_that_are_no_blocks
+        state.shape = torch.Size((W.numel() // 64, 64))  # see base_model.checks.refuse_rows_that_are_no_blocks
     whole = dequantize_4bit(codes, state).view(W.shape)
     assert torch.equal(found.rows(0, len(W)), whole)
     return found, whole

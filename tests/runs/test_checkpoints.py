@@ -20,6 +20,7 @@ from qlora.runs.checkpoints import Checkpoints, Damaged
 from qlora.commands.train import train
 from qlora.system.errors import DoesNotFit, InputError, Interrupted, TrainingFailed
 from qlora.recipe import Recipe, Training
+from qlora.runs import record
 from qlora.runs.folder import RunDir
 from tests.conftest import messages, write_jsonl
 
@@ -557,7 +558,7 @@ def test_a_finished_run_that_cannot_go_on_is_left_as_it_was(recipe_of, monkeypat
     assert contents(run.path) == before
     monkeypatch.undo()
     if why.startswith("out of memory"):
-        assert train(longer, resume=True).records()[-1]["step"] == 8
+        assert record.read(train(longer, resume=True))[-1].step == 8
 
 
 def refuse_memory(trainer, largest):

@@ -306,10 +306,7 @@ _REMEDY = (
 
 def _shapes(checkpoint, config):
     """Return {name: shape} of the model's parameters, a tied head left out; raises InputError if the files differ."""
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = base_model.on_meta(config)
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     expected = {name: tuple(one.shape) for name, one in model.state_dict().items() if name not in tied}
     found = {name: shape for name, shape in checkpoint.shapes().items() if name not in tied}

@@ -1,0 +1,52 @@
+"""The parts of a model that others ask for: linear layers, decoder layers, tensors, how many parameters."""
+
+from __future__ import annotations
+
+import torch
+
+from . import text_generation
+from .quantized import quantized_modules
+
+
+def is_conv1d(module):
+    """True for GPT-2's linear layers, which store their weight as (in, out)."""
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, Conv1D)
+
+
+def linear_names(model):
+    """Return the names of the linear layers that can carry an adapter: all but the head."""
+    head = text_generation.head(model)
+    return [
+        name
+        for name, module in model.named_modules()
+        if (isinstance(module, torch.nn.Linear) or is_conv1d(module)) and module is not head
+    ]
+
+
+def decoder_layers(model):
+    """Return the list of decoder layers of a plain, PEFT or multimodal model: the module list with most parameters."""
+    is_whole = model.config.get_text_config() is not model.config  # a vision tower has layers too
+    inside = model.get_decoder() if is_whole else model
+    lists = [module for module in inside.modules() if isinstance(module, torch.nn.ModuleList)]
+    return max(lists, key=lambda layers: sum(parameter.numel() for parameter in layers.parameters()))
+
+
+def tensors(model):
+    """Return all tensors that a plain or PEFT model holds: parameters, buffers, and the constants of 4-bit weights."""
+    states = [module.weight.quant_state for module in quantized_modules(model).values()]
+    states += [state.state2 for state in states if state.nested]
+    constants = [tensor for state in states for tensor in (state.absmax, state.code, getattr(state, "offset", None))]
+    return [t for t in (*model.parameters(), *model.buffers(), *constants) if t is not None]
+
+
+def num_parameters(model):
+    """Return (trainable, total) counts; a 4-bit weight counts as the numbers it stands for, a tied one once."""
+    trainable = total = 0
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        count = state.shape.numel() if state is not None else parameter.numel()
+        total += count
+        trainable += count if parameter.requires_grad else 0
+    return trainable, total

@@ -1,0 +1,128 @@
+"""Loads the weights of a checkpoint: frozen, in NF4 or in a plain dtype, every tensor accounted for."""
+
+from __future__ import annotations
+
+import torch
+
+from ..system import memory
+from ..system.errors import DoesNotFit, InputError
+from . import text_generation
+from .checks import refuse_incomplete, refuse_not_finite, refuse_rows_that_are_no_blocks
+from .config import load_config, read_config
+from .messages import said
+from .meta import load_on_meta, on_meta
+from .new_tokens import add_rows
+from .prequantized import refuse_other_codes, stored_quantization
+from .quantized import DTYPE_WHEN_QUANTIZED, dtype_of, quantized_modules, to_float32
+
+
+def load(checkpoint, section, quantization, device=None, dtype=DTYPE_WHEN_QUANTIZED):
+    """Return the frozen model of `checkpoint` in eval mode: NF4 under `quantization`, or plain `dtype` if it is None.
+
+    Where the files hold NF4 codes, the model has these, and of `quantization` only compute_dtype counts. It has a row for
+    each of the checkpoint's new tokens; see `add_rows` for where these start.
+
+    Raises:
+        DoesNotFit: there is not enough memory.
+        InputError: a weight is missing, left over or of another shape than the config says; names them.
+    """
+    from transformers import BitsAndBytesConfig
+
+    device = torch.device(device or default_device())
+    num_rows = load_config(checkpoint, section).get_text_config().vocab_size
+    config, bnb = read_config(checkpoint, section), None
+    compute_dtype = quantization.compute_dtype if quantization else "bfloat16"
+    stored = stored_quantization(config)
+    if stored:
+        refuse_other_codes(checkpoint, on_meta(config, section.trust_remote_code))
+        if device.type == "meta":  # transformers would read the codes
+            return load_on_meta(config, section, quantization, dtype, codes=False)
+        config.quantization_config = stored | {"bnb_4bit_compute_dtype": compute_dtype}
+    elif quantization:
+        bnb = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=quantization.quant_type,
+            bnb_4bit_use_double_quant=quantization.use_double_quant,
+            bnb_4bit_compute_dtype=dtype_of(compute_dtype),
+        )
+    try:
+        model = _read(checkpoint, section, config, bnb, device, dtype)
+    except InputError:
+        raise
+    except Exception as error:  # an architecture computes with what its config says, as in on_meta
+        if memory.is_refusal(error):
+            raise DoesNotFit(
+                f"out of memory while {checkpoint.name_or_path} was loaded: {memory.refused(error)}\n  free some memory, use a "
+                f"smaller model{'' if quantization else ', or leave out quantization: null'}"
+            ) from None
+        raise InputError(f"{checkpoint.folder}: cannot load the model: {said(error)}") from error
+    text_generation.accept_arguments(model)
+    if stored:
+        _settle_dtypes(model, dtype)
+    if quantization and compute_dtype == "float32":
+        to_float32(model)
+    if quantization and not quantized_modules(model):
+        raise InputError(f"{checkpoint.folder}: no linear layer could be quantized; set quantization: null")
+    refuse_rows_that_are_no_blocks(checkpoint, quantized_modules(model))
+    for module in quantized_modules(model).values():
+        # Without this, one forward in eval mode on an AVX512-BF16 host repacks the weight in place: from then on
+        # gradients through the base are None and dequantize_4bit returns garbage (bitsandbytes 0.50.2).
+        module.support_avx512bf16_for_cpu = False
+    if checkpoint.new_tokens:
+        add_rows(model, checkpoint.added, num_rows)
+    model.requires_grad_(False)
+    # what the files were called by the user, so that an adapter names a model and not a cache folder
+    model.name_or_path = model.config._name_or_path = checkpoint.name_or_path
+    return model.eval()
+
+
+def _read(checkpoint, section, config, bnb, device, dtype):
+    """Return transformers' model of the files; raises InputError unless these hold every weight, finite, and no other.
+
+    bnb: a BitsAndBytesConfig, or None.
+    """
+    if device.type != "meta":  # where nothing is read
+        refuse_not_finite(checkpoint, section)
+    model, info = _from_pretrained(
+        checkpoint,
+        config=config,
+        dtype=dtype,
+        quantization_config=bnb,
+        device_map={"": device},
+        attn_implementation=None if section.attn_implementation == "auto" else section.attn_implementation,
+        trust_remote_code=section.trust_remote_code,
+        use_safetensors=True,
+        ignore_mismatched_sizes=True,  # reported like the rest, below; nothing is let through
+        output_loading_info=True,
+    )
+    refuse_incomplete(checkpoint, info)
+    return model
+
+
+def _from_pretrained(checkpoint, config, **settings):
+    """Return what from_pretrained of the task's class does; of a multimodal checkpoint, of its text half."""
+    auto, half = text_generation.auto_class(), checkpoint.half
+    if half is None:
+        return auto.from_pretrained(checkpoint.folder, config=config, **settings)
+    model_class = auto._model_mapping[type(config)]
+    with half.tensors(checkpoint) as tensors:
+        model, info = model_class.from_pretrained(None, config=config, state_dict=tensors, **settings)
+    model.generation_config = checkpoint.generation_config() or model.generation_config
+    return model, info
+
+
+def _settle_dtypes(model, dtype):
+    """Let a model whose 4-bit weights were read as codes have the dtypes of one that was quantized when it was loaded.
+
+    transformers 5.23 leaves whatever is called `weight` in the dtype of the file then, and casts biases.
+    """
+    in_float32 = model._keep_in_fp32_modules_strict or ()
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(torch.float32 if any(one in name for one in in_float32) else dtype)
+    for module in quantized_modules(model).values():
+        module.weight.quant_state.dtype = dtype  # in which dequantizing ends
+
+
+def default_device():
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")

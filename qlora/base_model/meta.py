@@ -1,0 +1,89 @@
+"""A model with shapes and without numbers: what planning, merging and checking ask before a weight is read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from ..system.errors import InputError
+from . import text_generation
+from .layers import is_conv1d
+from .messages import said
+from .prequantized import names_in_4_bit
+from .quantized import DTYPE_WHEN_QUANTIZED, dtype_of
+
+
+def on_meta(config, trust_remote_code=False):
+    """Return the model of a transformers config, with shapes and without numbers.
+
+    Raises:
+        InputError: no model can be built of these sizes.
+    """
+    try:
+        with torch.device("meta"):
+            auto = text_generation.auto_class()
+            model = auto.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    except Exception as error:  # an architecture computes with what its config says: sizes below zero, function names
+        raise InputError(
+            f"{Path(config.name_or_path) / 'config.json'}: no model can be built of it: {said(error)}"
+        ) from error
+    return text_generation.accept_arguments(model)
+
+
+def names_to_quantize(config, section):
+    """Return the names of the layers that are in 4 bit in a quantized model with this config."""
+    return names_in_4_bit(on_meta(config, section.trust_remote_code))
+
+
+def load_on_meta(config, section, quantization, dtype=DTYPE_WHEN_QUANTIZED, codes=True):
+    """Return the model that `load` returns for this config, its 4-bit layers too, with shapes and without numbers.
+
+    config: the transformers config, grown to the new tokens, see `load_config`. codes: False for 4-bit layers that are not
+    quantized yet, as transformers makes them on the meta device.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    model = on_meta(config, section.trust_remote_code)
+    float32 = quantization and quantization.compute_dtype == "float32"
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.float32 if float32 else dtype)
+    if quantization:
+        for name in names_in_4_bit(model):
+            old = model.get_submodule(name)
+            num_in, num_out = old.weight.shape if is_conv1d(old) else reversed(old.weight.shape)
+            bias, compute_dtype = old.bias is not None, dtype_of(quantization.compute_dtype)
+            new = Linear4bit(num_in, num_out, bias, compute_dtype, quant_type=quantization.quant_type, device="meta")
+            new.bias = old.bias
+            if codes:
+                new.weight = _weight_on_meta(num_in, num_out, quantization, torch.float32 if float32 else dtype)
+            new.support_avx512bf16_for_cpu = False
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, new)
+        model.is_loaded_in_4bit = True  # what PEFT chooses its layers by
+    if section.attn_implementation != "auto":
+        model.set_attn_implementation(section.attn_implementation)
+    model.requires_grad_(False)
+    return model.eval()
+
+
+def _weight_on_meta(num_in, num_out, quantization, dtype):
+    """Return the Params4bit (num_out, num_in): codes, and the constants that double quantization has of them."""
+    from bitsandbytes.functional import QuantState
+    from bitsandbytes.nn import Params4bit
+
+    def on_meta(count, dtype=torch.float32):
+        return torch.empty(count, dtype=dtype, device="meta")
+
+    count = num_in * num_out
+    num_blocks = -(-count // 64)
+    shared = {"shape": torch.Size((num_out, num_in)), "blocksize": 64, "quant_type": quantization.quant_type}
+    if quantization.use_double_quant:
+        nested = QuantState(on_meta(-(-num_blocks // 256)), code=on_meta(256), blocksize=256, dtype=torch.float32)
+        shared |= {"offset": on_meta(()), "state2": nested}
+    absmax = on_meta(num_blocks, torch.uint8 if quantization.use_double_quant else torch.float32)
+    state = QuantState(absmax, code=on_meta(16), dtype=dtype, **shared)
+    codes = on_meta((-(-count // 2), 1), torch.uint8)
+    weight = Params4bit(codes, False, state, quant_type=quantization.quant_type, bnb_quantized=True)
+    weight.__deepcopy__ = lambda memo: weight  # bitsandbytes 0.50.2 can copy only to a CPU; PEFT's DoRA makes a copy
+    return weight

@@ -1,0 +1,117 @@
+"""The task text-generation: a causal language model, which answers token by token.
+
+What a task is to all other parts are the names in this file. Another task is another file with the same names:
+
+NAME                what transformers calls a pipeline for it
+PEFT_TYPE           what PEFT calls it
+auto_name, auto_class  transformers' class that opens a folder for it
+is_known            whether a config has such a model
+head                the layer that makes the answer: never quantized, never a target of "all linear layers"
+accept_arguments    calls of `forward` that differ between architectures, made the same
+refuse_unsuitable   a model that would learn something else than the task
+
+Labels of a row of T tokens are T token ids, IGNORE_INDEX where nothing is trained (data/examples.py); logits are (B, T, V), and
+those at a position are of the next token. An answer ends at a stop token (data/chat.py).
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+
+import torch
+
+from ..system.errors import InputError
+
+NAME, PEFT_TYPE = "text-generation", "CAUSAL_LM"
+
+# of a forward pass, with the values that mean nothing where a model does not know them
+_WITHOUT_EFFECT = {"use_cache", "return_dict", "output_attentions", "output_hidden_states"}
+
+
+def auto_name(multimodal=False):
+    """Return the name of transformers' class that opens a folder for this task, of a multimodal one the whole of it."""
+    return "AutoModelForImageTextToText" if multimodal else "AutoModelForCausalLM"
+
+
+def auto_class(multimodal=False):
+    """Return the class of that name."""
+    import transformers
+
+    return getattr(transformers, auto_name(multimodal))
+
+
+def is_known(config):
+    """True if transformers, or code that comes with the model, has a model for this task with this config."""
+    return type(config) in auto_class()._model_mapping or auto_name() in getattr(config, "auto_map", {})
+
+
+def head(model):
+    """Return the module that makes the logits."""
+    return model.get_output_embeddings()
+
+
+def accept_arguments(model):
+    """Let `model` be called as transformers' own models are, where its forward takes fewer arguments; return it.
+
+    PEFT passes output_attentions and others to every model, and qlora logits_to_keep. A model with its own code that does
+    not know them computes all logits, of which the wanted ones are returned; an argument that would matter is refused.
+    """
+    original = type(model).forward
+    known = inspect.signature(original).parameters
+    takes_all = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in known.values())
+    if "logits_to_keep" in known and (takes_all or known.keys() >= _WITHOUT_EFFECT | {"inputs_embeds", "labels"}):
+        return model
+
+    @functools.wraps(original)
+    def forward(self, *args, **kwargs):
+        keep = 0 if "logits_to_keep" in known else kwargs.pop("logits_to_keep", 0)
+        unknown = {} if takes_all else {name: value for name, value in kwargs.items() if name not in known}
+        needed = [name for name, value in unknown.items() if value is not None and name not in _WITHOUT_EFFECT]
+        if needed:
+            raise InputError(
+                f"the forward of {type(self).__name__} takes no {', '.join(needed)}; use another model class"
+            )
+        found = original(self, *args, **{name: value for name, value in kwargs.items() if name not in unknown})
+        if not hasattr(found, "logits"):
+            raise InputError(f"the forward of {type(self).__name__} returns no object with `logits`")
+        if not (isinstance(keep, int) and keep == 0):
+            found.logits = found.logits[:, slice(-keep, None) if isinstance(keep, int) else keep]
+        return found
+
+    model.forward = types.MethodType(forward, model)  # not a closure over the model: copies of it call themselves
+    return model
+
+
+def refuse_unsuitable(model, checkpoint):
+    """Raise InputError if a position's logits depend on tokens after it: in training it would be shown its answers.
+
+    Says so of what is computed, whatever the architecture is called (BertLMHeadModel is none without `is_decoder`): the
+    gradient of the first half's logits by the second half's embeddings is exactly zero where a mask is causal.
+    """
+    embedding, found = model.get_input_embeddings(), []
+
+    def watch(module, arguments, output):
+        found.append(output.detach().requires_grad_())
+        return found[-1]
+
+    num_tokens, half = 12, 6
+    ids = (torch.arange(num_tokens, device=model.device) * 37 + 11) % embedding.weight.shape[0]
+    handle = embedding.register_forward_hook(watch)
+    try:
+        with torch.enable_grad():
+            logits = model(input_ids=ids[None]).logits[0, :half].float()
+            # weighted, so that nothing cancels: the sum of a softmax or of a normalized row does not change at all
+            weights = torch.linspace(-1, 1, logits.numel(), device=logits.device).reshape(logits.shape)
+            [gradient] = torch.autograd.grad((logits * weights).sum(), found[:1])
+    finally:
+        handle.remove()
+    if gradient[0, half:].count_nonzero():
+        declared = getattr(model.config, "is_decoder", None)
+        raise InputError(
+            f"{checkpoint.folder}: {type(model).__name__} is not causal: its logits depend on later tokens, so training "
+            "would show it the answers"
+            + (" (config.json has is_decoder: false)" if declared is False else "")
+            + "; take a decoder model such as Llama or Qwen"
+        )

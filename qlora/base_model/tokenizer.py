@@ -1,0 +1,57 @@
+"""The tokenizer of a model folder: read, and refused where no loss mask could be placed with it."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+from ..system import files
+from ..system.errors import InputError
+from .messages import said
+
+_SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
+
+
+def load_tokenizer(folder, section):
+    """Return the tokenizer in `folder`, with a pad token; raises InputError where there is none.
+
+    Pads are masked by position, never by id, so that pad == end token cannot hide the end of a turn.
+    """
+    from transformers import AutoTokenizer
+
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (folder / name).is_file():
+            files.read_object(folder / name)
+    for template in sorted(folder.glob("*.jinja")):
+        files.refuse_instead(template)
+    _refuse_without_reader(folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=section.trust_remote_code)
+    except Exception as error:  # the Rust library raises Exception itself
+        if (folder / "tokenizer.json").is_file():
+            files.read_object(folder / "tokenizer.json")
+        raise InputError(f"{folder}: no usable tokenizer: {said(error)}") from None
+    of_processor = folder / "chat_template.json"  # where older multimodal models have their template
+    if tokenizer.chat_template is None and of_processor.is_file():
+        tokenizer.chat_template = files.read_object(of_processor).get("chat_template")
+    for name, kinds in (("chat_template", (str, dict, type(None))), ("model_max_length", (int, float))):
+        if not isinstance(getattr(tokenizer, name), kinds):
+            raise InputError(f"{folder / 'tokenizer_config.json'}: {name} cannot be {getattr(tokenizer, name)!r}")
+    if not tokenizer.is_fast:
+        raise InputError(f"{folder}: the tokenizer has no tokenizer.json, so the loss mask cannot be placed")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def _refuse_without_reader(folder):
+    """Raise InputError where the tokenizer is a SentencePiece model only and the package that reads it is missing.
+
+    transformers 5 then takes the file for one of tiktoken's, and asks for that.
+    """
+    models = [path for path in sorted(folder.glob("*.model")) if path.name in _SENTENCEPIECE_FILES]
+    if models and not (folder / "tokenizer.json").is_file() and find_spec("sentencepiece") is None:
+        raise InputError(
+            f"{folder}: the tokenizer is a SentencePiece model ({models[0].name}, and no tokenizer.json); install what reads "
+            "it:  pip install 'qlora-trainer[sentencepiece]'"
+        )

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from ..jobs.prepared_data import prepare, refuse_pointless
-from ..pages import data as page
+from ..pages.data import write_page
 from ..recipe import Recipe
 from ..system.errors import InputError
 from ..system.events import note
 from ..terminal import shown
-from ..terminal.data import drawn, rendered, say_report
-from ..terminal.tables import has_color, show
-
-_ON_PAGE = 20  # rows, from all over the data
+from ..terminal.data import say_report, show_lengths, show_row
 
 
 @shown()
@@ -30,32 +25,11 @@ def inspect_data(recipe: Recipe, row=None, tokens=False, html=None) -> dict:
     if row is not None and not 1 <= row <= len(prepared.examples):
         raise InputError(f"--row {row}: no such row; the data has rows 1 to {len(prepared.examples)}")
     say_report(prepared)
-    bars = page.histogram(prepared.examples.lengths)
-    for line in drawn(bars, prepared.report["rows"], recipe.data.max_length):
-        show(line)
-    steps = prepared.report["steps_per_epoch"]
-    show(f"steps     {steps:,} per epoch")
+    show_lengths(prepared)
     for number in range(1, min(2, len(prepared.examples)) + 1) if row is None else [row]:
-        where = prepared.examples.where(number - 1)
-        show(f"\nrow {number} ({where}); {'trained tokens in green' if has_color() else 'trained: [[...]]'}")
-        show(rendered(page.pieces(prepared.tokenizer, prepared.examples[number - 1], tokens), tokens))
+        show_row(prepared, number, tokens)
     if html is not None:
-        _write_page(html, prepared, recipe, bars, row)
+        write_page(html, prepared, row)
+        note(f"page      {html}")
     refuse_pointless(prepared.report)
     return prepared.report
-
-
-def _write_page(html, prepared, recipe, bars, row):
-    count = len(prepared.examples)
-    numbers = sorted({n * (count - 1) // (_ON_PAGE - 1) for n in range(_ON_PAGE)}) if row is None else [row - 1]
-    rows = [
-        (f"row {n + 1}: {prepared.examples.where(n)}", page.pieces(prepared.tokenizer, prepared.examples[n]))
-        for n in numbers
-    ]
-    title = f"{recipe.model.name_or_path}, {recipe.output_dir}"
-    content = page.page(title, prepared.template, prepared.report, bars, recipe.data.max_length, rows)
-    try:
-        Path(html).write_text(content, encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"--html {html}: {error.strerror or error}") from None
-    note(f"page      {html}")

@@ -229,20 +229,7 @@ def _of_adapter(folder, base, overrides):
     if assumed:
         own = base_model.stored_quantization(config) is not None
         note(f"base      assumed to be {f'the 4-bit weights of {base}' if own else _assumption(quantized)}")
-    has_tokenizer = (folder / "tokenizer.json").is_file()
-    if not has_tokenizer:
-        _refuse_half_a_tokenizer(folder)
-        note(f"tokenizer taken from {checkpoint.folder}: the adapter has none")
-    base_model.refuse_generation(folder)
-    has_generation = (folder / "generation_config.json").is_file()
-    generation = dataclasses.replace(checkpoint, folder=folder) if has_generation else checkpoint
-    generation_config, chat_template = generation.generation_config(), recipe.data.chat_template
-    place = folder if has_tokenizer else checkpoint.folder
-    has_template = base_model.load_tokenizer(place, recipe.model).chat_template
-    tokenizer, template = open_tokenizer(place, recipe.model, generation_config, chat_template)
-    whose = "adapter" if has_tokenizer else "base"
-    if chat_template is None and not has_template:
-        note(f"template  {template}")
+    tokenizer, generation, taken_from = _tokenizer_of_adapter(folder, checkpoint, recipe)
     modules = base_model.names_to_quantize(config, recipe.model) if recipe.quantization else []
     return Trained(
         name=str(folder),
@@ -257,17 +244,37 @@ def _of_adapter(folder, base, overrides):
         adapter=trained,
         tokenizer=tokenizer,
         generation=generation,
-        taken_from=_taken_from(
-            whose,
-            "recipe" if chat_template else whose if has_template else "built in",
-            "adapter" if has_generation else generation_config and "base",
-        ),
+        taken_from=taken_from,
         rows=proof.text_rows(tokenizer),
         rows_from="built-in sentences",
         inputs=[folder, checkpoint.folder],
         fitted=_is_fitted(folder),
         live_model="assumed" if assumed else "declared",
     )
+
+
+def _tokenizer_of_adapter(folder, checkpoint, recipe):
+    """Return (tokenizer, Checkpoint whose generation_config.json counts, Trained.taken_from): the adapter's, or the base's."""
+    has_tokenizer = (folder / "tokenizer.json").is_file()
+    if not has_tokenizer:
+        _refuse_half_a_tokenizer(folder)
+        note(f"tokenizer taken from {checkpoint.folder}: the adapter has none")
+    base_model.refuse_generation(folder)
+    has_generation = (folder / "generation_config.json").is_file()
+    generation = dataclasses.replace(checkpoint, folder=folder) if has_generation else checkpoint
+    generation_config, chat_template = generation.generation_config(), recipe.data.chat_template
+    place = folder if has_tokenizer else checkpoint.folder
+    has_template = base_model.load_tokenizer(place, recipe.model).chat_template
+    tokenizer, template = open_tokenizer(place, recipe.model, generation_config, chat_template)
+    whose = "adapter" if has_tokenizer else "base"
+    if chat_template is None and not has_template:
+        note(f"template  {template}")
+    taken_from = _taken_from(
+        whose,
+        "recipe" if chat_template else whose if has_template else "built in",
+        "adapter" if has_generation else generation_config and "base",
+    )
+    return tokenizer, generation, taken_from
 
 
 def _taken_from(tokenizer, chat_template, generation_config):

@@ -29,7 +29,11 @@ def shown(results=True):
 
 @contextlib.contextmanager
 def quiet():
-    """Let the verbs that are called in the block print nothing: they return what they found, and raise what is wrong."""
+    """Let the verbs that are called in the block print nothing; they return what they found, and raise what is wrong.
+
+    with qlora.quiet():
+        report = qlora.inspect_data(recipe)
+    """
     with _decided():
         yield
 

@@ -6,9 +6,9 @@ from rich.text import Text
 
 from .. import data
 from ..jobs.prepared_data import dropped_rows
-from ..pages.data import altered
+from ..pages.data import altered, histogram, pieces
 from ..system.events import note
-from .tables import has_color
+from .tables import has_color, show
 
 
 def say_report(prepared):
@@ -60,16 +60,24 @@ def _copies(report):
     return "; ".join(found)
 
 
-def drawn(bars, rows, max_length):
-    """Return lines that draw how many rows have which length, up to the longest."""
+def show_lengths(prepared):
+    """Draw how many rows have which length, up to the longest."""
+    bars = histogram(prepared.examples.lengths)
     tallest = max(count for *_, count in bars)
-    return [
-        f"lengths   of {rows:,} rows; max_length is {max_length:,}",
-        *(f"  {first:>7,} - {last:<7,} {'#' * round(40 * count / tallest)} {count:,}" for first, last, count in bars),
-    ]
+    show(f"lengths   of {prepared.report['rows']:,} rows; max_length is {prepared.recipe.data.max_length:,}")
+    for first, last, count in bars:
+        show(f"  {first:>7,} - {last:<7,} {'#' * round(40 * count / tallest)} {count:,}")
+    show(f"steps     {prepared.report['steps_per_epoch']:,} per epoch")
 
 
-def rendered(pieces, with_ids):
+def show_row(prepared, number, with_ids=False):
+    """Show a training row, counted from 1, as it is trained."""
+    marked = "trained tokens in green" if has_color() else "trained: [[...]]"
+    show(f"\nrow {number} ({prepared.examples.where(number - 1)}); {marked}")
+    show(_rendered(pieces(prepared.tokenizer, prepared.examples[number - 1], with_ids), with_ids))
+
+
+def _rendered(pieces, with_ids):
     """Return the row as it is trained, special tokens visible, trained tokens marked."""
     text, plain, inside = Text(), not has_color(), False
     for piece, ids, trained, special in pieces:

@@ -78,7 +78,7 @@ def plain(args, folder):
     if args.full_rows:
         dataset = Dataset.from_list([{"text": row.value["text"]} for row in read])
     else:
-        rows = [formats.to_conversation(row.value)[1].messages for row in read]
+        rows = [formats.read(row.value)[1].messages for row in read]
         dataset = Dataset.from_list([{"prompt": row[:-1], "completion": row[-1:]} for row in rows])
     bnb = BitsAndBytesConfig(
         load_in_4bit=True,

@@ -1,8 +1,12 @@
 """Tiny real models: every family is built at random here, saved as an ordinary folder, and goes the product's way."""
 
+import gc
+import hashlib
 import json
 import os
+import pickle
 import signal
+import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # the suite needs no network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -16,8 +20,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from qlora import base_model, planner
 from qlora.data import examples
-from qlora.data.formats import Conversation
-from qlora.recipe import Model, Quantization, Recipe
+from qlora.data.conversation import Conversation
+from qlora.recipe import Lora, Model, Quantization, Recipe
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -182,20 +186,60 @@ def cache_of_tokenized_rows(tmp_path_factory):
     os.environ["QLORA_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
+frozen = {"modules": 0}
+
+
+@pytest.fixture(autouse=True)
+def imported_libraries_are_no_garbage():
+    """Keep the garbage collector off a million objects of libraries: a training ends with a collection, 0.3 s with them."""
+    if len(sys.modules) > frozen["modules"] + 50:
+        gc.collect()
+        gc.freeze()
+        frozen["modules"] = len(sys.modules)
+
+
 @pytest.fixture(scope="session", autouse=True)
-def outlines_are_made_once():
-    """Go through a model without numbers once for all trainings of it: 0.7 s each, in some hundred tests."""
-    original, made = planner.outline, {}
-
-    def outline(config, *sections):
-        key = (config.to_json_string(use_diff=False), repr(sections))
-        if key not in made:
-            made[key] = original(config, *sections)
-        return made[key]
-
-    planner.outline = outline
+def outlines_are_made_once(tmp_path_factory):
+    """Go through a model without numbers once for all trainings of it: 2 s each, in some hundred tests."""
+    folder = tmp_path_factory.getbasetemp()
+    original, planner.outline = planner.outline, kept_outlines(folder.parent if worker() else folder)
     yield
     planner.outline = original
+
+
+def worker():
+    """Return the name of this one of several processes that share the tests, or None."""
+    return os.environ.get("PYTEST_XDIST_WORKER")
+
+
+def kept_outlines(folder):
+    """Return planner.outline that keeps in `folder` what it returns, for all processes of the suite."""
+    original = planner.outline
+
+    def outline(config, model, quantization, lora, *rest):
+        described = config.to_dict() | {"_name_or_path": None}
+        anywhere = {} if model.trust_remote_code else {"name_or_path": "any", "revision": None, "new_tokens": None}
+        lora_key = lora.model_copy(update={"lora_alpha": 1})  # a number, no size
+        key = repr((described, model.model_copy(update=anywhere), quantization, lora_key, rest))
+        file = folder / f"outline-{hashlib.sha256(key.encode()).hexdigest()}"
+        if not file.exists():
+            half = folder / f"{file.name}.{os.getpid()}"
+            half.write_bytes(pickle.dumps(original(config, model, quantization, lora, *rest)))
+            half.rename(file)
+        return pickle.loads(file.read_bytes())
+
+    return outline
+
+
+@pytest.fixture
+def one_outline_a_model(monkeypatch):
+    """Plan every adapter as the default one, where the plan is not what is tested; tests/planner has the other kinds."""
+    original = planner.outline
+
+    def outline(config, model, quantization, lora, *rest):
+        return original(config, model, quantization, Lora(r=4), *rest)
+
+    monkeypatch.setattr(planner, "outline", outline)
 
 
 @pytest.fixture

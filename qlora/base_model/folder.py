@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from ..system import files
 from ..system.errors import InputError
 from ..system.storage import sha256
-from . import multimodal
+from . import known_files, multimodal
 from .messages import said
 from .new_tokens import add_tokens
 from .tokenizer import load_tokenizer
@@ -33,11 +33,24 @@ class Checkpoint:
     files: dict = field(repr=False)
     new_tokens: dict = field(default_factory=dict)
     added: frozenset = frozenset()
+    _read: dict = field(default_factory=dict, init=False, repr=False, compare=False)
 
-    def file_hashes(self):
-        """Return {file name: sha256} of config.json and the weight files."""
+    def facts(self, fully=False):
+        """Return {weight file: known_files.Facts}. What this object has not read, and no process remembers, is read.
+
+        fully: the files are read, whatever is remembered; once for each object.
+        """
         names = sorted(set(self.files.values()))
-        return {name: sha256(self.folder / name) for name in ["config.json", *names]}
+        known = {} if fully else {name: known_files.remembered(self.folder / name) for name in names}
+        known |= self._read
+        missing = {self.folder / name: name for name in names if known.get(name) is None}
+        self._read.update((missing[path], facts) for path, facts in known_files.read(list(missing)).items())
+        return {name: self._read.get(name) or known[name] for name in names}
+
+    def file_hashes(self, fully=False):
+        """Return {file name: sha256} of config.json and the weight files; fully: see `facts`."""
+        weights = {name: facts.sha256 for name, facts in self.facts(fully).items()}
+        return {"config.json": sha256(self.folder / "config.json"), **weights}
 
     def generation_config(self):
         """Return what generation_config.json holds, or None where there is none."""

@@ -14,7 +14,8 @@ import re
 from dataclasses import dataclass, field, replace
 
 from . import chat, words
-from .formats import Conversation, refuse_surrogates
+from .conversation import Conversation
+from .message import refuse_surrogates
 from .tokens import as_text, control_as_text, facts, num_before, tokenize
 
 IGNORE_INDEX = -100  # what cross_entropy skips

@@ -4,14 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from .encoder import TooLong
 from .examples import IGNORE_INDEX, Example, encode
 from .tokens import tokenize
-
-POLICIES = ("error", "drop", "truncate_prompt", "truncate", "split")
-
-
-class TooLong(Exception):
-    """The row is left out. args: (what is wrong with this row, the reason to count it under)."""
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import hashlib
 import re
 from dataclasses import dataclass, field
 
@@ -132,6 +133,13 @@ def _marked(value, pattern):
     if isinstance(value, list):
         return [_marked(inner, pattern) for inner in value]
     return value
+
+
+def identity(tokenizer):
+    """Return, as JSON, all of `tokenizer` and its template that ids depend on."""
+    backend = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+    names = {key: str(value) for key, value in tokenizer.special_tokens_map.items()}
+    return [backend, names, tokenizer.chat_template, sorted(chat.known_stops(tokenizer))]
 
 
 @dataclass(frozen=True)

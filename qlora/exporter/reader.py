@@ -92,7 +92,8 @@ class _File:
 
     def __init__(self, path):
         self.path = path
-        self._cached, self._direct = os.open(path, os.O_RDONLY), None
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115
+        self._cached, self._direct, self._alone = self._file.fileno(), None, threading.Lock()
         self._looks_into_the_cache = True
         if hasattr(os, "O_DIRECT") and hasattr(os, "RWF_NOWAIT"):
             try:
@@ -102,9 +103,9 @@ class _File:
                     raise
 
     def close(self):
-        for descriptor in (self._cached, self._direct):
-            if descriptor is not None:
-                os.close(descriptor)
+        self._file.close()
+        if self._direct is not None:
+            os.close(self._direct)
 
     def read(self, length, offset):
         data = torch.empty(length, dtype=torch.uint8)
@@ -135,7 +136,11 @@ class _File:
                 if error.errno not in _NOT_HERE:
                     raise
                 self._looks_into_the_cache = False  # not on this file system
-        return os.preadv(self._cached, [view], offset)
+        if hasattr(os, "preadv"):
+            return os.preadv(self._cached, [view], offset)
+        with self._alone:  # Windows: reading moves the file's one position
+            self._file.seek(offset)
+            return self._file.readinto(view)
 
 
 def _past_the_cache(descriptor, view, offset):

@@ -7,7 +7,6 @@ length, the JSON header padded with spaces to a multiple of 8, then the data at 
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import math
 import mmap
@@ -109,7 +108,7 @@ class _Output:
     def __init__(self, path, thread):
         self.thread, self.waiting, self.filled = thread, None, 0
         self.buffers = [mmap.mmap(-1, _BUFFER_BYTES) for _ in range(2)]  # begin at a page, as O_DIRECT wants it
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)  # text is Windows' default
         try:
             self.file = os.open(path, flags | getattr(os, "O_DIRECT", 0), 0o666)
         except OSError as error:
@@ -125,6 +124,8 @@ class _Output:
             if kind is None:
                 self._wait()
                 if hasattr(os, "O_DIRECT"):  # the end is no whole page
+                    import fcntl  # not on Windows
+
                     fcntl.fcntl(self.file, fcntl.F_SETFL, fcntl.fcntl(self.file, fcntl.F_GETFL) & ~os.O_DIRECT)
                 _write_all(self.file, memoryview(self.buffers[0])[: self.filled])
         finally:

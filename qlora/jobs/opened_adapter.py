@@ -163,7 +163,7 @@ def parse_weighted(targets):
 
 def _have_one_base(*checkpoints):
     one, other = checkpoints
-    return one.folder.samefile(other.folder) or one.file_hashes() == other.file_hashes()  # tens of seconds for a 7B
+    return one.folder.samefile(other.folder) or one.file_hashes(fully=True) == other.file_hashes(fully=True)
 
 
 def _of_run(run, overrides):
@@ -175,7 +175,7 @@ def _of_run(run, overrides):
             )
     checkpoint = base_model.find(recipe.model)
     trained = methods.read(run.adapter)
-    refuse_changed_base(run, checkpoint)
+    refuse_changed_base(run, checkpoint, fully=True)
     config = base_model.load_config(checkpoint, recipe.model)
     recipe = base_model.settle(recipe, config, checkpoint)
     recorded = run.environment()["base_model"]
@@ -218,7 +218,7 @@ def _of_adapter(folder, base, overrides):
     checkpoint = base_model.find(recipe.model)
     if isinstance(recorded := methods.base_of(folder), dict):
         how = f"--model, or, if it was changed on purpose, remove {folder / methods.MANIFEST}"
-        refuse_other_base(folder, recorded, checkpoint, how)
+        refuse_other_base(folder, recorded, checkpoint, how, fully=True)
     config = base_model.load_config(checkpoint, recipe.model)
     recipe = base_model.settle(recipe, config, checkpoint)
     quantized = recipe.quantization

@@ -142,17 +142,21 @@ def load_tokenizer(run, section, checkpoint):
     return tokenizer
 
 
-def refuse_changed_base(run, checkpoint):
-    """Raise InputError unless the base's files hash to what the run recorded; names the files that changed."""
-    refuse_other_base(run.path, run.environment()["base_model"]["sha256"], checkpoint, "model.name_or_path=FOLDER")
+def refuse_changed_base(run, checkpoint, fully=False):
+    """Raise InputError unless the base's files hash to what the run recorded; names the files that changed.
+
+    fully: as `Checkpoint.facts` has it.
+    """
+    recorded = run.environment()["base_model"]["sha256"]
+    refuse_other_base(run.path, recorded, checkpoint, "model.name_or_path=FOLDER", fully)
 
 
-def refuse_other_base(name, recorded, checkpoint, how):
+def refuse_other_base(name, recorded, checkpoint, how, fully=False):
     """Raise InputError unless the base's files hash to `recorded`, what was written when `name` was trained.
 
     how: the model to take can be named.
     """
-    found = checkpoint.file_hashes()
+    found = checkpoint.file_hashes(fully)
     changed = sorted(name for name in recorded.keys() | found.keys() if recorded.get(name) != found.get(name))
     if changed:
         raise InputError(

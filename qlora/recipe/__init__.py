@@ -20,6 +20,7 @@ from .sections import (
     Adalora,
     Data,
     Export,
+    Format,
     Lora,
     Memory,
     Model,
@@ -32,8 +33,8 @@ from .sections import (
 )
 
 __all__ = [
-    "Adalora", "Data", "Export", "Lora", "Memory", "Model", "Quantization", "Recipe", "Section", "Source", "Training", "as_yaml",
-    "parse_size",
+    "Adalora", "Data", "Export", "Format", "Lora", "Memory", "Model", "Quantization", "Recipe", "Section", "Source", "Training",
+    "as_yaml", "parse_size",
 ]  # fmt: skip
 
 

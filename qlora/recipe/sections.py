@@ -220,6 +220,8 @@ class Adalora(_OnLayers):
         return self
 
 
+# data/formats has a file of each, and looks for their keys in a row in this order
+Format = Literal["messages", "alpaca", "completion", "sharegpt", "text"]
 Column = Literal[
     "messages",
     "conversations",
@@ -248,7 +250,7 @@ class Source(Section):
     """of a hub data set"""
     revision: Name | None = None
     """of a hub data set: commit, tag or branch"""
-    format: Literal["auto", "messages", "alpaca", "completion", "sharegpt", "text"] = "auto"
+    format: Literal["auto", Format] = "auto"
     """auto: row by row; or the one that every row must have"""
     columns: dict[Column, Annotated[str, Field(min_length=1)]] | None = None
     """`data.columns` for this source only"""

@@ -18,18 +18,13 @@ evals/            scores on other rows, never taken for the run's own
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import hashlib
 import json
-import os
 import shlex
-import shutil
-import uuid
 from pathlib import Path
 
-from ..system.errors import InputError, Interrupted
 from ..recipe import Recipe
-from ..system.storage import locked, refuse_nonempty, write_text
+from ..system.errors import InputError, Interrupted
+from ..system.storage import locked, refuse_nonempty, remove_lock, write_text
 
 
 class RunDir:
@@ -80,8 +75,9 @@ class RunDir:
     def _remove(self, folder_too):
         """Remove the files of a run that has not begun to train."""
         mine = (self.recipe_file, self.environment_file, self.data_report_file, self.proof_rows_file, self.memory_file)
-        for file in (*mine, self.lock_file):
+        for file in mine:
             file.unlink(missing_ok=True)
+        remove_lock(self.lock_file)
         if folder_too and not any(self.path.iterdir()):
             self.path.rmdir()
 

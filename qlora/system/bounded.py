@@ -2,20 +2,23 @@
 
 Jinja's sandbox keeps a template away from the machine, but lets it loop for years and allocate all memory. Both limits are the
 kernel's, so they hold whatever the template does, in every row, at a cost of some microseconds per call: a timer on the
-processor time of this process (a template never waits), and a limit on its address space.
+processor time of this process (a template never waits), and a limit on its address space. Windows has neither, macOS no limit
+on the address space: what is missing is not bounded there.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
-import resource
 import signal
 import threading
 
+with contextlib.suppress(ImportError):  # Windows
+    import resource
+
 SECONDS = 10  # of processor time; a conversation takes a thousandth of one
 BYTES = 2**30
-_PAGE = resource.getpagesize()
 
 
 class TookTooLong(BaseException):
@@ -32,6 +35,8 @@ def call(function):
         TookTooLong: after SECONDS.
         MemoryError: BYTES more than before were asked for.
     """
+    if not hasattr(signal, "setitimer"):  # Windows
+        return function()
     soft, hard = limits = resource.getrlimit(resource.RLIMIT_AS)
     # measured in each call: with a limit that the process has outgrown every allocation would fail, and C code crashes
     most = _address_space() + BYTES
@@ -63,7 +68,7 @@ def _take_the_signal():
 def _address_space():
     """Return the bytes of address space that this process has; where the system does not say, as good as no end."""
     file = _statm(os.getpid())
-    return 2**62 if file is None else int(os.pread(file, 32, 0).split()[0]) * _PAGE
+    return 2**62 if file is None else int(os.pread(file, 32, 0).split()[0]) * resource.getpagesize()
 
 
 @functools.cache

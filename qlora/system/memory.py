@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import resource
-import sys
 import threading
 import weakref
 
@@ -93,13 +91,13 @@ class Peak:
 
 
 def anonymous_bytes(process="self"):
-    """Return the bytes that a process holds apart from mapped files; its peak RSS where the system does not say."""
+    """Return the bytes that a process holds apart from mapped files; with those on macOS, which does not say."""
     try:
         with open(f"/proc/{process}/status", encoding="ascii") as file:
             return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon"))
     except (OSError, StopIteration):
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        held = psutil.Process(None if process == "self" else process).memory_info()
+        return getattr(held, "private", held.rss)  # private: Windows
 
 
 class LiveTensors(TorchDispatchMode):

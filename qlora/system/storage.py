@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
 import shutil
 import uuid
 from pathlib import Path
+
+import filelock
 
 from .errors import InputError
 
@@ -33,11 +34,11 @@ def write_text(path, text):
         raise
 
 
-def sha256(path):
-    """Return the hex SHA-256 of a file, read in pieces of 1 MiB."""
+def sha256(path, stop=None):
+    """Return the hex SHA-256 of a file, read in pieces of 1 MiB; of its beginning if `stop`, a threading.Event, is set."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while piece := file.read(1 << 20):
+        while not (stop and stop.is_set()) and (piece := file.read(1 << 20)):
             digest.update(piece)
     return digest.hexdigest()
 
@@ -45,6 +46,12 @@ def sha256(path):
 def listed(path):
     """Return the manifest entry of a file: {"bytes", "sha256"}."""
     return {"bytes": path.stat().st_size, "sha256": sha256(path)}
+
+
+def cache_folder():
+    """Return the user's folder for what can be made again: $QLORA_CACHE, or ~/.cache/qlora."""
+    own = os.environ.get("QLORA_CACHE")
+    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "qlora"
 
 
 def free_disk_bytes(path):
@@ -83,7 +90,10 @@ def new_folder(out, shared=False):
 
 def fsync(path):
     """Return once the content of a file, or the entries of a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    windows = os.name == "nt"
+    if windows and Path(path).is_dir():
+        return  # a folder cannot be opened there
+    descriptor = os.open(path, os.O_RDWR if windows else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -115,7 +125,11 @@ def _lock_of(out):
 def leftover_bytes(out):
     """Return the bytes that a killed process left beside `out`; making `out` again removes them."""
     files = [path for folder in _leftovers(out) for path in folder.rglob("*") if path.is_file()]
-    return sum(path.stat().st_blocks * 512 for path in files)
+    return sum(_bytes_on_disk(path.stat()) for path in files)
+
+
+def _bytes_on_disk(stat):
+    return stat.st_blocks * 512 if hasattr(stat, "st_blocks") else stat.st_size
 
 
 def refuse_inside(out, inputs):
@@ -155,13 +169,14 @@ def _let_go():
         file.close()
 
 
-os.register_at_fork(after_in_child=_let_go)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)
 
 
 @contextlib.contextmanager
 def locked(path, what, remedy):
     """Hold the lock file `path`, with this process' number in it, while the block runs. The lock goes with the process,
-    however that ends. The block may remove the file.
+    however that ends. The block may remove the file, by `remove_lock`.
 
     what: is locked by it, for the message. remedy: other than to wait.
 
@@ -175,25 +190,31 @@ def locked(path, what, remedy):
             raise InputError(f"{what}: {error.strerror}; choose another folder") from None
         with file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.seek(0)
-                number = file.read().strip() or "?"
-                raise InputError(f"{what} is in use by process {number}; wait for it, or {remedy}") from None
+                free = filelock.lock_descriptor(file.fileno(), blocking=False)
             except OSError as error:
                 raise InputError(f"{path}: {error.strerror}; this file system has no locks") from None
+            if not free:
+                file.seek(1)
+                number = file.read().strip() or "?"
+                raise InputError(f"{what} is in use by process {number}; wait for it, or {remedy}")
             if not os.fstat(file.fileno()).st_nlink:
                 continue  # its owner has removed it in between
             _held.add(file)
             file.truncate(0)
-            file.write(f"{os.getpid()}\n")
+            file.write(f" {os.getpid()}\n")  # others cannot read the first byte on Windows: it is what is locked
             file.flush()
             try:
                 yield
             finally:
                 _held.discard(file)
-                fcntl.flock(file, fcntl.LOCK_UN)
+                filelock.unlock_descriptor(file.fileno())
             return
+
+
+def remove_lock(path):
+    """Remove a lock file that this process holds. Windows keeps an open file: it stays there, and locks nothing."""
+    with contextlib.suppress(PermissionError):
+        Path(path).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -216,4 +237,4 @@ def alone(out, what):
             refuse_nonempty(out, what)
             yield
         finally:
-            lock_file.unlink(missing_ok=True)
+            remove_lock(lock_file)

@@ -4,7 +4,7 @@ import pytest
 import transformers
 
 from qlora.data import IGNORE_INDEX, chat, examples
-from qlora.data.formats import Conversation
+from qlora.data.conversation import Conversation
 from qlora.system.errors import InputError
 from tests.conftest import CHATML, SPECIAL, encode, make_tokenizer, messages
 

@@ -190,14 +190,14 @@ def two(tmp_path):
 
 
 def counts(rows):
-    return np.bincount(rows._part_of, minlength=len(rows.parts)).tolist()
+    return np.bincount(rows.part_of, minlength=len(rows.parts)).tolist()
 
 
 def test_a_weight_is_how_often_the_rows_of_a_source_are_seen_an_epoch(two, load):
     rows = load([{"path": two[0], "weight": 2.5}, {"path": two[1], "weight": 0.25}])
     mixed, again, other = (data.weighted(rows, seed) for seed in (1, 1, 2))
     assert counts(mixed) == [60, 10]
-    seen = np.bincount(mixed.lines[mixed._part_of == 0])[1:]
+    seen = np.bincount(mixed.lines[mixed.part_of == 0])[1:]
     assert sorted(set(seen.tolist())) == [2, 3]
     assert mixed.lines.tolist() == again.lines.tolist() != other.lines.tolist()
 

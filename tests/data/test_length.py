@@ -1,12 +1,16 @@
 """Nothing is cut in silence: what is kept fits, what is left out says why, and a split row trains each token once."""
 
+import typing
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora.data import IGNORE_INDEX, Example, length
+from qlora.data.conversation import Conversation
+from qlora.data.encoder import TooLong
 from qlora.data.examples import encode, encode_prompt
-from qlora.data.formats import Conversation
+from qlora.recipe import Data
 from tests.conftest import messages
 
 LONG = " ".join(f"w{n}" for n in range(60))
@@ -30,7 +34,7 @@ def size(tokenizer, turns):
     return len(example.input_ids)
 
 
-@pytest.mark.parametrize("policy", length.POLICIES)
+@pytest.mark.parametrize("policy", typing.get_args(Data.model_fields["overlong"].annotation))
 def test_a_row_that_fits_is_left_as_it_is(tokenizer, policy):
     (example,) = encode(tokenizer, Conversation(messages(TURNS)))
     assert fit(tokenizer, TURNS, len(example.input_ids), policy) == length.Fitted([example])
@@ -39,7 +43,7 @@ def test_a_row_that_fits_is_left_as_it_is(tokenizer, policy):
 @pytest.mark.parametrize("policy", ["error", "drop"])
 def test_a_long_row_is_left_out_with_its_length(tokenizer, policy):
     total = size(tokenizer, TURNS)
-    with pytest.raises(length.TooLong) as caught:
+    with pytest.raises(TooLong) as caught:
         fit(tokenizer, TURNS, total - 1, policy)
     assert caught.value.args == (
         f"{total} tokens, data.max_length is {total - 1}",
@@ -51,7 +55,7 @@ def test_a_long_row_is_left_out_with_its_length(tokenizer, policy):
 def test_a_prompt_that_leaves_no_room_is_named_as_the_reason(tokenizer, policy):
     turns = [("user", LONG), ("assistant", "Yes.")]
     prompt = len(encode_prompt(tokenizer, messages(turns[:1])))
-    with pytest.raises(length.TooLong, match=f"the prompt alone is {prompt} tokens, data.max_length is 20"):
+    with pytest.raises(TooLong, match=f"the prompt alone is {prompt} tokens, data.max_length is 20"):
         fit(tokenizer, turns, 20, policy)
 
 
@@ -79,7 +83,7 @@ def test_truncate_prompt_then_cuts_the_beginning_of_the_question_and_nothing_els
 
 
 def test_truncate_prompt_never_cuts_an_answer(tokenizer):
-    with pytest.raises(length.TooLong, match="answer and tool results alone exceed"):
+    with pytest.raises(TooLong, match="answer and tool results alone exceed"):
         fit(tokenizer, [("user", "Hi"), ("assistant", LONG)], 30, "truncate_prompt")
 
 

@@ -14,8 +14,8 @@ import transformers
 from tokenizers import AddedToken, Tokenizer
 
 from qlora.data import IGNORE_INDEX, chat
+from qlora.data.conversation import Conversation
 from qlora.data.examples import encode
-from qlora.data.formats import Conversation
 from tests.data.families import _byte_level_bpe
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "data.md"

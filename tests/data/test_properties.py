@@ -68,7 +68,7 @@ rows = st.one_of(
 def test_a_row_of_any_kind_is_taken_or_is_a_value_error(row):
     formats = importlib.import_module("qlora.data.formats")
     with contextlib.suppress(ValueError):
-        formats.to_conversation(row)
+        formats.read(row)
 
 
 @SMALL
@@ -76,7 +76,7 @@ def test_a_row_of_any_kind_is_taken_or_is_a_value_error(row):
 def test_a_good_row_with_one_bad_part_is_taken_or_is_a_value_error(row, part):
     formats = importlib.import_module("qlora.data.formats")
     good = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
-    formats.to_conversation({"messages": good})  # it is good
+    formats.read({"messages": good})  # it is good
     for broken in (
         {"messages": [good[0], {**good[1], "content": part}]},
         {"messages": [part, *good]},
@@ -86,7 +86,7 @@ def test_a_good_row_with_one_bad_part_is_taken_or_is_a_value_error(row, part):
         {"messages": good, **row},
     ):
         with contextlib.suppress(ValueError):
-            formats.to_conversation(broken)
+            formats.read(broken)
 
 
 # U+FDD0 and U+FDD1 are no characters, and rows that hold them are refused: tests/data/test_chat.py

@@ -90,7 +90,7 @@ def test_what_the_model_would_not_see_is_refused_row_by_row(name, expected):
 def test_history_of_a_published_file_reaches_the_conversation():
     rows = json.loads((FILES / "oasst_zh_history.json").read_text(encoding="utf-8"))
     for row in rows:
-        _, conversation = formats.to_conversation(row)
+        _, conversation = formats.read(row)
         assert len(conversation.messages) == 2 * len(row["history"]) + 2 + bool(row.get("system"))
 
 

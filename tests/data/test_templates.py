@@ -236,7 +236,7 @@ def encode(family, row, train_on):
     """Return the examples that our pipeline makes of a row."""
     formats = importlib.import_module("qlora.data.formats")
     examples = importlib.import_module("qlora.data.examples")
-    _, conversation = formats.to_conversation(row)
+    _, conversation = formats.read(row)
     return examples.encode(tokenizer_of(family.name), conversation, train_on)
 
 

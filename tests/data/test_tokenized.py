@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from qlora.data import sources, tokenized
+from qlora.data import cache, sources, tokenized
+from qlora.data.encoder import Settings
+from qlora.data.supervised import Supervised
 from qlora.recipe import Source
 from qlora.system import events
 from qlora.system.errors import InputError
@@ -29,9 +31,9 @@ ROWS = [{"messages": messages(turns)} for turns in CONVERSATIONS]
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "cache"))
-    tokenized._cache.cache_clear()
+    cache.folder.cache_clear()
     yield tmp_path / "cache" / "tokenized"
-    tokenized._cache.cache_clear()
+    cache.folder.cache_clear()
 
 
 @pytest.fixture
@@ -45,8 +47,8 @@ def made(monkeypatch):
 
 def tokenize(path, tokenizer, pick=None, num_proc=1, source=None, **settings):
     file = sources.File(str(path), source or Source(path=str(path)))
-    settings = tokenized.Settings(**{**SETTINGS, **settings})
-    return tokenized.tokenize(file, tokenizer, settings, 1.0, pick, num_proc)
+    encoder = Supervised(tokenizer, Settings(**{**SETTINGS, **settings}))
+    return tokenized.tokenize(file, encoder, 1.0, pick, num_proc)
 
 
 def test_a_second_time_nothing_is_tokenized(tmp_path, tokenizer, made):
@@ -149,7 +151,7 @@ def test_what_was_not_used_for_a_month_is_forgotten(tmp_path, tokenizer, own_cac
 def test_without_a_folder_that_can_be_written_it_works_all_the_same(tmp_path, tokenizer, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "file" / "below"))
-    tokenized._cache.cache_clear()
+    cache.folder.cache_clear()
     assert len(tokenize(write_jsonl(tmp_path / "d.jsonl", ROWS), tokenizer).rows) == 24
 
 
@@ -197,13 +199,15 @@ MEASURE = """
 import resource, sys
 sys.path.insert(0, {root!r})
 from qlora.data import Rows, pack, sources, tokenized
+from qlora.data.encoder import Settings
+from qlora.data.supervised import Supervised
 from qlora.recipe import Source
 from tests.conftest import make_tokenizer
 from tokenizers import Tokenizer
 file = sources.File({path!r}, Source(path={path!r}))
 tokenizer = make_tokenizer(Tokenizer.from_str(open({tokenizer!r}).read()))
-settings = tokenized.Settings("auto", None, "all", 256, "error", "error")
-part = tokenized.tokenize(file, tokenizer, settings, num_proc=1)
+encoder = Supervised(tokenizer, Settings("auto", None, "all", 256, "error", "error"))
+part = tokenized.tokenize(file, encoder, num_proc=1)
 rows = Rows([part])
 assert pack(rows, 256)[0].num_trained > 0
 print(len(rows), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)

@@ -4,8 +4,8 @@ import copy
 
 import pytest
 
+from qlora.data.conversation import Conversation
 from qlora.data.examples import encode, encode_prompt
-from qlora.data.formats import Conversation
 from qlora.data.words import left_out
 from tests.conftest import CHATML, make_tokenizer
 from tests.data.test_matrix import (

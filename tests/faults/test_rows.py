@@ -19,7 +19,9 @@ from qlora import base_model
 from qlora.commands.data import inspect_data
 from qlora.commands.train import train
 from qlora.data import sources, tokenized
+from qlora.data.encoder import Settings
 from qlora.data.sources import Row, open_source
+from qlora.data.supervised import Supervised
 from qlora.recipe import Source
 from qlora.system.errors import InputError
 from tests.conftest import write_jsonl
@@ -289,14 +291,14 @@ def test_a_row_of_many_lines_has_an_end_too(tmp_path, monkeypatch, name, content
 def test_a_file_that_changes_while_it_is_read_is_refused_and_not_cached(make_recipe, tmp_path, monkeypatch):
     path = write_jsonl(tmp_path / "rows.jsonl", [GOOD | {"id": 1}] * 3)
     recipe = make_recipe(data={"train": str(path), "eval_fraction": 0.0, "num_proc": 1})
-    real = tokenized._Job.__call__
+    encode_chunk = tokenized.encode_chunk
 
-    def slow(job, chunk):
+    def slow(rows, encoder):
         with open(path, "ab") as file:
             file.write(LINE)
-        return real(job, chunk)
+        return encode_chunk(rows, encoder)
 
-    monkeypatch.setattr(tokenized._Job, "__call__", slow)
+    monkeypatch.setattr(tokenized, "encode_chunk", slow)
     with pytest.raises(InputError, match=r"rows.jsonl changed while it was being read"):
         inspect_data(recipe)
     monkeypatch.undo()
@@ -376,10 +378,10 @@ def files(draw, folder):
 
 
 def fuzz_rows(folder, tokenizer, examples):
-    job = tokenized._Job(tokenizer, tokenized.Settings("auto", None, "assistant", 512, "truncate", "skip"))
+    encoder = Supervised(tokenizer, Settings("auto", None, "assistant", 512, "truncate", "skip"))
 
     def is_row_or_problem(value):
-        result = job([Row(7, value)])
+        result = tokenized.encode_chunk([Row(7, value)], encoder)
         assert len(result.bad) + len(result.too_long) + (len(result.examples) > 0) == 1
         assert all(line == 7 and text for line, text in result.bad)
 
@@ -392,7 +394,7 @@ def fuzz_rows(folder, tokenizer, examples):
             if str(path) not in str(error):
                 raise
             return
-        job(found)
+        tokenized.encode_chunk(found, encoder)
 
     for strategy in (rows, strange, conversation, calling):
         fuzz(examples, strategy, is_row_or_problem)

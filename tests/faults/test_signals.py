@@ -30,21 +30,21 @@ CONVERTER = "import time\nprint('converting', flush=True)\ntime.sleep(300)\n"
 STOPS = {
     "plan, reading the config": ("plan RECIPE", [("qlora.base_model:load_config", TERM)], 143, STOPPED),
     "plan, going through the model": ("plan RECIPE", [("qlora.planner:outline", INT)], 130, STOPPED),
-    "data, tokenizing": ("data RECIPE", [("qlora.data.tokenized:encode", INT)], 130, STOPPED),
+    "data, tokenizing": ("data RECIPE", [("qlora.data.supervised:encode", INT)], 130, STOPPED),
     "data, tokenizing in processes": (
-        "data RECIPE", [("qlora.data.tokenized:_Tally.add", TERM)], 143, STOPPED, {"set": WORKERS}
+        "data RECIPE", [("qlora.data.tally:Tally.add", TERM)], 143, STOPPED, {"set": WORKERS}
     ),
     "data, starting processes": (
         "data RECIPE", [("concurrent.futures.process:ProcessPoolExecutor.submit", INT)], 130, STOPPED, {"set": WORKERS}
     ),
     "data, twice": (
         "data RECIPE",
-        [("qlora.data.tokenized:_Tally.add", INT), ("concurrent.futures.process:ProcessPoolExecutor.shutdown", INT)],
+        [("qlora.data.tally:Tally.add", INT), ("concurrent.futures.process:ProcessPoolExecutor.shutdown", INT)],
         130, None, {"set": WORKERS},
     ),
-    "data, killed": ("data RECIPE", [("qlora.data.tokenized:_Tally.add", KILL)], -9, None, {"set": WORKERS}),
+    "data, killed": ("data RECIPE", [("qlora.data.tally:Tally.add", KILL)], -9, None, {"set": WORKERS}),
     "train, tokenizing": (
-        "train RECIPE", [("qlora.data.tokenized:_Tally.add", TERM)], 143, "stopped before the first step", {"set": WORKERS}
+        "train RECIPE", [("qlora.data.tally:Tally.add", TERM)], 143, "stopped before the first step", {"set": WORKERS}
     ),
     "eval, loading": ("eval run", [("qlora.base_model:load", TERM)], 143, STOPPED),
     "eval, loading the adapter": ("eval run", [("qlora.methods:load", INT)], 130, STOPPED),

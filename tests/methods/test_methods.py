@@ -345,7 +345,7 @@ KINDS = {
 
 
 @pytest.fixture
-def trained(make_recipe):
+def trained(make_recipe, one_outline_a_model):
     """Return run(kind) -> (the model as training left it, recipe, run folder), after two real steps."""
 
     def run(family, lora, sections):
@@ -387,13 +387,12 @@ def test_every_kind_computes_after_loading_what_was_trained(trained, kind):
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
     assert {p.dtype for p in loaded.parameters() if p.is_floating_point()} <= {torch.bfloat16, torch.float32}
     assert not loaded.training
+    assert_plain_peft_computes_what_was_trained(model, recipe, run)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_plain_peft_computes_what_was_trained(trained, kind):
+def assert_plain_peft_computes_what_was_trained(model, recipe, run):
     from peft import PeftModel
 
-    model, recipe, run = trained(*KINDS[kind])
     base, _ = base_of(recipe)
     with warnings.catch_warnings():
         for known in ("Model has `tie_word_embeddings=True`", "The following rank_pattern keys", "fan_in_fan_out"):
@@ -596,15 +595,15 @@ def test_eva_spans_what_the_inputs_vary_in(load_model, tokenizer):
     assert len(set(ranks.values())) > 1
     captured = {}
     for kind, one in (("eva", model), ("random", plain)):
+        inputs = {name: [] for name in layers(one)}
+        for name, layer in layers(one).items():
+            layer.register_forward_pre_hook(lambda module, args, seen=inputs[name]: seen.append(args[0][0].float()))
+        with torch.no_grad():
+            for example in examples[:24]:
+                one(input_ids=torch.tensor([example.input_ids]))
         shares = []
-        for layer in layers(one).values():
-            inputs = []
-            handle = layer.register_forward_pre_hook(lambda module, args, inputs=inputs: inputs.append(args[0].float()))
-            with torch.no_grad():
-                for example in examples[:24]:
-                    one(input_ids=torch.tensor([example.input_ids]))
-            handle.remove()
-            X = torch.cat([x[0] for x in inputs])
+        for name, layer in layers(one).items():
+            X = torch.cat(inputs[name])
             X = X - X.mean(0)
             Q = torch.linalg.qr(layer.lora_A["default"].weight.float().T).Q
             shares.append(((X @ Q).norm() ** 2 / X.norm() ** 2 / Q.shape[1]).item())

@@ -13,15 +13,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qlora.runs import checkpoints
 from qlora import training as sft
-from qlora.system import signals
-from qlora.runs.checkpoints import Checkpoints, Damaged
 from qlora.commands.train import train
-from qlora.system.errors import DoesNotFit, InputError, Interrupted, TrainingFailed
 from qlora.recipe import Recipe, Training
-from qlora.runs import record
+from qlora.runs import checkpoints, record
+from qlora.runs.checkpoints import Checkpoints, Damaged
 from qlora.runs.folder import RunDir
+from qlora.system import signals
+from qlora.system.errors import DoesNotFit, InputError, Interrupted, TrainingFailed
 from tests.conftest import messages, write_jsonl
 
 # the tiny model's layers have 32 to 128 numbers a side: 32 ranks make some of them large enough for 8-bit states

@@ -13,6 +13,7 @@ SCRIPTS = ROOT / "scripts"
 QUICK = {
     "measure_master_weights.py": "--model MODEL --data ROWS --steps 3 --rates 1e-3",
     "benchmark_kernels.py": "--model MODEL --tokens 32 --rounds 1",
+    "benchmark_load.py": "--gib 0.02 --shards 2 --rounds 1",
     "random_model.py": "--shape tiny --tokenizer MODEL --out OUT",
     "quickstart_data.py": "OUT --train-rows 4 --test-rows 2",
     "quickstart_answer.py": "MODEL",

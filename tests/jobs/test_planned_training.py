@@ -24,7 +24,7 @@ def test_a_plan_says_how_many_layers_and_how_much_memory_and_prints_nothing(make
 
 
 def test_what_does_not_fit_says_what_would(make_recipe):
-    prepared = prepare(make_recipe(memory={"budget": "1MiB"}))
+    prepared = prepare(make_recipe(memory={"budget": "10KiB"}))
     with pytest.raises(DoesNotFit, match=r"are memory\.budget; what would help, best first:\n  \w"):
         plan_training(prepared, CPU)
 

@@ -7,7 +7,8 @@
     report = export(run.path, "out/model")
     answer = chat("out/model", "Hello!")
 
-Names are imported when first used, so that `import qlora` and `qlora --help` stay fast.
+They print as the command line does, and nothing in a block `with qlora.quiet():`. Names are imported when first used,
+so that `import qlora` and `qlora --help` stay fast.
 """
 
 import importlib
@@ -38,6 +39,7 @@ _HOME = {
     "adapters": "commands.adapters",
     "chat": "commands.chat",
     "push": "commands.push",
+    "quiet": "terminal",
 }
 __all__ = list(_HOME)
 

@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from .system.errors import DoesNotFit, InputError, Interrupted, QLoRAError
+from .system.libraries import hush_libraries
 from .system.secrets import redacted
 from .system.signals import handled
 
@@ -34,20 +35,25 @@ Target = Annotated[str, typer.Argument(metavar="RUN|MODEL", help="a run folder, 
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="longest answer, in tokens")]
 
 
-def _begin(as_json=False):
-    from .terminal import console
-
-    console.quiet_tables = as_json
-    console.hush_libraries()
-
-
-def _load(recipe, overrides, as_json):
+def _load(recipe, overrides):
     """Return the Recipe of a verb that takes one; what is wrong with it is said before anything heavy is imported."""
     from .recipe import Recipe
 
-    loaded = Recipe.load(recipe, overrides or ())
-    _begin(as_json)
-    return loaded
+    return Recipe.load(recipe, overrides or ())
+
+
+def _run(verb, as_json, *args, **kwargs):
+    """Return what a public function of qlora returns; with --json that is printed instead of its lines and tables."""
+    hush_libraries()
+    import qlora
+
+    from .terminal import shown
+
+    with shown(results=not as_json):
+        result = getattr(qlora, verb)(*args, **kwargs)
+    if as_json:
+        _print_json(result)
+    return result
 
 
 def _print_json(value):
@@ -69,10 +75,7 @@ def train(
     as_json: Json = False,
 ):
     """Train an adapter from a recipe; writes a run folder at its output_dir."""
-    loaded = _load(recipe, overrides, as_json)
-    from .commands.train import train as run_train
-
-    run = run_train(loaded, resume, allow_change or ())
+    run = _run("train", False, _load(recipe, overrides), resume, allow_change or ())
     if as_json:
         from .runs import record
 
@@ -91,12 +94,7 @@ def plan(
     as_json: Json = False,
 ):
     """Say what training will cost and whether it fits, from config.json alone; exit code 3 if it does not."""
-    loaded = _load(recipe, overrides, as_json)
-    from .commands.plan import plan as run_plan
-
-    found = run_plan(loaded, vram, card, plot)
-    if as_json:
-        _print_json(found)
+    found = _run("plan", as_json, _load(recipe, overrides), vram, card, plot)
     if not found["fits"]:
         raise typer.Exit(DoesNotFit.exit_code)
 
@@ -111,12 +109,7 @@ def inspect_data(
     as_json: Json = False,
 ):
     """Show what the model will see: rows, lengths, and which tokens are trained; reads no weights."""
-    loaded = _load(recipe, overrides, as_json)
-    from .commands.data import inspect_data as run_data
-
-    report = run_data(loaded, row, tokens, html)
-    if as_json:
-        _print_json(report)
+    _run("inspect_data", as_json, _load(recipe, overrides), row, tokens, html)
 
 
 @app.command("eval", epilog="Example:  qlora eval runs/mine --data test.jsonl --json")
@@ -130,12 +123,7 @@ def evaluate(
     as_json: Json = False,
 ):
     """Measure loss, perplexity and exact matches on held-out rows; for a run, before and after training."""
-    _begin(as_json)
-    from .commands.eval import evaluate as run_eval
-
-    result = run_eval(target, data, overrides or (), max_rows)
-    if as_json:
-        _print_json(result)
+    _run("evaluate", as_json, target, data, overrides or (), max_rows)
 
 
 @app.command(epilog="Example:  qlora export runs/mine --out models/mine --dtype bfloat16")
@@ -171,9 +159,6 @@ def export(
     as_json: Json = False,
 ):
     """Write the merged full-precision model and prove that it is the trained one; if the proof fails, write nothing."""
-    _begin(as_json)
-    from .commands.export import export as run_export
-
     flags = {"dtype": dtype, "base": base, "verify": verify}
     paths = [target for target in targets if Path(target).exists() or Path(target.rpartition(":")[0] or "?").exists()]
     overrides = [target for target in targets if "=" in target and target not in paths]
@@ -181,9 +166,8 @@ def export(
     if not targets:
         raise InputError("give the run to export; `qlora adapters` lists what there is")
     chosen = [*overrides, *(f"export.{name}={value}" for name, value in flags.items() if value is not None)]
-    report = run_export(targets, out, None, chosen, model=model, data=data, compare_bases=compare_bases, gguf=gguf)
-    if as_json:
-        _print_json(report)
+    asked = {"model": model, "data": data, "compare_bases": compare_bases, "gguf": gguf}
+    _run("export", as_json, targets, out, None, chosen, **asked)
 
 
 @app.command(epilog="Example:  qlora push models/mine me/my-model --dry-run")
@@ -204,12 +188,7 @@ def push(
     as_json: Json = False,
 ):
     """Upload a run's adapter or an exported model to the Hugging Face hub, with a model card; private by default."""
-    _begin(as_json)
-    from .commands.push import push as run_push
-
-    result = run_push(target, repo, public=public, base=base, license=license, dry_run=dry_run)
-    if as_json:
-        _print_json(result)
+    _run("push", as_json, target, repo, public=public, base=base, license=license, dry_run=dry_run)
 
 
 @app.command(epilog="Example:  qlora adapters runs --json")
@@ -218,12 +197,7 @@ def adapters(
     as_json: Json = False,
 ):
     """List runs, checkpoints and adapters with what they were trained on and how good they are."""
-    _begin(as_json)
-    from .commands.adapters import adapters as list_adapters
-
-    found = list_adapters(folder)
-    if as_json:
-        _print_json(found)
+    _run("adapters", as_json, folder)
 
 
 @app.command(epilog='Example:  qlora chat runs/mine --prompt "What can you do?"')
@@ -238,14 +212,14 @@ def chat(
     as_json: Json = False,
 ):
     """Chat with a run or a model; greedy decoding, streamed."""
-    _begin(as_json)
-    from .commands import chat as verb
-
     if prompt is None:
-        verb.talk(target, system, max_new_tokens, overrides or ())
+        hush_libraries()
+        from .commands.chat import talk
+
+        talk(target, system, max_new_tokens, overrides or ())
         return
     on_text = None if as_json else lambda piece: print(piece, end="", flush=True)
-    answer = verb.chat(target, prompt, system, max_new_tokens, overrides or (), on_text)
+    answer = _run("chat", False, target, prompt, system, max_new_tokens, overrides or (), on_text)
     if as_json:
         _print_json({"answer": answer})
     else:
@@ -314,7 +288,7 @@ _SURROUNDINGS = {
 def _fail(message, code):
     message = f"qlora: {redacted(str(message))}"
     if sys.stderr is not None and sys.stderr.isatty():
-        from .terminal.console import folded
+        from .terminal.lines import folded
 
         message = folded(message)
     print(message, file=sys.stderr)

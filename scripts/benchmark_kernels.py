@@ -17,7 +17,7 @@ import torch
 from qlora import base_model, kernels, methods, training
 from qlora.kernels import attention
 from qlora.recipe import Recipe
-from qlora.terminal.console import hush_libraries
+from qlora.system.libraries import hush_libraries
 
 ALL = dict(kernels._KINDS)
 KEEP = kernels.kept_memory

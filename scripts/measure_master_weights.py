@@ -81,7 +81,7 @@ def main():
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--rates", type=float, nargs="+", default=RATES)
     args = parser.parse_args()
-    from qlora.terminal.console import hush_libraries
+    from qlora.system.libraries import hush_libraries
 
     hush_libraries()
     from qlora import training

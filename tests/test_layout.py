@@ -15,15 +15,14 @@ else:
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "qlora"
 
-# cli > commands > jobs > {terminal, pages} > training > parts > runs > recipe > system. A part may use another; cycles: below.
+# What stands together may use each other, but in no cycle: below.
 LEVELS = [
     {"system"},
     {"recipe"},
-    {"runs"},
-    {"data", "base_model", "methods", "kernels", "exporter", "planner", "evaluation"},
-    {"training"},
-    {"terminal", "pages"},
+    {"methods", "kernels", "data", "base_model", "runs"},
+    {"training", "planner", "exporter", "evaluation"},
     {"jobs"},
+    {"terminal", "pages"},
     {"commands"},
     {"cli"},
     {"__main__", "__init__"},
@@ -79,6 +78,15 @@ def test_only_commands_see_a_whole_recipe():
     for path in FILES:
         if part_of(path) not in {"commands", "jobs", "cli", "recipe", "runs", "__init__"}:
             assert not re.search(r"\bRecipe\b", path.read_text(encoding="utf-8")), path
+
+
+def test_only_the_terminal_and_the_verbs_print():
+    """All others emit events (system/events.py), or return what they found."""
+    for path in FILES:
+        if part_of(path) not in {"terminal", "commands", "cli"}:
+            text = path.read_text(encoding="utf-8")
+            assert not re.search(r"^\s*(?:from|import) rich\b|(?<![\w.])print\(", text, flags=re.MULTILINE), path
+            assert "terminal" not in imported_parts(path) or part_of(path) == "__init__", path
 
 
 def test_there_is_no_utils():

@@ -1,9 +1,26 @@
 """`from qlora import ...` as README has it: every public name, called in one process, one after another."""
 
 import inspect
+import subprocess
+import sys
+
+import pytest
 
 import qlora
-from qlora import InputError, Recipe, RunDir, adapters, chat, evaluate, export, inspect_data, plan, push, train
+from qlora import InputError, Recipe, RunDir, adapters, chat, evaluate, export, inspect_data, plan, push, quiet, train
+
+# a script of somebody else may name any of these arguments
+SIGNATURES = {
+    "train": "(recipe: 'Recipe', resume=False, allow_change=()) -> 'RunDir'",
+    "plan": "(recipe: 'Recipe', vram=None, card=None, plot=None) -> 'dict'",
+    "inspect_data": "(recipe: 'Recipe', row=None, tokens=False, html=None) -> 'dict'",
+    "evaluate": "(target, data_file=None, overrides=(), max_rows=100) -> 'dict'",
+    "export": "(target, out, dtype=None, overrides=(), *, model=None, data=None, compare_bases=False, gguf=None) -> 'dict'",
+    "adapters": "(folder='runs') -> 'list'",
+    "chat": "(target, prompt, system=None, max_new_tokens=512, overrides=(), on_text=None) -> 'str'",
+    "push": "(target, repo, *, public=False, base=None, license=None, dry_run=False) -> 'dict'",
+    "quiet": "()",
+}
 
 
 def test_every_public_name_works_after_all_the_others(make_recipe, tmp_path, monkeypatch):
@@ -19,7 +36,8 @@ def test_every_public_name_works_after_all_the_others(make_recipe, tmp_path, mon
     assert export(run.path, "models/mine")["verified"]
     assert isinstance(chat("models/mine", "What can you do?", max_new_tokens=4), str)
     assert [one["state"] for one in adapters(run.path)] == ["finished"]
-    assert push(run.path, "me/mine", base="me/base", dry_run=True)["url"] is None
+    with quiet():
+        assert push(run.path, "me/mine", base="me/base", dry_run=True)["url"] is None
     for name in qlora.__all__:  # every verb has imported what it needs, and none of that is where a function was
         namespace = {}
         exec(f"from qlora import {name}", namespace)
@@ -31,3 +49,21 @@ def test_every_public_name_works_after_all_the_others(make_recipe, tmp_path, mon
 
 
 ERRORS = {"QLoRAError", "DoesNotFit", "ProofFailed", "TrainingFailed", "Interrupted"}
+
+
+def test_every_public_function_is_documented_and_has_the_arguments_that_scripts_rely_on():
+    functions = {name: getattr(qlora, name) for name in qlora.__all__ if inspect.isfunction(getattr(qlora, name))}
+    assert {name: str(inspect.signature(function)) for name, function in functions.items()} == SIGNATURES
+    for name, function in functions.items():
+        assert len(inspect.getdoc(function)) > 80, name
+
+
+@pytest.mark.parametrize("name", ["Recipe", "InputError", "quiet"])
+def test_what_computes_nothing_is_imported_without_torch(name):
+    code = f"import sys; from qlora import {name}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'trian'"):
+        _ = qlora.trian

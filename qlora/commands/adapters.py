@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 
 from rich.text import Text
 
-from .. import methods
-from ..runs import record
-from ..runs.folder import RunDir
-from ..system.errors import InputError, QLoRAError
-from ..terminal import console
+from ..runs.listing import listed
+from ..system.errors import InputError
+from ..terminal import shown
+from ..terminal.tables import show
+
+_LOSSES = {"loss": "loss", "held-out loss": "eval_loss"}
 
 
+@shown()
 def adapters(folder="runs") -> list:
     """Return what is known of every run, checkpoint and adapter under `folder`, newest first.
 
@@ -27,67 +28,23 @@ def adapters(folder="runs") -> list:
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"no folder {folder}; give the folder that holds your runs (`qlora train RECIPE` makes one)")
-    runs = {path.parent for path in [folder / "recipe.yaml", *folder.rglob("recipe.yaml")] if path.is_file()}
-    own = {run / "adapter" for run in runs}
-    others = {path.parent for path in folder.rglob(methods.CONFIG)} - own
-    found = [*map(_of_run, runs), *(_entry(path) for path in others)]
-    found.sort(key=lambda one: -one["time"])
+    found = listed(folder)
     _show(folder, found)
     return found
 
 
-def _entry(path, folder=None):
-    """Return the entry of the adapter in `path`, as part of run `folder` where it is one."""
-    entry = dict.fromkeys(("kind", "base", "steps", "loss", "eval_loss", "metrics"))
-    entry |= {"path": str(folder or path), "state": "finished", "time": (folder or path).stat().st_mtime}
-    try:
-        config = methods.read_config(path)
-        name = methods.kind(config)
-        entry["kind"] = f"{name} r={config.get('target_r') if name == 'AdaLoRA' else config['r']}"
-        entry["base"] = config.get("base_model_name_or_path")
-        entry["time"] = (path / methods.CONFIG).stat().st_mtime
-    except InputError as error:
-        entry["state"] = f"damaged: {error}"
-    except (OSError, KeyError, TypeError) as error:
-        entry["state"] = f"damaged: {path / methods.CONFIG}: {error!r}"
-    return entry
-
-
-def _of_run(folder):
-    run = RunDir(folder)
-    if not run.adapter.is_dir():
-        entry = _entry(folder, folder) | {"state": "unfinished", "time": folder.stat().st_mtime}
-    else:
-        entry = _entry(run.adapter, folder)
-    try:
-        entry["base"] = run.recipe().model.name_or_path
-        for line in record.read(run):
-            entry["steps"] = line.step
-            entry["loss"] = getattr(line, "loss", entry["loss"])
-            entry["eval_loss"] = getattr(line, "eval_loss", entry["eval_loss"])
-        if run.eval_file.is_file():
-            entry["metrics"] = json.loads(run.eval_file.read_text(encoding="utf-8"))["metrics"]
-    except (OSError, ValueError, KeyError, QLoRAError) as error:
-        if entry["state"] == "finished":
-            entry["state"] = f"damaged: {str(error).splitlines()[0]}"
-    return entry
-
-
 def _show(folder, found):
-    console.show(f"{len(found)} in {folder}")
+    show(f"{len(found)} in {folder}")
     for one in found:
         base = f" on {Path(one['base']).name}" if one["base"] else ""
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(one["time"]))
         trained = [(one["kind"] or "") + base, "" if one["steps"] is None else f"{one['steps']:,} steps", when]
         scores = [f"{name} {one[key]:.4f}" for name, key in _LOSSES.items() if one[key] is not None]
         scores += [f"{name.replace('_', ' ')} {value:.0%}" for name, value in (one["metrics"] or {}).items()]
-        console.show("")
-        console.show(Text(one["path"]))  # whole, to be pasted
-        console.show(f"          {', '.join(filter(None, trained))}")
+        show("")
+        show(Text(one["path"]))  # whole, to be pasted
+        show(f"          {', '.join(filter(None, trained))}")
         if scores:
-            console.show(f"          {', '.join(scores)}")
+            show(f"          {', '.join(scores)}")
         if one["state"] != "finished":
-            console.show(f"          {one['state']}")
-
-
-_LOSSES = {"loss": "loss", "held-out loss": "eval_loss"}
+            show(f"          {one['state']}")

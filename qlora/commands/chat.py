@@ -10,9 +10,11 @@ from ..evaluation import generate
 from ..jobs.opened_model import open_subject, switch
 from ..system import signals
 from ..system.errors import InputError, Interrupted
-from ..terminal import console
+from ..system.events import note
+from ..terminal import shown
 
 
+@shown()
 def chat(target, prompt, system=None, max_new_tokens=512, overrides=(), on_text=None) -> str:
     """Return the greedy answer of a run or a model to one `prompt`.
 
@@ -22,6 +24,7 @@ def chat(target, prompt, system=None, max_new_tokens=512, overrides=(), on_text=
     return _answer(subject, [*_opening(system), {"role": "user", "content": prompt}], max_new_tokens, on_text)
 
 
+@shown()
 def talk(target, system=None, max_new_tokens=512, overrides=()):
     """Read prompts from stdin and print answers until end of file; the conversation goes on from turn to turn.
 
@@ -32,9 +35,7 @@ def talk(target, system=None, max_new_tokens=512, overrides=()):
     messages = _opening(system)
     interactive = sys.stdin.isatty()
     if interactive:
-        console.say(
-            "Type a message; /new starts over, /adapter RUN|none switches, Ctrl-C stops an answer, Ctrl-D quits."
-        )
+        note("Type a message; /new starts over, /adapter RUN|none switches, Ctrl-C stops an answer, Ctrl-D quits.")
     while True:
         try:
             prompt = input("> " if interactive else "")
@@ -49,9 +50,9 @@ def talk(target, system=None, max_new_tokens=512, overrides=()):
             messages = _opening(system)
         elif command == "/adapter":
             try:
-                console.say(_switch(subject, argument.strip()))
+                note(_switch(subject, argument.strip()))
             except InputError as error:  # the conversation goes on as it was
-                console.say(f"qlora: {error}")
+                note(f"qlora: {error}")
         elif prompt.strip():
             messages += _turn(subject, [*messages, {"role": "user", "content": prompt}], max_new_tokens)
 
@@ -67,7 +68,7 @@ def _turn(subject, messages, max_new_tokens):
     try:
         answer = _answer(subject, messages, max_new_tokens, on_text)
     except InputError as error:
-        console.say(f"qlora: {error}")
+        note(f"qlora: {error}")
         return []
     except (KeyboardInterrupt, Interrupted) as stopped:
         if not _is_ctrl_c(stopped):
@@ -114,5 +115,5 @@ def _answer(subject, messages, max_new_tokens, on_text):
         subject.stops,
         max_new_tokens,
         on_text or (lambda piece: None),
-        lambda limit: console.say(f"\nanswer cut off: all {limit:,} positions of the model are used"),
+        lambda limit: note(f"\nanswer cut off: all {limit:,} positions of the model are used"),
     ).strip()

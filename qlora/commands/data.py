@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from rich.text import Text
-
-from ..jobs.prepared_data import prepare, refuse_pointless, say_report
-from ..pages import data as page
+from ..jobs.prepared_data import prepare, refuse_pointless
+from ..pages.data import write_page
 from ..recipe import Recipe
 from ..system.errors import InputError
-from ..terminal import console
+from ..system.events import note
+from ..terminal import shown
+from ..terminal.data import say_report, show_lengths, show_row
 
-_ON_PAGE = 20  # rows, from all over the data
 
-
+@shown()
 def inspect_data(recipe: Recipe, row=None, tokens=False, html=None) -> dict:
     """Print rows read and dropped, lengths, the share of tokens trained, and rendered rows; return data_report.json.
 
@@ -28,55 +25,11 @@ def inspect_data(recipe: Recipe, row=None, tokens=False, html=None) -> dict:
     if row is not None and not 1 <= row <= len(prepared.examples):
         raise InputError(f"--row {row}: no such row; the data has rows 1 to {len(prepared.examples)}")
     say_report(prepared)
-    bars = page.histogram(prepared.examples.lengths)
-    for line in _drawn(bars, prepared.report["rows"], recipe.data.max_length):
-        console.show(line)
-    steps = prepared.report["steps_per_epoch"]
-    console.show(f"steps     {steps:,} per epoch")
+    show_lengths(prepared)
     for number in range(1, min(2, len(prepared.examples)) + 1) if row is None else [row]:
-        where = prepared.examples.where(number - 1)
-        console.show(
-            f"\nrow {number} ({where}); {'trained tokens in green' if console.has_color() else 'trained: [[...]]'}"
-        )
-        console.show(_rendered(page.pieces(prepared.tokenizer, prepared.examples[number - 1], tokens), tokens))
+        show_row(prepared, number, tokens)
     if html is not None:
-        _write_page(html, prepared, recipe, bars, row)
+        write_page(html, prepared, row)
+        note(f"page      {html}")
     refuse_pointless(prepared.report)
     return prepared.report
-
-
-def _drawn(bars, rows, max_length):
-    """Return lines that draw how many rows have which length, up to the longest."""
-    tallest = max(count for *_, count in bars)
-    return [
-        f"lengths   of {rows:,} rows; max_length is {max_length:,}",
-        *(f"  {first:>7,} - {last:<7,} {'#' * round(40 * count / tallest)} {count:,}" for first, last, count in bars),
-    ]
-
-
-def _rendered(pieces, with_ids):
-    """Return the row as it is trained, special tokens visible, trained tokens marked."""
-    text, plain, inside = Text(), not console.has_color(), False
-    for piece, ids, trained, special in pieces:
-        if plain and trained != inside:
-            text.append("[[" if trained else "]]")
-        inside = trained
-        style = ("bold " if special else "") + ("green" if trained else "magenta" if special else "dim")
-        text.append(f"{piece!r}:{ids[0]} " if with_ids else piece, style=style)
-    return text.append("]]") if plain and inside else text
-
-
-def _write_page(html, prepared, recipe, bars, row):
-    count = len(prepared.examples)
-    numbers = sorted({n * (count - 1) // (_ON_PAGE - 1) for n in range(_ON_PAGE)}) if row is None else [row - 1]
-    rows = [
-        (f"row {n + 1}: {prepared.examples.where(n)}", page.pieces(prepared.tokenizer, prepared.examples[n]))
-        for n in numbers
-    ]
-    title = f"{recipe.model.name_or_path}, {recipe.output_dir}"
-    content = page.page(title, prepared.template, prepared.report, bars, recipe.data.max_length, rows)
-    try:
-        Path(html).write_text(content, encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"--html {html}: {error.strerror or error}") from None
-    console.say(f"page      {html}")

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
 from .. import base_model, data
-from ..data import examples
-from ..evaluation import generate, metrics
+from ..evaluation.scores import score
+from ..jobs.held_out import held_out_rows
 from ..jobs.opened_model import open_subject
-from ..recipe import Data
 from ..system.errors import InputError
 from ..system.storage import write_json
-from ..terminal import console
+from ..terminal import shown
+from ..terminal.tables import table
 
 MAX_ROWS = 100  # of the run's own score
 
 
+@shown()
 def evaluate(target, data_file=None, overrides=(), max_rows=MAX_ROWS) -> dict:
     """Return {"loss", "perplexity", "tokens", "rows", "metrics", "before", "data"} of a run or a model on held-out rows.
 
@@ -34,17 +32,18 @@ def evaluate(target, data_file=None, overrides=(), max_rows=MAX_ROWS) -> dict:
         InputError: no such target, no rows to evaluate on, or held-out rows that are no longer in their file.
     """
     subject = open_subject(target, overrides)
-    all_rows = _held_out(subject, data_file)
+    all_rows = held_out_rows(subject, data_file)
     rows = all_rows.first_rows(max_rows)
     if not len(rows):
         source = data_file or "data.eval or data.eval_fraction of the recipe"
         raise InputError(f"no rows left to evaluate on in {source}: all were dropped; `qlora data` shows why")
     base_model.refuse_rows(rows, subject.model.config)
     conversations = data.conversations(rows)
-    result = {"rows": len(conversations), **_score(subject, conversations, rows, "answering")}
+    of = (subject.model, subject.tokenizer, subject.stops)
+    result = {"rows": len(conversations), **score(*of, rows, conversations)}
     if subject.run is not None:
         with subject.model.disable_adapter():
-            result["before"] = _score(subject, conversations, rows, "answering without the adapter")
+            result["before"] = score(*of, rows, conversations, "answering without the adapter")
     result["data"] = {
         "files": [{"path": str(part.path), "sha256": part.digest} for part in rows.parts],
         "held_out": data_file is None,
@@ -58,32 +57,6 @@ def evaluate(target, data_file=None, overrides=(), max_rows=MAX_ROWS) -> dict:
         write_json(place, result)
     _show(target, result)
     return result
-
-
-def _held_out(subject, data_file):
-    """Return the Rows to evaluate on."""
-    recipe, tokenizer = subject.recipe, subject.tokenizer
-    if data_file is not None:
-        settings = recipe.data.model_dump() if recipe else {"max_length": 2**30}
-        section = Data.of_file(data_file, {**settings, "overlong": "error"})
-        return data.Rows(data.load(section.train, tokenizer, section, seed=0))
-    if recipe is None or not (recipe.data.eval or recipe.data.eval_fraction):
-        raise InputError("no held-out rows: the recipe has neither data.eval nor data.eval_fraction; give --data FILE")
-    section, run = recipe.data, subject.run
-    sources = section.eval or section.train
-    recorded = run.environment().get("held_out")
-    if not recorded:
-        raise InputError(f"{run.environment_file}: does not say which rows were held out; give --data FILE")
-    rows = data.Rows(data.load(sources, tokenizer, section, recipe.training.seed))
-    keys, found = np.array([int(key, 16) for key in recorded], np.uint64), rows.keys
-    missing = int((~np.isin(keys, found)).sum())
-    if missing:
-        files = ", ".join(str(part.path) for part in rows.parts)
-        raise InputError(
-            f"{missing:,} of the {len(keys):,} held-out rows of {run.path} are no longer in {files}, so the score would be "
-            "on other rows. Restore the file, or evaluate on other rows with --data FILE"
-        )
-    return rows[np.isin(found, keys)]
 
 
 def _place(run, measured, max_rows):
@@ -101,31 +74,6 @@ def _command(target, data_file, overrides, max_rows):
     return shlex.join(["qlora", "eval", str(target), *overrides, *options])
 
 
-def _score(subject, conversations, rows, what):
-    loss, tokens = metrics.mean_loss(subject.model, rows)
-    found = {}
-    if all(conversation.messages for conversation in conversations):  # plain text has no question
-        prompts = [
-            examples.encode_prompt(subject.tokenizer, conversation.messages[:-1], conversation.tools)
-            for conversation in conversations
-        ]
-        references = [_reference(subject.tokenizer, conversation) for conversation in conversations]
-        longest = max(len(subject.tokenizer(text, add_special_tokens=False).input_ids) for text in references)
-        with console.counting(what, len(prompts)) as advance:
-            answers = generate.answers(
-                subject.model, subject.tokenizer, prompts, subject.stops, max_new_tokens=longest + 16, on_batch=advance
-            )
-        found = metrics.task_metrics(answers, references)
-    return {"loss": loss, "perplexity": metrics.perplexity(loss), "tokens": tokens, "metrics": found}
-
-
-def _reference(tokenizer, conversation):
-    """Return the last answer as the model has to write it, calls of tools in the template's form."""
-    example = examples.encode(tokenizer, replace(conversation, flags=()), "last_assistant")[-1]
-    trained = [label for label in example.labels if label != data.IGNORE_INDEX]
-    return tokenizer.decode(trained[:-1], skip_special_tokens=True)
-
-
 def _show(target, result):
     before = result.get("before")
     header = ["", "before", "after"] if before else ["", str(target)]
@@ -133,4 +81,4 @@ def _show(target, result):
     rows = [[name, *(f"{column[name]:.4f}" for column in columns)] for name in ("loss", "perplexity")]
     for name in result["metrics"]:
         rows.append([name.replace("_", " "), *(f"{column['metrics'][name]:.1%}" for column in columns)])
-    console.table(f"{result['rows']} held-out rows, {result['tokens']} answer tokens", header, rows)
+    table(f"{result['rows']} held-out rows, {result['tokens']} answer tokens", header, rows)

@@ -33,11 +33,11 @@ __all__ = [
 ]
 
 
-def load(source_list, tokenizer, section, seed, on_progress=None, encoder=Supervised):
+def load(source_list, tokenizer, section, seed, encoder=Supervised):
     """Return a tokenized Part for each file that `source_list` (of the recipe's data.train or data.eval) names.
 
-    section: the recipe's data. seed: of the draw where a source has max_rows. on_progress(path, share, rows). encoder:
-    makes an Encoder of a tokenizer and Settings; what kind of examples the rows become.
+    section: the recipe's data. seed: of the draw where a source has max_rows. encoder: makes an Encoder of a tokenizer
+    and Settings; what kind of examples the rows become.
 
     Raises:
         InputError: a file is missing, broken, or has rows that the recipe does not say to leave out.
@@ -62,12 +62,7 @@ def load(source_list, tokenizer, section, seed, on_progress=None, encoder=Superv
                 ignore,
                 section.thoughts,
             )
-            report_to = (
-                None if on_progress is None else lambda share, rows, path=file.path: on_progress(path, share, rows)
-            )
-            parts.append(
-                tokenized.tokenize(file, encoder(tokenizer, settings), source.weight, pick, section.num_proc, report_to)
-            )
+            parts.append(tokenized.tokenize(file, encoder(tokenizer, settings), source.weight, pick, section.num_proc))
     return parts
 
 

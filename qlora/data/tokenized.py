@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from ..system.errors import InputError
+from ..system.events import progress
 from ..system.storage import new_folder, write_json
 from . import cache, columns, processes
 from .encoder import Encoder, TooLong
@@ -56,12 +57,11 @@ def _mapped(path, dtype):
     return np.memmap(path, dtype, "r") if path.stat().st_size else np.empty(0, dtype)
 
 
-def tokenize(file, encoder: Encoder, weight=1.0, pick=None, num_proc=None, on_progress=None) -> Part:
+def tokenize(file, encoder: Encoder, weight=1.0, pick=None, num_proc=None) -> Part:
     """Return the Part of `file`, from the cache if nothing that it depends on has changed.
 
     encoder: what makes examples of its rows. pick: the numbers of the rows to take, from 0, or None for all. num_proc:
     processes; None for all cores.
-    on_progress(share of the file read, rows so far): called now and then.
 
     Raises:
         InputError: rows are bad or too long and the recipe does not say to leave them out; all of the file together.
@@ -76,7 +76,7 @@ def tokenize(file, encoder: Encoder, weight=1.0, pick=None, num_proc=None, on_pr
             encode = functools.partial(encode_chunk, encoder=encoder)
             results = _naming(file, processes.results(_chunks(file, pick, tally), encode, _workers(file, num_proc)))
             with new_folder(folder, shared=True) as partial, contextlib.closing(results):
-                _write(partial, results, encoder, tally, file, on_progress)
+                _write(partial, results, encoder, tally, file)
                 if file.stamp() != stamp:
                     raise InputError(f"{file.path} changed while it was being read; run again when it is complete")
                 tally.refuse(file.path, file.unit)
@@ -197,10 +197,11 @@ def _picked(rows, pick, tally):
             tally.not_picked += 1
 
 
-def _write(folder, results, encoder, tally, file, on_progress):
+def _write(folder, results, encoder, tally, file):
     """Append each Chunk's arrays to the folder's files."""
-    offset = 0
-    with contextlib.ExitStack() as stack:
+    offset = read = 0
+    unit = "bytes" if file.unit == "line" else "rows"
+    with contextlib.ExitStack() as stack, progress(f"tokenizing {file.path}", max(1, file.size), unit) as advance:
         names = (*encoder.ARRAYS, "examples")
         opened = {name: stack.enter_context(open(folder / f"{name}.bin", "wb")) for name in names}
         for result in results:
@@ -209,5 +210,6 @@ def _write(folder, results, encoder, tally, file, on_progress):
             offset += len(result.arrays["tokens"])
             for name, array in {**result.arrays, "examples": result.examples}.items():
                 array.tofile(opened[name])
-            if on_progress is not None:
-                on_progress(min(1.0, file.done / max(1, file.size)), tally.rows)
+            done = min(file.done, file.size)
+            advance(done - read, f"{tally.rows:,} rows")
+            read = done

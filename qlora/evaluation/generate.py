@@ -6,13 +6,14 @@ import torch
 
 from .. import base_model
 from ..system.errors import InputError, Interrupted
+from ..system.events import progress
 
 
-def answers(model, tokenizer, prompts, stops, max_new_tokens, batch_size=25, on_batch=None):
+def answers(model, tokenizer, prompts, stops, max_new_tokens, batch_size=25, what="answering"):
     """Return the answer text to each prompt (lists of token ids), decoded greedily, in the order given.
 
-    Prompts of like length share a batch (padded on the left), whatever their order. on_batch(number of prompts) is
-    called after each. stops: ids that end an answer; not part of the text. Answers end at the model's last position.
+    Prompts of like length share a batch (padded on the left), whatever their order. what: the progress is of.
+    stops: ids that end an answer; not part of the text. Answers end at the model's last position.
 
     Raises:
         InputError: a prompt fills all positions of the model.
@@ -20,20 +21,24 @@ def answers(model, tokenizer, prompts, stops, max_new_tokens, batch_size=25, on_
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     limits = [limit_of(model, prompt, max_new_tokens) for prompt in prompts]
     texts = [""] * len(prompts)
-    while order:
-        batch = order[:batch_size] if limits[order[0]] == max_new_tokens else order[:1]  # near the end: each by itself
-        batch = [index for index in batch if limits[index] == limits[batch[0]]]
-        del order[: len(batch)]
-        longest = max(len(prompts[index]) for index in batch)
-        pads = [longest - len(prompts[index]) for index in batch]
-        rows = [[tokenizer.pad_token_id] * pad + list(prompts[index]) for pad, index in zip(pads, batch, strict=True)]
-        ids = torch.tensor(rows, device=model.device)
-        mask = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in pads], device=model.device)
-        output = _generate(model, tokenizer, ids, mask, stops, limits[batch[0]])
-        for index, row in zip(batch, output[:, longest:].tolist(), strict=True):
-            texts[index] = tokenizer.decode(_until_stop(row, stops), skip_special_tokens=True)
-        if on_batch is not None:
-            on_batch(len(batch))
+    with progress(what, len(prompts), "rows") as advance:
+        while order:
+            batch = (
+                order[:batch_size] if limits[order[0]] == max_new_tokens else order[:1]
+            )  # near the end: each by itself
+            batch = [index for index in batch if limits[index] == limits[batch[0]]]
+            del order[: len(batch)]
+            longest = max(len(prompts[index]) for index in batch)
+            pads = [longest - len(prompts[index]) for index in batch]
+            rows = [
+                [tokenizer.pad_token_id] * pad + list(prompts[index]) for pad, index in zip(pads, batch, strict=True)
+            ]
+            ids = torch.tensor(rows, device=model.device)
+            mask = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in pads], device=model.device)
+            output = _generate(model, tokenizer, ids, mask, stops, limits[batch[0]])
+            for index, row in zip(batch, output[:, longest:].tolist(), strict=True):
+                texts[index] = tokenizer.decode(_until_stop(row, stops), skip_special_tokens=True)
+            advance(len(batch))
     return texts
 
 

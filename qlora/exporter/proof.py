@@ -255,3 +255,12 @@ def failures(live, merged, base, dtype):
             f"by {merged.hidden[worst]:.1e} after it, {merged.hidden[-1]:.1e} after the last layer"
         )
     return found
+
+
+def refuse_unproven(report, out):
+    """Raise ProofFailed, with all that was found, unless the export to `out` that `report` is of was verified."""
+    if not report["verified"]:
+        what = "the trained model" if report["base"] == "dequantized" else "the adapter on the original base"
+        raise ProofFailed(
+            "\n  ".join([f"the export differs from {what}; nothing was left at {out}:", *report["failures"]])
+        )

@@ -18,6 +18,7 @@ import torch
 
 from .. import recipe
 from ..system.errors import InputError
+from ..system.events import progress
 from ..system.storage import write_json
 
 DTYPE_NAMES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.int64: "I64",
@@ -59,16 +60,16 @@ def shards(specs, max_bytes):
     return result
 
 
-def write(folder, specs, pieces_of, max_bytes, on_bytes=None):
+def write(folder, specs, pieces_of, max_bytes):
     """Write shards and, for more than one, the index into `folder`; return the bytes of all tensors.
 
     pieces_of(name): called once for each spec, in order; yields the tensor in pieces, first numbers first, in the dtype
-    that the spec says. on_bytes(count): called after each piece. The next piece is made while one is being written.
+    that the spec says. The next piece is made while one is being written.
     """
     parts = shards(specs, max_bytes)
     total = sum(spec.num_bytes for spec in specs)
     weight_map = {}
-    with ThreadPoolExecutor(max_workers=1) as thread:
+    with ThreadPoolExecutor(max_workers=1) as thread, progress("writing", total, "bytes") as advance:
         for number, part in enumerate(parts, start=1):
             single = len(parts) == 1
             name = "model.safetensors" if single else f"model-{number:05d}-of-{len(parts):05d}.safetensors"
@@ -76,7 +77,7 @@ def write(folder, specs, pieces_of, max_bytes, on_bytes=None):
                 with _Output(folder / name, thread) as file:
                     file.write(_header(part))
                     for spec in part:
-                        _write_tensor(file, spec, pieces_of(spec.name), on_bytes or (lambda count: None))
+                        _write_tensor(file, spec, pieces_of(spec.name), advance)
                         weight_map[spec.name] = name
             except OSError as error:
                 raise InputError(f"{folder / name}: {error.strerror}; {total:,} bytes are to be written") from None
@@ -86,14 +87,14 @@ def write(folder, specs, pieces_of, max_bytes, on_bytes=None):
     return total
 
 
-def _write_tensor(file, spec, pieces, on_bytes):
+def _write_tensor(file, spec, pieces, advance):
     written = 0
     for piece in pieces:
         assert piece.dtype == spec.dtype, (spec, piece.dtype)
         data = piece.contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data
         file.write(data)
         written += len(data)
-        on_bytes(len(data))
+        advance(len(data))
     assert written == spec.num_bytes, (spec, written)
 
 

@@ -8,7 +8,8 @@ from ..data import chat
 from ..exporter.gguf import converter as gguf
 from ..exporter.gguf import ollama
 from ..system.errors import InputError
-from ..terminal import console
+from ..system.events import note, progress
+from ..system.units import size
 
 _SIZE = {"f16": 1.0, "q8_0": 0.54, "q4_k_m": 1.35}  # of 2 bytes a number; q4_k_m with the f16 file that it is made from
 
@@ -39,24 +40,24 @@ def add_gguf(trained, folder, name, kind, plan):
         ProofFailed: llama.cpp reads another model in the file.
     """
     file = folder / f"{name}-{kind}.gguf"
-    with console.writing(f"writing {file.name}", num_bytes(kind, plan)) as advance:
-        size = gguf.write(folder, file, kind, advance)
+    with progress(f"writing {file.name}", num_bytes(kind, plan), "bytes") as advance:
+        written = gguf.write(folder, file, kind, advance)
     tokenizer = trained.tokenizer
     prompts = gguf.prompts_of(tokenizer, trained.rows)
-    with console.status("proof: comparing the exported folder with the GGUF file in llama.cpp"):
+    with progress("proof: comparing the exported folder with the GGUF file in llama.cpp"):
         proof = gguf.prove(folder, file, kind, prompts)
     if proof.proven:
         said = f"{proof.same_top1:.1%} of {proof.num_tokens} greedy tokens the same, KL {proof.kl:.1e}"
     else:
         said = proof.why_not
-    console.say(f"gguf      {file.name}, {console.size(size)}: {said}")
-    report = {"file": file.name, "bytes": size, **dataclasses.asdict(proof), "modelfile": None}
+    note(f"gguf      {file.name}, {size(written)}: {said}")
+    report = {"file": file.name, "bytes": written, **dataclasses.asdict(proof), "modelfile": None}
     stops = chat.stop_token_ids(tokenizer, trained.generation.generation_config())
     try:
         text = ollama.modelfile(tokenizer, file.name, stops, gguf.adds_bos(file))
     except InputError as error:  # the GGUF file is none the worse for it
-        console.say(f"          no Modelfile for Ollama: {error}")
+        note(f"          no Modelfile for Ollama: {error}")
         return report | {"why_no_modelfile": str(error)}
     (folder / "Modelfile").write_text(text, encoding="utf-8")
-    console.say("ollama    Modelfile: its prompts are identical to the chat template's")
+    note("ollama    Modelfile: its prompts are identical to the chat template's")
     return report | {"modelfile": "Modelfile"}

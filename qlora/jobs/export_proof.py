@@ -14,7 +14,8 @@ from ..exporter import proof, streamed
 from ..recipe import Model, Quantization
 from ..system import memory
 from ..system.errors import InputError
-from ..terminal import console
+from ..system.events import note, progress
+from ..system.units import size
 
 
 class Prover:
@@ -29,20 +30,20 @@ class Prover:
 
     def __init__(self, trained, plan, device):
         self.trained, self.plan, self.device = trained, plan, device
-        self.section = trained.recipe.model
+        self.section = trained.model
         if self.section.attn_implementation == "flash_attention_2":  # computes in bfloat16 whatever it is given
             self.section = self.section.model_copy(update={"attn_implementation": "auto"})
         self.num_rows = plan.config.get_text_config().vocab_size
         self.need = streamed.need(
             plan.config,
             trained.rows,
-            trained.modules if trained.recipe.quantization else (),
+            trained.modules if trained.quantization else (),
             trained.adapter.num_parameters,
             bool(trained.checkpoint.new_tokens),
             self.section.trust_remote_code,
             sum(math.prod(spec.shape) for spec in plan.specs if spec.name in plan.kept),
         )
-        self.mode = self._mode(trained.section.verify)
+        self.mode = self._mode(trained.export.verify)
         self.live = None
 
     def _mode(self, asked):
@@ -59,17 +60,17 @@ class Prover:
             else f"one layer at a time, reading the files {self.need.num_passes} times"
         )
         most = memory.anonymous_bytes() + (self.need.whole if mode == "full" else self.need.streamed)
-        console.say(f"proof     {mode}: {how}; needs at most {console.size(most)}, {console.size(free)} are free")
+        note(f"proof     {mode}: {how}; needs at most {size(most)}, {size(free)} are free")
         return mode
 
     def prove(self, folder):
         """Return the part of the report that compares the written `folder` with the live model."""
-        dtype = self.trained.section.dtype
-        with console.status("proof: comparing the trained model with the exported folder"), memory.Peak() as peak:
+        dtype = self.trained.export.dtype
+        with progress("proof: comparing the trained model with the exported folder"), memory.Peak() as peak:
             self.live = live = self._answers_of_live()
             self.merged = faithful = self._compare(live, self._written(folder))
             judged = live
-            if self.trained.section.base == "original":
+            if self.trained.export.base == "original":
                 # what was asked for is the adapter on the original weights, and that is what the folder has to be
                 judged = self._answers_of_live(original=True)
                 faithful = self._compare(judged, self._written(folder))
@@ -95,11 +96,11 @@ class Prover:
 
         Call prove first: `kl` and `top1` are to the live model.
         """
-        dtype, quantization = self.trained.section.dtype, self.trained.recipe.quantization or Quantization()
+        dtype, quantization = self.trained.export.dtype, self.trained.quantization or Quantization()
         found = []
-        with console.status("comparing the bases"):
+        with progress("comparing the bases"):
             for base in ("dequantized", "original"):
-                is_chosen = base == self.trained.section.base
+                is_chosen = base == self.trained.export.base
                 scores = self.merged if is_chosen else self._compare(self.live, self._written(folders[base]))
                 found.append((f"{base} base, {dtype}", scores))
             for base in ("dequantized", "original"):
@@ -125,7 +126,7 @@ class Prover:
     def _answers_of_live(self, original=False):
         """Return the proof.Live of the adapter on the base that it was trained on, or on the weights of the files."""
         trained, checkpoint = self.trained, self.trained.checkpoint
-        quantization = None if original else trained.recipe.quantization
+        quantization = None if original else trained.quantization
         dtype = torch.float32 if original else base_model.DTYPE_WHEN_QUANTIZED
         if self.mode == "layers":
             model = streamed.live(checkpoint, self.section, quantization, self.device, self.plan.source, dtype)

@@ -13,10 +13,10 @@ from typing import Any
 from .. import base_model, data, methods
 from ..exporter import proof
 from ..methods.sum import combine
-from ..recipe import Data, Recipe
+from ..recipe import Data, Export, Model, Quantization, Recipe
 from ..runs.folder import RunDir
 from ..system.errors import InputError
-from ..terminal import console
+from ..system.events import note
 from .opened_model import load_tokenizer, open_tokenizer, refuse_changed_base, refuse_other_base
 from .run_facts import origin_of
 
@@ -25,18 +25,23 @@ from .run_facts import origin_of
 class Trained:
     """A base, how it was quantized, and an adapter.
 
-    name: what the user called it. modules: {quantized layer: sha256 of its codes at training, or None}. rows: what the
-    proof uses, data.Examples; rows_from says in words where they are from. inputs: folders that are read. fitted: the
-    adapter was started from what quantization has lost (LoftQ), so it is right on the quantized base only. live_model: how it is
-    known what the adapter was trained on: "recorded" by the run, "declared" by the user, or "assumed". generation: the
-    checkpoint, its folder that whose generation_config.json counts. taken_from: {tokenizer, chat_template,
-    generation_config: "adapter", "base", "recipe" or "built in"}, None for what there is none of.
+    name: what the user called it. model, quantization, export: sections of the run's recipe, or what they are for an
+    adapter that has none. data: fields of the data section, to read other rows like those it was trained on. modules:
+    {quantized layer: sha256 of its codes at training, or None}. rows: what the proof uses, data.Examples; rows_from says
+    in words where they are from. inputs: folders that are read. fitted: the adapter was started from what quantization
+    has lost (LoftQ), so it is right on the quantized base only. live_model: how it is known what the adapter was trained
+    on: "recorded" by the run, "declared" by the user, or "assumed". generation: the checkpoint, its folder that whose
+    generation_config.json counts. taken_from: {tokenizer, chat_template, generation_config: "adapter", "base", "recipe"
+    or "built in"}, None for what there is none of.
     """
 
     name: str
     checkpoint: base_model.Checkpoint
     config: Any
-    recipe: Recipe
+    model: Model
+    quantization: Quantization | None
+    export: Export
+    data: dict
     modules: dict
     folder: Path
     adapter: methods.Adapter
@@ -58,10 +63,6 @@ class Trained:
         if self.temporary is not None:
             self.temporary.cleanup()
 
-    @property
-    def section(self):
-        return self.recipe.export
-
 
 def open_trained(targets, base=None, data_file=None, overrides=()) -> Trained:
     """Return, for a `with` block, what is in `targets`: a run, or a PEFT adapter folder that was trained on `base`.
@@ -75,7 +76,7 @@ def open_trained(targets, base=None, data_file=None, overrides=()) -> Trained:
     one = len(targets) == 1
     trained = _of_one(targets[0], base, overrides) if one else _of_several(parse_weighted(targets), base, overrides)
     if data_file is not None:
-        settings = {**trained.recipe.data.model_dump(), "eval": None, "overlong": "truncate"}
+        settings = {**trained.data, "eval": None, "overlong": "truncate"}
         section = Data.of_file(data_file, settings)
         rows = data.Rows(data.load(section.train, trained.tokenizer, section, seed=0))
         if not len(rows):
@@ -106,7 +107,7 @@ def _of_several(weighted, base, overrides):
     for other in found[1:]:
         same = (
             _have_one_base(other.checkpoint, first.checkpoint)
-            and other.recipe.quantization == first.recipe.quantization
+            and other.quantization == first.quantization
             and other.modules == first.modules
         )
         if not same:
@@ -116,14 +117,14 @@ def _of_several(weighted, base, overrides):
     weights = [weight for _, weight in weighted]
     temporary = tempfile.TemporaryDirectory()
     try:
-        folders, trust = [one.folder for one in found], first.recipe.model.trust_remote_code
+        folders, trust = [one.folder for one in found], first.model.trust_remote_code
         folder = combine(folders, weights, first.config, trust, temporary.name)
         read = methods.read(folder)
     except BaseException:
         temporary.cleanup()
         raise
     named = " + ".join(f"{weight:g} * {target}" for target, weight in weighted)
-    console.say(f"adapter   {named}: r = {read.config['r']}, the sum of the ranks")
+    note(f"adapter   {named}: r = {read.config['r']}, the sum of the ranks")
     return dataclasses.replace(
         first,
         name=named,
@@ -184,7 +185,10 @@ def _of_run(run, overrides):
         name=str(run.path),
         checkpoint=checkpoint,
         config=config,
-        recipe=recipe,
+        model=recipe.model,
+        quantization=recipe.quantization,
+        export=recipe.export,
+        data=recipe.data.model_dump(),
         modules={name: digests.get(name) for name in recorded["quantized_modules"]},
         folder=run.adapter,
         adapter=trained,
@@ -205,11 +209,12 @@ def _of_adapter(folder, base, overrides):
     if base is None:
         named = shlex.quote(str(said)) if said else "FOLDER"
         raise InputError(f"{folder} is an adapter; name the model it was trained on: --model {named}")
+    # an adapter has no recipe: this one is for what is laid over it, and no row or output folder is ever taken from it
     values = {"model": {"name_or_path": str(base)}, "data": {"train": str(folder)}, "output_dir": str(folder)}
     recipe = Recipe.from_dict(values, overrides)
     other = bool(said) and Path(str(said)).name.lower() != Path(str(base)).name.lower()
     if other:
-        console.say(f"base      {folder} names {said} as its base; merging with {base} instead")
+        note(f"base      {folder} names {said} as its base; merging with {base} instead")
     checkpoint = base_model.find(recipe.model)
     if isinstance(recorded := methods.base_of(folder), dict):
         how = f"--model, or, if it was changed on purpose, remove {folder / methods.MANIFEST}"
@@ -223,11 +228,37 @@ def _of_adapter(folder, base, overrides):
         assumed = quantized is not None and not any(one.startswith("quantization") for one in overrides)
     if assumed:
         own = base_model.stored_quantization(config) is not None
-        console.say(f"base      assumed to be {f'the 4-bit weights of {base}' if own else _assumption(quantized)}")
+        note(f"base      assumed to be {f'the 4-bit weights of {base}' if own else _assumption(quantized)}")
+    tokenizer, generation, taken_from = _tokenizer_of_adapter(folder, checkpoint, recipe)
+    modules = base_model.names_to_quantize(config, recipe.model) if recipe.quantization else []
+    return Trained(
+        name=str(folder),
+        checkpoint=checkpoint,
+        config=config,
+        model=recipe.model,
+        quantization=recipe.quantization,
+        export=recipe.export,
+        data=recipe.data.model_dump(),
+        modules=dict.fromkeys(modules),
+        folder=folder,
+        adapter=trained,
+        tokenizer=tokenizer,
+        generation=generation,
+        taken_from=taken_from,
+        rows=proof.text_rows(tokenizer),
+        rows_from="built-in sentences",
+        inputs=[folder, checkpoint.folder],
+        fitted=_is_fitted(folder),
+        live_model="assumed" if assumed else "declared",
+    )
+
+
+def _tokenizer_of_adapter(folder, checkpoint, recipe):
+    """Return (tokenizer, Checkpoint whose generation_config.json counts, Trained.taken_from): the adapter's, or the base's."""
     has_tokenizer = (folder / "tokenizer.json").is_file()
     if not has_tokenizer:
         _refuse_half_a_tokenizer(folder)
-        console.say(f"tokenizer taken from {checkpoint.folder}: the adapter has none")
+        note(f"tokenizer taken from {checkpoint.folder}: the adapter has none")
     base_model.refuse_generation(folder)
     has_generation = (folder / "generation_config.json").is_file()
     generation = dataclasses.replace(checkpoint, folder=folder) if has_generation else checkpoint
@@ -237,29 +268,13 @@ def _of_adapter(folder, base, overrides):
     tokenizer, template = open_tokenizer(place, recipe.model, generation_config, chat_template)
     whose = "adapter" if has_tokenizer else "base"
     if chat_template is None and not has_template:
-        console.say(f"template  {template}")
-    modules = base_model.names_to_quantize(config, recipe.model) if recipe.quantization else []
-    return Trained(
-        name=str(folder),
-        checkpoint=checkpoint,
-        config=config,
-        recipe=recipe,
-        modules=dict.fromkeys(modules),
-        folder=folder,
-        adapter=trained,
-        tokenizer=tokenizer,
-        generation=generation,
-        taken_from=_taken_from(
-            whose,
-            "recipe" if chat_template else whose if has_template else "built in",
-            "adapter" if has_generation else generation_config and "base",
-        ),
-        rows=proof.text_rows(tokenizer),
-        rows_from="built-in sentences",
-        inputs=[folder, checkpoint.folder],
-        fitted=_is_fitted(folder),
-        live_model="assumed" if assumed else "declared",
+        note(f"template  {template}")
+    taken_from = _taken_from(
+        whose,
+        "recipe" if chat_template else whose if has_template else "built in",
+        "adapter" if has_generation else generation_config and "base",
     )
+    return tokenizer, generation, taken_from
 
 
 def _taken_from(tokenizer, chat_template, generation_config):

@@ -12,7 +12,7 @@ from ..data import chat
 from ..recipe import Model, Recipe
 from ..runs.folder import RunDir
 from ..system.errors import InputError
-from ..terminal import console
+from ..system.events import progress
 
 
 @dataclass
@@ -50,7 +50,7 @@ def open_subject(target, overrides=()) -> Subject:
     checkpoint = base_model.find(section)
     base_model.load_config(checkpoint, section)  # what is wrong with config.json is said of that file
     tokenizer, _ = open_tokenizer(checkpoint.folder, section, checkpoint.generation_config())
-    with console.status(f"loading {target}"):
+    with progress(f"loading {target}"):
         model = base_model.load(checkpoint, section, None)
     return Subject(model, tokenizer, chat.stop_token_ids(tokenizer, model.generation_config), None, None)
 
@@ -79,7 +79,7 @@ def _open_run(run, overrides):
     refuse_changed_base(run, checkpoint)
     recipe = base_model.settle(recipe, base_model.load_config(checkpoint, recipe.model), checkpoint)
     tokenizer = load_tokenizer(run, recipe.model, checkpoint)
-    with console.status(f"loading {checkpoint.name_or_path} and the adapter of {run.path}"):
+    with progress(f"loading {checkpoint.name_or_path} and the adapter of {run.path}"):
         model = base_model.load(checkpoint, recipe.model, recipe.quantization)
         model = methods.load(model, run.adapter, checkpoint.new_tokens.values())
     stops = chat.stop_token_ids(tokenizer, model.generation_config)

@@ -1,14 +1,60 @@
-"""What plan and train share: a recipe and its data as a planner.Job, and the available memory."""
+"""A recipe and its data as a planner.Job, and the memory that there is for it."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import numpy as np
 
-from .. import data, planner
+from .. import base_model, data, planner
 from ..data import Batches, Packs
 from ..kernels import attention
+from ..recipe import parse_size
 from ..system import memory
 from ..system.errors import InputError
+
+_USUAL = 24 * 2**30
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Memory to plan for, in bytes. why: a few words on where that number is from. card: planner.Card, for the speed."""
+
+    num_bytes: int
+    why: str = ""
+    card: Any = None
+
+
+def budget_of(recipe, vram=None, card=None) -> Budget:
+    """Return the Budget of a GPU: by `vram` or `card` as text, by the recipe, or by the GPU of this machine.
+
+    Raises:
+        InputError: a size or a card is wrong.
+    """
+    import torch
+
+    chosen = None if card is None else planner.card_of(card)
+    if torch.cuda.is_available() and chosen is None:
+        chosen = planner.speed.find(torch.cuda.get_device_name())
+    for name, text in (("--vram", vram), ("memory.budget", recipe.memory.budget)):
+        if text is not None:
+            try:
+                return Budget(parse_size(text), name, chosen)
+            except ValueError as error:
+                raise InputError(f"{name} {text!r}: {error}") from None
+    if card is not None and chosen is not None:
+        return Budget(chosen.memory, chosen.name, chosen)
+    if torch.cuda.is_available():
+        return Budget(free_bytes(torch.device("cuda")), torch.cuda.get_device_name(), chosen)
+    why = "no GPU found, so an RTX 4090 is assumed; change it with --card, --vram or memory.budget"
+    return Budget(_USUAL, why, planner.card_of("4090"))
+
+
+def budget_of_device(recipe, device) -> Budget:
+    """Return the Budget of a training on a torch device: memory.budget, or what is free there."""
+    budget = recipe.memory.budget
+    return Budget(free_bytes(device) if budget is None else parse_size(budget))
 
 
 def free_bytes(device):
@@ -31,14 +77,15 @@ def held_by_others(device):
     return max(0, total - free - planner.CONTEXT_BYTES)
 
 
-def job_of(recipe, prepared, device_kind, budget, card=None):
-    """Return the planner.Job of `recipe` on its data. device_kind: "cuda" or "cpu"; budget: bytes; card: for the speed.
+def job_of(prepared, device_kind, budget: Budget):
+    """Return the planner.Job of Prepared data. device_kind: "cuda" or "cpu".
 
     Raises:
         InputError: see with_outline.
         planner.NoPlan: the model cannot be planned.
     """
-    training, examples, batches, held_out = recipe.training, prepared.examples, prepared.batches, prepared.eval_examples
+    recipe, training = prepared.recipe, prepared.recipe.training
+    examples, batches, held_out = prepared.examples, prepared.batches, prepared.eval_examples
     remade = _outlines(recipe, prepared.config, len(prepared.checkpoint.new_tokens), device_kind)
     joins = remade().joins
     rows = training.per_device_train_batch_size
@@ -54,7 +101,7 @@ def job_of(recipe, prepared, device_kind, budget, card=None):
     if len(held_out):
         together = joins or load.packed
         numbers["eval_load"] = _load(held_out, training.per_device_eval_batch_size, together, device_kind)
-    return with_outline(recipe, remade, load=load, budget_bytes=budget, card=card, **numbers)
+    return with_outline(recipe, remade, load=load, budget_bytes=budget.num_bytes, card=budget.card, **numbers)
 
 
 def _load(examples, rows, joined, device_kind):
@@ -86,15 +133,18 @@ def _packed_load(packs, examples, rows):
     )
 
 
-def without_data(recipe, config, num_new_tokens, device_kind, budget, card):
+def without_data(recipe, device_kind, budget: Budget):
     """Return the Job of `recipe` for rows of data.max_length, every token trained; raises as job_of does."""
+    checkpoint = base_model.find(recipe.model, weights=False)
+    config = base_model.load_config(checkpoint, recipe.model)
+    recipe = base_model.settle(recipe, config, checkpoint)
     rows, length = recipe.training.per_device_train_batch_size, recipe.data.max_length
     if recipe.training.tokens_per_micro_batch:
         rows = recipe.training.tokens_per_micro_batch // length
-    remade = _outlines(recipe, config, num_new_tokens, device_kind)
+    remade = _outlines(recipe, config, len(checkpoint.new_tokens), device_kind)
     packed = recipe.data.packing
     load = planner.Load(rows, length, rows * length, packed, packed or remade().joins)
-    return with_outline(recipe, remade, load=load, budget_bytes=budget, card=card)
+    return with_outline(recipe, remade, load=load, budget_bytes=budget.num_bytes, card=budget.card)
 
 
 def _outlines(recipe, config, num_new_tokens, device_kind):

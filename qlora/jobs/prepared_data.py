@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from .. import base_model, data
 from ..data import chat
-from ..pages import data as page
 from ..recipe import Recipe
 from ..system.errors import InputError
-from ..terminal import console
+from ..system.events import note
 from .opened_model import open_tokenizer
 
 
@@ -49,9 +49,8 @@ def prepare(recipe: Recipe, weights=True) -> Prepared:
     )
 
     seed = recipe.training.seed
-    with console.Reading() as reading:
-        parts = data.load(recipe.data.train, tokenizer, recipe.data, seed, reading.update)
-        eval_parts = data.load(recipe.data.eval or [], tokenizer, recipe.data, seed, reading.update)
+    parts = data.load(recipe.data.train, tokenizer, recipe.data, seed)
+    eval_parts = data.load(recipe.data.eval or [], tokenizer, recipe.data, seed)
     rows = data.Rows(parts)
     if not len(rows):
         raise InputError(_nothing_left("train", parts))
@@ -80,6 +79,20 @@ def prepare(recipe: Recipe, weights=True) -> Prepared:
     return Prepared(recipe, checkpoint, config, tokenizer, template, parts, examples, held_out, batches, report)
 
 
+def prepared_if_there(recipe):
+    """Return the Prepared data of `recipe`, or None where its files or its tokenizer are not on this machine."""
+    paths = [source.path for source in recipe.data.train if source.path is not None]
+    absent = [path for path in paths if not any(letter in path for letter in "*?[") and not Path(path).exists()]
+    checkpoint = base_model.find(recipe.model, weights=False)
+    if base_model.whole_config(checkpoint.folder) is not None:
+        note("model     a multimodal checkpoint: planning the text half, which is what is trained")
+    if not absent and (checkpoint.folder / "tokenizer.json").is_file():
+        return prepare(recipe, weights=False)
+    why = f"no file at {absent[0]}" if absent else f"{checkpoint.folder} has no tokenizer.json"
+    note(f"data      {why}: assuming rows of data.max_length tokens, all of them trained")
+    return None
+
+
 def _batches(examples, recipe):
     tokens = recipe.training.tokens_per_micro_batch
     if recipe.data.packing:
@@ -90,7 +103,7 @@ def _batches(examples, recipe):
 
 
 def _nothing_left(to, parts):
-    lines = [f"  {part.path}: {_dropped(part.summary)}" for part in parts]
+    lines = [f"  {part.path}: {dropped_rows(part.summary)}" for part in parts]
     return "\n".join([f"no rows left to {to} on", *lines])
 
 
@@ -103,61 +116,13 @@ def refuse_pointless(report):
         )
 
 
-def say_report(prepared: Prepared):
-    """Print what the model will see, in four lines or so."""
-    report = prepared.report
-    tokens, length = report["tokens"], report["length"]
-    for source in report["sources"]:
-        weight = f", weight {source['weight']:g}" if source["weight"] != 1 else ""
-        if 0 < source["tokens_an_epoch"] < tokens["total"]:
-            weight += f", {source['tokens_an_epoch'] / tokens['total']:.0%} of the tokens"
-        changed = [
-            f", {source[key]:,} {word}"
-            for key, word in (("rows_truncated", "TRUNCATED"), ("rows_split", "split"))
-            if source[key]
-        ]
-        dropped = f", {_dropped(source)}" if source["rows_dropped"] else ""
-        console.say(
-            f"data      {source['path']}: {source['rows_read']:,} rows ({source['format']}){weight}{dropped}{''.join(changed)}"
-        )
-        for line in page.altered(source):
-            console.say(f"          {line}")
-    for key in report["ignored_nothing"]:
-        console.say(f"          data.ignore_keys: {key}: no row has this key")
-    for path in report["not_read"]:
-        console.say(f"          {path} describes data sets; not read as rows")
-    console.say(
-        f"          {report['rows']:,} rows to train on, {report['eval_rows']:,} held out; {tokens['total']:,} tokens, "
-        f"{tokens['trained'] / tokens['total']:.0%} trained; length p50 {length['p50']}, p95 {length['p95']}, "
-        f"max {length['max']}"
-    )
-    console.say(f"          {report['ends_with_stop_token']:.0%} of rows end with a stop token; {_copies(report)}")
-    batches = prepared.batches
-    if isinstance(batches, data.Packs):
-        console.say(
-            f"packing   {report['rows']:,} rows into {len(batches):,} of up to {batches.longest:,} tokens, "
-            f"{report['packing_efficiency']:.0%} full"
-        )
-    elif isinstance(batches, data.Batches):
-        console.say(f"batches   {report['rows']:,} rows in {len(batches):,} micro-batches")
-    console.say(f"template  {prepared.template}")
-
-
 def _ignored_nothing(ignore_keys, report):
     """Return the keys of data.ignore_keys that no row has."""
     found = {key for source in report["sources"] for key in source["unused"]}
     return [key for key in ignore_keys or () if key not in found]
 
 
-def _dropped(source):
+def dropped_rows(source):
+    """Return in words how many rows of a source were dropped, and why. source: an entry of a report's "sources"."""
     reasons = "; ".join(f"{count:,} {reason}" for reason, count in source["reasons"].items())
     return f"{source['rows_dropped']:,} of {source['rows_read']:,} rows dropped: {reasons}"
-
-
-def _copies(report):
-    found = [f"{report['duplicates']:,} duplicate rows" if report["duplicates"] else "no duplicate rows"]
-    if report["eval_rows_in_training"]:
-        found.append(
-            f"{report['eval_rows_in_training']:,} HELD-OUT ROWS ARE ALSO TRAINED ON, so their score means nothing"
-        )
-    return "; ".join(found)

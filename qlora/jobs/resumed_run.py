@@ -14,7 +14,7 @@ from ..runs import record
 from ..runs.checkpoints import Checkpoints, read_state
 from ..runs.folder import RunDir
 from ..system.errors import InputError
-from ..terminal import console
+from ..system.events import note
 
 _LENGTH = ("training.max_steps", "training.num_train_epochs")
 # what changes no weight, and what is compared by its content instead of its place
@@ -128,7 +128,7 @@ def resumed(recipe: Recipe, allowed):
         raise InputError(f"output_dir {run.path} contains no run to resume; leave --resume out to start one")
     with run.locked():
         if run.adapter.is_dir() and not _is_longer(run.recipe(), recipe):
-            console.say(
+            note(
                 f"{run.path} is finished: {_last_step(run):,} steps; set a higher training.num_train_epochs or "
                 "training.max_steps to train it further"
             )
@@ -141,7 +141,7 @@ def resumed(recipe: Recipe, allowed):
         kept.remove_leftovers()
         path, skipped = kept.newest()
         for reason in skipped:
-            console.say(f"skipped   {reason}")
+            note(f"skipped   {reason}")
         if path is None:
             raise InputError(
                 f"output_dir {run.path} has no checkpoint to resume from"

@@ -9,8 +9,10 @@ import jinja2
 import numpy as np
 
 from ..data.examples import IGNORE_INDEX
+from ..system.errors import InputError
 
 BARS = 10
+_SHOWN = 20  # rows of a page, from all over the data
 
 
 def pieces(tokenizer, example, one_by_one=False):
@@ -82,3 +84,21 @@ def page(title, template, report, bars, max_length, rows):
         max_length=max_length,
         rows=[(where, [(text, trained, special) for text, _, trained, special in row]) for where, row in rows],
     )
+
+
+def write_page(file, prepared, row=None):
+    """Write the page of Prepared data, with some of its rows, or the one numbered `row` (from 1), to `file`.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    recipe, rows = prepared.recipe, prepared.examples
+    numbers = {n * (len(rows) - 1) // (_SHOWN - 1) for n in range(_SHOWN)} if row is None else {row - 1}
+    shown = [(f"row {n + 1}: {rows.where(n)}", pieces(prepared.tokenizer, rows[n])) for n in sorted(numbers)]
+    title = f"{recipe.model.name_or_path}, {recipe.output_dir}"
+    bars = histogram(rows.lengths)
+    content = page(title, prepared.template, prepared.report, bars, recipe.data.max_length, shown)
+    try:
+        Path(file).write_text(content, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"--html {file}: {error.strerror or error}") from None

@@ -30,34 +30,45 @@ def heard_by(*listeners):
 
 
 @dataclass(frozen=True)
-class Progress:
-    """Some work, of which `done` of `total` is done; total is None where nobody knows. unit: "rows", "bytes", "share"."""
+class Note:
+    """A line for a person, which no program would read: what was found, chosen or left out."""
 
-    what: str
-    done: float
-    total: float | None = None
-    unit: str = ""
+    text: str
+
+
+def note(text):
+    emit(Note(str(text)))
 
 
 @dataclass(frozen=True)
-class Note:
-    """A line for a person, which no program would read: what was found, chosen or left out. kind: what it is about."""
+class Progress:
+    """Some work, of which `done` of `total` is done; total is None where nobody knows.
 
-    text: str
-    kind: str = ""
-    is_warning: bool = False
+    unit: of both: "bytes" or "rows", or "" where there is no total. detail: more in words, such as "1,200 rows".
+    ended: nothing more comes of it, well or not.
+    """
+
+    what: str
+    done: float = 0
+    total: float | None = None
+    unit: str = ""
+    detail: str = ""
+    ended: bool = False
 
 
 @contextlib.contextmanager
 def progress(what, total=None, unit=""):
-    """Emit the Progress of the block: its begin and its end; yield advance(count), which emits the rest."""
+    """Emit the Progress of the block: its begin and its end; yield advance(count, detail=""), which emits the rest."""
     done = 0
 
-    def advance(count):
+    def advance(count, detail=""):
         nonlocal done
         done += count
-        emit(Progress(what, done, total, unit))
+        emit(Progress(what, done, total, unit, detail))
 
     emit(Progress(what, 0, total, unit))
-    yield advance
-    emit(Progress(what, done if total is None else total, total, unit))
+    try:
+        yield advance
+        done = done if total is None else total
+    finally:
+        emit(Progress(what, done, total, unit, ended=True))

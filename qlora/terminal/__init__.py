@@ -1,1 +1,47 @@
-"""What a person sees."""
+"""What a person sees: listens to what verbs and computations emit (system/events.py), and prints it."""
+
+from __future__ import annotations
+
+import contextlib
+from contextvars import ContextVar
+
+from ..system import events
+
+_is_decided = ContextVar("is_decided", default=False)  # whether and how verbs are shown
+
+
+@contextlib.contextmanager
+def shown(results=True):
+    """Show on the terminal what is emitted in the block, or in the function that this decorates.
+
+    Notes and bars go to stderr, results, where they are wanted, to stdout. The outermost block decides for those in it.
+    """
+    if _is_decided.get():
+        yield
+        return
+    from . import bars, lines, tables, training  # rich; here, so that `qlora.quiet` costs nothing
+
+    with bars.Bars() as live:
+        listeners = [lines.hear, live.hear, training.Steps(live).hear, *([tables.hear] if results else [])]
+        with _decided(), events.heard_by(*listeners):
+            yield
+
+
+@contextlib.contextmanager
+def quiet():
+    """Let the verbs that are called in the block print nothing; they return what they found, and raise what is wrong.
+
+    with qlora.quiet():
+        report = qlora.inspect_data(recipe)
+    """
+    with _decided():
+        yield
+
+
+@contextlib.contextmanager
+def _decided():
+    token = _is_decided.set(True)
+    try:
+        yield
+    finally:
+        _is_decided.reset(token)

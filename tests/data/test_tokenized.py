@@ -13,6 +13,7 @@ from qlora.data import cache, sources, tokenized
 from qlora.data.encoder import Settings
 from qlora.data.supervised import Supervised
 from qlora.recipe import Source
+from qlora.system import events
 from qlora.system.errors import InputError
 from tests.conftest import CONVERSATIONS, make_tokenizer, messages, write_jsonl
 
@@ -44,10 +45,10 @@ def made(monkeypatch):
     return calls
 
 
-def tokenize(path, tokenizer, pick=None, num_proc=1, source=None, on_progress=None, **settings):
+def tokenize(path, tokenizer, pick=None, num_proc=1, source=None, **settings):
     file = sources.File(str(path), source or Source(path=str(path)))
     encoder = Supervised(tokenizer, Settings(**{**SETTINGS, **settings}))
-    return tokenized.tokenize(file, encoder, 1.0, pick, num_proc, on_progress)
+    return tokenized.tokenize(file, encoder, 1.0, pick, num_proc)
 
 
 def test_a_second_time_nothing_is_tokenized(tmp_path, tokenizer, made):
@@ -165,8 +166,11 @@ def test_control_tokens_and_long_rows_keep_their_ids_on_disk(tmp_path, tokenizer
 def test_a_data_file_that_cannot_be_read_is_named_and_not_the_cache(tmp_path, tokenizer, monkeypatch):
     path = write_jsonl(tmp_path / "d.jsonl", ROWS)
     monkeypatch.setattr(tokenized, "CHUNK", 10)
-    with pytest.raises(InputError, match=r"d\.jsonl: cannot be read and tokenized: No such file") as caught:
-        tokenize(path, tokenizer, on_progress=lambda share, rows: path.unlink(missing_ok=True))
+    with (
+        pytest.raises(InputError, match=r"d\.jsonl: cannot be read and tokenized: No such file") as caught,
+        events.heard_by(lambda event: path.unlink(missing_ok=True) if event.done else None),
+    ):
+        tokenize(path, tokenizer)
     assert "QLORA_CACHE" not in str(caught.value)
 
     write_jsonl(path, ROWS)

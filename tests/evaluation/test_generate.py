@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from qlora.evaluation import generate
+from qlora.system import events
 
 
 @pytest.fixture
@@ -16,10 +17,11 @@ def prompts(tokenizer):
 def test_a_batch_answers_as_one_prompt_alone(load_model, tokenizer, prompts, family):
     model = load_model(family, None).float()  # float32: in bf16 near-ties depend on the batch shape
     alone = [generate.answers(model, tokenizer, [prompt], {2}, 12)[0] for prompt in prompts]
-    batch_counts = []
-    together = generate.answers(model, tokenizer, prompts, {2}, 12, batch_size=3, on_batch=batch_counts.append)
+    heard = []
+    with events.heard_by(heard.append):
+        together = generate.answers(model, tokenizer, prompts, {2}, 12, batch_size=3)
     assert together == alone
-    assert batch_counts == [3, 1]
+    assert [event.done for event in heard] == [0, 3, 4, 4]
     assert len(set(alone)) > 1
 
 

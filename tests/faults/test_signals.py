@@ -55,7 +55,7 @@ STOPS = {
     "chat, answering": (
         "chat run --prompt x --max-new-tokens 4", [("qlora.evaluation.generate:_until_stop", TERM)], 143, STOPPED
     ),
-    "adapters": ("adapters .", [("qlora.commands.adapters:_entry", TERM)], 143, STOPPED),
+    "adapters": ("adapters .", [("qlora.runs.listing:_entry", TERM)], 143, STOPPED),
     "export, planning": ("export run --out out", [("qlora.exporter.merge:plan", INT)], 130, LOST),
     "export, merging": ("export run --out out", [("qlora.exporter.merge:Merge._matrix", TERM)], 143, LOST),
     "export, writing": ("export run --out out", [("qlora.exporter.writer:_write_tensor", INT)], 130, LOST),
@@ -64,7 +64,7 @@ STOPS = {
     "export, the other base": (
         "export run --out out --compare-bases", [("qlora.jobs.export_proof:Prover.compare", TERM)], 143, LOST
     ),
-    "export, the card": ("export run export.verify=off --out out", [("qlora.commands.export:card", INT)], 130, LOST),
+    "export, the card": ("export run export.verify=off --out out", [("qlora.jobs.export_folder:card", INT)], 130, LOST),
     "export, before the rename": ("export run export.verify=off --out out", [("os:rename", TERM)], 143, LOST),
     "export, after the rename": (
         "export run export.verify=off --out out", [("os:rename", NONE), ("qlora.system.storage:fsync", TERM)], 143, KEPT
@@ -79,10 +79,10 @@ STOPS = {
         143, None, {"environ": {"LLAMA_CPP": "llama.cpp"}},
     ),
     "export, twice": (
-        "export run export.verify=off --out out", [("qlora.commands.export:card", INT), ("shutil:rmtree", INT)], 130, None
+        "export run export.verify=off --out out", [("qlora.jobs.export_folder:card", INT), ("shutil:rmtree", INT)], 130, None
     ),
     "export, killed before the rename": ("export run export.verify=off --out out", [("os:rename", KILL)], -9, None),
-    "export, a terminal that is closed": ("export run --out out", [("qlora.commands.export:card", HUP)], 0, None),
+    "export, a terminal that is closed": ("export run --out out", [("qlora.jobs.export_folder:card", HUP)], 0, None),
     "eval, nobody reads": ("eval run", [], 0, None, {"closed": True}),
     "data, nobody reads": ("data RECIPE", [], 0, None, {"closed": True}),
 }  # fmt: skip

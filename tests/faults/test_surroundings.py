@@ -16,11 +16,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qlora.commands import train as train_verb
 from qlora.commands.eval import evaluate
 from qlora.commands.export import export
 from qlora.commands.train import train
-from qlora.jobs import prepared_data
+from qlora.jobs.planned_training import plan_training
+from qlora.jobs.prepared_data import prepare
 from qlora.recipe import Recipe
 from qlora.system.errors import DoesNotFit, InputError
 from tests.conftest import CONVERSATIONS, messages, write_jsonl
@@ -307,13 +307,13 @@ def test_text_that_the_terminal_cannot_show_is_shown_otherwise_and_json_is_json(
 def test_a_gpu_that_others_fill_is_said_to_be_filled(make_recipe, monkeypatch, free, says):
     """The card is played: there is none here. What it is asked is torch.cuda.mem_get_info."""
     recipe = make_recipe(data={"max_length": 512})
-    ready = prepared_data.prepare(recipe)
+    ready = prepare(recipe)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (free, 24 * 2**30))
     if not says:
-        assert train_verb._plan(recipe, ready, torch.device("cuda"))[2] > 0
+        assert plan_training(ready, torch.device("cuda")).predicted_bytes > 0
         return
     with pytest.raises(DoesNotFit, match=r"513 MiB are free") as refused:
-        train_verb._plan(recipe, ready, torch.device("cuda"))
+        plan_training(ready, torch.device("cuda"))
     assert "other processes hold 23.50 GiB of the GPU; nvidia-smi lists them" in str(refused.value)
 
 

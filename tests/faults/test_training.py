@@ -317,7 +317,7 @@ def test_a_disk_that_is_too_small_is_refused_before_training(recipe_file, tmp_pa
 
 @pytest.mark.parametrize("name", ["step-4", "step-4.diverged-1"])
 def test_what_was_set_aside_makes_no_room(make_recipe, tmp_path, monkeypatch, name):
-    from qlora.commands.train import _refuse_full_disk
+    from qlora.jobs.planned_training import refuse_full_disk
 
     recipe = make_recipe(training={"max_steps": 8, "save_steps": 4, "save_total_limit": None})
     aside = Path(recipe.output_dir) / "checkpoints" / name
@@ -326,11 +326,11 @@ def test_what_was_set_aside_makes_no_room(make_recipe, tmp_path, monkeypatch, na
     plan = SimpleNamespace(steps=8, checkpoint_bytes=1000, components={"adapter": 100})
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1200))
     if name == "step-4":  # one of the two is there
-        return _refuse_full_disk(recipe, plan)
+        return refuse_full_disk(recipe, plan)
     with pytest.raises(
         InputError, match="2 checkpoints of 1000 B and the adapter need 2,100 bytes more, 1,200 are free"
     ):
-        _refuse_full_disk(recipe, plan)
+        refuse_full_disk(recipe, plan)
 
 
 @pytest.mark.parametrize("left", [0, 400_000])

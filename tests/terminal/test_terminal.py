@@ -1,4 +1,4 @@
-"""Lines for a person: folded on a terminal, whole in a file."""
+"""What a person sees of the verbs: lines folded on a terminal, whole in a file; results apart from notes; or nothing."""
 
 import fcntl
 import io
@@ -21,7 +21,8 @@ from qlora.commands.eval import evaluate
 from qlora.commands.export import export
 from qlora.commands.push import push
 from qlora.recipe import Recipe
-from qlora.terminal import console
+from qlora.system.events import note
+from qlora.terminal import lines, quiet, shown, tables
 from tests.conftest import CONVERSATIONS, messages, write_jsonl
 
 
@@ -30,8 +31,8 @@ def terminal(monkeypatch):
     """Return the text that goes to a terminal of 80 columns."""
     screen = io.StringIO()
     fake = Console(file=screen, force_terminal=True, width=80, highlight=False, color_system=None)
-    monkeypatch.setattr(console, "_console", fake)
-    monkeypatch.setattr(console, "_results", fake)
+    monkeypatch.setattr(lines, "console", fake)
+    monkeypatch.setattr(tables, "console", fake)
     return screen
 
 
@@ -89,8 +90,9 @@ def test_lines_and_tables_of_every_verb_keep_to_80_columns_on_a_terminal(trained
 
 
 def test_no_part_of_a_message_is_taken_for_a_picture(capsys):
-    console.say("runs:x:1 is there")
-    console.show("runs:x:1 is there")
+    with shown():
+        note("runs:x:1 is there")
+        tables.show("runs:x:1 is there")
     assert [*capsys.readouterr()] == ["runs:x:1 is there\n"] * 2
 
 
@@ -110,20 +112,56 @@ def test_an_error_is_folded_on_a_terminal():
 def test_lines_of_a_training_keep_to_80_columns_on_a_terminal(make_recipe, terminal, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     train(make_recipe(output_dir="run"))
-    lines = [line for line in terminal.getvalue().splitlines() if "\x1b" not in line and "/" not in line]
-    assert len(lines) > 8
-    assert max(map(len, lines)) <= 80
+    printed = [line for line in terminal.getvalue().splitlines() if "\x1b" not in line and "/" not in line]
+    assert len(printed) > 8
+    assert max(map(len, printed)) <= 80
     assert "\n          " in terminal.getvalue()  # a folded line goes on under its words
 
 
 def test_a_command_stays_on_one_line(terminal):
     command = "qlora train 'my runs/with a long name/and another one/recipe.yaml' --resume training.learning_rate=1e-5"
-    console.say(f"stopped after step 12 of 100 of this run; go on with: {command}; or begin again")
+    lines.say(f"stopped after step 12 of 100 of this run; go on with: {command}; or begin again")
     assert command in terminal.getvalue().splitlines()[1]
 
 
 def test_lines_and_tables_are_whole_in_a_file(capsys):
-    console.say("word " * 40)
-    assert len(capsys.readouterr().err.splitlines()) == 1
-    console.table("word " * 40, ["", "number"], [["word " * 40, "1"]])
+    with shown():
+        note("word " * 40)
+        assert len(capsys.readouterr().err.splitlines()) == 1
+        tables.table("word " * 40, ["", "number"], [["word " * 40, "1"]])
     assert sum("word" in line for line in capsys.readouterr().out.splitlines()) == 2
+
+
+def test_quiet_verbs_print_nothing_and_return_the_same(trained, capfd):
+    folder, recipe = trained
+    with quiet():
+        listed, planned, report = adapters(folder), qlora.plan(recipe, "24GiB"), inspect_data(recipe)
+    assert [*capfd.readouterr()] == ["", ""]
+    assert (adapters(folder), qlora.plan(recipe, "24GiB"), inspect_data(recipe)) == (listed, planned, report)
+    out, err = capfd.readouterr()
+    assert "reached in:" in out
+    assert "rows to train on" in err
+
+
+def test_without_results_the_notes_are_still_there(trained, capfd):
+    _, recipe = trained
+    with shown(results=False):
+        inspect_data(recipe)
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert "rows to train on" in err
+
+
+def test_the_outermost_block_decides_and_everything_is_printed_once(capsys):
+    @shown()
+    def verb():
+        note("from the verb")
+
+    with shown():
+        verb()
+    assert capsys.readouterr().err == "from the verb\n"
+    with quiet(), shown():
+        verb()
+    assert capsys.readouterr().err == ""
+    note("nobody listens")
+    assert capsys.readouterr().err == ""

@@ -1,0 +1,53 @@
+"""Parts of export_report.json, and its table of scores."""
+
+from __future__ import annotations
+
+import math
+
+from ..evaluation import metrics
+from . import merge
+
+COLUMNS = ["", "loss", "perplexity", "KL to trained", "same top-1"]
+
+
+def of_merging(merging, num_quantized):
+    """Return the part of the report that says, for each module and for the whole, what merging and casting changed.
+
+    merging: a merge.Merge that has written all. num_quantized: layers of the base that were quantized in training.
+    """
+    total = {key: math.sqrt(sum(one[key] ** 2 for one in merging.modules)) for key in ("delta_norm", "cast_error")}
+    lossy = [one for one in merging.modules if one["cast_loss"] is not None]
+    worst = max(lossy, key=lambda one: one["cast_loss"], default=None)
+    return {
+        "modules": merging.modules,
+        "cast": {
+            "loss": total["cast_error"] / total["delta_norm"] if total["delta_norm"] else None,
+            "limit": merge.CAST_LOSS_LIMIT,
+            "worst": {key: worst[key] for key in ("name", "cast_loss")} if worst else None,
+            "underflows": merging.underflows,
+        },
+        "quantized": {"modules": num_quantized, "same_codes_as_training": len(merging.digests)},
+    }
+
+
+def scores(report):
+    """Return the rows [name, loss, perplexity, KL, top-1] of the table that is shown and goes into the model card."""
+
+    def row(name, loss, kl=None, top1=None):
+        cells = [f"{loss:.4f}", f"{metrics.perplexity(loss):.3f}"]
+        return [name, *cells, "" if kl is None else f"{kl:.1e}", "" if top1 is None else f"{top1:.2%}"]
+
+    quantized = "quantized" if report["quantized"]["modules"] else "base"
+    written = f"{report['base']} base, {report['dtype']}"
+    scored = [
+        (f"exported ({report['dtype']}, {report['base']} base)", report["merged"]),
+        *((one["model"], one) for one in report.get("comparison", ()) if one["model"] != written),
+        ("base, without the adapter", report["base_model"]),
+    ]
+    return [
+        row(
+            f"{'assumed' if report['live_model'] == 'assumed' else 'trained'} ({quantized} + adapter, live)",
+            report["live"]["loss"],
+        ),
+        *(row(name, one["loss"], one["kl"], one["top1"]) for name, one in scored),
+    ]

@@ -1,0 +1,39 @@
+"""The rows that a run has held out, found again by their content; or those of another file."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .. import data
+from ..recipe import Data
+from ..system.errors import InputError
+
+
+def held_out_rows(subject, data_file=None):
+    """Return the data.Rows that a Subject is evaluated on: those that its run has held out, or those of `data_file`.
+
+    Raises:
+        InputError: there are none, or some of those that the run has held out are no longer in their file.
+    """
+    recipe, tokenizer = subject.recipe, subject.tokenizer
+    if data_file is not None:
+        settings = recipe.data.model_dump() if recipe else {"max_length": 2**30}
+        section = Data.of_file(data_file, {**settings, "overlong": "error"})
+        return data.Rows(data.load(section.train, tokenizer, section, seed=0))
+    if recipe is None or not (recipe.data.eval or recipe.data.eval_fraction):
+        raise InputError("no held-out rows: the recipe has neither data.eval nor data.eval_fraction; give --data FILE")
+    section, run = recipe.data, subject.run
+    sources = section.eval or section.train
+    recorded = run.environment().get("held_out")
+    if not recorded:
+        raise InputError(f"{run.environment_file}: does not say which rows were held out; give --data FILE")
+    rows = data.Rows(data.load(sources, tokenizer, section, recipe.training.seed))
+    keys, found = np.array([int(key, 16) for key in recorded], np.uint64), rows.keys
+    missing = int((~np.isin(keys, found)).sum())
+    if missing:
+        files = ", ".join(str(part.path) for part in rows.parts)
+        raise InputError(
+            f"{missing:,} of the {len(keys):,} held-out rows of {run.path} are no longer in {files}, so the score would be "
+            "on other rows. Restore the file, or evaluate on other rows with --data FILE"
+        )
+    return rows[np.isin(found, keys)]

@@ -1,0 +1,91 @@
+"""What training is to cost on this machine, before it starts: memory and disk, or a refusal that says what would fit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .. import planner
+from ..runs.checkpoints import Checkpoints
+from ..runs.folder import RunDir
+from ..system import memory
+from ..system.errors import DoesNotFit, InputError
+from ..system.storage import free_disk_bytes
+from ..system.units import size
+from .plan_job import budget_of_device, held_by_others, job_of, refuse_layers
+
+_WORTH_SAYING = 2**30  # bytes of a GPU; a desktop takes less
+
+
+@dataclass(frozen=True)
+class Planned:
+    """How the layers are checkpointed, and the peak that is expected, in bytes, in the terms of memory.Peak.
+
+    Without a plan, which is None then, why_none says why, predicted_bytes is None, and the rehearsal finds what does not fit.
+    """
+
+    checkpointed_layers: int
+    offload: bool
+    predicted_bytes: int | None
+    budget_bytes: int
+    plan: planner.Plan | None = None
+    why_none: str = ""
+
+
+def plan_training(prepared, device) -> Planned:
+    """Return how the training of Prepared data fits on a device, which may be a CPU.
+
+    Raises:
+        DoesNotFit: it does not; says what would.
+        InputError: the model has fewer layers than are to be checkpointed, offloading has nothing to move, or the disk is full.
+    """
+    recipe, budget = prepared.recipe, budget_of_device(prepared.recipe, device)
+    try:
+        job = job_of(prepared, device.type, budget)
+    except planner.NoPlan as error:
+        num_layers = prepared.config.get_text_config().num_hidden_layers
+        refuse_layers(recipe.memory, num_layers)
+        setting = recipe.memory.gradient_checkpointing
+        setting = device.type == "cuda" if setting == "auto" else setting
+        layers = num_layers * setting if isinstance(setting, bool) else setting
+        return Planned(layers, recipe.memory.offload is True, None, budget.num_bytes, why_none=str(error))
+    found = planner.plan(job)
+    if not found.fits:
+        raise DoesNotFit(_what_would_fit(recipe, job, found, device))
+    refuse_full_disk(recipe, found)
+    predicted = memory.anonymous_bytes() + found.peak_bytes if device.type == "cpu" else found.cuda_bytes
+    return Planned(found.checkpointed_layers, found.offload, predicted, budget.num_bytes, found)
+
+
+def _what_would_fit(recipe, job, found, device):
+    free = recipe.memory.budget is None
+    lines = [
+        f"does not fit: {size(found.peak_bytes)} are needed ({found.where}), {size(job.budget_bytes)} are "
+        f"{'free' if free else 'memory.budget'}; what would help, best first:"
+    ]
+    lines += [
+        f"  {change['set']}: {size(change['peak_bytes'])}{', fits' if change['fits'] else ''}"
+        for change in planner.suggestions(job)
+    ]
+    others = held_by_others(device)
+    if free and others > _WORTH_SAYING:
+        lines.append(f"  other processes hold {size(others)} of the GPU; nvidia-smi lists them")
+    return "\n".join(lines)
+
+
+def refuse_full_disk(recipe, found):
+    """Raise InputError where the disk has no room for the checkpoints that will be there at a time, and the adapter."""
+    training, run = recipe.training, RunDir(recipe.output_dir)
+    count = 0
+    if training.save_steps is not None:
+        saves = None if found.steps is None else -(-found.steps // training.save_steps)
+        limit = None if training.save_total_limit is None else training.save_total_limit + 1  # the new one comes first
+        count = min((number for number in (saves, limit) if number is not None), default=1)
+    there = Checkpoints(run.checkpoints, None).num_bytes()
+    needed = max(0, count * found.checkpoint_bytes - there) + found.components["adapter"]
+    free = free_disk_bytes(run.path)
+    if needed > free:
+        fewer = ", set a lower training.save_total_limit or higher training.save_steps" if count > 1 else ""
+        raise InputError(
+            f"output_dir {run.path}: {count} checkpoints of {size(found.checkpoint_bytes)} and the adapter need "
+            f"{needed:,} bytes more, {free:,} are free; free some{fewer}, or set output_dir=ANOTHER_FOLDER"
+        )

@@ -1,0 +1,147 @@
+"""What train trains: the base in 4 bit with the adapters attached, and what the run folder says of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from .. import base_model, methods
+from ..base_model import text_generation
+from ..exporter import REPORT, merge, proof
+from ..kernels import attention
+from ..runs.environment import environment
+from ..runs.record import Begun
+from ..system import files
+from ..system.errors import InputError
+from ..system.events import progress
+from ..system.storage import new_folder, write_json
+from . import resumed_run
+from .prepared_data import refuse_pointless
+
+
+@dataclass
+class Trainable:
+    """A model whose adapters alone require gradients, on its base.
+
+    quantized: {module: sha256 of its codes}. file_hashes: {file of the base: sha256}. environment: contents of
+    environment.json. fingerprint: what a resumed run is compared with.
+    """
+
+    model: Any
+    quantized: dict
+    file_hashes: dict
+    environment: dict
+    fingerprint: dict
+
+
+def refuse_untrainable(prepared):
+    """Raise InputError for what can be known of Prepared data and its model before a weight is read.
+
+    What export will need is among it: better to know now than after the training.
+    """
+    recipe, checkpoint = prepared.recipe, prepared.checkpoint
+    refuse_pointless(prepared.report)
+    _refuse_what_quantizing_undoes(recipe.quantization, checkpoint.folder)
+    if recipe.data.packing:
+        attention.refuse_unsupported(prepared.config)
+    merge.plan(checkpoint, prepared.config, base_model.dtype_of(recipe.export.dtype), recipe.model.trust_remote_code)
+
+
+def _refuse_what_quantizing_undoes(quantization, folder):
+    """Raise InputError if the base is an export of ours that 4 bit would make the model before its training again.
+
+    A merge onto dequantized weights lies so near the points of the grid that quantizing rounds it back to them: held-out
+    loss 1.03 after it, where the export has 0.065 (docs/export.md).
+    """
+    if quantization is None or not (folder / REPORT).is_file():
+        return
+    report = files.read_object(folder / REPORT)
+    quantized = report.get("quantized")
+    if report.get("base") == "dequantized" and isinstance(quantized, dict) and quantized.get("modules"):
+        raise InputError(
+            f"model.name_or_path {folder}: an export with the dequantized base; quantizing it to "
+            f"{quantization.quant_type} again would undo its training. Export the run with --base original "
+            "and train on that, or set quantization: null"
+        )
+
+
+def open_trainable(prepared, resumed=None) -> Trainable:
+    """Load the base of Prepared data, quantize it and attach the adapters. resumed: the Resumed run that goes on, or None.
+
+    Raises:
+        InputError: the base is not causal, or no longer what the resumed run was begun with.
+    """
+    recipe, checkpoint = prepared.recipe, prepared.checkpoint
+    with progress(f"loading {checkpoint.name_or_path}"):
+        model = base_model.load(checkpoint, recipe.model, recipe.quantization)
+        quantized, hashes = base_model.digests(model), checkpoint.file_hashes()
+        of_base = resumed_run.of_base(hashes, quantized)
+        if resumed is not None:
+            resumed.refuse_changes(of_base)
+        text_generation.refuse_unsuitable(model, checkpoint)
+        model = methods.attach(
+            model,
+            recipe.method,
+            recipe.training.seed,
+            checkpoint.new_tokens.values(),
+            checkpoint,
+            prepared.examples,
+        )
+    found = environment(model.device) | {
+        "base_model": {
+            "name_or_path": checkpoint.name_or_path,
+            "folder": str(checkpoint.folder.resolve()),
+            "revision": checkpoint.revision,
+            "sha256": hashes,
+            "quantized_modules": sorted(quantized),
+            "quantized_sha256": quantized,
+            "prequantized": base_model.stored_quantization(prepared.config) is not None,
+            "kept_tensors": len(checkpoint.half.kept) if checkpoint.half else 0,
+        },
+        "data": [{"path": part.path, "sha256": part.digest} for part in prepared.parts],
+        # by content, so that an evaluation is of these rows whatever happens to their file
+        "held_out": [f"{key:016x}" for key in prepared.eval_examples.one_each().keys],
+    }
+    if resumed is not None:
+        found["id"] = resumed.environment["id"]
+    return Trainable(model, quantized, hashes, found, resumed_run.of_recipe(recipe, prepared) | of_base)
+
+
+def begins(run, prepared, trainable, resumed=None):
+    """Return a listener that writes what the run is into its folder once the training has begun.
+
+    Until then a finished run that is to go on is as it was.
+    """
+
+    def hear(event):
+        if isinstance(event, Begun):
+            _write(run, prepared, trainable, resumed)
+
+    return hear
+
+
+def _write(run, prepared, trainable, resumed):
+    if resumed is not None:
+        resumed.begin(prepared.recipe)
+    held_out = prepared.eval_examples
+    rows = proof.proof_rows(
+        held_out if len(held_out) else prepared.examples, prepared.config.get_text_config().vocab_size
+    )
+    write_json(run.data_report_file, prepared.report)
+    write_json(run.proof_rows_file, proof.to_json(rows, "held-out rows" if len(held_out) else "training rows"))
+    write_json(run.environment_file, trainable.environment)
+
+
+def save_adapter(run, prepared, trainable):
+    """Write adapter/, with the tokenizer and a manifest, into the run folder: whole or not at all."""
+    checkpoint = prepared.checkpoint
+    with new_folder(run.adapter) as folder:
+        methods.save(trainable.model, folder, checkpoint.name_or_path, checkpoint.revision)
+        prepared.tokenizer.save_pretrained(folder)
+        methods.seal(folder, trainable.file_hashes)
+
+
+def refuse_unjoinable(recipe, model, installed):
+    """Raise InputError if rows are to be packed and neither the kernels nor the model's own attention can join them."""
+    if recipe.data.packing and not (installed.joined or attention.joins(model.get_base_model())):
+        raise InputError("data.packing: rows of this architecture cannot be joined; set data.packing=false")

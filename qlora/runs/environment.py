@@ -1,0 +1,46 @@
+"""What a run was made with: the part of environment.json that is the same whatever is trained."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import subprocess
+import uuid
+from pathlib import Path
+
+PACKAGES = (
+    "qlora-trainer",
+    "torch",
+    "transformers",
+    "bitsandbytes",
+    "peft",
+    "trl",
+    "accelerate",
+    "datasets",
+    "safetensors",
+)
+
+
+def environment(device) -> dict:
+    """Return {"id", "versions", "device", "git_commit", "directory"} of a run that begins here, on a torch device."""
+    import torch
+
+    return {
+        "id": uuid.uuid4().hex,  # checkpoints say whose they are
+        "versions": {
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in PACKAGES},
+        },
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
+        "git_commit": _git_commit(),
+        "directory": str(Path.cwd()),  # relative paths of the recipe start here
+    }
+
+
+def _git_commit():
+    """Return the commit of the checkout that the package lies in, or None for an installed package."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

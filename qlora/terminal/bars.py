@@ -1,0 +1,94 @@
+"""How far something is: a live bar on a terminal, a plain line every 20 seconds elsewhere (logs, CI)."""
+
+from __future__ import annotations
+
+import time
+
+from rich.progress import BarColumn, ProgressColumn, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Live
+from rich.table import Column
+from rich.text import Text
+
+from ..system.events import Progress
+from ..system.units import duration, size
+from . import lines
+
+EVERY = 20  # seconds between plain lines
+
+
+class Bars:
+    """Shows Progress events: one live display while some work has begun and not ended, a bar for each piece of it."""
+
+    def __init__(self):
+        self.live = None
+        self.tasks = {}  # what -> number of its bar
+        self.begun = {}  # what -> when, and when a line was said of it last
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        if self.live is not None:
+            self.live.stop()
+
+    def hear(self, event):
+        if isinstance(event, Progress):
+            (self.draw if lines.console.is_terminal else self._tell)(event)
+
+    def draw(self, event):
+        if self.live is None:
+            text = TextColumn("{task.description}", table_column=Column(overflow="fold"))
+            columns = (SpinnerColumn(), text, _Bar(), _Numbers(), TimeElapsedColumn(), _Left())
+            self.live = Live(*columns, console=lines.console, transient=True, speed_estimate_period=120)
+            self.live.start()
+        if event.what not in self.tasks:
+            self.tasks[event.what] = self.live.add_task(event.what, total=event.total, unit="", detail="")
+        task = self.tasks[event.what]
+        self.live.update(task, completed=event.done, total=event.total, unit=event.unit, detail=event.detail)
+        if event.ended:
+            self.live.remove_task(self.tasks.pop(event.what))
+            if not self.tasks:
+                self.live.stop()
+                self.live = None
+
+    def _tell(self, event):
+        now = time.monotonic()
+        start, told = self.begun.setdefault(event.what, (now, now))
+        if event.ended:
+            del self.begun[event.what]
+        elif event.done and now - told > EVERY and (event.unit == "bytes" or event.detail):
+            if event.detail:
+                lines.say(f"{event.what}: {event.detail}, {event.done / event.total:.0%} of the file")
+            else:
+                rate = event.done / (now - start)
+                left = duration((event.total - event.done) / rate)
+                lines.say(f"{event.what:<8}   {size(event.done)} of {size(event.total)}, {size(rate)}/s, {left} left")
+            self.begun[event.what] = start, now
+
+
+class _Bar(BarColumn):
+    """The share that is done, where anybody knows."""
+
+    def render(self, task):
+        return Text("") if task.total is None else super().render(task)
+
+
+class _Numbers(ProgressColumn):
+    """What is done of what, in the unit of the work, and its detail."""
+
+    def render(self, task):
+        done, total = task.completed, task.total
+        if total is None:
+            count = ""
+        elif task.fields["unit"] == "bytes":
+            count = f"{size(done)} of {size(total)}, {size(task.speed or 0)}/s"
+        else:
+            count = f"{done:,.0f}/{total:,.0f}"
+        return Text("  ".join(filter(None, [count, task.fields["detail"]])))
+
+
+class _Left(TimeRemainingColumn):
+    """The time that is left, where anybody knows."""
+
+    def render(self, task):
+        return Text("") if task.total is None else super().render(task).append(" left")

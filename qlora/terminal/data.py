@@ -1,0 +1,89 @@
+"""What the model will see, as a person sees it: a few lines, lengths drawn, rows with what is trained marked."""
+
+from __future__ import annotations
+
+from rich.text import Text
+
+from .. import data
+from ..jobs.prepared_data import dropped_rows
+from ..pages.data import altered, histogram, pieces
+from ..system.events import note
+from .tables import has_color, show
+
+
+def say_report(prepared):
+    """Print what the model will see, in four lines or so."""
+    report = prepared.report
+    tokens, length = report["tokens"], report["length"]
+    for source in report["sources"]:
+        weight = f", weight {source['weight']:g}" if source["weight"] != 1 else ""
+        if 0 < source["tokens_an_epoch"] < tokens["total"]:
+            weight += f", {source['tokens_an_epoch'] / tokens['total']:.0%} of the tokens"
+        changed = [
+            f", {source[key]:,} {word}"
+            for key, word in (("rows_truncated", "TRUNCATED"), ("rows_split", "split"))
+            if source[key]
+        ]
+        dropped = f", {dropped_rows(source)}" if source["rows_dropped"] else ""
+        note(
+            f"data      {source['path']}: {source['rows_read']:,} rows ({source['format']}){weight}{dropped}{''.join(changed)}"
+        )
+        for line in altered(source):
+            note(f"          {line}")
+    for key in report["ignored_nothing"]:
+        note(f"          data.ignore_keys: {key}: no row has this key")
+    for path in report["not_read"]:
+        note(f"          {path} describes data sets; not read as rows")
+    note(
+        f"          {report['rows']:,} rows to train on, {report['eval_rows']:,} held out; {tokens['total']:,} tokens, "
+        f"{tokens['trained'] / tokens['total']:.0%} trained; length p50 {length['p50']}, p95 {length['p95']}, "
+        f"max {length['max']}"
+    )
+    note(f"          {report['ends_with_stop_token']:.0%} of rows end with a stop token; {_copies(report)}")
+    batches = prepared.batches
+    if isinstance(batches, data.Packs):
+        note(
+            f"packing   {report['rows']:,} rows into {len(batches):,} of up to {batches.longest:,} tokens, "
+            f"{report['packing_efficiency']:.0%} full"
+        )
+    elif isinstance(batches, data.Batches):
+        note(f"batches   {report['rows']:,} rows in {len(batches):,} micro-batches")
+    note(f"template  {prepared.template}")
+
+
+def _copies(report):
+    found = [f"{report['duplicates']:,} duplicate rows" if report["duplicates"] else "no duplicate rows"]
+    if report["eval_rows_in_training"]:
+        found.append(
+            f"{report['eval_rows_in_training']:,} HELD-OUT ROWS ARE ALSO TRAINED ON, so their score means nothing"
+        )
+    return "; ".join(found)
+
+
+def show_lengths(prepared):
+    """Draw how many rows have which length, up to the longest."""
+    bars = histogram(prepared.examples.lengths)
+    tallest = max(count for *_, count in bars)
+    show(f"lengths   of {prepared.report['rows']:,} rows; max_length is {prepared.recipe.data.max_length:,}")
+    for first, last, count in bars:
+        show(f"  {first:>7,} - {last:<7,} {'#' * round(40 * count / tallest)} {count:,}")
+    show(f"steps     {prepared.report['steps_per_epoch']:,} per epoch")
+
+
+def show_row(prepared, number, with_ids=False):
+    """Show a training row, counted from 1, as it is trained."""
+    marked = "trained tokens in green" if has_color() else "trained: [[...]]"
+    show(f"\nrow {number} ({prepared.examples.where(number - 1)}); {marked}")
+    show(_rendered(pieces(prepared.tokenizer, prepared.examples[number - 1], with_ids), with_ids))
+
+
+def _rendered(pieces, with_ids):
+    """Return the row as it is trained, special tokens visible, trained tokens marked."""
+    text, plain, inside = Text(), not has_color(), False
+    for piece, ids, trained, special in pieces:
+        if plain and trained != inside:
+            text.append("[[" if trained else "]]")
+        inside = trained
+        style = ("bold " if special else "") + ("green" if trained else "magenta" if special else "dim")
+        text.append(f"{piece!r}:{ids[0]} " if with_ids else piece, style=style)
+    return text.append("]]") if plain and inside else text

@@ -1,0 +1,52 @@
+"""A plan as a person sees it: where the memory goes, whether it fits, and what to change."""
+
+from __future__ import annotations
+
+from rich.text import Text
+
+from ..pages.plan import COLORS, WORDS
+from ..system.events import note
+from ..system.units import duration, size
+from .tables import show
+
+
+def say_plan(name, job, found, limits, changes, why):
+    """Print a plan: its components as bars, the verdict, the limits and what would help. why: the budget is what it is."""
+    load = job.load
+    rows = f"{load.rows} row{'s' if load.rows > 1 else ''} of {load.length:,} tokens" + (
+        ", packed" if load.packed else ""
+    )
+    note(f"plan      {name}: largest micro-batch is {rows}, {load.scored:,} tokens trained")
+    note(f"budget    {size(job.budget_bytes)} ({why})")
+    show("")
+    scale = 38 / max(job.budget_bytes, found.peak_bytes)
+    for (part, count), color in zip(found.components.items(), COLORS, strict=True):
+        if count:
+            line = Text(f"  {WORDS[part]:<26}{size(count):>11}  ")
+            show(line.append("█" * max(1, round(scale * count)), style=color))
+    left = job.budget_bytes - found.peak_bytes
+    verdict = f"fits, {size(left)} to spare" if found.fits else f"DOES NOT FIT, {size(-left)} over the budget"
+    show(
+        Text(
+            f"  {'peak':<26}{size(found.peak_bytes):>11}  {verdict}",
+            style="bold green" if found.fits else "bold red",
+        )
+    )
+    show(f"  {'':<26}{'':>11}  reached in: {found.where}")
+    show("")
+    how = f"{found.checkpointed_layers} of {found.num_layers} layers checkpointed"
+    if found.offload:
+        how += f", layer inputs offloaded to CPU memory ({size(found.host_bytes)})"
+    show(f"layers    {how}")
+    if found.tokens_per_second is not None:
+        time = "" if found.hours is None else f"; {found.steps:,} steps"
+        if found.hours is not None and 3600 * found.hours >= 1:
+            time += f" in at least {duration(3600 * found.hours)}"
+        show(f"speed     at most {found.tokens_per_second:,.0f} tokens/s on {job.card.name}{time}")
+    words = {"max_length": "rows up to {:,} tokens", "micro_batch": "{:,} rows per micro-batch", "r": "r up to {:,}"}
+    show("limits    " + "; or ".join(words[name].format(limit) for name, limit in limits.items()))
+    for index, change in enumerate(changes):
+        speed = change["tokens_per_second"]
+        fit = "" if change["fits"] == found.fits else ", fits" if change["fits"] else ""
+        rate = "" if speed is None else f", at most {speed:,.0f} tokens/s"
+        show(f"{'try' if index == 0 else '':<10}{change['set']}: {size(change['peak_bytes'])}{fit}{rate}")

@@ -1,0 +1,133 @@
+"""A training as a person sees it: what is trained, how, each step, and what came of it."""
+
+from __future__ import annotations
+
+import shlex
+import time
+
+from .. import base_model
+from ..runs import record
+from ..system.events import Progress, note
+from ..system.units import duration, size
+from . import lines
+from .bars import EVERY
+
+
+class Steps:
+    """Tells of the steps of a training: in the bar of `bars` on a terminal, a plain line now and then elsewhere."""
+
+    def __init__(self, bars):
+        self.bars = bars
+        self.start = self.said = self.last_save = time.monotonic()
+        self.first = None  # step that was logged here
+        self.total = 0
+
+    def hear(self, event):
+        if isinstance(event, record.Begun):
+            self.total, self.first = event.total_steps, None
+            self.start = self.said = self.last_save = time.monotonic()
+        elif isinstance(event, record.Step):
+            self._show(event)
+        elif isinstance(event, record.Skipped):
+            lines.say(f"          step {event.step}  skipped: {event.not_taken}")
+        elif isinstance(event, record.Evaluation):
+            lines.say(f"          step {event.step}  held-out loss {event.eval_loss:.4f}")
+        elif isinstance(event, record.CheckpointSaved):
+            now = time.monotonic()
+            share = event.seconds / max(now - self.last_save, 1e-9)
+            lines.say(
+                f"          step {event.step}  checkpoint of {size(event.num_bytes)} in {event.seconds:.2f}s, "
+                f"{share:.1%} of the time since the last"
+            )
+            self.last_save = now
+
+    def _show(self, event):
+        step, total = event.step, self.total
+        if self.first is None:
+            self.first, self.start = step, time.monotonic()
+        loss, rate = f"{event.loss:.4f}", f"{event.tokens_per_second:,.0f}"
+        if lines.console.is_terminal:
+            self.bars.draw(Progress("training", step, total, "steps", f"loss {loss}  {rate} tokens/s"))
+            return
+        now = time.monotonic()
+        if now - self.said > EVERY or step in (self.first, total):
+            # the first step is slow (allocation, warm-up), so the pace is that of the steps after it
+            done = step - self.first
+            left = f"  {duration((now - self.start) / done * (total - step))} left" if done else ""
+            lines.say(f"training  step {step}/{total}  loss {loss}  {rate} tokens/s{left}")
+            self.said = now
+
+
+def say_planned(planned):
+    """Say what a jobs.planned_training.Planned run is to take."""
+    found = planned.plan
+    if found is None:
+        note(f"plan      none: this architecture cannot be traced on the meta device ({planned.why_none})")
+        return
+    where = ", layer inputs offloaded to CPU memory" if found.offload else ""
+    note(
+        f"plan      peak {size(found.peak_bytes)} of {size(planned.budget_bytes)} ({found.where}); "
+        f"{found.checkpointed_layers} of {found.num_layers} layers checkpointed{where}"
+    )
+
+
+def say_resumed(resumed, environment):
+    """Say where the run goes on, and what is not as it was though it may be."""
+    then = resumed.environment
+    note(f"resumed   from {resumed.checkpoint}, {duration(resumed.state['seconds'])} of training")
+    kinds = {"device": (then["device"], environment["device"])}
+    kinds |= {name: (then["versions"].get(name), now) for name, now in environment["versions"].items()}
+    for name, (old, now) in kinds.items():
+        if old != now:
+            note(f"          {name} was {old}, is {now}: numbers may differ in their last digits")
+
+
+def say_kernels(installed, device):
+    """Say which kernels replace the model's own modules."""
+    names = {"lora": "LoRA layers", "swiglu": "SwiGLU blocks", "rmsnorm": "RMSNorms"}
+    parts = [f"{count} {names[kind]}" for kind, count in installed.modules.items()]
+    parts += ["batches without padding"] if installed.joined else []
+    parts += ["chunked loss"] if installed.loss and device.type == "cpu" else []
+    parts += ["freed memory reused"] if installed.memory else []
+    note(f"kernels   {', '.join(parts) or 'off'}")
+    for kind, classes in installed.refused.items():
+        note(f"          {names[kind]}: not used for {', '.join(classes)}, because the results differ")
+
+
+def say_model(prepared, opened):
+    """Say what is trained, and on what. opened: a jobs.trainable.Trainable."""
+    recipe, checkpoint, model = prepared.recipe, prepared.checkpoint, opened.model
+    trainable, total = base_model.num_parameters(model)
+    num_quantized = len(opened.quantized)
+    how = f"{num_quantized} linear layers in {recipe.quantization.quant_type}" if num_quantized else "not quantized"
+    how += " (the folder's own codes)" if opened.environment["base_model"]["prequantized"] else ""
+    note(f"base      {checkpoint.name_or_path}: {total - trainable:,} parameters, {how}, on {model.device}")
+    if checkpoint.half is not None:
+        note(f"          multimodal checkpoint: training the text half; {checkpoint.half}")
+    note(f"adapter   {_kind(recipe.method)}, {trainable:,} trainable parameters ({trainable / total:.2%})")
+    if checkpoint.new_tokens:
+        note(
+            f"tokens    rows of {len(checkpoint.new_tokens)} tokens are trained, {len(checkpoint.added)} of them new to the "
+            f"tokenizer; {model.get_input_embeddings().weight.shape[0]:,} embeddings"
+        )
+
+
+def _kind(lora):
+    if lora.peft_type == "ADALORA":
+        return f"AdaLoRA, ranks {lora.init_r} to {lora.target_r} on average"
+    start = "" if lora.init_lora_weights is True else f", from {lora.init_lora_weights}"
+    return f"{'DoRA, ' if lora.use_dora else ''}r = {lora.r}{start}"
+
+
+def say_trained(result, planned, run):
+    """Say what came of the training of a run. result: a training.Result."""
+    peak = f"peak {size(result.peak_bytes)}"
+    peak += f" (predicted {size(planned.predicted_bytes)})" if planned.predicted_bytes else ""
+    note(
+        f"trained {result.steps} steps, {result.tokens:,} tokens in {duration(result.seconds)}: "
+        f"{result.tokens / result.step_seconds:,.0f} tokens/s in the steps, {result.tokens / result.seconds:,.0f} including "
+        f"evaluations and checkpoints; {peak}; "
+        f"loss {result.loss:.4f}" + ("" if result.eval_loss is None else f", held-out {result.eval_loss:.4f}")
+    )
+    named = shlex.quote(str(run.path))
+    note(f"adapter in {run.adapter}; next: qlora eval {named}, qlora export {named} --out FOLDER")

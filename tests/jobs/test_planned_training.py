@@ -1,0 +1,34 @@
+"""How a training fits into this machine, from values alone: nothing is printed, nothing is read but the data."""
+
+import pytest
+import torch
+
+from qlora.jobs.planned_training import plan_training
+from qlora.jobs.prepared_data import prepare
+from qlora.system import events
+from qlora.system.errors import DoesNotFit, InputError
+
+CPU = torch.device("cpu")
+
+
+def test_a_plan_says_how_many_layers_and_how_much_memory_and_prints_nothing(make_recipe, capsys):
+    heard = []
+    with events.heard_by(heard.append):
+        prepared = prepare(make_recipe(memory={"budget": "8GiB"}))
+        planned = plan_training(prepared, CPU)
+    assert planned.budget_bytes == 8 * 2**30
+    assert 0 < planned.plan.peak_bytes < planned.predicted_bytes  # this process holds torch too
+    assert planned.checkpointed_layers == planned.plan.checkpointed_layers
+    assert [*capsys.readouterr()] == ["", ""]
+    assert {type(event) for event in heard} <= {events.Progress}
+
+
+def test_what_does_not_fit_says_what_would(make_recipe):
+    prepared = prepare(make_recipe(memory={"budget": "10KiB"}))
+    with pytest.raises(DoesNotFit, match=r"are memory\.budget; what would help, best first:\n  \w"):
+        plan_training(prepared, CPU)
+
+
+def test_more_layers_than_there_are_is_refused(make_recipe):
+    with pytest.raises(InputError, match=r"memory\.gradient_checkpointing is 99, but the model has 2 layers"):
+        plan_training(prepare(make_recipe(memory={"gradient_checkpointing": 99})), CPU)

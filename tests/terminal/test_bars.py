@@ -1,0 +1,72 @@
+"""Progress is a bar on a terminal, which goes away, and a line now and then elsewhere."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from qlora.system import events
+from qlora.terminal import bars, lines
+from qlora.terminal.bars import Bars
+
+
+@pytest.fixture
+def screen(monkeypatch):
+    text = io.StringIO()
+    monkeypatch.setattr(lines, "console", Console(file=text, force_terminal=True, width=80, color_system=None))
+    return text
+
+
+@pytest.fixture
+def heard():
+    """Yield the Bars that hear what the test emits."""
+    with Bars() as live, events.heard_by(live.hear):
+        yield live
+
+
+def test_work_within_work_has_a_bar_of_its_own_and_both_go_away(screen, heard):
+    with events.progress("loading"):
+        assert heard.live.tasks[0].total is None
+        with events.progress("writing", 100, "bytes") as advance:
+            advance(40)
+            assert [(task.description, task.completed) for task in heard.live.tasks] == [
+                ("loading", 0),
+                ("writing", 40),
+            ]
+        assert [task.description for task in heard.live.tasks] == ["loading"]
+    assert heard.live is None
+    assert "writing" in screen.getvalue()
+
+
+def test_a_bar_goes_away_where_the_work_fails(screen, heard):
+    with pytest.raises(ValueError, match="no"), events.progress("writing", 100, "bytes"):
+        raise ValueError("no")
+    assert heard.live is None
+
+
+def test_elsewhere_a_line_says_how_far_it_is_and_how_long_it_takes(monkeypatch, capsys, heard):
+    clock = iter([0.0, 10.0, 25.0, 30.0, 31.0])
+    monkeypatch.setattr(bars.time, "monotonic", lambda: next(clock))
+    with events.progress("writing", 4 * 2**20, "bytes") as advance:
+        advance(2**19)
+        advance(2**19)  # 25 s: the first in 20
+        advance(2**19)
+    assert capsys.readouterr().err == "writing    1 MiB of 4 MiB, 41 KiB/s, 1m15s left\n"
+
+
+def test_reading_says_how_many_rows(monkeypatch, capsys, heard):
+    clock = iter([0.0, 21.0, 22.0])
+    monkeypatch.setattr(bars.time, "monotonic", lambda: next(clock))
+    with events.progress("tokenizing rows.jsonl", 200, "bytes") as advance:
+        advance(50, "1,200 rows")
+    assert capsys.readouterr().err == "tokenizing rows.jsonl: 1,200 rows, 25% of the file\n"
+
+
+def test_work_that_nobody_can_measure_is_silent_elsewhere(monkeypatch, capsys, heard):
+    clock = iter(range(0, 1000, 100))
+    monkeypatch.setattr(bars.time, "monotonic", lambda: next(clock))
+    with events.progress("answering", 10, "rows") as advance:
+        advance(5)
+    with events.progress("loading"):
+        pass
+    assert capsys.readouterr().err == ""

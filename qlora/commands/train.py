@@ -332,15 +332,8 @@ def _git_commit():
         return None
 
 
-def _kind(lora):
-    if lora.peft_type == "ADALORA":
-        return f"AdaLoRA, ranks {lora.init_r} to {lora.target_r} on average"
-    start = "" if lora.init_lora_weights is True else f", from {lora.init_lora_weights}"
-    return f"{'DoRA, ' if lora.use_dora else ''}r = {lora.r}{start}"
-
-
 def _print_model(checkpoint, model, quantized, prequantized, recipe, half):
-    from .. import base_model
+    from .. import base_model, methods
 
     trainable, total = base_model.num_parameters(model)
     how = f"{len(quantized)} linear layers in {recipe.quantization.quant_type}" if quantized else "not quantized"
@@ -348,7 +341,9 @@ def _print_model(checkpoint, model, quantized, prequantized, recipe, half):
     console.say(f"base      {checkpoint.name_or_path}: {total - trainable:,} parameters, {how}, on {model.device}")
     if half is not None:
         console.say(f"          multimodal checkpoint: training the text half; {half}")
-    console.say(f"adapter   {_kind(recipe.method)}, {trainable:,} trainable parameters ({trainable / total:.2%})")
+    console.say(
+        f"adapter   {methods.trainable(model).summary}, {trainable:,} trainable parameters ({trainable / total:.2%})"
+    )
     if checkpoint.new_tokens:
         console.say(
             f"tokens    rows of {len(checkpoint.new_tokens)} tokens are trained, {len(checkpoint.added)} of them new to the "

@@ -84,8 +84,7 @@ class Recorder(TrainerCallback):
             "memory_bytes": self.trainer.peak.bytes,
             "time": now - self.start,
         }
-        if self.trainer.ranks.adaptive:
-            record["mean_rank"] = self.trainer.ranks.mean()
+        record |= self.trainer.trainable.schedule.measured()
         self.last_time, self.last_tokens = now, tokens
         return record
 

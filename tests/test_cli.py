@@ -89,7 +89,7 @@ def test_wrong_input_exits_2_with_one_message_and_no_traceback(recipe_file, argu
 def test_a_failed_proof_exits_4(recipe_file, tmp_path):
     assert qlora("train", recipe_file).returncode == 0
     code = (
-        "import sys; from qlora.methods.tensors import Update; Update.merged = lambda self, base, rows=None: base\n"
+        "import sys; from qlora.methods.low_rank import LowRank; LowRank.merged = lambda self, base, rows=None: base\n"
         f"sys.argv = ['qlora', 'export', {str(tmp_path / 'run')!r}, '--out', {str(tmp_path / 'out')!r}]\n"
         "from qlora.cli import main; main()"
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 from .. import base_model
 from ..evaluation import metrics
 from ..exporter import REPORT, configs, merge, writer
-from ..exporter.card import card
+from ..exporter.model_card import card
 from ..exporter.reader import Reader
 from ..jobs import export_gguf
 from ..jobs.export_proof import Prover

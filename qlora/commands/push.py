@@ -11,7 +11,7 @@ from rich.text import Text
 
 from .. import base_model, methods
 from ..exporter import REPORT
-from ..exporter.card import adapter_card, addressed, shown_name
+from ..exporter.model_card import adapter_card, addressed, shown_name
 from ..jobs.run_facts import origin_of
 from ..runs.folder import RunDir
 from ..system import hub

@@ -288,7 +288,6 @@ def _print_kernels(installed, device):
     parts = [f"{count} {names[kind]}" for kind, count in installed.modules.items()]
     parts += ["batches without padding"] if installed.joined else []
     parts += ["chunked loss"] if installed.loss and device.type == "cpu" else []
-    parts += ["freed memory reused"] if installed.memory else []
     console.say(f"kernels   {', '.join(parts) or 'off'}")
     for kind, classes in installed.refused.items():
         console.say(f"          {names[kind]}: not used for {', '.join(classes)}, because the results differ")

@@ -20,16 +20,14 @@ from qlora.recipe import Recipe
 from qlora.system.libraries import hush_libraries
 
 ALL = dict(kernels._KINDS)
-KEEP = kernels.kept_memory
 VARIANTS = {
     "off": (),
-    "kept memory": ("memory",),
-    "LoRA": ("memory", "lora"),
-    "RMSNorm": ("memory", "rmsnorm"),
-    "SwiGLU": ("memory", "lora", "swiglu"),
-    "attention": ("memory", "attention"),
-    "loss": ("memory", "loss"),
-    "all": ("memory", "lora", "swiglu", "rmsnorm", "attention", "loss"),
+    "LoRA": ("lora",),
+    "RMSNorm": ("rmsnorm",),
+    "SwiGLU": ("lora", "swiglu"),
+    "attention": ("attention",),
+    "loss": ("loss",),
+    "all": ("lora", "swiglu", "rmsnorm", "attention", "loss"),
 }
 
 
@@ -37,7 +35,6 @@ VARIANTS = {
 def variant(model, names):
     """Compute with these kernels only; yield whether the loss is one of them."""
     kernels._KINDS = {kind: source for kind, source in ALL.items() if kind in names}
-    kernels.kept_memory = KEEP if "memory" in names else lambda device: contextlib.nullcontext(False)
     with kernels.installed(model), attention.within_documents(model, plain="attention" not in names):
         yield "loss" in names
 

@@ -5,6 +5,7 @@ import trl
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+from qlora.planner import trace
 from qlora.training.trainer import Trainer
 from tests.test_layout import ROOT, tomllib
 
@@ -38,3 +39,9 @@ def test_only_the_minor_versions_that_these_tests_run_with_are_allowed():
         assert module.__version__ in allowed[name]
         assert f"{major}.{minor + 1}.0" not in allowed[name]
         assert f"{major}.{minor - 1}.9" not in allowed[name]
+
+
+def test_the_planner_cuts_the_vocabulary_as_trl_does():
+    from trl.trainer import utils
+
+    assert trace.VOCAB_CHUNK_SIZE == utils._CHUNKED_LOGPROB_CHUNK_SIZE

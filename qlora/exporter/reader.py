@@ -92,8 +92,11 @@ class _File:
 
     def __init__(self, path):
         self.path = path
-        self._file = open(path, "rb", buffering=0)  # noqa: SIM115
-        self._cached, self._direct, self._alone = self._file.fileno(), None, threading.Lock()
+        self._cached, self._direct = (
+            os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0)),
+            None,
+        )  # text is Windows' default
+        self._alone = threading.Lock()
         self._looks_into_the_cache = True
         if hasattr(os, "O_DIRECT") and hasattr(os, "RWF_NOWAIT"):
             try:
@@ -103,9 +106,9 @@ class _File:
                     raise
 
     def close(self):
-        self._file.close()
-        if self._direct is not None:
-            os.close(self._direct)
+        for descriptor in (self._cached, self._direct):
+            if descriptor is not None:
+                os.close(descriptor)
 
     def read(self, length, offset):
         data = torch.empty(length, dtype=torch.uint8)
@@ -139,8 +142,10 @@ class _File:
         if hasattr(os, "preadv"):
             return os.preadv(self._cached, [view], offset)
         with self._alone:  # Windows: reading moves the file's one position
-            self._file.seek(offset)
-            return self._file.readinto(view)
+            os.lseek(self._cached, offset, os.SEEK_SET)
+            data = os.read(self._cached, len(view))
+        view[: len(data)] = data
+        return len(data)
 
 
 def _past_the_cache(descriptor, view, offset):

@@ -6,7 +6,7 @@ import shutil
 
 from .. import base_model
 from ..exporter import configs, merge, report, writer
-from ..exporter.card import card
+from ..exporter.model_card import card
 from ..exporter.reader import Reader
 from ..kernels.threads import Cores
 from ..system.errors import InputError

@@ -36,7 +36,7 @@ def budget_of(recipe, vram=None, card=None) -> Budget:
 
     chosen = None if card is None else planner.card_of(card)
     if torch.cuda.is_available() and chosen is None:
-        chosen = planner.speed.find(torch.cuda.get_device_name())
+        chosen = planner.cards.find(torch.cuda.get_device_name())
     for name, text in (("--vram", vram), ("memory.budget", recipe.memory.budget)):
         if text is not None:
             try:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from .. import base_model, methods
 from ..exporter import REPORT
-from ..exporter.card import adapter_card, addressed, shown_name
+from ..exporter.model_card import adapter_card, addressed, shown_name
 from ..runs.folder import RunDir
 from ..system.errors import InputError
 from ..system.events import note

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from ..exporter.card import Origin
+from ..exporter.model_card import Origin
 from ..recipe import as_yaml
 from ..runs import record
 from ..system.errors import InputError

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 import torch
 
 from . import attention, linear, loss, norm, swiglu
-from .allocation import kept_memory
 
 _KINDS = {"swiglu": swiglu, "rmsnorm": norm, "lora": linear}  # a SwiGLU block before the layers in it
 _TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 1e-2, torch.float32: 1e-5}  # of the norm of output and gradient
@@ -23,14 +22,13 @@ class Installed:
     """modules: {kind: how many modules}. refused: {kind: names of classes whose output it did not reproduce}.
 
     joined: rows of a batch are joined into one without padding; attention stays within each row. loss: kernels.loss is
-    right for this model, on a CPU. memory: the CPU allocator keeps freed memory.
+    right for this model, on a CPU.
     """
 
     modules: dict = field(default_factory=dict)
     refused: dict = field(default_factory=dict)
     joined: bool = False
     loss: bool = False
-    memory: bool = False
 
 
 OFF = Installed()
@@ -46,9 +44,8 @@ def installed(peft_model, setting="auto"):
     by_torch = model.config._attn_implementation == "sdpa"  # else the recipe has asked for another one
     found = Installed(joined=by_torch and attention.joins(model), loss=loss.takes(model))
     try:
-        with kept_memory(model.device) as found.memory:
-            _install(peft_model, found, patched)
-            yield found
+        _install(peft_model, found, patched)
+        yield found
     finally:
         for module in patched:
             vars(module).pop("forward", None)  # a module that two layers share is there twice

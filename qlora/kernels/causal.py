@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 # K key heads, G query heads that share one, T tokens, D head dim; b queries of a block, c keys that they see
 
-_BLOCK = 128  # queries; of 32 to 256 the fastest from 256 tokens on, and none is faster below
+BLOCK = 128  # queries; of 32 to 256 the fastest from 256 tokens on, and none is faster below
 
 
 class CausalAttention(torch.autograd.Function):
@@ -58,8 +58,8 @@ class CausalAttention(torch.autograd.Function):
 
 def _blocks(num_tokens, window):
     """Yield (slice of queries, slice of the keys that they see, mask to add to the scores of the last of these keys)."""
-    for start in range(0, num_tokens, _BLOCK):
-        stop = min(start + _BLOCK, num_tokens)
+    for start in range(0, num_tokens, BLOCK):
+        stop = min(start + BLOCK, num_tokens)
         first = max(0, start - window + 1) if window else 0
         mask = _band(stop - start, start - first, window) if window else _triangle(stop - start)
         yield slice(start, stop), slice(first, stop), mask

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 # N positions, H hidden_size, V vocabulary
 
-_POSITIONS = 64  # whose logits fit a core's share of the cache better than more of them: 12 MiB for 49,152 tokens
+POSITIONS = 64  # whose logits fit a core's share of the cache better than more of them: 12 MiB for 49,152 tokens
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -22,7 +22,7 @@ class _CrossEntropy(torch.autograd.Function):
         wants = hidden_NH.requires_grad
         total = hidden_NH.new_zeros((), dtype=torch.float32)
         grad_NH = torch.empty_like(hidden_NH) if wants else None
-        size = max(1, min(_POSITIONS, len(hidden_NH)))
+        size = max(1, min(POSITIONS, len(hidden_NH)))
         raw = hidden_NH.new_empty(size, len(weight_VH))
         scores = raw.new_empty(raw.shape, dtype=torch.float32)
         for start in range(0, len(hidden_NH), size):

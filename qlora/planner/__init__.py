@@ -12,12 +12,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from . import speed
+from . import cards, speed
+from .cards import CARDS, Card, card_of
 from .footprint import CONTEXT_BYTES, Load, NoPlan, Outline, Usage, checkpoint_bytes, outline, usage
-from .speed import CARDS, Card, card_of
 
 __all__ = ["CARDS", "CONTEXT_BYTES", "Card", "Job", "Load", "NoPlan", "Outline", "Plan", "Usage", "at_length", "at_rows",
-           "backwards", "card_of", "outline", "plan", "suggestions"]  # fmt: skip
+           "backwards", "card_of", "cards", "outline", "plan", "suggestions"]  # fmt: skip
 
 
 @dataclass(frozen=True)

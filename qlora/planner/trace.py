@@ -17,17 +17,16 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
+from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE
 
 from .. import base_model, kernels
-from ..kernels import checkpointing, swiglu
+from ..kernels import causal, checkpointing, swiglu
 from ..system import memory
 
 # B batch (1), H heads, T tokens, D head dim, N scored positions, V vocabulary, C positions in a chunk of the head
 
 _ATTENTION = "qlora_plan"
-_HEAD_CHUNK, _VOCABULARY_CHUNK = 4096, 32768  # trl 1.16: kernels/chunked_logprob.py, trainer/utils.py
-_LEAN_CHUNK = 64  # kernels.loss
-_BLOCK = 128  # kernels.causal
+VOCAB_CHUNK_SIZE = 32768  # of trl 1.16, whose trainer/utils.py is slow to import; tests/test_versions.py compares them
 # (T, N, C, longest document, tokens of a tile) to run at: as many as there are terms in `growth`
 _POINTS = (
     (256, 128, 64, 256, 192),
@@ -60,8 +59,8 @@ def growth(num_tokens, num_scored, document):
     """Return what levels grow with: 1, T, T squared, N, rows of the head's buffer, scores of a block of a document, and
     tokens of a tile of the SwiGLU block.
     """
-    block = min(document, _BLOCK) * document
-    head, tile = min(num_scored, _HEAD_CHUNK), max(part.stop - part.start for part in swiglu.tiles(num_tokens))
+    block = min(document, causal.BLOCK) * document
+    head, tile = min(num_scored, TOKEN_CHUNK_SIZE), max(part.stop - part.start for part in swiglu.tiles(num_tokens))
     return np.array([1.0, num_tokens, num_tokens**2, num_scored, head, block, tile])
 
 
@@ -227,7 +226,7 @@ class _LeanHead(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_ND, weight_VD, targets_N):
         ctx.save_for_backward(torch.empty_like(hidden_ND))
-        raw = hidden_ND.new_empty(_LEAN_CHUNK, len(weight_VD))
+        raw = hidden_ND.new_empty(kernels.loss.POSITIONS, len(weight_VD))
         scores = torch.empty_like(raw, dtype=torch.float32)
         del raw, scores
         return hidden_ND.new_zeros((), dtype=torch.float32)
@@ -260,7 +259,7 @@ class _ChunkedHead(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_ND, weight_VD, bias, targets_N, chunk):
         statistics = [hidden_ND.new_empty(len(hidden_ND), dtype=torch.float32) for _ in range(7)]
-        buffer = hidden_ND.new_empty(chunk, _VOCABULARY_CHUNK)
+        buffer = hidden_ND.new_empty(chunk, VOCAB_CHUNK_SIZE)
         log_z, log_probs, entropy = (torch.empty_like(statistics[0]) for _ in range(3))
         is_top1 = torch.empty_like(log_z, dtype=torch.bool)
         ctx.save_for_backward(hidden_ND, weight_VD, bias, targets_N, log_z, entropy)
@@ -277,7 +276,7 @@ class _ChunkedHead(torch.autograd.Function):
             torch.zeros_like(x, dtype=torch.float32) if needed else None
             for x, needed in zip(sources, ctx.needs_input_grad, strict=False)
         ]
-        buffer = sources[0].new_empty(ctx.chunk, _VOCABULARY_CHUNK)
+        buffer = sources[0].new_empty(ctx.chunk, VOCAB_CHUNK_SIZE)
         rounded = [x if x is None else x.to(y.dtype) for x, y in zip(sums, sources, strict=True)]
         del buffer
         return *rounded, None, None
@@ -376,7 +375,7 @@ class _InBlocks(torch.autograd.Function):
 
 def _block(query, document, dtype):
     """Return the scores of a block of queries and all keys of a document."""
-    return query.new_empty(query.shape[1], min(_BLOCK, document), document, dtype=dtype)
+    return query.new_empty(query.shape[1], min(causal.BLOCK, document), document, dtype=dtype)
 
 
 class _Flash(torch.autograd.Function):

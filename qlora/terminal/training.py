@@ -88,7 +88,6 @@ def say_kernels(installed, device):
     parts = [f"{count} {names[kind]}" for kind, count in installed.modules.items()]
     parts += ["batches without padding"] if installed.joined else []
     parts += ["chunked loss"] if installed.loss and device.type == "cpu" else []
-    parts += ["freed memory reused"] if installed.memory else []
     note(f"kernels   {', '.join(parts) or 'off'}")
     for kind, classes in installed.refused.items():
         note(f"          {names[kind]}: not used for {', '.join(classes)}, because the results differ")

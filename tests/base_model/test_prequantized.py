@@ -16,7 +16,7 @@ from qlora.commands.eval import evaluate
 from qlora.commands.export import export
 from qlora.commands.plan import plan
 from qlora.commands.train import train
-from qlora.exporter.card import adapter_card
+from qlora.exporter.model_card import adapter_card
 from qlora.jobs.run_facts import origin_of
 from qlora.recipe import Model, Quantization
 from qlora.runs import record

@@ -1,8 +1,6 @@
 """Each kernel against the modules that it takes the place of: losses, gradients, and what is kept."""
 
 import contextlib
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -411,38 +409,6 @@ def test_the_loss_kernel_leaves_what_is_between_hidden_states_and_loss(load_mode
     trained_head = load_model("llama")
     trained_head.get_output_embeddings().weight.requires_grad_(True)
     assert not loss.takes(trained_head)
-
-
-# ---- memory ----------------------------------------------------------------------------------------------------------
-
-
-FAULTS = """
-import resource, torch
-from qlora.kernels.allocation import kept_memory
-
-def faults():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(5):
-        torch.ones(16 * 2**20)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-found = [faults()]
-with kept_memory(torch.device("cpu")) as kept:
-    faults()
-    found.append(faults())
-print(kept, *found, faults())
-"""
-
-
-def test_freed_memory_is_kept_and_given_back():
-    """In a process of its own: one whose heap could not grow once, as other tests have it, allocates elsewhere from then on."""
-    kept, *found = subprocess.run(
-        [sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True
-    ).stdout.split()
-    if kept == "False":
-        pytest.skip("this system's allocator cannot be told to keep memory")
-    outside, inside, afterwards = map(int, found)
-    assert inside < outside / 4 < afterwards
 
 
 def test_packed_rows_go_through_the_plain_attention_with_kernels_off(load, monkeypatch):

@@ -12,7 +12,7 @@ from bitsandbytes.optim import AdamW
 from qlora import base_model, kernels, methods, planner
 from qlora import training as sft
 from qlora.kernels import checkpointing
-from qlora.planner import speed
+from qlora.planner import cards
 from qlora.recipe import Adalora, Lora, Model, Quantization, Training
 from qlora.system import memory
 
@@ -379,11 +379,11 @@ def test_the_bound_on_speed_is_that_computed_by_hand(llama2_7b, card, checkpoint
 
 
 def test_cards_are_found_by_the_names_that_drivers_give_them():
-    assert speed.find("NVIDIA GeForce RTX 4090").name == "RTX 4090"
-    assert speed.find("NVIDIA A100-SXM4-80GB").name == "A100 80GB"
-    assert speed.find("NVIDIA H100 80GB HBM3").name == "H100"
-    assert speed.find("NVIDIA GeForce RTX 3090 Ti") is None
-    assert speed.find("Tesla T4") is None
+    assert cards.find("NVIDIA GeForce RTX 4090").name == "RTX 4090"
+    assert cards.find("NVIDIA A100-SXM4-80GB").name == "A100 80GB"
+    assert cards.find("NVIDIA H100 80GB HBM3").name == "H100"
+    assert cards.find("NVIDIA GeForce RTX 3090 Ti") is None
+    assert cards.find("Tesla T4") is None
 
 
 def test_steps_and_hours_are_those_of_the_data(llama2_7b):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from .message import is_empty, kind_of, plain_keys, refuse_no_json
 from .message import read as read_message
-from .sources import loads
+from .strict_json import loads
 
 CONTEXT = ("system", "history", "tools", "functions")  # what a row may hold beside its messages
 

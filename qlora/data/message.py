@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 
-from .sources import loads
+from .strict_json import loads
 
 _ROLE_NAMES = {  # of OpenAI, older and newer, and of ShareGPT
     **{role: role for role in ("system", "user", "assistant", "tool")},

@@ -13,9 +13,7 @@ from typing import Literal
 from pydantic import ValidationError, model_validator
 from ruamel.yaml import YAML
 
-from ..system import files, secrets
-from ..system.errors import InputError
-from . import document, explain, moved
+from . import explain, reading
 from .sections import (
     Adalora,
     Data,
@@ -119,33 +117,19 @@ class Recipe(Section):
     def load(cls, path, overrides=()) -> Recipe:
         """Return the recipe in the YAML file `path` with `section.field=value` strings laid over it.
 
-        A recipe that lies in a run folder means that folder, wherever it was moved or copied (moved.py).
-
         Raises:
             InputError: all problems of the file together, each with its line, field and remedy.
         """
-        try:
-            text = files.read(path, "the recipe")
-        except FileNotFoundError:
-            raise InputError(f"no recipe at {path}; give the path of a YAML file") from None
-        values, lines = document.parse(text, path)
-        if not isinstance(values, dict):
-            raise InputError(f"{path}: a recipe is one YAML mapping with sections model, data, output_dir, ...")
-        moved.settle(values, path)
-        _override(values, lines, overrides)
-        return cls._validated(values, lines, path)
+        return cls._validated(path, *reading.from_file(path, overrides))
 
     @classmethod
     def from_dict(cls, values, overrides=()) -> Recipe:
         """Return the recipe with these nested `values`, `overrides` laid over them; raises InputError like `load`."""
-        values, lines = copy.deepcopy(values), {}
-        _override(values, lines, overrides)
-        return cls._validated(values, lines, "the recipe")
+        where = "the recipe"
+        return cls._validated(where, *reading.with_overrides(where, copy.deepcopy(values), {}, overrides))
 
     @classmethod
-    def _validated(cls, values, lines, where):
-        explain.refuse_secrets(where, values, lines)
-        explain.refuse_half_characters(where, values, lines)
+    def _validated(cls, where, values, lines):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
@@ -163,39 +147,3 @@ def as_yaml(values):
     yaml.width = 1000
     yaml.dump(values, stream)
     return stream.getvalue()
-
-
-def _override(values, lines, overrides):
-    """Lay each `section.field=value` over `values`; the value is read as YAML."""
-    before: set[tuple] = set()
-    for override in overrides:
-        key, sign, text = override.partition("=")
-        parts, shown = tuple(key.split(".")), f"override {explain.dotted((key,))}"
-        if not sign or not all(parts):
-            raise InputError(f"{shown} is not of the form section.field=value")
-        if any(secrets.names_secret(part) for part in parts):
-            raise InputError(f"{shown}: {explain.NO_SECRETS}")
-        if overridden := next((other for other in before if other[: len(parts)] == parts), None):
-            again = (
-                "is given twice"
-                if overridden == parts
-                else f"would undo {explain.dotted(overridden)}, which is given too"
-            )
-            raise InputError(f"{shown} {again}; keep one")
-        before.add(parts)
-        if "\n" in text or "\r" in text:
-            raise InputError(f'{shown}: the value has more than one line; write a line end as "\\n", in double quotes')
-        # the space keeps what begins with % or --- from being more than a value
-        value = document.parse(f" {text}", shown)[0] if text.strip() else None
-        node = values
-        for index, part in enumerate(parts[:-1]):
-            if isinstance(node.get(part), list):
-                raise InputError(f"{shown}: {explain.dotted(parts[: index + 1])} is a list; give the whole list")
-            if not isinstance(node.get(part), dict):
-                node[part] = {}
-            node = node[part]
-            lines.setdefault(parts[: index + 1], "override")
-        node[parts[-1]] = value
-        for inner in [at for at in lines if at[: len(parts)] == parts]:
-            del lines[inner]
-        lines[parts] = "override"

@@ -10,37 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from ..system import secrets
 from ..system.errors import InputError
-from .document import HALF_A_CHARACTER
-
-NO_SECRETS = (
-    "looks like a token or password, which a recipe must not hold: it is copied into the run folder. Take it out (and renew "
-    "it, if others have seen the file); set HF_TOKEN in the environment, or log in once with `hf auth login`"
-)
-
-
-def refuse_secrets(where, values, lines):
-    """Raise InputError if a token or password stands in the nested `values`; before anything else, which might repeat it."""
-    exposed = [f"{_place(at, lines)}{dotted(at)}: {NO_SECRETS}" for at in _secrets(values)]
-    if exposed:
-        raise InputError.listing(where, exposed)
-
-
-def refuse_half_characters(where, values, lines):
-    """Raise InputError if a text in the nested `values` is no valid text: it could not be written into a run folder."""
-    wrong = [f"{_place(at, lines)}{dotted(at)}: {HALF_A_CHARACTER}" for at in _half_characters(values)]
-    if wrong:
-        raise InputError.listing(where, wrong)
-
-
-def _half_characters(node, at=()):
-    """Yield where in the nested `node` a text has half of a surrogate pair."""
-    if isinstance(node, (dict, list)):
-        for key, value in node.items() if isinstance(node, dict) else enumerate(node):
-            yield from _half_characters(value, (*at, key))
-    elif isinstance(node, str) and re.search("[\ud800-\udfff]", node):
-        yield at
 
 
 def refusal(where, error, values, lines, schema):
@@ -48,17 +18,6 @@ def refusal(where, error, values, lines, schema):
     problems = _one_a_field(error.errors(include_url=False), values)
     explained = (_explain(problem, lines, schema) for problem in problems)
     return InputError.listing(where, list(itertools.islice(explained, 20)), total=len(problems))
-
-
-def _secrets(node, at=()):
-    """Yield where in the nested `node` a key or text is, or is named like, a token or password."""
-    for key, value in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
-        here = (*at, key)
-        named = isinstance(key, str) and secrets.names_secret(key) and value is not None
-        if named or any(isinstance(text, str) and secrets.is_secret(text) for text in (key, value)):
-            yield here
-        else:
-            yield from _secrets(value, here)
 
 
 def _one_a_field(problems, values):
@@ -104,18 +63,20 @@ def said(problem):
 
 def _explain(problem, lines, schema):
     """Return one line for one problem of pydantic: line, dotted field, what was found, what to do."""
-    location, place, field = problem["loc"], _place(problem["loc"], lines), dotted(problem["loc"]) or "recipe"
+    location = problem["loc"]
+    at = f"{place(location, lines)}{dotted(location) or 'recipe'}"
     kind, found = problem["type"], problem.get("input")
     if kind == "extra_forbidden":
-        return f"{place}{field}: unknown field{_did_you_mean(location, schema)}"
+        return f"{at}: unknown field{_did_you_mean(location, schema)}"
     if kind == "missing":
-        return f"{place}{field}: required, but not given"
+        return f"{at}: required, but not given"
     if kind == "literal_error":
-        return f"{place}{field}: {shown(found)} is not one of {problem['ctx']['expected'].replace(' or ', ', ')}"
-    return f"{place}{field}: {problem['msg']}" + ("" if isinstance(found, dict) else f", found {shown(found)}")
+        return f"{at}: {shown(found)} is not one of {problem['ctx']['expected'].replace(' or ', ', ')}"
+    return f"{at}: {problem['msg']}" + ("" if isinstance(found, dict) else f", found {shown(found)}")
 
 
-def _place(location, lines):
+def place(location, lines):
+    """Return "line 7  ", or what else there is to say of where the value at `location` was given."""
     known = next((lines[location[:end]] for end in range(len(location), 0, -1) if location[:end] in lines), None)
     return {None: "", "override": "override  "}.get(known, f"line {known}  ")
 

@@ -191,9 +191,9 @@ def test_text_that_is_not_utf8_is_refused_with_the_line(tmp_path):
 
 
 def test_rows_longer_than_a_block_and_across_its_end_come_back(tmp_path, monkeypatch):
-    from qlora.data import sources
+    from qlora.data.readers import json_file
 
-    monkeypatch.setattr(sources, "_BLOCK", 7)
+    monkeypatch.setattr(json_file, "_BLOCK", 7)
     values = [{"a": 'é\\"' * n, "n": [n, 1.5e10, True, None]} for n in range(40)]
     path = write_as(tmp_path, "d.json", json.dumps(values, indent=1, ensure_ascii=False))
     assert [row.value for row in read_rows(path)] == values

@@ -18,9 +18,11 @@ from hypothesis import strategies as st
 from qlora import base_model
 from qlora.commands.data import inspect_data
 from qlora.commands.train import train
-from qlora.data import sources, tokenized
+from qlora.data import tokenized
 from qlora.data.encoder import Settings
-from qlora.data.sources import Row, open_source
+from qlora.data.readers import lines
+from qlora.data.readers.lines import Row
+from qlora.data.sources import open_source
 from qlora.data.supervised import Supervised
 from qlora.recipe import Source
 from qlora.system.errors import InputError
@@ -265,7 +267,7 @@ def test_what_is_no_file_is_not_waited_for(refused, path):
     ],
 )
 def test_a_row_without_end_does_not_fill_the_memory(tmp_path, monkeypatch, name, start, expected):
-    monkeypatch.setattr(sources, "_LONGEST", 1 << 20)
+    monkeypatch.setattr(lines, "LONGEST", 1 << 20)
     sparse(tmp_path / name, 10**12, start)
     (file,) = open_source(Source(path=str(tmp_path / name)))
     with pytest.raises(InputError, match=expected):
@@ -282,7 +284,7 @@ def test_a_row_without_end_does_not_fill_the_memory(tmp_path, monkeypatch, name,
     ],
 )
 def test_a_row_of_many_lines_has_an_end_too(tmp_path, monkeypatch, name, content, expected):
-    monkeypatch.setattr(sources, "_LONGEST", 1 << 20)
+    monkeypatch.setattr(lines, "LONGEST", 1 << 20)
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=expected):
         list(open_source(Source(path=str(tmp_path / name)))[0].rows())

@@ -20,7 +20,7 @@ from dataclasses import replace
 from ...recipe import Format
 from ..conversation import CONTEXT
 from ..message import is_empty, kind_of
-from ..sources import loads
+from ..strict_json import loads
 
 # in the order in which a row's keys are looked for
 FORMATS = {name: importlib.import_module(f"{__name__}.{name}") for name in typing.get_args(Format)}

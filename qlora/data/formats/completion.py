@@ -10,7 +10,7 @@ import contextlib
 
 from ..conversation import CONTEXT, converse
 from ..message import is_message
-from ..sources import loads
+from ..strict_json import loads
 
 KEYS = ("prompt", "completion")
 USED = (*KEYS, *CONTEXT)

@@ -1,0 +1,51 @@
+"""CSV and TSV files."""
+
+from __future__ import annotations
+
+import csv
+
+from ...system.errors import InputError
+from . import lines
+
+SEPARATORS = {".csv": ",", ".tsv": "\t"}
+
+
+def header(file):
+    """Return the columns that every row has; None for what `rows` has to explain."""
+    return next((row.value for row in rows(file, names=True)), None)
+
+
+def rows(file, names=False):
+    """Rows of a table with a header; every value is a string. A quoted field may hold separators and line ends. names:
+    the header alone, as a row."""
+    path, header, line = file.path, None, 1
+    csv.field_size_limit(lines.LONGEST)
+    lines.open_file(path).close()
+    with open(path, encoding="utf-8-sig", newline="") as stream:
+        reader = csv.reader(_counted(file, stream), delimiter=SEPARATORS[file.suffix], strict=True)
+        try:
+            for fields in reader:
+                start, line = line, reader.line_num + 1
+                if not any(value.strip() for value in fields):
+                    continue
+                if header is None:
+                    header = fields
+                    if len(set(header)) != len(header):
+                        raise InputError(f"{path} line {start}: duplicate column name in the header")
+                    if names:
+                        yield lines.Row(start, header)
+                        return
+                elif len(fields) != len(header):
+                    yield lines.Row(start, None, f"{len(fields)} fields, the header has {len(header)}")
+                else:
+                    yield lines.Row(start, dict(zip(header, fields, strict=True)))
+        except csv.Error as error:
+            raise InputError(f"{path} line {line}: {error}; cannot tell where this row ends") from None
+        except UnicodeDecodeError:
+            lines.refuse_encoding(path)
+
+
+def _counted(file, stream):
+    for _, line in lines.lines(file.path, stream):
+        file.done += len(line)
+        yield line

@@ -128,7 +128,7 @@ def test_a_run_on_it_is_exported_as_its_own_codes_plus_the_adapter(
 
     expected, adapter = weights_of(folder), load_file(run.adapter / "adapter_model.safetensors")
     named = {"quant_type": "nf4", "use_double_quant": nested, "compute_dtype": "bfloat16"}
-    card = adapter_card("mine", "base", {"peft_type": "LORA"}, named, origin_of(run))
+    card = adapter_card("mine", "base", {"peft_type": "LORA", "r": 4}, named, origin_of(run))
     assert "trained on its weights in 4 bit (NF4)" in card
     assert "BitsAndBytesConfig" not in card  # the base's config.json has it
 

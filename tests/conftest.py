@@ -1,10 +1,8 @@
 """Tiny real models: every family is built at random here, saved as an ordinary folder, and goes the product's way."""
 
 import gc
-import hashlib
 import json
 import os
-import pickle
 import signal
 import sys
 
@@ -22,6 +20,7 @@ from qlora import base_model, planner
 from qlora.data import examples
 from qlora.data.conversation import Conversation
 from qlora.recipe import Lora, Model, Quantization, Recipe
+from tests import outlines
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -202,42 +201,19 @@ def imported_libraries_are_no_garbage():
 def outlines_are_made_once(tmp_path_factory):
     """Go through a model without numbers once for all trainings of it: 2 s each, in some hundred tests."""
     folder = tmp_path_factory.getbasetemp()
-    original, planner.outline = planner.outline, kept_outlines(folder.parent if worker() else folder)
+    shared = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    original, planner.outline = planner.outline, outlines.kept(planner.outline, shared)
     yield
     planner.outline = original
 
 
-def worker():
-    """Return the name of this one of several processes that share the tests, or None."""
-    return os.environ.get("PYTEST_XDIST_WORKER")
-
-
-def kept_outlines(folder):
-    """Return planner.outline that keeps in `folder` what it returns, for all processes of the suite."""
-    original = planner.outline
-
-    def outline(config, model, quantization, lora, *rest):
-        described = config.to_dict() | {"_name_or_path": None}
-        anywhere = {} if model.trust_remote_code else {"name_or_path": "any", "revision": None, "new_tokens": None}
-        lora_key = lora.model_copy(update={"lora_alpha": 1})  # a number, no size
-        key = repr((described, model.model_copy(update=anywhere), quantization, lora_key, rest))
-        file = folder / f"outline-{hashlib.sha256(key.encode()).hexdigest()}"
-        if not file.exists():
-            half = folder / f"{file.name}.{os.getpid()}"
-            half.write_bytes(pickle.dumps(original(config, model, quantization, lora, *rest)))
-            half.rename(file)
-        return pickle.loads(file.read_bytes())
-
-    return outline
-
-
 @pytest.fixture
 def one_outline_a_model(monkeypatch):
-    """Plan every adapter as the default one, where the plan is not what is tested; tests/planner has the other kinds."""
+    """Plan every training of a model as the default one, where the plan is not what is tested; tests/planner has the others."""
     original = planner.outline
 
-    def outline(config, model, quantization, lora, *rest):
-        return original(config, model, quantization, Lora(r=4), *rest)
+    def outline(config, model, quantization, lora, num_new_tokens, device_kind, packed, kernels="auto"):
+        return original(config, model, quantization, Lora(r=4), num_new_tokens, device_kind, False, "auto")
 
     monkeypatch.setattr(planner, "outline", outline)
 

@@ -9,10 +9,12 @@ import time
 import pytest
 
 from qlora import cli
+from tests import forked
 from tests.conftest import CONVERSATIONS
 
 
 def qlora(*arguments, stdin=""):
+    """Return what came of a command as its user starts it, imports and all."""
     command = [sys.executable, "-m", "qlora", *map(str, arguments)]
     return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=300)
 
@@ -29,6 +31,7 @@ def test_help_is_fast_and_every_verb_has_an_example():
     top = qlora("--help")
     assert time.monotonic() - start < 5  # 0.1 s alone; this catches an import of torch at the top, which takes 6
     assert top.returncode == 0
+    assert qlora("frobnicate").returncode == 2
     for verb in ("plan", "data", "train", "eval", "export", "chat", "adapters", "push"):
         assert verb in top.stdout
         text = qlora(verb, "--help").stdout
@@ -59,7 +62,7 @@ def test_the_whole_way_from_the_command_line(recipe_file, tmp_path):
     assert "proof on 6 held-out rows" in exported.stdout
     assert "proven; the model is in" in exported.stderr
 
-    answer = qlora("chat", tmp_path / "out", "--prompt", CONVERSATIONS[0][0][1], "--max-new-tokens", "5")
+    answer = forked.run("chat", tmp_path / "out", "--prompt", CONVERSATIONS[0][0][1], "--max-new-tokens", "5")
     assert answer.returncode == 0, answer.stderr
     talked = qlora("chat", tmp_path / "out", "--max-new-tokens", "5", stdin=CONVERSATIONS[0][0][1] + "\n/new\n")
     assert talked.stdout.strip() == answer.stdout.strip()
@@ -79,7 +82,7 @@ def test_the_whole_way_from_the_command_line(recipe_file, tmp_path):
     ],
 )
 def test_wrong_input_exits_2_with_one_message_and_no_traceback(recipe_file, arguments, expected):
-    done = qlora(*[recipe_file if argument == "RECIPE" else argument for argument in arguments])
+    done = forked.run(*[recipe_file if argument == "RECIPE" else argument for argument in arguments])
     assert done.returncode == 2
     assert expected in done.stderr
     assert "Traceback" not in done.stderr
@@ -87,13 +90,13 @@ def test_wrong_input_exits_2_with_one_message_and_no_traceback(recipe_file, argu
 
 
 def test_a_failed_proof_exits_4(recipe_file, tmp_path):
-    assert qlora("train", recipe_file).returncode == 0
+    assert forked.run("train", recipe_file).returncode == 0
     code = (
-        "import sys; from qlora.methods.tensors import Update; Update.merged = lambda self, base, rows=None: base\n"
+        "import sys; from qlora.methods.low_rank import LowRank; LowRank.merged = lambda self, base, rows=None: base\n"
         f"sys.argv = ['qlora', 'export', {str(tmp_path / 'run')!r}, '--out', {str(tmp_path / 'out')!r}]\n"
         "from qlora.cli import main; main()"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = forked.run("-c", code)
     assert done.returncode == 4
     assert "the export differs from the trained model" in done.stderr
     assert not (tmp_path / "out").exists()
@@ -106,7 +109,7 @@ def test_out_of_memory_exits_3_with_a_remedy(recipe_file):
         f"training.train = full; sys.argv = ['qlora', 'train', {str(recipe_file)!r}]\n"
         "from qlora.cli import main; main()"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = forked.run("-c", code)
     assert done.returncode == 3
     assert "out of memory: 2 GiB requested" in done.stderr
     assert "shorter rows" in done.stderr

@@ -23,7 +23,7 @@ from safetensors import safe_open
 from ..system.storage import cache_folder, sha256, write_json
 
 _SETTLED_SECONDS = 2  # a file changed since may change again without another time: FAT counts in twos
-_THREADS = 4  # SHA-256 takes 0.4 to 2 GB/s of a core, disks have more
+_THREADS = 4  # a core with SHA-NI makes 1.2 GB/s of SHA-256 (measured), disks have more
 
 
 @dataclass(frozen=True)

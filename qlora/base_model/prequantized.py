@@ -80,7 +80,7 @@ def settle(recipe, config, checkpoint):
             if name in section.model_fields_set and getattr(section, name) != value
         ]
     from_originals = {
-        "lora.init_lora_weights: loftq": recipe.method.init_lora_weights == "loftq",
+        "lora.init_lora_weights: loftq": recipe.method.corrects_quantization,
         "export.base: original": recipe.export.base == "original",
     }
     problems += [

@@ -170,9 +170,8 @@ def card(title, base, adapter_config, report, quantized, rows, origins=()):
     base: what the base model was called; a path of this machine is cut to its last part. rows: the lines of the table
     that was shown, cells as text. origins: the trainings that it comes from, as far as they are known.
     """
-    kind = methods.kind(adapter_config)
+    described = methods.describe(adapter_config)
     weight = f"dequantize({quantized}(W))" if quantized and report["base"] == "dequantized" else "W"
-    merged = f"{weight} + s B A"
     return _rendered(
         _MODEL,
         title,
@@ -181,8 +180,8 @@ def card(title, base, adapter_config, report, quantized, rows, origins=()):
         library="transformers",
         relation="finetune",
         tags="qlora, merged",
-        kind=kind,
-        formula=f"m * ({merged}) / |{merged}|" if kind == "DoRA" else merged,
+        kind=described.kind,
+        formula=described.formula.format(W=weight),
         quantized=quantized,
         report=report,
         rows=rows,
@@ -213,7 +212,7 @@ def adapter_card(title, base, adapter_config, quantization, origin):
         library="peft",
         relation="adapter",
         tags="qlora, lora",
-        kind=methods.kind(adapter_config),
+        kind=methods.describe(adapter_config).kind,
         quantized=quantization and quantization["quant_type"].upper(),
         four_bit=four_bit,
         revision=origin.base["revision"],

@@ -83,6 +83,8 @@ def plan(checkpoint, config, dtype, trust_remote_code=False, adapter=None):
         base_model.refuse_other_codes(checkpoint, model)
         del config.quantization_config  # what is written is in full precision
         model = base_model.on_meta(config, trust_remote_code)
+    if adapter is not None:
+        adapter.refuse_unmergeable()
     if adapter is not None and _change(config, model, adapter):
         model = base_model.on_meta(config, trust_remote_code)
     embedding, head = _name_of(model, model.get_input_embeddings()), _name_of(model, model.get_output_embeddings())
@@ -151,7 +153,7 @@ def _change(config, model, adapter):
         return changed
     both = [tensor for tensor in replaced.values() if tensor is not None]
     same = len(both) == 2 and not adapter.updates.keys() & {embedding, head} and torch.equal(*both)
-    if adapter.config.get("ensure_weight_tying"):
+    if adapter.stays_tied:
         if not same and (replaced[embedding] is None or len(both) == 2 or adapter.updates.keys() & {embedding, head}):
             raise InputError(
                 f"adapter {adapter.folder}: ensure_weight_tying with LoRA on {', '.join(touched)} cannot be merged; "

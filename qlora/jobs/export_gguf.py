@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from ..data import chat
-from ..exporter.gguf import converter as gguf
-from ..exporter.gguf import ollama
+from ..exporter.gguf import converter, llama_cpp_tools, ollama, proof
 from ..system.errors import InputError
 from ..system.events import note, progress
 from ..system.units import size
@@ -29,7 +28,7 @@ def refuse(trained, plan, kind):
             "exported folder with llama.cpp's own convert_hf_to_gguf.py"
         )
     stops = chat.stop_token_ids(trained.tokenizer, trained.generation.generation_config())
-    gguf.refuse(checkpoint.folder, plan.config, trained.tokenizer, stops, kind)
+    converter.refuse(checkpoint.folder, plan.config, trained.tokenizer, stops, kind)
 
 
 def add_gguf(trained, folder, name, kind, plan):
@@ -41,20 +40,22 @@ def add_gguf(trained, folder, name, kind, plan):
     """
     file = folder / f"{name}-{kind}.gguf"
     with progress(f"writing {file.name}", num_bytes(kind, plan), "bytes") as advance:
-        written = gguf.write(folder, file, kind, advance)
+        written = converter.write(folder, file, kind, advance)
     tokenizer = trained.tokenizer
-    prompts = gguf.prompts_of(tokenizer, trained.rows)
+    prompts = proof.prompts_of(tokenizer, trained.rows)
     with progress("proof: comparing the exported folder with the GGUF file in llama.cpp"):
-        proof = gguf.prove(folder, file, kind, prompts)
-    if proof.proven:
-        said = f"{proof.same_top1:.1%} of {proof.num_tokens} greedy tokens the same, KL {proof.kl:.1e}"
+        proven = proof.prove(folder, file, kind, prompts)
+    if proven.proven:
+        said = f"{proven.same_top1:.1%} of {proven.num_tokens} greedy tokens the same, KL {proven.kl:.1e}"
     else:
-        said = proof.why_not
+        said = proven.why_not
     note(f"gguf      {file.name}, {size(written)}: {said}")
-    report = {"file": file.name, "bytes": written, **dataclasses.asdict(proof), "modelfile": None}
+    if llama_cpp_tools.converter() is not None:
+        note("          written by llama.cpp's own converter: its stop tokens and longer contexts are not proven")
+    report = {"file": file.name, "bytes": written, **dataclasses.asdict(proven), "modelfile": None}
     stops = chat.stop_token_ids(tokenizer, trained.generation.generation_config())
     try:
-        text = ollama.modelfile(tokenizer, file.name, stops, gguf.adds_bos(file))
+        text = ollama.modelfile(tokenizer, file.name, stops, converter.adds_bos(file))
     except InputError as error:  # the GGUF file is none the worse for it
         note(f"          no Modelfile for Ollama: {error}")
         return report | {"why_no_modelfile": str(error)}

@@ -168,7 +168,7 @@ def _have_one_base(*checkpoints):
 
 def _of_run(run, overrides):
     recipe, as_trained = Recipe.load(run.recipe_file, overrides), run.recipe()
-    for name in ("quantization", "lora", "adalora"):
+    for name in ("quantization", recipe.method.key, as_trained.method.key):
         if getattr(recipe, name) != getattr(as_trained, name):
             raise InputError(
                 f"{name}: differs from what {run.path} was trained with; export uses the run's, so leave it out"
@@ -198,7 +198,7 @@ def _of_run(run, overrides):
         rows=rows,
         rows_from=rows_from,
         inputs=[run.path, checkpoint.folder],
-        fitted=recipe.method.init_lora_weights == "loftq",
+        fitted=recipe.method.corrects_quantization,
         origins=(origin_of(run),),
     )
 
@@ -305,4 +305,4 @@ def _refuse_half_a_tokenizer(folder):
 def _is_fitted(folder):
     """True if the adapter lies in the folder of a run that started it from what quantization has lost."""
     run = RunDir(folder.parent)
-    return run.recipe_file.is_file() and run.recipe().method.init_lora_weights == "loftq"
+    return run.recipe_file.is_file() and run.recipe().method.corrects_quantization

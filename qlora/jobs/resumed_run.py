@@ -64,13 +64,15 @@ def _digest(*pieces):
 
 @dataclass
 class Resumed:
-    """A run that is resumed. checkpoint: the folder to resume from; allowed: fields that may have changed."""
+    """A run that is resumed. checkpoint: the folder to resume from; allowed: fields that may have changed; fixed_length: it
+    cannot be made longer."""
 
     run: RunDir
     kept: Checkpoints
     checkpoint: Path
     environment: dict
     allowed: tuple
+    fixed_length: bool = False
 
     def __post_init__(self):
         self.state = read_state(self.checkpoint)
@@ -82,7 +84,7 @@ class Resumed:
         if any(name in now for name in _LENGTH):
             gone = then.keys() - now.keys() - {"base_model", "base_model.quantized"}
             changed += sorted(gone)
-            if "adalora.init_r" not in now and _at_least_as_long(then, now):
+            if not self.fixed_length and _at_least_as_long(then, now):
                 changed = [name for name in changed if name not in _LENGTH]
             unknown = sorted(set(self.allowed) - then.keys() - now.keys())
             if unknown:
@@ -148,7 +150,7 @@ def resumed(recipe: Recipe, allowed):
                 + (": none of them is complete" if skipped else "")
                 + "; remove the folder to start again"
             )
-        yield Resumed(run, kept, path, known, tuple(allowed))
+        yield Resumed(run, kept, path, known, tuple(allowed), recipe.method.fixed_length)
 
 
 def _at_least_as_long(then, now):

@@ -77,6 +77,6 @@ def _measured(run):
 
 def _settings(recipe):
     """Return the sections that decide what is learned as YAML, without places and without what is not set."""
-    values = recipe.model_dump(exclude_none=True, include={"quantization", "lora", "adalora", "training"})
+    values = recipe.model_dump(exclude_none=True, include={"quantization", recipe.method.key, "training"})
     values["data"] = recipe.data.model_dump(include=_OF_DATA)
     return as_yaml(values)

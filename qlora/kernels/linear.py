@@ -71,7 +71,7 @@ def gradients(g_NO, z_NI, t_NR, B_OR, scaling):
 def adapted(module):
     """Return (A, B, scaling, dropout module or None) of a PEFT layer with one plain LoRA on a linear base, else None.
 
-    DoRA, AdaLoRA, trained biases and Conv1D go PEFT's way.
+    DoRA, other methods, trained biases and Conv1D go PEFT's way.
     """
     from peft.tuners.lora import Linear as LoraOnLinear
     from peft.tuners.lora.bnb import Linear4bit as LoraOn4bit

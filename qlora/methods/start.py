@@ -16,14 +16,15 @@ from safetensors import safe_open
 
 from .. import base_model
 from ..system.errors import InputError
+from .folder import PREFIX
 
 _SPLIT = ("pissa", "olora")
 _EVA_TOKENS = 16  # trained tokens a batch and principal component: fewer make the components those of the batch
 _EVA_BATCHES, _EVA_PASSES = 64, 50
 
 
-def settings(section):
-    """Return the arguments of peft.LoraConfig for ranks and initialization."""
+def settings(section, on_meta=False):
+    """Return the arguments of peft.LoraConfig for ranks and initialization; on_meta: of the same shapes, without numbers."""
     from peft import EvaConfig
 
     chosen = section.init_lora_weights
@@ -34,13 +35,13 @@ def settings(section):
         "lora_alpha": alphas * section.lora_alpha,
         "rank_pattern": {name: ranks * rank for name, rank in section.rank_pattern.items()},
         "alpha_pattern": {name: alphas * alpha for name, alpha in section.alpha_pattern.items()},
-        "init_lora_weights": chosen if chosen in (True, "gaussian", "eva") else True,
-        "eva_config": EvaConfig() if chosen == "eva" else None,
+        "init_lora_weights": chosen if chosen in (True, "gaussian", "eva") and not on_meta else True,
+        "eva_config": EvaConfig() if chosen == "eva" and not on_meta else None,
     }
 
 
-def refuse(model, section, targets):
-    """Raise InputError if the initialization of `section` is impossible for the layers `targets`."""
+def refuse(model, section):
+    """Raise InputError if the initialization of `section` is impossible for the model."""
     chosen, quantized = section.init_lora_weights, base_model.quantized_modules(model)
     where = f"lora.init_lora_weights {chosen}"
     if chosen in _SPLIT and quantized:
@@ -63,6 +64,18 @@ def initialize(peft_model, section, checkpoint, examples):
         _split_off(peft_model, section.init_lora_weights)
     config = peft_model.peft_config["default"]
     config.init_lora_weights, config.eva_config = True, None
+
+
+def held(peft_model, section):
+    """Return {name of an A or B: index of its numbers that training leaves as they are}: A0 and B0 of `_split_off`."""
+    if section.init_lora_weights not in _SPLIT:
+        return {}
+    found: dict = {}
+    for name, layer in _layers(peft_model):
+        rest = slice(layer.r["default"] // 2, None)
+        found[f"{PREFIX}{name}.lora_A.default.weight"] = (rest,)
+        found[f"{PREFIX}{name}.lora_B.default.weight"] = (slice(None), rest)
+    return found
 
 
 def _layers(peft_model):
@@ -218,7 +231,3 @@ def _split_off(peft_model, kind):
             A0, B0 = R[:rank], Q[:, :rank]
         A.copy_(torch.cat([A0, A0]))
         B.copy_(torch.cat([B0, -B0], dim=1))
-        A.held, B.held = (
-            (slice(rank, None),),
-            (slice(None), slice(rank, None)),
-        )  # training.MasterWeights keeps these as they are

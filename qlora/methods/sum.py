@@ -1,4 +1,4 @@
-"""Several adapters of one base as one: their weighted sum."""
+"""Several LoRA adapters of one base as one: their weighted sum."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ import torch
 
 from .. import base_model
 from ..system.errors import InputError, ProofFailed
-from . import shapes
-from .tensors import read
+from . import read, shapes
 
 
 def combine(folders, weights, config, trust_remote_code, out):
@@ -28,7 +27,7 @@ def combine(folders, weights, config, trust_remote_code, out):
     parts = [read(folder) for folder in folders]
     for folder, one in zip(folders, parts, strict=True):
         one.refuse_more_than_low_rank("cannot be added to another")
-        if one.config.get("use_dora"):
+        if one.kind == "DoRA":
             raise InputError(f"adapter {folder}: DoRA adapters rescale the weights, so they cannot be summed")
     # PEFT wants a model to put the adapters on; their sum does not depend on its weights, so it gets none
     model = base_model.on_meta(config, trust_remote_code)
@@ -67,17 +66,13 @@ def _refuse_another_sum(found, parts, weights):
     for name in layers & found.updates.keys():
         x_I = torch.linspace(-1, 1, found.updates[name].shape[1])
         total = sum(
-            weight * _delta(part.updates[name], x_I)
+            weight * part.updates[name].times(x_I)
             for part, weight in zip(parts, weights, strict=True)
             if name in part.updates
         )
-        if not torch.allclose(_delta(found.updates[name], x_I), total, rtol=2e-2, atol=1e-2 * total.abs().max().item()):
+        if not torch.allclose(found.updates[name].times(x_I), total, rtol=2e-2, atol=1e-2 * total.abs().max().item()):
             wrong.add(name)
     if wrong:
         raise ProofFailed(
             f"PEFT combined the adapters wrongly in {len(wrong)} layers, such as {min(wrong)}; nothing was exported"
         )
-
-
-def _delta(update, x_I):
-    return update.scaling * (update.B_OR.float() @ (update.A_RI.float() @ x_I))

@@ -196,7 +196,7 @@ def _scaled(load, factor):
 def _ranks(job):
     """Return rank -> Job, from two outlines and what lies on the line through them; None where the rank is not one number."""
     lora = job.lora
-    if lora is None or job.remade is None or lora.peft_type != "LORA" or lora.rank_pattern:
+    if job.remade is None or getattr(lora, "r", None) is None or lora.rank_pattern:
         return None
     other = job.remade(lora=lora.model_copy(update={"r": 2 * lora.r}))
     return lambda rank: job.but(outline=job.outline.blend(other, (rank - lora.r) / lora.r))
@@ -289,7 +289,7 @@ def _smaller(job):
     if job.remade is None or lora is None:
         return
     for field, value in (("use_dora", False), ("lora_dropout", 0.0), ("modules_to_save", None)):
-        if getattr(lora, field):
+        if getattr(lora, field, None):
             said = "null" if value is None else str(value).lower()
             yield f"{lora.key}.{field}={said}", job.but(outline=job.remade(lora=lora.model_copy(update={field: value})))
     if job.num_new_tokens:

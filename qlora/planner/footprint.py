@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from .. import base_model, methods
 from ..system.errors import QLoRAError
@@ -138,12 +136,7 @@ def _outline(config, model_section, quantization, lora, num_new_tokens, device_k
     linear = [model.get_submodule(name) for name in base_model.linear_names(model)]
     base = sum(_numbers(module.weight) for module in linear)
     head = model.get_output_embeddings().weight.numel()
-    # a start from data or from the weights needs these, and has the same shapes
-    lora = lora if lora.init_lora_weights is True else lora.model_copy(update={"init_lora_weights": True})
-    # made on the meta device at once, not moved there: at high ranks that is seconds and gigabytes. AdaLoRA's forward pass
-    # then allocates less than it does in training (PEFT 0.21.2, found by the test against real steps)
-    with torch.device("meta") if lora.peft_type == "LORA" else contextlib.nullcontext():
-        peft_model = methods.attach(model, lora, token_ids=range(num_new_tokens))
+    peft_model = methods.attach(model, lora, token_ids=range(num_new_tokens))
     step, joins = trace.trace(peft_model, device_kind, packed, kernels)
     trained = [parameter for parameter in peft_model.parameters() if parameter.requires_grad]
     layers = base_model.decoder_layers(peft_model)

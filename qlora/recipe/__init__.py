@@ -76,7 +76,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _a_start_that_fits_the_base(self):
-        start = self.method.init_lora_weights
+        start = self.lora and self.lora.init_lora_weights
         if start in ("pissa", "olora") and self.quantization is not None:
             raise ValueError(
                 f"lora.init_lora_weights {start} needs a 16-bit base; use loftq, which corrects the quantization error, or "

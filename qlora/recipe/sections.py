@@ -110,11 +110,21 @@ class Quantization(Section):
     """dtype of the computation and of everything that is not quantized; float32 for checks"""
 
 
-class _OnLayers(Section):
-    """What methods with adapters on linear layers have in common. key: the section's name in the recipe. peft_type: PEFT's."""
+class Method(Section):
+    """A section that says what is trained. key: its name in the recipe, and of its module in methods/. fixed_length: what it
+    changes while training goes by the number of steps, so that a run cannot be made longer."""
 
     key: ClassVar[str]
-    peft_type: ClassVar[str]
+    fixed_length: ClassVar[bool] = False
+
+    @property
+    def corrects_quantization(self):
+        """True if it starts from what quantization has lost, and is right on the quantized base only."""
+        return False
+
+
+class _OnLayers(Method):
+    """What methods with low-rank adapters on linear layers have in common."""
 
     lora_alpha: Number = 32
     """scaling = lora_alpha / r"""
@@ -150,7 +160,7 @@ class _OnLayers(Section):
 
 class Lora(_OnLayers):
     key: ClassVar[str] = "lora"
-    peft_type: ClassVar[str] = "LORA"
+
     r: Positive = 16
     """rank of the adapters"""
     rank_pattern: dict[Expression, Positive] = {}
@@ -168,6 +178,10 @@ class Lora(_OnLayers):
     ensure_weight_tying: bool = False
     """embedding and head of a tied model stay one matrix when one of them is trained whole"""
 
+    @property
+    def corrects_quantization(self):
+        return self.init_lora_weights == "loftq"
+
     @model_validator(mode="after")
     def _what_goes_together(self):
         start = self.init_lora_weights
@@ -183,16 +197,10 @@ class Lora(_OnLayers):
 
 
 class Adalora(_OnLayers):
-    """AdaLoRA: ranks that shrink while training. What PEFT gives it no choice of is set here."""
+    """AdaLoRA: ranks that shrink while training."""
 
     key: ClassVar[str] = "adalora"
-    peft_type: ClassVar[str] = "ADALORA"
-    init_lora_weights: ClassVar[bool] = True
-    rank_pattern: ClassVar[dict] = {}
-    alpha_pattern: ClassVar[dict] = {}
-    use_dora: ClassVar[bool] = False
-    lora_bias: ClassVar[bool] = False
-    ensure_weight_tying: ClassVar[bool] = False
+    fixed_length: ClassVar[bool] = True
 
     init_r: Positive = 12
     """rank of each layer at the start"""

@@ -1,7 +1,7 @@
 """Checkpoints of a run: complete or absent, verified by hash, safetensors and JSON only.
 
 checkpoints/step-20/
-  tensors.safetensors  weights/NAME: float32 masters; optimizer/NAME/KEY: its state, as it is; ranks/KEY/NAME: AdaLoRA's
+  tensors.safetensors  weights/NAME: float32 masters; optimizer/NAME/KEY: its state, as it is; ranks/NAME: a methods.Schedule's
   state.json           random numbers, sums and counters, the fingerprint of what must not change
   trainer_state.json   step and epoch, as transformers reads them
   manifest.json        the run, the step, size and sha256 of the others
@@ -217,8 +217,13 @@ def under(prefix, tensors):
 # ---- optimizer -------------------------------------------------------------------------------------------------------
 
 
-def _parameters(optimizer):
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+def places(optimizer):
+    """Return [(parameter, its group, (number of the group, number in the group))], as bitsandbytes counts them."""
+    return [
+        (parameter, group, (at, within))
+        for at, group in enumerate(optimizer.param_groups)
+        for within, parameter in enumerate(group["params"])
+    ]
 
 
 def optimizer_state(optimizer, names):
@@ -227,7 +232,7 @@ def optimizer_state(optimizer, names):
     names: of its parameters, in order. Learning rates and the like are not in it: they come from the recipe.
     """
     tensors, numbers = {}, {}
-    for name, parameter in zip(names, _parameters(optimizer), strict=True):
+    for name, (parameter, *_) in zip(names, places(optimizer), strict=True):
         for key, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, torch.Tensor):
                 tensors[f"{name}/{key}"] = value
@@ -251,12 +256,12 @@ def restore_optimizer(optimizer, names, tensors, numbers):
         parameter, _, key = name.rpartition("/")
         made.setdefault(parameter, {})[key] = tensor
     state = {}
-    for at, (name, parameter) in enumerate(zip(names, _parameters(optimizer), strict=True)):
+    for at, (name, (parameter, group, place)) in enumerate(zip(names, places(optimizer), strict=True)):
         values = made.pop(name, {})
         if not values:
             continue
         if hasattr(optimizer, "init_state"):
-            optimizer.init_state(optimizer.param_groups[0], parameter, 0, at)
+            optimizer.init_state(group, parameter, *place)
             expected = {key: value for key, value in optimizer.state[parameter].items() if torch.is_tensor(value)}
         else:
             expected = {"step": torch.zeros(()), "exp_avg": parameter, "exp_avg_sq": parameter}

@@ -31,8 +31,8 @@ def _entry(path, folder=None):
     entry |= {"path": str(folder or path), "state": "finished", "time": (folder or path).stat().st_mtime}
     try:
         config = methods.read_config(path)
-        name = methods.kind(config)
-        entry["kind"] = f"{name} r={config.get('target_r') if name == 'AdaLoRA' else config['r']}"
+        described = methods.describe(config)
+        entry["kind"] = f"{described.kind} {described.size}"
         entry["base"] = config.get("base_model_name_or_path")
         entry["time"] = (path / methods.CONFIG).stat().st_mtime
     except InputError as error:

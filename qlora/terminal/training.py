@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import time
 
-from .. import base_model
+from .. import base_model, methods
 from ..runs import record
 from ..system.events import Progress, note
 from ..system.units import duration, size
@@ -104,19 +104,12 @@ def say_model(prepared, opened):
     note(f"base      {checkpoint.name_or_path}: {total - trainable:,} parameters, {how}, on {model.device}")
     if checkpoint.half is not None:
         note(f"          multimodal checkpoint: training the text half; {checkpoint.half}")
-    note(f"adapter   {_kind(recipe.method)}, {trainable:,} trainable parameters ({trainable / total:.2%})")
+    note(f"adapter   {methods.trainable(model).summary}, {trainable:,} trainable parameters ({trainable / total:.2%})")
     if checkpoint.new_tokens:
         note(
             f"tokens    rows of {len(checkpoint.new_tokens)} tokens are trained, {len(checkpoint.added)} of them new to the "
             f"tokenizer; {model.get_input_embeddings().weight.shape[0]:,} embeddings"
         )
-
-
-def _kind(lora):
-    if lora.peft_type == "ADALORA":
-        return f"AdaLoRA, ranks {lora.init_r} to {lora.target_r} on average"
-    start = "" if lora.init_lora_weights is True else f", from {lora.init_lora_weights}"
-    return f"{'DoRA, ' if lora.use_dora else ''}r = {lora.r}{start}"
 
 
 def say_trained(result, planned, run):

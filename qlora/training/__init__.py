@@ -111,7 +111,7 @@ def train(
             parameter.data = parameter.data.to(dtype)
     for printer in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printer)
-    trainer.add_callback(Schedule(trainer.ranks))
+    trainer.add_callback(Schedule(trainer.trainable.schedule))
     if rehearse:
         trainer.add_callback(Rehearsal(trainer, lengths))
     trainer.add_callback(Begins(trainer))

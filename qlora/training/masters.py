@@ -16,21 +16,21 @@ class MasterWeights:
     a micro-batch's gradient beside the sum of those before. docs/log.md has the measurement. Cost: 8 bytes a trained
     parameter (320 MB for r=16 on 7B).
 
-    A parameter with an attribute `held`, an index, keeps those numbers; zero gradients alone do not see to that, because
-    8-bit optimizers round a zero to something else where larger numbers share its block (bitsandbytes 0.50.2).
+    held: for each parameter the index of numbers that it keeps, or None; see methods.Trainable.
     """
 
-    def __init__(self, live):
+    def __init__(self, live, held=None):
         self.live = live
+        self.held = [None] * len(live) if held is None else held
         self.masters = [torch.nn.Parameter(parameter.detach().float()) for parameter in live]
 
     def take_gradients(self):
         """Add the model's gradients to the masters' and clear them."""
-        for master, parameter in zip(self.masters, self.live, strict=True):
+        for master, parameter, held in zip(self.masters, self.live, self.held, strict=True):
             if parameter.grad is not None:
                 gradient = parameter.grad.float()
-                if hasattr(parameter, "held"):
-                    gradient[parameter.held] = 0
+                if held is not None:
+                    gradient[held] = 0
                 master.grad = gradient if master.grad is None else master.grad.add_(gradient)
                 parameter.grad = None
 
@@ -57,9 +57,9 @@ class MasterWeights:
     @torch.no_grad()
     def give_weights(self):
         """Round the masters into the model."""
-        for master, parameter in zip(self.masters, self.live, strict=True):
-            if hasattr(parameter, "held"):
-                master[parameter.held] = parameter[parameter.held].to(master.dtype)
+        for master, parameter, held in zip(self.masters, self.live, self.held, strict=True):
+            if held is not None:
+                master[held] = parameter[held].to(master.dtype)
             parameter.copy_(master)
 
     def clear_gradients(self):

@@ -70,8 +70,8 @@ class Trainer(SFTTrainer):
     def __init__(self, model, watch, **arguments):
         self.watch = watch
         self.micro_batches: list = []  # of the step at hand: (numbers of its rows, loss on the device)
-        self.ranks = methods.Ranks(model)
-        self.before: Any = {name: p.detach().clone() for name, p in methods.first_to_move(model).items()}
+        self.trainable = methods.trainable(model)
+        self.before: Any = {name: p.detach().clone() for name, p in self.trainable.first_to_move.items()}
         super().__init__(model, **arguments)
         # compute_loss divides by the tokens of the whole step itself, whatever the model's forward takes: else the mean
         # would be one of micro-batches, divided by a count that only exists once training has begun
@@ -86,9 +86,10 @@ class Trainer(SFTTrainer):
     def create_optimizer(self, model=None):
         if self.optimizer is None:
             make, arguments = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            self.trained = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
-            self.masters = MasterWeights([p for p in self.model.parameters() if p.requires_grad])
-            groups = [{"params": self.masters.masters, "weight_decay": self.args.weight_decay}]
+            parameters, self.trained = dict(self.model.named_parameters()), self.trainable.names
+            held = [self.trainable.held.get(name) for name in self.trained]
+            self.masters = MasterWeights([parameters[name] for name in self.trained], held)
+            groups = self.trainable.optimizer_groups(self._weights(), self.args.learning_rate, self.args.weight_decay)
             self.optimizer = make(groups, **arguments)
             self.optimizer.register_step_post_hook(lambda *_: self._finish_step())
         return self.optimizer
@@ -100,9 +101,9 @@ class Trainer(SFTTrainer):
         if self.before is not None and taken:
             methods.refuse_unmoved(self.model, self.before)
             self.before = None
-        if self.ranks.adaptive:
+        if self.trainable.schedule.changes:
             with self.masters.in_the_model():
-                self.ranks.shrink(self.state.global_step + 1)
+                self.trainable.schedule.after_step(self.state.global_step + 1)
             self.masters.give_weights()
         self.masters.clear_gradients()
         self.micro_batches = []
@@ -127,9 +128,9 @@ class Trainer(SFTTrainer):
         optimizer = self._own_optimizer()
         held = [torch.empty_like(m) for m in masters] if self.args.gradient_accumulation_steps > 1 else []
         if hasattr(optimizer, "init_state"):  # of bitsandbytes: what its first step begins with, paged where that is
-            for at, master in enumerate(masters):
+            for master, group, place in checkpoints.places(optimizer):
                 if not optimizer.state[master]:
-                    optimizer.init_state(optimizer.param_groups[0], master, 0, at)
+                    optimizer.init_state(group, master, *place)
         elif not optimizer.state:
             held += [torch.empty_like(m) for m in masters for _ in ("exp_avg", "exp_avg_sq")]
         yield
@@ -179,8 +180,8 @@ class Trainer(SFTTrainer):
             self.lr_scheduler = schedule = get_scheduler(
                 self.args.lr_scheduler_type, optimizer or self.optimizer, warmup, num_training_steps
             )
-            [rate] = schedule.lr_lambdas
-            schedule.lr_lambdas = [lambda step: (step + 1) / (warmup + 1) if step < warmup else rate(step)]
+            rate, num_groups = schedule.lr_lambdas[0], len(schedule.lr_lambdas)  # every group has the same
+            schedule.lr_lambdas = num_groups * [lambda step: (step + 1) / (warmup + 1) if step < warmup else rate(step)]
             _set_rates(schedule, 0, optimizer or self.optimizer)
         return self.lr_scheduler
 
@@ -228,7 +229,7 @@ class Trainer(SFTTrainer):
         if self.model.device.type == "cuda":
             torch.cuda.synchronize()  # paged states are read from the host
         optimizer, numbers = checkpoints.optimizer_state(self._own_optimizer(), self.trained)
-        ranks, pattern = self.ranks.state()
+        ranks, pattern = self.trainable.schedule.state()
         parts = {"weights": self._weights(), "optimizer": optimizer, "ranks": ranks}
         self._refuse_not_finite(parts)
         emit(CheckpointBegun(self.state.global_step))
@@ -296,7 +297,7 @@ class Trainer(SFTTrainer):
         self.masters.restore(self.trained, under("weights", tensors))
         numbers = self.resumed["optimizer"]
         checkpoints.restore_optimizer(self._own_optimizer(), self.trained, under("optimizer", tensors), numbers)
-        self.ranks.restore(under("ranks", tensors), self.resumed["rank_pattern"])
+        self.trainable.schedule.restore(under("ranks", tensors), self.resumed["rank_pattern"])
         schedule, step = self.lr_scheduler, self.state.global_step
         # by the schedule of this recipe: its length and its rate may have been changed on purpose
         schedule.last_epoch = step
@@ -326,8 +327,8 @@ class Trainer(SFTTrainer):
     def _clip_grad_norm(self, model):
         self.moment = Moment(f"in step {self.state.global_step + 1}, when the weights were changed")
         # once a step, however many micro-batches it has; and logged losses stay cross entropies
-        if self.ranks.adaptive:
-            self.ranks.penalty(zip(self.trained, self.masters.masters, strict=True)).backward()
+        if self.trainable.schedule.changes:
+            self.trainable.schedule.penalty(zip(self.trained, self.masters.masters, strict=True)).backward()
         norm = self.accelerator.clip_grad_norm_(self.masters.masters, self.args.max_grad_norm)
         step = self.state.global_step + 1
         gradient, *losses = torch.stack(
@@ -360,7 +361,7 @@ class Trainer(SFTTrainer):
         super().log(logs, start_time)
         step, epoch = self.state.global_step, self.state.epoch
         if "loss" in logs:
-            tokens, ranks = self.num_tokens(), self.ranks
+            tokens = self.num_tokens()
             self._record(
                 Step(
                     step,
@@ -372,7 +373,7 @@ class Trainer(SFTTrainer):
                     self.clock.rate(tokens),
                     self.peak.bytes,
                     self.clock.elapsed(),
-                    {"mean_rank": ranks.mean()} if ranks.adaptive else {},
+                    self.trainable.schedule.measured(),
                 )
             )
         elif "eval_loss" in logs:
@@ -522,10 +523,10 @@ class Begins(TrainerCallback):
 
 
 class Schedule(TrainerCallback):
-    """Tells AdaLoRA the number of steps."""
+    """Tells the method the number of steps."""
 
-    def __init__(self, ranks):
-        self.ranks = ranks
+    def __init__(self, schedule):
+        self.schedule = schedule
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.ranks.begin(state.max_steps)
+        self.schedule.begin(state.max_steps)

@@ -14,7 +14,7 @@ from qlora.commands.export import export
 from qlora.commands.plan import plan
 from qlora.commands.train import train
 from qlora.exporter import merge
-from qlora.methods import tensors
+from qlora.methods import low_rank
 from qlora.recipe import Recipe
 from qlora.runs.folder import RunDir
 from qlora.system.errors import DoesNotFit, InputError, ProofFailed
@@ -101,7 +101,7 @@ def test_rslora_and_named_modules_export_proven(make_recipe, tmp_path):
 
 def test_a_wrong_merge_leaves_nothing_and_is_a_failed_proof(make_recipe, tmp_path, monkeypatch):
     run = train(make_recipe())
-    monkeypatch.setattr(tensors.Update, "merged", lambda self, base, rows=None: base)  # the adapter is lost
+    monkeypatch.setattr(low_rank.LowRank, "merged", lambda self, base, rows=None: base)  # the adapter is lost
     with pytest.raises(ProofFailed, match="differs from the trained model"):
         export(run.path, tmp_path / "out")
     assert not list(tmp_path.glob("out*"))

@@ -8,6 +8,7 @@ import torch
 from qlora.commands.plan import plan
 from qlora.recipe import Recipe
 from qlora.system.errors import InputError
+from tests import forked
 from tests.test_cli import qlora
 
 CONTRACT = {
@@ -57,9 +58,9 @@ def test_json_has_the_keys_of_the_contract_and_needs_no_weights(recipe_file, tin
 
 
 def test_what_does_not_fit_exits_3_and_says_what_would(recipe_file):
-    done = qlora("plan", recipe_file, "memory.gradient_checkpointing=false", "--vram", "550MiB")
+    done = forked.run("plan", recipe_file, "memory.gradient_checkpointing=false", "--vram", "550MiB")
     assert done.returncode == 0, done.stdout + done.stderr
-    done = qlora("plan", recipe_file, "memory.gradient_checkpointing=false", "--vram", "513MiB")
+    done = forked.run("plan", recipe_file, "memory.gradient_checkpointing=false", "--vram", "513MiB")
     assert done.returncode == 3, done.stdout + done.stderr
     assert "DOES NOT FIT" in done.stdout
     assert "try       " in done.stdout
@@ -76,7 +77,7 @@ def test_what_does_not_fit_exits_3_and_says_what_would(recipe_file):
     ],
 )
 def test_wrong_sizes_cards_and_files_exit_2(recipe_file, arguments, expected):
-    done = qlora("plan", recipe_file, *arguments)
+    done = forked.run("plan", recipe_file, *arguments)
     assert done.returncode == 2
     assert expected in done.stderr
     assert "Traceback" not in done.stderr

@@ -19,7 +19,9 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from qlora import base_model
 from qlora.data import chat
 from qlora.exporter.gguf import converter as export_gguf
-from qlora.exporter.gguf import vocabulary
+from qlora.exporter.gguf import proof as gguf_proof
+from qlora.exporter.gguf import tensors, vocabulary
+from qlora.exporter.gguf.architectures import ARCHITECTURES
 from qlora.recipe import Model
 from qlora.system.errors import InputError, ProofFailed
 from tests.conftest import CHATML, CONVERSATIONS, FAMILIES, SPECIAL, encode, make_tokenizer, messages
@@ -110,7 +112,7 @@ def both(folder, file):
     """Yield (name in the folder, tensor of the folder as expected, tensor of the file)."""
     config = transformers.AutoConfig.from_pretrained(folder)
     reader = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
-    arch = gguf.MODEL_ARCH[export_gguf._ARCHITECTURES[config.model_type].name]
+    arch = gguf.MODEL_ARCH[ARCHITECTURES[config.model_type].name]
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
     for name, tensor in load_file(folder / "model.safetensors").items():
         yield name, expected(name, tensor, config), reader.pop(names.get_name(name, (".weight", ".bias")))
@@ -251,14 +253,20 @@ def test_what_llama_cpp_would_compute_otherwise_is_refused(tiny_model, tmp_path,
     assert not list(tmp_path.glob("out*"))
 
 
-def test_an_architecture_that_is_not_known_is_refused(tmp_path, tokenizer):
+@pytest.fixture
+def gpt_neox(tmp_path, tokenizer):
+    """Return the folder of a model that only llama.cpp's own converter takes."""
     config = transformers.GPTNeoXConfig(
         vocab_size=512, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
     )
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_an_architecture_that_is_not_known_is_refused(tmp_path, gpt_neox):
     with pytest.raises(InputError, match=r"gpt_neox cannot be converted here .*llama.*LLAMA_CPP"):
-        export_gguf.write(tmp_path / "model", tmp_path / "out.gguf", "f16")
+        export_gguf.write(gpt_neox, tmp_path / "out.gguf", "f16")
 
 
 def test_nothing_is_overwritten_and_no_other_kind_is_known(tiny_model, tmp_path):
@@ -493,8 +501,45 @@ def script(path, text):
 
 
 CONVERTER = (
-    "import sys, pathlib; pathlib.Path(sys.argv[sys.argv.index('--outfile') + 1]).write_text(' '.join(sys.argv[1:4]))"
+    "import sys, pathlib; "
+    "pathlib.Path(sys.argv[sys.argv.index('--outfile') + 1]).write_text('GGUF ' + ' '.join(sys.argv[1:4]))"
 )
+# a small converter of the kind that llama.cpp has: every tensor of the folder under its own name
+REAL_CONVERTER = """
+import argparse, gguf
+from pathlib import Path
+from safetensors.torch import load_file
+
+parser = argparse.ArgumentParser()
+parser.add_argument("folder", type=Path)
+parser.add_argument("--outtype")
+parser.add_argument("--outfile")
+args = parser.parse_args()
+writer = gguf.GGUFWriter(args.outfile, "gptneox")
+writer.add_tokenizer_model("gpt2")
+writer.add_add_bos_token(False)
+for name, tensor in load_file(args.folder / "model.safetensors").items():
+    writer.add_tensor(name, tensor.half().numpy())
+writer.write_header_to_file()
+writer.write_kv_data_to_file()
+writer.write_tensors_to_file()
+writer.close()
+"""
+
+
+def test_what_we_refuse_is_converted_by_llama_cpps_own_converter(tmp_path, monkeypatch, gpt_neox):
+    script(tmp_path / "llama.cpp" / "convert_hf_to_gguf.py", REAL_CONVERTER)
+    monkeypatch.setenv("LLAMA_CPP", str(tmp_path / "llama.cpp"))
+    section = Model(name_or_path=str(gpt_neox))
+    config = base_model.load_config(base_model.find(section), section)
+    export_gguf.refuse(gpt_neox, config, base_model.load_tokenizer(gpt_neox, section), [0], "f16")
+    out = tmp_path / "out.gguf"
+    assert export_gguf.write(gpt_neox, out, "f16") == out.stat().st_size
+    found = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in gguf.GGUFReader(out).tensors}
+    weights = load_file(gpt_neox / "model.safetensors")
+    assert found.keys() == weights.keys()
+    assert all(torch.equal(found[name].flatten(), weights[name].half().flatten()) for name in weights)
+    assert not export_gguf.adds_bos(out)
 
 
 def test_the_users_own_converter_and_quantizer_are_used(tmp_path, monkeypatch, tiny_model):
@@ -503,9 +548,9 @@ def test_the_users_own_converter_and_quantizer_are_used(tmp_path, monkeypatch, t
     monkeypatch.setenv("LLAMA_CPP", str(tmp_path / "llama.cpp"))
     folder = tiny_model("llama")
     export_gguf.write(folder, tmp_path / "a.gguf", "q8_0")
-    assert (tmp_path / "a.gguf").read_text() == f"{folder} --outtype q8_0"
+    assert (tmp_path / "a.gguf").read_text() == f"GGUF {folder} --outtype q8_0"
     export_gguf.write(folder, tmp_path / "b.gguf", "q4_k_m")
-    assert (tmp_path / "b.gguf").read_text() == f"Q4_K_M of {folder} --outtype f16\n"
+    assert (tmp_path / "b.gguf").read_text() == f"Q4_K_M of GGUF {folder} --outtype f16\n"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.gguf", "b.gguf", "llama.cpp"]
 
 
@@ -515,6 +560,33 @@ def test_a_converter_that_fails_is_quoted_and_leaves_nothing(tmp_path, monkeypat
     with pytest.raises(InputError, match=r"(?s)convert_hf_to_gguf.py failed:.*Model X is not supported"):
         export_gguf.write(tiny_model("llama"), tmp_path / "a.gguf", "f16")
     assert [path.name for path in tmp_path.iterdir()] == ["llama.cpp"]
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("", "ended without an error, but wrote no file"),
+        ("open(__import__('sys').argv[-1], 'w').write('<html>')", "begins with b'<htm', not with GGUF"),
+    ],
+)
+def test_a_converter_that_writes_something_else_is_named_and_leaves_nothing(
+    tmp_path, monkeypatch, tiny_model, text, why
+):
+    converter = tmp_path / "llama.cpp" / "convert_hf_to_gguf.py"
+    script(converter, text)
+    monkeypatch.setenv("LLAMA_CPP", str(converter.parent))
+    with pytest.raises(InputError, match=why) as refused:
+        export_gguf.write(tiny_model("llama"), tmp_path / "a.gguf", "q8_0")
+    assert str(converter) in str(refused.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["llama.cpp"]
+
+
+def test_a_folder_without_llama_cpps_programs_is_an_error(tmp_path, monkeypatch, tiny_model):
+    monkeypatch.setenv("LLAMA_CPP", str(tmp_path / "elsewhere"))
+    with pytest.raises(InputError, match=r"LLAMA_CPP is .*elsewhere, where neither convert_hf_to_gguf.py nor"):
+        export_gguf.write(tiny_model("llama"), tmp_path / "a.gguf", "f16")
+    script(tmp_path / "elsewhere" / "llama-quantize", "")
+    export_gguf.write(tiny_model("llama"), tmp_path / "a.gguf", "f16")  # theirs for one, ours for the other
 
 
 def without(monkeypatch, package):
@@ -529,7 +601,7 @@ def test_without_llama_cpp_nothing_is_claimed(tmp_path, monkeypatch, tiny_model)
     with pytest.raises(InputError, match=r"q4_k_m needs llama.cpp's quantizer: pip install llama-cpp-python"):
         export_gguf.write(folder, tmp_path / "a.gguf", "q4_k_m")
     export_gguf.write(folder, tmp_path / "a.gguf", "f16")
-    proof = export_gguf.prove(folder, tmp_path / "a.gguf", "f16", prompts(folder))
+    proof = gguf_proof.prove(folder, tmp_path / "a.gguf", "f16", prompts(folder))
     assert not proof.proven
     assert "not proven: llama-cpp-python is not installed" in proof.why_not
 
@@ -545,7 +617,7 @@ def test_without_the_gguf_package_it_is_named(tmp_path, monkeypatch, tiny_model)
 
 def test_prompts_are_what_stands_before_the_answer(tokenizer):
     rows = [encode(tokenizer, messages(turns)) for turns in CONVERSATIONS[:3]]
-    assert export_gguf.prompts_of(tokenizer, rows, limit=2) == [
+    assert gguf_proof.prompts_of(tokenizer, rows, limit=2) == [
         f"<|im_start|>user\nWhat is 0 plus {b}?<|im_end|>\n<|im_start|>assistant\n" for b in range(2)
     ]
 
@@ -554,7 +626,7 @@ def test_prompts_are_what_stands_before_the_answer(tokenizer):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_llama_cpp_says_the_same_greedy_tokens(written, family):
     folder, out = written(family)
-    proof = export_gguf.prove(folder, out, "f16", prompts(folder))
+    proof = gguf_proof.prove(folder, out, "f16", prompts(folder))
     assert proof.proven
     assert proof.num_tokens == 64
     assert proof.same_top1 == 1
@@ -579,27 +651,27 @@ def test_llama_cpp_says_the_same_greedy_tokens(written, family):
 )  # fmt: skip
 def test_llama_cpp_agrees_in_every_setting_that_is_let_through(written, family, config):
     folder, out = written(family, **config)
-    assert export_gguf.prove(folder, out, "f16", prompts(folder)).kl < 1e-6
+    assert gguf_proof.prove(folder, out, "f16", prompts(folder)).kl < 1e-6
 
 
 @needs_llama_cpp
 @pytest.mark.parametrize("kind", ["q8_0", "q4_k_m"])
 def test_quantized_files_are_near_and_not_the_same(written, kind):
     folder, out = written("llama", kind)
-    proof = export_gguf.prove(folder, out, kind, prompts(folder))
+    proof = gguf_proof.prove(folder, out, kind, prompts(folder))
     assert proof.proven
     assert 1e-6 < proof.kl < {"q8_0": 1e-3, "q4_k_m": 2e-2}[kind]  # measured 2e-4 and 6e-3
     with pytest.raises(ProofFailed, match="the limit for f16"):
-        export_gguf.prove(folder, out, "f16", prompts(folder))
+        gguf_proof.prove(folder, out, "f16", prompts(folder))
 
 
 @needs_llama_cpp
 @pytest.mark.parametrize("fault", ["rows as transformers has them", "norms one too small", "another base frequency"])
 def test_a_wrong_conversion_is_not_proven(written, monkeypatch, fault):
     if fault == "rows as transformers has them":
-        monkeypatch.setattr(export_gguf, "permuted", lambda tensor, num_heads: tensor)
+        monkeypatch.setattr(tensors, "permuted", lambda tensor, num_heads: tensor)
     elif fault == "norms one too small":
-        monkeypatch.setattr(export_gguf, "_as_llama_cpp", lambda name, tensor, *rest: tensor)
+        monkeypatch.setattr(tensors, "as_llama_cpp", lambda name, tensor, *rest: tensor)
     else:
         monkeypatch.setattr(
             gguf.GGUFWriter,
@@ -608,7 +680,7 @@ def test_a_wrong_conversion_is_not_proven(written, monkeypatch, fault):
         )
     folder, out = written("gemma" if fault.startswith("norms") else "llama")
     with pytest.raises(ProofFailed, match="is not the exported model"):
-        export_gguf.prove(folder, out, "f16", prompts(folder))
+        gguf_proof.prove(folder, out, "f16", prompts(folder))
 
 
 @needs_llama_cpp
@@ -618,7 +690,7 @@ def test_a_tokenizer_that_cuts_otherwise_is_not_proven(written, monkeypatch):
     )
     folder, out = written("llama")
     with pytest.raises(ProofFailed, match=r"llama\.cpp tokenizes a prompt differently"):
-        export_gguf.prove(folder, out, "f16", ["<|im_start|>the plus    \n\n\n  2  plus"])
+        gguf_proof.prove(folder, out, "f16", ["<|im_start|>the plus    \n\n\n  2  plus"])
 
 
 @needs_llama_cpp
@@ -635,7 +707,7 @@ def test_the_start_token_stands_there_once(tiny_model, tmp_path, adds):
     export_gguf.write(folder, tmp_path / "out.gguf", "f16")
     assert export_gguf.adds_bos(tmp_path / "out.gguf") is adds
     assert prompts(folder)[0].startswith("<s><|im_start|>")
-    assert export_gguf.prove(folder, tmp_path / "out.gguf", "f16", prompts(folder)).proven
+    assert gguf_proof.prove(folder, tmp_path / "out.gguf", "f16", prompts(folder)).proven
 
 
 @needs_llama_cpp
@@ -643,7 +715,7 @@ def test_the_start_token_stands_there_once(tiny_model, tmp_path, adds):
 @pytest.mark.parametrize("kind", export_gguf.KINDS)
 def test_smollm2_is_proven(tmp_path, kind):
     export_gguf.write(SMOLLM2, tmp_path / "out.gguf", kind)
-    proof = export_gguf.prove(SMOLLM2, tmp_path / "out.gguf", kind, prompts(SMOLLM2), max_new_tokens=16)
+    proof = gguf_proof.prove(SMOLLM2, tmp_path / "out.gguf", kind, prompts(SMOLLM2), max_new_tokens=16)
     assert proof.proven
     assert proof.same_top1 == 1 if kind == "f16" else 0.7 < proof.same_top1 <= 1
     assert proof.kl < {"f16": 1e-5, "q8_0": 1e-2, "q4_k_m": 0.1}[kind]  # measured 1.2e-6, 0.004, 0.041

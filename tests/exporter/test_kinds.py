@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from qlora import base_model, methods
 from qlora.exporter import merge, writer
 from qlora.exporter.reader import Reader
-from qlora.methods.tensors import Update
+from qlora.methods.low_rank import LowRank
 from qlora.recipe import Model
 from qlora.system.errors import InputError
 
@@ -161,7 +161,7 @@ def test_a_vocabulary_that_another_tool_grew_is_written(tiny_model, tmp_path, fa
 
 
 def test_lora_by_hand():
-    update = Update(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0], [4.0]]), 0.5)
+    update = LowRank(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0], [4.0]]), 0.5)
     expected = [[1 + 0.5 * 3, 0 + 0.5 * 6], [0 + 0.5 * 4, 1 + 0.5 * 8]]
     assert update.merged(torch.eye(2)).tolist() == expected
     assert update.merged(torch.eye(2)[1:], slice(1, 2)).tolist() == expected[1:]
@@ -169,7 +169,7 @@ def test_lora_by_hand():
 
 def test_dora_by_hand():
     # rows of W + s B A: (3, 4) has norm 5, (0, 2) has norm 2; magnitudes 10 and 1
-    update = Update(torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0], [0.0]]), 1.0, torch.tensor([10.0, 1.0]))
+    update = LowRank(torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0], [0.0]]), 1.0, torch.tensor([10.0, 1.0]))
     base = torch.tensor([[0.0, 0.0], [0.0, 2.0]])
     assert update.merged(base).tolist() == [[6.0, 8.0], [0.0, 1.0]]
     assert update.merged(base[1:], slice(1, 2)).tolist() == [[0.0, 1.0]]
@@ -190,7 +190,7 @@ def test_rows_merged_apart_are_the_rows_of_the_whole_and_both_are_the_formula(sh
     A, B = (torch.randn(*size, generator=random).to(dtype) for size in ((rank, num_in), (num_out, rank)))
     magnitude = torch.rand(num_out, generator=random).to(dtype) if dora else None
     base = torch.randn(num_out, num_in, generator=random)
-    update = Update(A, B, scaling, magnitude)
+    update = LowRank(A, B, scaling, magnitude)
     found = update.merged(base)
     expected = base.double() + scaling * B.double() @ A.double()
     if dora:

@@ -106,7 +106,7 @@ def test_what_merging_and_casting_did_is_measured_per_module(peft_model, tiny_mo
 
 def test_a_number_too_large_for_float16_is_an_error_that_names_the_tensor(peft_model, tiny_model, tmp_path):
     model = peft_model("llama")
-    next(iter(methods.first_to_move(model).values())).data.fill_(1e6)
+    next(iter(methods.trainable(model).first_to_move.values())).data.fill_(1e6)
     merging = make(tiny_model("llama"), model, tmp_path, torch.float16)
     with pytest.raises(InputError, match=r"model.layers.0.self_attn.q_proj.weight: largest number .* --dtype bfloat16"):
         tensor(merging, "model.layers.0.self_attn.q_proj.weight")

@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,7 @@ from qlora.commands.export import export
 from qlora.commands.train import train
 from qlora.jobs import export_folder
 from qlora.system.errors import InputError
+from tests import forked
 
 
 def contents(folder):
@@ -25,9 +25,7 @@ def contents(folder):
 
 def kill(run, out, count, seed):
     script = Path(__file__).with_name("killed_exports.py")
-    done = subprocess.run(
-        [sys.executable, script, run.path, out, str(count), str(seed)], capture_output=True, text=True, timeout=540
-    )
+    done = forked.run(script, run.path, out, count, seed, timeout=540)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from tests import forked
 from tests.conftest import write_jsonl
 
 # the limit is drawn when the libraries are there: {when} is what is about to run
@@ -40,7 +41,7 @@ main()
 
 def run(recipe, limits):
     code = SCRIPT.format(limits=limits, recipe=str(recipe))
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
+    return forked.run("-c", code)
 
 
 @pytest.fixture

@@ -17,9 +17,8 @@ from safetensors.torch import load_file
 from qlora.commands.train import train
 from qlora.runs.folder import RunDir
 from qlora.system.errors import InputError
+from tests import forked
 from tests.conftest import messages, write_jsonl
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -47,8 +46,7 @@ def longer(recipe_file):
 
 def killed(recipe_file, *arguments):
     script = Path(__file__).with_name("killed_trainings.py")
-    command = [sys.executable, script, recipe_file, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=3000)
+    done = forked.run(script, recipe_file, *arguments, timeout=3000)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -96,9 +94,9 @@ def test_killed_before_every_operation_on_a_file(recipe_file):
 # ---- signals ---------------------------------------------------------------------------------------------------------
 
 
-def begin(recipe_file, *arguments, **options):
-    command = [sys.executable, "-m", "qlora", "train", str(recipe_file), *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+def begin(recipe_file):
+    command = [sys.executable, "-m", "qlora", "train", str(recipe_file)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 @pytest.fixture
@@ -106,28 +104,27 @@ def endless(recipe_file, tmp_path):
     """Return endless(*arguments) -> a process that trains, once it has taken a step; it would take hours."""
     started = []
 
-    def endless(*arguments, until="metrics.jsonl", **options):
-        process = begin(
+    def endless(*arguments, until="metrics.jsonl"):
+        process = forked.Process(
+            "train",
             recipe_file,
             "training.max_steps=100000",
             "training.eval_steps=100000",
             "training.save_steps=100000",
             *arguments,
-            **options,
         )
         started.append(process)
         file = tmp_path / "run" / until
         for _ in range(1200):
             if file.exists() and file.stat().st_size:
                 return process
-            assert process.poll() is None, process.stderr.read()
-            time.sleep(0.1)
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.02)
         raise AssertionError(f"no {until}")
 
     yield endless
     for process in started:
-        process.kill()
-        process.communicate()
+        process.end()
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -147,7 +144,7 @@ def test_a_signal_saves_and_says_how_to_go_on_and_that_works(endless, recipe_fil
         return
     # to its end, by what was said, a few steps on
     longer = [*command.split(), f"training.max_steps={step + 2}", "--allow-change", "training.max_steps"]
-    done = subprocess.run([sys.executable, "-m", "qlora", *longer], capture_output=True, text=True, timeout=200)
+    done = forked.run(*longer)
     assert done.returncode == 0, done.stderr
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records if "loss" in record] == [*range(1, step + 3)]
@@ -189,12 +186,7 @@ def test_closed_pipes_do_no_harm(recipe_file, tmp_path):
 
 def test_two_trainers_do_not_share_a_folder_and_a_killed_one_leaves_no_lock(endless, recipe_file, tmp_path):
     process = endless()
-    other = subprocess.run(
-        [sys.executable, "-m", "qlora", "train", tmp_path / "run" / "recipe.yaml", "--resume"],
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
+    other = forked.run("train", tmp_path / "run" / "recipe.yaml", "--resume")
     assert other.returncode == 2
     assert f"is in use by process {process.pid}; wait for it" in other.stderr
     process.kill()
@@ -258,6 +250,19 @@ def test_a_disk_that_is_full_leaves_the_checkpoints_that_are_there(recipe_file, 
     assert all((a[name] == b[name]).all() for name in a)
 
 
+# a file system of so many bytes that this process alone sees, as `unshare -rm` makes one
+OWN_DISK = """
+import ctypes, os, sys
+from pathlib import Path
+libc, user, group = ctypes.CDLL(None), os.getuid(), os.getgid()
+CLONE_NEWUSER, CLONE_NEWNS = 0x10000000, 0x20000
+if libc.unshare(CLONE_NEWUSER | CLONE_NEWNS):
+    sys.exit(99)
+for name, text in (("setgroups", "deny"), ("uid_map", f"0 {user} 1"), ("gid_map", f"0 {group} 1")):
+    Path("/proc/self", name).write_text(text)
+if libc.mount(b"tmpfs", sys.argv[2].encode(), b"tmpfs", 0, f"size={NUM_BYTES}".encode()):
+    sys.exit(99)
+"""
 FULL_DISK = """
 import shutil, sys
 from pathlib import Path
@@ -295,13 +300,9 @@ def on_a_disk_of(num_bytes, tmp_path, recipe_file, full_at=0, left=0):
     """Run FULL_DISK on a file system of so many bytes; return what it printed."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    program = f"FULL_AT, LEFT = {full_at}, {left}\n{FULL_DISK}"
-    mount = f'mount -t tmpfs -o size={num_bytes} tmpfs {disk} || exit 99; exec "$@"'
-    python = [sys.executable, "-c", program, str(recipe_file), str(disk), str(tmp_path / "copy")]
-    done = subprocess.run(
-        ["unshare", "-rm", "sh", "-c", mount, "sh", *python], capture_output=True, text=True, cwd=ROOT
-    )
-    if done.returncode == 99 or "unshare failed" in done.stderr:
+    program = f"FULL_AT, LEFT, NUM_BYTES = {full_at}, {left}, {num_bytes}\n{OWN_DISK}{FULL_DISK}"
+    done = forked.run("-c", program, recipe_file, disk, tmp_path / "copy")
+    if done.returncode == 99:
         pytest.skip("no file system can be mounted here")
     assert done.returncode == 0, done.stderr
     return done.stdout

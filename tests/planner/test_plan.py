@@ -107,15 +107,15 @@ def predicted(outline, rows, length, trained, checkpointed, joined=True):
 # ---- against real steps ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("r", [16, 64])
-@pytest.mark.parametrize("name", ["llama", "qwen2", "phi3"])
+# the rank does not change what a model's own operations hold: one model has both. Shortest and longest rows, as the peak is
+# a polynomial of the length that is drawn through others; with all layers checkpointed, some and none
+@pytest.mark.parametrize(("name", "r"), [("llama", 16), ("qwen2", 16), ("qwen2", 64), ("phi3", 64)])
 def test_the_peak_is_that_of_real_training_steps(load_shape, name, r):
     lora = Lora(r=r)
     outline, real = outline_of(SHAPES[name](), lora), Measured(load_shape(name, lora))
-    for checkpointed in (0, 2, 4):
-        for length in (192, 384, 768, 1024):
-            found = predicted(outline, 1, length, length // 2, checkpointed).allocated_bytes
-            assert found == pytest.approx(real.step(1, length, length // 2, checkpointed), rel=0.05)
+    for checkpointed, length in ((0, 192), (0, 1024), (2, 384), (2, 768), (4, 192), (4, 1024)):
+        found = predicted(outline, 1, length, length // 2, checkpointed).allocated_bytes
+        assert found == pytest.approx(real.step(1, length, length // 2, checkpointed), rel=0.05)
 
 
 def test_with_kernels_off_the_peak_is_that_of_real_training_steps(load_shape):
@@ -276,7 +276,7 @@ def test_the_peak_grows_with_tokens_and_falls_with_checkpointed_layers(llama2_7b
 
 
 def test_an_outline_between_two_ranks_is_that_of_the_rank():
-    config = SEVEN_B["Llama-3-8B"][0]
+    config = SEVEN_B["Llama-2-7B"][0]
     low, high, wanted = (outline_of(config, Lora(r=r), "cuda") for r in (16, 32, 64))
     blended = low.blend(high, 3)
     for layers, length in ((0, 100), (32, 20_000)):

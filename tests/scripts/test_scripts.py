@@ -1,11 +1,10 @@
 """Each script runs, at a tiny size: one that nobody runs rots."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 
+from tests import forked
 from tests.conftest import CONVERSATIONS, messages, write_jsonl
 from tests.test_layout import ROOT
 
@@ -40,7 +39,7 @@ def run(tiny_model, tmp_path):
 
     def run(script, arguments):
         words = [str(places.get(word, word)) for word in arguments.split()]
-        done = subprocess.run([sys.executable, SCRIPTS / script, *words], capture_output=True, text=True, timeout=300)
+        done = forked.run(SCRIPTS / script, *words)
         assert done.returncode == 0, done.stderr[-3000:]
         return done.stdout
 

@@ -18,7 +18,7 @@ from qlora.methods import low_rank
 from qlora.recipe import Recipe
 from qlora.runs.folder import RunDir
 from qlora.system.errors import DoesNotFit, InputError, ProofFailed
-from qlora.terminal import console
+from qlora.system.units import size
 from tests.conftest import CONVERSATIONS, FAMILIES, messages, write_jsonl
 
 
@@ -235,7 +235,7 @@ def test_a_run_says_and_keeps_which_layers_were_checkpointed_and_its_peak(make_r
     assert kept["predicted_bytes"] > 0
     printed = capsys.readouterr().err
     assert said in printed
-    sizes = [console.size(kept[name]) for name in ("peak_bytes", "predicted_bytes")]
+    sizes = [size(kept[name]) for name in ("peak_bytes", "predicted_bytes")]
     assert f"peak {sizes[0]} (predicted {sizes[1]}); loss" in printed
     weights = {
         path.relative_to(run.path) for path in run.path.rglob("*") if path.suffix in (".safetensors", ".bin", ".pt")

@@ -81,8 +81,7 @@ def _how_to_go_on(run, change=""):
 
 def _train(recipe, resumed):
     """Train from the beginning, or go on with a Resumed run."""
-    from .. import base_model, kernels, methods
-    from .. import training as sft
+    from .. import base_model, kernels, methods, training
     from ..exporter import merge, proof
     from ..jobs.prepared_data import prepare, refuse_pointless, say_report
     from ..runs.checkpoints import Checkpoints
@@ -154,19 +153,16 @@ def _train(recipe, resumed):
             if recipe.data.packing and not (installed.joined or kernels.attention.joins(model.get_base_model())):
                 raise InputError("data.packing: rows of this architecture cannot be joined; set data.packing=false")
             _print_kernels(installed, model.device)
-            result = sft.train(
+            result = training.train(
                 model,
                 tokenizer,
-                prepared.batches,
-                held_out,
-                recipe.training,
+                training.Rows(prepared.batches, held_out),
+                training.Settings(recipe.training, checkpointed_layers, offload, predicted, installed=installed),
                 run,
-                checkpointed_layers,
-                offload,
-                predicted,
-                installed=installed,
-                saving=sft.Saving(
+                training.Saving(
                     to=Checkpoints(run.checkpoints, environment["id"]),
+                    every=recipe.training.save_steps,
+                    limit=recipe.training.save_total_limit,
                     fingerprint=fingerprint | of_base,
                     resume=resumed and resumed.checkpoint,
                     stop=stop,

@@ -137,7 +137,7 @@ def _peft_model(model, config):
 def to_dtype(peft_model, dtype):
     """Cast what is trained to `dtype`.
 
-    PEFT makes float32 adapters for quantized bases; the model computes in one dtype, see training.MasterWeights for updates.
+    PEFT makes float32 adapters for quantized bases; the model computes in one dtype, see training.masters for updates.
     """
     for parameter in peft_model.parameters():
         if parameter.requires_grad:

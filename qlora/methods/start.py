@@ -221,4 +221,4 @@ def _split_off(peft_model, kind):
         A.held, B.held = (
             (slice(rank, None),),
             (slice(None), slice(rank, None)),
-        )  # training.MasterWeights keeps these as they are
+        )  # training.masters keeps these as they are

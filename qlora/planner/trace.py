@@ -203,7 +203,7 @@ def _positions(count):
 
 
 def _loss_on_cpu(peft_model, num_tokens, num_scored, chunk, lean):
-    """What training.loss_of_trained_positions computes, the positions given instead of looked for.
+    """What supervised.loss_of_trained_positions computes, the positions given instead of looked for.
 
     lean: with kernels.loss, whose loop over positions is of another length at each size.
     """

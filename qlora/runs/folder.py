@@ -18,17 +18,12 @@ evals/            scores on other rows, never taken for the run's own
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import hashlib
 import json
-import os
 import shlex
-import shutil
-import uuid
 from pathlib import Path
 
-from ..system.errors import InputError, Interrupted
 from ..recipe import Recipe
+from ..system.errors import InputError, Interrupted
 from ..system.storage import locked, refuse_nonempty, write_text
 
 

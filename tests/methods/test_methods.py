@@ -561,7 +561,7 @@ def test_pissa_trains_what_pefts_pissa_trains_and_leaves_the_base_alone(load_mod
         for _ in range(2):
             optimizer.zero_grad()
             model(input_ids=ids, labels=ids).loss.backward()
-            for parameter in trained:  # as training.MasterWeights does
+            for parameter in trained:  # as training.masters does
                 if hasattr(parameter, "held"):
                     parameter.grad[parameter.held] = 0
             optimizer.step()

@@ -4,8 +4,8 @@ import os
 
 import pytest
 
-from qlora.system.errors import DoesNotFit, InputError, Interrupted
 from qlora.runs.folder import RunDir
+from qlora.system.errors import DoesNotFit, InputError, Interrupted
 from qlora.system.storage import new_folder, refuse_nonempty, write_json
 
 

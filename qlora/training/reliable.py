@@ -173,6 +173,8 @@ class Reliable(Hooks):
         inputs = self.data_collator([self.train_dataset[int(index)] for index in largest])
         rows = inputs.pop("rows", ())
         self.moment = Moment("in the rehearsal, before the first step", inputs, rows)
+        # what the loop sets before each step: a loss that is a mean of micro-batches is divided by it
+        self.current_gradient_accumulation_steps = self.args.gradient_accumulation_steps
         step, num_items = super().training_step, self.objective.num_items(inputs)
         rehearse(self, lambda: step(self.model_wrapped, dict(inputs), num_items))
         self.rehearsed_bytes = self.peak.bytes

@@ -14,10 +14,11 @@ import time
 
 import torch
 
-from qlora import base_model, kernels, methods, training
+from qlora import base_model, kernels, methods
 from qlora.kernels import attention
 from qlora.recipe import Recipe
 from qlora.system.libraries import hush_libraries
+from qlora.training.objectives import supervised
 
 ALL = dict(kernels._KINDS)
 VARIANTS = {
@@ -52,7 +53,7 @@ def step(model, inputs, lean):
     begin = time.perf_counter()
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         if device.type == "cpu":
-            loss = training.loss_of_trained_positions(model, inputs, None, lean)
+            loss = supervised.loss_of_trained_positions(model, inputs, None, lean)
         else:
             loss = model(**inputs, use_cache=False).loss
     loss.backward()
@@ -81,7 +82,7 @@ def main():
         generator=torch.Generator().manual_seed(0),
     ).tolist()
     rows = [{"input_ids": row, "labels": [-100] * (len(row) // 2) + row[len(row) // 2 :]} for row in ids]
-    inputs = {k: v.to(model.device) if torch.is_tensor(v) else v for k, v in training.join_rows(rows).items()}
+    inputs = {k: v.to(model.device) if torch.is_tensor(v) else v for k, v in supervised.join_rows(rows).items()}
     found = {name: [] for name in VARIANTS}
     for _ in range(args.rounds):
         for name, names in VARIANTS.items():

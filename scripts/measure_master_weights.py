@@ -15,7 +15,7 @@ RATES = [1e-3, 1e-4, 1e-5]
 
 
 class NoMasters:
-    """Stands in for training.MasterWeights: gradients and steps in the model's own bf16."""
+    """Stands in for MasterWeights: gradients and steps in the model's own bf16."""
 
     def __init__(self, live):
         self.live = self.masters = live
@@ -35,10 +35,11 @@ def run(args, learning_rate, masters):
     """Return (mean loss of the last ten steps, share of A that moved)."""
     import torch
 
-    from qlora import Recipe, methods, train, training
+    from qlora import Recipe, methods, train
     from qlora.runs import record
+    from qlora.training import trained
 
-    training.trainer.MasterWeights = masters
+    trained.MasterWeights = masters
     start = {}
     attach = methods.attach
 
@@ -84,9 +85,9 @@ def main():
     from qlora.system.libraries import hush_libraries
 
     hush_libraries()
-    from qlora import training
+    from qlora.training.masters import MasterWeights
 
-    sides = (("float32 masters", training.MasterWeights), ("bf16 only", NoMasters))
+    sides = (("float32 masters", MasterWeights), ("bf16 only", NoMasters))
     for learning_rate in args.rates:
         for name, masters in sides:
             loss, moved = run(args, learning_rate, masters)

@@ -9,13 +9,13 @@ import torch
 from bitsandbytes.nn import Params4bit
 
 from qlora import base_model, methods
-from qlora import training as sft
 from qlora.commands.export import export
 from qlora.commands.train import train
 from qlora.kernels import attention, nf4
 from qlora.kernels.checkpointing import Host, checkpointed
 from qlora.recipe import Lora
 from qlora.system.errors import DoesNotFit
+from qlora.training.objectives.supervised import Trainer
 from tests.conftest import messages, write_jsonl
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -55,10 +55,8 @@ def test_losses_on_the_gpu_are_those_of_the_cpu(make_recipe, tmp_path, monkeypat
 
 def test_optimizer_states_of_large_adapters_are_paged(make_recipe, monkeypatch):
     made = []
-    original = sft.Trainer.create_optimizer
-    monkeypatch.setattr(
-        sft.Trainer, "create_optimizer", lambda self, model=None: made.append(original(self)) or made[-1]
-    )
+    original = Trainer.create_optimizer
+    monkeypatch.setattr(Trainer, "create_optimizer", lambda self, model=None: made.append(original(self)) or made[-1])
     # 1,024 x 128: over the 100,000 numbers from which bitsandbytes pages
     train(make_recipe(lora={"r": 1024, "lora_alpha": 1024, "target_modules": ["down_proj"]}))
     paged = [state["state1"] for state in made[0].state.values() if getattr(state["state1"], "is_paged", False)]
@@ -162,7 +160,7 @@ def test_a_run_that_the_card_refuses_memory_says_what_was_asked_and_free(make_re
         data={"train": str(rows), "max_length": 512, "overlong": "truncate", "eval_fraction": 0.0},
         training={"per_device_train_batch_size": 64},
     )
-    rehearse = sft.Trainer.rehearse
+    rehearse = Trainer.rehearse
 
     def limited(*args):
         torch.cuda.empty_cache()
@@ -170,7 +168,7 @@ def test_a_run_that_the_card_refuses_memory_says_what_was_asked_and_free(make_re
         torch.cuda.set_per_process_memory_fraction(share)
         return rehearse(*args)
 
-    monkeypatch.setattr(sft.Trainer, "rehearse", limited)
+    monkeypatch.setattr(Trainer, "rehearse", limited)
     try:
         with pytest.raises(
             DoesNotFit, match=r"in the rehearsal, .*: [\d.]+ \wiB requested, [\d.]+ \wiB free\n  training rows"
@@ -182,10 +180,8 @@ def test_a_run_that_the_card_refuses_memory_says_what_was_asked_and_free(make_re
 
 def test_a_run_on_the_gpu_is_stopped_and_resumed_with_its_states_paged(make_recipe, tmp_path, monkeypatch):
     made = []
-    original = sft.Trainer.create_optimizer
-    monkeypatch.setattr(
-        sft.Trainer, "create_optimizer", lambda self, model=None: made.append(original(self)) or made[-1]
-    )
+    original = Trainer.create_optimizer
+    monkeypatch.setattr(Trainer, "create_optimizer", lambda self, model=None: made.append(original(self)) or made[-1])
     lora = {"r": 1024, "lora_alpha": 1024, "lora_dropout": 0.1, "target_modules": ["down_proj"]}
     settings = {"lora": lora, "training": {"max_steps": 6, "save_steps": 1, "save_total_limit": None}}
     whole = train(make_recipe(**settings, output_dir=str(tmp_path / "whole")))

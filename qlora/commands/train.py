@@ -72,16 +72,19 @@ def _train(recipe, resumed):
                 result = training.train(
                     opened.model,
                     prepared.tokenizer,
-                    prepared.batches,
-                    prepared.eval_examples,
-                    recipe.training,
+                    training.Rows(prepared.batches, prepared.eval_examples),
+                    training.Settings(
+                        recipe.training,
+                        planned.checkpointed_layers,
+                        planned.offload,
+                        planned.predicted_bytes,
+                        installed=installed,
+                    ),
                     run,
-                    planned.checkpointed_layers,
-                    planned.offload,
-                    planned.predicted_bytes,
-                    installed=installed,
-                    saving=training.Saving(
+                    training.Saving(
                         to=Checkpoints(run.checkpoints, opened.environment["id"]),
+                        every=recipe.training.save_steps,
+                        limit=recipe.training.save_total_limit,
                         fingerprint=opened.fingerprint,
                         resume=resumed and resumed.checkpoint,
                         stop=stop,

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from ..recipe.optimizers import DEFAULT, OPTIMIZERS
 from . import cards, speed
 from .cards import CARDS, Card, card_of
 from .footprint import CONTEXT_BYTES, Load, NoPlan, Outline, Usage, checkpoint_bytes, outline, usage
@@ -256,8 +257,8 @@ def _changes(job, now):
     if not now.offload and not now.fits:
         settings = "memory.gradient_checkpointing=true memory.offload=true"
         yield settings, job.but(gradient_checkpointing=True, offload=True)
-    if not training.optim.endswith("8bit"):
-        yield "training.optim=paged_adamw_8bit", job.but(optim="paged_adamw_8bit")
+    if OPTIMIZERS[training.optim].bits > OPTIMIZERS[DEFAULT].bits:
+        yield f"training.optim={DEFAULT}", job.but(optim=DEFAULT)
     for other in sorted({rows // 2, 1, 2 * rows, 4 * rows} - {0, rows}):
         if load.rows != rows or load.packed or rows * accumulation % other:
             continue  # the rows of a step stay as many

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .. import base_model, methods
+from ..recipe.optimizers import OPTIMIZERS
 from ..system.errors import QLoRAError
 from . import trace
 from .speed import Work
@@ -179,7 +180,7 @@ def usage(model: Outline, load: Load, training, checkpointed, offload, eval_load
     accumulates = training.gradient_accumulation_steps > 1
     always = {
         "weights": model.weights,
-        "adapter": model.trained_bytes + 4 * numbers,  # and sft.MasterWeights
+        "adapter": model.trained_bytes + 4 * numbers,  # and training.masters
         "optimizer": _optimizer_bytes(model.trained, training.optim),
     }
     summed = 4 * numbers if accumulates else 0.0
@@ -209,7 +210,7 @@ def usage(model: Outline, load: Load, training, checkpointed, offload, eval_load
     if not on_cuda:  # the host's memory is the one there is
         found["checkpoints"], host_bytes = found["checkpoints"] + host_bytes, 0
     large = model.trained[model.trained >= _PAGED_FROM]
-    paged = on_cuda and training.optim.startswith("paged") and where != "loading"
+    paged = on_cuda and OPTIMIZERS[training.optim].paged and where != "loading"
     paged_bytes = round(_optimizer_bytes(large, training.optim)) if paged else 0
     return Usage(found, where, host_bytes, paged_bytes)
 
@@ -274,11 +275,11 @@ def _optimizer_bytes(trained, optim):
 
     bitsandbytes 0.50.2, optim/optimizer.py: tensors under 4,096 numbers stay in 32 bit; a float32 for each block of 256.
     """
-    states = 1 if "lion" in optim else 2
-    if not optim.endswith("8bit"):
-        return states * 4 * trained.sum()
+    kept = OPTIMIZERS[optim]
+    if kept.bits == 32:
+        return kept.states * 4 * trained.sum()
     small = trained < 4096
-    return states * (np.where(small, 4 * trained, trained + 4 * np.ceil(trained / 256))).sum()
+    return kept.states * (np.where(small, 4 * trained, trained + 4 * np.ceil(trained / 256))).sum()
 
 
 def checkpoint_bytes(model: Outline, optim):
@@ -290,4 +291,4 @@ def _optimizer_work(model, numbers, largest, optim):
     """Return what a step of the optimizer needs for itself."""
     if model.device_kind == "cpu":
         return 12 * largest  # one tensor at a time, in float32
-    return 4 * numbers if optim == "adamw_torch" else 0.0  # torch goes through all tensors at once, with one copy
+    return 4 * numbers if OPTIMIZERS[optim].copies_all else 0.0

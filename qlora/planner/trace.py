@@ -26,7 +26,7 @@ from ..system import memory
 # B batch (1), H heads, T tokens, D head dim, N scored positions, V vocabulary, C positions in a chunk of the head
 
 _ATTENTION = "qlora_plan"
-VOCAB_CHUNK_SIZE = 32768  # of trl 1.16, whose trainer/utils.py is slow to import; tests/test_versions.py compares them
+VOCAB_CHUNK_SIZE = 32768  # of trl 1.16, whose trainer/utils.py is slow to import; tests/planner compares them
 # (T, N, C, longest document, tokens of a tile) to run at: as many as there are terms in `growth`
 _POINTS = (
     (256, 128, 64, 256, 192),
@@ -202,7 +202,7 @@ def _positions(count):
 
 
 def _loss_on_cpu(peft_model, num_tokens, num_scored, chunk, lean):
-    """What training.loss_of_trained_positions computes, the positions given instead of looked for.
+    """What supervised.loss_of_trained_positions computes, the positions given instead of looked for.
 
     lean: with kernels.loss, whose loop over positions is of another length at each size.
     """

@@ -23,7 +23,7 @@ from pydantic import (
 )
 
 from ..system.errors import InputError
-from . import explain
+from . import explain, optimizers
 
 _LARGEST = 2**31 - 1  # a count that the libraries can take
 Positive = Annotated[int, Field(ge=1, le=_LARGEST)]
@@ -359,15 +359,7 @@ class Training(Section):
     """micro-batches a step; the loss is the mean over the step's trained tokens"""
     learning_rate: Annotated[float, Field(gt=0, le=1000)] = 2e-4
     """the highest, after the warmup"""
-    optim: Literal[
-        "paged_adamw_8bit",
-        "paged_adamw_32bit",
-        "adamw_8bit",
-        "adamw_torch",
-        "adamw_torch_fused",
-        "paged_lion_8bit",
-        "paged_lion_32bit",
-    ] = "paged_adamw_8bit"
+    optim: optimizers.Name = optimizers.DEFAULT
     """or paged_adamw_32bit, adamw_8bit, adamw_torch, adamw_torch_fused, paged_lion_8bit, paged_lion_32bit"""
     lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
     """linear, constant, constant_with_warmup"""

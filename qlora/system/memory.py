@@ -63,8 +63,12 @@ class Peak:
     mapped or cached are not held, the system takes their pages back when it needs them.
     """
 
+    def __init__(self):
+        self._most, self._on_gpu = 0, False
+        self._done = threading.Event()
+        self._done.set()
+
     def __enter__(self):
-        self._most = 0
         self._done = threading.Event()
         self._on_gpu = torch.cuda.is_available()
         if self._on_gpu:

@@ -1,36 +1,55 @@
-"""Supervised fine-tuning: a trl SFTTrainer put together from finished parts (model, examples, settings)."""
+"""A training: model, rows and settings go in, a Result comes out; what happens on the way is told as events."""
 
 from __future__ import annotations
 
 import contextlib
-import math
 import warnings
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
-
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from trl import SFTConfig
-from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from .. import base_model, kernels
 from ..data import Packs
 from ..kernels import attention
 from ..kernels.checkpointing import checkpointed
-from ..runs import checkpoints
 from ..runs.record import recorded
 from ..system import memory
 from ..system.errors import DoesNotFit
 from ..system.storage import write_json
-from . import rows
-from .clock import Clock
-from .masters import MasterWeights
+from .arguments import arguments_of
 from .neftune import noisy_embeddings
-from .rows import join_rows
+from .objectives.supervised import Supervised
+from .reliable import Reliability
+from .saving import Saving
 from .shortage import too_much, what_would_help
-from .trainer import Begins, Rehearsal, Saves, Saving, Schedule, Trainer, loss_of_trained_positions
-from .watchdog import Watch
 
-__all__ = ["MasterWeights", "Result", "Saving", "Trainer", "join_rows", "loss_of_trained_positions", "train"]
+__all__ = ["Result", "Rows", "Saving", "Settings", "train"]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What is trained on, and what is held out. train: a sequence of data.Example, data.Packs, or data.Batches, read when
+    needed. held_out: a sequence of data.Example."""
+
+    train: Sequence
+    held_out: Sequence = ()
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How it is trained.
+
+    training: the recipe's section. checkpointed_layers, offload: of kernels.checkpointing. predicted_bytes: what somebody
+    expects the peak to be; is only written down, in memory.json, beside what was measured. rehearse: run the largest
+    micro-batch once before the first step; it changes no number. installed: the kernels that the model computes with.
+    """
+
+    training: Any
+    checkpointed_layers: int = 0
+    offload: bool = False
+    predicted_bytes: int | None = None
+    rehearse: bool = True
+    installed: kernels.Installed = field(default_factory=kernels.Installed)
 
 
 @dataclass(frozen=True)
@@ -51,28 +70,11 @@ class Result:
     rehearsed_bytes: int | None
 
 
-def train(
-    model,
-    tokenizer,
-    examples,
-    eval_examples,
-    training,
-    run,
-    checkpointed_layers=0,
-    offload=False,
-    predicted_bytes=None,
-    rehearse=True,
-    installed=kernels.OFF,
-    saving=None,
-):
-    """Train the adapters of `model` in place; return the Result.
+def train(model, tokenizer, rows: Rows, settings: Settings, run, saving=None) -> Result:
+    """Train the adapters of `model`, a PeftModel whose adapters alone require gradients, in place.
 
-    model: a PeftModel whose adapters alone require gradients. examples: a sequence of data.Example, data.Packs, or
-    data.Batches, read when needed. eval_examples: a sequence of data.Example.
-    training: the recipe's section.
-    checkpointed_layers, offload: of kernels.checkpointing. predicted_bytes: what somebody expects the peak to be; is only
-    written down, in memory.json, beside what was measured. rehearse: run the largest micro-batch once before the first
-    step; it changes no number. installed: the kernels that the model computes with. saving: of checkpoints.
+    run: a RunDir; gets metrics.jsonl, tensorboard/ and memory.json. saving: of checkpoints; None for none.
+    Emits the events of runs/record.py.
 
     Raises:
         Interrupted: saving.stop asked for it; a checkpoint has all that was done.
@@ -81,83 +83,45 @@ def train(
         TrainingFailed: a few losses or gradients are not finite (such a step is not taken), the loss has diverged, or an
             adapter does not move.
     """
-    joined = installed.joined or isinstance(examples, Packs)
-    dtype = model.get_input_embeddings().weight.dtype  # now: trl casts what is trained, the embedding maybe with it
-    layers = base_model.decoder_layers(model)
-    pad = DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id)
-    trainer = Trainer(
-        model=model,
-        # of rows that are sorted by length, the first ones say nothing about the others
-        watch=Watch(training.watchdog_steps, **({"first": math.inf} if training.group_by_length else {})),
-        args=_config(training, run, model.device, bool(eval_examples)),
-        train_dataset=rows.dataset(examples),
-        eval_dataset=rows.dataset(eval_examples) if eval_examples else None,
-        processing_class=tokenizer,
-        data_collator=rows.numbered(lambda batch: (join_rows if joined else pad)(rows.unbatched(batch))),
+    joined, section = settings.installed.joined or isinstance(rows.train, Packs), settings.training
+    objective = Supervised(tokenizer, joined, settings.installed.loss)
+    arguments = arguments_of(section, run.path, model.device, bool(rows.held_out))
+    trainer = objective.trainer(
+        model,
+        rows,
+        arguments,
+        Reliability(
+            rehearse=settings.rehearse,
+            group_by_length=section.group_by_length,
+            watchdog_steps=section.watchdog_steps,
+            saving=saving or Saving(),
+        ),
     )
-    trainer.lean_loss = installed.loss
-    trainer.saving = saving = saving or Saving()
-    if saving.resume is not None:
-        trainer.resumed = resumed = checkpoints.read_state(saving.resume)
-        trainer.num_lines = resumed["lines"]
-        trainer.clock = Clock(resumed["seconds"], resumed["outside_seconds"], resumed["tokens"])
-    else:
-        trainer.clock = Clock()
-    lengths = rows.lengths_of(examples, joined)
-    if training.group_by_length:
-        trainer.lengths = lengths
-    for parameter in model.parameters():
-        if parameter.requires_grad:  # trl casts the adapters of a quantized base to bf16, whatever it computes in
-            parameter.data = parameter.data.to(dtype)
-    for printer in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(printer)
-    trainer.add_callback(Schedule(trainer.trainable.schedule))
-    if rehearse:
-        trainer.add_callback(Rehearsal(trainer, lengths))
-    trainer.add_callback(Begins(trainer))
-    trainer.save_total_limit = training.save_total_limit
-    trainer.add_callback(Saves(trainer, training.save_steps))
     measured: dict[str, Any] = {
-        "layers": len(layers),
-        "checkpointed_layers": checkpointed_layers,
-        "offload": offload,
-        "predicted_bytes": predicted_bytes,
+        "layers": len(base_model.decoder_layers(model)),
+        "checkpointed_layers": settings.checkpointed_layers,
+        "offload": settings.offload,
+        "predicted_bytes": settings.predicted_bytes,
     }
-    trainer.peak = peak = memory.Peak()
     try:
-        alpha = training.neftune_noise_alpha
-        with (
-            recorded(run),
-            peak,
-            warnings.catch_warnings(),
-            checkpointed(layers, checkpointed_layers, offload),
-            attention.within_documents(model, plain=not installed.joined) if joined else contextlib.nullcontext(),
-            noisy_embeddings(model, alpha) if alpha else contextlib.nullcontext(),
-        ):
-            # known and harmless: said once in the docs instead of in every run
-            warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
-            mean_loss = trainer.train(resume_from_checkpoint=saving.resume and str(saving.resume)).training_loss
-            if trainer.failure is not None:
-                trainer.refuse_left()
-            trainer.refuse_nothing_taken()
-            trainer.refuse_broken_weights()
-            eval_loss = trainer.last_evaluation() if eval_examples else None
-            trainer.refuse_left()
+        with recorded(run), _computing(model, settings, joined):
+            loss, eval_loss = trainer.fit()
     except (RuntimeError, MemoryError) as error:
         if not memory.is_refusal(error):
             raise
-        longest = max(map(rows.length, eval_examples)) if trainer.moment.evaluates else max(lengths)
-        changes = what_would_help(training, measured, model.device.type == "cuda", trainer.moment.evaluates, longest)
         measured["out_of_memory"] = f"{trainer.moment.when}: {memory.refused(error)}"
+        evaluates = trainer.moment.evaluates
+        longest = max(len(row.input_ids) for row in rows.held_out) if evaluates else max(trainer.reliability.lengths)
+        changes = what_would_help(section, measured, model.device.type == "cuda", evaluates, longest)
         raise DoesNotFit(too_much(trainer, measured, changes)) from None
     finally:
-        measured |= {"rehearsed_bytes": trainer.rehearsed_bytes, "peak_bytes": peak.bytes}
-        if trainer.begun or saving.resume is None:  # what a run has measured stays where it could not go on
+        measured |= {"rehearsed_bytes": trainer.rehearsed_bytes, "peak_bytes": trainer.peak.bytes}
+        if trainer.begun or trainer.resumed is None:  # what a run has measured stays where it could not go on
             write_json(run.memory_file, measured)
-    steps, seconds = trainer.state.global_step, trainer.clock.elapsed()
+    seconds = trainer.clock.elapsed()
     return Result(
-        steps=steps,
-        loss=mean_loss * steps / (steps - trainer.watch.not_taken),  # transformers divides by all
+        steps=trainer.state.global_step,
+        loss=loss,
         eval_loss=eval_loss,
         tokens=trainer.num_tokens(),
         seconds=seconds,
@@ -167,41 +131,16 @@ def train(
     )
 
 
-def _config(training, run, device, evaluates):
-    steps = training.max_steps
-    config = SFTConfig(
-        output_dir=str(run.path),
-        num_train_epochs=training.num_train_epochs,
-        max_steps=-1 if steps is None else steps,
-        per_device_train_batch_size=training.per_device_train_batch_size,
-        per_device_eval_batch_size=training.per_device_eval_batch_size,
-        gradient_accumulation_steps=training.gradient_accumulation_steps,
-        learning_rate=training.learning_rate,
-        optim=training.optim,
-        lr_scheduler_type=training.lr_scheduler_type,
-        warmup_steps=training.warmup_ratio,  # a float below 1 is a share of the steps
-        weight_decay=training.weight_decay,
-        # the norm is computed in any case: it tells whether a step is finite
-        max_grad_norm=training.max_grad_norm or math.inf,  # 0 is no clipping too, as in transformers
-        logging_steps=training.logging_steps,
-        logging_nan_inf_filter=False,  # the default logs 0.0 for a loss that is not finite
-        eval_strategy="steps" if evaluates and training.eval_steps else "no",
-        eval_steps=training.eval_steps,
-        save_strategy="no",
-        seed=training.seed,
-        gradient_checkpointing=False,  # trl knows all layers or none; kernels.checkpointing takes some
-        prediction_loss_only=True,  # an evaluation that kept logits would hold vocabulary * tokens of them
-        bf16=False,  # autocast off: the model is bf16 throughout, and autocast would only add copies
-        max_length=None,
-        dataset_kwargs={"skip_prepare_dataset": True},
-        remove_unused_columns=False,
-        dataloader_pin_memory=device.type == "cuda",
-        use_cpu=device.type == "cpu",
-        report_to="none",
-        disable_tqdm=True,
-    )
-    # One process trains on one device: with several GPUs in sight the Trainer would multiply the batch by their number
-    # and wrap the model in DataParallel. Reading `device` first: it is what counts them.
-    assert config.device is not None
-    config._n_gpu = min(1, config.n_gpu)
-    return config
+@contextlib.contextmanager
+def _computing(model, settings, joined):
+    """Have the model compute as the settings say while the block runs."""
+    alpha, layers = settings.training.neftune_noise_alpha, base_model.decoder_layers(model)
+    with (
+        warnings.catch_warnings(),
+        checkpointed(layers, settings.checkpointed_layers, settings.offload),
+        attention.within_documents(model, plain=not settings.installed.joined) if joined else contextlib.nullcontext(),
+        noisy_embeddings(model, alpha) if alpha else contextlib.nullcontext(),
+    ):
+        # known and harmless: said once in the docs instead of in every run
+        warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
+        yield

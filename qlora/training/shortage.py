@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from ..recipe.optimizers import DEFAULT
+
 
 def too_much(trainer, measured, changes):
     """Return the message: when, for which rows, what was asked for and expected, and what to change, best first."""
     lines = [f"out of memory {measured['out_of_memory']}"]
-    lines += [f"  {trainer.moment.batch()}"] if trainer.moment.batch() else []
+    batch = trainer.moment.batch(trainer.objective)
+    lines += [f"  {batch}"] if batch else []
     known = {"predicted": measured["predicted_bytes"], "measured in the rehearsal": trainer.rehearsed_bytes}
     peaks = [f"{word} {num_bytes / 2**30:.2f} GiB" for word, num_bytes in known.items() if num_bytes]
     lines += [f"  peak {', '.join(peaks)}"] if peaks else []
@@ -28,8 +31,8 @@ def what_would_help(training, measured, on_gpu, evaluates, longest):
         rows = training.per_device_eval_batch_size
         return ([f"set training.per_device_eval_batch_size=1 (now {rows})"] if rows > 1 else []) + [shorter]
     found = []
-    if training.optim != "paged_adamw_8bit":
-        found.append(f"set training.optim=paged_adamw_8bit (now {training.optim})")
+    if training.optim != DEFAULT:
+        found.append(f"set training.optim={DEFAULT} (now {training.optim})")
     if number < total:
         found.append(f"set memory.gradient_checkpointing=true (now {number} of {total} layers)")
     if rows > 1:
@@ -46,24 +49,24 @@ def what_would_help(training, measured, on_gpu, evaluates, longest):
 
 @dataclass
 class Moment:
-    """What the trainer is about: when, in words, and with which rows. evaluates: these are held-out rows."""
+    """What the trainer is about: when, in words, and with which batch. evaluates: its rows are held out."""
 
     when: str
     inputs: Any = None
     rows: Any = ()  # their numbers, from 0
     evaluates: bool = False
 
-    def batch(self):
-        """Return the rows of the micro-batch in words: which, and how long."""
+    def batch(self, objective):
+        """Return the rows of the micro-batch in words: which, and how long; "" where there are none."""
         if self.inputs is None:
             return ""
-        segments, width = self.inputs.get("segments"), self.inputs["input_ids"].shape[1]
-        lengths = self.inputs["attention_mask"].cpu().sum(1).tolist() if segments is None else segments
-        many = len(lengths) > 1
+        lengths, padded = objective.lengths(self.inputs), self.inputs.get("segments") is None
+        many, width = len(lengths) > 1, max(lengths) if padded else sum(lengths)
         numbers = few([f"{number + 1:,}" for number in self.rows])
-        together = f", {'padded to' if segments is None else 'joined to one row of'} {width:,}" if many else ""
+        together = f", {'padded to' if padded else 'joined to one row of'} {width:,}" if many else ""
         kind = "held-out" if self.evaluates else "training"
-        return f"{kind} row{'s' * many} {numbers}: {few([f'{n:,}' for n in lengths])} tokens{together}"
+        row = f"row{'s' * many} {numbers}" if numbers else f"row{'s' * many}"
+        return f"{kind} {row}: {few([f'{n:,}' for n in lengths])} tokens{together}"
 
 
 def few(words, limit=8):

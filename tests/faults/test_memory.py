@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from qlora import base_model
-from qlora import training as sft
+from qlora.training.objectives import supervised
 from qlora.cli import main
 
 def limit(room):
@@ -68,11 +68,11 @@ MIB = 1 << 20
 @pytest.mark.parametrize(
     ("limits", "where"),
     [
-        (f"before(sft.Trainer, 'rehearse', 0, {32 * MIB})", r"in the rehearsal, before the first step: "),
-        (f"before(sft.Trainer, 'training_step', 1, {-64 * MIB})", r"in step [23], micro-batch 1: "),
+        (f"before(supervised.Trainer, 'rehearse', 0, {32 * MIB})", r"in the rehearsal, before the first step: "),
+        (f"before(supervised.Trainer, 'training_step', 1, {-64 * MIB})", r"in step [23], micro-batch 1: "),
         # less than there is already: not even the smallest piece
         pytest.param(
-            f"before(sft.Trainer, 'training_step', 2, {-64 * MIB})",
+            f"before(supervised.Trainer, 'training_step', 2, {-64 * MIB})",
             r"in step 3, micro-batch 1: ",
             marks=pytest.mark.slow,
         ),

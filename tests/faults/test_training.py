@@ -267,13 +267,13 @@ FULL_DISK = """
 import shutil, sys
 from pathlib import Path
 from types import SimpleNamespace
-from qlora import training as sft
+from qlora.training.objectives.supervised import Trainer
 from qlora.commands.train import train
 from qlora.system.errors import InputError
 from qlora.recipe import Recipe
 
 recipe, disk = sys.argv[1], Path(sys.argv[2])
-original, filler = sft.Trainer.save, disk / "filler"
+original, filler = Trainer.save, disk / "filler"
 
 def save(self):
     original(self)
@@ -281,7 +281,7 @@ def save(self):
         with open(filler, "wb", buffering=0) as file:
             file.write(bytes(shutil.disk_usage(disk).free - LEFT))
 
-sft.Trainer.save = save
+Trainer.save = save
 try:
     train(Recipe.load(recipe, [f"output_dir={disk / 'run'}"]))
 except InputError as error:
@@ -289,7 +289,7 @@ except InputError as error:
 left = sorted(path.name for path in (disk / "run").rglob("*"))
 filler.unlink(missing_ok=True)
 if "step-2" in left:
-    sft.Trainer.save = original
+    Trainer.save = original
     run = train(Recipe.load(recipe, [f"output_dir={disk / 'run'}"]), resume=True)
     shutil.copytree(run.path, sys.argv[3])
 print(left)

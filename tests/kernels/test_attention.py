@@ -16,7 +16,7 @@ from qlora.kernels import attention
 from qlora.kernels.attention import refuse_unsupported, within_documents
 from qlora.recipe import Lora
 from qlora.system.errors import InputError
-from qlora.training import join_rows
+from qlora.training.objectives.supervised import join_rows
 from tests.conftest import CONVERSATIONS, FAMILIES, encode, messages
 
 PACKABLE = [family for family in FAMILIES if family != "gemma2"]

@@ -8,8 +8,7 @@ from typing import ClassVar
 import pytest
 import torch
 
-from qlora import base_model, methods
-from qlora import training as sft
+from qlora import base_model, methods, training
 from qlora.exporter import merge
 from qlora.methods import contract
 from qlora.recipe import Adalora, Lora, Model, Training
@@ -132,8 +131,9 @@ def fit(load_model, tokenizer, tmp_path):
         examples = [encode(tokenizer, messages(turns)) for turns in CONVERSATIONS]
         defaults = {"max_steps": 4, "learning_rate": 1e-2, "warmup_ratio": 0.0, "gradient_accumulation_steps": 2,
                     "save_steps": 2, "save_total_limit": None, "weight_decay": 0.0}  # fmt: skip
-        saving = sft.Saving(to=Checkpoints(run.checkpoints, "run"), resume=resume)
-        sft.train(model, tokenizer, examples, [], Training(**{**defaults, **settings}), run, saving=saving)
+        saving = training.Saving(to=Checkpoints(run.checkpoints, "run"), every=2, resume=resume)
+        chosen = training.Settings(Training(**{**defaults, **settings}))
+        training.train(model, tokenizer, training.Rows(examples), chosen, run, saving)
         return model, run
 
     return fit

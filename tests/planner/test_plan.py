@@ -10,11 +10,12 @@ import transformers
 from bitsandbytes.optim import AdamW
 
 from qlora import base_model, kernels, methods, planner
-from qlora import training as sft
 from qlora.kernels import checkpointing
-from qlora.planner import cards
+from qlora.planner import cards, trace
 from qlora.recipe import Adalora, Lora, Model, Quantization, Training
 from qlora.system import memory
+from qlora.training.masters import MasterWeights
+from qlora.training.objectives import supervised
 
 _SHAPE = {
     "vocab_size": 512,
@@ -62,11 +63,11 @@ def load_shape(tmp_path_factory):
 
 
 class Measured:
-    """Training steps of a PeftModel as sft takes them, two micro-batches each, with the tensors that live counted."""
+    """Training steps of a PeftModel as training takes them, two micro-batches each, with the tensors that live counted."""
 
     def __init__(self, peft_model):
         self.model = peft_model
-        self.masters = sft.MasterWeights([p for p in peft_model.parameters() if p.requires_grad])
+        self.masters = MasterWeights([p for p in peft_model.parameters() if p.requires_grad])
         self.optimizer = AdamW(self.masters.masters, lr=1e-4, optim_bits=8)
         self.live = memory.LiveTensors(*base_model.tensors(peft_model), *self.masters.masters)
         self.hook = None
@@ -85,12 +86,12 @@ class Measured:
             self.live.peak = 0
             for _ in range(2):
                 if found.joined:
-                    inputs = sft.join_rows([{"input_ids": ids, "labels": labels}] * rows)
+                    inputs = supervised.join_rows([{"input_ids": ids, "labels": labels}] * rows)
                 else:
                     inputs = {"input_ids": torch.tensor([ids] * rows), "labels": torch.tensor([labels] * rows)}
                     inputs["attention_mask"] = torch.ones_like(inputs["labels"])
                 count = torch.tensor(rows * trained)
-                sft.loss_of_trained_positions(self.model, inputs, count, found.loss).backward()
+                supervised.loss_of_trained_positions(self.model, inputs, count, found.loss).backward()
                 self.masters.take_gradients()
                 del inputs
             self.optimizer.step()
@@ -391,3 +392,9 @@ def test_steps_and_hours_are_those_of_the_data(llama2_7b):
     found = planner.plan(job)
     assert found.steps == 2 * 63  # 1000 micro-batches, 16 a step
     assert found.hours == pytest.approx(2 * 63 * 16 * 2048 / found.tokens_per_second / 3600)
+
+
+def test_the_planner_cuts_the_vocabulary_as_trl_does():
+    from trl.trainer import utils
+
+    assert trace.VOCAB_CHUNK_SIZE == utils._CHUNKED_LOGPROB_CHUNK_SIZE

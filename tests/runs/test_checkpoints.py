@@ -4,6 +4,7 @@ import json
 import random
 import re
 import shutil
+import signal
 from pathlib import Path
 from typing import get_args
 
@@ -13,14 +14,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qlora import training as sft
 from qlora.commands.train import train
 from qlora.recipe import Recipe, Training
 from qlora.runs import checkpoints, record
 from qlora.runs.checkpoints import Checkpoints, Damaged
 from qlora.runs.folder import RunDir
-from qlora.system import signals
 from qlora.system.errors import DoesNotFit, InputError, Interrupted, TrainingFailed
+from qlora.training.masters import MasterWeights
+from qlora.training.objectives.supervised import Trainer
 from tests.conftest import messages, write_jsonl
 
 # the tiny model's layers have 32 to 128 numbers a side: 32 ranks make some of them large enough for 8-bit states
@@ -63,18 +64,17 @@ def recipe_of(make_recipe, rows, tmp_path):
 
 
 def stop_at(monkeypatch, step):
-    """Let the signal handler run, as if SIGTERM came, while `step` is computed (1, 2, ...)."""
-    from qlora import training as sft
+    """Send SIGTERM while `step` is computed (1, 2, ...)."""
 
-    original = sft.Trainer.training_step
+    original = Trainer.training_step
 
     def stopped(self, *args, **kwargs):
-        if self.state.global_step == step - 1 and signals._noted.number is None:
-            signals._on_signal(15, None)
+        if self.state.global_step == step - 1 and self.saving.stop.number is None:
+            signal.raise_signal(signal.SIGTERM)
         return original(self, *args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(sft.Trainer, "training_step", stopped)
+        patch.setattr(Trainer, "training_step", stopped)
         yield
 
 
@@ -140,16 +140,15 @@ def test_a_run_that_is_stopped_and_resumed_is_the_run_that_was_not(recipe_of, ro
 
 
 def test_steps_that_are_not_taken_are_the_same_in_a_resumed_run(recipe_of, monkeypatch, capsys):
-    from qlora import training as sft
 
-    original, trainers = sft.Trainer.compute_loss, []
+    original, trainers = Trainer.compute_loss, []
 
     def overflowing(self, model, *args, **kwargs):
         trainers.append(self)
         broken = model.training and self.state.global_step + 1 in (3, 6)
         return original(self, model, *args, **kwargs) * float("nan" if broken else 1)
 
-    monkeypatch.setattr(sft.Trainer, "compute_loss", overflowing)
+    monkeypatch.setattr(Trainer, "compute_loss", overflowing)
     settings = {"adalora": ADALORA, "eval_steps": 2, "logging_steps": 4, "watchdog_steps": 4}
     whole = train(recipe_of("whole", **settings))
     watched = trainers[-1].watch.state()
@@ -550,7 +549,7 @@ def test_a_finished_run_that_cannot_go_on_is_left_as_it_was(recipe_of, monkeypat
         expected = InputError
     else:
         expected = DoesNotFit
-        monkeypatch.setattr(sft.Trainer, "rehearse", refuse_memory)
+        monkeypatch.setattr(Trainer, "rehearse", refuse_memory)
     before = contents(run.path)
     with pytest.raises(expected):
         train(longer, resume=True, allow_change=allowed)
@@ -598,9 +597,8 @@ def test_no_saving_changes_a_number(recipe_of):
 
 
 def test_numbers_that_are_not_finite_never_reach_a_checkpoint(recipe_of, monkeypatch, tmp_path):
-    from qlora import training as sft
 
-    original = sft.MasterWeights.clear_gradients
+    original = MasterWeights.clear_gradients
 
     calls = iter(range(99))
 
@@ -609,29 +607,28 @@ def test_numbers_that_are_not_finite_never_reach_a_checkpoint(recipe_of, monkeyp
         if next(calls) == 4:
             self.masters[0].data[0, 0] = float("nan")
 
-    monkeypatch.setattr(sft.MasterWeights, "clear_gradients", poison)
+    monkeypatch.setattr(MasterWeights, "clear_gradients", poison)
     with pytest.raises(TrainingFailed, match=r"weights/.* contains non-finite values after step 5"):
         train(recipe_of("run", save_steps=1))
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["step-3", "step-4"]
 
 
 def test_an_evaluation_that_is_left_is_made_up_for(recipe_of, monkeypatch):
-    from qlora import training as sft
 
     settings = {"eval_steps": 3, "max_steps": 6, "per_device_eval_batch_size": 1}
     whole, recipe = train(recipe_of("whole", **settings)), recipe_of("other", **settings)
-    original = sft.Trainer.prediction_step
+    original = Trainer.prediction_step
     # 4 rows each: in the evaluation after step 3; the one after step 6, when the other was made up for; the last, likewise
     for number, at in enumerate((1, 5, 5)):
         calls = iter(range(99))
 
         def stopping(self, *args, calls=calls, at=at, **kwargs):
             if next(calls) == at:
-                signals._on_signal(2, None)
+                signal.raise_signal(signal.SIGINT)
             return original(self, *args, **kwargs)
 
         with monkeypatch.context() as patch:
-            patch.setattr(sft.Trainer, "prediction_step", stopping)
+            patch.setattr(Trainer, "prediction_step", stopping)
             with pytest.raises(Interrupted) as caught:
                 train(recipe, resume=number > 0)
         assert caught.value.exit_code == 130

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qlora import training as sft
+from qlora import training
 from qlora.commands.train import train
 from qlora.training.neftune import noisy_embeddings
 
@@ -108,8 +108,8 @@ def test_there_is_no_noise_in_evaluation_nor_after_the_block(model):
 
 @pytest.mark.parametrize("packing", [True, False])
 def test_training_with_noise_is_another_training_with_the_same_evaluation(make_recipe, tmp_path, monkeypatch, packing):
-    models, original = [], sft.train
-    monkeypatch.setattr(sft, "train", lambda model, *a, **kw: models.append(model) or original(model, *a, **kw))
+    models, original = [], training.train
+    monkeypatch.setattr(training, "train", lambda model, *a, **kw: models.append(model) or original(model, *a, **kw))
     runs = {}
     for name, alpha, learning_rate in [("none", None, 1e-2), ("five", 5.0, 1e-2), ("again", 5.0, 1e-2),
                                        ("still", None, 1e-9), ("still-five", 5.0, 1e-9)]:  # fmt: skip

@@ -1,0 +1,42 @@
+"""What the loss is: one file an objective. Here is the contract between an objective and the trainer (reliable.py)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class Objective:
+    """One objective of a training. `inputs` is a batch as its collator makes it: {name: tensor, or a list of numbers}.
+
+    A trainer is built by `trainer` and asks the others. Where the class of trl or transformers that it builds on computes
+    the loss, `loss` is left as it is here, and the objective says only what that loss is a mean of.
+    """
+
+    def trainer(self, model, rows, arguments, reliability) -> Any:
+        """Return a reliable.Reliable trainer of `model`: rows to columns, the collator and the Trainer class.
+
+        rows: a training.Rows. arguments: {name: value} of transformers.TrainingArguments. reliability: a Reliability,
+        without the lengths of the rows, which the objective adds.
+        """
+        raise NotImplementedError
+
+    def num_items(self, inputs) -> Any:
+        """Return how many items the loss of a batch is a mean of, such as trained tokens or rows: a tensor, shape ()."""
+        raise NotImplementedError
+
+    def num_tokens(self, inputs) -> Any:
+        """Return the tokens that are computed for a batch, padding excluded: a tensor, shape ()."""
+        raise NotImplementedError
+
+    def lengths(self, inputs) -> list[int]:
+        """Return the tokens of each row of a batch, in order; waits for a GPU."""
+        raise NotImplementedError
+
+    def loss(self, model, inputs, num_items) -> Any:
+        """Return the summed loss over `num_items` (a tensor; None: those of this batch), shape (); None to have the Trainer
+        class compute it."""
+        return None
+
+    def metrics(self, logs) -> dict[str, float]:
+        """Return what of a log of the Trainer class is kept in metrics.jsonl beside the loss."""
+        return {}

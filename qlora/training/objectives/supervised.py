@@ -1,0 +1,167 @@
+"""The supervised objective: cross entropy of the trained tokens of a conversation, by trl's SFTTrainer.
+
+# B rows, T tokens
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch.nn import functional as F
+from trl import SFTConfig, SFTTrainer
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from ... import data
+from ...data import IGNORE_INDEX
+from ...kernels import loss
+from ..library import on_one_device
+from ..reliable import Reliable
+from . import Objective
+
+
+@dataclass(frozen=True)
+class Supervised(Objective):
+    """tokenizer: pads. joined: a micro-batch is one row without padding. lean: the loss by kernels.loss, on a CPU."""
+
+    tokenizer: Any
+    joined: bool = False
+    lean: bool = False
+
+    def trainer(self, model, rows, arguments, reliability):
+        """rows: training.Rows of sequences of data.Example; those to train on may be data.Packs or data.Batches."""
+        settings = SFTConfig(
+            **arguments,
+            max_length=None,
+            dataset_kwargs={"skip_prepare_dataset": True},
+            gradient_checkpointing=False,  # trl knows all layers or none; kernels.checkpointing takes some
+        )
+        return Trainer(
+            model,
+            self,
+            dataclasses.replace(reliability, lengths=lengths_of(rows.train, self.joined)),
+            args=on_one_device(settings),
+            train_dataset=dataset(rows.train),
+            eval_dataset=dataset(rows.held_out) if rows.held_out else None,
+            processing_class=self.tokenizer,
+            data_collator=self.collate,
+        )
+
+    def collate(self, rows):
+        """Return a batch of `dataset` rows: input_ids and labels (B, T), attention_mask (B, T) where there is padding;
+        joined: B = 1, with position_ids and segments. rows: their numbers."""
+        numbers = [number for row in rows for number in row["rows"]]
+        pad = DataCollatorForLanguageModeling(pad_token_id=self.tokenizer.pad_token_id)
+        return {**(join_rows if self.joined else pad)(_unbatched(rows)), "rows": numbers}
+
+    def num_items(self, inputs):
+        """The trained tokens."""
+        return (inputs["labels"][:, 1:] != IGNORE_INDEX).sum()
+
+    def num_tokens(self, inputs):
+        return inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).sum()
+
+    def lengths(self, inputs):
+        segments = inputs.get("segments")
+        return inputs["attention_mask"].cpu().sum(1).tolist() if segments is None else segments
+
+    def loss(self, model, inputs, num_items):
+        """On a GPU, trl's."""
+        if inputs["labels"].device.type != "cpu":
+            return None
+        return loss_of_trained_positions(model, inputs, num_items, self.lean)
+
+
+class Trainer(Reliable, SFTTrainer):
+    """trl's SFTTrainer, reliable."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        # the loss is divided by the tokens of the whole step itself, whatever the model's forward takes: else the mean would
+        # be one of micro-batches, divided by a count that only exists once training has begun
+        self.model_accepts_loss_kwargs = True
+
+
+def loss_of_trained_positions(model, inputs, num_items, lean=False):
+    """Return the summed cross entropy of the trained tokens over `num_items` (their count if None).
+
+    On a CPU trl 1.16 scores every position, masked ones too, three times over for its metrics. The head alone is a
+    fifth of SmolLM2-135M, and answers are under half of the tokens. Equality with trl's loss is a test.
+    lean: by kernels.loss.
+    """
+    targets = inputs["labels"][:, 1:]
+    columns = (targets != IGNORE_INDEX).any(0).nonzero().flatten()
+    body = {key: value for key, value in inputs.items() if key != "labels"}
+    targets = targets[:, columns]
+    trained = targets != IGNORE_INDEX
+    if lean:
+        base = model.get_base_model()
+        hidden = loss.hidden_states(model, base.get_output_embeddings(), columns, **body)[trained]
+        total = loss.cross_entropy(hidden, base.get_output_embeddings(), targets[trained])
+    else:
+        logits = model(**body, use_cache=False, logits_to_keep=columns).logits
+        total = F.cross_entropy(logits[trained].float(), targets[trained], reduction="sum")
+    return total / (trained.sum() if num_items is None else num_items)
+
+
+# ---- rows to batches -------------------------------------------------------------------------------------------------
+
+
+def dataset(items):
+    """Return a Dataset of nothing but numbers, whose rows are made of `items` when the trainer asks for them."""
+    return Dataset.from_dict({"index": range(len(items))}).with_transform(_Made(items))
+
+
+class _Made:
+    """{"index": numbers} -> the columns of those of `items`: Examples, Packed rows, or lists of Examples."""
+
+    def __init__(self, items):
+        self.items = items
+
+    def __getstate__(self):
+        return {}  # `datasets` hashes what it is given: it must not read all rows for that
+
+    def __call__(self, batch):
+        chosen = [self.items[index] for index in batch["index"]]
+        numbers = getattr(self.items, "rows", lambda index: [index])
+        rows = {"rows": [numbers(index) for index in batch["index"]]}
+        names = ["input_ids", "labels", *(["segments"] if isinstance(chosen[0], data.Packed) else [])]
+        if isinstance(chosen[0], list):  # a micro-batch
+            return {name: [[getattr(e, name) for e in item] for item in chosen] for name in names} | rows
+        return {name: [getattr(item, name) for item in chosen] for name in names} | rows
+
+
+def lengths_of(examples, joined):
+    """Return the tokens of each of `examples`, as many as are computed."""
+    if joined and isinstance(examples, data.Batches):
+        return examples.real_lengths.tolist()
+    given = getattr(examples, "lengths", None)
+    return [int(n) for n in given] if given is not None else [len(example.input_ids) for example in examples]
+
+
+def _unbatched(rows):
+    """Return rows of token ids, also where each row is a micro-batch of them."""
+    if not isinstance(rows[0]["input_ids"][0], list):
+        return rows
+    return [
+        {"input_ids": ids, "labels": labels}
+        for row in rows
+        for ids, labels in zip(row["input_ids"], row["labels"], strict=True)
+    ]
+
+
+def join_rows(rows):
+    """Collate rows into one: no padding, positions from 0 in each document, and the documents' lengths as `segments`."""
+    segments = [length for row in rows for length in row.get("segments") or [len(row["input_ids"])]]
+    labels = torch.tensor([[label for row in rows for label in row["labels"]]])
+    labels[0, np.cumsum([0, *segments[:-1]])] = IGNORE_INDEX  # what stands before it is another document
+    return {
+        "input_ids": torch.tensor([[token for row in rows for token in row["input_ids"]]]),
+        "labels": labels,
+        "position_ids": torch.cat([torch.arange(length) for length in segments])[None],
+        "segments": segments,
+    }

@@ -1,0 +1,65 @@
+"""The largest micro-batch, forward and backward before the first step: out of memory comes at once, or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+
+import numpy as np
+import torch
+
+from ..runs.checkpoints import places
+
+
+def rehearse(trainer, run):
+    """Call run() as if the training were well under way, and undo all of it.
+
+    What a first step lacks is there: the optimizer's state, and the sum of earlier micro-batches' gradients.
+    """
+    with held_later(trainer), undone(trainer):
+        run()
+
+
+@contextlib.contextmanager
+def held_later(trainer):
+    """Allocate what later micro-batches find in memory beside the model."""
+    masters, optimizer = trainer.trained.masters.masters, trainer.own_optimizer
+    held = [torch.empty_like(m) for m in masters] if trainer.args.gradient_accumulation_steps > 1 else []
+    if hasattr(optimizer, "init_state"):  # of bitsandbytes: what its first step begins with, paged where that is
+        for master, group, place in places(optimizer):
+            if not optimizer.state[master]:
+                optimizer.init_state(group, master, *place)
+    elif not optimizer.state:
+        held += [torch.empty_like(m) for m in masters for _ in ("exp_avg", "exp_avg_sq")]
+    yield
+    held.clear()
+
+
+@contextlib.contextmanager
+def undone(trainer):
+    """Restore random states, counters, gradients and buffers after the block."""
+    model, counters = trainer.model, trainer.counters()
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    training = model.training
+    try:
+        with same_random_numbers(model):
+            yield
+    finally:
+        trainer.restore_counters(counters)
+        for buffer, value in buffers:
+            buffer.copy_(value)
+        for parameter in model.parameters():
+            parameter.grad = None
+        model.train(training)
+
+
+@contextlib.contextmanager
+def same_random_numbers(model):
+    """Restore the state of every random generator after the block."""
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)

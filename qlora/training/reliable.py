@@ -1,0 +1,370 @@
+"""Reliability, as a part that any transformers Trainer can have: `class Mine(Reliable, transformers.Trainer)`.
+
+float32 masters, a rehearsal of the largest micro-batch, steps skipped for a non-finite loss, a watch for divergence,
+checkpoints that are resumed to the bit, stopping by a signal, a warmup that starts above 0, evaluations weighted by what
+their loss is a mean of, the peak of memory; all told as events of runs/record.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import TrainerCallback, get_scheduler
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from ..runs import checkpoints
+from ..runs.record import Begun, CheckpointBegun, Evaluation, Rehearsed, Skipped, Step
+from ..system import memory
+from ..system.errors import Interrupted, TrainingFailed
+from ..system.events import emit
+from . import saving as saved
+from .clock import Clock
+from .library import Hooks, set_rates
+from .order import ByLength
+from .rehearsal import rehearse, same_random_numbers
+from .saving import Saves, Saving
+from .shortage import Moment, few
+from .trained import Trained, not_finite
+from .watchdog import Watch
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """lengths: the size of each training row, such as its tokens; those of the largest are rehearsed where `rehearse`.
+    group_by_length: rows of like length share a step. watchdog_steps: the window of Watch; None: only non-finite losses end
+    a run.
+    """
+
+    lengths: Sequence[int] = ()
+    rehearse: bool = True
+    group_by_length: bool = False
+    watchdog_steps: int | None = None
+    saving: Saving = dataclasses.field(default_factory=Saving)
+
+
+class Reliable(Hooks):
+    """The part. Stands before the Trainer class: a later `fit()` trains to the end.
+
+    objective: an objectives.Objective. A batch may have "rows", the numbers of its rows from 0, for messages; the model does
+    not see it. Other arguments are the Trainer's. The args' save_strategy must be "no" and logging_nan_inf_filter False.
+    """
+
+    optimizer: Any
+    lr_scheduler: Any
+
+    def __init__(self, model, objective, reliability, **arguments):
+        self.objective, self.reliability, self.saving = objective, reliability, reliability.saving
+        dtypes = {parameter: parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
+        super().__init__(model=model, **arguments)
+        for (
+            parameter,
+            dtype,
+        ) in dtypes.items():  # trl casts the adapters of a quantized base to bf16, whatever it computes in
+            parameter.data = parameter.data.to(dtype)
+        self.trained = Trained(model)
+        # of rows that are sorted by length, the first ones say nothing about the others
+        first = {"first": math.inf} if reliability.group_by_length else {}
+        self.watch = Watch(reliability.watchdog_steps, **first)
+        self.saves = Saves(self.saving.every, self.watch)
+        self.peak = memory.Peak()
+        self.rehearsed_bytes = None
+        self.begun = False
+        self.failure = None  # why training ends before its time
+        self.moment = Moment("before the first step")
+        self.micro_batches = []  # of the step at hand: (numbers of its rows, loss on the device)
+        self.norm = None  # of the last step that was taken
+        self.evaluated = None  # of the evaluation at hand: the summed loss, and how many items it is of
+        self.evaluation_due = False  # one after this step has been left
+        self.saved_step = None
+        self.resumed = state = self.saving.state()
+        self.tokens, self.num_lines = (state["tokens"], state["lines"]) if state else (0, 0)
+        self.clock = Clock(state["seconds"], state["outside_seconds"], state["tokens"]) if state else Clock()
+        if state:
+            self.watch.restore(state["watch"])
+            self.norm = state["norm"]
+        for printer in (PrinterCallback, ProgressCallback):
+            self.remove_callback(printer)
+        self.add_callback(_Moments(self))
+
+    def fit(self):
+        """Train to the end and evaluate; return (mean loss of the steps that were taken, held-out loss or None).
+
+        Raises:
+            Interrupted: saving.stop asked for it; a checkpoint has all that was done.
+            TrainingFailed: a few losses or gradients are not finite, the loss has diverged, a weight is not finite, or an
+                adapter does not move.
+        """
+        resume = self.saving.resume
+        with self.peak:
+            mean_loss = self.train(resume_from_checkpoint=resume and str(resume)).training_loss
+            if self.failure is not None:
+                self.refuse_left()
+            steps, skipped = self.state.global_step, self.watch.not_taken
+            if skipped == steps:  # in a run too short for `Watch` to end it
+                raise TrainingFailed(
+                    "every step was skipped because of a non-finite loss or gradient. Lower training.learning_rate, "
+                    f"or look at the rows listed in {Path(self.args.output_dir) / 'metrics.jsonl'}"
+                )
+            self._refuse_not_finite(self.trained.state()[0])
+            eval_loss = self._last_evaluation() if self.eval_dataset is not None else None
+            self.refuse_left()
+        return mean_loss * steps / (steps - skipped), eval_loss  # transformers divides by all
+
+    def num_tokens(self):
+        """Return the tokens trained on so far, padding excluded."""
+        return int(self.tokens)
+
+    # ---- what a Trainer makes before it trains ----
+
+    def train_sampler(self):
+        """Return the order of the training rows, None for the Trainer's own."""
+        if not self.reliability.group_by_length:
+            return None
+        rows_per_step = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return ByLength(rows_per_step, self.reliability.lengths, self.args.seed)
+
+    def create_optimizer(self, model=None):
+        if self.optimizer is None:
+            make, arguments = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            self.optimizer = make(self.trained.groups(self.args.learning_rate, self.args.weight_decay), **arguments)
+            self.optimizer.register_step_post_hook(lambda *_: self._finish_step())
+        return self.optimizer
+
+    @property
+    def own_optimizer(self):
+        """The optimizer without accelerate's wrapper."""
+        return getattr(self.optimizer, "optimizer", self.optimizer)
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        """The schedule of transformers, except that the warmup is never the whole run and starts above 0."""
+        if self.lr_scheduler is None:
+            kind, optimizer = self.args.lr_scheduler_type, optimizer or self.optimizer
+            warmup = min(self.args.get_warmup_steps(num_training_steps), num_training_steps - 1)
+            warmup = 0 if kind == "constant" else warmup
+            self.lr_scheduler = schedule = get_scheduler(kind, optimizer, warmup, num_training_steps)
+            schedule.lr_lambdas = [_from_above_zero(rate, warmup) for rate in schedule.lr_lambdas]
+            set_rates(schedule, 0, optimizer)
+        return self.lr_scheduler
+
+    def begin(self):
+        """The last things before the first step: rehearse, say that the run begins, make up for an evaluation that was left."""
+        self.trained.begin(self.state.max_steps)
+        lengths = np.asarray(self.reliability.lengths)
+        if self.reliability.rehearse and len(lengths):
+            self.rehearse(np.argsort(-lengths, kind="stable")[: self.args.per_device_train_batch_size])
+        emit(Begun(self.state.global_step, self.state.max_steps, self.num_lines))
+        self.clock.begin()
+        self.begun = True
+        if self.resumed is not None:
+            self.restore_loss_sums(self.resumed["loss"])
+            self.saved_step = self.state.global_step
+            if self.resumed["evaluation_due"] and not self.evaluate():
+                self.refuse_left()  # the checkpoint still says so
+
+    def rehearse(self, largest):
+        """Run the training rows of these numbers forward and backward, without a trace."""
+        inputs = self.data_collator([self.train_dataset[int(index)] for index in largest])
+        rows = inputs.pop("rows", ())
+        self.moment = Moment("in the rehearsal, before the first step", inputs, rows)
+        # what the loop sets before each step: a loss that is a mean of micro-batches is divided by it
+        self.current_gradient_accumulation_steps = self.args.gradient_accumulation_steps
+        step, num_items = super().training_step, self.objective.num_items(inputs)
+        rehearse(self, lambda: step(self.model_wrapped, dict(inputs), num_items))
+        self.rehearsed_bytes = self.peak.bytes
+        emit(Rehearsed(self.rehearsed_bytes))
+
+    # ---- a step ----
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss = None if return_outputs else self.objective.loss(model, inputs, num_items_in_batch)
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch) if loss is None else loss
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        if not self.micro_batches:
+            self.loss_before = self.loss_since_logged()
+        when = f"in step {self.state.global_step + 1}, micro-batch {len(self.micro_batches) + 1}"
+        self.moment = Moment(when, inputs, inputs.pop("rows", ()))
+        # kept on the device: reading it here would make the GPU wait at every micro-batch
+        self.tokens = self.tokens + self.objective.num_tokens(inputs)
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.micro_batches.append((self.moment.rows, loss))
+        if self.accelerator.num_processes == 1 or self.accelerator.sync_gradients:  # else not reduced yet
+            self.trained.masters.take_gradients()
+        return loss
+
+    def finish_gradients(self):
+        """Before the optimizer: clip the gradients, or skip the step; return their norm before, or of the last step taken."""
+        step, masters = self.state.global_step + 1, self.trained.masters
+        self.moment = Moment(f"in step {step}, when the weights were changed")
+        self.trained.add_penalty()  # here: logged losses stay those of the objective
+        norm = self.accelerator.clip_grad_norm_(masters.masters, self.args.max_grad_norm)
+        losses = [loss for _, loss in self.micro_batches]
+        gradient, *losses = torch.stack([norm, *losses]).tolist()  # one wait for a GPU
+        if all(map(math.isfinite, [gradient, *losses])):
+            self.failure = self.watch.take(step, sum(losses))
+            self.norm = norm
+        else:
+            self._skip(step, gradient, losses)
+        return self.norm
+
+    def _skip(self, step, gradient, losses):
+        """Skip this step: the optimizer changes nothing, and the mean loss is that of the other steps."""
+        self.trained.masters.clear_gradients()
+        self.leave_out_loss(self.loss_before)
+        broken = [at for at, loss in enumerate(losses) if not math.isfinite(loss)]
+        suspects = [rows for at, (rows, _) in enumerate(self.micro_batches) if at in broken or not broken]
+        rows = [number + 1 for numbers in suspects for number in numbers]
+        what = f"the loss is {losses[broken[0]]}" if broken else f"the gradient is {gradient}"
+        if rows:
+            what += f" with training row{'s' * (len(rows) > 1)} {few([f'{number:,}' for number in rows])}"
+        failure = self.watch.leave_out(step, what)
+        self.failure = failure and f"{failure}. Lower training.learning_rate, or look at these rows: qlora data --row"
+        self._record(Skipped(step, self.state.epoch, what, tuple(rows), self.clock.elapsed()))
+
+    def _finish_step(self):
+        self.trained.finish_step(self.state.global_step + 1)
+        self.micro_batches = []
+
+    def end_step(self, control):
+        """After a step: say whether to save, and whether to stop."""
+        step, to = self.state.global_step, self.saving.to
+        due = self.saves.now(step, step >= self.state.max_steps)
+        if self.failure is not None:
+            self.evaluation_due = control.should_evaluate
+            control.should_training_stop, control.should_evaluate, control.should_log = True, False, True
+            control.should_save = to is not None and not self.watch.diverged
+            if to is not None and self.watch.diverged:
+                to.set_aside(self.watch.last_good_step())
+        elif to is not None and self.saving.stop.number is not None:
+            control.should_save = control.should_training_stop = True
+        elif to is not None and due:
+            control.should_save = True
+
+    # ---- records ----
+
+    def log(self, logs, start_time=None):
+        super().log(logs, start_time)
+        step, epoch, metrics = self.state.global_step, self.state.epoch, self.objective.metrics(logs)
+        if "loss" in logs:
+            tokens = self.num_tokens()
+            values = (logs["loss"], logs["learning_rate"], logs["grad_norm"], tokens, self.clock.rate(tokens))
+            metrics = self.trained.metrics() | metrics
+            self._record(Step(step, epoch, *values, self.peak.bytes, self.clock.elapsed(), metrics))
+        elif "eval_loss" in logs:
+            self._record(Evaluation(step, epoch, logs["eval_loss"], self.clock.elapsed(), metrics))
+
+    def _record(self, line):
+        self.num_lines += 1
+        emit(line)
+
+    # ---- evaluation ----
+
+    def evaluate(self, *args, **kwargs):
+        """Return the Trainer's metrics; {} where the evaluation was left, because training is to stop."""
+        try:
+            # the same random numbers: a run that goes on from before an evaluation is the same run
+            with self.clock.outside(), same_random_numbers(self.model):
+                return super().evaluate(*args, **kwargs)
+        except _Left:
+            if self.is_in_train:
+                self.evaluation_due, self.control.should_evaluate = True, False
+                self.control.should_save, self.control.should_training_stop = self.saving.to is not None, True
+            return {}
+
+    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
+        # transformers takes the mean of the batches' means, whatever is in them; this is the mean over all items
+        self.evaluated = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        total, count = self.evaluated.tolist()
+        output.metrics[f"{metric_key_prefix}_loss"] = total / count
+        return output
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        if self.saving.stop.number is not None:
+            raise _Left
+        when = f"in the evaluation after step {self.state.global_step}"
+        self.moment = Moment(when, inputs, inputs.pop("rows", ()), evaluates=True)
+        found = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        if not torch.isfinite(found[0]):
+            self.failure = f"the loss is {found[0].item()} {when}, with {self.moment.batch(self.objective)}"
+            raise _Left
+        count = self.objective.num_items(inputs).to(found[0].device)
+        self.evaluated += torch.stack([found[0].double() * count, count.double()])
+        return found
+
+    def _last_evaluation(self):
+        """Return the held-out loss after training; raises as `refuse_left` does, after a checkpoint, where it is left."""
+        metrics = self.evaluate() if self.saving.stop.number is None else {}
+        if metrics:
+            return metrics["eval_loss"]
+        if self.saved_step != self.state.global_step and self.saving.to is not None:
+            self.save()
+        return self.refuse_left()
+
+    def refuse_left(self):
+        """Raise TrainingFailed or Interrupted if training ended early."""
+        if self.failure is not None:
+            raise TrainingFailed(self.failure)
+        if self.saving.stop.number is not None and self.saved_step == self.state.global_step:
+            raise Interrupted(self.saving.stop.number)
+
+    # ---- checkpoints ----
+
+    def save(self):
+        """Write a checkpoint of everything that later steps depend on; only between two steps."""
+        with self.clock.outside():
+            step = self.state.global_step
+            tensors, state = saved.contents(self)
+            self._refuse_not_finite(tensors)
+            emit(CheckpointBegun(step))
+            library = dataclasses.asdict(dataclasses.replace(self.state, log_history=[], stateful_callbacks={}))
+            written = self.saving.to.write(step, tensors, state, library, self.saving.limit)
+            self.saved_step = step
+            emit(written)
+
+    def restore(self):
+        """Continue from the checkpoint of `saving.resume`."""
+        saved.restore(self, self.resumed)
+        # by the schedule of this recipe: its length and its rate may have been changed on purpose
+        set_rates(self.lr_scheduler, self.state.global_step, self.own_optimizer)
+
+    def restore_random_numbers(self):
+        checkpoints.restore_random_state(self.resumed["random"], self.model.device)
+
+    def _refuse_not_finite(self, tensors):
+        broken = not_finite(tensors)
+        if broken:
+            why = f"\n  {self.failure}" if self.failure is not None else ""
+            raise TrainingFailed(
+                f"{broken[0]} contains non-finite values after step {self.state.global_step}; it was not saved. "
+                f"Earlier checkpoints are intact: lower training.learning_rate{why}"
+            )
+
+
+class _Moments(TrainerCallback):
+    """Calls the trainer at the two moments for which it has no method."""
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer.begin()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.trainer.end_step(control)
+
+
+class _Left(Exception):
+    """Aborts an evaluation, because training is to stop."""
+
+
+def _from_above_zero(rate, warmup):
+    """Return the schedule `rate`, step -> share of the full rate, with `warmup` equal steps up to 1."""
+    return lambda step: (step + 1) / (warmup + 1) if step < warmup else rate(step)

@@ -1,0 +1,94 @@
+"""What a checkpoint holds: everything that later steps depend on, and the way back."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..runs import checkpoints
+from ..system.signals import Stop
+
+
+@dataclass(frozen=True)
+class Saving:
+    """Where checkpoints go and come from.
+
+    to: None for nowhere. every: steps; None for only when training ends early. limit: how many are kept; None for all.
+    fingerprint: is kept in each, as JSON. resume: the folder of the one to continue from, which has verified. stop: has a
+    number once training is to save and stop.
+    """
+
+    to: checkpoints.Checkpoints | None = None
+    every: int | None = None
+    limit: int | None = None
+    fingerprint: Any = None
+    resume: Path | None = None
+    stop: Stop = dataclasses.field(default_factory=Stop)
+
+    def state(self):
+        """Return state.json of the checkpoint to continue from, None if there is none."""
+        return None if self.resume is None else checkpoints.read_state(self.resume)
+
+
+def contents(trainer):
+    """Return ({name: tensor}, state) of a Reliable trainer between two steps; state: for state.json."""
+    if trainer.model.device.type == "cuda":
+        torch.cuda.synchronize()  # paged states are read from the host
+    tensors, of_method = trainer.trained.state()
+    optimizer, numbers = checkpoints.optimizer_state(trainer.own_optimizer, trainer.trained.names)
+    tensors |= {f"optimizer/{name}": tensor for name, tensor in optimizer.items()}
+    return tensors, {
+        "fingerprint": trainer.saving.fingerprint,
+        "optimizer": numbers,
+        **of_method,
+        "random": checkpoints.random_state(trainer.model.device),
+        "loss": trainer.loss_sums(),
+        "tokens": trainer.num_tokens(),
+        "evaluation_due": trainer.evaluation_due,
+        "watch": trainer.watch.state(),
+        "norm": None if trainer.norm is None else float(trainer.norm),
+        "step": trainer.state.global_step,
+        "lines": trainer.num_lines,
+        "seconds": trainer.clock.elapsed(),
+        "outside_seconds": trainer.clock.outside_seconds,
+    }
+
+
+def restore(trainer, state):
+    """Give a trainer that has taken no step the tensors of its checkpoint, whose state.json says `state`.
+
+    Raises:
+        InputError: the weights or the optimizer's states are others, or of other shapes.
+    """
+    tensors, numbers = checkpoints.read_tensors(trainer.saving.resume), state["optimizer"]
+    trained, optimizer = trainer.trained, checkpoints.under("optimizer", tensors)
+    with torch.no_grad():
+        trained.restore(tensors, state)
+        checkpoints.restore_optimizer(trainer.own_optimizer, trained.names, optimizer, numbers)
+
+
+class Saves:
+    """Says after which steps to save. every: steps; watch: no checkpoint may be made while the run may be diverging."""
+
+    def __init__(self, every, watch):
+        self.every, self.watch = every, watch
+        self._due = None  # the step since which a checkpoint is put off
+
+    def now(self, step, is_last):
+        """True if a checkpoint is to be written after `step`; is asked once after each."""
+        if self.every is None:
+            return False
+        if self._due is None and step % self.every == 0:
+            self._due = step
+        if not is_last and (self._due is None or self._put_off(step)):
+            return False
+        self._due = None
+        return True
+
+    def _put_off(self, step):
+        """After so many steps the run would have diverged: its losses are just uneven."""
+        return self.watch.suspects() and step - self._due < self.watch.num_steps

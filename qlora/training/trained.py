@@ -1,0 +1,80 @@
+"""What is trained: the model's trainable parameters with their float32 masters, and what the method does to them in a step.
+
+This file alone asks the method of a training.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .. import methods
+from ..runs.checkpoints import under
+from .masters import MasterWeights
+
+
+class Trained:
+    """What a method trains of `model`. names: of its parameters, in the optimizer's order; masters: their MasterWeights."""
+
+    def __init__(self, model):
+        self.model, self.method = model, methods.trainable(model)
+        self.names, parameters = self.method.names, dict(model.named_parameters())
+        held = [self.method.held.get(name) for name in self.names]
+        self.masters = MasterWeights([parameters[name] for name in self.names], held)
+        # until the first step that is taken
+        self.before: dict | None = {name: p.detach().clone() for name, p in self.method.first_to_move.items()}
+
+    def begin(self, total_steps):
+        """Tell the method how many steps come; raises InputError where its schedule does not fit into them."""
+        self.method.schedule.begin(total_steps)
+
+    def groups(self, learning_rate, weight_decay):
+        """Return the optimizer's groups of parameters: the masters."""
+        return self.method.optimizer_groups(self._named(), learning_rate, weight_decay)
+
+    def add_penalty(self):
+        """Add the gradient of the method's own part of the loss, if it has one: once a step, however many micro-batches."""
+        if self.method.schedule.changes:
+            self.method.schedule.penalty(self._named().items()).backward()
+
+    def finish_step(self, step):
+        """After the optimizer: the model gets the new weights, and the method may change them.
+
+        Raises:
+            TrainingFailed: the first step that was taken has not moved everything that it should.
+        """
+        self.masters.give_weights()
+        taken = any(master.grad is not None for master in self.masters.masters)
+        if self.before is not None and taken:
+            methods.refuse_unmoved(self.model, self.before)
+            self.before = None
+        if self.method.schedule.changes:
+            with self.masters.in_the_model():
+                self.method.schedule.after_step(step)
+            self.masters.give_weights()
+        self.masters.clear_gradients()
+
+    def metrics(self):
+        """Return {name: number} that the method adds to a logged step."""
+        return self.method.schedule.measured()
+
+    def state(self):
+        """Return ({name: tensor}, JSON) for a checkpoint, the optimizer's apart."""
+        ranks, pattern = self.method.schedule.state()
+        tensors = {f"weights/{name}": master for name, master in self._named().items()}
+        tensors |= {f"ranks/{name}": tensor for name, tensor in ranks.items()}
+        return tensors, {"rank_pattern": pattern, "all_moved": self.before is None}
+
+    def restore(self, tensors, state):
+        """Go on from a `state`; raises InputError if it is of other parameters."""
+        self.masters.restore(self.names, under("weights", tensors))
+        self.method.schedule.restore(under("ranks", tensors), state["rank_pattern"])
+        if state["all_moved"]:
+            self.before = None
+
+    def _named(self):
+        return dict(zip(self.names, self.masters.masters, strict=True))
+
+
+def not_finite(tensors):
+    """Return the names of those of {name: tensor} in which a number is not finite."""
+    return [name for name, tensor in tensors.items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()]

@@ -1,0 +1,90 @@
+"""What a training tells is kept as it was told, and read back as it was kept."""
+
+import json
+
+import pytest
+
+from qlora.runs import record
+from qlora.runs.folder import RunDir
+from qlora.runs.record import Begun, CheckpointBegun, Evaluation, Skipped, Step
+from qlora.system.errors import InputError
+from qlora.system.events import Note, emit
+
+STEP = Step(1, 0.5, 2.25, 1e-4, 0.75, 100, 50.0, 2**30, 2.0, {"mean_rank": 6.0})
+LINES = [STEP, Skipped(2, 1.0, "the loss is nan", (5, 6), 3.0), Evaluation(2, 1.0, 2.0, 4.0)]
+
+
+@pytest.fixture
+def run(tmp_path):
+    return RunDir(tmp_path)
+
+
+def recorded(run, *events):
+    with record.recorded(run):
+        for event in events:
+            emit(event)
+
+
+def test_lines_are_read_as_they_were_emitted_and_other_events_are_no_lines(run):
+    recorded(run, Note("before"), Begun(0, 2, 0), LINES[0], Note("said"), *LINES[1:], CheckpointBegun(2))
+    assert record.read(run) == LINES
+    emit(STEP)  # nobody listens any more
+    assert record.read(run) == LINES
+
+
+def test_the_keys_of_a_line_are_those_that_scripts_read(run):
+    recorded(run, Begun(0, 2, 0), *LINES)
+    step, skipped, evaluation = map(json.loads, run.metrics_file.read_text().splitlines())
+    keys = [
+        "step",
+        "epoch",
+        "loss",
+        "learning_rate",
+        "grad_norm",
+        "tokens",
+        "tokens_per_second",
+        "memory_bytes",
+        "time",
+    ]
+    assert list(step) == [*keys, "mean_rank"]
+    assert list(skipped) == ["step", "epoch", "not_taken", "rows", "time"]
+    assert list(evaluation) == ["step", "epoch", "eval_loss", "time"]
+
+
+def test_a_run_that_goes_on_keeps_the_lines_that_are_not_computed_again(run):
+    recorded(run, Begun(0, 4, 0), *LINES)
+    recorded(run, Note("what did not begin changes nothing"))
+    assert record.read(run) == LINES
+    recorded(run, Begun(1, 4, 1), LINES[2])
+    assert record.read(run) == [LINES[0], LINES[2]]
+
+
+def test_a_line_that_is_still_being_written_is_left_out(run):
+    recorded(run, Begun(0, 4, 0), *LINES)
+    text = run.metrics_file.read_text()
+    for end in range(len(text) - 1, len(text) - 9, -1):
+        run.metrics_file.write_text(text[:end])
+        assert record.read(run) == LINES[:-1]
+
+
+def test_what_an_older_version_did_not_write_is_none(run):
+    run.metrics_file.write_text('{"step": 3, "loss": 1.5}\n')
+    (line,) = record.read(run)
+    assert (line.step, line.loss, line.memory_bytes, line.metrics) == (3, 1.5, None, {})
+
+
+@pytest.mark.parametrize("text", ["[]\n", "3\n", "{}\n", "not JSON\n", '{"loss": 1}\n'])
+def test_a_damaged_file_is_named(run, text):
+    run.metrics_file.write_text(text)
+    with pytest.raises(InputError, match=r"metrics\.jsonl: .*; the run folder is damaged"):
+        record.read(run)
+
+
+def test_a_missing_file_is_named(run):
+    with pytest.raises(InputError, match=r"metrics\.jsonl: .*; the run folder is damaged"):
+        record.read(run)
+
+
+def test_a_number_that_is_not_finite_is_no_json(run):
+    with pytest.raises(ValueError, match="JSON"):
+        recorded(run, Begun(0, 1, 0), Evaluation(1, 1.0, float("nan"), 1.0))

@@ -1,0 +1,134 @@
+"""The supervised loss is the mean over trained tokens, however rows are batched, and is trl's own."""
+
+import dataclasses
+import pickle
+
+import pytest
+import torch
+from trl import SFTTrainer
+
+from qlora import base_model
+from qlora.data import Batches, pack
+from qlora.evaluation import metrics
+from qlora.recipe import Adalora, Lora
+from qlora.training.objectives import supervised
+from tests.conftest import CONVERSATIONS, encode, messages
+from tests.training.conftest import UNEVEN, records
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_sixteen_times_one_is_one_times_sixteen(fit, family):
+    # Exact in real arithmetic; in float32 the sums differ by their order. Rows are padded in one case and not in the
+    # other. Gradients are compared by their norm: Adam's first step is lr * sign(gradient), which hides their size.
+    many = fit(UNEVEN, family, float32=True, per_device_train_batch_size=1, gradient_accumulation_steps=16)
+    one = fit(UNEVEN, family, float32=True, per_device_train_batch_size=16, gradient_accumulation_steps=1)
+    a, b = records(many[2])[0], records(one[2])[0]
+    assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+    assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+    assert a["tokens"] == b["tokens"]
+
+
+def test_the_logged_loss_is_the_mean_over_trained_tokens(fit, load_model, tokenizer):
+    _, _, run = fit(UNEVEN, float32=True, per_device_train_batch_size=4, gradient_accumulation_steps=4)
+    model = base_model.to_float32(load_model("llama"))
+    total, count, means = 0.0, 0, []
+    for turns in UNEVEN:
+        example = encode(tokenizer, messages(turns))
+        ids, labels = torch.tensor([example.input_ids]), torch.tensor([example.labels])
+        loss = model(input_ids=ids, labels=labels).loss.item()
+        total, count = total + loss * example.num_trained, count + example.num_trained
+        means.append(loss)
+    assert records(run)[0]["loss"] == pytest.approx(total / count, rel=1e-4)
+    assert abs(sum(means) / len(means) / (total / count) - 1) > 1e-3  # the mean of means is another number
+
+
+@pytest.mark.parametrize("joined", [False, True])
+@pytest.mark.parametrize(("num_rows", "batch_size"), [(7, 2), (9, 8), (5, 5), (3, 8), (1, 4), (8, 7)])
+def test_the_held_out_loss_is_the_mean_over_tokens_whatever_the_batches(fit, tokenizer, num_rows, batch_size, joined):
+    rows = UNEVEN[:num_rows]
+    train = [encode(tokenizer, messages(turns)) for turns in CONVERSATIONS]
+    packs = pack(train, 150) if joined else None
+    model, result, run = fit(
+        held_out=rows, float32=True, per_device_eval_batch_size=batch_size, batches=packs, eval_steps=1
+    )
+    examples = [encode(tokenizer, messages(turns)) for turns in rows]
+    expected = metrics.mean_loss(model.eval(), examples)[0]
+    assert result.eval_loss == pytest.approx(expected, rel=1e-4)
+    logged = [record["eval_loss"] for record in records(run) if "eval_loss" in record]
+    assert logged == pytest.approx([expected] * len(logged), rel=1e-4)
+    assert logged
+
+
+def test_the_loss_on_the_cpu_is_trls_own(fit, monkeypatch):
+    ours = fit(UNEVEN, max_steps=3, float32=True, per_device_train_batch_size=4)
+    monkeypatch.setattr(supervised.Trainer, "compute_loss", SFTTrainer.compute_loss)
+    theirs = fit(UNEVEN, max_steps=3, float32=True, per_device_train_batch_size=4)
+    for a, b in zip(records(ours[2]), records(theirs[2]), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+
+
+ADALORA = Adalora(lora_alpha=64, init_r=6, target_r=3, tinit=1, tfinal=2)
+
+
+@pytest.mark.parametrize(
+    ("family", "lora"),
+    [
+        ("llama", ADALORA),
+        ("llama", Lora(r=4, use_dora=True, modules_to_save=["embed_tokens", "lm_head"])),
+        ("llama-tied", Lora(r=4, modules_to_save=["embed_tokens"], ensure_weight_tying=True)),
+        ("phi", Lora(r=4, bias="all", modules_to_save=["lm_head"])),
+    ],
+)
+def test_every_kind_has_the_gradients_of_trls_own_loss(fit, monkeypatch, family, lora):
+    settings = {"family": family, "lora": lora, "max_steps": 4, "float32": True, "per_device_train_batch_size": 4}
+    ours = fit(UNEVEN, **settings)
+    monkeypatch.setattr(supervised.Trainer, "compute_loss", SFTTrainer.compute_loss)
+    theirs = fit(UNEVEN, **settings)
+    for a, b in zip(records(ours[2]), records(theirs[2]), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+
+
+def test_padding_is_not_counted_as_tokens(fit, tokenizer):
+    _, result, _ = fit(UNEVEN, num_train_epochs=1.0, max_steps=None, per_device_train_batch_size=4)
+    assert result.tokens == sum(len(encode(tokenizer, messages(turns)).input_ids) for turns in UNEVEN)
+    assert dataclasses.asdict(result)["steps"] == 4
+
+
+def test_micro_batches_by_tokens_take_the_steps_of_micro_batches_by_rows(fit, tokenizer):
+    # one step over all rows is the same step, whatever micro-batches they come in
+    examples = [encode(tokenizer, messages(turns)) for turns in UNEVEN]
+    batches = Batches(examples, [len(e.input_ids) for e in examples], 256, seed=0)
+    assert 1 < len(batches) < len(UNEVEN)
+    by_rows = fit(UNEVEN, float32=True, per_device_train_batch_size=16)
+    by_tokens = fit(UNEVEN, float32=True, gradient_accumulation_steps=len(batches), batches=batches)
+    a, b = records(by_rows[2])[0], records(by_tokens[2])[0]
+    assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+    assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+    assert a["tokens"] == b["tokens"]
+
+
+def test_rows_are_not_read_to_give_the_dataset_a_name(tokenizer):
+    class Rows(list):
+        def __reduce_ex__(self, protocol):
+            raise AssertionError("the rows were pickled")
+
+    rows = Rows([encode(tokenizer, messages(turns)) for turns in UNEVEN])
+    dataset = supervised.dataset(rows)
+    assert dataset[3]["input_ids"] == rows[3].input_ids
+    assert pickle.dumps(dataset.format["format_kwargs"]["transform"])
+
+
+def test_an_evaluation_returns_losses_and_no_logits(fit, monkeypatch):
+    returned = []
+    original = SFTTrainer.prediction_step
+
+    def spy(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        returned.append(original(self, model, inputs, prediction_loss_only, ignore_keys))
+        return returned[-1]
+
+    monkeypatch.setattr(SFTTrainer, "prediction_step", spy)
+    fit(held_out=UNEVEN[:5], max_steps=2, eval_steps=1)
+    assert len(returned) == 15  # after each of two steps, and at the end
+    assert all(loss.numel() == 1 and logits is None and labels is None for loss, logits, labels in returned)

@@ -1,0 +1,103 @@
+"""Out of memory says when, for which rows, and what to change."""
+
+import json
+import re
+
+import pytest
+import torch
+
+from qlora import base_model, methods
+from qlora.data import Batches, pack
+from qlora.system.errors import DoesNotFit
+from tests.conftest import encode, messages
+from tests.training.conftest import UNEVEN
+
+CUDA_SAYS = (
+    "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 23.68 GiB of which 1.20 GiB is free. "
+    "Including non-PyTorch memory, this process has 22.48 GiB memory in use."
+)
+
+
+CPU_SAYS = (
+    "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate "
+    "134217728 bytes. Error code 12 (Cannot allocate memory)"
+)
+
+
+def run_out(monkeypatch, error, at):
+    """Let the forward pass number `at` (0, 1, ...) of each model run out of memory, in its last layer."""
+    original = methods.attach
+
+    def attach(*args, **kwargs):
+        model, calls = original(*args, **kwargs), iter(range(10**6))
+
+        def full(*_):
+            if next(calls) == at:
+                raise error
+
+        base_model.decoder_layers(model)[-1].register_forward_hook(full)
+        return model
+
+    monkeypatch.setattr(methods, "attach", attach)
+
+
+@pytest.mark.parametrize(
+    ("at", "where"),
+    [
+        (0, r"in the rehearsal, before the first step: .*\n  training rows 7, 10: 67, 60 tokens, padded to 67\n"),
+        (1, r"in step 1, micro-batch 1: .*\n  training rows \d+, \d+: \d+, \d+ tokens, padded to \d+\n"),
+        (4, r"in step 2, micro-batch 2: .*\n  training rows \d+, \d+: "),
+        (5, r"in the evaluation after step 2: .*\n  held-out rows 1, 2: 39, 57 tokens, padded to 57\n"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (torch.OutOfMemoryError(CUDA_SAYS), "2.00 GiB requested, 1.20 GiB free"),
+        (RuntimeError(CPU_SAYS), "134217728 bytes requested"),
+        (MemoryError(), "no more memory is available"),
+    ],
+    ids=["cuda", "cpu", "python"],
+)
+def test_out_of_memory_says_when_which_rows_and_what_to_change(fit, tmp_path, monkeypatch, at, where, error, said):
+    run_out(monkeypatch, error, at)
+    with pytest.raises(DoesNotFit, match=f"out of memory {where}") as caught:
+        fit(UNEVEN, max_steps=2, gradient_accumulation_steps=2, per_device_train_batch_size=2, held_out=UNEVEN[:2],
+            per_device_eval_batch_size=2, eval_steps=2, checkpointed_layers=1)  # fmt: skip
+    message = str(caught.value)
+    assert said in message
+    smaller = "training.per_device_train_batch_size=1 training.gradient_accumulation_steps=4 (now 2 and 2)"
+    evaluates = at == 5
+    assert ("set memory.gradient_checkpointing=true (now 1 of 2 layers)" in message) != evaluates
+    assert (smaller in message) != evaluates
+    assert ("set training.per_device_eval_batch_size=1 (now 2)" in message) == evaluates
+    assert f"set data.max_length below {57 if evaluates else 67}," in message
+    assert ("measured in the rehearsal" in message) == (at > 0)
+    assert "offload" not in message  # a CPU has no other memory
+    kept = json.loads((tmp_path / "run0" / "memory.json").read_text())
+    assert kept["out_of_memory"].endswith(said)
+    assert kept["peak_bytes"] > 0
+    assert (kept["rehearsed_bytes"] is None) == (at == 0)
+
+
+def test_rows_in_packs_and_batches_are_named_by_their_numbers(fit, tokenizer, monkeypatch):
+    run_out(monkeypatch, MemoryError(), 0)
+    examples = [encode(tokenizer, messages(turns)) for turns in UNEVEN]
+    lengths = [len(example.input_ids) for example in examples]
+    for batches, joined in (
+        (pack(examples, 150), "joined to one row of"),
+        (Batches(examples, lengths, 200, 0), "padded to"),
+    ):
+        with pytest.raises(DoesNotFit) as caught:
+            fit(UNEVEN, batches=batches)
+        found = re.search(rf"training rows ([\d, ]+): ([\d, ]+) tokens, {joined} (\d+)\n", str(caught.value))
+        numbers, tokens = ([int(word) for word in found[group].split(", ")] for group in (1, 2))
+        assert [lengths[number - 1] for number in numbers] == tokens
+        size = int(found[3])
+        assert size == (sum(tokens) if joined.startswith("joined") else max(tokens))
+
+
+def test_an_error_that_is_not_about_memory_stays_what_it_is(fit, monkeypatch):
+    run_out(monkeypatch, RuntimeError("shapes do not match"), 2)
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        fit(UNEVEN, max_steps=4)

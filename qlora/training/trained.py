@@ -20,8 +20,9 @@ class Trained:
         self.model, self.names = model, list(named)
         self.masters = MasterWeights(list(named.values()))
         self.ranks = methods.Ranks(model)
-        # until the first step that is taken
-        self.before: dict | None = {name: p.detach().clone() for name, p in methods.first_to_move(model).items()}
+        # until the first step that is taken; an adapter that is a frozen reference, as trl makes for DPO, does not move
+        first = {name: p for name, p in methods.first_to_move(model).items() if p.requires_grad}
+        self.before: dict | None = {name: parameter.detach().clone() for name, parameter in first.items()}
 
     def begin(self, total_steps):
         """Tell the method how many steps come; raises InputError where its schedule does not fit into them."""

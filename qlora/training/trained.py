@@ -20,8 +20,9 @@ class Trained:
         self.names, parameters = self.method.names, dict(model.named_parameters())
         held = [self.method.held.get(name) for name in self.names]
         self.masters = MasterWeights([parameters[name] for name in self.names], held)
-        # until the first step that is taken
-        self.before: dict | None = {name: p.detach().clone() for name, p in self.method.first_to_move.items()}
+        # until the first step that is taken; an adapter that is a frozen reference, as trl makes for DPO, does not move
+        first = {name: p for name, p in self.method.first_to_move.items() if p.requires_grad}
+        self.before: dict | None = {name: parameter.detach().clone() for name, parameter in first.items()}
 
     def begin(self, total_steps):
         """Tell the method how many steps come; raises InputError where its schedule does not fit into them."""

@@ -53,11 +53,11 @@ def test_the_whole_way_from_the_command_line(recipe_file, tmp_path):
     assert "trainable parameters" in trained.stderr
     assert "Warning" not in trained.stderr
 
-    scores = qlora("eval", tmp_path / "run", "--json", "--max-rows", "2")
+    scores = forked.run("eval", tmp_path / "run", "--json", "--max-rows", "2")
     assert scores.returncode == 0, scores.stderr
     assert json.loads(scores.stdout)["rows"] == 2
 
-    exported = qlora("export", tmp_path / "run", "--out", tmp_path / "out")
+    exported = forked.run("export", tmp_path / "run", "--out", tmp_path / "out")
     assert exported.returncode == 0, exported.stderr
     assert "proof on 6 held-out rows" in exported.stdout
     assert "proven; the model is in" in exported.stderr

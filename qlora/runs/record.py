@@ -28,7 +28,7 @@ class Step:
     step: counted from 1. epoch: with its part. loss: nats a trained token, the mean over those steps. grad_norm: before
     clipping, of the last of them. tokens: trained on since the run began, padding excluded. tokens_per_second: in the steps
     alone. memory_bytes: the most that this process has held. time: seconds since the run began, over all its processes.
-    metrics: what the method or the objective adds by name, such as AdaLoRA's mean_rank.
+    metrics: what the method or the objective adds by name, such as mean_rank.
     """
 
     step: int

@@ -18,6 +18,7 @@ from qlora.commands.train import train
 from qlora.exporter import configs
 from qlora.recipe import Model
 from qlora.system.errors import InputError, ProofFailed
+from tests import forked
 from tests.conftest import CHATML, CONVERSATIONS
 
 OLD = ["transformers==4.57.3", "tokenizers==0.22.1", "huggingface-hub==0.36.0"]
@@ -60,11 +61,14 @@ def older():
     return folder
 
 
-def read(folders, path=None):
-    """Return what transformers, or that in `path`, reads in `folders`."""
-    variables = os.environ | ({"PYTHONPATH": str(path)} if path else {})
-    command = [sys.executable, "-c", READ, *map(str, folders)]
-    done = subprocess.run(command, capture_output=True, text=True, env=variables, check=False)
+def read(folders, older=None):
+    """Return what transformers, or that in the folder `older`, reads in `folders`."""
+    command = ["-c", READ, *map(str, folders)]
+    if older is None:
+        done = forked.run(*command)
+    else:
+        variables = os.environ | {"PYTHONPATH": str(older)}
+        done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=variables, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -113,7 +117,7 @@ def test_the_bases_own_files_are_kept(make_recipe, tiny_model, tmp_path):
     assert after["rope_parameters"]["rope_theta"] == after["rope_theta"] == 500000
 
 
-def test_transformers_4_reads_what_transformers_5_does(older, make_recipe, tiny_model, tokenizer_json, tmp_path):
+def test_transformers_4_reads_what_transformers_5_does(older, make_recipe, tiny_model, tmp_path, one_outline_a_model):
     (tmp_path / "template.jinja").write_text("Chat:\n" + CHATML)
     outs = {}
     for name, base, sections in (

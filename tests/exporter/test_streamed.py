@@ -3,12 +3,9 @@
 import dataclasses
 import gc
 import json
-import os
 import shutil
-import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +18,7 @@ from qlora.evaluation import metrics
 from qlora.exporter import merge, proof, streamed
 from qlora.recipe import Lora, Model, Quantization
 from qlora.system.errors import ProofFailed
+from tests import forked
 from tests.conftest import CONVERSATIONS, FAMILIES, encode, messages
 
 CPU = torch.device("cpu")
@@ -337,14 +335,11 @@ def test_memory_stays_under_the_bound_that_is_said_in_advance(tokenizer, tmp_pat
     torch.manual_seed(0)
     transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path)
     rows = proof.to_json(rows_of(tokenizer), "")["rows"]
-    call = "import json, sys, pathlib; from tests.exporter.test_streamed import measure; "
-    call += "measure(pathlib.Path(sys.argv[1]), json.loads(sys.argv[2]))"
     # Tensors of a 7B model are over 32 MiB, which glibc gives back as soon as they are freed; so it does with these.
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "262144"}
-    done = subprocess.run(
-        [sys.executable, "-c", call, str(tmp_path), json.dumps(rows)],
-        cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True,
-    )  # fmt: skip
+    call = "import ctypes; M_MMAP_THRESHOLD = -3; ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 262144); "
+    call += "import json, sys, pathlib; from tests.exporter.test_streamed import measure; "
+    call += "measure(pathlib.Path(sys.argv[1]), json.loads(sys.argv[2]))"
+    done = forked.run("-c", call, tmp_path, json.dumps(rows))
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["scores"] == pytest.approx(found["expected"], abs=1e-4)

@@ -60,6 +60,7 @@ def command(case, out):
     end, out = os.pipe() if case.get("closed") else (0, os.open(os.devnull, os.O_WRONLY))
     os.close(end)
     os.dup2(out, 1)
+    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115 (what it was before may have been a file, with positions)
     os.chdir(case["folder"])
     os.environ.update(case.get("environ", {}))
     for place, value in case.get("set", {}).items():

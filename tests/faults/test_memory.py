@@ -119,7 +119,7 @@ def products(sizes):
         (torch.ones(size, 1536, dtype=torch.bfloat16, requires_grad=True) @ W.T).sum().backward()
 products(range(500, 520))
 before = memory.anonymous_bytes()
-products(range(520, 820))
+products(range(520, 670))
 print(memory.anonymous_bytes() - before)
 """
 
@@ -133,6 +133,6 @@ def test_batches_of_many_sizes_do_not_fill_the_memory_with_code():
         done = subprocess.run([sys.executable, "-c", MANY_SIZES], env=env, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         grown.append(int(done.stdout))
-    if grown[1] < 200 * 2**20:
+    if grown[1] < 100 * 2**20:
         pytest.skip(f"this CPU's products need no code of their own: {grown[1]:,} bytes more by default")
     assert grown[0] < grown[1] / 2

@@ -15,6 +15,7 @@ from qlora.recipe import Recipe
 from qlora.system import signals
 from qlora.system.errors import InputError, Interrupted
 from qlora.system.storage import alone, new_folder
+from tests import forked
 from tests.conftest import CONVERSATIONS, messages, write_jsonl
 
 TERM, INT, KILL, HUP, NONE = signal.SIGTERM, signal.SIGINT, signal.SIGKILL, signal.SIGHUP, 0
@@ -138,9 +139,7 @@ def results(tmp_path_factory, tiny_model):
         if "run" in case["argv"] and not (Path(case["folder"]) / "run").exists():
             subprocess.run(["cp", "-r", root / "eval, loading" / "run", case["folder"]], check=True)
     script = Path(__file__).with_name("stopped.py")
-    done = subprocess.run(
-        [sys.executable, script], input=json.dumps(cases), capture_output=True, text=True, timeout=300
-    )
+    done = forked.run(script, stdin=json.dumps(cases))
     assert done.returncode == 0, done.stderr
     found = dict(zip(STOPS, json.loads(done.stdout), strict=True))
     return {name: one | {"folder": root / name} for name, one in found.items()}

@@ -11,8 +11,9 @@ import torch
 from qlora import base_model, methods, training
 from qlora.exporter import merge
 from qlora.methods import contract
-from qlora.recipe import Adalora, Lora, Model, Training
+from qlora.recipe import Adalora, Lora, Model, Quantization, Training
 from qlora.recipe.sections import Method
+from qlora.runs import record
 from qlora.runs.checkpoints import Checkpoints
 from qlora.runs.folder import RunDir
 from qlora.system.errors import InputError, TrainingFailed
@@ -165,7 +166,7 @@ def test_several_groups_and_a_schedule_resume_to_the_bit(gains, fit, optim):
     resumed, again = fit(gains, "resumed", resume=run.checkpoints / "step-2", optim=optim)
     for (name, one), other in zip(whole.named_parameters(), resumed.parameters(), strict=True):
         assert torch.equal(one, other), name
-    counts = [[record["count"] for record in one.records()] for one in (run, again)]
+    counts = [[line.metrics["count"] for line in record.read(one)] for one in (run, again)]
     assert counts[0][-1] == counts[1][-1] == 4
 
 
@@ -200,3 +201,26 @@ def test_no_other_file_knows_a_method_by_its_name():
     for path in package.rglob("*.py"):
         if path.relative_to(package).parts[0] not in {"methods", "recipe"}:
             assert "adalora" not in path.read_text(encoding="utf-8").lower(), path
+
+
+@pytest.mark.parametrize(
+    ("section", "quantization"),
+    [
+        (Lora(r=4, init_lora_weights="loftq"), Quantization()),
+        (Lora(r=4, init_lora_weights="pissa", rank_pattern={"q_proj": 2}), None),
+        (Lora(r=4, init_lora_weights="eva", modules_to_save=["lm_head"]), Quantization()),
+        (Adalora(init_r=6, target_r=3), Quantization()),
+    ],
+)
+def test_a_model_without_numbers_gets_the_shapes_of_one_with(load_model, tiny_model, tokenizer, section, quantization):
+    model_section = Model(name_or_path=str(tiny_model("llama")))
+    checkpoint = base_model.find(model_section)
+    examples = [encode(tokenizer, messages(turns)) for turns in CONVERSATIONS * 4]
+    real = methods.attach(load_model("llama", quantization), section, checkpoint=checkpoint, examples=examples)
+    config = base_model.load_config(checkpoint, model_section)
+    empty = methods.attach(base_model.load_on_meta(config, model_section, quantization), section)
+    found, expected = (
+        {n: p.numel() for n, p in model.named_parameters() if p.requires_grad} for model in (empty, real)
+    )
+    assert found.keys() == expected.keys()
+    assert sum(found.values()) == sum(expected.values())  # EVA shares the ranks out among the layers

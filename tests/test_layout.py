@@ -89,6 +89,18 @@ def test_only_the_terminal_and_the_verbs_print():
             assert "terminal" not in imported_parts(path) or part_of(path) == "__init__", path
 
 
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_files_and_functions_are_short(path):
+    """500 lines; 60 and 8 parameters, but for the options of a verb on the command line, which are typer's parameters."""
+    text = path.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 500
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            names = [one.arg for one in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+            assert node.end_lineno - node.lineno < 60, f"{node.name} in line {node.lineno}"
+            assert len(set(names) - {"self", "cls"}) <= 8 or path.name == "cli.py", f"{node.name} in line {node.lineno}"
+
+
 def test_there_is_no_utils():
     assert not [path for path in FILES if path.stem in {"utils", "helpers", "misc", "common"}]
 
@@ -108,6 +120,16 @@ def test_the_tree_in_the_layout_is_the_tree_on_disk():
     for path in FILES:
         if path.name != "__init__.py":
             assert re.search(rf"\b{path.name}\b", layout), f"docs/layout.md has no line for {path.relative_to(PACKAGE)}"
+
+
+def test_the_files_and_rooms_that_the_layout_names_exist():
+    text, _, tree = (ROOT / "docs" / "layout.md").read_text(encoding="utf-8").partition("## All files")
+    named = re.findall(r"`((?:\w+/)+(?:\w+\.py)?)`", text)
+    assert len(named) > 40
+    for name in named:
+        assert (PACKAGE / name).exists(), name
+    for name in re.findall(r"\b(\w+\.py)\b", tree):
+        assert [path for path in FILES if path.name == name], f"docs/layout.md names {name}, which is not there"
 
 
 @pytest.mark.parametrize(

@@ -65,8 +65,12 @@ class _Mlp:
         part_NH.addmm_(h_NI, base.weight().t())
         return part_NH if base.bias is None else part_NH.add_(base.bias)
 
-    def gradients(self, g_NH, x_NH, gate, up, t_gate, t_up, t_down, weights, wants_x):
-        """Return the gradients of x (None where it is not wanted) and of the weights. t_down: None to make it again."""
+    def gradients(self, g_NH, x_NH, products, t_down, weights, wants_x):
+        """Return the gradients of x (None where it is not wanted) and of the weights.
+
+        products: what `products` returned for x. t_down: None to make it again.
+        """
+        gate, up, t_gate, t_up = products
         A_gate, B_gate, A_up, B_up, A_down, B_down = weights
         acted = self.act(gate)
         h_NI = acted * up
@@ -102,8 +106,8 @@ class _AllButDown(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, g_NH):
-        saved, weights = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
-        grad_x, *grads = ctx.mlp.gradients(g_NH, *saved, weights, ctx.needs_input_grad[0])
+        x_NH, *products, t_down = ctx.saved_tensors[:6]
+        grad_x, *grads = ctx.mlp.gradients(g_NH, x_NH, products, t_down, ctx.saved_tensors[6:], ctx.needs_input_grad[0])
         return grad_x, None, None, *grads
 
 
@@ -139,7 +143,7 @@ class _Room(torch.autograd.Function):
         sums = []  # in float32, over tiles
         for rows in tiles(len(x_NH)):
             x = x_NH[rows]
-            part, *grads = mlp.gradients(g_NH[rows], x, *mlp.products(x, weights), None, weights, wants_x)
+            part, *grads = mlp.gradients(g_NH[rows], x, mlp.products(x, weights), None, weights, wants_x)
             if grad_x is not None:
                 grad_x[rows] = part
             del part

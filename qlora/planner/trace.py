@@ -105,7 +105,7 @@ def trace(peft_model, device_kind, packed, setting="auto"):
         ways = []
         for number in (0, len(chosen)):
             with checkpointing.checkpointed(chosen, number):
-                runs = {point: _run(peft_model, chosen, device_kind, found, packed, *point) for point in _POINTS}
+                runs = {point: _run(peft_model, chosen, device_kind, found, packed, point) for point in _POINTS}
                 ways.append(_fitted(runs))
     plain, checkpointed = (
         {number: (segments["forward", number], segments["backward", number]) for number in names.values()}
@@ -122,8 +122,9 @@ def _kind(layer):
     return (type(layer), *shapes)
 
 
-def _run(peft_model, layers, device_kind, installed, packed, num_tokens, num_scored, chunk, document, tile):
-    """Return {segment: levels} of one forward and backward pass."""
+def _run(peft_model, layers, device_kind, installed, packed, point):
+    """Return {segment: levels} of one forward and backward pass. point: one of _POINTS."""
+    num_tokens, num_scored, chunk, document, tile = point
     marks = []
 
     def mark(name):

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from .system.errors import DoesNotFit, InputError, Interrupted, QLoRAError
-from .system.libraries import hush_libraries
+from .system.quiet_libraries import hush_libraries
 from .system.secrets import redacted
 from .system.signals import handled
 

@@ -17,7 +17,7 @@ import torch
 from qlora import base_model, kernels, methods
 from qlora.kernels import attention
 from qlora.recipe import Recipe
-from qlora.system.libraries import hush_libraries
+from qlora.system.quiet_libraries import hush_libraries
 from qlora.training.objectives import supervised
 
 ALL = dict(kernels._KINDS)

@@ -136,7 +136,7 @@ def plain(args, folder):
 def child(args):
     """Run one side; print one JSON line: median tokens/s, losses, the peak of anonymous memory."""
     from qlora.system import memory
-    from qlora.system.libraries import hush_libraries
+    from qlora.system.quiet_libraries import hush_libraries
 
     hush_libraries()
     if args.cap_gib:

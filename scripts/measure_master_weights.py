@@ -37,9 +37,9 @@ def run(args, learning_rate, masters):
 
     from qlora import Recipe, methods, train
     from qlora.runs import record
-    from qlora.training import trained
+    from qlora.training import trained_parameters
 
-    trained.MasterWeights = masters
+    trained_parameters.MasterWeights = masters
     start = {}
     attach = methods.attach
 
@@ -82,10 +82,10 @@ def main():
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--rates", type=float, nargs="+", default=RATES)
     args = parser.parse_args()
-    from qlora.system.libraries import hush_libraries
+    from qlora.system.quiet_libraries import hush_libraries
 
     hush_libraries()
-    from qlora.training.masters import MasterWeights
+    from qlora.training.master_weights import MasterWeights
 
     sides = (("float32 masters", MasterWeights), ("bf16 only", NoMasters))
     for learning_rate in args.rates:

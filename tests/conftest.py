@@ -17,7 +17,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from qlora import base_model, planner
-from qlora.data import examples
+from qlora.data import masked_examples
 from qlora.data.conversation import Conversation
 from qlora.recipe import Lora, Model, Quantization, Recipe
 from tests import outlines
@@ -101,7 +101,7 @@ def messages(turns):
 
 def encode(tokenizer, turns, train_on="assistant"):
     """Return the one Example of a list of messages."""
-    (example,) = examples.encode(tokenizer, Conversation(turns), train_on)
+    (example,) = masked_examples.encode(tokenizer, Conversation(turns), train_on)
     return example
 
 

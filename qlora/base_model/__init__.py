@@ -8,6 +8,7 @@ buffers                                     as the architecture makes them (rota
 from __future__ import annotations
 
 from .config import load_config, read_config
+from .empty_weights import is_stand_in, replace_by_stand_ins, stand_in
 from .folder import Checkpoint, find, refuse_generation, weight_files
 from .layers import decoder_layers, is_conv1d, linear_names, num_parameters, tensors
 from .limits import num_positions, refuse_rows
@@ -17,7 +18,6 @@ from .multimodal import whole_config
 from .new_tokens import add_rows, add_tokens, token_modules
 from .prequantized import refuse_other_codes, settle, stored_quantization
 from .quantized import DTYPE_WHEN_QUANTIZED, digest, digests, dtype_of, quantized_modules, to_float32
-from .stand_ins import is_stand_in, replace_by_stand_ins, stand_in
 from .tokenizer import load_tokenizer
 
 __all__ = [

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from ..system import files
 from ..system.errors import InputError
 from ..system.storage import sha256
-from . import known_files, multimodal
+from . import file_hashes, multimodal
 from .messages import said
 from .new_tokens import add_tokens
 from .tokenizer import load_tokenizer
@@ -36,15 +36,15 @@ class Checkpoint:
     _read: dict = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def facts(self, fully=False):
-        """Return {weight file: known_files.Facts}. What this object has not read, and no process remembers, is read.
+        """Return {weight file: file_hashes.Facts}. What this object has not read, and no process remembers, is read.
 
         fully: the files are read, whatever is remembered; once for each object.
         """
         names = sorted(set(self.files.values()))
-        known = {} if fully else {name: known_files.remembered(self.folder / name) for name in names}
+        known = {} if fully else {name: file_hashes.remembered(self.folder / name) for name in names}
         known |= self._read
         missing = {self.folder / name: name for name in names if known.get(name) is None}
-        self._read.update((missing[path], facts) for path, facts in known_files.read(list(missing)).items())
+        self._read.update((missing[path], facts) for path, facts in file_hashes.read(list(missing)).items())
         return {name: self._read.get(name) or known[name] for name in names}
 
     def file_hashes(self, fully=False):

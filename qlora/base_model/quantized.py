@@ -6,7 +6,7 @@ import hashlib
 
 import torch
 
-from .stand_ins import upcast
+from .empty_weights import upcast
 
 # W is cast to bfloat16 before it is quantized, whatever the files hold: fp32, fp16 and bf16 copies of one weight give
 # different NF4 codes, so the dtype is part of what was trained.

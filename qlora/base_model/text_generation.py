@@ -10,8 +10,8 @@ head                the layer that makes the answer: never quantized, never a ta
 accept_arguments    calls of `forward` that differ between architectures, made the same
 refuse_unsuitable   a model that would learn something else than the task
 
-Labels of a row of T tokens are T token ids, IGNORE_INDEX where nothing is trained (data/examples.py); logits are (B, T, V), and
-those at a position are of the next token. An answer ends at a stop token (data/chat.py).
+Labels of a row of T tokens are T token ids, IGNORE_INDEX where nothing is trained (data/masked_examples.py);
+logits are (B, T, V), and those at a position are of the next token. An answer ends at a stop token (data/chat.py).
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 
-from ..data.examples import encode_prompt
+from ..data.masked_examples import encode_prompt
 from ..evaluation import generate
 from ..jobs.opened_model import open_subject, switch
 from ..system import signals

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from .. import base_model, data
 from ..evaluation.scores import score
-from ..jobs.held_out import held_out_rows
+from ..jobs.eval_rows import held_out_rows
 from ..jobs.opened_model import open_subject
 from ..system.errors import InputError
 from ..system.storage import write_json

@@ -7,7 +7,7 @@ import errno
 import shlex
 
 from .. import base_model, kernels, training
-from ..jobs import resumed_run, trainable
+from ..jobs import model_to_train, resumed_run
 from ..jobs.planned_training import plan_training
 from ..jobs.prepared_data import prepare
 from ..recipe import Recipe
@@ -53,22 +53,22 @@ def _train(recipe, resumed):
     prepared = prepare(recipe)
     recipe = prepared.recipe
     say_report(prepared)
-    trainable.refuse_untrainable(prepared)
+    model_to_train.refuse_untrainable(prepared)
     if resumed is not None:
         resumed.refuse_changes(resumed_run.of_recipe(recipe, prepared))
     planned = plan_training(prepared, base_model.default_device())
     say_planned(planned)
 
     with RunDir.create(recipe) if resumed is None else contextlib.nullcontext(resumed.run) as run:
-        opened = trainable.open_trainable(prepared, resumed)
+        opened = model_to_train.open_trainable(prepared, resumed)
         if resumed is not None:
             say_resumed(resumed, opened.environment)
         say_model(prepared, opened)
         # a signal is noted until adapter/ is there: what training has made is never thrown away
         with kernels.installed(opened.model, recipe.kernels) as installed, signals.noted() as stop:
-            trainable.refuse_unjoinable(recipe, opened.model, installed)
+            model_to_train.refuse_unjoinable(recipe, opened.model, installed)
             say_kernels(installed, opened.model.device)
-            with progress("training"), heard_by(trainable.begins(run, prepared, opened, resumed)):
+            with progress("training"), heard_by(model_to_train.begins(run, prepared, opened, resumed)):
                 result = training.train(
                     opened.model,
                     prepared.tokenizer,
@@ -90,7 +90,7 @@ def _train(recipe, resumed):
                         stop=stop,
                     ),
                 )
-            trainable.save_adapter(run, prepared, opened)
+            model_to_train.save_adapter(run, prepared, opened)
     say_trained(result, planned, run)
     return run
 

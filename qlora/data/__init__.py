@@ -9,7 +9,7 @@ import numpy as np
 from ..system.errors import InputError
 from . import columns, sources, tokenized
 from .encoder import Settings
-from .examples import IGNORE_INDEX, Example
+from .masked_examples import IGNORE_INDEX, Example
 from .packing import Batches, Packed, Packs, pack
 from .rows import Rows, copies, hold_out, weighted
 from .sources import not_read

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from .encoder import TooLong
-from .examples import IGNORE_INDEX, Example, encode
+from .masked_examples import IGNORE_INDEX, Example, encode
 from .tokens import tokenize
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .examples import IGNORE_INDEX
+from .masked_examples import IGNORE_INDEX
 
 
 @dataclass(frozen=True)

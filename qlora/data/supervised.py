@@ -9,7 +9,7 @@ import numpy as np
 
 from . import columns, length, tokens, words
 from .encoder import Encoded, Settings
-from .examples import IGNORE_INDEX, Example, encode
+from .masked_examples import IGNORE_INDEX, Example, encode
 
 
 class Supervised:

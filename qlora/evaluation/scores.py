@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from .. import data
-from ..data import examples
+from ..data import masked_examples
 from . import generate, metrics
 
 
@@ -20,7 +20,7 @@ def score(model, tokenizer, stops, rows, conversations, what="answering") -> dic
     found = {}
     if all(conversation.messages for conversation in conversations):  # plain text has no question
         prompts = [
-            examples.encode_prompt(tokenizer, conversation.messages[:-1], conversation.tools)
+            masked_examples.encode_prompt(tokenizer, conversation.messages[:-1], conversation.tools)
             for conversation in conversations
         ]
         references = [_reference(tokenizer, conversation) for conversation in conversations]
@@ -32,6 +32,6 @@ def score(model, tokenizer, stops, rows, conversations, what="answering") -> dic
 
 def _reference(tokenizer, conversation):
     """Return the last answer as the model has to write it, calls of tools in the template's form."""
-    example = examples.encode(tokenizer, replace(conversation, flags=()), "last_assistant")[-1]
+    example = masked_examples.encode(tokenizer, replace(conversation, flags=()), "last_assistant")[-1]
     trained = [label for label in example.labels if label != data.IGNORE_INDEX]
     return tokenizer.decode(trained[:-1], skip_special_tokens=True)

@@ -12,7 +12,7 @@ from typing import Any
 
 from .. import base_model, data, methods
 from ..exporter import proof
-from ..methods.sum import combine
+from ..methods.weighted_sum import combine
 from ..recipe import Data, Export, Model, Quantization, Recipe
 from ..runs.folder import RunDir
 from ..system.errors import InputError

@@ -11,7 +11,7 @@ import math
 import torch
 
 from ..system.errors import InputError
-from . import low_rank, peft_model, start, targets
+from . import initial_weights, low_rank, peft_model, targets
 from .adapter import Sorted, refuse_unknown_settings
 from .contract import Description, Trainable, one_group
 
@@ -34,13 +34,13 @@ def attach(model, section, seed=0, token_ids=(), checkpoint=None, examples=()):
     # made on the meta device at once, not moved there: at high ranks that is seconds and gigabytes
     on_meta = model.get_input_embeddings().weight.is_meta
     if not on_meta:
-        start.refuse(model, section)
+        initial_weights.refuse(model, section)
     torch.manual_seed(seed)
     with torch.device("meta") if on_meta else contextlib.nullcontext():
         attached = peft_model.make(model, _config(model, section, layers, whole, token_ids, on_meta))
     _refuse_untieable(model, section)
     if not on_meta:
-        start.initialize(attached, section, checkpoint, examples)
+        initial_weights.initialize(attached, section, checkpoint, examples)
     peft_model.to_dtype(attached, peft_model.dtype_of(model))
     return attached
 
@@ -56,7 +56,7 @@ def _config(model, section, layers, whole, token_ids, on_meta):
         use_dora=section.use_dora,
         lora_bias=section.lora_bias,
         ensure_weight_tying=section.ensure_weight_tying,
-        **start.settings(section, on_meta),
+        **initial_weights.settings(section, on_meta),
     )
 
 
@@ -66,7 +66,7 @@ def trainable(model, section):
         f"{'DoRA, ' if section.use_dora else ''}r = {section.r}{began}",
         first_to_move=peft_model.named(model, ".lora_B."),
         groups=one_group(model),
-        held=start.held(model, section),
+        held=initial_weights.held(model, section),
     )
 
 

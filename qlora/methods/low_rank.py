@@ -28,7 +28,7 @@ MARKER = "lora_"
 SILENT = {"lora_dropout", "init_lora_weights", "eva_config", "loftq_config", "megatron_core", "qalora_group_size"}
 _LARGEST = {"r": 2**16, "lora_alpha": 1e6, "init_r": 2**16}
 # As PEFT makes these starts, they put something else than the base's weights under the adapter, and the folder does not
-# hold what. Those of qlora (start.py) leave the base alone, and say so in the config.
+# hold what. Those of qlora (initial_weights.py) leave the base alone, and say so in the config.
 _CHANGED_BASE = ("loftq", "pissa", "olora", "corda", "lora_ga")
 
 

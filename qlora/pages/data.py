@@ -8,7 +8,7 @@ from pathlib import Path
 import jinja2
 import numpy as np
 
-from ..data.examples import IGNORE_INDEX
+from ..data.masked_examples import IGNORE_INDEX
 from ..system.errors import InputError
 
 BARS = 10

@@ -13,7 +13,7 @@ from typing import Literal
 from pydantic import ValidationError, model_validator
 from ruamel.yaml import YAML
 
-from . import explain, reading
+from . import error_messages, reading
 from .sections import (
     Adalora,
     Data,
@@ -133,7 +133,7 @@ class Recipe(Section):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            raise explain.refusal(where, error, values, lines, cls) from None
+            raise error_messages.refusal(where, error, values, lines, cls) from None
 
     def to_yaml(self) -> str:
         """Return the resolved recipe, every value written out, as YAML that `load` reads back to an equal recipe."""

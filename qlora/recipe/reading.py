@@ -6,7 +6,7 @@ import re
 
 from ..system import files, secrets
 from ..system.errors import InputError
-from . import document, explain, moved
+from . import error_messages, moved, yaml_document
 
 _NO_SECRETS = (
     "looks like a token or password, which a recipe must not hold: it is copied into the run folder. Take it out (and renew "
@@ -26,7 +26,7 @@ def from_file(path, overrides):
         text = files.read(path, "the recipe")
     except FileNotFoundError:
         raise InputError(f"no recipe at {path}; give the path of a YAML file") from None
-    values, lines = document.parse(text, path)
+    values, lines = yaml_document.parse(text, path)
     if not isinstance(values, dict):
         raise InputError(f"{path}: a recipe is one YAML mapping with sections model, data, output_dir, ...")
     moved.settle(values, path)
@@ -49,7 +49,7 @@ def _override(values, lines, overrides):
     before: set[tuple] = set()
     for override in overrides:
         key, sign, text = override.partition("=")
-        parts, shown = tuple(key.split(".")), f"override {explain.dotted((key,))}"
+        parts, shown = tuple(key.split(".")), f"override {error_messages.dotted((key,))}"
         if not sign or not all(parts):
             raise InputError(f"{shown} is not of the form section.field=value")
         if any(secrets.names_secret(part) for part in parts):
@@ -58,18 +58,18 @@ def _override(values, lines, overrides):
             again = (
                 "is given twice"
                 if overridden == parts
-                else f"would undo {explain.dotted(overridden)}, which is given too"
+                else f"would undo {error_messages.dotted(overridden)}, which is given too"
             )
             raise InputError(f"{shown} {again}; keep one")
         before.add(parts)
         if "\n" in text or "\r" in text:
             raise InputError(f'{shown}: the value has more than one line; write a line end as "\\n", in double quotes')
         # the space keeps what begins with % or --- from being more than a value
-        value = document.parse(f" {text}", shown)[0] if text.strip() else None
+        value = yaml_document.parse(f" {text}", shown)[0] if text.strip() else None
         node = values
         for index, part in enumerate(parts[:-1]):
             if isinstance(node.get(part), list):
-                raise InputError(f"{shown}: {explain.dotted(parts[: index + 1])} is a list; give the whole list")
+                raise InputError(f"{shown}: {error_messages.dotted(parts[: index + 1])} is a list; give the whole list")
             if not isinstance(node.get(part), dict):
                 node[part] = {}
             node = node[part]
@@ -82,7 +82,9 @@ def _override(values, lines, overrides):
 
 def _refuse_secrets(where, values, lines):
     """Raise InputError if a token or password stands in the nested `values`; before anything else, which might repeat it."""
-    exposed = [f"{explain.place(at, lines)}{explain.dotted(at)}: {_NO_SECRETS}" for at in _secrets(values)]
+    exposed = [
+        f"{error_messages.place(at, lines)}{error_messages.dotted(at)}: {_NO_SECRETS}" for at in _secrets(values)
+    ]
     if exposed:
         raise InputError.listing(where, exposed)
 
@@ -90,7 +92,7 @@ def _refuse_secrets(where, values, lines):
 def _refuse_half_characters(where, values, lines):
     """Raise InputError if a text in the nested `values` is no valid text: it could not be written into a run folder."""
     wrong = [
-        f"{explain.place(at, lines)}{explain.dotted(at)}: {document.HALF_A_CHARACTER}"
+        f"{error_messages.place(at, lines)}{error_messages.dotted(at)}: {yaml_document.HALF_A_CHARACTER}"
         for at in _half_characters(values)
     ]
     if wrong:

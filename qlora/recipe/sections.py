@@ -23,7 +23,7 @@ from pydantic import (
 )
 
 from ..system.errors import InputError
-from . import explain, optimizers
+from . import error_messages, optimizers
 
 _LARGEST = 2**31 - 1  # a count that the libraries can take
 Positive = Annotated[int, Field(ge=1, le=_LARGEST)]
@@ -331,7 +331,7 @@ class Data(Section):
             return cls.model_validate({**settings, "train": str(path)})
         except ValidationError as error:
             raise InputError(
-                f"--data {explain.shown(str(path))}: {explain.said(error.errors(include_url=False)[0])}"
+                f"--data {error_messages.shown(str(path))}: {error_messages.said(error.errors(include_url=False)[0])}"
             ) from None
 
     @model_validator(mode="after")

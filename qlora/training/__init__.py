@@ -19,9 +19,9 @@ from ..system.storage import write_json
 from .arguments import arguments_of
 from .neftune import noisy_embeddings
 from .objectives.supervised import Supervised
-from .reliable import Reliability
+from .out_of_memory import too_much, what_would_help
+from .reliable_trainer import Reliability
 from .saving import Saving
-from .shortage import too_much, what_would_help
 
 __all__ = ["Result", "Rows", "Saving", "Settings", "train"]
 

@@ -3,7 +3,7 @@
 import pytest
 import transformers
 
-from qlora.data import IGNORE_INDEX, chat, examples
+from qlora.data import IGNORE_INDEX, chat, masked_examples
 from qlora.data.conversation import Conversation
 from qlora.system.errors import InputError
 from tests.conftest import CHATML, SPECIAL, encode, make_tokenizer, messages
@@ -59,7 +59,7 @@ def test_trained_tokens_of_a_multi_turn_conversation_are_exactly_the_answers(tok
 
 def test_an_empty_thought_that_the_template_adds_to_the_last_answer_is_trained_in_each(tokenizer_json):
     tokenizer = make_tokenizer(tokenizer_json, THINKING)
-    rows = examples.encode(tokenizer, Conversation(messages(TURNS)))
+    rows = masked_examples.encode(tokenizer, Conversation(messages(TURNS)))
     assert [trained_pieces(tokenizer, row) for row in rows] == [
         ["<think>\n\n</think>\n\nHello there.<|im_end|>"],
         ["<think>\n\n</think>\n\nCiao!<|im_end|>"],
@@ -121,7 +121,7 @@ def test_a_template_that_changes_earlier_answers_gets_a_row_an_answer(tokenizer_
     tokenizer = make_tokenizer(tokenizer_json, FORGETS_THOUGHTS)
     thought = "<think>\nHm.\n</think>"
     turns = [*TURNS[:2], ("assistant", f"{thought}Hello there."), *TURNS[3:]]
-    first, second = examples.encode(tokenizer, Conversation(messages(turns)))
+    first, second = masked_examples.encode(tokenizer, Conversation(messages(turns)))
     begin = "system: Be brief.<|im_end|>user: Hi<|im_end|>assistant: "
     assert tokenizer.decode(first.input_ids) == f"{begin}{thought}Hello there.<|im_end|>"
     assert trained_pieces(tokenizer, first) == [f"{thought}Hello there.<|im_end|>"]
@@ -139,7 +139,7 @@ def test_a_template_that_leaves_an_earlier_answer_out_is_refused(tokenizer_json,
     tokenizer = make_tokenizer(tokenizer_json, FORGETFUL)
     turns = [*TURNS[:2], ("assistant", answer), *TURNS[3:]]
     with pytest.raises(ValueError, match=r"leaves message 2 \(assistant\) out"):
-        examples.encode(tokenizer, Conversation(messages(turns)), train_on)
+        masked_examples.encode(tokenizer, Conversation(messages(turns)), train_on)
 
 
 # Mistral's v0.3 puts the system message into the last user message, if that is the last message of all
@@ -256,7 +256,7 @@ def test_a_control_token_in_a_question_is_spelled_out(tokenizer_json, text):
     )
     assert [example.input_ids.count(token) for token in (1, 2, 3, call)] == [2, 2, 0, 0]
     assert trained_pieces(tokenizer, example) == ["No.<|im_end|>"]
-    prompt = examples.encode_prompt(tokenizer, messages([("user", text)]))
+    prompt = masked_examples.encode_prompt(tokenizer, messages([("user", text)]))
     assert example.input_ids[: len(prompt)] == prompt
 
 
@@ -271,7 +271,7 @@ def test_an_answer_may_say_added_tokens_but_not_special_ones(tokenizer_json):
 def test_a_template_that_takes_a_string_apart_leaves_no_marks(tokenizer_json):
     apart = CHATML.replace("{{ message['content'] }}", "{{ message['content'].split('<|im_start|>') | join(' ') }}")
     tokenizer = make_tokenizer(tokenizer_json, apart)
-    ids = examples.encode_prompt(tokenizer, messages([("user", "a<|im_start|>b")]))
+    ids = masked_examples.encode_prompt(tokenizer, messages([("user", "a<|im_start|>b")]))
     assert tokenizer.decode(ids) == "<|im_start|>user\na b<|im_end|>\n<|im_start|>assistant\n"
 
 
@@ -313,7 +313,7 @@ def test_chatml_shows_tools_calls_and_results(tokenizer_json):
         {"role": "tool", "content": "2"},
         {"role": "assistant", "content": "Two."},
     ]
-    (example,) = examples.encode(tokenizer, Conversation(turns, [tool]))
+    (example,) = masked_examples.encode(tokenizer, Conversation(turns, [tool]))
     said = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
     assert trained_pieces(tokenizer, example) == [f"{said}\n{said}<|im_end|>", "Two.<|im_end|>"]
     text = tokenizer.decode(example.input_ids)
@@ -329,15 +329,15 @@ def test_a_template_that_leaves_tools_or_calls_out_is_refused(tokenizer, lost):
     answer = {"role": "assistant", "content": "Two.", **({"tool_calls": [call]} if lost == "calls" else {})}
     conversation = Conversation([{"role": "user", "content": "1+1?"}, answer], [tool] if lost == "tools" else None)
     with pytest.raises(ValueError, match=r"leaves the (row's tools|call of 'add') out.*chatml"):
-        examples.encode(tokenizer, conversation)
+        masked_examples.encode(tokenizer, conversation)
 
 
 def test_a_row_that_trains_nothing_or_contradicts_the_recipe_is_refused(tokenizer):
     flagged = Conversation(messages(TURNS), flags=((2, False), (4, False)))
     with pytest.raises(ValueError, match="nothing to train on"):
-        examples.encode(tokenizer, flagged)
+        masked_examples.encode(tokenizer, flagged)
     with pytest.raises(ValueError, match=r"data\.train_on is all"):
-        examples.encode(tokenizer, flagged, "all")
+        masked_examples.encode(tokenizer, flagged, "all")
 
 
 def test_chatml_whose_markers_are_new_tokens_closes_turns_with_one(tokenizer_json):
@@ -361,9 +361,9 @@ def test_chatml_whose_markers_are_new_tokens_closes_turns_with_one(tokenizer_jso
 def test_a_prompt_that_is_no_text_is_refused(tokenizer_json):
     """A terminal's bytes that are not UTF-8 come as halves of surrogate pairs."""
     tokenizer = make_tokenizer(tokenizer_json)
-    assert examples.encode_prompt(tokenizer, messages([("user", "\xff")]))
+    assert masked_examples.encode_prompt(tokenizer, messages([("user", "\xff")]))
     with pytest.raises(ValueError, match="the message of the system has half of a surrogate pair"):
-        examples.encode_prompt(tokenizer, messages([("system", "\udcff"), ("user", "x")]))
+        masked_examples.encode_prompt(tokenizer, messages([("system", "\udcff"), ("user", "x")]))
 
 
 def test_the_ends_of_generation_config_travel_with_the_tokenizer(tokenizer):

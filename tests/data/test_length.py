@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from qlora.data import IGNORE_INDEX, Example, length
 from qlora.data.conversation import Conversation
 from qlora.data.encoder import TooLong
-from qlora.data.examples import encode, encode_prompt
+from qlora.data.masked_examples import encode, encode_prompt
 from qlora.recipe import Data
 from tests.conftest import messages
 

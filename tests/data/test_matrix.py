@@ -15,7 +15,7 @@ from tokenizers import AddedToken, Tokenizer
 
 from qlora.data import IGNORE_INDEX, chat
 from qlora.data.conversation import Conversation
-from qlora.data.examples import encode
+from qlora.data.masked_examples import encode
 from tests.data.families import _byte_level_bpe
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "data.md"

@@ -235,7 +235,7 @@ def test_special_tokens_are_one_token_each_and_registered_as_in_the_model(family
 def encode(family, row, train_on):
     """Return the examples that our pipeline makes of a row."""
     formats = importlib.import_module("qlora.data.formats")
-    examples = importlib.import_module("qlora.data.examples")
+    examples = importlib.import_module("qlora.data.masked_examples")
     _, conversation = formats.read(row)
     return examples.encode(tokenizer_of(family.name), conversation, train_on)
 

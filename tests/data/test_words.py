@@ -5,7 +5,7 @@ import copy
 import pytest
 
 from qlora.data.conversation import Conversation
-from qlora.data.examples import encode, encode_prompt
+from qlora.data.masked_examples import encode, encode_prompt
 from qlora.data.words import left_out
 from tests.conftest import CHATML, make_tokenizer
 from tests.data.test_matrix import (

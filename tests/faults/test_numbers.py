@@ -9,9 +9,9 @@ from safetensors.torch import load_file
 
 from qlora.commands.train import train
 from qlora.system.errors import InputError, TrainingFailed
-from qlora.training.masters import MasterWeights
+from qlora.training.divergence import Watch
+from qlora.training.master_weights import MasterWeights
 from qlora.training.objectives import supervised
-from qlora.training.watchdog import Watch
 from tests.conftest import CONVERSATIONS, messages, write_jsonl
 
 EACH_STEP = {"save_steps": 1, "save_total_limit": None, "per_device_train_batch_size": 1, "logging_steps": 1}

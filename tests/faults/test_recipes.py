@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qlora import cli
-from qlora.recipe import Recipe, document
+from qlora.recipe import Recipe, yaml_document
 from qlora.system.errors import InputError
 
 TOP = "model: {name_or_path: m}\ndata: {train: d.jsonl}\noutput_dir: o\n"  # three lines
@@ -556,7 +556,7 @@ def is_dict_or_refusal(parts, value):
         recipe = Recipe.from_dict(changed)
     except InputError:
         return
-    assert Recipe.model_validate(document.parse(recipe.to_yaml(), "back")[0]) == recipe
+    assert Recipe.model_validate(yaml_document.parse(recipe.to_yaml(), "back")[0]) == recipe
 
 
 def test_half_a_character_is_refused_in_a_recipe_from_python():

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from qlora import base_model, methods
 from qlora.commands.train import train
 from qlora.kernels import nf4
-from qlora.methods import start
+from qlora.methods import initial_weights
 from qlora.recipe import Lora, Model, Quantization
 from qlora.system.errors import InputError, TrainingFailed
 from tests.conftest import CONVERSATIONS, encode, messages
@@ -240,7 +240,7 @@ def test_what_is_trained_of_a_tied_pair_is_untied_unless_it_is_to_stay_tied(trai
 
 
 def layers(peft_model):
-    return dict(start._layers(peft_model))
+    return dict(initial_weights._layers(peft_model))
 
 
 def delta(layer):
@@ -252,11 +252,11 @@ def delta(layer):
 @pytest.mark.parametrize("shape", [(40, 70), (70, 40), (40, 40)])
 def test_low_rank_is_the_truncated_svd(shape):
     M = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    A, B = start.low_rank(M, 5)
+    A, B = initial_weights.low_rank(M, 5)
     U, S, Vh = torch.linalg.svd(M)
     torch.testing.assert_close(B @ A, (U[:, :5] * S[:5]) @ Vh[:5], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(A.norm(dim=1), B.norm(dim=0))
-    assert start.low_rank(torch.zeros(shape), 5)[0].isfinite().all()
+    assert initial_weights.low_rank(torch.zeros(shape), 5)[0].isfinite().all()
 
 
 @pytest.mark.parametrize(("family", "shard"), [("llama", "5GB"), ("gpt2", "5GB"), ("llama", "100KB")])

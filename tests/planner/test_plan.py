@@ -14,7 +14,7 @@ from qlora.kernels import checkpointing
 from qlora.planner import cards, trace
 from qlora.recipe import Adalora, Lora, Model, Quantization, Training
 from qlora.system import memory
-from qlora.training.masters import MasterWeights
+from qlora.training.master_weights import MasterWeights
 from qlora.training.objectives import supervised
 
 _SHAPE = {

@@ -20,7 +20,7 @@ from qlora.runs import checkpoints, record
 from qlora.runs.checkpoints import Checkpoints, Damaged
 from qlora.runs.folder import RunDir
 from qlora.system.errors import DoesNotFit, InputError, Interrupted, TrainingFailed
-from qlora.training.masters import MasterWeights
+from qlora.training.master_weights import MasterWeights
 from qlora.training.objectives.supervised import Trainer
 from tests.conftest import messages, write_jsonl
 

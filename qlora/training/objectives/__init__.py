@@ -1,4 +1,4 @@
-"""What the loss is: one file an objective. Here is the contract between an objective and the trainer (reliable.py)."""
+"""What the loss is: one file an objective. Here is the contract between an objective and the trainer (reliable_trainer.py)."""
 
 from __future__ import annotations
 

@@ -19,8 +19,8 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from ... import data
 from ...data import IGNORE_INDEX
 from ...kernels import loss
-from ..library import on_one_device
-from ..reliable import Reliable
+from ..private_names import on_one_device
+from ..reliable_trainer import Reliable
 from . import Objective
 
 

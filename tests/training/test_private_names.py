@@ -12,9 +12,9 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 import qlora.training
-from qlora.training import library
-from qlora.training.library import Hooks
-from qlora.training.reliable import Reliable
+from qlora.training import private_names
+from qlora.training.private_names import Hooks
+from qlora.training.reliable_trainer import Reliable
 from tests.test_layout import PACKAGE, ROOT, tomllib
 
 # a method of transformers' Trainer that is overridden: its parameters, as it is called
@@ -59,7 +59,7 @@ def test_the_sums_that_are_read_are_those_of_the_loop():
 def test_trls_trainers_have_these_counters():
     for trainer in (trl.SFTTrainer, trl.DPOTrainer):
         source = inspect.getsource(trainer)
-        for name in library.TRL_COUNTERS:
+        for name in private_names.TRL_COUNTERS:
             assert f"self.{name} = " in source, name
 
 
@@ -72,7 +72,7 @@ def test_a_schedule_is_set_to_a_step_as_if_all_before_had_been_taken():
     for _ in range(5):
         first.step()
         one.step()
-    library.set_rates(other, 5, second)
+    private_names.set_rates(other, 5, second)
     assert [group["lr"] for group in second.param_groups] == [group["lr"] for group in first.param_groups]
     assert other.get_last_lr() == one.get_last_lr()
     assert other.state_dict()["last_epoch"] == one.state_dict()["last_epoch"]
@@ -81,11 +81,11 @@ def test_a_schedule_is_set_to_a_step_as_if_all_before_had_been_taken():
 def test_no_other_file_of_training_uses_a_private_name_of_somebody_else():
     own = private(name for kind in (Reliable,) for name in vars(kind))
     for path in (PACKAGE / "training").rglob("*.py"):
-        if path.name == "library.py":
+        if path.name == "private_names.py":
             continue
         text = path.read_text(encoding="utf-8")
         assert not re.findall(r"(?<!self)\.(_[a-z]\w*)", text), path
-        if path.name == "reliable.py":
+        if path.name == "reliable_trainer.py":
             assert set(re.findall(r"self\.(_[a-z]\w*)", text)) <= own
 
 

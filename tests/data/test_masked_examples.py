@@ -8,7 +8,7 @@ import pytest
 from qlora import base_model
 from qlora.data import IGNORE_INDEX, chat
 from qlora.data.conversation import Conversation
-from qlora.data.examples import encode, encode_prompt
+from qlora.data.masked_examples import encode, encode_prompt
 from qlora.data.words import without_thoughts
 from qlora.recipe import Model
 from tests.data.families import BY_NAME, FAMILIES

@@ -9,7 +9,7 @@ import torch
 
 from .. import methods
 from ..runs.checkpoints import under
-from .masters import MasterWeights
+from .master_weights import MasterWeights
 
 
 class Trained:

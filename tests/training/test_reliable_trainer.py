@@ -17,7 +17,7 @@ from qlora.system.errors import Interrupted, TrainingFailed
 from qlora.system.events import heard_by
 from qlora.system.signals import Stop
 from qlora.training.objectives import Objective
-from qlora.training.reliable import Reliability, Reliable
+from qlora.training.reliable_trainer import Reliability, Reliable
 from qlora.training.saving import Saving
 
 ARGUMENTS = {

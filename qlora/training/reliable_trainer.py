@@ -26,13 +26,13 @@ from ..system.errors import Interrupted, TrainingFailed
 from ..system.events import emit
 from . import saving as saved
 from .clock import Clock
-from .library import Hooks, set_rates
+from .divergence import Watch
 from .order import ByLength
+from .out_of_memory import Moment, few
+from .private_names import Hooks, set_rates
 from .rehearsal import rehearse, same_random_numbers
 from .saving import Saves, Saving
-from .shortage import Moment, few
-from .trained import Trained, not_finite
-from .watchdog import Watch
+from .trained_parameters import Trained, not_finite
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from qlora.training.watchdog import FEW, Watch
+from qlora.training.divergence import FEW, Watch
 
 
 def judged(losses, num_steps=50):

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qlora import base_model, chat, evaluate, export, train
-from qlora.base_model import known_files
+from qlora.base_model import file_hashes
 from qlora.recipe import Model
 from qlora.system.errors import InputError
 from tests.base_model.conftest import load
@@ -25,20 +25,20 @@ from tests.base_model.conftest import load
 def base(tiny_model, tmp_path, monkeypatch):
     """The folder of a model in three files that nobody has touched for an hour; no cache knows it."""
     monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(known_files, "time", types.SimpleNamespace(time=lambda: time.time() + 3600))
+    monkeypatch.setattr(file_hashes, "time", types.SimpleNamespace(time=lambda: time.time() + 3600))
     return shutil.copytree(tiny_model("llama", "150KB"), tmp_path / "model")
 
 
 @pytest.fixture
 def reads(monkeypatch):
     """How often each file was hashed."""
-    counts, original = collections.Counter(), known_files.sha256
+    counts, original = collections.Counter(), file_hashes.sha256
 
     def counted(path, stop=None):
         counts[path.name] += 1
         return original(path, stop)
 
-    monkeypatch.setattr(known_files, "sha256", counted)
+    monkeypatch.setattr(file_hashes, "sha256", counted)
     return counts
 
 
@@ -125,7 +125,7 @@ def test_a_file_that_has_changed_is_read_again(base, reads, change):
 
 
 def test_a_file_that_was_just_written_is_not_remembered(base, reads, monkeypatch):
-    monkeypatch.setattr(known_files, "time", time)
+    monkeypatch.setattr(file_hashes, "time", time)
     os.utime(weights(base)[0])
     for _ in range(2):
         found(base).file_hashes()
@@ -133,14 +133,14 @@ def test_a_file_that_was_just_written_is_not_remembered(base, reads, monkeypatch
 
 
 def test_a_file_that_changes_while_it_is_read_is_not_remembered(base, monkeypatch, tmp_path):
-    original = known_files.sha256
+    original = file_hashes.sha256
 
     def meanwhile(path, stop=None):
         digest = original(path, stop)
         os.utime(path, ns=(0, 0))
         return digest
 
-    monkeypatch.setattr(known_files, "sha256", meanwhile)
+    monkeypatch.setattr(file_hashes, "sha256", meanwhile)
     found(base).file_hashes()
     assert not (tmp_path / "cache" / "weights").exists()
 
@@ -180,13 +180,13 @@ def test_without_a_cache_that_can_be_written_files_are_read_each_time(base, read
 TWO = """
 import sys, time, types
 from pathlib import Path
-from qlora.base_model import known_files
-known_files.time = types.SimpleNamespace(time=lambda: time.time() + 3600)
+from qlora.base_model import file_hashes
+file_hashes.time = types.SimpleNamespace(time=lambda: time.time() + 3600)
 paths = [Path(one) for one in sys.argv[1:]]
-expected = known_files.read(paths)
+expected = file_hashes.read(paths)
 for _ in range(100):
-    known_files.read(paths)
-    assert {path: known_files.remembered(path) for path in paths} == expected
+    file_hashes.read(paths)
+    assert {path: file_hashes.remembered(path) for path in paths} == expected
 """
 
 

@@ -1,6 +1,6 @@
 """What the trainer takes of the private names of transformers, trl, accelerate and torch: all of it, each with its reason.
 
-tests/training/test_library.py holds this against the installed versions, and pyproject.toml allows no other minor ones.
+tests/training/test_private_names.py holds this against the installed versions, and pyproject.toml allows no other minor ones.
 """
 
 from __future__ import annotations

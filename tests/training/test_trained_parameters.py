@@ -8,7 +8,7 @@ import torch
 from qlora import base_model, methods
 from qlora.recipe import Adalora
 from qlora.system.errors import InputError, TrainingFailed
-from qlora.training.masters import MasterWeights
+from qlora.training.master_weights import MasterWeights
 from tests.conftest import encode, messages
 from tests.training.conftest import UNEVEN, records, trained
 

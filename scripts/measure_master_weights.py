@@ -17,7 +17,7 @@ RATES = [1e-3, 1e-4, 1e-5]
 class NoMasters:
     """Stands in for MasterWeights: gradients and steps in the model's own bf16."""
 
-    def __init__(self, live):
+    def __init__(self, live, held=None):
         self.live = self.masters = live
 
     def take_gradients(self):
@@ -43,8 +43,10 @@ def run(args, learning_rate, masters):
     start = {}
     attach = methods.attach
 
-    def remember(model, *sections):
-        model = attach(model, *sections)
+    def remember(model, *sections, **more):
+        model = attach(model, *sections, **more)
+        if model.device.type == "meta":
+            return model  # the plan's
         start.update({n: p.detach().clone() for n, p in model.named_parameters() if ".lora_A." in n})
         start["model"] = model
         return model

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from qlora.exporter.writer import Spec, parse_size, shards, write
 from qlora.system.errors import InputError
+from qlora.system.events import heard_by
 
 TENSORS = {
     "a": torch.arange(6, dtype=torch.float16).reshape(2, 3),
@@ -31,8 +32,9 @@ SPECS = [Spec(name, tuple(tensor.shape), tensor.dtype) for name, tensor in TENSO
 
 @pytest.mark.parametrize("max_bytes", [10**9, 64, 1])
 def test_safetensors_reads_back_what_was_written(tmp_path, max_bytes):
-    counted = []
-    total = write(tmp_path, SPECS, in_pieces, max_bytes, counted.append)
+    heard = []
+    with heard_by(heard.append):
+        total = write(tmp_path, SPECS, in_pieces, max_bytes)
     found = {}
     for path in tmp_path.glob("*.safetensors"):
         found |= load_file(path)
@@ -40,7 +42,7 @@ def test_safetensors_reads_back_what_was_written(tmp_path, max_bytes):
             assert file.metadata() == {"format": "pt"}
     assert found.keys() == TENSORS.keys()
     assert all(torch.equal(found[name], TENSORS[name]) and found[name].dtype == TENSORS[name].dtype for name in TENSORS)
-    assert total == sum(counted) == sum(t.numel() * t.element_size() for t in TENSORS.values())
+    assert total == max(event.done for event in heard) == sum(t.numel() * t.element_size() for t in TENSORS.values())
 
 
 def test_the_index_names_each_tensors_file_and_the_size_in_bytes(tmp_path):

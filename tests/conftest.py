@@ -85,6 +85,8 @@ LOOSE = {
         num_experts_per_tok=2,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
     ),
+    # 64 x 2,048: an adapter of it can have the 100,000 numbers from which bitsandbytes pages the optimizer's states
+    "wide": lambda: transformers.LlamaConfig(**(SHAPE | {"intermediate_size": 2048})),
     "mamba": lambda: transformers.MambaConfig(
         vocab_size=VOCAB_SIZE, hidden_size=64, num_hidden_layers=2, state_size=8, bos_token_id=3, eos_token_id=2
     ),

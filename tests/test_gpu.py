@@ -57,8 +57,7 @@ def test_optimizer_states_of_large_adapters_are_paged(make_recipe, monkeypatch):
     made = []
     original = Trainer.create_optimizer
     monkeypatch.setattr(Trainer, "create_optimizer", lambda self, model=None: made.append(original(self)) or made[-1])
-    # 1,024 x 128: over the 100,000 numbers from which bitsandbytes pages
-    train(make_recipe(lora={"r": 1024, "lora_alpha": 1024, "target_modules": ["down_proj"]}))
+    train(make_recipe("wide", lora={"r": 64, "lora_alpha": 64, "target_modules": ["down_proj"]}))
     paged = [state["state1"] for state in made[0].state.values() if getattr(state["state1"], "is_paged", False)]
     assert paged
     assert {tensor.dtype for tensor in paged} == {torch.uint8}
@@ -182,16 +181,16 @@ def test_a_run_on_the_gpu_is_stopped_and_resumed_with_its_states_paged(make_reci
     made = []
     original = Trainer.create_optimizer
     monkeypatch.setattr(Trainer, "create_optimizer", lambda self, model=None: made.append(original(self)) or made[-1])
-    lora = {"r": 1024, "lora_alpha": 1024, "lora_dropout": 0.1, "target_modules": ["down_proj"]}
+    lora = {"r": 64, "lora_alpha": 64, "lora_dropout": 0.1, "target_modules": ["down_proj"]}
     settings = {"lora": lora, "training": {"max_steps": 6, "save_steps": 1, "save_total_limit": None}}
-    whole = train(make_recipe(**settings, output_dir=str(tmp_path / "whole")))
+    whole = train(make_recipe("wide", **settings, output_dir=str(tmp_path / "whole")))
     # as a kill -9 after step 3 leaves it
     other = tmp_path / "other"
     shutil.copytree(whole.path, other)
     shutil.rmtree(other / "adapter")
     for step in (4, 5, 6):
         shutil.rmtree(other / "checkpoints" / f"step-{step}")
-    resumed = train(make_recipe(**settings, output_dir=str(other)), resume=True)
+    resumed = train(make_recipe("wide", **settings, output_dir=str(other)), resume=True)
     paged = [[getattr(state["state1"], "is_paged", False) for state in optimizer.state.values()] for optimizer in made]
     assert paged[0] == paged[1]
     assert any(paged[1])

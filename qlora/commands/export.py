@@ -24,12 +24,11 @@ def export(target, out, dtype=None, overrides=(), *, model=None, data=None, comp
     """Write the merged model of `target` to folder `out`; return the contents of its export_report.json.
 
     target: a finished run, or a PEFT adapter folder that was trained on `model`; or a list of "RUN:WEIGHT", whose adapters
-    are added up. Each weight is dequantize(NF4(W)) +
-    scaling * B A, added in float32 and cast once to `dtype` ("float16", "bfloat16", "float32"; the recipe's export.dtype
-    by default). The folder is written beside `out`, compared with the live model on rows (of file `data`, or those that
-    the run held out), and renamed to `out` only if it agrees. export.base=original adds to the weights of the files
-    instead. compare_bases: measure both, as they are and as served in 4 bit. gguf: "f16", "q8_0" or "q4_k_m", to add a
-    GGUF file and an Ollama Modelfile.
+    are added up. Each weight is dequantize(NF4(W)) and what the adapter does to it, in float32, cast once to `dtype`
+    ("float16", "bfloat16", "float32"; the recipe's export.dtype by default). The folder is written beside `out`, compared
+    with the live model on rows (of file `data`, or those that the run held out), and renamed to `out` only if it agrees.
+    export.base=original adds to the weights of the files instead. compare_bases: measure both, as they are and as served
+    in 4 bit. gguf: "f16", "q8_0" or "q4_k_m", to add a GGUF file and an Ollama Modelfile.
 
     Raises:
         InputError: nothing that was trained, another base, `out` is not empty, too little disk, a weight too large for

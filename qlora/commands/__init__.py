@@ -1,1 +1,1 @@
-"""The verbs, one file each: wiring and printing, no arithmetic. Only they see a whole Recipe."""
+"""The verbs, one file each: they wire, and say what came of it."""

@@ -25,6 +25,11 @@ def linear_names(model):
     ]
 
 
+def tied(model):
+    """Return {parameter: the one that it is the same tensor as}: where the files need not hold it."""
+    return getattr(model, "all_tied_weights_keys", None) or {}
+
+
 def decoder_layers(model):
     """Return the list of decoder layers of a plain, PEFT or multimodal model: the module list with most parameters."""
     is_whole = model.config.get_text_config() is not model.config  # a vision tower has layers too

@@ -161,8 +161,7 @@ def parse_weighted(targets):
     return found
 
 
-def _have_one_base(*checkpoints):
-    one, other = checkpoints
+def _have_one_base(one, other):
     return one.folder.samefile(other.folder) or one.file_hashes(fully=True) == other.file_hashes(fully=True)
 
 

@@ -133,7 +133,6 @@ def _outline(config, model_section, quantization, lora, num_new_tokens, device_k
     # bfloat16; on a CPU float32 copies too, unless the files hold codes
     quantizes = device_kind == "cpu" and not base_model.stored_quantization(config)
     read_bytes = largest * (16 if quantizes else 2)
-    weights = _bytes(base_model.tensors(model))
     linear = [model.get_submodule(name) for name in base_model.linear_names(model)]
     base = sum(_numbers(module.weight) for module in linear)
     head = model.get_output_embeddings().weight.numel()
@@ -147,7 +146,7 @@ def _outline(config, model_section, quantization, lora, num_new_tokens, device_k
     return Outline(
         device_kind,
         joins,
-        weights + _bytes(base_model.tensors(peft_model)) - weights - _bytes(trained),
+        _bytes(base_model.tensors(peft_model)) - _bytes(trained),
         np.array([parameter.numel() for parameter in trained], dtype=float),
         _bytes(trained),
         {kind: _bytes(p for p in layer.parameters() if p.requires_grad) for kind, layer in zip(step.layers, layers)},  # noqa: B905

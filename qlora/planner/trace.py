@@ -20,6 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE
 
 from .. import base_model, kernels
+from ..data import IGNORE_INDEX
 from ..kernels import causal, checkpointing, swiglu
 from ..system import memory
 
@@ -243,7 +244,7 @@ def _loss_on_cuda(peft_model, num_tokens, num_scored, chunk):
     model = peft_model.get_base_model()
     hidden = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[:, :-1]
     labels = labels[:, 1:]
-    is_trained, at = labels != -100, (_positions(num_scored), _positions(num_scored))
+    is_trained, at = labels != IGNORE_INDEX, (_positions(num_scored), _positions(num_scored))
     head = model.get_output_embeddings()
     found = _ChunkedHead.apply(hidden[at], head.weight, head.bias, labels[at], chunk)
     log_probs, _, _ = (x.new_zeros(is_trained.shape).masked_scatter(is_trained, x) for x in found)
@@ -389,9 +390,7 @@ class _Flash(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, query, key, value, scratch):
-        output = torch.empty_like(
-            query[..., : value.shape[-1]]
-        )  # in the order of the query's numbers, as the kernels do
+        output = torch.empty_like(query[..., : value.shape[-1]])  # its numbers in the query's order, as the kernels do
         lse = query.new_empty(query.shape[:3], dtype=torch.float32)
         ctx.save_for_backward(query, key, value, output, lse)
         ctx.scratch = scratch

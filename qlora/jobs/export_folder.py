@@ -7,6 +7,7 @@ from ..exporter import configs, merge, report, writer
 from ..exporter.model_card import card
 from ..exporter.reader import Reader
 from ..kernels.threads import Cores
+from ..recipe import parse_size
 from ..system.errors import InputError
 from ..system.events import note
 from ..system.storage import free_disk_bytes, leftover_bytes, refuse_inside, refuse_nonempty, refuse_partial
@@ -90,7 +91,7 @@ def write_model(trained, plan, folder, base, device):
     Raises:
         InputError: a weight is too large for the dtype, or the base quantizes to other codes than in training.
     """
-    max_bytes = writer.parse_size(trained.export.max_shard_size)
+    max_bytes = parse_size(trained.export.max_shard_size)
     how = merge.Base(trained.modules, trained.quantization, base == "original")
     with Reader(trained.checkpoint) as reader, Cores(device) as cores:
         merging = merge.Merge(reader, plan, trained.adapter, how, device, cores.map)

@@ -12,6 +12,7 @@ from typing import Any
 
 from .. import base_model, data, methods
 from ..exporter import proof
+from ..exporter.configs import TOKENIZER_FILES
 from ..methods.weighted_sum import combine
 from ..recipe import Data, Export, Model, Quantization, Recipe
 from ..runs.folder import RunDir
@@ -290,9 +291,7 @@ def _assumption(quantized):
 
 def _refuse_half_a_tokenizer(folder):
     """Raise InputError if a folder without tokenizer.json has other files of a tokenizer: the base's would replace them."""
-    names = ("tokenizer*", "*.model", "vocab.*", "merges.txt", "added_tokens.json", "special_tokens_map.json",
-             "chat_template*")  # fmt: skip
-    found = sorted({path.name for name in names for path in folder.glob(name)})
+    found = sorted({path.name for name in TOKENIZER_FILES for path in folder.glob(name)})
     if found:
         raise InputError(
             f"{folder}: has {', '.join(found)} but no tokenizer.json, and the base's tokenizer may differ from it. Make one: "

@@ -51,9 +51,12 @@ def read(path, what):
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
-        raise InputError(
-            f"{path} line {line}: not UTF-8 (byte 0x{raw[error.start]:02x}); save the file as UTF-8"
-        ) from None
+        raise InputError(f"{path} line {line}: {not_utf8(error)}") from None
+
+
+def not_utf8(error):
+    """Return in words what a UnicodeDecodeError of UTF-8 says, and the remedy."""
+    return f"not UTF-8 (byte 0x{error.object[error.start]:02x}); save the file as UTF-8"
 
 
 def _instead(head):

@@ -93,7 +93,7 @@ def _set_template(tokenizer, chat_template):
             f"data.chat_template chatml: {', '.join(missing)} are not tokens of this model, so it could not learn to stop; "
             "add them with model.new_tokens, or remove chat_template to end turns with the model's own end token"
         )
-    if chat_template == "chatml" or not (chat_template or tokenizer.chat_template or missing):
+    if chat_template == "chatml" or (chat_template is None and not (tokenizer.chat_template or missing)):
         tokenizer.chat_template = CHATML.replace("ADD_BOS", str(adds_bos(tokenizer)))
         return "ChatML, built in" + ("" if chat_template else " (the model has none)")
     if chat_template is not None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from .config import load_config, read_config
 from .empty_weights import is_stand_in, replace_by_stand_ins, stand_in
 from .folder import Checkpoint, find, refuse_generation, weight_files
-from .layers import decoder_layers, is_conv1d, linear_names, num_parameters, tensors
+from .layers import decoder_layers, is_conv1d, linear_names, num_parameters, numel, tensors, tied
 from .limits import num_positions, refuse_rows
 from .loading import default_device, load
 from .meta import load_on_meta, names_to_quantize, on_meta
@@ -20,40 +20,8 @@ from .prequantized import refuse_other_codes, settle, stored_quantization
 from .quantized import DTYPE_WHEN_QUANTIZED, digest, digests, dtype_of, quantized_modules, to_float32
 from .tokenizer import load_tokenizer
 
-__all__ = [
-    "DTYPE_WHEN_QUANTIZED",
-    "Checkpoint",
-    "add_rows",
-    "add_tokens",
-    "decoder_layers",
-    "default_device",
-    "digest",
-    "digests",
-    "dtype_of",
-    "find",
-    "is_conv1d",
-    "is_stand_in",
-    "linear_names",
-    "load",
-    "load_config",
-    "load_on_meta",
-    "load_tokenizer",
-    "names_to_quantize",
-    "num_parameters",
-    "num_positions",
-    "on_meta",
-    "quantized_modules",
-    "read_config",
-    "refuse_generation",
-    "refuse_other_codes",
-    "refuse_rows",
-    "replace_by_stand_ins",
-    "settle",
-    "stand_in",
-    "stored_quantization",
-    "tensors",
-    "to_float32",
-    "token_modules",
-    "weight_files",
-    "whole_config",
-]
+__all__ = ["DTYPE_WHEN_QUANTIZED", "Checkpoint", "add_rows", "add_tokens", "decoder_layers", "default_device", "digest",
+           "digests", "dtype_of", "find", "is_conv1d", "is_stand_in", "linear_names", "load", "load_config", "load_on_meta",
+           "load_tokenizer", "names_to_quantize", "num_parameters", "num_positions", "numel", "on_meta", "quantized_modules",
+           "read_config", "refuse_generation", "refuse_other_codes", "refuse_rows", "replace_by_stand_ins", "settle", "stand_in",
+           "stored_quantization", "tensors", "tied", "to_float32", "token_modules", "weight_files", "whole_config"]  # fmt: skip

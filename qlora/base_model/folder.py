@@ -79,6 +79,11 @@ class Checkpoint:
         """
         return next((self.text_tensors[one] for one in spellings(name, prefix) if one in self.text_tensors), None)
 
+    def tensor(self, name):
+        """Return tensor `name` of the files, mapped, not copied: its pages are the page cache's."""
+        with safe_open(self.folder / self.files[name], "pt") as file:
+            return file.get_tensor(name)
+
     def shapes(self):
         """Return {tensor name: shape} from the headers, without reading weights."""
         shapes = {}

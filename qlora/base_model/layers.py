@@ -25,6 +25,11 @@ def linear_names(model):
     ]
 
 
+def tied(model):
+    """Return {parameter: the one that it is the same tensor as}: where the files need not hold it."""
+    return getattr(model, "all_tied_weights_keys", None) or {}
+
+
 def decoder_layers(model):
     """Return the list of decoder layers of a plain, PEFT or multimodal model: the module list with most parameters."""
     is_whole = model.config.get_text_config() is not model.config  # a vision tower has layers too
@@ -41,12 +46,13 @@ def tensors(model):
     return [t for t in (*model.parameters(), *model.buffers(), *constants) if t is not None]
 
 
+def numel(weight):
+    """Return how many numbers a weight stands for, in 4 bit or not."""
+    state = getattr(weight, "quant_state", None)
+    return weight.numel() if state is None else state.shape.numel()
+
+
 def num_parameters(model):
-    """Return (trainable, total) counts; a 4-bit weight counts as the numbers it stands for, a tied one once."""
-    trainable = total = 0
-    for parameter in model.parameters():
-        state = getattr(parameter, "quant_state", None)
-        count = state.shape.numel() if state is not None else parameter.numel()
-        total += count
-        trainable += count if parameter.requires_grad else 0
-    return trainable, total
+    """Return (trainable, total) counts of numbers, a tied weight's once."""
+    counts = [(numel(parameter), parameter.requires_grad) for parameter in model.parameters()]
+    return sum(count for count, trains in counts if trains), sum(count for count, _ in counts)

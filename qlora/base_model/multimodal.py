@@ -19,6 +19,7 @@ from safetensors import safe_open
 from ..system import files
 from ..system.errors import InputError
 from . import text_generation
+from .layers import tied
 
 # Whose text half computes what the whole model computes of text: tests/base_model/test_multimodal.py compares the logits.
 FAMILIES = ("gemma3", "gemma4", "internvl", "llava", "mistral3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl",
@@ -146,9 +147,8 @@ def half_of(checkpoint):
             if final not in state and not any(re.search(pattern, final) for pattern in ignored):
                 unknown.append(f"not used by this architecture: {stored}")
         whole[renamed] = stored
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
     missing = sorted(
-        name for name in state.keys() - set(kept.values()) - tied.keys() if not name.startswith(tuple(text))
+        name for name in state.keys() - set(kept.values()) - tied(model).keys() if not name.startswith(tuple(text))
     )
     problems = unknown + [f"missing: {name} (of the part that is no text)" for name in missing if not converters]
     if problems:

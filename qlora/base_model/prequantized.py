@@ -223,15 +223,10 @@ def _wrong(headers, name, shape, nested):
     return None
 
 
-def _tensor(checkpoint, name):
-    with safe_open(checkpoint.folder / checkpoint.files[name], "pt") as file:
-        return file.get_tensor(name)  # mapped, not copied
-
-
 def read(checkpoint, name, device):
     """Return (codes, bitsandbytes' QuantState) of the weight that is tensor `name` of the files."""
     from bitsandbytes.functional import QuantState
 
     ends = [end for end in _BESIDE if name + end in checkpoint.files]
-    state = QuantState.from_dict({f"weight{end}": _tensor(checkpoint, name + end) for end in ends}, device)
-    return _tensor(checkpoint, name).to(device), state
+    state = QuantState.from_dict({f"weight{end}": checkpoint.tensor(name + end) for end in ends}, device)
+    return checkpoint.tensor(name).to(device), state

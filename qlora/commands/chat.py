@@ -63,7 +63,7 @@ def _turn(subject, messages, max_new_tokens):
 
     def on_text(piece):
         said.append(piece)
-        _print_piece(piece)
+        print(piece, end="", flush=True)
 
     try:
         answer = _answer(subject, messages, max_new_tokens, on_text)
@@ -97,10 +97,6 @@ def _switch(subject, name):
 
 def _opening(system):
     return [] if system is None else [{"role": "system", "content": system}]
-
-
-def _print_piece(text):
-    print(text, end="", flush=True)
 
 
 def _answer(subject, messages, max_new_tokens, on_text):

@@ -114,7 +114,7 @@ def report(rows, parts, stops, batches, batches_per_step):
         "sources": [
             {
                 "path": part.path,
-                **_without(part.summary, "largest_token"),
+                **{name: value for name, value in part.summary.items() if name != "largest_token"},
                 "weight": part.weight,
                 "tokens_an_epoch": rows.num_tokens_of(part),
             }
@@ -131,7 +131,3 @@ def report(rows, parts, stops, batches, batches_per_step):
         "packing_efficiency": batches.efficiency if isinstance(batches, Packs) else None,
         "steps_per_epoch": -(-len(batches) // batches_per_step),
     }
-
-
-def _without(summary, key):
-    return {name: value for name, value in summary.items() if name != key}

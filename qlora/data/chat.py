@@ -87,8 +87,15 @@ def set_template(tokenizer, chat_template, system_as_user=False):
 
 
 def _set_template(tokenizer, chat_template):
-    if chat_template == "chatml":
-        return _set_chatml(tokenizer)
+    missing = [marker for marker in CHATML_MARKERS if marker not in tokenizer.get_vocab()]
+    if chat_template == "chatml" and missing:
+        raise InputError(
+            f"data.chat_template chatml: {', '.join(missing)} are not tokens of this model, so it could not learn to stop; "
+            "add them with model.new_tokens, or remove chat_template to end turns with the model's own end token"
+        )
+    if chat_template == "chatml" or (chat_template is None and not (tokenizer.chat_template or missing)):
+        tokenizer.chat_template = CHATML.replace("ADD_BOS", str(adds_bos(tokenizer)))
+        return "ChatML, built in" + ("" if chat_template else " (the model has none)")
     if chat_template is not None:
         tokenizer.chat_template = template_text(tokenizer, chat_template)
         try:
@@ -98,23 +105,10 @@ def _set_template(tokenizer, chat_template):
         return f"from {chat_template}"
     if tokenizer.chat_template:
         return "the model's own"
-    if all(marker in tokenizer.get_vocab() for marker in CHATML_MARKERS):
-        return f"{_set_chatml(tokenizer)} (the model has none)"
     if tokenizer.eos_token is None:
         raise InputError("the tokenizer has no chat template and no end token; give data.chat_template")
     tokenizer.chat_template = FALLBACK_TEMPLATE.replace("ADD_BOS", str(adds_bos(tokenizer)))
     return "built in (the model has none): <|role|> headers, turns closed by the end token"
-
-
-def _set_chatml(tokenizer):
-    missing = [marker for marker in CHATML_MARKERS if marker not in tokenizer.get_vocab()]
-    if missing:
-        raise InputError(
-            f"data.chat_template chatml: {', '.join(missing)} are not tokens of this model, so it could not learn to stop; "
-            "add them with model.new_tokens, or remove chat_template to end turns with the model's own end token"
-        )
-    tokenizer.chat_template = CHATML.replace("ADD_BOS", str(adds_bos(tokenizer)))
-    return "ChatML, built in"
 
 
 def adds_bos(tokenizer):

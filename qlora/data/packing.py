@@ -19,10 +19,6 @@ class Packed:
     labels: list
     segments: list
 
-    @property
-    def num_trained(self):
-        return sum(label != IGNORE_INDEX for label in self.labels)
-
 
 class Packs(Sequence):
     """Packed rows of at most `capacity` tokens that hold every one of `examples` once; joined when asked for.

@@ -23,9 +23,8 @@ def answers(model, tokenizer, prompts, stops, max_new_tokens, batch_size=25, wha
     texts = [""] * len(prompts)
     with progress(what, len(prompts), "rows") as advance:
         while order:
-            batch = (
-                order[:batch_size] if limits[order[0]] == max_new_tokens else order[:1]
-            )  # near the end: each by itself
+            # near the model's last position: each by itself
+            batch = order[:batch_size] if limits[order[0]] == max_new_tokens else order[:1]
             batch = [index for index in batch if limits[index] == limits[batch[0]]]
             del order[: len(batch)]
             longest = max(len(prompts[index]) for index in batch)

@@ -8,6 +8,8 @@ import math
 import torch
 from torch.nn import functional as F
 
+from ..data import IGNORE_INDEX
+
 # B batch, T tokens, V vocab, N positions of all rows, P of one piece
 
 POSITIONS_AT_ONCE = 16  # where copies of (positions, V) are made
@@ -55,12 +57,12 @@ def perplexity(loss):
 
 
 @torch.no_grad()
-def mean_loss(model, examples, ignore_index=-100):
+def mean_loss(model, examples):
     """Return (mean cross entropy in nats over the trained tokens, their count), one row at a time in float32."""
     total, count = 0.0, 0
     for example in examples:
         labels = torch.tensor(example.labels[1:], device=model.device)
-        columns = (labels != ignore_index).nonzero().flatten()
+        columns = (labels != IGNORE_INDEX).nonzero().flatten()
         ids = torch.tensor([example.input_ids], device=model.device)
         logits_TV = model(input_ids=ids, use_cache=False, logits_to_keep=columns).logits[0].float()
         total += F.cross_entropy(logits_TV, labels[columns], reduction="sum").item()

@@ -17,8 +17,8 @@ from ..system.storage import write_json
 from .proof import text_rows
 
 # of a tokenizer: what may lie in a model's folder
-_TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "*.model", "vocab.*", "merges.txt",
-                    "*.tiktoken", "chat_template*", "additional_chat_templates/*.jinja")  # fmt: skip
+TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "*.model", "vocab.*", "merges.txt",
+                   "*.tiktoken", "chat_template*", "additional_chat_templates/*.jinja")  # fmt: skip
 _TEMPLATE_FILES = ("chat_template", "additional_chat_templates")
 _NOT_OF_THE_MODEL = {"transformers_version", "_name_or_path", "dtype", "torch_dtype", "architectures", "auto_map"}
 _HAS_LOCAL_ROPE = ("gemma3", "gemma3_text", "gemma3n", "gemma3n_text")
@@ -150,7 +150,7 @@ def _write_tokenizer(folder, base_folder, before, tokenizer):
         write_json(path, _for_version_4(files.read_object(path)))
         return
     same_template = before.chat_template == tokenizer.chat_template
-    for source in sorted({path for pattern in _TOKENIZER_FILES for path in base_folder.glob(pattern)}):
+    for source in sorted({path for pattern in TOKENIZER_FILES for path in base_folder.glob(pattern)}):
         name = source.relative_to(base_folder)
         if source.is_file() and (same_template or not name.parts[0].startswith(_TEMPLATE_FILES)):
             (folder / name).parent.mkdir(exist_ok=True)

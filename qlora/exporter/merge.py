@@ -15,7 +15,6 @@ import math
 from dataclasses import dataclass, field, replace
 
 import torch
-from safetensors import safe_open
 
 from .. import base_model
 from ..base_model import prequantized
@@ -37,8 +36,7 @@ class Plan:
 
     config: of the model that is written. specs: every parameter once (a tied head is not written), in the model's
     order. source: {name: tensor name in the files}. conv1d: names of modules that store (I, O). shapes: {module: (O,
-    I)} of what may carry an update. embeddings: {module: (V, I)} of embedding and head where rows of new tokens belong;
-    empty without new tokens. copied: names in the files of tensors that go over as they are, because the architecture
+    I)} of what may carry an update. copied: names in the files of tensors that go over as they are, because the architecture
     joins them into other parameters when it loads them (fused experts). kept: names in the files of tensors that are
     copied bit for bit: what is not text in a multimodal model. names: {name in specs: name in the written files}, where
     that is another.
@@ -49,7 +47,6 @@ class Plan:
     source: dict
     conv1d: set
     shapes: dict
-    embeddings: dict
     copied: set = field(default_factory=set)
     kept: set = field(default_factory=set)
     names: dict = field(default_factory=dict)
@@ -95,9 +92,9 @@ def plan(checkpoint, config, dtype, trust_remote_code=False, adapter=None):
     for name in [*base_model.linear_names(model), embedding, head]:
         shape = tuple(model.get_submodule(name).weight.shape)
         shapes[name] = shape[::-1] if name in conv1d else shape
-    result = Plan(config, [], {}, conv1d, shapes, embeddings)
+    result = Plan(config, [], {}, conv1d, shapes)
     replaced = adapter.replaced if adapter is not None else {}
-    tied, missing, wrong, in_files = _tied(model), [], [], checkpoint.shapes()
+    tied, missing, wrong, in_files = base_model.tied(model), [], [], checkpoint.shapes()
     stored = checkpoint.text_tensors
     for name, tensor in model.state_dict().items():
         if name in tied:
@@ -132,10 +129,6 @@ def _name_of(model, wanted):
     return next(name for name, module in model.named_modules() if module is wanted)
 
 
-def _tied(model):
-    return getattr(model, "all_tied_weights_keys", None) or {}
-
-
 def _change(config, model, adapter):
     """Make `config` that of the merged model, in place; return whether it differs from the base's.
 
@@ -149,7 +142,7 @@ def _change(config, model, adapter):
         if tensor is not None and tensor.dim() == 2 and len(tensor) != text_config.vocab_size:
             text_config.vocab_size, changed = len(tensor), True
     touched = [name for name in (embedding, head) if name in adapter.updates or replaced[name] is not None]
-    if not touched or f"{head}.weight" not in _tied(model):
+    if not touched or f"{head}.weight" not in base_model.tied(model):
         return changed
     both = [tensor for tensor in replaced.values() if tensor is not None]
     same = len(both) == 2 and not adapter.updates.keys() & {embedding, head} and torch.equal(*both)
@@ -177,7 +170,7 @@ def _copy_the_rest(checkpoint, plan, missing, dtype, model):
     adapted = [name for name in missing if name.rpartition(".")[0] in plan.shapes]
     beside = prequantized.beside_codes(checkpoint)
     stored = checkpoint.text_tensors
-    loose = {stored[name] for name in stored.keys() - _tied(model).keys()}
+    loose = {stored[name] for name in stored.keys() - base_model.tied(model).keys()}
     unused = sorted(loose - set(plan.source.values()) - beside)
     if missing and unused and not adapted and get_checkpoint_conversion_mapping(model.config.model_type):
         shapes = checkpoint.shapes()
@@ -200,16 +193,10 @@ def _keep_the_other_half(checkpoint, plan):
 
 
 def _refuse_unequal(checkpoint, one, other):
-    tensors = [_read(checkpoint, name) for name in (one, other)]
-    if not torch.equal(*tensors):
+    if not torch.equal(checkpoint.tensor(one), checkpoint.tensor(other)):
         raise InputError(
             f"{checkpoint.folder}: config.json ties {one} to {other}, but the files hold different weights"
         )
-
-
-def _read(checkpoint, name):
-    with safe_open(checkpoint.folder / checkpoint.files[name], "pt") as file:
-        return file.get_tensor(name)  # mapped, not copied: its pages are the page cache's
 
 
 @dataclass(frozen=True)

@@ -92,10 +92,8 @@ class _File:
 
     def __init__(self, path):
         self.path = path
-        self._cached, self._direct = (
-            os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0)),
-            None,
-        )  # text is Windows' default
+        self._cached = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))  # text is Windows' default
+        self._direct = None
         self._alone = threading.Lock()
         self._looks_into_the_cache = True
         if hasattr(os, "O_DIRECT") and hasattr(os, "RWF_NOWAIT"):

@@ -148,7 +148,7 @@ class _Weights:
     def __init__(self, model, checkpoint, source):
         from transformers.core_model_loading import WeightConverter
 
-        tied = getattr(model, "all_tied_weights_keys", None) or {}
+        tied = base_model.tied(model)
         self.source = {**{name: source[other] for name, other in tied.items() if other in source}, **source}
         self.checkpoint, folder, files = checkpoint, checkpoint.folder, checkpoint.files
         self.dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 
 import torch
 
-from .. import recipe
 from ..system.errors import InputError
 from ..system.events import progress
 from ..system.storage import write_json
@@ -38,14 +37,6 @@ class Spec:
     @property
     def num_bytes(self):
         return math.prod(self.shape) * self.dtype.itemsize
-
-
-def parse_size(text):
-    """Return bytes of "5GB" (10**9) or "5GiB" (2**30); raises InputError otherwise."""
-    try:
-        return recipe.parse_size(text)
-    except ValueError as error:
-        raise InputError(f"export.max_shard_size {text!r}: {error}") from None
 
 
 def shards(specs, max_bytes):

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
-
 from .. import base_model
 from ..exporter import configs, merge, report, writer
 from ..exporter.model_card import card
 from ..exporter.reader import Reader
 from ..kernels.threads import Cores
+from ..recipe import parse_size
 from ..system.errors import InputError
 from ..system.events import note
-from ..system.storage import leftover_bytes, refuse_inside, refuse_nonempty, refuse_partial
+from ..system.storage import free_disk_bytes, leftover_bytes, refuse_inside, refuse_nonempty, refuse_partial
 from ..system.units import size
 from . import export_gguf
 
@@ -75,8 +74,7 @@ def _refuse_tokens_without_a_row(trained, num_rows):
 
 
 def _refuse_full_disk(out, num_bytes):
-    parent = next(folder for folder in [out, *out.absolute().parents] if folder.is_dir())
-    free = shutil.disk_usage(parent).free + leftover_bytes(out)  # which is replaced
+    free = free_disk_bytes(out) + leftover_bytes(out)  # which is replaced
     needed = num_bytes + 64 * 2**20  # tokenizer, configs, report
     if free < needed:
         raise InputError(
@@ -93,7 +91,7 @@ def write_model(trained, plan, folder, base, device):
     Raises:
         InputError: a weight is too large for the dtype, or the base quantizes to other codes than in training.
     """
-    max_bytes = writer.parse_size(trained.export.max_shard_size)
+    max_bytes = parse_size(trained.export.max_shard_size)
     how = merge.Base(trained.modules, trained.quantization, base == "original")
     with Reader(trained.checkpoint) as reader, Cores(device) as cores:
         merging = merge.Merge(reader, plan, trained.adapter, how, device, cores.map)

@@ -47,7 +47,7 @@ class Prover:
         self.live = None
 
     def _mode(self, asked):
-        grown = self.num_rows != trained_rows(self.trained)
+        grown = self.num_rows != self.trained.config.get_text_config().vocab_size  # by another tool than new_tokens
         if asked == "layers" and (grown or self.plan.copied):
             why = "has an enlarged vocabulary" if grown else "has experts that are fused when it is loaded"
             raise InputError(f"{self.trained.name}: {why}, so it cannot be checked layer by layer; use --verify full")
@@ -157,8 +157,3 @@ class Prover:
         else:
             model = base_model.load(checkpoint, section, quantization, self.device)
         return base_model.to_float32(model)
-
-
-def trained_rows(trained):
-    """Return the embeddings that the base has once it is loaded, with those of new tokens."""
-    return trained.config.get_text_config().vocab_size

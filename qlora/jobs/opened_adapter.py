@@ -12,6 +12,7 @@ from typing import Any
 
 from .. import base_model, data, methods
 from ..exporter import proof
+from ..exporter.configs import TOKENIZER_FILES
 from ..methods.weighted_sum import combine
 from ..recipe import Data, Export, Model, Quantization, Recipe
 from ..runs.folder import RunDir
@@ -53,7 +54,7 @@ class Trained:
     inputs: list
     fitted: bool
     live_model: str = "recorded"
-    origins: tuple = ()  # export.card.Origin of each run
+    origins: tuple = ()  # exporter.model_card.Origin of each run
     temporary: Any = None  # what `folder` is in, if that goes away with the `with` block
 
     def __enter__(self):
@@ -161,8 +162,7 @@ def parse_weighted(targets):
     return found
 
 
-def _have_one_base(*checkpoints):
-    one, other = checkpoints
+def _have_one_base(one, other):
     return one.folder.samefile(other.folder) or one.file_hashes(fully=True) == other.file_hashes(fully=True)
 
 
@@ -291,9 +291,7 @@ def _assumption(quantized):
 
 def _refuse_half_a_tokenizer(folder):
     """Raise InputError if a folder without tokenizer.json has other files of a tokenizer: the base's would replace them."""
-    names = ("tokenizer*", "*.model", "vocab.*", "merges.txt", "added_tokens.json", "special_tokens_map.json",
-             "chat_template*")  # fmt: skip
-    found = sorted({path.name for name in names for path in folder.glob(name)})
+    found = sorted({path.name for name in TOKENIZER_FILES for path in folder.glob(name)})
     if found:
         raise InputError(
             f"{folder}: has {', '.join(found)} but no tokenizer.json, and the base's tokenizer may differ from it. Make one: "

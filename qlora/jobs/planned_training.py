@@ -26,7 +26,6 @@ class Planned:
     checkpointed_layers: int
     offload: bool
     predicted_bytes: int | None
-    budget_bytes: int
     plan: planner.Plan | None = None
     why_none: str = ""
 
@@ -47,13 +46,13 @@ def plan_training(prepared, device) -> Planned:
         setting = recipe.memory.gradient_checkpointing
         setting = device.type == "cuda" if setting == "auto" else setting
         layers = num_layers * setting if isinstance(setting, bool) else setting
-        return Planned(layers, recipe.memory.offload is True, None, budget.num_bytes, why_none=str(error))
+        return Planned(layers, recipe.memory.offload is True, None, why_none=str(error))
     found = planner.plan(job)
     if not found.fits:
         raise DoesNotFit(_what_would_fit(recipe, job, found, device))
     refuse_full_disk(recipe, found)
     predicted = memory.anonymous_bytes() + found.peak_bytes if device.type == "cpu" else found.cuda_bytes
-    return Planned(found.checkpointed_layers, found.offload, predicted, budget.num_bytes, found)
+    return Planned(found.checkpointed_layers, found.offload, predicted, found)
 
 
 def _what_would_fit(recipe, job, found, device):

@@ -22,11 +22,10 @@ class _CrossEntropy(torch.autograd.Function):
         wants = hidden_NH.requires_grad
         total = hidden_NH.new_zeros((), dtype=torch.float32)
         grad_NH = torch.empty_like(hidden_NH) if wants else None
-        size = max(1, min(POSITIONS, len(hidden_NH)))
-        raw = hidden_NH.new_empty(size, len(weight_VH))
+        raw = hidden_NH.new_empty(min(POSITIONS, len(hidden_NH)), len(weight_VH))
         scores = raw.new_empty(raw.shape, dtype=torch.float32)
-        for start in range(0, len(hidden_NH), size):
-            part, targets = hidden_NH[start : start + size], targets_N[start : start + size, None]
+        for piece in pieces(len(hidden_NH)):
+            part, targets = hidden_NH[piece], targets_N[piece, None]
             count = len(part)
             logits, p = raw[:count], scores[:count]
             torch.mm(part, weight_VH.t(), out=logits)
@@ -38,7 +37,7 @@ class _CrossEntropy(torch.autograd.Function):
             if grad_NH is not None:
                 p.div_(sums).scatter_add_(1, targets, p.new_full((count, 1), -1.0))
                 logits.copy_(p)
-                torch.mm(logits, weight_VH, out=grad_NH[start : start + size])
+                torch.mm(logits, weight_VH, out=grad_NH[piece])
         ctx.save_for_backward(grad_NH)
         return total
 
@@ -47,6 +46,11 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx, grad):
         (grad_NH,) = ctx.saved_tensors
         return grad_NH.mul_(grad), None, None
+
+
+def pieces(num_positions):
+    """Return slices of at most POSITIONS positions."""
+    return [slice(start, start + POSITIONS) for start in range(0, num_positions, POSITIONS)]
 
 
 def takes(model):

@@ -43,7 +43,7 @@ class Quantized:
         shape = (stop - start, num_in)
         state = QuantState(
             absmax=self._absmax[first // block : -(last // -block)],
-            # in blocks where it can be: bitsandbytes 0.50.2 on a CPU begins a new block at every row, see base_model
+            # in blocks where it can be: bitsandbytes 0.50.2 on a CPU begins a block at every row (base_model/checks.py)
             shape=torch.Size(shape if (last - first) % block else ((last - first) // block, block)),
             dtype=torch.float32,  # the state's own dtype, bfloat16, would round every number
             blocksize=block,

@@ -12,9 +12,9 @@ import copy
 import math
 
 import torch
-from safetensors import safe_open
 
 from .. import base_model
+from ..data import IGNORE_INDEX
 from ..system.errors import InputError
 from .folder import PREFIX
 
@@ -109,7 +109,7 @@ def _correct_quantization(peft_model, checkpoint):
         if not isinstance(base, Linear4bit):
             continue
         stored = checkpoint.in_files(f"{name}.weight", prefix)
-        W_OI = _stored(checkpoint, stored).to(base.weight.device, torch.float32)
+        W_OI = checkpoint.tensor(stored).to(base.weight.device, torch.float32)
         exact = copy.copy(base.weight.quant_state)
         exact.dtype = torch.float32  # else it is rounded to bfloat16
         W_OI = W_OI.T if issubclass(base.source_cls, Conv1D) else W_OI
@@ -131,11 +131,6 @@ def low_rank(M_OI, rank):
     A_RI = U_OR.T @ M_OI
     roots_R = A_RI.norm(dim=1).clamp_min(torch.finfo(A_RI.dtype).tiny).sqrt()
     return A_RI / roots_R[:, None], U_OR * roots_R
-
-
-def _stored(checkpoint, name):
-    with safe_open(checkpoint.folder / checkpoint.files[name], "pt") as file:
-        return file.get_tensor(name)
 
 
 # ---- orthogonal ------------------------------------------------------------------------------------------------------
@@ -202,7 +197,7 @@ def _batches(examples, components):
 def _pad(rows):
     pad = torch.nn.utils.rnn.pad_sequence
     ids = pad([torch.tensor(row.input_ids) for row in rows], batch_first=True)
-    labels = pad([torch.tensor(row.labels) for row in rows], batch_first=True, padding_value=-100)
+    labels = pad([torch.tensor(row.labels) for row in rows], batch_first=True, padding_value=IGNORE_INDEX)
     mask = pad([torch.ones(len(row.input_ids), dtype=torch.long) for row in rows], batch_first=True)
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 

@@ -14,8 +14,8 @@ from typing import ClassVar
 
 import torch
 
-from .. import base_model
 from ..system.errors import InputError
+from . import peft_model
 from .folder import CONFIG, matched
 
 # O out_features, I in_features, R rank, V vocab
@@ -85,8 +85,9 @@ def refuse_ranks(model, ranks, factor=1, note=""):
     ranks: {layer: (field of the recipe, rank)}. factor: how many times the rank a layer may get; note says why.
     """
     too_large: dict = {}
+    shapes = peft_model.shapes(model)
     for name, (field, rank) in ranks.items():
-        sides = _sides(model.get_submodule(name))
+        sides = shapes[name]
         if rank * factor > min(sides):
             too_large.setdefault((field, rank), []).append((min(sides), name, sides))
     problems = []
@@ -102,13 +103,6 @@ def refuse_ranks(model, ranks, factor=1, note=""):
             problems,
             "set a lower rank (8 to 64 is usual), or leave the layer out with exclude_modules",
         )
-
-
-def _sides(layer):
-    """Return (out_features, in_features) of a linear layer, quantized or not."""
-    if base_model.is_conv1d(layer):
-        return layer.weight.shape[1], layer.weight.shape[0]
-    return layer.out_features, layer.in_features
 
 
 def without_bias(model, targets):

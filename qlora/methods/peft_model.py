@@ -32,7 +32,7 @@ def settings(model, targets, whole, token_ids=()):
         "target_modules": targets,
         "modules_to_save": whole or None,
         "trainable_token_indices": {name: list(token_ids) for name in base_model.token_modules(model)} if token_ids else None,
-        "fan_in_fan_out": _has_conv1d(model),
+        "fan_in_fan_out": any(map(base_model.is_conv1d, model.modules())),
         "task_type": text_generation.PEFT_TYPE,
     }  # fmt: skip
 
@@ -46,9 +46,8 @@ def make(model, config):
         # a tied head that is trained apart from the embedding is untied on purpose; and PEFT finds out by itself which
         # layers are Conv1D
         warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
-        warnings.filterwarnings(
-            "ignore", message="You have requested `ensure_weight_tying`"
-        )  # lora.attach refuses instead
+        # lora.attach refuses instead
+        warnings.filterwarnings("ignore", message="You have requested `ensure_weight_tying`")
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
         # attach has checked the patterns; in the folder of an AdaLoRA, rank_pattern names tensors
         warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not match")
@@ -72,7 +71,7 @@ def make(model, config):
 def to_dtype(peft_model, dtype):
     """Cast what is trained to `dtype`.
 
-    PEFT makes float32 adapters for quantized bases; the model computes in one dtype, see training.MasterWeights for updates.
+    PEFT makes float32 adapters for quantized bases; the model computes in one dtype (training/master_weights.py).
     """
     for parameter in peft_model.parameters():
         if parameter.requires_grad:
@@ -87,12 +86,6 @@ def dtype_of(model):
 def named(peft_model, part):
     """Return {name: parameter} of the parameters with `part` in their names."""
     return {name: parameter for name, parameter in peft_model.named_parameters() if part in name}
-
-
-def _has_conv1d(model):
-    from transformers.pytorch_utils import Conv1D
-
-    return any(isinstance(module, Conv1D) for module in model.modules())
 
 
 # ---- saved and loaded ------------------------------------------------------------------------------------------------

@@ -14,11 +14,11 @@ from typing import Any
 
 from ..recipe.optimizers import DEFAULT, OPTIMIZERS
 from . import cards, speed
-from .cards import CARDS, Card, card_of
+from .cards import Card, card_of
 from .footprint import CONTEXT_BYTES, Load, NoPlan, Outline, Usage, checkpoint_bytes, outline, usage
 
-__all__ = ["CARDS", "CONTEXT_BYTES", "Card", "Job", "Load", "NoPlan", "Outline", "Plan", "Usage", "at_length", "at_rows",
-           "backwards", "card_of", "cards", "outline", "plan", "suggestions"]  # fmt: skip
+__all__ = ["CONTEXT_BYTES", "Job", "Load", "NoPlan", "Plan", "at_length", "at_rows", "backwards", "card_of", "cards", "outline",
+           "plan", "suggestions"]  # fmt: skip
 
 
 @dataclass(frozen=True)

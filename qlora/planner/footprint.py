@@ -129,13 +129,12 @@ def outline(config, model_section, quantization, lora, num_new_tokens, device_ki
 
 def _outline(config, model_section, quantization, lora, num_new_tokens, device_kind, packed, kernels):
     model = base_model.load_on_meta(config, model_section, quantization)
-    largest = max(weight.numel() * (2 if weight.dtype.itemsize == 1 else 1) for weight in model.parameters())
+    largest = max(map(base_model.numel, model.parameters()))
     # bfloat16; on a CPU float32 copies too, unless the files hold codes
     quantizes = device_kind == "cpu" and not base_model.stored_quantization(config)
     read_bytes = largest * (16 if quantizes else 2)
-    weights = _bytes(base_model.tensors(model))
     linear = [model.get_submodule(name) for name in base_model.linear_names(model)]
-    base = sum(_numbers(module.weight) for module in linear)
+    base = sum(base_model.numel(module.weight) for module in linear)
     head = model.get_output_embeddings().weight.numel()
     peft_model = methods.attach(model, lora, token_ids=range(num_new_tokens))
     step, joins = trace.trace(peft_model, device_kind, packed, kernels)
@@ -147,7 +146,7 @@ def _outline(config, model_section, quantization, lora, num_new_tokens, device_k
     return Outline(
         device_kind,
         joins,
-        weights + _bytes(base_model.tensors(peft_model)) - weights - _bytes(trained),
+        _bytes(base_model.tensors(peft_model)) - _bytes(trained),
         np.array([parameter.numel() for parameter in trained], dtype=float),
         _bytes(trained),
         {kind: _bytes(p for p in layer.parameters() if p.requires_grad) for kind, layer in zip(step.layers, layers)},  # noqa: B905
@@ -155,11 +154,6 @@ def _outline(config, model_section, quantization, lora, num_new_tokens, device_k
         step,
         Work(base, sum(p.numel() for p in trained if p.dim() == 2), head, len(layers), width, bool(quantization)),
     )
-
-
-def _numbers(weight):
-    state = getattr(weight, "quant_state", None)
-    return weight.numel() if state is None else state.shape.numel()
 
 
 def _bytes(tensors):
@@ -180,7 +174,7 @@ def usage(model: Outline, load: Load, training, checkpointed, offload, eval_load
     accumulates = training.gradient_accumulation_steps > 1
     always = {
         "weights": model.weights,
-        "adapter": model.trained_bytes + 4 * numbers,  # and training.masters
+        "adapter": model.trained_bytes + 4 * numbers,  # and training.master_weights
         "optimizer": _optimizer_bytes(model.trained, training.optim),
     }
     summed = 4 * numbers if accumulates else 0.0

@@ -20,7 +20,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE
 
 from .. import base_model, kernels
-from ..kernels import causal, checkpointing, swiglu
+from ..data import IGNORE_INDEX
+from ..kernels import causal, checkpointing, loss, swiglu
 from ..system import memory
 
 # B batch (1), H heads, T tokens, D head dim, N scored positions, V vocabulary, C positions in a chunk of the head
@@ -152,13 +153,13 @@ def _run(peft_model, layers, device_kind, installed, packed, point):
     way = _loss_on_cuda if on_cuda else functools.partial(_loss_on_cpu, lean=installed.loss)
     attention = _way_of_attention(device_kind, installed.joined, packed, document)
     try:
-        with _attention(peft_model.get_base_model(), attention, packed or installed.joined), _one_tile(tile), live:
+        with _attention(peft_model.get_base_model(), attention, packed or installed.joined), _one_piece(tile), live:
             live.add(*base_model.tensors(peft_model))
             mark("embedding")
-            loss = way(peft_model, num_tokens, num_scored, chunk)
+            total = way(peft_model, num_tokens, num_scored, chunk)
             mark("loss")
-            loss.backward()
-            del loss
+            total.backward()
+            del total
             mark("end")
     finally:
         for handle in handles:
@@ -203,38 +204,19 @@ def _positions(count):
 
 
 def _loss_on_cpu(peft_model, num_tokens, num_scored, chunk, lean):
-    """What supervised.loss_of_trained_positions computes, the positions given instead of looked for.
-
-    lean: with kernels.loss, whose loop over positions is of another length at each size.
-    """
+    """What supervised.loss_of_trained_positions computes, the positions given instead of looked for. lean: by kernels.loss."""
     ids, mask, labels = _inputs(num_tokens)
     columns, head = _positions(num_scored), peft_model.get_base_model().get_output_embeddings()
     inputs = {"input_ids": ids, "attention_mask": mask}
     if lean:
-        found = kernels.loss.hidden_states(peft_model, head, columns, **inputs)
+        found = loss.hidden_states(peft_model, head, columns, **inputs)
     else:
         found = peft_model(**inputs, use_cache=False, logits_to_keep=columns).logits
     targets = labels[:, 1:][:, columns - 1]
     at = _positions(num_scored), _positions(num_scored)  # what indexing by a mask turns it into
     if lean:
-        return _LeanHead.apply(found[at], head.weight, targets[at]) / num_scored
+        return loss.cross_entropy(found[at], head, targets[at]) / num_scored
     return F.cross_entropy(found[at].float(), targets[at], reduction="sum") / num_scored
-
-
-class _LeanHead(torch.autograd.Function):
-    """Tensors as kernels.loss makes them."""
-
-    @staticmethod
-    def forward(ctx, hidden_ND, weight_VD, targets_N):
-        ctx.save_for_backward(torch.empty_like(hidden_ND))
-        raw = hidden_ND.new_empty(kernels.loss.POSITIONS, len(weight_VD))
-        scores = torch.empty_like(raw, dtype=torch.float32)
-        del raw, scores
-        return hidden_ND.new_zeros((), dtype=torch.float32)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return ctx.saved_tensors[0], None, None
 
 
 def _loss_on_cuda(peft_model, num_tokens, num_scored, chunk):
@@ -243,7 +225,7 @@ def _loss_on_cuda(peft_model, num_tokens, num_scored, chunk):
     model = peft_model.get_base_model()
     hidden = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[:, :-1]
     labels = labels[:, 1:]
-    is_trained, at = labels != -100, (_positions(num_scored), _positions(num_scored))
+    is_trained, at = labels != IGNORE_INDEX, (_positions(num_scored), _positions(num_scored))
     head = model.get_output_embeddings()
     found = _ChunkedHead.apply(hidden[at], head.weight, head.bias, labels[at], chunk)
     log_probs, _, _ = (x.new_zeros(is_trained.shape).masked_scatter(is_trained, x) for x in found)
@@ -324,14 +306,15 @@ def _attention(model, function, joined):
 
 
 @contextlib.contextmanager
-def _one_tile(num_tokens):
-    """Let a checkpointed SwiGLU block be computed for one tile of so many tokens, whatever the sequence has."""
-    before = swiglu.tiles
-    swiglu.tiles = lambda _: [slice(0, num_tokens)]
+def _one_piece(tile):
+    """Let what the kernels compute piece by piece be one piece, whatever the sequence has: a tile of so many tokens of a
+    checkpointed SwiGLU block, and the most positions of the loss."""
+    before = swiglu.tiles, loss.pieces
+    swiglu.tiles, loss.pieces = lambda _: [slice(0, tile)], lambda _: [slice(0, loss.POSITIONS)]
     try:
         yield
     finally:
-        swiglu.tiles = before
+        swiglu.tiles, loss.pieces = before
 
 
 def _way_of_attention(device_kind, joined, packed, document):
@@ -389,9 +372,7 @@ class _Flash(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, query, key, value, scratch):
-        output = torch.empty_like(
-            query[..., : value.shape[-1]]
-        )  # in the order of the query's numbers, as the kernels do
+        output = torch.empty_like(query[..., : value.shape[-1]])  # its numbers in the query's order, as the kernels do
         lse = query.new_empty(query.shape[:3], dtype=torch.float32)
         ctx.save_for_backward(query, key, value, output, lse)
         ctx.scratch = scratch

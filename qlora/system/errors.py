@@ -18,13 +18,13 @@ class InputError(QLoRAError):
     exit_code = 2
 
     @classmethod
-    def listing(cls, where, problems, remedy=None, limit=20, total=None, more=None):
-        """Return one error that reports `problems` (strings) together: the first `limit` in full, then the count, and
+    def listing(cls, where, problems, remedy=None, total=None, more=None):
+        """Return one error that reports `problems` (strings) together: the first 20 in full, then the count, and
         what to do about them. total: how many there are, where `problems` holds only the first. more: how many of these the
         `problems` do not say, where one may stand for several."""
         total = len(problems) if total is None else total
         head = f"{where} has {total:,} problem{'s' if total != 1 else ''}"
-        lines = [f"  {problem}" for problem in problems[:limit]]
+        lines = [f"  {problem}" for problem in problems[:20]]
         more = total - len(lines) if more is None else more
         if more:
             lines.append(f"  ... and {more:,} more")

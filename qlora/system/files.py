@@ -51,18 +51,16 @@ def read(path, what):
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
-        raise InputError(
-            f"{path} line {line}: not UTF-8 (byte 0x{raw[error.start]:02x}); save the file as UTF-8"
-        ) from None
+        raise InputError(f"{path} line {line}: {not_utf8(error)}") from None
 
 
-def instead(path):
-    """Return in words what a file is that cannot be what its name says, and the remedy; None if nothing gives it away."""
-    with open(path, "rb") as file:
-        return _instead(file.read(512))
+def not_utf8(error):
+    """Return in words what a UnicodeDecodeError of UTF-8 says, and the remedy."""
+    return f"not UTF-8 (byte 0x{error.object[error.start]:02x}); save the file as UTF-8"
 
 
 def _instead(head):
+    """Return in words what a file that begins so is instead of what its name says, and the remedy; None if nothing tells."""
     start = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if not head:
         return "is empty; download it again"
@@ -80,7 +78,8 @@ def _instead(head):
 def refuse_instead(path):
     """Raise InputError if the file is empty, a Git LFS pointer, a web page or zeros; says which."""
     try:
-        found = instead(path)
+        with open(path, "rb") as file:
+            found = _instead(file.read(512))
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}; it cannot be read") from None
     if found is not None:

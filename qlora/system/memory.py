@@ -38,17 +38,6 @@ def refused(error):
     return f"{asked[1]} requested" + (f", {free[1]} free" if free else "")
 
 
-def stored_bits_per_parameter(quant_state, codes):
-    """Return the bits that one number of a 4-bit weight costs: codes, 8-bit absmax, and the constants of those.
-
-    4.127 with double quantization: 4 + 8/64 + 32/(64*256), QLoRA (arXiv:2305.14314) sec. 3.
-    """
-    bits = codes.numel() * codes.element_size() * 8 + quant_state.absmax.numel() * quant_state.absmax.element_size() * 8
-    if quant_state.nested:
-        bits += quant_state.state2.absmax.numel() * quant_state.state2.absmax.element_size() * 8
-    return bits / quant_state.shape.numel()
-
-
 def available_bytes(device):
     """Return the bytes that are free on a GPU, or that the system can give without swapping."""
     if device.type == "cuda":

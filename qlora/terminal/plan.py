@@ -47,6 +47,6 @@ def say_plan(name, job, found, limits, changes, why):
     show("limits    " + "; or ".join(words[name].format(limit) for name, limit in limits.items()))
     for index, change in enumerate(changes):
         speed = change["tokens_per_second"]
-        fit = "" if change["fits"] == found.fits else ", fits" if change["fits"] else ""
+        fit = ", fits" if change["fits"] and not found.fits else ""
         rate = "" if speed is None else f", at most {speed:,.0f} tokens/s"
         show(f"{'try' if index == 0 else '':<10}{change['set']}: {size(change['peak_bytes'])}{fit}{rate}")

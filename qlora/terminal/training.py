@@ -66,7 +66,7 @@ def say_planned(planned):
         return
     where = ", layer inputs offloaded to CPU memory" if found.offload else ""
     note(
-        f"plan      peak {size(found.peak_bytes)} of {size(planned.budget_bytes)} ({found.where}); "
+        f"plan      peak {size(found.peak_bytes)} of {size(found.budget_bytes)} ({found.where}); "
         f"{found.checkpointed_layers} of {found.num_layers} layers checkpointed{where}"
     )
 
@@ -94,7 +94,7 @@ def say_kernels(installed, device):
 
 
 def say_model(prepared, opened):
-    """Say what is trained, and on what. opened: a jobs.trainable.Trainable."""
+    """Say what is trained, and on what. opened: a jobs.model_to_train.Trainable."""
     recipe, checkpoint, model = prepared.recipe, prepared.checkpoint, opened.model
     trainable, total = base_model.num_parameters(model)
     num_quantized = len(opened.quantized)

@@ -63,10 +63,8 @@ class Reliable(Hooks):
         self.objective, self.reliability, self.saving = objective, reliability, reliability.saving
         dtypes = {parameter: parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
         super().__init__(model=model, **arguments)
-        for (
-            parameter,
-            dtype,
-        ) in dtypes.items():  # trl casts the adapters of a quantized base to bf16, whatever it computes in
+        for parameter, dtype in dtypes.items():
+            # trl casts the adapters of a quantized base to bf16, whatever it computes in
             parameter.data = parameter.data.to(dtype)
         self.trained = Trained(model)
         # of rows that are sorted by length, the first ones say nothing about the others

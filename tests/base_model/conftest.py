@@ -15,6 +15,12 @@ def load(folder, **settings):
     return base_model.load(base_model.find(section), section, Quantization(**settings))
 
 
+def stored_bits_per_parameter(state, codes):
+    """Return the bits that a number of a 4-bit weight costs: its code, the absmax of its block, and the constants of those."""
+    stored = [codes, state.absmax, *([state.state2.absmax] if state.nested else [])]
+    return 8 * sum(tensor.nbytes for tensor in stored) / state.shape.numel()
+
+
 @pytest.fixture
 def broken(tiny_model, tmp_path):
     """A copy of a tiny model to break."""

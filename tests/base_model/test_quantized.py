@@ -8,8 +8,7 @@ from torch.nn import functional as F
 
 from qlora import base_model, methods
 from qlora.recipe import Lora
-from qlora.system import memory
-from tests.base_model.conftest import load
+from tests.base_model.conftest import load, stored_bits_per_parameter
 
 NF4_ERROR_MEAN, NF4_ERROR_STD = 0.07281, 1.5e-4
 
@@ -31,9 +30,9 @@ def test_nf4_round_trip_error_is_that_of_the_data_type():
 def test_a_number_costs_4_127_bits():
     weight = Params4bit(torch.randn(1024, 1024), compress_statistics=True, quant_type="nf4").to("cpu")
     expected = 4 + 8 / 64 + 32 / (64 * 256)
-    assert memory.stored_bits_per_parameter(weight.quant_state, weight.data) == expected
+    assert stored_bits_per_parameter(weight.quant_state, weight.data) == expected
     plain = Params4bit(torch.randn(1024, 1024), compress_statistics=False, quant_type="nf4").to("cpu")
-    assert memory.stored_bits_per_parameter(plain.quant_state, plain.data) == 4 + 32 / 64
+    assert stored_bits_per_parameter(plain.quant_state, plain.data) == 4 + 32 / 64
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "phi"])

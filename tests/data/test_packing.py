@@ -44,7 +44,6 @@ def test_the_first_token_of_a_document_is_not_predicted_from_another():
     assert row.input_ids == [5, 6, 7, 8, 9]
     assert row.labels == [IGNORE_INDEX, 6, 7, IGNORE_INDEX, 9]
     assert row.segments == [3, 2]
-    assert row.num_trained == 3
 
 
 @given(LENGTHS, st.integers(CAPACITY, 4 * CAPACITY), st.integers(0, 3))

@@ -209,7 +209,7 @@ tokenizer = make_tokenizer(Tokenizer.from_str(open({tokenizer!r}).read()))
 encoder = Supervised(tokenizer, Settings("auto", None, "all", 256, "error", "error"))
 part = tokenized.tokenize(file, encoder, num_proc=1)
 rows = Rows([part])
-assert pack(rows, 256)[0].num_trained > 0
+assert any(label >= 0 for label in pack(rows, 256)[0].labels)
 print(len(rows), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 """
 

@@ -16,7 +16,7 @@ def test_a_plan_says_how_many_layers_and_how_much_memory_and_prints_nothing(make
     with events.heard_by(heard.append):
         prepared = prepare(make_recipe(memory={"budget": "8GiB"}))
         planned = plan_training(prepared, CPU)
-    assert planned.budget_bytes == 8 * 2**30
+    assert planned.plan.budget_bytes == 8 * 2**30
     assert 0 < planned.plan.peak_bytes < planned.predicted_bytes  # this process holds torch too
     assert planned.checkpointed_layers == planned.plan.checkpointed_layers
     out, err = capsys.readouterr()

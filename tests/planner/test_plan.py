@@ -16,6 +16,7 @@ from qlora.recipe import Adalora, Lora, Model, Quantization, Training
 from qlora.system import memory
 from qlora.training.master_weights import MasterWeights
 from qlora.training.objectives import supervised
+from tests.base_model.conftest import stored_bits_per_parameter
 
 _SHAPE = {
     "vocab_size": 512,
@@ -210,7 +211,7 @@ def test_weights_of_7b_models_are_what_their_shapes_say(name):
 def test_a_number_in_4_bit_costs_4_127_bits():
     model = base_model.load_on_meta(SEVEN_B["Llama-2-7B"][0], SECTION, Quantization())
     layer = model.model.layers[0].mlp.down_proj
-    assert memory.stored_bits_per_parameter(layer.weight.quant_state, layer.weight) == pytest.approx(4.127, abs=5e-4)
+    assert stored_bits_per_parameter(layer.weight.quant_state, layer.weight) == pytest.approx(4.127, abs=5e-4)
 
 
 def test_components_of_a_7b_are_what_the_formulas_say(llama2_7b):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from ruamel.yaml import YAML
 
-from qlora.recipe import Adalora, Data, Recipe, documentation
+from qlora.recipe import Adalora, Data, Recipe, documentation, parse_size
 from qlora.system.errors import InputError
 
 MINIMAL = "model: {name_or_path: m}\ndata: {train: d.jsonl}\noutput_dir: o\n"
@@ -242,3 +242,10 @@ def test_every_field_is_documented_with_its_default():
 
 def yaml_value(text):
     return YAML(typ="safe", pure=True).load(text.strip())
+
+
+def test_sizes_are_read_as_people_write_them():
+    assert [parse_size(text) for text in ("5GB", "500MiB", "1.5 kb")] == [5 * 10**9, 500 * 2**20, 1500]
+    for wrong in ("5", "GB", "-1GB", "5 bananas", ""):
+        with pytest.raises(ValueError, match="give a size such as 5GB"):
+            parse_size(wrong)

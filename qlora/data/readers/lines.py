@@ -48,11 +48,7 @@ def decoded_lines(file, stream):
         try:
             yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
-            yield number, Row(number, None, _not_utf8(raw, error))
-
-
-def _not_utf8(raw, error):
-    return f"not UTF-8 (byte 0x{raw[error.start]:02x}); save the file as UTF-8"
+            yield number, Row(number, None, files.not_utf8(error))
 
 
 def refuse_encoding(path):
@@ -62,7 +58,7 @@ def refuse_encoding(path):
             try:
                 raw.decode("utf-8")
             except UnicodeDecodeError as error:
-                raise InputError(f"{path} line {number}: {_not_utf8(raw, error)}") from None
+                raise InputError(f"{path} line {number}: {files.not_utf8(error)}") from None
     raise InputError(f"{path}: not UTF-8; save the file as UTF-8")
 
 

@@ -9,17 +9,14 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
-import shutil
 import sys
 from pathlib import Path
-
-from safetensors import safe_open
 
 from ... import base_model
 from ...data import chat
 from ...recipe import Model
 from ...system.errors import InputError
-from ...system.storage import fsync
+from ...system.storage import free_disk_bytes, fsync
 from . import llama_cpp_tools, tensors, vocabulary
 from .architectures import architecture_of, head_dim, rope_factors
 
@@ -148,7 +145,7 @@ def _convert(folder, out, kind, on_bytes):
         name = vocabulary.add(writer, tokenizer, config.vocab_size, stops)
         if name is not None:
             writer.add_name(name)
-        _add_shape(writer, config, architecture)
+        _add_shape(writer, config)
         writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{kind.upper()}"])
         if kind != "f16":
             writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
@@ -170,11 +167,8 @@ def _convert(folder, out, kind, on_bytes):
         if factors is not None:
             writer.write_tensor_data(factors)
         for source, _, shape, dtype in plan:
-            with safe_open(checkpoint.folder / checkpoint.files[source], "pt") as file:
-                tensor = file.get_tensor(source)
-            writer.write_tensor_data(
-                tensors.stored(source, tensors.as_llama_cpp(source, tensor, config, architecture), dtype)
-            )
+            tensor = tensors.as_llama_cpp(source, checkpoint.tensor(source), config, architecture)
+            writer.write_tensor_data(tensors.stored(source, tensor, dtype))
             if on_bytes is not None:
                 on_bytes(tensors.num_bytes(shape, dtype))
     finally:
@@ -184,7 +178,7 @@ def _convert(folder, out, kind, on_bytes):
 def _shapes(checkpoint, config):
     """Return {name: shape} of the model's parameters, a tied head left out; raises InputError if the files differ."""
     model = base_model.on_meta(config)
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    tied = base_model.tied(model)
     expected = {name: tuple(one.shape) for name, one in model.state_dict().items() if name not in tied}
     found = {name: shape for name, shape in checkpoint.shapes().items() if name not in tied}
     if found != expected:
@@ -193,7 +187,7 @@ def _shapes(checkpoint, config):
     return expected
 
 
-def _add_shape(writer, config, architecture):
+def _add_shape(writer, config):
     """Add what llama.cpp reads of config.json."""
     context = config.max_position_embeddings
     window = getattr(config, "sliding_window", None)
@@ -231,6 +225,6 @@ def _add_shape(writer, config, architecture):
 
 
 def _refuse_full_disk(out, num_bytes):
-    free = shutil.disk_usage(out.parent).free
+    free = free_disk_bytes(out)
     if free < num_bytes * 1.01:
         raise InputError(f"{out.parent}: the file takes {num_bytes:,} bytes, {free:,} are free on that disk")

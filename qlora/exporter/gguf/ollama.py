@@ -53,7 +53,7 @@ def modelfile(tokenizer, gguf_name, stops, adds_bos):
     """Return the text of a Modelfile for the file `gguf_name` beside it.
 
     stops: ids that end an answer. adds_bos: the GGUF file tells llama.cpp to put the start token before each prompt
-    (`gguf.adds_bos` reads that from the file); the template then leaves it to llama.cpp, so that it stands there once.
+    (`converter.adds_bos` reads that from the file); the template then leaves it to llama.cpp, so that it stands there once.
 
     Raises:
         InputError: no Go template of this form gives the same prompts; shows the first conversation that differs.

@@ -41,7 +41,7 @@ def adds_bos(tokenizer):
     other text. A start token that the tokenizer does not add of itself (SmolLM2's <|im_start|>, which opens every turn)
     is the template's to write.
     """
-    adds = tokenizer.bos_token_id is not None and tokenizer("x").input_ids[:1] == [tokenizer.bos_token_id]
+    adds = chat.adds_bos(tokenizer)
     if not adds or not tokenizer.chat_template:
         return adds
     return chat.render(tokenizer, [{"role": "user", "content": "x"}], True).startswith(tokenizer.bos_token)

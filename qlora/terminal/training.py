@@ -46,7 +46,7 @@ class Steps:
         if self.first is None:
             self.first, self.start = step, time.monotonic()
         loss, rate = f"{event.loss:.4f}", f"{event.tokens_per_second:,.0f}"
-        if lines.console.is_terminal:
+        if lines.can_redraw():
             self.bars.draw(Progress("training", step, total, "steps", f"loss {loss}  {rate} tokens/s"))
             return
         now = time.monotonic()
@@ -94,7 +94,7 @@ def say_kernels(installed, device):
 
 
 def say_model(prepared, opened):
-    """Say what is trained, and on what. opened: a jobs.trainable.Trainable."""
+    """Say what is trained, and on what. opened: a jobs.model_to_train.Trainable."""
     recipe, checkpoint, model = prepared.recipe, prepared.checkpoint, opened.model
     trainable, total = base_model.num_parameters(model)
     num_quantized = len(opened.quantized)

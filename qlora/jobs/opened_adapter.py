@@ -53,7 +53,7 @@ class Trained:
     inputs: list
     fitted: bool
     live_model: str = "recorded"
-    origins: tuple = ()  # export.card.Origin of each run
+    origins: tuple = ()  # exporter.model_card.Origin of each run
     temporary: Any = None  # what `folder` is in, if that goes away with the `with` block
 
     def __enter__(self):

@@ -72,7 +72,7 @@ def make(model, config):
 def to_dtype(peft_model, dtype):
     """Cast what is trained to `dtype`.
 
-    PEFT makes float32 adapters for quantized bases; the model computes in one dtype, see training.MasterWeights for updates.
+    PEFT makes float32 adapters for quantized bases; the model computes in one dtype, see training.master_weights for updates.
     """
     for parameter in peft_model.parameters():
         if parameter.requires_grad:

@@ -180,7 +180,7 @@ def usage(model: Outline, load: Load, training, checkpointed, offload, eval_load
     accumulates = training.gradient_accumulation_steps > 1
     always = {
         "weights": model.weights,
-        "adapter": model.trained_bytes + 4 * numbers,  # and training.masters
+        "adapter": model.trained_bytes + 4 * numbers,  # and training.master_weights
         "optimizer": _optimizer_bytes(model.trained, training.optim),
     }
     summed = 4 * numbers if accumulates else 0.0

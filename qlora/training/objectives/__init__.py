@@ -13,7 +13,7 @@ class Objective:
     """
 
     def trainer(self, model, rows, arguments, reliability) -> Any:
-        """Return a reliable.Reliable trainer of `model`: rows to columns, the collator and the Trainer class.
+        """Return a reliable_trainer.Reliable trainer of `model`: rows to columns, the collator and the Trainer class.
 
         rows: a training.Rows. arguments: {name: value} of transformers.TrainingArguments. reliability: a Reliability,
         without the lengths of the rows, which the objective adds.

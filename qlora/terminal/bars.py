@@ -33,7 +33,7 @@ class Bars:
 
     def hear(self, event):
         if isinstance(event, Progress):
-            (self.draw if lines.console.is_terminal else self._tell)(event)
+            (self.draw if lines.can_redraw() else self._tell)(event)
 
     def draw(self, event):
         if self.live is None:

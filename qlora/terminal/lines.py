@@ -20,6 +20,12 @@ def hear(event):
         say(event.text)
 
 
+def can_redraw():
+    """True where a bar can be drawn over itself: not in a log, of which FORCE_COLOR says that it takes colors, nor on a
+    terminal that cannot move back (TERM=dumb, as in an editor)."""
+    return console.is_terminal and console.file.isatty() and not console.is_dumb_terminal
+
+
 def say(text):
     """Print one line, never as markup; folded on a terminal, whole in a file."""
     console.print(folded(text, console.width) if console.is_terminal else text, markup=False, soft_wrap=True)

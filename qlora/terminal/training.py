@@ -46,7 +46,7 @@ class Steps:
         if self.first is None:
             self.first, self.start = step, time.monotonic()
         loss, rate = f"{event.loss:.4f}", f"{event.tokens_per_second:,.0f}"
-        if lines.console.is_terminal:
+        if lines.can_redraw():
             self.bars.draw(Progress("training", step, total, "steps", f"loss {loss}  {rate} tokens/s"))
             return
         now = time.monotonic()

@@ -313,7 +313,7 @@ def test_pissa_trains_what_pefts_pissa_trains_and_leaves_the_base_alone(load_mod
         for _ in range(2):
             optimizer.zero_grad()
             model(input_ids=ids, labels=ids).loss.backward()
-            for name, index in held.items():  # as training.MasterWeights does
+            for name, index in held.items():  # as MasterWeights does
                 model.get_parameter(name).grad[index] = 0
             optimizer.step()
         return logits(model)

@@ -8,12 +8,14 @@ from rich.console import Console
 from qlora.system import events
 from qlora.terminal import bars, lines
 from qlora.terminal.bars import Bars
+from tests.terminal.test_terminal import Screen
 
 
 @pytest.fixture
 def screen(monkeypatch):
-    text = io.StringIO()
-    monkeypatch.setattr(lines, "console", Console(file=text, force_terminal=True, width=80, color_system=None))
+    monkeypatch.setenv("TERM", "xterm")
+    text = Screen()
+    monkeypatch.setattr(lines, "console", Console(file=text, width=80, color_system=None))
     return text
 
 
@@ -70,3 +72,15 @@ def test_work_that_nobody_can_measure_is_silent_elsewhere(monkeypatch, capsys, h
     with events.progress("loading"):
         pass
     assert capsys.readouterr().err == ""
+
+
+def test_a_log_gets_lines_though_force_color_is_set_and_so_does_a_terminal_that_cannot_move_back(monkeypatch, heard):
+    # CI services set FORCE_COLOR, editors TERM=dumb: rich takes both for a terminal, and draws into the one, nothing on the other
+    monkeypatch.setattr(bars, "EVERY", -1)
+    for text, setting in ((io.StringIO(), ("FORCE_COLOR", "1")), (Screen(), ("TERM", "dumb"))):
+        with monkeypatch.context() as patched:
+            patched.setenv(*setting)
+            patched.setattr(lines, "console", Console(file=text, width=80, color_system=None))
+            with events.progress("tokenizing rows.jsonl", 200, "bytes") as advance:
+                advance(50, "1,200 rows")
+        assert text.getvalue() == "tokenizing rows.jsonl: 1,200 rows, 25% of the file\n"

@@ -26,10 +26,15 @@ from qlora.terminal import lines, quiet, shown, tables
 from tests.conftest import CONVERSATIONS, messages, write_jsonl
 
 
+class Screen(io.StringIO):
+    def isatty(self):
+        return True
+
+
 @pytest.fixture
 def terminal(monkeypatch):
     """Return the text that goes to a terminal of 80 columns."""
-    screen = io.StringIO()
+    screen = Screen()
     fake = Console(file=screen, force_terminal=True, width=80, highlight=False, color_system=None)
     monkeypatch.setattr(lines, "console", fake)
     monkeypatch.setattr(tables, "console", fake)

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import sys
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # the suite needs no network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -19,8 +20,16 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from qlora import base_model, planner
 from qlora.data import masked_examples
 from qlora.data.conversation import Conversation
-from qlora.recipe import Lora, Model, Quantization, Recipe
+from qlora.recipe import Model, Quantization, Recipe
 from tests import outlines
+
+TESTS = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items):
+    """Begin with the whole ways, tests/test_*.py: the longest tests. At the end no worker waits for another's."""
+    items.sort(key=lambda item: item.path.parent != TESTS)
+
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -210,12 +219,11 @@ def outlines_are_made_once(tmp_path_factory):
 
 
 @pytest.fixture
-def one_outline_a_model(monkeypatch):
-    """Plan every training of a model as the default one, where the plan is not what is tested; tests/planner has the others."""
-    original = planner.outline
+def unplanned(monkeypatch):
+    """Train as a model does that cannot be planned, where the plan is not what is tested: an outline takes 2 s and more."""
 
-    def outline(config, model, quantization, lora, num_new_tokens, device_kind, packed, kernels="auto"):
-        return original(config, model, quantization, Lora(r=4), num_new_tokens, device_kind, False, "auto")
+    def outline(*args, **kwargs):
+        raise planner.NoPlan("this test is about something else")
 
     monkeypatch.setattr(planner, "outline", outline)
 

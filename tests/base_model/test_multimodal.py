@@ -160,6 +160,7 @@ EXPORTED = [
 
 
 @pytest.mark.parametrize("family", EXPORTED)
+@pytest.mark.usefixtures("unplanned")
 def test_the_text_half_is_trained_and_all_else_kept(checkpoint, family, make_recipe, tmp_path, capsys):
     folder, out = checkpoint(family), tmp_path / "out"
     excluded = ["shared_expert_gate"] if family == "qwen3_5_moe" else None  # has one row: too few for the rank
@@ -216,6 +217,7 @@ def as_on_the_hub(folder, out):
     return out
 
 
+@pytest.mark.usefixtures("unplanned")
 def test_names_and_config_of_the_hub_are_kept(checkpoint, make_recipe, tmp_path):
     folder = as_on_the_hub(checkpoint("qwen2_5_vl"), tmp_path / "hub")
     assert torch.equal(whole_logits(folder, IDS), whole_logits(checkpoint("qwen2_5_vl"), IDS))
@@ -230,6 +232,7 @@ def test_names_and_config_of_the_hub_are_kept(checkpoint, make_recipe, tmp_path)
     assert "model.layers.0.mlp.up_proj.weight" in written
 
 
+@pytest.mark.usefixtures("unplanned")
 def test_older_names_of_the_other_half_are_known_and_kept(checkpoint, make_recipe, tmp_path):
     def as_on_the_hub(tensors):
         for name in [name for name in tensors if name.startswith("vision_tower.")]:
@@ -244,6 +247,7 @@ def test_older_names_of_the_other_half_are_known_and_kept(checkpoint, make_recip
     assert written.keys() == tensors.keys()
 
 
+@pytest.mark.usefixtures("unplanned")
 def test_the_template_of_the_processor_is_the_one_that_is_trained(checkpoint, make_recipe, tmp_path, capsys):
     section = damaged(checkpoint("gemma3"), tmp_path / "base", lambda tensors: None)
     (tmp_path / "base" / "chat_template.jinja").unlink()
@@ -255,6 +259,7 @@ def test_the_template_of_the_processor_is_the_one_that_is_trained(checkpoint, ma
     assert not (tmp_path / "out" / "chat_template.jinja").exists()
 
 
+@pytest.mark.usefixtures("unplanned")
 def test_new_tokens_grow_the_text_half_alone(checkpoint, make_recipe, tmp_path):
     folder, out = checkpoint("gemma3"), tmp_path / "out"
     new_tokens = [f"<{number}>" for number in range(VOCAB_SIZE)]  # more than the embedding has spare rows
@@ -271,6 +276,7 @@ def test_new_tokens_grow_the_text_half_alone(checkpoint, make_recipe, tmp_path):
 
 
 @pytest.mark.parametrize("family", ["gemma3", "qwen3_vl"])
+@pytest.mark.usefixtures("unplanned")
 def test_it_is_proven_layer_by_layer_too(checkpoint, make_recipe, tmp_path, family):
     run = train(make_recipe(model={"name_or_path": str(checkpoint(family))}))
     whole = export(run.path, tmp_path / "whole", overrides=["export.verify=full"])
@@ -280,6 +286,7 @@ def test_it_is_proven_layer_by_layer_too(checkpoint, make_recipe, tmp_path, fami
     assert layers["merged"]["kl"] == pytest.approx(whole["merged"]["kl"], abs=1e-6)
 
 
+@pytest.mark.usefixtures("unplanned")
 def test_a_trained_head_is_written_where_the_whole_model_finds_it(checkpoint, make_recipe, tmp_path):
     folder, out = checkpoint("gemma3"), tmp_path / "out"  # whose head is tied
     run = train(make_recipe(model={"name_or_path": str(folder)}, lora={"modules_to_save": ["lm_head"]}))

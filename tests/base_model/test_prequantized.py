@@ -108,6 +108,7 @@ VERBS = [("llama", True, SKIPPED, "full"), ("llama-tied", False, None, "layers")
 
 
 @pytest.mark.parametrize(("family", "nested", "skipped", "verify"), VERBS)
+@pytest.mark.usefixtures("unplanned")
 def test_a_run_on_it_is_exported_as_its_own_codes_plus_the_adapter(
     prequantized, make_recipe, tmp_path, family, nested, skipped, verify
 ):
@@ -147,6 +148,7 @@ def test_a_run_on_it_is_exported_as_its_own_codes_plus_the_adapter(
 
 
 @pytest.mark.parametrize("family", ["mixtral", "phi3"])
+@pytest.mark.usefixtures("unplanned")
 def test_layers_that_are_joined_in_memory_go_the_same_way(prequantized, make_recipe, tmp_path, family):
     """Experts stay in 16 bit, as transformers 5 writes them; query, key and value of phi3 are one matrix."""
     run = train(make_recipe(model={"name_or_path": str(prequantized(family))}))
@@ -221,6 +223,7 @@ def test_a_recipe_that_contradicts_the_folder_is_refused_naming_both(
             verb(recipe)
 
 
+@pytest.mark.usefixtures("unplanned")
 def test_ranks_shrink_on_codes_too(prequantized, make_recipe, tmp_path):
     adalora = {"init_r": 6, "target_r": 3, "tinit": 1, "tfinal": 1}
     recipe = make_recipe(

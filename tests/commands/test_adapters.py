@@ -19,6 +19,8 @@ from qlora.recipe import Recipe
 from qlora.system.errors import InputError, ProofFailed
 from tests.conftest import CONVERSATIONS, messages, write_jsonl
 
+pytestmark = pytest.mark.usefixtures("unplanned")
+
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, tiny_model):

@@ -23,6 +23,8 @@ from qlora.system.errors import InputError, ProofFailed
 from tests.conftest import CONVERSATIONS, MIXTURES, messages, write_jsonl
 from tests.methods.test_methods import KINDS
 
+pytestmark = pytest.mark.usefixtures("unplanned")
+
 OLD_ENOUGH = {"max_steps": 4, "learning_rate": 3e-2}
 
 
@@ -505,7 +507,7 @@ LAYERS = ["dora", "dora-conv1d", "bias-all", "tied-head", "tied-as-one", "adalor
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_that_can_be_trained_exports_proven(make_recipe, tmp_path, one_outline_a_model, kind):
+def test_every_kind_that_can_be_trained_exports_proven(make_recipe, tmp_path, kind):
     family, lora, sections = KINDS[kind]
     sections = {"training": {"max_steps": 4 if "init_r" in lora else 3}} | sections
     run = train(make_recipe(family, **{"adalora" if "init_r" in lora else "lora": lora}, **sections))

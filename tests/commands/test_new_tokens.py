@@ -71,6 +71,7 @@ def logits(model, ids):
     ("family", "spare"),
     [("llama", False), ("llama", True), ("llama-tied", False), ("qwen2", True), ("gpt2", False), ("gemma2", False)],
 )
+@pytest.mark.usefixtures("unplanned")
 def test_the_exported_rows_are_the_trained_ones_and_all_others_the_bases(recipe_of, tmp_path, family, spare):
     recipe = recipe_of(family, spare)
     run = train(recipe)

@@ -83,6 +83,7 @@ def test_a_sharded_export_loads_and_is_the_same(make_recipe, tmp_path):
     assert all(torch.equal(one[name], many[name]) for name in one)
 
 
+@pytest.mark.usefixtures("unplanned")
 def test_without_quantization_the_same_code_trains_and_exports(make_recipe, tmp_path):
     recipe = Recipe.from_dict({**make_recipe("gpt2").model_dump(), "quantization": None})
     run = train(recipe)
@@ -92,6 +93,7 @@ def test_without_quantization_the_same_code_trains_and_exports(make_recipe, tmp_
     assert {module["quantization_error"] for module in report["modules"]} == {0.0}
 
 
+@pytest.mark.usefixtures("unplanned")
 def test_rslora_and_named_modules_export_proven(make_recipe, tmp_path):
     run = train(make_recipe(lora={"use_rslora": True, "target_modules": ["q_proj", "down_proj"]}))
     report = export(run.path, tmp_path / "out")
@@ -169,6 +171,7 @@ def test_the_run_folder_holds_what_the_contract_says(make_recipe):
     assert not [path for path in run.path.rglob("*") if path.suffix in {".bin", ".pt", ".pth", ".pkl"}]  # no pickle
 
 
+@pytest.mark.usefixtures("unplanned")
 def test_the_same_recipe_gives_the_same_adapter_byte_for_byte(make_recipe, tmp_path):
     lora = {"lora_dropout": 0.1}
     files = [train(make_recipe(lora=lora, output_dir=str(tmp_path / name))).adapter / methods.WEIGHTS for name in "ab"]
@@ -206,6 +209,7 @@ def test_eval_without_held_out_rows_says_so(make_recipe):
         evaluate(run.recipe().model.name_or_path)
 
 
+@pytest.mark.usefixtures("unplanned")
 def test_the_model_learns_to_answer_and_to_stop(make_recipe, tmp_path):
     # twelve questions by heart: the answers are exact only if every token, and the end, was trained
     recipe = make_recipe(
@@ -294,7 +298,7 @@ def test_architectures_that_allow_less_train_all_the_same(make_recipe, tmp_path,
     ("family", "packing"),
     [(f, p) for f in ("llama", "qwen2", "gemma2", "gpt2") for p in (False, True) if not (f == "gemma2" and p)],
 )
-def test_kernels_change_no_loss_of_a_run(make_recipe, tmp_path, capsys, one_outline_a_model, family, packing):
+def test_kernels_change_no_loss_of_a_run(make_recipe, tmp_path, capsys, unplanned, family, packing):
     losses, said = {}, {}
     for setting in ("auto", "off"):
         run = train(
@@ -316,6 +320,7 @@ def test_kernels_change_no_loss_of_a_run(make_recipe, tmp_path, capsys, one_outl
     assert ("batches without padding" in said["auto"]) == (family != "gemma2")
 
 
+@pytest.mark.usefixtures("unplanned")
 def test_an_export_that_4_bit_would_undo_is_no_base_for_4_bit(make_recipe, tmp_path):
     """Quantizing a dequantized merge gives the codes of the base it was merged onto; the original base's merge does not."""
     recipe = make_recipe()

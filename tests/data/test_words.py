@@ -34,11 +34,9 @@ CONVERSATIONS = {
 def with_messages(name, changed):
     """Return a tokenizer whose template is that of `name` for messages that the Jinja expression `changed` has changed."""
     tokenizer = copy.deepcopy(tokenizer_of(name))
-    if changed:  # but not in the conversations by which templates are found out about: these ask Q
-        change = (
-            f"{{%- if 'Q' not in messages[0]['content'] | string -%}}{{%- set messages = {changed} -%}}{{%- endif -%}}"
-        )
-        tokenizer.chat_template = change + tokenizer.chat_template
+    # but not in the conversations by which templates are found out about: these ask Q
+    change = f"{{%- if 'Q' not in messages[0]['content'] | string -%}}{{%- set messages = {changed} -%}}{{%- endif -%}}"
+    tokenizer.chat_template = change + tokenizer.chat_template
     return tokenizer
 
 
@@ -48,7 +46,7 @@ def test_a_template_that_leaves_any_message_out_is_refused(name):
     tried = 0
     for messages, tools in CONVERSATIONS.values():
         try:
-            encode(with_messages(name, None), Conversation(messages, tools), "last_assistant")
+            encode(tokenizer_of(name), Conversation(messages, tools), "last_assistant")
         except ValueError:
             continue
         for index in range(len(messages)):
@@ -67,7 +65,7 @@ def test_a_part_of_a_call_that_a_template_leaves_out_is_missed(name, lost):
     arguments = {"city": "Paris", "warmth": 31.5, "days": [7, {"deep": None}]}
     call = {**_CALL, "function": {"name": "get_weather", "arguments": arguments}}
     messages = [_ASKED[0], _turn("assistant", "", tool_calls=[call]), *_TOLD[2:]]
-    encode(with_messages(name, None), Conversation(messages, _TOOLS))
+    encode(tokenizer_of(name), Conversation(messages, _TOOLS))
     less = {
         "Paris": "'city': '', 'warmth': 31.5, 'days': [7, {'deep': none}]",
         "31.5": "'city': 'Paris', 'days': [7, {'deep': none}], 'warmth': 3",

@@ -14,6 +14,8 @@ from qlora.training.master_weights import MasterWeights
 from qlora.training.objectives import supervised
 from tests.conftest import CONVERSATIONS, messages, write_jsonl
 
+pytestmark = pytest.mark.usefixtures("unplanned")
+
 EACH_STEP = {"save_steps": 1, "save_total_limit": None, "per_device_train_batch_size": 1, "logging_steps": 1}
 
 

@@ -162,7 +162,7 @@ KINDS = {
 
 
 @pytest.fixture
-def trained(make_recipe, one_outline_a_model):
+def trained(make_recipe, unplanned):
     """Return run(kind) -> (the model as training left it, recipe, run folder), after two real steps."""
 
     def run(family, lora, sections):

@@ -24,6 +24,8 @@ from qlora.training.master_weights import MasterWeights
 from qlora.training.objectives.supervised import Trainer
 from tests.conftest import messages, write_jsonl
 
+pytestmark = pytest.mark.usefixtures("unplanned")
+
 # the tiny model's layers have 32 to 128 numbers a side: 32 ranks make some of them large enough for 8-bit states
 WIDE = {"lora_alpha": 32, "lora_dropout": 0.1}
 

@@ -15,7 +15,7 @@ import threading
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from safetensors import safe_open
@@ -55,12 +55,10 @@ def remembered(path):
     """Return the Facts of a file as it was read before, None if it has changed since or was never read."""
     try:
         entry = json.loads(_place(path).read_text(encoding="utf-8"))
-        if entry["stamp"] == _stamp(path):
-            facts = entry["facts"]
-            return Facts(str(facts["sha256"]), tuple(map(str, facts["not_finite"])))
-    except (OSError, ValueError, KeyError, TypeError):  # not there, or not what is written here: read the file
-        pass
-    return None
+        facts = Facts(entry["sha256"], tuple(entry["not_finite"]))
+        return facts if entry == _entry(_stamp(path), facts) else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # not there, or damaged: read the file
+        return None
 
 
 def _remember(path, stamp, start, facts):
@@ -71,8 +69,15 @@ def _remember(path, stamp, start, facts):
     own = place.with_name(f"{place.stem}.{uuid.uuid4().hex}")  # other processes may be writing the same
     with contextlib.suppress(OSError):  # of a cache that cannot be written nothing is lost but time
         place.parent.mkdir(parents=True, exist_ok=True)
-        write_json(own, {"stamp": stamp, "facts": asdict(facts)})
+        write_json(own, _entry(stamp, facts))
         os.replace(own, place)
+
+
+def _entry(stamp, facts):
+    """Return what is kept of a file, with a hash of that: one wrong letter, and after the training the base would count as
+    changed."""
+    kept = {"stamp": stamp, "sha256": facts.sha256, "not_finite": list(facts.not_finite)}
+    return kept | {"seal": hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()}
 
 
 def _place(path):

@@ -64,8 +64,8 @@ class RunDir:
             raise InputError(f"output_dir {run.path}: {error.strerror}; choose another folder") from None
         with run.locked():
             run.refuse_used()  # another process may have come first
-            run.write_recipe(recipe)
             try:
+                run.write_recipe(recipe)
                 yield run
             except (InputError, Interrupted):
                 if not run.metrics_file.exists():

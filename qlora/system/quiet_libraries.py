@@ -1,8 +1,11 @@
 """What the libraries print by themselves."""
 
+import contextlib
 import logging
 import os
 import warnings
+
+_OFFERS = ("bitsandbytes", "bitsandbytes.backends.cpu.ops")  # to download a CPU kernel
 
 
 def hush_libraries():
@@ -11,10 +14,38 @@ def hush_libraries():
     Called by the command line, before they are imported. Errors, and warnings of other kinds, still show.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|trl|accelerate|torch)\.")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # offers to download a CPU kernel
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    _hush()
+
+
+@contextlib.contextmanager
+def hushed():
+    """Do the same while the block runs, in a program of somebody else: afterwards they print as they did."""
+    from datasets.utils import are_progress_bars_disabled, enable_progress_bars
+    from transformers.utils import logging as transformers_logging
+
+    loggers = [logging.getLogger(name) for name in _OFFERS]
+    levels, verbosity = [logger.level for logger in loggers], transformers_logging.get_verbosity()
+    had_bars, datasets_had_bars = transformers_logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
+    with warnings.catch_warnings():
+        try:
+            _hush()
+            transformers_logging.set_verbosity_error()
+            yield
+        finally:
+            transformers_logging.set_verbosity(verbosity)
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+            if had_bars:
+                transformers_logging.enable_progress_bar()
+            if datasets_had_bars:
+                enable_progress_bars()
+
+
+def _hush():
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|trl|accelerate|torch)\.")
+    for name in _OFFERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()

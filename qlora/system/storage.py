@@ -29,7 +29,7 @@ def write_text(path, text):
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except OSError:
+    except BaseException:  # a signal too
         partial.unlink(missing_ok=True)
         raise
 

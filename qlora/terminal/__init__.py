@@ -6,6 +6,7 @@ import contextlib
 from contextvars import ContextVar
 
 from ..system import events
+from ..system.quiet_libraries import hushed
 
 _is_decided = ContextVar("is_decided", default=False)  # whether and how verbs are shown
 
@@ -19,7 +20,7 @@ def shown(results=True):
     if _is_decided.get():
         yield
         return
-    from . import bars, lines, tables, training  # rich; here, so that `qlora.quiet` costs nothing
+    from . import bars, lines, tables, training  # rich; here, so that `qlora.quiet` does without
 
     with bars.Bars() as live:
         listeners = [lines.hear, live.hear, training.Steps(live).hear, *([tables.hear] if results else [])]
@@ -29,12 +30,13 @@ def shown(results=True):
 
 @contextlib.contextmanager
 def quiet():
-    """Let the verbs that are called in the block print nothing; they return what they found, and raise what is wrong.
+    """Let the verbs that are called in the block print nothing, nor the libraries that they use; they return what they found,
+    and raise what is wrong.
 
     with qlora.quiet():
         report = qlora.inspect_data(recipe)
     """
-    with _decided():
+    with _decided(), hushed():
         yield
 
 

@@ -58,6 +58,7 @@ class Reliable(Hooks):
 
     optimizer: Any
     lr_scheduler: Any
+    trained: Trained
 
     def __init__(self, model, objective, reliability, **arguments):
         self.objective, self.reliability, self.saving = objective, reliability, reliability.saving
@@ -66,7 +67,6 @@ class Reliable(Hooks):
         for parameter, dtype in dtypes.items():
             # trl casts the adapters of a quantized base to bf16, whatever it computes in
             parameter.data = parameter.data.to(dtype)
-        self.trained = Trained(model)
         # of rows that are sorted by length, the first ones say nothing about the others
         first = {"first": math.inf} if reliability.group_by_length else {}
         self.watch = Watch(reliability.watchdog_steps, **first)
@@ -130,6 +130,8 @@ class Reliable(Hooks):
 
     def create_optimizer(self, model=None):
         if self.optimizer is None:
+            # not before `fit`, which is where memory that does not suffice for the masters is said
+            self.trained = Trained(self.model)
             make, arguments = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             self.optimizer = make(self.trained.groups(self.args.learning_rate, self.args.weight_decay), **arguments)
             self.optimizer.register_step_post_hook(lambda *_: self._finish_step())

@@ -87,7 +87,9 @@ def test_a_changed_base_is_refused_by_eval_and_by_an_export_that_was_told_otherw
         evaluate(run)
     forged = json.loads(entry.read_text())
     assert forged["stamp"]["bytes"] == path.stat().st_size
-    forged["facts"]["sha256"] = json.loads((run / "environment.json").read_text())["base_model"]["sha256"][path.name]
+    del forged["seal"]
+    forged["sha256"] = json.loads((run / "environment.json").read_text())["base_model"]["sha256"][path.name]
+    forged["seal"] = hashlib.sha256(json.dumps(forged, sort_keys=True).encode()).hexdigest()
     entry.write_text(json.dumps(forged))
     evaluate(run)  # believes what is remembered
     with pytest.raises(InputError, match=f"not the base .* was trained on \\({path.name} differ"):
@@ -157,7 +159,7 @@ def test_a_number_that_is_not_finite_is_refused_from_memory_too(base, reads):
     assert set(reads.values()) == {1}
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"stamp": 1}', '{"facts": {"sha256": 5}}', "\udcff"])
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"stamp": 1}', '{"sha256": 5}', "\udcff", "[" * 100_000])
 def test_a_broken_entry_is_not_believed_and_replaced(base, reads, tmp_path, content):
     expected = found(base).file_hashes()
     entries = remembered_entries(tmp_path)
@@ -166,6 +168,16 @@ def test_a_broken_entry_is_not_believed_and_replaced(base, reads, tmp_path, cont
         entry.write_bytes(content.encode(errors="surrogateescape"))
     assert found(base).file_hashes() == expected
     assert set(reads.values()) == {2}
+    assert found(base).file_hashes() == expected
+    assert set(reads.values()) == {2}
+
+
+def test_an_entry_with_one_wrong_letter_is_not_believed(base, reads, tmp_path):
+    expected = found(base).file_hashes()
+    for entry in remembered_entries(tmp_path):
+        text = entry.read_text()
+        at = text.index(json.loads(text)["sha256"])
+        entry.write_text(f"{text[:at]}{'0' if text[at] != '0' else '1'}{text[at + 1 :]}")
     assert found(base).file_hashes() == expected
     assert set(reads.values()) == {2}
 

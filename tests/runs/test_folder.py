@@ -99,6 +99,16 @@ def test_a_run_that_has_not_begun_to_train_leaves_nothing(tmp_path, make_recipe,
     assert RunDir(folder).recipe_file.exists()
 
 
+def test_a_signal_while_the_recipe_is_written_leaves_nothing(tmp_path, make_recipe, monkeypatch):
+    def interrupted(_):
+        raise Interrupted(2)
+
+    monkeypatch.setattr(os, "fsync", interrupted)
+    with pytest.raises(Interrupted), RunDir.create(make_recipe()):
+        pass
+    assert not (tmp_path / "run").exists()
+
+
 def test_what_was_measured_before_memory_ran_out_is_kept(tmp_path, make_recipe):
     with pytest.raises(DoesNotFit):
         fail(make_recipe(output_dir=str(tmp_path / "run")), DoesNotFit(""), "memory_file")

@@ -2,6 +2,7 @@
 
 import fcntl
 import io
+import logging
 import os
 import pty
 import re
@@ -9,6 +10,7 @@ import struct
 import subprocess
 import sys
 import termios
+import warnings
 
 import pytest
 from rich.console import Console
@@ -141,11 +143,33 @@ def test_quiet_verbs_print_nothing_and_return_the_same(trained, capfd):
     folder, recipe = trained
     with quiet():
         listed, planned, report = adapters(folder), qlora.plan(recipe, "24GiB"), inspect_data(recipe)
+        evaluate(folder / "run")
+        warnings.warn_explicit("changes", FutureWarning, "here.py", 1, "transformers.modeling")
     assert [*capfd.readouterr()] == ["", ""]
     assert (adapters(folder), qlora.plan(recipe, "24GiB"), inspect_data(recipe)) == (listed, planned, report)
     out, err = capfd.readouterr()
     assert "reached in:" in out
     assert "rows to train on" in err
+
+
+def test_after_a_quiet_block_the_libraries_print_as_they_did():
+    from datasets.utils import are_progress_bars_disabled
+    from transformers.utils import logging as transformers_logging
+
+    def settings():
+        loggers = [logging.getLogger(name).level for name in ("bitsandbytes", "bitsandbytes.backends.cpu.ops")]
+        bars = transformers_logging.is_progress_bar_enabled(), are_progress_bars_disabled()
+        return loggers, bars, transformers_logging.get_verbosity(), [*warnings.filters], dict(os.environ)
+
+    def fail():
+        with quiet():
+            assert not transformers_logging.is_progress_bar_enabled()
+            raise ValueError("no")
+
+    before = settings()
+    with pytest.raises(ValueError, match="no"):
+        fail()
+    assert settings() == before
 
 
 def test_without_results_the_notes_are_still_there(trained, capfd):

@@ -9,6 +9,7 @@ import torch
 from qlora import base_model, methods
 from qlora.data import Batches, pack
 from qlora.system.errors import DoesNotFit
+from qlora.training import trained_parameters
 from tests.conftest import encode, messages
 from tests.training.conftest import UNEVEN
 
@@ -78,6 +79,17 @@ def test_out_of_memory_says_when_which_rows_and_what_to_change(fit, tmp_path, mo
     assert kept["out_of_memory"].endswith(said)
     assert kept["peak_bytes"] > 0
     assert (kept["rehearsed_bytes"] is None) == (at == 0)
+
+
+def test_masters_that_do_not_fit_are_no_other_error(fit, tmp_path, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError(CUDA_SAYS)
+
+    monkeypatch.setattr(trained_parameters, "MasterWeights", full)
+    with pytest.raises(DoesNotFit, match=r"out of memory before the first step: 2\.00 GiB requested, 1\.20 GiB free"):
+        fit(UNEVEN, max_steps=1)
+    kept = json.loads((tmp_path / "run0" / "memory.json").read_text())
+    assert kept["out_of_memory"].startswith("before the first step")
 
 
 def test_rows_in_packs_and_batches_are_named_by_their_numbers(fit, tokenizer, monkeypatch):

@@ -368,6 +368,7 @@ def test_one_that_is_quantized_already_is_called_multimodal(checkpoint, tmp_path
         base_model.load_config(base_model.find(section), section)
 
 
+@pytest.mark.usefixtures("unplanned")
 def test_gguf_of_a_multimodal_checkpoint_is_refused_before_anything_is_written(checkpoint, make_recipe, tmp_path):
     run = train(make_recipe(model={"name_or_path": str(checkpoint("gemma3"))}))
     with pytest.raises(InputError, match="multimodal"):
@@ -375,6 +376,7 @@ def test_gguf_of_a_multimodal_checkpoint_is_refused_before_anything_is_written(c
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.usefixtures("unplanned")
 def test_cards_say_how_it_is_opened(checkpoint, make_recipe, tmp_path, capsys):
     run = train(make_recipe(model={"name_or_path": str(checkpoint("gemma3"))}))
     export(run.path, tmp_path / "out")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from .config import load_config, read_config
 from .empty_weights import is_stand_in, replace_by_stand_ins, stand_in
-from .folder import Checkpoint, find, refuse_generation, weight_files
+from .folder import Checkpoint, find, refuse_generation, tensor_names, weight_files
 from .layers import decoder_layers, is_conv1d, linear_names, num_parameters, numel, tensors, tied
 from .limits import num_positions, refuse_rows
 from .loading import default_device, load
@@ -24,4 +24,5 @@ __all__ = ["DTYPE_WHEN_QUANTIZED", "Checkpoint", "add_rows", "add_tokens", "deco
            "digests", "dtype_of", "find", "is_conv1d", "is_stand_in", "linear_names", "load", "load_config", "load_on_meta",
            "load_tokenizer", "names_to_quantize", "num_parameters", "num_positions", "numel", "on_meta", "quantized_modules",
            "read_config", "refuse_generation", "refuse_other_codes", "refuse_rows", "replace_by_stand_ins", "settle", "stand_in",
-           "stored_quantization", "tensors", "tied", "to_float32", "token_modules", "weight_files", "whole_config"]  # fmt: skip
+           "stored_quantization", "tensor_names", "tensors", "tied", "to_float32", "token_modules", "weight_files",
+           "whole_config"]  # fmt: skip

@@ -255,14 +255,7 @@ def weight_files(folder):
     for name in names:
         if not (folder / name).is_file():
             raise InputError(f"{folder / name} is listed in {index.name} but missing; download the model again")
-        files.refuse_instead(folder / name)
-        try:
-            with safe_open(folder / name, "pt") as file:
-                keys = file.keys()
-        except (SafetensorError, OSError) as error:
-            raise InputError(
-                f"{folder / name} is not a complete safetensors file ({error}); download it again"
-            ) from None
+        keys = tensor_names(folder / name)
         twice = sorted(found.keys() & set(keys))
         if twice:
             raise InputError(
@@ -270,3 +263,13 @@ def weight_files(folder):
             )
         found |= dict.fromkeys(keys, name)
     return found
+
+
+def tensor_names(path):
+    """Return the names of the tensors in a safetensors file; raises InputError unless it is whole."""
+    files.refuse_instead(path)
+    try:
+        with safe_open(path, "pt") as file:
+            return file.keys()
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} is not a complete safetensors file ({error}); copy or download it again") from None

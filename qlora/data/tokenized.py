@@ -22,7 +22,7 @@ import numpy as np
 from ..system.errors import InputError
 from ..system.events import progress
 from ..system.storage import new_folder, write_json
-from . import cache, columns, processes
+from . import cache, columns, processes, strict_json
 from .encoder import Encoder, TooLong
 from .tally import Tally
 
@@ -163,7 +163,7 @@ def encode_chunk(rows, encoder):
                 raise ValueError(row.problem)
             encoded = encoder.encode(row.value)
         except (ValueError, RecursionError) as error:
-            reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+            reason = strict_json.reason(error)
             bad.append((row.line, reason if len(reason) <= _LONGEST_REASON else f"{reason[:_LONGEST_REASON]} ..."))
             continue
         except TooLong as error:

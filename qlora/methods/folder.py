@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-
+from .. import base_model
 from ..system import bounded, files
 from ..system.errors import InputError
 from ..system.storage import listed, write_json
@@ -34,12 +33,7 @@ def read_config(folder):
                 "open it with the tool that made it and save it as safetensors"
             )
         raise InputError(f"adapter {folder}: no {WEIGHTS}; copy or download it again")
-    files.refuse_instead(weights)
-    try:
-        with safe_open(weights, "pt"):
-            pass
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{weights} is not a complete safetensors file ({error}); copy or download it again") from None
+    base_model.tensor_names(weights)
     return config
 
 

@@ -5,8 +5,6 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
-import sys
 import time
 import types
 
@@ -18,6 +16,7 @@ from qlora import base_model, chat, evaluate, export, train
 from qlora.base_model import file_hashes
 from qlora.recipe import Model
 from qlora.system.errors import InputError
+from tests import forked
 from tests.base_model.conftest import load
 
 
@@ -203,9 +202,9 @@ for _ in range(100):
 
 
 def test_two_processes_remember_the_same_files_at_once(base, tmp_path):
-    command = [sys.executable, "-c", TWO, *map(str, weights(base))]
-    processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    for process in processes:
-        _, errors = process.communicate()
-        assert process.returncode == 0, errors
+    command = ["-c", TWO, *weights(base)]
+    with forked.Process(*command) as one, forked.Process(*command) as other:
+        for process in (one, other):
+            _, errors = process.communicate()
+            assert process.returncode == 0, errors
     assert len(remembered_entries(tmp_path)) == len(weights(base))

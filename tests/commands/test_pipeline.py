@@ -182,6 +182,17 @@ def test_the_same_recipe_gives_the_same_adapter_byte_for_byte(make_recipe, tmp_p
     assert other.read_bytes() != files[0].read_bytes()
 
 
+def test_a_run_that_cannot_be_planned_is_the_run_that_was(make_recipe, tmp_path, request):
+    """So that tests about something else need no plan."""
+    planned = train(make_recipe(output_dir=str(tmp_path / "planned")))
+    request.getfixturevalue("unplanned")
+    run = train(make_recipe(output_dir=str(tmp_path / "unplanned")))
+    predicted = [json.loads(one.memory_file.read_text())["predicted_bytes"] for one in (planned, run)]
+    assert predicted[0] > 0
+    assert predicted[1] is None
+    assert (run.adapter / methods.WEIGHTS).read_bytes() == (planned.adapter / methods.WEIGHTS).read_bytes()
+
+
 def test_eval_measures_before_and_after_and_training_helped(make_recipe):
     run = train(make_recipe(training={"max_steps": 30, "per_device_train_batch_size": 6}))
     result = evaluate(run.path)
@@ -212,13 +223,13 @@ def test_eval_without_held_out_rows_says_so(make_recipe):
 @pytest.mark.usefixtures("unplanned")
 def test_the_model_learns_to_answer_and_to_stop(make_recipe, tmp_path):
     # twelve questions by heart: the answers are exact only if every token, and the end, was trained
+    rows = write_jsonl(tmp_path / "train.jsonl", [{"messages": messages(turns)} for turns in CONVERSATIONS[:12]])
     recipe = make_recipe(
         lora={"r": 32, "lora_alpha": 64},
         data={"eval_fraction": 0.0},
-        training={"max_steps": 250, "per_device_train_batch_size": 8, "learning_rate": 3e-3, "optim": "adamw_torch"},
+        training={"max_steps": 120, "per_device_train_batch_size": 6, "learning_rate": 3e-3, "optim": "adamw_torch"},
     )
     run = train(recipe)
-    rows = write_jsonl(tmp_path / "seen.jsonl", [{"messages": messages(turns)} for turns in CONVERSATIONS[:12]])
     result = evaluate(run.path, rows)
     assert result["metrics"]["exact_match"] == 1
     assert result["before"]["metrics"]["exact_match"] == 0

@@ -9,7 +9,6 @@ from qlora.commands.plan import plan
 from qlora.recipe import Recipe
 from qlora.system.errors import InputError
 from tests import forked
-from tests.test_cli import qlora
 
 CONTRACT = {
     "components",
@@ -46,7 +45,7 @@ def test_json_has_the_keys_of_the_contract_and_needs_no_weights(recipe_file, tin
     for file in tiny_model().iterdir():
         if file.suffix != ".safetensors":
             (folder / file.name).write_bytes(file.read_bytes())
-    done = qlora("plan", recipe_file, f"model.name_or_path={folder}", "--json", "--card", "4090")
+    done = forked.run("plan", recipe_file, f"model.name_or_path={folder}", "--json", "--card", "4090")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found.keys() >= CONTRACT

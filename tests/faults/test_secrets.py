@@ -33,7 +33,7 @@ from qlora import cli
 for arguments in json.loads(sys.argv[1]):
     sys.argv = ["qlora", *arguments]
     try:
-        cli._main()
+        cli.main()
     except SystemExit as ended:
         print("exit", ended.code, file=sys.stderr)
 """

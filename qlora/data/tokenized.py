@@ -14,6 +14,7 @@ import importlib.metadata
 import itertools
 import json
 import os
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -32,15 +33,23 @@ _POOL_FROM = 1 << 20  # bytes (rows of a hub data set) under which starting work
 
 
 class Part:
-    """The tokenized rows of one file, on disk. summary: counts of rows, see `Tally`."""
+    """The tokenized rows of one file, on disk. summary: counts of rows, see `Tally`.
+
+    Raises:
+        OSError, ValueError, LookupError: the folder is damaged.
+    """
 
     def __init__(self, folder, file, digest, encoder, weight):
         self.path, self.unit, self.digest, self.file = file.path, file.unit, digest, file
         self.encoder, self.weight = encoder, weight
         self.summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        if self.summary.keys() != Tally(encoder).summary(file.unit).keys():
+            raise LookupError(f"{folder}: no summary")
         self.rows = _mapped(folder / "examples.bin", _example(encoder))
         self._arrays = [_mapped(folder / f"{name}.bin", np.dtype(kind)) for name, kind in encoder.ARRAYS.items()]
         self.ends = self.rows["end"]
+        if any(len(array) != (self.ends[-1] if len(self.ends) else 0) for array in self._arrays):
+            raise ValueError(f"{folder}: cut off")
         self.lengths = np.diff(self.ends, prepend=0)
 
     def example(self, index):
@@ -68,9 +77,7 @@ def tokenize(file, encoder: Encoder, weight=1.0, pick=None, num_proc=None) -> Pa
     """
     stamp, digest = file.stamp(), file.digest()
     folder = cache.folder() / _key(file, digest, encoder, pick)
-    if folder.is_dir():
-        os.utime(folder)
-    else:
+    if not _is_whole(folder, file, encoder):
         tally = Tally(encoder)
         try:
             encode = functools.partial(encode_chunk, encoder=encoder)
@@ -91,6 +98,22 @@ def tokenize(file, encoder: Encoder, weight=1.0, pick=None, num_proc=None) -> Pa
                 ) from None
         cache.forget_unused()
     return Part(folder, file, digest, encoder, weight)
+
+
+def _is_whole(folder, file, encoder):
+    """True if this folder of the cache is there and can be used, and is kept for longer now; a damaged one is removed."""
+    if not folder.is_dir():
+        return False
+    try:
+        Part(folder, file, None, encoder, 1.0)
+    except (OSError, ValueError, LookupError, AttributeError):  # AttributeError: JSON of another kind
+        shutil.rmtree(folder, ignore_errors=True)
+        if folder.is_dir():
+            raise InputError(f"{folder}: damaged; remove it, or set QLORA_CACHE to another folder") from None
+        return False
+    with contextlib.suppress(OSError):  # another user's, or just removed by another process
+        os.utime(folder)
+    return True
 
 
 def _naming(file, results):

@@ -111,6 +111,25 @@ def test_processes_make_what_one_process_makes(tmp_path, tokenizer, monkeypatch,
     assert stored[0] == stored[1]
 
 
+@pytest.mark.parametrize("damage", ["no file", "cut off", "no JSON", "other keys"])
+def test_a_damaged_folder_is_made_again(tmp_path, tokenizer, made, own_cache, damage):
+    path = write_jsonl(tmp_path / "d.jsonl", ROWS)
+    before = tokenize(path, tokenizer)
+    expected = [before.example(n) for n in range(24)]
+    (folder,) = own_cache.iterdir()
+    tokens = folder / f"{next(iter(Supervised.ARRAYS))}.bin"
+    if damage == "no file":
+        tokens.unlink()
+    elif damage == "cut off":
+        tokens.write_bytes(tokens.read_bytes()[:-8])
+    else:
+        (folder / "summary.json").write_text("{" if damage == "no JSON" else "{}")
+    again = tokenize(path, tokenizer)
+    assert len(made) == 2
+    assert [again.example(n) for n in range(24)] == expected
+    assert again.summary == before.summary
+
+
 def test_two_processes_that_make_the_same_do_not_meet(tmp_path, tokenizer, own_cache, monkeypatch):
     path = write_jsonl(tmp_path / "d.jsonl", ROWS)
     write, inside = tokenized._write, []

@@ -185,10 +185,7 @@ def _of_run(run, overrides):
         name=str(run.path),
         checkpoint=checkpoint,
         config=config,
-        model=recipe.model,
-        quantization=recipe.quantization,
-        export=recipe.export,
-        data=recipe.data.model_dump(),
+        **_sections(recipe),
         modules={name: digests.get(name) for name in recorded["quantized_modules"]},
         folder=run.adapter,
         adapter=trained,
@@ -201,6 +198,16 @@ def _of_run(run, overrides):
         fitted=recipe.method.corrects_quantization,
         origins=(origin_of(run),),
     )
+
+
+def _sections(recipe):
+    """Return the sections that a Trained carries, by its names for them."""
+    return {
+        "model": recipe.model,
+        "quantization": recipe.quantization,
+        "export": recipe.export,
+        "data": recipe.data.model_dump(),
+    }
 
 
 def _of_adapter(folder, base, overrides):
@@ -235,10 +242,7 @@ def _of_adapter(folder, base, overrides):
         name=str(folder),
         checkpoint=checkpoint,
         config=config,
-        model=recipe.model,
-        quantization=recipe.quantization,
-        export=recipe.export,
-        data=recipe.data.model_dump(),
+        **_sections(recipe),
         modules=dict.fromkeys(modules),
         folder=folder,
         adapter=trained,

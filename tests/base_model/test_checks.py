@@ -64,4 +64,6 @@ def test_a_model_of_such_a_width_is_refused_on_a_cpu_and_trained_without_quantiz
     assert "model.layers.1.mlp.down_proj: 96 inputs" in str(caught.value)
     assert "up_proj" not in str(caught.value)
     section = Model(name_or_path=str(tmp_path))
-    assert base_model.load(base_model.find(section), section, None) is not None
+    model = base_model.load(base_model.find(section), section, None)
+    assert model.model.layers[1].mlp.down_proj.weight.shape == (64, 96)
+    assert model(input_ids=torch.arange(8)[None]).logits.isfinite().all()

@@ -9,17 +9,7 @@ import pytest
 
 from qlora.data import columns, formats
 from qlora.recipe.sections import Column, Format
-
-USER, ANSWER = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
-
-
-def to_messages(row):
-    name, conversation = formats.read(row)
-    return name, conversation.messages
-
-
-def call(arguments):
-    return {"type": "function", "function": {"name": "f", "arguments": arguments}}
+from tests.data.turns import ANSWER, USER, call, to_messages
 
 
 @pytest.mark.parametrize(

@@ -3,17 +3,7 @@
 import pytest
 
 from qlora.data import formats
-
-USER, ANSWER = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
-
-
-def to_messages(row):
-    name, conversation = formats.read(row)
-    return name, conversation.messages
-
-
-def call(arguments):
-    return {"type": "function", "function": {"name": "f", "arguments": arguments}}
+from tests.data.turns import ANSWER, USER, call, to_messages
 
 
 @pytest.mark.parametrize(

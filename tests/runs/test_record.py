@@ -13,6 +13,19 @@ from qlora.system.events import Note, emit
 STEP = Step(1, 0.5, 2.25, 1e-4, 0.75, 100, 50.0, 2**30, 2.0, {"mean_rank": 6.0})
 LINES = [STEP, Skipped(2, 1.0, "the loss is nan", (5, 6), 3.0), Evaluation(2, 1.0, 2.0, 4.0)]
 
+# of a step in metrics.jsonl
+KEYS = [
+    "step",
+    "epoch",
+    "loss",
+    "learning_rate",
+    "grad_norm",
+    "tokens",
+    "tokens_per_second",
+    "memory_bytes",
+    "time",
+]
+
 
 @pytest.fixture
 def run(tmp_path):
@@ -35,18 +48,7 @@ def test_lines_are_read_as_they_were_emitted_and_other_events_are_no_lines(run):
 def test_the_keys_of_a_line_are_those_that_scripts_read(run):
     recorded(run, Begun(0, 2, 0), *LINES)
     step, skipped, evaluation = map(json.loads, run.metrics_file.read_text().splitlines())
-    keys = [
-        "step",
-        "epoch",
-        "loss",
-        "learning_rate",
-        "grad_norm",
-        "tokens",
-        "tokens_per_second",
-        "memory_bytes",
-        "time",
-    ]
-    assert list(step) == [*keys, "mean_rank"]
+    assert list(step) == [*KEYS, "mean_rank"]
     assert list(skipped) == ["step", "epoch", "not_taken", "rows", "time"]
     assert list(evaluation) == ["step", "epoch", "eval_loss", "time"]
 

@@ -9,6 +9,7 @@ from qlora.recipe import Adalora, Lora, Training
 from qlora.system.errors import TrainingFailed
 from qlora.training.objectives import supervised
 from tests.conftest import CONVERSATIONS
+from tests.runs.test_record import KEYS
 from tests.training.conftest import UNEVEN, losses, records, trained
 
 
@@ -121,18 +122,7 @@ def test_checkpointing_does_not_change_what_other_kinds_learn(fit, lora):
 def test_metrics_have_the_stable_keys_and_tensorboard_the_same_numbers(fit):
     _, result, run = fit(max_steps=2, held_out=CONVERSATIONS[:2], eval_steps=1)
     training = [record for record in records(run) if "loss" in record]
-    keys = {
-        "step",
-        "epoch",
-        "loss",
-        "learning_rate",
-        "grad_norm",
-        "tokens",
-        "tokens_per_second",
-        "memory_bytes",
-        "time",
-    }
-    assert all(record.keys() == keys for record in training)
+    assert all(record.keys() == set(KEYS) for record in training)
     assert [record["step"] for record in training] == [1, 2]
     assert training[-1]["tokens"] == result.tokens
     assert [r["eval_loss"] for r in records(run) if "eval_loss" in r][-1] == result.eval_loss

@@ -54,13 +54,14 @@ def _train(recipe, resumed):
     recipe = prepared.recipe
     say_report(prepared)
     model_to_train.refuse_untrainable(prepared)
+    fingerprint = resumed_run.of_recipe(recipe, prepared)
     if resumed is not None:
-        resumed.refuse_changes(resumed_run.of_recipe(recipe, prepared))
+        resumed.refuse_changes(fingerprint)
     planned = plan_training(prepared, base_model.default_device())
     say_planned(planned)
 
     with RunDir.create(recipe) if resumed is None else contextlib.nullcontext(resumed.run) as run:
-        opened = model_to_train.open_trainable(prepared, resumed)
+        opened = model_to_train.open_trainable(prepared, fingerprint, resumed)
         if resumed is not None:
             say_resumed(resumed, opened.environment)
         say_model(prepared, opened)

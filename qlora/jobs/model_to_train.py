@@ -20,16 +20,13 @@ from .prepared_data import refuse_pointless
 
 
 @dataclass
-class Trainable:
+class ModelToTrain:
     """A model whose adapters alone require gradients, on its base.
 
-    quantized: {module: sha256 of its codes}. file_hashes: {file of the base: sha256}. environment: contents of
-    environment.json. fingerprint: what a resumed run is compared with.
+    environment: contents of environment.json. fingerprint: what a resumed run is compared with.
     """
 
     model: Any
-    quantized: dict
-    file_hashes: dict
     environment: dict
     fingerprint: dict
 
@@ -65,8 +62,10 @@ def _refuse_what_quantizing_undoes(quantization, folder):
         )
 
 
-def open_trainable(prepared, resumed=None) -> Trainable:
-    """Load the base of Prepared data, quantize it and attach the adapters. resumed: the Resumed run that goes on, or None.
+def open_trainable(prepared, fingerprint, resumed=None) -> ModelToTrain:
+    """Load the base of Prepared data, quantize it and attach the adapters.
+
+    fingerprint: of the recipe, see resumed_run.of_recipe. resumed: the Resumed run that goes on, or None.
 
     Raises:
         InputError: the base is not causal, or no longer what the resumed run was begun with.
@@ -104,7 +103,7 @@ def open_trainable(prepared, resumed=None) -> Trainable:
     }
     if resumed is not None:
         found["id"] = resumed.environment["id"]
-    return Trainable(model, quantized, hashes, found, resumed_run.of_recipe(recipe, prepared) | of_base)
+    return ModelToTrain(model, found, fingerprint | of_base)
 
 
 def begins(run, prepared, trainable, resumed=None):
@@ -138,7 +137,7 @@ def save_adapter(run, prepared, trainable):
     with new_folder(run.adapter) as folder:
         methods.save(trainable.model, folder, checkpoint.name_or_path, checkpoint.revision)
         prepared.tokenizer.save_pretrained(folder)
-        methods.seal(folder, trainable.file_hashes)
+        methods.seal(folder, trainable.environment["base_model"]["sha256"])
 
 
 def refuse_unjoinable(recipe, model, installed):

@@ -94,12 +94,13 @@ def say_kernels(installed, device):
 
 
 def say_model(prepared, opened):
-    """Say what is trained, and on what. opened: a jobs.model_to_train.Trainable."""
+    """Say what is trained, and on what. opened: a jobs.model_to_train.ModelToTrain."""
     recipe, checkpoint, model = prepared.recipe, prepared.checkpoint, opened.model
     trainable, total = base_model.num_parameters(model)
-    num_quantized = len(opened.quantized)
+    of_base = opened.environment["base_model"]
+    num_quantized = len(of_base["quantized_modules"])
     how = f"{num_quantized} linear layers in {recipe.quantization.quant_type}" if num_quantized else "not quantized"
-    how += " (the folder's own codes)" if opened.environment["base_model"]["prequantized"] else ""
+    how += " (the folder's own codes)" if of_base["prequantized"] else ""
     note(f"base      {checkpoint.name_or_path}: {total - trainable:,} parameters, {how}, on {model.device}")
     if checkpoint.half is not None:
         note(f"          multimodal checkpoint: training the text half; {checkpoint.half}")

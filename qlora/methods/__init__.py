@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from ..system.errors import InputError, TrainingFailed
-from . import peft_model
 from .adapter import Adapter
 from .contract import Description, Group, Method, Schedule, Trainable
 from .folder import CONFIG, MANIFEST, WEIGHTS, base_of, read_config, seal
@@ -111,7 +110,8 @@ def add(model, folder, name):
     Raises:
         InputError: as `read` does; an adapter for another base; or a kind that cannot lie beside another.
     """
-    peft_model.add(model, read(folder), name)
+    adapter = read(folder)
+    _of_folder(folder, adapter.config).add(model, adapter, name)
 
 
 def describe(config) -> Description:

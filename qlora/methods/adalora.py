@@ -13,7 +13,7 @@ from . import low_rank, peft_model, targets
 from .adapter import Sorted, refuse_unknown_settings
 from .contract import Description, Schedule, Trainable, one_group
 
-save = peft_model.save
+save, add = peft_model.save, peft_model.add
 
 # settings of a folder that are followed when it is loaded; those of the schedule have had their effect
 _FIELDS = ("lora_alpha", "rank_pattern", "bias", "init_r", "target_r", "total_step")

@@ -89,7 +89,7 @@ class Adapter:
         for module, update in self.updates.items():
             if module not in shapes:
                 problems.append(f"{module}: the base has no such layer")
-            elif tuple(shapes[module]) != update.shape:
+            elif any(side not in (None, there) for side, there in zip(update.shape, shapes[module], strict=True)):
                 problems.append(f"{module}: adapter is {update.shape} (out, in), base is {tuple(shapes[module])}")
         for name, tensor in self.replaced.items():
             if name not in parameters:

@@ -13,9 +13,9 @@ import torch
 from ..system.errors import InputError
 from . import initial_weights, low_rank, peft_model, targets
 from .adapter import Sorted, refuse_unknown_settings
-from .contract import Description, Trainable, one_group
+from .contract import Description, Group, Trainable, one_group
 
-save = peft_model.save
+save, add = peft_model.save, peft_model.add
 
 # settings of a folder that are followed; any other that is on is refused by name
 _FIELDS = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "bias", "lora_bias",
@@ -65,9 +65,18 @@ def trainable(model, section):
     return Trainable(
         f"{'DoRA, ' if section.use_dora else ''}r = {section.r}{began}",
         first_to_move=peft_model.named(model, ".lora_B."),
-        groups=one_group(model),
+        groups=_groups(model, section.loraplus_lr_ratio),
         held=initial_weights.held(model, section),
     )
+
+
+def _groups(model, ratio):
+    """Return the groups of LoRA+ (arXiv:2402.12354): B and its bias learn `ratio` times faster; None: all alike."""
+    if ratio is None:
+        return one_group(model)
+    names = one_group(model)[0].names
+    fast = tuple(name for name in names if ".lora_B." in name or ".lora_embedding_B." in name)
+    return (Group(tuple(name for name in names if name not in fast)), Group(fast, learning_rate=ratio))
 
 
 def load(model, adapter, token_ids=()):

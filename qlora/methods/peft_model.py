@@ -28,13 +28,15 @@ def settings(model, targets, whole, token_ids=()):
 
     A tied head is not named among the modules with tokens: PEFT ties its rows to the embedding's.
     """
-    return {
+    found = {
         "target_modules": targets,
         "modules_to_save": whole or None,
-        "trainable_token_indices": {name: list(token_ids) for name in base_model.token_modules(model)} if token_ids else None,
         "fan_in_fan_out": any(map(base_model.is_conv1d, model.modules())),
         "task_type": text_generation.PEFT_TYPE,
-    }  # fmt: skip
+    }
+    if token_ids:
+        found["trainable_token_indices"] = {name: list(token_ids) for name in base_model.token_modules(model)}
+    return found
 
 
 def make(model, config):
@@ -60,7 +62,7 @@ def make(model, config):
                 f"{key}: PEFT refuses {type(model).__name__}: {error}\n  name such layers in {key}.exclude_modules"
             ) from None
     whole = [n for n, m in peft_model.get_base_model().named_modules() if isinstance(m, ModulesToSaveWrapper)]
-    if config.trainable_token_indices:
+    if getattr(config, "trainable_token_indices", None):
         ends = [model.get_input_embeddings(), model.get_output_embeddings()]
         assert all(isinstance(end, TrainableTokensWrapper) for end in ends), "PEFT left the embedding or the head out"
     tied = set(getattr(config, "modules_to_tie", None) or ())
@@ -187,7 +189,8 @@ def _saved_settings(model, adapter):
     saved = adapter.config.get("modules_to_save") or ()
     whole = sorted(name for name in modules if any(name.endswith(one) for one in saved))
     indices = {module: ids for module, (ids, _) in adapter.rows.items()}
-    return settings(model, sorted(adapter.updates), whole) | {"trainable_token_indices": indices or None}
+    found = settings(model, sorted(adapter.updates), whole)
+    return found | {"trainable_token_indices": indices} if indices else found
 
 
 def _frozen(peft_model, untrained):
@@ -225,22 +228,27 @@ def _give(values):
 # ---- several on one base ---------------------------------------------------------------------------------------------
 
 
-def add(peft_model, adapter, name):
-    """Load an Adapter beside those that `peft_model` has, under a new `name`; it is not yet active.
+def add(model, adapter, name):
+    """Load an Adapter beside those that `model` has, under a new `name`; it is not yet active.
 
     Raises:
         InputError: an adapter for another base; or a kind that cannot lie beside another.
     """
     adapter.refuse_more_than_low_rank("cannot be loaded beside another adapter; open it by itself")
-    adapter.refuse_mismatch(shapes(peft_model.get_base_model()), {}, {}, ())
-    assert name not in peft_model.peft_config, name  # PEFT would load over it
-    left = peft_model.load_adapter(str(adapter.folder), adapter_name=name).unexpected_keys
+    kinds = {config.peft_type.value for config in model.peft_config.values()}
+    if kinds != {adapter.config["peft_type"]}:
+        raise InputError(
+            f"adapter {adapter.folder}: {adapter.kind} cannot be loaded beside {', '.join(kinds)}; open it by itself"
+        )
+    adapter.refuse_mismatch(shapes(model.get_base_model()), {}, {}, ())
+    assert name not in model.peft_config, name  # PEFT would load over it
+    left = model.load_adapter(str(adapter.folder), adapter_name=name).unexpected_keys
     assert not left, f"PEFT found no place for {left}"
-    dtype = dtype_of(peft_model.get_base_model())
-    for key, parameter in peft_model.named_parameters():
+    dtype = dtype_of(model.get_base_model())
+    for key, parameter in model.named_parameters():
         if f".{name}." in key:
             parameter.data = parameter.data.to(dtype)
-    peft_model.requires_grad_(False).eval()
+    model.requires_grad_(False).eval()
 
 
 def activate(peft_model, name):
@@ -257,7 +265,7 @@ def shapes(model):
     """Return {name: (O, I)} of the layers of a model, plain or with adapters in it, that may carry an update."""
     found = {}
     for name, module in model.named_modules():
-        if ".lora_" in name or name.endswith(".base_layer"):
+        if ".lora_" in name or ".ia3_" in name or name.endswith(".base_layer"):
             continue
         if isinstance(module, torch.nn.Embedding):
             found[name] = (module.num_embeddings, module.embedding_dim)

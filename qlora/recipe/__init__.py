@@ -1,6 +1,6 @@
 """The recipe: YAML in, one frozen value out. Parsed once; each part of the program gets its own section.
 
-Sections and fields, with their documentation, are in sections.py; what goes together across sections is said here.
+Sections and fields, with their documentation, are in sections.py and methods.py; what goes together across sections is said here.
 """
 
 from __future__ import annotations
@@ -14,26 +14,17 @@ from pydantic import ValidationError, model_validator
 from ruamel.yaml import YAML
 
 from . import error_messages, reading
-from .sections import (
-    Adalora,
-    Data,
-    Export,
-    Format,
-    Lora,
-    Memory,
-    Model,
-    PathText,
-    Quantization,
-    Section,
-    Source,
-    Training,
-    parse_size,
-)
+from .fields import PathText, Section, parse_size
+from .methods import Adalora, Ia3, Lora, Method
+from .sections import Data, Export, Format, Memory, Model, Quantization, Source, Training
 
 __all__ = [
-    "Adalora", "Data", "Export", "Format", "Lora", "Memory", "Model", "Quantization", "Recipe", "Section", "Source", "Training",
-    "as_yaml", "parse_size",
+    "Adalora", "Data", "Export", "Format", "Ia3", "Lora", "Memory", "Method", "Model", "Quantization", "Recipe", "Section",
+    "Source", "Training", "as_yaml", "parse_size",
 ]  # fmt: skip
+
+
+_METHODS = [section.key for section in (Lora, Adalora, Ia3)]
 
 
 class Recipe(Section):
@@ -43,6 +34,8 @@ class Recipe(Section):
     """the default method; null where another is given"""
     adalora: Adalora | None = None
     """instead of lora: ranks that shrink while training"""
+    ia3: Ia3 | None = None
+    """instead of lora: a factor for each output of some layers"""
     data: Data
     training: Training = Training()
     memory: Memory = Memory()
@@ -55,21 +48,28 @@ class Recipe(Section):
     @property
     def method(self):
         """The section that says what is trained."""
-        return self.lora or self.adalora
+        return next(iter(self._methods.values()))
+
+    @property
+    def _methods(self):
+        """{name: section} of the methods that are given."""
+        sections = {name: getattr(self, name) for name in type(self).model_fields}
+        return {name: section for name, section in sections.items() if isinstance(section, Method)}
 
     @model_validator(mode="before")
     @classmethod
     def _lora_by_default(cls, values):
-        if isinstance(values, dict) and "lora" not in values and values.get("adalora") is None:
-            return {**values, "lora": {}}
-        return values
+        given = isinstance(values, dict) and [name for name in _METHODS if values.get(name) is not None]
+        return {**values, "lora": {}} if given == [] and "lora" not in values else values
 
     @model_validator(mode="after")
     def _one_method(self):
-        if self.lora is not None and self.adalora is not None:
-            raise ValueError("lora and adalora exclude each other; keep one")
-        if self.method is None:
-            raise ValueError("lora: null leaves nothing to train; leave it out for the defaults, or give adalora")
+        given = list(self._methods)
+        if len(given) > 1:
+            raise ValueError(f"{', '.join(given[:-1])} and {given[-1]} exclude each other; keep one")
+        if not given:
+            others = " or ".join(name for name in _METHODS if name != "lora")
+            raise ValueError(f"lora: null leaves nothing to train; leave it out for the defaults, or give {others}")
         return self
 
     @model_validator(mode="after")

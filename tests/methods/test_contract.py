@@ -11,8 +11,8 @@ import torch
 from qlora import base_model, methods, training
 from qlora.exporter import merge
 from qlora.methods import contract
-from qlora.recipe import Adalora, Lora, Model, Quantization, Training
-from qlora.recipe.sections import Method
+from qlora.recipe import Adalora, Ia3, Lora, Model, Quantization, Training
+from qlora.recipe.methods import Method
 from qlora.runs import record
 from qlora.runs.checkpoints import Checkpoints
 from qlora.runs.folder import RunDir
@@ -30,7 +30,7 @@ def test_a_method_has_every_function_of_the_contract(name):
 
 
 def test_each_section_of_the_recipe_that_is_a_method_has_its_file():
-    assert {Lora.key, Adalora.key} == set(methods.names())
+    assert {Lora.key, Adalora.key, Ia3.key} == set(methods.names())
 
 
 # ---- a third method: the gains of all norms, in two groups of parameters, and a count of steps ------------------------
@@ -96,6 +96,10 @@ def load(model, adapter, token_ids=()):
     return model.requires_grad_(False).eval()
 
 
+def add(model, adapter, name):
+    adapter.refuse_more_than_low_rank("cannot lie beside another")
+
+
 def read(folder, config):
     tensors = load_file(folder / "adapter_model.safetensors")
     return Adapter(folder, config, "Gains", {}, tensors, unmergeable="stay beside their base; serve both")
@@ -141,7 +145,7 @@ def fit(load_model, tokenizer, tmp_path):
 
 
 def test_a_new_file_is_a_new_method(gains, load_model):
-    assert methods.names() == ["adalora", "gains", "lora"]
+    assert methods.names() == ["adalora", "gains", "ia3", "lora"]
     model = methods.attach(load_model("llama", None), gains)
     assert methods.trainable(model).summary == "gains of norms"
     assert methods.describe({"peft_type": "GAINS"}).kind == "Gains"
@@ -168,6 +172,23 @@ def test_several_groups_and_a_schedule_resume_to_the_bit(gains, fit, optim):
         assert torch.equal(one, other), name
     counts = [[line.metrics["count"] for line in record.read(one)] for one in (run, again)]
     assert counts[0][-1] == counts[1][-1] == 4
+
+
+@pytest.mark.parametrize(
+    "section",
+    [Lora(r=4, lora_dropout=0.1, loraplus_lr_ratio=16), Adalora(init_r=6, target_r=3, tinit=1, tfinal=1), Ia3()],
+)
+def test_each_method_resumes_to_the_bit_and_leaves_the_base_alone(fit, load_model, section):
+    whole, run = fit(section, "whole")
+    resumed, _ = fit(section, "resumed", resume=run.checkpoints / "step-2")
+    trained = set(methods.trainable(whole).names)
+    for (name, one), other in zip(whole.named_parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(one, other), name
+    base = base_model.to_float32(load_model("llama", None)).state_dict()
+    frozen = {name.replace("base_model.model.", "").replace(".base_layer", ""): parameter
+              for name, parameter in whole.named_parameters() if name not in trained}  # fmt: skip
+    assert frozen.keys() >= base.keys()
+    assert all(torch.equal(frozen[name], base[name]) for name in base)
 
 
 def test_what_is_saved_loads_into_the_base_and_refuses_to_be_merged(gains, fit, load_model, tiny_model, tmp_path):
@@ -210,6 +231,7 @@ def test_no_other_file_knows_a_method_by_its_name():
         (Lora(r=4, init_lora_weights="pissa", rank_pattern={"q_proj": 2}), None),
         (Lora(r=4, init_lora_weights="eva", modules_to_save=["lm_head"]), Quantization()),
         (Adalora(init_r=6, target_r=3), Quantization()),
+        (Ia3(), Quantization()),
     ],
 )
 def test_a_model_without_numbers_gets_the_shapes_of_one_with(load_model, tiny_model, tokenizer, section, quantization):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from ruamel.yaml import YAML
 
-from qlora.recipe import Adalora, Data, Recipe, documentation, parse_size
+from qlora.recipe import Adalora, Data, Ia3, Recipe, documentation, parse_size
 from qlora.system.errors import InputError
 
 MINIMAL = "model: {name_or_path: m}\ndata: {train: d.jsonl}\noutput_dir: o\n"
@@ -230,8 +230,9 @@ def test_every_field_is_documented_with_its_default():
     assert all(words.strip() for *_, words in rows)
     recipe = Recipe.from_dict({"model": {"name_or_path": "m"}, "data": {"train": "d"}, "output_dir": "o"}).model_dump()
     fields = {name: value for name, value in recipe.items() if not isinstance(value, dict)}
-    recipe["adalora"] = Adalora().model_dump()
-    fields = {name: value for name, value in fields.items() if name != "adalora"}
+    others = [Adalora, Ia3]
+    recipe |= {section.key: section().model_dump() for section in others}
+    fields = {name: value for name, value in fields.items() if name not in {section.key for section in others}}
     fields |= {f"{name}.{field}": value for name, section in recipe.items() if isinstance(section, dict)
                for field, value in section.items()}  # fmt: skip
     assert documented.keys() == fields.keys()

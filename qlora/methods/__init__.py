@@ -45,7 +45,8 @@ def _of_folder(folder, config):
     """Return the method of an adapter_config.json."""
     kind = config.get("peft_type")
     if kind not in _kinds():
-        raise InputError(f"adapter {folder}: peft_type {kind!r} is not {' or '.join(_kinds())}")
+        *others, last = _kinds()
+        raise InputError(f"adapter {folder}: peft_type {kind!r} is not {', '.join(others)} or {last}")
     return _module(kind)
 
 

@@ -246,7 +246,7 @@ def add(model, adapter, name):
     assert not left, f"PEFT found no place for {left}"
     dtype = dtype_of(model.get_base_model())
     for key, parameter in model.named_parameters():
-        if f".{name}." in key:
+        if name in key.split("."):
             parameter.data = parameter.data.to(dtype)
     model.requires_grad_(False).eval()
 

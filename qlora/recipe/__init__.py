@@ -15,16 +15,16 @@ from ruamel.yaml import YAML
 
 from . import error_messages, reading
 from .fields import PathText, Section, parse_size
-from .methods import Adalora, Ia3, Lora, Method
+from .methods import Adalora, Hira, Ia3, Lora, Method, Oft
 from .sections import Data, Export, Format, Memory, Model, Quantization, Source, Training
 
 __all__ = [
-    "Adalora", "Data", "Export", "Format", "Ia3", "Lora", "Memory", "Method", "Model", "Quantization", "Recipe", "Section",
-    "Source", "Training", "as_yaml", "parse_size",
+    "Adalora", "Data", "Export", "Format", "Hira", "Ia3", "Lora", "Memory", "Method", "Model", "Oft", "Quantization", "Recipe",
+    "Section", "Source", "Training", "as_yaml", "parse_size",
 ]  # fmt: skip
 
 
-_METHODS = [section.key for section in (Lora, Adalora, Ia3)]
+_METHODS = [section.key for section in (Lora, Adalora, Ia3, Oft, Hira)]
 
 
 class Recipe(Section):
@@ -36,6 +36,10 @@ class Recipe(Section):
     """instead of lora: ranks that shrink while training"""
     ia3: Ia3 | None = None
     """instead of lora: a factor for each output of some layers"""
+    oft: Oft | None = None
+    """instead of lora: the inputs of layers are rotated"""
+    hira: Hira | None = None
+    """instead of lora: weights are multiplied with a low-rank update"""
     data: Data
     training: Training = Training()
     memory: Memory = Memory()

@@ -144,3 +144,27 @@ class Ia3(_OnLayers):
     expression"""
     feedforward_modules: Names | None = None
     """of these, the layers whose inputs are multiplied, not their outputs; null: the MLP's last layer"""
+
+
+class Oft(_OnLayers):
+    """OFT: the inputs of layers are rotated."""
+
+    key: ClassVar[str] = "oft"
+
+    oft_block_size: Annotated[int, Field(ge=2, le=1024)] = 32
+    """numbers that are rotated together; must divide the inputs of every layer"""
+    module_dropout: Share = 0.0
+    """share of the blocks that are not rotated in a training step"""
+    use_cayley_neumann: bool = True
+    """the first terms of a series instead of an inverse: faster, and orthogonal to a small error"""
+
+
+class Hira(_OnLayers):
+    """HiRA: weights are multiplied with a low-rank update."""
+
+    key: ClassVar[str] = "hira"
+
+    r: Positive = 32
+    """rank of the factors"""
+    hira_dropout: Share = 0.0
+    """dropout of the inputs"""

@@ -13,6 +13,8 @@ WHOLE_WAY = {
     "ia3": ("llama", {"ia3": {}}),
     "ia3 with biases": ("qwen2", {"ia3": {}}),
     "ia3 of GPT-2": ("gpt2", {"ia3": {}}),
+    "oft": ("llama", {"oft": {}}),
+    "hira": ("qwen2", {"hira": {"r": 8}}),
     "LoRA+": ("llama", {"lora": {"r": 4, "loraplus_lr_ratio": 16}}),
 }
 

@@ -11,7 +11,7 @@ import torch
 from qlora import base_model, methods, training
 from qlora.exporter import merge
 from qlora.methods import contract
-from qlora.recipe import Adalora, Ia3, Lora, Model, Quantization, Training
+from qlora.recipe import Adalora, Hira, Ia3, Lora, Model, Oft, Quantization, Training
 from qlora.recipe.methods import Method
 from qlora.runs import record
 from qlora.runs.checkpoints import Checkpoints
@@ -30,7 +30,7 @@ def test_a_method_has_every_function_of_the_contract(name):
 
 
 def test_each_section_of_the_recipe_that_is_a_method_has_its_file():
-    assert {Lora.key, Adalora.key, Ia3.key} == set(methods.names())
+    assert {section.key for section in (Lora, Adalora, Ia3, Oft, Hira)} == set(methods.names())
 
 
 # ---- a third method: the gains of all norms, in two groups of parameters, and a count of steps ------------------------
@@ -145,7 +145,7 @@ def fit(load_model, tokenizer, tmp_path):
 
 
 def test_a_new_file_is_a_new_method(gains, load_model):
-    assert methods.names() == ["adalora", "gains", "ia3", "lora"]
+    assert methods.names() == ["adalora", "gains", "hira", "ia3", "lora", "oft"]
     model = methods.attach(load_model("llama", None), gains)
     assert methods.trainable(model).summary == "gains of norms"
     assert methods.describe({"peft_type": "GAINS"}).kind == "Gains"
@@ -176,7 +176,13 @@ def test_several_groups_and_a_schedule_resume_to_the_bit(gains, fit, optim):
 
 @pytest.mark.parametrize(
     "section",
-    [Lora(r=4, lora_dropout=0.1, loraplus_lr_ratio=16), Adalora(init_r=6, target_r=3, tinit=1, tfinal=1), Ia3()],
+    [
+        Lora(r=4, lora_dropout=0.1, loraplus_lr_ratio=16),
+        Adalora(init_r=6, target_r=3, tinit=1, tfinal=1),
+        Ia3(),
+        Oft(),
+        Hira(),
+    ],
 )
 def test_each_method_resumes_to_the_bit_and_leaves_the_base_alone(fit, load_model, section):
     whole, run = fit(section, "whole")
@@ -232,6 +238,8 @@ def test_no_other_file_knows_a_method_by_its_name():
         (Lora(r=4, init_lora_weights="eva", modules_to_save=["lm_head"]), Quantization()),
         (Adalora(init_r=6, target_r=3), Quantization()),
         (Ia3(), Quantization()),
+        (Oft(), Quantization()),
+        (Hira(), Quantization()),
     ],
 )
 def test_a_model_without_numbers_gets_the_shapes_of_one_with(load_model, tiny_model, tokenizer, section, quantization):

@@ -12,7 +12,7 @@ from bitsandbytes.optim import AdamW
 from qlora import base_model, kernels, methods, planner
 from qlora.kernels import checkpointing
 from qlora.planner import cards, trace
-from qlora.recipe import Adalora, Ia3, Lora, Model, Quantization, Training
+from qlora.recipe import Adalora, Hira, Ia3, Lora, Model, Oft, Quantization, Training
 from qlora.system import memory
 from qlora.training.master_weights import MasterWeights
 from qlora.training.objectives import supervised
@@ -138,9 +138,22 @@ def test_with_kernels_off_the_peak_is_that_of_real_training_steps(load_shape):
         (Lora(target_modules=["q_proj", "v_proj"], layers_to_transform=[2]), ()),
         (Adalora(), ()),
         (Ia3(), ()),
+        (Oft(), ()),
+        (Hira(), ()),
         (Lora(), range(4)),
     ],
-    ids=["dropout", "dora", "modules_to_save", "two projections", "one layer", "adalora", "ia3", "new tokens"],
+    ids=[
+        "dropout",
+        "dora",
+        "modules_to_save",
+        "two projections",
+        "one layer",
+        "adalora",
+        "ia3",
+        "oft",
+        "hira",
+        "new tokens",
+    ],
 )
 def test_the_peak_of_other_kinds_of_adapters_is_that_of_real_steps(load_shape, lora, token_ids):
     outline = outline_of(SHAPES["llama"](), lora, num_new=len(token_ids))

@@ -132,9 +132,9 @@ def _write(run, prepared, trainable, resumed):
 
 
 def save_adapter(run, prepared, trainable):
-    """Write adapter/, with the tokenizer and a manifest, into the run folder: whole or not at all."""
+    """Write adapter/ or model/, with the tokenizer and a manifest, into the run folder: whole or not at all."""
     checkpoint = prepared.checkpoint
-    with new_folder(run.adapter) as folder:
+    with new_folder(run.path / prepared.recipe.method.saved_in) as folder:
         methods.save(trainable.model, folder, checkpoint.name_or_path, checkpoint.revision)
         prepared.tokenizer.save_pretrained(folder)
         methods.seal(folder, trainable.environment["base_model"]["sha256"])

@@ -166,8 +166,8 @@ def _is_longer(old: Recipe, new: Recipe):
 
 
 def _place_of_finished(run):
-    """Return where the adapter of a finished run is kept when the run is continued."""
-    return run.path / f"adapter-step-{_last_step(run)}"
+    """Return where what a finished run has trained is kept when the run is continued."""
+    return run.path / f"{run.adapter.name}-step-{_last_step(run)}"
 
 
 def _last_step(run):

@@ -62,13 +62,12 @@ def trainable(model) -> Trainable:
     return of(model.trained_by).trainable(model, model.trained_by)
 
 
-def refuse_unmoved(model, before):
-    """Raise TrainingFailed unless everything in `before` ({name: tensor}) differs from it now; names what does not.
+def refuse_unmoved(now, before):
+    """Raise TrainingFailed unless everything in `before` ({name: tensor}) differs from it `now`; names what does not.
 
     B starts at zero (or small) and gets a gradient at the first step. One that stays is cut off from the loss (a repacked
     base weight, checkpointing without input gradients), and would be exported as if it had been trained.
     """
-    now = trainable(model).first_to_move
     stuck = [name for name, tensor in before.items() if torch.equal(now[name], tensor)]
     if stuck:
         raise TrainingFailed(

@@ -15,16 +15,16 @@ from ruamel.yaml import YAML
 
 from . import error_messages, reading
 from .fields import PathText, Section, parse_size
-from .methods import Adalora, Hira, Ia3, Lora, Method, Oft
+from .methods import Adalora, Full, Hira, Ia3, Lora, Method, Oft
 from .sections import Data, Export, Format, Memory, Model, Quantization, Source, Training
 
 __all__ = [
-    "Adalora", "Data", "Export", "Format", "Hira", "Ia3", "Lora", "Memory", "Method", "Model", "Oft", "Quantization", "Recipe",
-    "Section", "Source", "Training", "as_yaml", "parse_size",
+    "Adalora", "Data", "Export", "Format", "Full", "Hira", "Ia3", "Lora", "Memory", "Method", "Model", "Oft", "Quantization",
+    "Recipe", "Section", "Source", "Training", "as_yaml", "parse_size",
 ]  # fmt: skip
 
 
-_METHODS = [section.key for section in (Lora, Adalora, Ia3, Oft, Hira)]
+_METHODS = [section.key for section in (Lora, Adalora, Ia3, Oft, Hira, Full)]
 
 
 class Recipe(Section):
@@ -40,6 +40,8 @@ class Recipe(Section):
     """instead of lora: the inputs of layers are rotated"""
     hira: Hira | None = None
     """instead of lora: weights are multiplied with a low-rank update"""
+    full: Full | None = None
+    """instead of lora: the weights themselves are trained"""
     data: Data
     training: Training = Training()
     memory: Memory = Memory()
@@ -74,6 +76,14 @@ class Recipe(Section):
         if not given:
             others = " or ".join(name for name in _METHODS if name != "lora")
             raise ValueError(f"lora: null leaves nothing to train; leave it out for the defaults, or give {others}")
+        return self
+
+    @model_validator(mode="after")
+    def _full_weights(self):
+        if self.full is not None and self.quantization is not None:
+            raise ValueError(
+                "full trains the weights themselves, and 4-bit ones cannot be: set quantization: null, or take lora"
+            )
         return self
 
     @model_validator(mode="after")

@@ -11,10 +11,12 @@ from .fields import Count, Expression, Names, Number, Positive, Section, Share
 
 class Method(Section):
     """A section that says what is trained. key: its name in the recipe, and of its module in methods/. fixed_length: what it
-    changes while training goes by the number of steps, so that a run cannot be made longer."""
+    changes while training goes by the number of steps, so that a run cannot be made longer. saved_in: the folder of a run that
+    gets what was trained."""
 
     key: ClassVar[str]
     fixed_length: ClassVar[bool] = False
+    saved_in: ClassVar[str] = "adapter"
 
     @property
     def corrects_quantization(self):
@@ -168,3 +170,13 @@ class Hira(_OnLayers):
     """rank of the factors"""
     hira_dropout: Share = 0.0
     """dropout of the inputs"""
+
+
+class Full(Method):
+    """Full fine-tuning: the weights themselves are trained."""
+
+    key: ClassVar[str] = "full"
+    saved_in: ClassVar[str] = "model"
+
+    modules: Names | None = None
+    """names of modules, such as [layers.31, lm_head]: only these; null: all. Needs `quantization: null`"""

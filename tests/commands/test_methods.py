@@ -15,6 +15,9 @@ WHOLE_WAY = {
     "ia3 of GPT-2": ("gpt2", {"ia3": {}}),
     "oft": ("llama", {"oft": {}}),
     "hira": ("qwen2", {"hira": {"r": 8}}),
+    "full": ("llama", {"full": {}, "quantization": None}),
+    "full of a tied model": ("gpt2", {"full": {}, "quantization": None}),
+    "full of some modules": ("qwen2", {"full": {"modules": ["layers.1", "norm"]}, "quantization": None}),
     "LoRA+": ("llama", {"lora": {"r": 4, "loraplus_lr_ratio": 16}}),
 }
 

@@ -11,7 +11,7 @@ import torch
 from qlora import base_model, methods, training
 from qlora.exporter import merge
 from qlora.methods import contract
-from qlora.recipe import Adalora, Hira, Ia3, Lora, Model, Oft, Quantization, Training
+from qlora.recipe import Adalora, Full, Hira, Ia3, Lora, Model, Oft, Quantization, Training
 from qlora.recipe.methods import Method
 from qlora.runs import record
 from qlora.runs.checkpoints import Checkpoints
@@ -30,7 +30,7 @@ def test_a_method_has_every_function_of_the_contract(name):
 
 
 def test_each_section_of_the_recipe_that_is_a_method_has_its_file():
-    assert {section.key for section in (Lora, Adalora, Ia3, Oft, Hira)} == set(methods.names())
+    assert {section.key for section in (Lora, Adalora, Ia3, Oft, Hira, Full)} == set(methods.names())
 
 
 # ---- a third method: the gains of all norms, in two groups of parameters, and a count of steps ------------------------
@@ -145,7 +145,7 @@ def fit(load_model, tokenizer, tmp_path):
 
 
 def test_a_new_file_is_a_new_method(gains, load_model):
-    assert methods.names() == ["adalora", "gains", "hira", "ia3", "lora", "oft"]
+    assert methods.names() == ["adalora", "full", "gains", "hira", "ia3", "lora", "oft"]
     model = methods.attach(load_model("llama", None), gains)
     assert methods.trainable(model).summary == "gains of norms"
     assert methods.describe({"peft_type": "GAINS"}).kind == "Gains"
@@ -220,7 +220,7 @@ def test_a_method_whose_parameters_do_not_move_stops_the_run(gains, load_model):
     model = methods.attach(load_model("llama", None), gains)
     before = {name: p.detach().clone() for name, p in methods.trainable(model).first_to_move.items()}
     with pytest.raises(TrainingFailed, match=f"{len(before)} of {len(before)} adapters did not move"):
-        methods.refuse_unmoved(model, before)
+        methods.refuse_unmoved(methods.trainable(model).first_to_move, before)
 
 
 def test_no_other_file_knows_a_method_by_its_name():
@@ -239,6 +239,7 @@ def test_no_other_file_knows_a_method_by_its_name():
         (Adalora(init_r=6, target_r=3), Quantization()),
         (Ia3(), Quantization()),
         (Oft(), Quantization()),
+        (Full(), None),
         (Hira(), Quantization()),
     ],
 )

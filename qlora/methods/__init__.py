@@ -12,10 +12,11 @@ from typing import Any
 import torch
 
 from ..system.errors import InputError, TrainingFailed
+from . import peft_model
 from .adapter import Adapter
 from .contract import Description, Group, Method, Schedule, Trainable
 from .folder import CONFIG, MANIFEST, WEIGHTS, base_of, read_config, seal
-from .peft_model import activate, shapes
+from .peft_model import shapes
 
 __all__ = ["CONFIG", "MANIFEST", "WEIGHTS", "Adapter", "Description", "Group", "Method", "Schedule", "Trainable", "activate",
            "add", "attach", "base_of", "describe", "load", "names", "of", "read", "read_config", "refuse_unmoved", "save",
@@ -112,6 +113,12 @@ def add(model, folder, name):
     """
     adapter = read(folder)
     _of_folder(folder, adapter.config).add(model, adapter, name)
+
+
+def activate(model, name):
+    """Let the adapter called `name` compute from now on; None: the base alone."""
+    switch = getattr(model, "activate", None)
+    peft_model.activate(model, name) if switch is None else switch(name)
 
 
 def describe(config) -> Description:

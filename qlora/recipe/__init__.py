@@ -15,16 +15,16 @@ from ruamel.yaml import YAML
 
 from . import error_messages, reading
 from .fields import PathText, Section, parse_size
-from .methods import Adalora, Full, Hira, Ia3, Lora, Method, Oft
+from .methods import Adalora, Bottleneck, Full, Hira, Ia3, Lora, Method, Oft
 from .sections import Data, Export, Format, Memory, Model, Quantization, Source, Training
 
 __all__ = [
-    "Adalora", "Data", "Export", "Format", "Full", "Hira", "Ia3", "Lora", "Memory", "Method", "Model", "Oft", "Quantization",
-    "Recipe", "Section", "Source", "Training", "as_yaml", "parse_size",
+    "Adalora", "Bottleneck", "Data", "Export", "Format", "Full", "Hira", "Ia3", "Lora", "Memory", "Method", "Model", "Oft",
+    "Quantization", "Recipe", "Section", "Source", "Training", "as_yaml", "parse_size",
 ]  # fmt: skip
 
 
-_METHODS = [section.key for section in (Lora, Adalora, Ia3, Oft, Hira, Full)]
+_METHODS = [section.key for section in (Lora, Adalora, Ia3, Oft, Hira, Full, Bottleneck)]
 
 
 class Recipe(Section):
@@ -42,6 +42,8 @@ class Recipe(Section):
     """instead of lora: weights are multiplied with a low-rank update"""
     full: Full | None = None
     """instead of lora: the weights themselves are trained"""
+    bottleneck: Bottleneck | None = None
+    """instead of lora: a small network behind the blocks of each layer"""
     data: Data
     training: Training = Training()
     memory: Memory = Memory()

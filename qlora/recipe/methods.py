@@ -180,3 +180,18 @@ class Full(Method):
 
     modules: Names | None = None
     """names of modules, such as [layers.31, lm_head]: only these; null: all. Needs `quantization: null`"""
+
+
+class Bottleneck(Method):
+    """Bottleneck adapters: a small network behind the blocks of each layer."""
+
+    key: ClassVar[str] = "bottleneck"
+
+    size: Annotated[int, Field(ge=1, le=2**16)] = 64
+    """numbers in the middle, between down and up"""
+    where: Literal["pfeiffer", "houlsby"] = "pfeiffer"
+    """pfeiffer: behind the MLP; houlsby: behind attention too"""
+    activation: Literal["gelu", "relu", "silu"] = "gelu"
+    """nonlinearity: gelu, relu, silu"""
+    dropout: Share = 0.0
+    """dropout of the adapters' input"""

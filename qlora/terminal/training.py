@@ -97,15 +97,18 @@ def say_model(prepared, opened):
     """Say what is trained, and on what. opened: a jobs.model_to_train.ModelToTrain."""
     recipe, checkpoint, model = prepared.recipe, prepared.checkpoint, opened.model
     trainable, total = base_model.num_parameters(model)
-    own = model.get_base_model() is model  # what is trained is the base's
+    own = model.trained_by.saved_in == "model"  # what is trained is the base's
     of_base = opened.environment["base_model"]
     num_quantized = len(of_base["quantized_modules"])
     how = f"{num_quantized} linear layers in {recipe.quantization.quant_type}" if num_quantized else "not quantized"
     how += " (the folder's own codes)" if of_base["prequantized"] else ""
-    note(f"base      {checkpoint.name_or_path}: {total if own else total - trainable:,} parameters, {how}, on {model.device}")
+    note(
+        f"base      {checkpoint.name_or_path}: {total if own else total - trainable:,} parameters, {how}, on {model.device}"
+    )
     if checkpoint.half is not None:
         note(f"          multimodal checkpoint: training the text half; {checkpoint.half}")
-    note(f"{'trained' if own else 'adapter'}   {methods.trainable(model).summary}, {trainable:,} trainable parameters ({trainable / total:.2%})")
+    label, summary = "trained" if own else "adapter", methods.trainable(model).summary
+    note(f"{label}   {summary}, {trainable:,} trainable parameters ({trainable / total:.2%})")
     if checkpoint.new_tokens:
         note(
             f"tokens    rows of {len(checkpoint.new_tokens)} tokens are trained, {len(checkpoint.added)} of them new to the "

@@ -3,11 +3,14 @@
 import json
 
 import pytest
+import torch
 
-from qlora import evaluate
+from qlora import chat, evaluate
 from qlora.commands.export import export
 from qlora.commands.plan import plan
 from qlora.commands.train import train
+from qlora.jobs.opened_model import open_subject, switch
+from qlora.system.errors import InputError
 
 WHOLE_WAY = {
     "ia3": ("llama", {"ia3": {}}),
@@ -38,3 +41,28 @@ def test_it_trains_scores_and_exports_proven(make_recipe, tmp_path, case):
     assert report["merged"]["kl"] < 1e-4
     assert report["base_model"]["kl"] > 10 * report["merged"]["kl"]
     assert planned["components"]["adapter"] > 0
+
+
+UNMERGEABLE = {
+    "pfeiffer": ("llama", {"bottleneck": {"size": 16}}),
+    "houlsby of GPT-2": ("gpt2", {"bottleneck": {"size": 16, "where": "houlsby"}}),
+}
+
+
+@pytest.mark.parametrize("case", UNMERGEABLE)
+def test_what_cannot_be_merged_trains_scores_answers_and_says_what_to_do_instead(make_recipe, tmp_path, case):
+    family, sections = UNMERGEABLE[case]
+    run = train(make_recipe(family, **sections, training={"max_steps": 4, "learning_rate": 3e-2}))
+    scores = evaluate(run.path)
+    assert scores["loss"] < scores["before"]["loss"]
+    with pytest.raises(InputError, match=r"Serve them beside the base: .qlora chat RUN"):
+        export(run.path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    ids, found = torch.arange(4, 60)[None], {}
+    subject = open_subject(run.path)
+    for name in (str(run.path), None):
+        switch(subject, name)
+        with torch.no_grad():
+            found[name] = subject.model(input_ids=ids).logits
+    assert not torch.allclose(found[None], found[str(run.path)], atol=1e-2)
+    assert isinstance(chat(run.path, "What is 1 plus 1?", max_new_tokens=4), str)

@@ -11,7 +11,7 @@ import torch
 from qlora import base_model, methods, training
 from qlora.exporter import merge
 from qlora.methods import contract
-from qlora.recipe import Adalora, Full, Hira, Ia3, Lora, Model, Oft, Quantization, Training
+from qlora.recipe import Adalora, Bottleneck, Full, Hira, Ia3, Lora, Model, Oft, Quantization, Training
 from qlora.recipe.methods import Method
 from qlora.runs import record
 from qlora.runs.checkpoints import Checkpoints
@@ -30,7 +30,7 @@ def test_a_method_has_every_function_of_the_contract(name):
 
 
 def test_each_section_of_the_recipe_that_is_a_method_has_its_file():
-    assert {section.key for section in (Lora, Adalora, Ia3, Oft, Hira, Full)} == set(methods.names())
+    assert {section.key for section in (Lora, Adalora, Ia3, Oft, Hira, Full, Bottleneck)} == set(methods.names())
 
 
 # ---- a third method: the gains of all norms, in two groups of parameters, and a count of steps ------------------------
@@ -145,7 +145,7 @@ def fit(load_model, tokenizer, tmp_path):
 
 
 def test_a_new_file_is_a_new_method(gains, load_model):
-    assert methods.names() == ["adalora", "full", "gains", "hira", "ia3", "lora", "oft"]
+    assert methods.names() == ["adalora", "bottleneck", "full", "gains", "hira", "ia3", "lora", "oft"]
     model = methods.attach(load_model("llama", None), gains)
     assert methods.trainable(model).summary == "gains of norms"
     assert methods.describe({"peft_type": "GAINS"}).kind == "Gains"
@@ -180,9 +180,12 @@ def test_several_groups_and_a_schedule_resume_to_the_bit(gains, fit, optim):
         Lora(r=4, lora_dropout=0.1, loraplus_lr_ratio=16),
         Adalora(init_r=6, target_r=3, tinit=1, tfinal=1),
         Ia3(),
-        Oft(),
-        Hira(),
+        Oft(module_dropout=0.5),
+        Hira(hira_dropout=0.1),
+        Full(modules=["mlp", "lm_head"]),
+        Bottleneck(dropout=0.1),
     ],
+    ids=lambda section: section.key,
 )
 def test_each_method_resumes_to_the_bit_and_leaves_the_base_alone(fit, load_model, section):
     whole, run = fit(section, "whole")
@@ -193,8 +196,9 @@ def test_each_method_resumes_to_the_bit_and_leaves_the_base_alone(fit, load_mode
     base = base_model.to_float32(load_model("llama", None)).state_dict()
     frozen = {name.replace("base_model.model.", "").replace(".base_layer", ""): parameter
               for name, parameter in whole.named_parameters() if name not in trained}  # fmt: skip
-    assert frozen.keys() >= base.keys()
-    assert all(torch.equal(frozen[name], base[name]) for name in base)
+    untrained = base.keys() - trained
+    assert untrained
+    assert all(torch.equal(frozen[name], base[name]) for name in untrained)
 
 
 def test_what_is_saved_loads_into_the_base_and_refuses_to_be_merged(gains, fit, load_model, tiny_model, tmp_path):
@@ -240,6 +244,7 @@ def test_no_other_file_knows_a_method_by_its_name():
         (Ia3(), Quantization()),
         (Oft(), Quantization()),
         (Full(), None),
+        (Bottleneck(where="houlsby"), Quantization()),
         (Hira(), Quantization()),
     ],
 )

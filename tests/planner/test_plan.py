@@ -12,7 +12,7 @@ from bitsandbytes.optim import AdamW
 from qlora import base_model, kernels, methods, planner
 from qlora.kernels import checkpointing
 from qlora.planner import cards, trace
-from qlora.recipe import Adalora, Full, Hira, Ia3, Lora, Model, Oft, Quantization, Training
+from qlora.recipe import Adalora, Bottleneck, Full, Hira, Ia3, Lora, Model, Oft, Quantization, Training
 from qlora.system import memory
 from qlora.training.master_weights import MasterWeights
 from qlora.training.objectives import supervised
@@ -140,6 +140,7 @@ def test_with_kernels_off_the_peak_is_that_of_real_training_steps(load_shape):
         (Ia3(), ()),
         (Oft(), ()),
         (Hira(), ()),
+        (Bottleneck(where="houlsby"), ()),
         (Lora(), range(4)),
     ],
     ids=[
@@ -152,6 +153,7 @@ def test_with_kernels_off_the_peak_is_that_of_real_training_steps(load_shape):
         "ia3",
         "oft",
         "hira",
+        "bottleneck",
         "new tokens",
     ],
 )

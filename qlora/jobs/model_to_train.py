@@ -15,7 +15,7 @@ from ..system import files
 from ..system.errors import InputError
 from ..system.events import progress
 from ..system.storage import new_folder, write_json
-from . import resumed_run
+from . import resumed_run, started_from
 from .prepared_data import refuse_pointless
 
 
@@ -85,6 +85,7 @@ def open_trainable(prepared, fingerprint, resumed=None) -> ModelToTrain:
             checkpoint.new_tokens.values(),
             checkpoint,
             prepared.examples,
+            started_from.folder_of(recipe.model),
         )
     found = environment(model.device) | {
         "base_model": {

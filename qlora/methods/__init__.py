@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from .. import base_model
 from ..system.errors import InputError, TrainingFailed
 from . import peft_model
 from .adapter import Adapter
@@ -51,9 +52,18 @@ def _of_folder(folder, config):
     return _module(kind)
 
 
-def attach(model, section, seed=0, token_ids=(), checkpoint=None, examples=()):
-    """Return `model` with what a section of the recipe trains in it, as contract.Method says; `trainable` is of it."""
-    attached = of(section).attach(model, section, seed, token_ids, checkpoint, examples)
+def attach(model, section, seed=0, token_ids=(), checkpoint=None, examples=(), start=None):
+    """Return `model` with what a section of the recipe trains in it, as contract.Method says; `trainable` is of it.
+
+    start: a folder of `save` whose numbers it starts with, None for those of the section.
+    """
+    if start is None:
+        attached = of(section).attach(model, section, seed, token_ids, checkpoint, examples)
+    else:
+        adapter, ends = read(start), [model.get_input_embeddings().weight, model.get_output_embeddings().weight]
+        adapter.refuse_other_tokens(base_model.token_modules(model) if token_ids else [], token_ids)
+        attached = of(section).attach(model, section.from_zero(), seed, token_ids)
+        of(section).fill(attached, adapter, ends)
     attached.trained_by = section
     return attached
 
@@ -80,6 +90,23 @@ def refuse_unmoved(now, before):
 def save(model, folder, base_name, revision):
     """Write what was trained into `folder`, as contract.Method says."""
     of(model.trained_by).save(model, folder, base_name, revision)
+
+
+def section_of(folder, recorded=None):
+    """Return the section of the recipe with which the adapter in a folder goes on. recorded: the one it was trained with.
+
+    Raises:
+        InputError: it cannot be told, or it cannot go on.
+    """
+    config = read_config(folder)
+    method = _of_folder(folder, config)
+    if hasattr(method, "section_of"):
+        return method.section_of(folder, config, recorded)
+    if recorded is None:
+        raise InputError(
+            f"adapter {folder}: how a {describe(config).kind} was trained is known of a run only; name the run"
+        )
+    return recorded
 
 
 def read(folder) -> Adapter:

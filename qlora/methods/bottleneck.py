@@ -207,6 +207,13 @@ def load(model, adapter, token_ids=()):
     return _with_switches(model).requires_grad_(False).eval()
 
 
+def fill(model, adapter, ends=()):
+    section = _section_of(adapter)
+    places = _places(model, section.where)
+    _refuse_misfit(model, adapter, section, places)
+    _give(model, adapter, places, "default")
+
+
 def add(model, adapter, name):
     _fill(model, adapter, name)
     model.requires_grad_(False).eval()
@@ -214,29 +221,42 @@ def add(model, adapter, name):
 
 def _fill(model, adapter, name):
     """Insert what the folder of an Adapter holds; raises InputError if it was made for another base."""
-    from ..recipe import Bottleneck as Section
-
-    section = Section(**{key: adapter.config[key] for key in _FIELDS})
+    section = _section_of(adapter)
     places = _places(model, section.where)
-    shape = {f"{part}.{kind}" for part in ("down", "up") for kind in ("weight", "bias")}
-    expected = {f"{place}.{part}" for place in places for part in shape}
-    if expected != adapter.own.keys():
-        odd = sorted(expected ^ adapter.own.keys())
-        raise InputError.listing(
-            f"adapter {adapter.folder}: made for another base; it",
-            [f"{one}: {'missing' if one in expected else 'not in the base'}" for one in odd],
-        )
-    size = model.config.get_text_config().hidden_size
-    for place in places:
-        wrong = adapter.own[f"{place}.up.weight"].shape != (size, section.size)
-        if wrong:
-            found = tuple(adapter.own[f"{place}.up.weight"].shape)
-            raise InputError(f"adapter {adapter.folder}: {place} is {found}, the base needs {(size, section.size)}")
+    _refuse_misfit(model, adapter, section, places)
     for place in places:
         _insert(model, place, name, section)
+    _give(model, adapter, places, name)
+
+
+def _section_of(adapter):
+    from ..recipe import Bottleneck as Section
+
+    return Section(**{key: adapter.config[key] for key in _FIELDS})
+
+
+def _refuse_misfit(model, adapter, section, places):
+    size = model.config.get_text_config().hidden_size
+    shapes = {"down.weight": (section.size, size), "down.bias": (section.size,),
+              "up.weight": (size, section.size), "up.bias": (size,)}  # fmt: skip
+    expected = {f"{place}.{part}": shape for place in places for part, shape in shapes.items()}
+    problems = [f"{name}: not in the base" for name in sorted(adapter.own.keys() - expected.keys())]
+    problems += [f"{name}: missing" for name in sorted(expected.keys() - adapter.own.keys())]
+    problems += [
+        f"{name}: {tuple(adapter.own[name].shape)}, the base needs {shape}"
+        for name, shape in sorted(expected.items())
+        if name in adapter.own and tuple(adapter.own[name].shape) != shape
+    ]
+    if problems:
+        raise InputError.listing(f"adapter {adapter.folder}: made for another base; it", problems)
+
+
+def _give(model, adapter, places, name):
+    for place in places:
         parent, _, leaf = place.rpartition(".")
         own = model.get_submodule(f"{parent}.{_NAME}_{leaf}").adapters[name]
-        own.load_state_dict({part: adapter.own[f"{place}.{part}"] for part in shape})
+        prefix = f"{place}."
+        own.load_state_dict({key.removeprefix(prefix): t for key, t in adapter.own.items() if key.startswith(prefix)})
 
 
 def describe(config):

@@ -52,6 +52,14 @@ class Method(Protocol):
         """
 
     @staticmethod
+    def fill(model, adapter, ends=()):
+        """Give a model that `attach` has made the numbers of an Adapter, to train them further.
+
+        Raises:
+            InputError: anything in the folder finds no place in the model, or the other way round; or it cannot go on.
+        """
+
+    @staticmethod
     def add(model, adapter, name):
         """Load an Adapter that `read` returned beside the one that `load` has loaded, as `name`; it is not yet active.
 

@@ -20,7 +20,7 @@ from .contract import Description, Trainable, Update, one_group
 
 # O out_features, I in_features
 
-save = peft_model.save
+save, fill = peft_model.save, peft_model.fill
 
 _PATTERN = re.compile(r"(?P<module>.+)\.ia3_(?P<part>l)")
 _MARKER = "ia3_"

@@ -15,7 +15,7 @@ from . import initial_weights, low_rank, peft_model, targets
 from .adapter import Sorted, refuse_unknown_settings
 from .contract import Description, Group, Trainable, one_group
 
-save, add = peft_model.save, peft_model.add
+save, add, fill = peft_model.save, peft_model.add, peft_model.fill
 
 # settings of a folder that are followed; any other that is on is refused by name
 _FIELDS = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "bias", "lora_bias",
@@ -83,6 +83,24 @@ def load(model, adapter, token_ids=()):
     from peft import LoraConfig
 
     return peft_model.load(model, adapter, token_ids, LoraConfig, _FIELDS)
+
+
+def section_of(folder, config, recorded):
+    """See methods.section_of: ranks and layers of the folder, whatever start made them; LoftQ's stays known."""
+    from ..recipe import Lora
+
+    named = ("r", "lora_alpha", "use_rslora", "use_dora", "lora_bias", "bias", "ensure_weight_tying", "modules_to_save",
+             "exclude_modules", "layers_to_transform", "rank_pattern", "alpha_pattern", "lora_dropout")  # fmt: skip
+    targets = config.get("target_modules")
+    said = {name: config[name] for name in named if config.get(name) is not None}
+    said |= {"target_modules": targets if isinstance(targets, str) else sorted(targets or ())}
+    if recorded is not None:
+        said |= {"loraplus_lr_ratio": recorded.loraplus_lr_ratio, "lora_dropout": recorded.lora_dropout}
+        said |= {"init_lora_weights": "loftq"} if recorded.corrects_quantization else {}
+    try:
+        return Lora(**said)
+    except ValueError as error:
+        raise InputError(f"{folder}: {str(error).splitlines()[0]}; it cannot be trained further") from None
 
 
 def describe(config):

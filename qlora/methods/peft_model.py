@@ -134,30 +134,44 @@ def load(model, adapter, token_ids, kind, followed):
     Raises:
         InputError: any tensor of the adapter finds no place in the model, or the other way round.
     """
+    adapter.refuse_other_tokens(base_model.token_modules(model) if token_ids else [], token_ids)
+    said = {key: adapter.config[key] for key in followed if adapter.config.get(key) is not None}
+    ends = [end.weight for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None]
+    layers = shapes(model)
+    peft_model = make(model, kind(**said, **_saved_settings(model, adapter)))
+    adapter.refuse_left_out(layers)
+    untrained = fill(peft_model, adapter, ends)
+    to_dtype(peft_model, dtype_of(model))
+    return _frozen(peft_model, untrained)
+
+
+def fill(model, adapter, ends=()):
+    """Give a PeftModel the numbers of an Adapter; return {parameter of the base that it replaces: what it was}.
+
+    ends: weights of embedding and head, which a folder may hold whole.
+
+    Raises:
+        InputError: any tensor of the adapter finds no place in the model, or the other way round.
+    """
     from peft import set_peft_model_state_dict
 
-    adapter.refuse_other_tokens(base_model.token_modules(model) if token_ids else [], token_ids)
-    folder, layers = adapter.folder, shapes(model)
+    folder = adapter.folder
     tensors = _once(load_file(folder / WEIGHTS))
-    said = {key: adapter.config[key] for key in followed if adapter.config.get(key) is not None}
-    peft_model = make(model, kind(**said, **_saved_settings(model, adapter)))
-    parameters = dict(peft_model.named_parameters(remove_duplicate=False))
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     base = {key: parameters[key] for key in tensors if key in parameters}  # biases; embeddings that were saved whole
-    expected = _tensors(peft_model)
-    for end in (model.get_input_embeddings(), model.get_output_embeddings()):
-        expected |= {key: place for key, place in base.items() if place is getattr(end, "weight", None)}
+    expected = _tensors(model)
+    for end in ends:
+        expected |= {key: place for key, place in base.items() if place is end}
     _refuse_misfit(folder, tensors, expected)
-    adapter.refuse_left_out(layers)
     untrained = {place: place.detach().clone() for place in base.values()}
-    left = set_peft_model_state_dict(peft_model, tensors).unexpected_keys
+    left = set_peft_model_state_dict(model, tensors).unexpected_keys
     assert not left, f"PEFT found no place for {left}"
     differing = [key for key, place in base.items() if not torch.equal(place, tensors[key].to(place))]
     if differing:
         raise InputError(
             f"adapter {folder}: {_shown(differing[0])} is tied to another weight in the base, not in the adapter"
         )
-    to_dtype(peft_model, dtype_of(model))
-    return _frozen(peft_model, untrained)
+    return untrained
 
 
 def _refuse_misfit(folder, tensors, expected):

@@ -18,6 +18,10 @@ class Method(Section):
     fixed_length: ClassVar[bool] = False
     saved_in: ClassVar[str] = "adapter"
 
+    def from_zero(self):
+        """Return the section with a start that changes nothing, for numbers that come from elsewhere."""
+        return self
+
     @property
     def corrects_quantization(self):
         """True if it starts from what quantization has lost, and is right on the quantized base only."""
@@ -85,6 +89,9 @@ class Lora(_LowRank):
     """B has a bias; for layers that have one"""
     ensure_weight_tying: bool = False
     """embedding and head of a tied model stay one matrix when one of them is trained whole"""
+
+    def from_zero(self):
+        return self.model_copy(update={"init_lora_weights": True})
 
     @property
     def corrects_quantization(self):

@@ -21,6 +21,8 @@ class Model(Section):
     """a folder, or OWNER/NAME on the hub"""
     revision: Name | None = None
     """hub: commit, tag or branch; the commit is recorded"""
+    adapter_name_or_path: PathText | None = None
+    """a run or an adapter folder that is trained further: same base; its ranks and layers are taken over"""
     attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     """auto (sdpa where the architecture has it), sdpa, eager, flash_attention_2"""
     trust_remote_code: bool = False

@@ -96,6 +96,10 @@ def load(model, adapter, token_ids=()):
     return model.requires_grad_(False).eval()
 
 
+def fill(model, adapter, ends=()):
+    load(model, adapter)
+
+
 def add(model, adapter, name):
     adapter.refuse_more_than_low_rank("cannot lie beside another")
 

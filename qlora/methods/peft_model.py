@@ -66,7 +66,9 @@ def make(model, config):
         ends = [model.get_input_embeddings(), model.get_output_embeddings()]
         assert all(isinstance(end, TrainableTokensWrapper) for end in ends), "PEFT left the embedding or the head out"
     tied = set(getattr(config, "modules_to_tie", None) or ())
-    assert set(whole) - tied == set(config.modules_to_save or ()), "PEFT trains other modules than it was told"
+    assert set(whole) - tied == set(getattr(config, "modules_to_save", None) or ()), (
+        "PEFT trains other modules than it was told"
+    )
     return peft_model
 
 
@@ -101,7 +103,8 @@ def save(model, folder, base_name, revision):
     tensors = _tensors(model)  # first: AdaLoRA's config is made ready for saving there
     config = copy.copy(model.peft_config["default"])
     config.base_model_name_or_path, config.revision, config.inference_mode = str(base_name), revision, True
-    config.target_modules = sorted(config.target_modules)  # from a set, whose order is another in each process
+    if getattr(config, "target_modules", None) is not None:
+        config.target_modules = sorted(config.target_modules)  # from a set, whose order is another in each process
     config.save_pretrained(folder)
     # cloned: safetensors takes no two names of one tensor, and a tied head has two
     tensors = {

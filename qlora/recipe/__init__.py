@@ -15,16 +15,16 @@ from ruamel.yaml import YAML
 
 from . import error_messages, reading
 from .fields import PathText, Section, parse_size
-from .methods import Adalora, Bottleneck, Full, Hira, Ia3, Lora, Method, Oft
+from .methods import Adalora, Bottleneck, Full, Hira, Ia3, Lora, Method, Oft, PromptTuning
 from .sections import Data, Export, Format, Memory, Model, Quantization, Source, Training
 
 __all__ = [
     "Adalora", "Bottleneck", "Data", "Export", "Format", "Full", "Hira", "Ia3", "Lora", "Memory", "Method", "Model", "Oft",
-    "Quantization", "Recipe", "Section", "Source", "Training", "as_yaml", "parse_size",
+    "PromptTuning", "Quantization", "Recipe", "Section", "Source", "Training", "as_yaml", "parse_size",
 ]  # fmt: skip
 
 
-_METHODS = [section.key for section in (Lora, Adalora, Ia3, Oft, Hira, Full, Bottleneck)]
+_METHODS = [section.key for section in (Lora, Adalora, Ia3, Oft, Hira, Full, Bottleneck, PromptTuning)]
 
 
 class Recipe(Section):
@@ -44,6 +44,8 @@ class Recipe(Section):
     """instead of lora: the weights themselves are trained"""
     bottleneck: Bottleneck | None = None
     """instead of lora: a small network behind the blocks of each layer"""
+    prompt_tuning: PromptTuning | None = None
+    """instead of lora: embeddings before each text"""
     data: Data
     training: Training = Training()
     memory: Memory = Memory()
@@ -85,6 +87,14 @@ class Recipe(Section):
         if self.full is not None and self.quantization is not None:
             raise ValueError(
                 "full trains the weights themselves, and 4-bit ones cannot be: set quantization: null, or take lora"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _rows_that_can_be_joined(self):
+        if self.prompt_tuning is not None and self.data.packing:
+            raise ValueError(
+                "data.packing joins rows, and prompt_tuning puts something before each: set data.packing: false"
             )
         return self
 

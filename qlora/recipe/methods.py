@@ -202,3 +202,14 @@ class Bottleneck(Method):
     """nonlinearity: gelu, relu, silu"""
     dropout: Share = 0.0
     """dropout of the adapters' input"""
+
+
+class PromptTuning(Method):
+    """Prompt tuning: embeddings before each text are trained."""
+
+    key: ClassVar[str] = "prompt_tuning"
+
+    num_virtual_tokens: Annotated[int, Field(ge=1, le=4096)] = 20
+    """how many"""
+    prompt_tuning_init_text: Annotated[str, Field(min_length=1)] | None = None
+    """a text whose embeddings they start as, repeated or cut to their number; null: those of random tokens"""

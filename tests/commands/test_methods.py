@@ -45,6 +45,8 @@ def test_it_trains_scores_and_exports_proven(make_recipe, tmp_path, case):
 
 UNMERGEABLE = {
     "pfeiffer": ("llama", {"bottleneck": {"size": 16}}),
+    "prompt tuning": ("llama", {"prompt_tuning": {"prompt_tuning_init_text": "plus is"}}),
+    "prompt tuning of GPT-2": ("gpt2", {"prompt_tuning": {"num_virtual_tokens": 4}}),
     "houlsby of GPT-2": ("gpt2", {"bottleneck": {"size": 16, "where": "houlsby"}}),
 }
 
@@ -55,7 +57,7 @@ def test_what_cannot_be_merged_trains_scores_answers_and_says_what_to_do_instead
     run = train(make_recipe(family, **sections, training={"max_steps": 4, "learning_rate": 3e-2}))
     scores = evaluate(run.path)
     assert scores["loss"] < scores["before"]["loss"]
-    with pytest.raises(InputError, match=r"Serve them beside the base: .qlora chat RUN"):
+    with pytest.raises(InputError, match=r"Serve (them|it) beside the base: .qlora chat RUN"):
         export(run.path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     ids, found = torch.arange(4, 60)[None], {}

@@ -19,6 +19,7 @@ CASES = {
     "ia3": {"ia3": {}},
     "oft": {"oft": {}},
     "hira": {"hira": {"r": 4}},
+    "prompt tuning": {"prompt_tuning": {"num_virtual_tokens": 4}},
     "bottleneck": {"bottleneck": {"size": 8}},
 }
 

@@ -11,7 +11,7 @@ import torch
 from qlora import base_model, methods, training
 from qlora.exporter import merge
 from qlora.methods import contract
-from qlora.recipe import Adalora, Bottleneck, Full, Hira, Ia3, Lora, Model, Oft, Quantization, Training
+from qlora.recipe import Adalora, Bottleneck, Full, Hira, Ia3, Lora, Model, Oft, PromptTuning, Quantization, Training
 from qlora.recipe.methods import Method
 from qlora.runs import record
 from qlora.runs.checkpoints import Checkpoints
@@ -30,7 +30,9 @@ def test_a_method_has_every_function_of_the_contract(name):
 
 
 def test_each_section_of_the_recipe_that_is_a_method_has_its_file():
-    assert {section.key for section in (Lora, Adalora, Ia3, Oft, Hira, Full, Bottleneck)} == set(methods.names())
+    assert {section.key for section in (Lora, Adalora, Ia3, Oft, Hira, Full, Bottleneck, PromptTuning)} == set(
+        methods.names()
+    )
 
 
 # ---- a third method: the gains of all norms, in two groups of parameters, and a count of steps ------------------------
@@ -149,7 +151,7 @@ def fit(load_model, tokenizer, tmp_path):
 
 
 def test_a_new_file_is_a_new_method(gains, load_model):
-    assert methods.names() == ["adalora", "bottleneck", "full", "gains", "hira", "ia3", "lora", "oft"]
+    assert methods.names() == ["adalora", "bottleneck", "full", "gains", "hira", "ia3", "lora", "oft", "prompt_tuning"]
     model = methods.attach(load_model("llama", None), gains)
     assert methods.trainable(model).summary == "gains of norms"
     assert methods.describe({"peft_type": "GAINS"}).kind == "Gains"
@@ -188,21 +190,21 @@ def test_several_groups_and_a_schedule_resume_to_the_bit(gains, fit, optim):
         Hira(hira_dropout=0.1),
         Full(modules=["mlp", "lm_head"]),
         Bottleneck(dropout=0.1),
+        PromptTuning(),
     ],
     ids=lambda section: section.key,
 )
 def test_each_method_resumes_to_the_bit_and_leaves_the_base_alone(fit, load_model, section):
     whole, run = fit(section, "whole")
     resumed, _ = fit(section, "resumed", resume=run.checkpoints / "step-2")
-    trained = set(methods.trainable(whole).names)
     for (name, one), other in zip(whole.named_parameters(), resumed.parameters(), strict=True):
         assert torch.equal(one, other), name
     base = base_model.to_float32(load_model("llama", None)).state_dict()
-    frozen = {name.replace("base_model.model.", "").replace(".base_layer", ""): parameter
-              for name, parameter in whole.named_parameters() if name not in trained}  # fmt: skip
-    untrained = base.keys() - trained
-    assert untrained
-    assert all(torch.equal(frozen[name], base[name]) for name in untrained)
+    left = {name.replace(".base_layer", ""): parameter
+            for name, parameter in whole.get_base_model().named_parameters() if not parameter.requires_grad}  # fmt: skip
+    assert base.keys() & left.keys()
+    assert all(torch.equal(left[name], base[name]) for name in base.keys() & left.keys())
+    assert section.key == "full" or left.keys() >= base.keys()
 
 
 def test_what_is_saved_loads_into_the_base_and_refuses_to_be_merged(gains, fit, load_model, tiny_model, tmp_path):
@@ -249,6 +251,7 @@ def test_no_other_file_knows_a_method_by_its_name():
         (Oft(), Quantization()),
         (Full(), None),
         (Bottleneck(where="houlsby"), Quantization()),
+        (PromptTuning(), Quantization()),
         (Hira(), Quantization()),
     ],
 )

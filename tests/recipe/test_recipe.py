@@ -9,7 +9,19 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from ruamel.yaml import YAML
 
-from qlora.recipe import Adalora, Bottleneck, Data, Full, Hira, Ia3, Oft, Recipe, documentation, parse_size
+from qlora.recipe import (
+    Adalora,
+    Bottleneck,
+    Data,
+    Full,
+    Hira,
+    Ia3,
+    Oft,
+    PromptTuning,
+    Recipe,
+    documentation,
+    parse_size,
+)
 from qlora.system.errors import InputError
 
 MINIMAL = "model: {name_or_path: m}\ndata: {train: d.jsonl}\noutput_dir: o\n"
@@ -230,7 +242,7 @@ def test_every_field_is_documented_with_its_default():
     assert all(words.strip() for *_, words in rows)
     recipe = Recipe.from_dict({"model": {"name_or_path": "m"}, "data": {"train": "d"}, "output_dir": "o"}).model_dump()
     fields = {name: value for name, value in recipe.items() if not isinstance(value, dict)}
-    others = [Adalora, Ia3, Oft, Hira, Full, Bottleneck]
+    others = [Adalora, Ia3, Oft, Hira, Full, Bottleneck, PromptTuning]
     recipe |= {section.key: section().model_dump() for section in others}
     fields = {name: value for name, value in fields.items() if name not in {section.key for section in others}}
     fields |= {f"{name}.{field}": value for name, section in recipe.items() if isinstance(section, dict)

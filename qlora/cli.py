@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from .system.errors import DoesNotFit, InputError, Interrupted, QLoRAError
+from .system.launched import refuse_several
 from .system.quiet_libraries import hush_libraries
 from .system.secrets import redacted
 from .system.signals import handled
@@ -75,6 +76,7 @@ def train(
     as_json: Json = False,
 ):
     """Train an adapter from a recipe; writes a run folder at its output_dir."""
+    refuse_several(f"qlora train {recipe}")
     run = _run("train", False, _load(recipe, overrides), resume, allow_change or ())
     if as_json:
         from .runs import record

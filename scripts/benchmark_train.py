@@ -221,7 +221,7 @@ def child(args):
         if (
             before is not None
         ):  # what the driver and the libraries hold beside torch, and what it keeps without using it
-            found["context_bytes"] = total - free - before - torch.cuda.memory_reserved()
+            found["context_bytes"] = max(0, total - free - before - torch.cuda.memory_reserved())
     print(json.dumps(found))
 
 

@@ -59,6 +59,7 @@ class Check:
         self.folder = args.folder.absolute()
         (self.folder / "logs").mkdir(parents=True, exist_ok=True)
         self.weights = self.shape = None
+        self.no_model = ""
 
     def left(self):
         """Return the seconds that are left."""
@@ -73,27 +74,31 @@ class Check:
     def write(self):
         found = {**self.about, "minutes": round((time.monotonic() - self.begun) / 60, 1), "shape": self.shape}
         found["rows"] = [asdict(row) for row in self.rows]
-        for name, text in (("check.json", json.dumps(finite(found), indent=2)), ("check.md", markdown(found))):
-            partial = self.folder / f"{name}.partial"
-            partial.write_text(text + "\n", encoding="utf-8")
-            partial.replace(self.folder / name)
+        partial = self.folder / "check.json.partial"
+        partial.write_text(json.dumps(finite(found), indent=2) + "\n", encoding="utf-8")
+        partial.replace(self.folder / "check.json")
+        command = [sys.executable, SCRIPTS / "gpu_table.py", self.folder / "check.json"]
+        table = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+        (self.folder / "check.md").write_text(table, encoding="utf-8")
 
-    def run(self, name, *command):
-        """Run a command of this Python for the time that is left; return (exit code or None, the last line it printed)."""
+    def run(self, name, *command, share=1.0):
+        """Run a command of this Python for a share of the time that is left; return (exit code, the last line it printed),
+        or (None, that the time was over)."""
         log = self.folder / "logs" / f"{name}.log"
         paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         print(f"          {name} ...", flush=True)
         with open(log, "w", encoding="utf-8") as file:
-            code = limited([sys.executable, *map(str, command)], self.left(), file, os.environ | {"PYTHONPATH": paths})
+            words = [sys.executable, *map(str, command)]
+            code = limited(words, share * self.left(), file, os.environ | {"PYTHONPATH": paths})
         lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
         last = lines[-1].strip()[:300] if lines else "nothing was printed"
         return code, "the time was over" if code is None else last
 
-    def measure(self, name, script, *options):
+    def measure(self, name, script, *options, share=1.0):
         """Return (what a benchmark script wrote into its --json file, or {}; why it did not end well, or "")."""
         out = self.folder / "logs" / f"{name}.json"
         out.unlink(missing_ok=True)
-        code, last = self.run(name, SCRIPTS / script, *options, "--json", out)
+        code, last = self.run(name, SCRIPTS / script, *options, "--json", out, share=share)
         found = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
         return found, "" if code == 0 else last
 
@@ -161,11 +166,9 @@ def describe():
 
 def about(check):
     """Fill check.about."""
-    git = [subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True).stdout.strip()
-           for words in (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])]  # fmt: skip
     check.about = {
         "date": time.strftime("%Y-%m-%d"),
-        "commit": git[0] + (" and changes" if git[1] else ""),
+        "commit": commit(),
         "command": " ".join(["scripts/gpu_check.sh", *sys.argv[1:]]),
         "emulated_gib": check.args.emulate_gib,
     }
@@ -176,6 +179,18 @@ def about(check):
         check.add(Row("set-up", "versions and card", False, last))
     for name, text in check.about.get("outside_tested_range", {}).items():
         print(f"          {name} is outside the tested range: {text}", flush=True)
+
+
+def commit():
+    """Return the commit of this checkout, and whether files are changed; a question mark without git."""
+    found = []
+    for words in (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "--untracked-files=no"]):
+        try:
+            done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=True)
+        except (OSError, subprocess.CalledProcessError):
+            return "?"
+        found.append(done.stdout.strip())
+    return found[0] + (" and changes" if found[1] else "")
 
 
 # ---- the model -----------------------------------------------------------------------------------------------------------
@@ -232,7 +247,14 @@ def planned(check, model, *overrides):
 
 
 def prepare(check):
-    """Choose a shape that fits the card and the disk, and write it; set check.shape and check.weights."""
+    """Choose a shape that fits the card and the disk, and write it; set check.shape and check.weights, or check.no_model."""
+    try:
+        choose(check)
+    except Exception as error:  # not tried again
+        check.no_model = str(error) or type(error).__name__
+
+
+def choose(check):
     tokenizer = check.folder / "tokenizer"
     make_tokenizer(tokenizer)
     write_rows(check.folder / "rows.jsonl")
@@ -328,14 +350,15 @@ def speed(check):
         yield Row("speed", "unsloth", False, why_not)
     else:
         sides += ",unsloth"
-    rows = check.folder / "rows.jsonl"
+    rows, packed = check.folder / "rows.jsonl", max(1024, 2 * tokens)  # a row has up to 830 tokens
     cases = {
         f"1 row of {tokens:,} tokens": ["--full-rows", tokens, "--batch", 1, "--sides", sides],
         "8 short rows, TRL pads": ["--data", rows, "--batch", 8],
-        f"short rows packed to {2 * tokens:,} by both": [
-            "--data", rows, "--batch", 1, "--packing", 2 * tokens, "--plain-packing", 2 * tokens,
+        f"short rows packed to {packed:,} by both": [
+            *("--data", rows, "--batch", 1),
+            *("--packing", packed, "--plain-packing", packed),
         ],
-    }  # fmt: skip
+    }
     for number, (case, options) in enumerate(cases.items()):
         if check.left() <= 0:
             yield Row("speed", case, False, "the time was over")
@@ -349,8 +372,8 @@ def speed(check):
             check.args.rounds,
             "--checkpointing",
         ]
-        other = ["--unsloth-python", check.args.unsloth_python]
-        found, why = check.measure(f"speed-{number}", "benchmark_train.py", *common, *other, *check.cap(), *options)
+        options = [*common, "--unsloth-python", check.args.unsloth_python, *check.cap(), *options]
+        found, why = check.measure(f"speed-{number}", "benchmark_train.py", *options, share=0.4)  # each has a turn
         yield from speed_rows(case, found, why)
 
 
@@ -411,14 +434,8 @@ def longest_row(case, says, limit, good, bad, why):
     if good is None:
         return Row("longest", case, False, why or f"{bad:,} tokens do not fit")
     notes = f"{bad:,} do not fit" if bad else "the most that the model takes" if good >= limit else "no more was tried"
-    return Row(
-        "longest",
-        case,
-        unit="tokens",
-        measured=good,
-        compared={"plan": says},
-        notes="; ".join(filter(None, [notes, why])),
-    )
+    notes = "; ".join(filter(None, [notes, why]))
+    return Row("longest", case, unit="tokens", measured=good, compared={"plan": min(says, limit)}, notes=notes)
 
 
 def bisected(fits, start, limit, has_time):
@@ -470,12 +487,12 @@ def kernel_rows(found, tokens):
 def export(check):
     """Of a shape that is already written; in seconds, so less is better."""
     work = check.folder / "export"
-    work.mkdir(exist_ok=True)
-    if not (work / check.shape).exists():
-        (work / check.shape).symlink_to(check.weights)
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+    (work / check.shape).symlink_to(check.weights)
     options = ["--shape", check.shape, "--tokenizer", check.folder / "tokenizer", "--folder", work, "--rounds", 1]
     found, why = check.measure("export", "benchmark_export.py", *options)
-    shutil.rmtree(work / "out", ignore_errors=True)
+    shutil.rmtree(work)  # twice the size of the model
     if why or not found:
         yield Row("export", check.shape, False, why)
         return
@@ -487,51 +504,6 @@ def export(check):
 PARTS = {"doctor": doctor, "tests": cuda_tests, "memory": memory, "speed": speed, "longest": longest, "kernels": kernels,
          "export": export}  # fmt: skip
 NEED_NO_MODEL = {"doctor", "tests"}
-
-
-# ---- the table -----------------------------------------------------------------------------------------------------------
-
-
-def markdown(found):
-    """Return the check as a section of docs/benchmarks.md."""
-    versions = ", ".join(f"{name} {version}" for name, version in found.get("versions", {}).items())
-    card = found.get("card") or f"no GPU ({found.get('cpu', '?')}, {found.get('cores', '?')} cores)"
-    if found.get("card"):
-        card += f" ({found['total_bytes'] / 2**30:.1f} GiB, {found['free_bytes'] / 2**30:.1f} free), driver {found['driver']}"
-    if found.get("emulated_gib"):
-        card += f", {found['emulated_gib']} GiB of it"
-    lines = [
-        f"{found.get('date', '?')}, {card}, commit {found.get('commit', '?')}; {versions}. Random weights of the shape "
-        f"{found.get('shape') or '?'}; medians of runs in turn; {found['minutes']} minutes.",
-        "",
-        f"    {found.get('command', '?')}",
-        "",
-    ]
-    outside = found.get("outside_tested_range")
-    if outside:
-        lines += [f"Outside the tested range: {'; '.join(f'{name} {text}' for name, text in outside.items())}.", ""]
-    lines += ["| | case | qlora | compared with | ratio | |", "|---|---|---|---|---|---|"]
-    for row in found["rows"]:
-        cells = [row["part"], row["case"], "", "", "", row["notes"]]
-        if not row["ok"]:
-            cells = [row["part"], row["case"], "**not done**" if row["measured"] is None else "", "", "", row["why"]]
-        elif row["measured"] is not None:
-            cells[2] = f"{number(row['measured'])} {row['unit']}{spread(row, 'qlora')}"
-            cells[3] = ", ".join(
-                f"{side} {number(value)}{spread(row, side)}" for side, value in row["compared"].items()
-            )
-            cells[4] = ", ".join(f"{row['measured'] / value:.2f}" for value in row["compared"].values() if value)
-        lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |")
-    return "\n".join(lines)
-
-
-def number(value):
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
-
-
-def spread(row, side):
-    least, most = row["runs"].get(side, (None, None))
-    return "" if least is None or least == most else f" ({number(least)}-{number(most)})"
 
 
 def finite(value):
@@ -552,8 +524,11 @@ def checked(check, name):
         check.add(Row(name, "all", False, "the time was over"))
         return
     try:
-        if name not in NEED_NO_MODEL and check.weights is None:
-            prepare(check)
+        if name not in NEED_NO_MODEL:
+            if check.weights is None and not check.no_model:
+                prepare(check)
+            if check.no_model:
+                raise RuntimeError(f"no model: {check.no_model}")
         for row in PARTS[name](check):
             check.add(row)
     except Exception as error:  # the other parts go on
@@ -586,9 +561,13 @@ def main():
         parser.error("--minutes and --emulate-gib above 0, --tokens from 16, --rounds from 1, --steps from 3")
     check = Check(args)
     about(check)
-    for name in PARTS:
-        if name in args.parts.split(","):
-            checked(check, name)
+    try:
+        for name in PARTS:
+            if name in args.parts.split(","):
+                checked(check, name)
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; what was measured is in {check.folder / 'check.md'}", file=sys.stderr)
+        sys.exit(130)
     check.write()
     print(f"\n{check.folder / 'check.md'}, {check.folder / 'check.json'}")
     sys.exit(0 if all(row.ok for row in check.rows) else 1)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 
 from ..jobs.checks import checks
-from ..system.events import progress
 from ..terminal import shown
 from ..terminal.tables import show, text_table
 
@@ -18,11 +17,7 @@ def doctor(folder="runs") -> dict:
     card that cannot be used, is a check that is not ok. remedy: a command, a variable or a field of the recipe; of a check
     that is ok what would be better, or None. Nothing is sent.
     """
-    found = []
-    with progress("checking") as advance:
-        for check in checks(folder):
-            found.append(check)
-            advance(1, check.name)
+    found = list(checks(folder))
     _show(found)
     return {"checks": [dataclasses.asdict(check) for check in found]}
 

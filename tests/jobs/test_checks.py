@@ -182,6 +182,15 @@ def test_a_folder_that_cannot_be_written_to_is_a_problem():
     assert "output_dir" in check.remedy
 
 
+def test_a_cache_that_cannot_be_written_to_is_a_problem(monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", "/proc/cache")
+    check = tried("hub", surroundings.hub)
+    assert not check.ok
+    assert "HF_HOME" in check.remedy
+
+
 def test_a_token_in_an_error_of_a_library_is_not_shown():
     def leaks():
         raise RuntimeError("401 for hf_" + "a1B2" * 9)

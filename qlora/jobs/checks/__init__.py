@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ...system import errors, secrets
+from ...system.events import progress
 
 
 @dataclass(frozen=True)
@@ -24,16 +25,20 @@ class Check:
 
 
 def checks(folder) -> Iterator[Check]:
-    """Yield the Check of each thing that a training needs, the cheap ones first. folder: where runs are to be written."""
+    """Yield the Check of each thing that a training needs, the cheap ones first. folder: where runs are to be written.
+
+    Emits Progress with the name of the one that begins: one that hangs, or ends the process, is known by that.
+    """
     from . import computing, device, surroundings, versions
 
-    yield tried("python", versions.python)
-    yield tried("versions", versions.packages)
-    yield tried("processes", surroundings.processes)
-    yield tried("memory", surroundings.memory)
-    yield tried("disk", lambda: surroundings.disk(folder))
-    libraries = tried("libraries", versions.libraries)
-    yield libraries
+    light = {
+        "python": versions.python,
+        "versions": versions.packages,
+        "processes": surroundings.processes,
+        "memory": surroundings.memory,
+        "disk": lambda: surroundings.disk(folder),
+        "libraries": versions.libraries,
+    }
     heavy = {
         "hub": surroundings.hub,
         "device": device.device,
@@ -44,8 +49,17 @@ def checks(folder) -> Iterator[Check]:
         "attention": computing.attention,
         "threads": surroundings.threads,
     }
-    for name, check in heavy.items():
-        yield tried(name, check) if libraries.ok else Check(name, False, "not checked", "see libraries")
+    importable = True
+    with progress("checking") as advance:
+        for name, check in (light | heavy).items():
+            advance(1, name)
+            found = (
+                tried(name, check)
+                if importable or name in light
+                else Check(name, False, "not checked", "see libraries")
+            )
+            importable = importable and (name != "libraries" or found.ok)
+            yield found
 
 
 def tried(name, check) -> Check:

@@ -138,6 +138,8 @@ def hub():
     free = storage.free_disk_bytes(place)
     offline = ", HF_HUB_OFFLINE is set: only what is there can be used" if constants.HF_HUB_OFFLINE else ""
     found = f"cache {cache}, {size(free)} free{offline}"
-    if not os.access(place, os.W_OK):
-        return False, f"{found}, not writable", "HF_HOME=ANOTHER_FOLDER; or give model.name_or_path a local folder"
+    try:
+        tempfile.TemporaryFile(dir=place).close()
+    except OSError as error:
+        return False, f"{found}, {error.strerror}", "HF_HOME=ANOTHER_FOLDER; or give model.name_or_path a local folder"
     return True, found, "HF_HOME=ANOTHER_FOLDER: a 7B takes 15 GB" if free < 20 * 2**30 else None

@@ -103,7 +103,8 @@ class Check:
         return found, "" if code == 0 else last
 
     def cap(self):
-        return [] if self.args.emulate_gib is None else ["--cap-gib", self.args.emulate_gib]
+        """Return the options that emulate a smaller card; not more of it than is free."""
+        return [] if self.args.emulate_gib is None else ["--cap-gib", f"{self.budget() / 2**30:.2f}"]
 
     def budget(self):
         """Return the bytes that a training may take."""

@@ -1,5 +1,6 @@
 """scripts/gpu_check.py: everything of it but CUDA. What it measures is tested where it is computed."""
 
+import argparse
 import importlib.util
 import json
 import sys
@@ -67,6 +68,14 @@ def test_a_command_that_takes_too_long_is_ended_with_all_that_it_began(tmp_path)
     while psutil.pid_exists(child) and psutil.Process(child).status() != "zombie" and time.monotonic() < until:
         time.sleep(0.01)
     assert not psutil.pid_exists(child) or psutil.Process(child).status() == "zombie"
+
+
+def test_an_emulated_card_is_not_larger_than_what_a_desktop_has_left(tmp_path):
+    check = gpu_check.Check(argparse.Namespace(folder=tmp_path, emulate_gib=23.5, minutes=1))
+    check.about = {"free_bytes": 22 * 2**30}
+    assert check.cap() == ["--cap-gib", "22.00"]
+    check.about = {"free_bytes": 79 * 2**30}
+    assert (check.cap(), check.budget()) == (["--cap-gib", "23.50"], 23.5 * 2**30)
 
 
 RUN = {"rate": 2000.0, "peak_bytes": 9 * 2**30, "predicted_bytes": 10 * 2**30, "layers": 32, "checkpointed_layers": 12,

@@ -31,6 +31,7 @@ _HOME = {
     "ProofFailed": "system.errors",
     "TrainingFailed": "system.errors",
     "Interrupted": "system.errors",
+    "doctor": "commands.doctor",
     "train": "commands.train",
     "plan": "commands.plan",
     "inspect_data": "commands.data",

@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from .system.errors import DoesNotFit, InputError, Interrupted, QLoRAError
+from .system.launched import refuse_several
 from .system.quiet_libraries import hush_libraries
 from .system.secrets import redacted
 from .system.signals import handled
@@ -61,6 +62,23 @@ def _print_json(value):
     print(json.dumps(value, indent=2, ensure_ascii=not utf8))
 
 
+@app.command(epilog="Example:  qlora doctor runs --json")
+def doctor(
+    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="where runs are to be written")] = "runs",
+    as_json: Json = False,
+):
+    """Check this machine: versions, device, a real NF4 step, optimizer, disk; exit code 2 if something is wrong."""
+    from .commands.doctor import doctor
+    from .terminal import shown
+
+    with shown(results=not as_json, steps=False):
+        found = doctor(folder)
+    if as_json:
+        _print_json(found)
+    if not all(check["ok"] for check in found["checks"]):
+        raise typer.Exit(InputError.exit_code)
+
+
 @app.command(epilog="Example:  qlora train recipes/mine.yaml training.learning_rate=1e-4 output_dir=runs/slow")
 def train(
     recipe: RecipeFile,
@@ -75,6 +93,7 @@ def train(
     as_json: Json = False,
 ):
     """Train an adapter from a recipe; writes a run folder at its output_dir."""
+    refuse_several(f"qlora train {recipe}")
     run = _run("train", False, _load(recipe, overrides), resume, allow_change or ())
     if as_json:
         from .runs import record

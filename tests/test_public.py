@@ -7,10 +7,25 @@ import sys
 import pytest
 
 import qlora
-from qlora import InputError, Recipe, RunDir, adapters, chat, evaluate, export, inspect_data, plan, push, quiet, train
+from qlora import (
+    InputError,
+    Recipe,
+    RunDir,
+    adapters,
+    chat,
+    doctor,
+    evaluate,
+    export,
+    inspect_data,
+    plan,
+    push,
+    quiet,
+    train,
+)
 
 # a script of somebody else may name any of these arguments
 SIGNATURES = {
+    "doctor": "(folder='runs') -> 'dict'",
     "train": "(recipe: 'Recipe', resume=False, allow_change=()) -> 'RunDir'",
     "plan": "(recipe: 'Recipe', vram=None, card=None, plot=None) -> 'dict'",
     "inspect_data": "(recipe: 'Recipe', row=None, tokens=False, html=None) -> 'dict'",
@@ -28,6 +43,7 @@ def test_every_public_name_works_after_all_the_others(make_recipe, tmp_path, mon
     made = make_recipe()
     (tmp_path / "mine.yaml").write_text(made.to_yaml())
     recipe = Recipe.load("mine.yaml", ["training.max_steps=3"])
+    assert doctor()["checks"][0]["name"] == "python"
     assert inspect_data(recipe)["rows"] > 0
     assert plan(recipe, "24GiB")["fits"]
     run = train(recipe)

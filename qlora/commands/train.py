@@ -13,7 +13,8 @@ from ..jobs.prepared_data import prepare
 from ..recipe import Recipe
 from ..runs.checkpoints import Checkpoints
 from ..runs.folder import RunDir
-from ..system import signals
+from ..system import launched, signals
+from ..system.devices import say_device
 from ..system.errors import InputError, Interrupted, TrainingFailed
 from ..system.events import heard_by, progress
 from ..terminal import shown
@@ -33,12 +34,14 @@ def train(recipe: Recipe, resume=False, allow_change=()) -> RunDir:
 
     Raises:
         DoesNotFit: there is not enough memory; the run folder keeps what was measured until then.
-        InputError: the recipe, the data, the model folder or output_dir is wrong; or what is to be resumed.
+        InputError: the recipe, the data, the model folder or output_dir is wrong; or what is to be resumed; this is one of
+            several processes.
         Interrupted: by SIGINT or SIGTERM; between two steps, and with a checkpoint, where training had begun.
         TrainingFailed: losses or gradients are not finite, the loss has diverged, or an adapter does not move.
     """
+    launched.refuse_several("qlora train RECIPE")
     run = RunDir(recipe.output_dir)
-    with _saying_how_to_go_on(run):
+    with _saying_how_to_go_on(run), launched.alone():
         if resume:
             with resumed_run.resumed(recipe, allow_change) as resumed:
                 return run if resumed is None else _train(recipe, resumed)
@@ -50,6 +53,7 @@ def train(recipe: Recipe, resume=False, allow_change=()) -> RunDir:
 
 def _train(recipe, resumed):
     """Train from the beginning, or go on with a Resumed run."""
+    say_device()
     prepared = prepare(recipe)
     recipe = prepared.recipe
     say_report(prepared)

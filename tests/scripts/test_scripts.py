@@ -11,7 +11,7 @@ from tests.test_layout import ROOT
 SCRIPTS = ROOT / "scripts"
 QUICK = {
     "measure_master_weights.py": "--model MODEL --data ROWS --steps 3 --rates 1e-3",
-    "benchmark_kernels.py": "--model MODEL --tokens 32 --rounds 1",
+    "benchmark_kernels.py": "--model MODEL --tokens 32 --rounds 1 --json OUT",
     "benchmark_load.py": "--gib 0.02 --shards 2 --rounds 1",
     "random_model.py": "--shape tiny --tokenizer MODEL --out OUT",
     "quickstart_data.py": "OUT --train-rows 4 --test-rows 2",
@@ -19,10 +19,11 @@ QUICK = {
 }
 SLOW = {
     "benchmark_data.py": "--model MODEL --data ALPACA --rows 8 --repeats 1 --max-length 256",
-    "benchmark_train.py": "--model MODEL --full-rows 32 --steps 4 --rounds 1 --batch 2",
+    "benchmark_train.py": "--model MODEL --full-rows 32 --steps 4 --rounds 1 --batch 2 --json OUT",
     "benchmark_export.py": "--shape tiny --tokenizer MODEL --folder OUT --rounds 1",
 }
-ELSEWHERE = {"quickstart_model.py"}  # downloads; quickstart.sh runs it
+# downloads, and quickstart.sh runs it; and those of test_gpu_check.py
+ELSEWHERE = {"quickstart_model.py", "gpu_check.py", "gpu_table.py"}
 
 
 @pytest.fixture

@@ -12,6 +12,8 @@ SCRIPTS = ROOT / "scripts"
 QUICK = {
     "measure_master_weights.py": "--model MODEL --data ROWS --steps 3 --rates 1e-3",
     "benchmark_kernels.py": "--model MODEL --tokens 32 --rounds 1",
+    "benchmark_threads.py": "--steps 1 --rounds 1 --layers 1 --tokens 32 --threads 1",
+    "longest_rows.py": "--layers 2",
     "benchmark_load.py": "--gib 0.02 --shards 2 --rounds 1",
     "random_model.py": "--shape tiny --tokenizer MODEL --out OUT",
     "quickstart_data.py": "OUT --train-rows 4 --test-rows 2",

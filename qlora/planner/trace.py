@@ -302,7 +302,7 @@ def _attention(model, function, joined):
     try:
         yield
     finally:
-        model.set_attn_implementation(before)
+        model.config._attn_implementation = before  # a package that it needs may be missing where it is planned
 
 
 @contextlib.contextmanager

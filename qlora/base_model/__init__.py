@@ -22,8 +22,8 @@ from .quantized import DTYPE_WHEN_QUANTIZED, digest, digests, dtype_of, quantize
 from .tokenizer import load_tokenizer
 
 __all__ = ["DTYPE_WHEN_QUANTIZED", "OF_TORCH", "Checkpoint", "add_rows", "add_tokens", "decoder_layers", "default_device",
-           "digest", "digests", "dtype_of", "find", "is_conv1d", "is_stand_in", "linear_names", "load", "load_config", "load_on_meta",
-           "load_tokenizer", "names_to_quantize", "num_parameters", "num_positions", "numel", "on_meta", "quantized_modules",
-           "read_config", "refuse_generation", "refuse_other_codes", "refuse_rows", "replace_by_stand_ins", "settle", "stand_in",
-           "stored_quantization", "tensor_names", "tensors", "tied", "to_float32", "token_modules", "weight_files",
-           "whole_config"]  # fmt: skip
+           "digest", "digests", "dtype_of", "find", "is_conv1d", "is_stand_in", "linear_names", "load", "load_config",
+           "load_on_meta", "load_tokenizer", "names_to_quantize", "num_parameters", "num_positions", "numel", "on_meta",
+           "quantized_modules", "read_config", "refuse_generation", "refuse_other_codes", "refuse_rows", "replace_by_stand_ins",
+           "settle", "stand_in", "stored_quantization", "tensor_names", "tensors", "tied", "to_float32", "token_modules",
+           "weight_files", "whole_config"]  # fmt: skip

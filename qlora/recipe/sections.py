@@ -68,10 +68,10 @@ def _attention(name):
         return name
     if "/" in name:
         raise ValueError(
-            f"{name!r} would be code from the hub that nobody has looked at; of kernels there, only kernels-community/NAME "
-            "or kernels-community/NAME@REVISION are run"
+            "should be kernels-community/NAME or kernels-community/NAME@REVISION, if it is a kernel of the hub: those of "
+            "other owners are code that nobody has looked at, and are not run"
         )
-    raise ValueError(f"{name!r} is not one of {', '.join(ATTENTION)}, kernels-community/NAME")
+    raise ValueError(f"should be one of {', '.join(ATTENTION)}, kernels-community/NAME")
 
 
 ATTENTION = "auto sdpa eager flex_attention flash_attention_2 flash_attention_3 flash_attention_4".split()

@@ -7,11 +7,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from bitsandbytes.nn import Params4bit
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from qlora import base_model, methods
 from qlora.commands.export import export
 from qlora.commands.train import train
-from qlora.kernels import attention, nf4
+from qlora.kernels import attention, liger, nf4, norm
 from qlora.kernels.checkpointing import Host, checkpointed
 from qlora.recipe import Lora
 from qlora.system.errors import DoesNotFit
@@ -201,3 +202,16 @@ def test_a_run_on_the_gpu_is_stopped_and_resumed_with_its_states_paged(make_reci
     assert losses[1] == pytest.approx(
         losses[0], rel=1e-3
     )  # kernels that add in another order each time: not to the bit
+
+
+def test_liger_computes_what_our_norm_does():
+    pytest.importorskip("liger_kernel")
+    module = LlamaRMSNorm(4096).to("cuda", torch.bfloat16).requires_grad_(False)
+    x = torch.randn(1, 5000, 4096, device="cuda", dtype=torch.bfloat16)
+    results = []
+    for source in (norm, liger):
+        leaf = x.clone().requires_grad_()
+        y = source.forward_of(module)(leaf)
+        results.append((y, *torch.autograd.grad(y, leaf, torch.ones_like(y))))
+    for one, other in zip(*results, strict=True):
+        assert (one.float() - other.float()).norm() <= 1e-2 * one.float().norm()

@@ -7,6 +7,7 @@ buffers                                     as the architecture makes them (rota
 
 from __future__ import annotations
 
+from .attention_choice import OF_TORCH
 from .config import load_config, read_config
 from .empty_weights import is_stand_in, replace_by_stand_ins, stand_in
 from .folder import Checkpoint, find, refuse_generation, tensor_names, weight_files
@@ -20,9 +21,9 @@ from .prequantized import refuse_other_codes, settle, stored_quantization
 from .quantized import DTYPE_WHEN_QUANTIZED, digest, digests, dtype_of, quantized_modules, to_float32
 from .tokenizer import load_tokenizer
 
-__all__ = ["DTYPE_WHEN_QUANTIZED", "Checkpoint", "add_rows", "add_tokens", "decoder_layers", "default_device", "digest",
-           "digests", "dtype_of", "find", "is_conv1d", "is_stand_in", "linear_names", "load", "load_config", "load_on_meta",
-           "load_tokenizer", "names_to_quantize", "num_parameters", "num_positions", "numel", "on_meta", "quantized_modules",
-           "read_config", "refuse_generation", "refuse_other_codes", "refuse_rows", "replace_by_stand_ins", "settle", "stand_in",
-           "stored_quantization", "tensor_names", "tensors", "tied", "to_float32", "token_modules", "weight_files",
-           "whole_config"]  # fmt: skip
+__all__ = ["DTYPE_WHEN_QUANTIZED", "OF_TORCH", "Checkpoint", "add_rows", "add_tokens", "decoder_layers", "default_device",
+           "digest", "digests", "dtype_of", "find", "is_conv1d", "is_stand_in", "linear_names", "load", "load_config",
+           "load_on_meta", "load_tokenizer", "names_to_quantize", "num_parameters", "num_positions", "numel", "on_meta",
+           "quantized_modules", "read_config", "refuse_generation", "refuse_other_codes", "refuse_rows", "replace_by_stand_ins",
+           "settle", "stand_in", "stored_quantization", "tensor_names", "tensors", "tied", "to_float32", "token_modules",
+           "weight_files", "whole_config"]  # fmt: skip

@@ -7,6 +7,7 @@ import torch
 from ..system import memory
 from ..system.errors import DoesNotFit, InputError
 from . import text_generation
+from .attention_choice import refuse_missing
 from .checks import refuse_incomplete, refuse_not_finite, refuse_rows_that_are_no_blocks
 from .config import load_config, read_config
 from .messages import said
@@ -29,6 +30,8 @@ def load(checkpoint, section, quantization, device=None, dtype=DTYPE_WHEN_QUANTI
     from transformers import BitsAndBytesConfig
 
     device = torch.device(device or default_device())
+    if device.type != "meta":
+        refuse_missing(section.attn_implementation, device)
     num_rows = load_config(checkpoint, section).get_text_config().vocab_size
     config, bnb = read_config(checkpoint, section), None
     compute_dtype = quantization.compute_dtype if quantization else "bfloat16"

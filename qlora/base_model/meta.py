@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from ..system.errors import InputError
-from . import text_generation
+from . import attention_choice, text_generation
 from .layers import is_conv1d
 from .messages import said
 from .prequantized import names_in_4_bit
@@ -61,8 +61,12 @@ def load_on_meta(config, section, quantization, dtype=DTYPE_WHEN_QUANTIZED, code
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, new)
         model.is_loaded_in_4bit = True  # what PEFT chooses its layers by
-    if section.attn_implementation != "auto":
+    if section.attn_implementation in attention_choice.OF_TORCH[1:]:
         model.set_attn_implementation(section.attn_implementation)
+    elif section.attn_implementation != "auto":
+        model.config._attn_implementation = (
+            section.attn_implementation
+        )  # transformers would ask for its package, or get it
     model.requires_grad_(False)
     return model.eval()
 

@@ -31,7 +31,9 @@ class Prover:
     def __init__(self, trained, plan, device):
         self.trained, self.plan, self.device = trained, plan, device
         self.section = trained.model
-        if self.section.attn_implementation == "flash_attention_2":  # computes in bfloat16 whatever it is given
+        if (
+            self.section.attn_implementation not in base_model.OF_TORCH
+        ):  # flash attention is bfloat16 whatever it is given
             self.section = self.section.model_copy(update={"attn_implementation": "auto"})
         self.num_rows = plan.config.get_text_config().vocab_size
         self.need = streamed.need(

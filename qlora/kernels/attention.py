@@ -209,4 +209,4 @@ def within_documents(model, plain=False):
     try:
         yield
     finally:
-        model.set_attn_implementation(before)
+        model.config._attn_implementation = before  # which was checked when the model was loaded

@@ -21,7 +21,7 @@ from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE
 
 from .. import base_model, kernels
 from ..data import IGNORE_INDEX
-from ..kernels import causal, checkpointing, loss, swiglu
+from ..kernels import causal, checkpointing, loss, tiles
 from ..system import memory
 
 # B batch (1), H heads, T tokens, D head dim, N scored positions, V vocabulary, C positions in a chunk of the head
@@ -58,10 +58,10 @@ class Segment:
 
 def growth(num_tokens, num_scored, document):
     """Return what levels grow with: 1, T, T squared, N, rows of the head's buffer, scores of a block of a document, and
-    tokens of a tile of the SwiGLU block.
+    tokens of a tile (kernels.tiles).
     """
     block = min(document, causal.BLOCK) * document
-    head, tile = min(num_scored, TOKEN_CHUNK_SIZE), max(part.stop - part.start for part in swiglu.tiles(num_tokens))
+    head, tile = min(num_scored, TOKEN_CHUNK_SIZE), max(part.stop - part.start for part in tiles.of(num_tokens))
     return np.array([1.0, num_tokens, num_tokens**2, num_scored, head, block, tile])
 
 
@@ -302,19 +302,19 @@ def _attention(model, function, joined):
     try:
         yield
     finally:
-        model.set_attn_implementation(before)
+        model.config._attn_implementation = before  # a package that it needs may be missing where it is planned
 
 
 @contextlib.contextmanager
 def _one_piece(tile):
-    """Let what the kernels compute piece by piece be one piece, whatever the sequence has: a tile of so many tokens of a
-    checkpointed SwiGLU block, and the most positions of the loss."""
-    before = swiglu.tiles, loss.pieces
-    swiglu.tiles, loss.pieces = lambda _: [slice(0, tile)], lambda _: [slice(0, loss.POSITIONS)]
+    """Let what the kernels compute piece by piece be one piece, whatever the sequence has: a tile of so many
+    tokens, and the most positions of the loss."""
+    before = tiles.of, loss.pieces
+    tiles.of, loss.pieces = lambda _: [slice(0, tile)], lambda _: [slice(0, loss.POSITIONS)]
     try:
         yield
     finally:
-        swiglu.tiles, loss.pieces = before
+        tiles.of, loss.pieces = before
 
 
 def _way_of_attention(device_kind, joined, packed, document):

@@ -84,13 +84,15 @@ def say_resumed(resumed, environment):
 
 def say_kernels(installed, device):
     """Say which kernels replace the model's own modules."""
-    names = {"lora": "LoRA layers", "swiglu": "SwiGLU blocks", "rmsnorm": "RMSNorms"}
+    names = {"lora": "LoRA layers", "swiglu": "SwiGLU blocks", "rmsnorm": "RMSNorms", "liger": "RMSNorms by Liger"}
     parts = [f"{count} {names[kind]}" for kind, count in installed.modules.items()]
     parts += ["batches without padding"] if installed.joined else []
     parts += ["chunked loss"] if installed.loss and device.type == "cpu" else []
     note(f"kernels   {', '.join(parts) or 'off'}")
     for kind, classes in installed.refused.items():
         note(f"          {names[kind]}: not used for {', '.join(classes)}, because the results differ")
+    for kind, reason in installed.failed.items():
+        note(f"          {names[kind]}: installed, but does not run here; {reason}")
 
 
 def say_model(prepared, opened):

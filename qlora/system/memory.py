@@ -10,7 +10,6 @@ import weakref
 import psutil
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 # oneDNN, and torch above it, keep the compiled code of the last 1,024 products, and each number of rows is another: on a CPU,
 # batches of joined rows add half a GiB in 150 steps (docs/log.md). Both read this when they first multiply. A step has fewer.
@@ -114,21 +113,28 @@ class LiveTensors(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        for tensor in tree_leaves((args, kwargs)):
-            self._see(tensor, False)
+        self._see((args, *kwargs.values()), False)
         if func is torch.ops.bitsandbytes.gemm_4bit.default:
             from bitsandbytes.backends.default.ops import _gemm_4bit_default_impl
 
             with self:
                 return _gemm_4bit_default_impl(*args, **kwargs)
-        made = func(*args, **kwargs)
-        self.add(*tree_leaves(made))
+        made = self.compute(func, args, kwargs)
+        self._see(made, True)
         return made
 
-    def _see(self, tensor, counts):
-        if not isinstance(tensor, torch.Tensor):
-            return
-        storage = tensor.untyped_storage()
+    def compute(self, func, args, kwargs):
+        return func(*args, **kwargs)
+
+    def _see(self, found, counts):
+        """Note a tensor, or those in a list or tuple: what operations take and give. tree_leaves takes as long as they do."""
+        if isinstance(found, (list, tuple)):
+            for each in found:
+                self._see(each, counts)
+        elif isinstance(found, torch.Tensor):
+            self._note(found.untyped_storage(), counts)
+
+    def _note(self, storage, counts):
         if storage._cdata not in self._storages:
             num_bytes = storage.nbytes() if counts else 0
             end = self._end(storage._cdata, num_bytes)

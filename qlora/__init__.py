@@ -33,6 +33,7 @@ _HOME = {
     "Interrupted": "system.errors",
     "train": "commands.train",
     "plan": "commands.plan",
+    "list_cards": "commands.plan",
     "inspect_data": "commands.data",
     "evaluate": "commands.eval",
     "export": "commands.export",

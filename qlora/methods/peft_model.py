@@ -83,7 +83,8 @@ def to_dtype(peft_model, dtype):
 
 def dtype_of(model):
     """Return the dtype that a model computes in."""
-    return next(model.get_input_embeddings().parameters()).dtype  # with rows of new tokens .weight is a copy of the table
+    # not .weight: with rows of new tokens that is a copy of the table
+    return next(model.get_input_embeddings().parameters()).dtype
 
 
 def named(peft_model, part):

@@ -35,7 +35,8 @@ def install(model, name="default"):
     """Let the rows of new tokens of a PEFT model be computed by TokenRows."""
     for module in model.modules():
         layer = module.token_adapter if isinstance(module, TrainableTokensWrapper) else None
-        if layer is None or getattr(layer.base_layer, "max_norm", None) is not None:  # that changes rows as it reads them
+        # an embedding with max_norm changes rows as it reads them
+        if layer is None or getattr(layer.base_layer, "max_norm", None) is not None:
             continue
         weight, ids = layer.base_layer.weight, torch.tensor(layer.token_indices[name])
         places = torch.full((len(weight),), len(ids), dtype=torch.int32)

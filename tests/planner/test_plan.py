@@ -322,6 +322,32 @@ def test_no_more_layers_are_checkpointed_than_the_budget_needs(llama2_7b):
     assert planner.plan(job_of(llama2_7b, gradient_checkpointing=False)).checkpointed_layers == 0
 
 
+def test_a_large_vocabulary_is_not_quantized_while_it_is_loaded():
+    shape = {**_SHAPE, "vocab_size": 262_144}
+    config = transformers.LlamaConfig(**shape, num_key_value_heads=4, tie_word_embeddings=True)
+    table, layer = 262_144 * 256, 704 * 256
+    assert outline_of(config).read_bytes == 2 * table
+    assert outline_of(config, num_new=2).read_bytes == 6 * table
+    assert outline_of(config, device_kind="cuda").read_bytes == 2 * table
+    assert outline_of(SHAPES["llama"]()).read_bytes == 16 * layer
+
+
+def test_new_tokens_cost_their_rows_and_no_table():
+    config = SEVEN_B["Llama-3-8B"][0]
+    plain, rows = (outline_of(config, device_kind="cuda", num_new=number) for number in (0, 4))
+    peaks = [planner.usage(one, planner.Load(1, 2048, 2048), Training(), 32, False).peak_bytes for one in (plain, rows)]
+    assert rows.trained.sum() - plain.trained.sum() == 2 * 4 * 4096
+    assert 0 <= peaks[1] - peaks[0] < 2**25  # 32 MiB; a gradient of the head alone has 1,002
+
+
+def test_the_peak_that_torchtune_has_published_is_the_plans():
+    # Llama-3.1-8B, 2 x 2,048 packed, r = 8, torch's AdamW, all layers checkpointed, RTX 4090: 7.4 GiB (pytorch/torchtune, README)
+    outline = outline_of(SEVEN_B["Llama-3-8B"][0], Lora(r=8), "cuda")
+    training = Training(per_device_train_batch_size=2, gradient_accumulation_steps=1, optim="adamw_torch")
+    found = planner.usage(outline, planner.Load(2, 2048, 4096), training, 32, False)
+    assert found.allocated_bytes / GIB == pytest.approx(7.4, rel=0.05)
+
+
 def test_checkpoints_go_to_the_host_only_where_that_is_what_it_takes(llama2_7b):
     job = job_of(llama2_7b, offload="auto")
     limit = planner.backwards(dataclasses.replace(job, offload=False))["max_length"]

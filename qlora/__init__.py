@@ -34,6 +34,7 @@ _HOME = {
     "doctor": "commands.doctor",
     "train": "commands.train",
     "plan": "commands.plan",
+    "list_cards": "commands.plan",
     "inspect_data": "commands.data",
     "evaluate": "commands.eval",
     "export": "commands.export",

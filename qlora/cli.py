@@ -103,16 +103,21 @@ def train(
 
 @app.command(epilog="Example:  qlora plan recipes/mine.yaml data.max_length=8192 --card 4090 --plot memory.png")
 def plan(
-    recipe: RecipeFile,
+    recipe: Annotated[str | None, typer.Argument(metavar="RECIPE", help="a YAML file; see recipes/")] = None,
     overrides: Overrides = None,
     vram: Annotated[str | None, typer.Option(help="available memory, such as 24GiB; default: the GPU's")] = None,
     card: Annotated[
-        str | None, typer.Option(help="plan for this card: 3090, 4090, 5090, A10G, A100, H100, H200")
+        str | None, typer.Option(help="plan for this card, such as 3060, 4090 or T4; `--card list` prints all")
     ] = None,
     plot: Annotated[str | None, typer.Option(help="draw memory by sequence length into this PNG or SVG")] = None,
     as_json: Json = False,
 ):
     """Say what training will cost and whether it fits, from config.json alone; exit code 3 if it does not."""
+    if card == "list":
+        _run("list_cards", as_json)
+        return
+    if recipe is None:
+        raise InputError("qlora plan needs a recipe: qlora plan RECIPE; see recipes/")
     found = _run("plan", as_json, _load(recipe, overrides), vram, card, plot)
     if not found["fits"]:
         raise typer.Exit(DoesNotFit.exit_code)

@@ -11,9 +11,23 @@ from ..pages.plan import draw
 from ..recipe import Recipe
 from ..system.errors import InputError
 from ..system.events import note
+from ..system.units import size
 from ..terminal import shown
 from ..terminal.data import say_report
 from ..terminal.plan import say_plan
+from ..terminal.tables import table
+
+
+@shown()
+def list_cards() -> dict:
+    """Print the cards that a plan knows, with what a process sees of their memory; return them as {"cards": [...]}."""
+    found = planner.cards.listing()
+    rows = [
+        [one["name"], size(one["memory_bytes"]), f"{one['flops'] / 1e12:.0f}", f"{one['bandwidth'] / 1e9:,.0f}",
+         "yes" if one["bfloat16"] else "no"] for one in found
+    ]  # fmt: skip
+    table("cards, by the memory that a process sees", ["card", "memory", "TFLOPS", "GB/s", "bfloat16"], rows)
+    return {"cards": found}
 
 
 @shown()

@@ -14,8 +14,6 @@ from ..recipe import parse_size
 from ..system import memory
 from ..system.errors import InputError
 
-_USUAL = 24 * 2**30
-
 
 @dataclass(frozen=True)
 class Budget:
@@ -36,7 +34,7 @@ def budget_of(recipe, vram=None, card=None) -> Budget:
 
     chosen = None if card is None else planner.card_of(card)
     if torch.cuda.is_available() and chosen is None:
-        chosen = planner.cards.find(torch.cuda.get_device_name())
+        chosen = planner.cards.find(torch.cuda.get_device_name(), torch.cuda.mem_get_info(torch.device("cuda"))[1])
     for name, text in (("--vram", vram), ("memory.budget", recipe.memory.budget)):
         if text is not None:
             try:
@@ -48,7 +46,8 @@ def budget_of(recipe, vram=None, card=None) -> Budget:
     if torch.cuda.is_available():
         return Budget(free_bytes(torch.device("cuda")), torch.cuda.get_device_name(), chosen)
     why = "no GPU found, so an RTX 4090 is assumed; change it with --card, --vram or memory.budget"
-    return Budget(_USUAL, why, planner.card_of("4090"))
+    usual = planner.card_of("4090")
+    return Budget(usual.memory, why, usual)
 
 
 def budget_of_device(recipe, device) -> Budget:

@@ -168,7 +168,7 @@ def joins(model):
     """
     if why_not(model.config):
         return False
-    weight = model.get_input_embeddings().weight
+    weight = next(model.get_input_embeddings().parameters())  # with rows of new tokens .weight is a copy of the table
     ids = torch.arange(1, 17, device=weight.device)[None] % len(weight)
     rows = ids.split([6, 10], dim=1)
     positions = torch.cat([torch.arange(row.shape[1], device=ids.device) for row in rows])[None]

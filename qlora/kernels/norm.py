@@ -54,8 +54,9 @@ def _tokens(x):
 
 def settings(module):
     """Return (scale (H,) float32, eps) of a module called ...RMSNorm, or None: another one, or its weight is trained."""
-    name, weight = type(module).__name__, getattr(module, "weight", None)
-    if not name.endswith("RMSNorm") or weight is None or weight.requires_grad:
+    name = type(module).__name__
+    weight = getattr(module, "weight", None) if name.endswith("RMSNorm") else None  # of PEFT's wrappers it is a copy
+    if weight is None or weight.requires_grad:
         return None
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if not isinstance(eps, float) or weight.dim() != 1:

@@ -21,7 +21,7 @@ from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE
 
 from .. import base_model, kernels
 from ..data import IGNORE_INDEX
-from ..kernels import causal, checkpointing, loss, tiles
+from ..kernels import causal, checkpointing, loss, tiles, token_rows
 from ..system import memory
 
 # B batch (1), H heads, T tokens, D head dim, N scored positions, V vocabulary, C positions in a chunk of the head
@@ -277,7 +277,10 @@ def _loss_on_cuda(peft_model, num_tokens, num_scored, chunk):
     labels = labels[:, 1:]
     is_trained, at = labels != IGNORE_INDEX, (_positions(num_scored), _positions(num_scored))
     head = model.get_output_embeddings()
-    found = _ChunkedHead.apply(hidden[at], head.weight, head.bias, labels[at], chunk)
+    weight, rows, _ = token_rows.parts(head)
+    if rows is not None:  # trl cannot train them: kernels.loss does
+        return loss.cross_entropy(hidden[at], head, labels[at]) / num_scored
+    found = _ChunkedHead.apply(hidden[at], weight, head.bias, labels[at], chunk)
     log_probs, _, _ = (x.new_zeros(is_trained.shape).masked_scatter(is_trained, x) for x in found)
     return -log_probs.sum() / num_scored
 

@@ -25,38 +25,76 @@ _plain = functools.partial(checkpoint, use_reentrant=False)
 
 @contextlib.contextmanager
 def checkpointed(layers, number, offload=False):
-    """Checkpoint the first `number` of decoder `layers` while the block runs, wherever these train.
+    """Checkpoint the first `number` of decoder `layers` while the block runs; yields the Host, or None. See Checkpointing."""
+    with Checkpointing(layers, number, offload) as chosen:
+        yield chosen.host
 
-    Random numbers (dropout) are restored. offload: the inputs of these layers are offloaded to CPU memory. Yields the
-    Host that holds them, or None.
 
-    Raises:
+class Checkpointing:
+    """Checkpoints the first `number` of decoder `layers` while a `with` block runs, wherever these train.
+
+    Random numbers (dropout) are restored. offload: the inputs of these layers are offloaded to CPU memory; host: the Host
+    that holds them, or None. Between two micro-batches `change` may take others: no number changes.
+
+    Entering raises:
         InputError: there are fewer layers, or they cannot be checkpointed one by one.
     """
-    if number > len(layers):
-        raise InputError(f"memory.gradient_checkpointing is {number}, but the model has {len(layers)} layers")
-    chosen = list(layers)[:number]
-    for layer in chosen:
-        if not isinstance(layer, GradientCheckpointingLayer):
+
+    def __init__(self, layers, number, offload=False):
+        self.layers, self.number, self.offload = list(layers), number, offload
+        self.host = None
+
+    def __enter__(self):
+        if self.number > len(self.layers):
             raise InputError(
-                f"{type(layer).__name__} cannot be checkpointed; set memory.gradient_checkpointing=false and, for less "
-                "memory, a lower data.max_length"
+                f"memory.gradient_checkpointing is {self.number}, but the model has {len(self.layers)} layers"
             )
-    host = Host() if offload and chosen else None
-    try:
+        for layer in self.layers[: self.number]:
+            if not isinstance(layer, GradientCheckpointingLayer):
+                raise InputError(
+                    f"{type(layer).__name__} cannot be checkpointed; set memory.gradient_checkpointing=false and, for less "
+                    "memory, a lower data.max_length"
+                )
+        self._begin()
+        return self
+
+    def __exit__(self, *exception):
+        self._end()
+
+    def next(self, on_gpu):
+        """Return (number, offload) of the next step to less memory, None where there is none.
+
+        Twice as many layers, but at least a quarter of them; all; on a GPU, their inputs to the host.
+        """
+        total = len(self.layers)
+        if self.number < total and all(isinstance(layer, GradientCheckpointingLayer) for layer in self.layers):
+            return min(total, max(2 * self.number, -(-total // 4))), self.offload
+        return (self.number, True) if on_gpu and self.number and not self.offload else None
+
+    def change(self, number, offload):
+        """Checkpoint the first `number` layers from now on."""
+        self._end()
+        self.number, self.offload = number, offload
+        self._begin()
+
+    def _begin(self):
+        chosen = self.layers[: self.number]
+        self.host = Host() if self.offload and chosen else None
         for index, layer in enumerate(chosen):
-            layer._gradient_checkpointing_func = functools.partial(host.checkpoint, index == 0) if host else _plain
+            again = _plain if self.host is None else functools.partial(self.host.checkpoint, index == 0)
+            layer._gradient_checkpointing_func = again
             layer.gradient_checkpointing = True
             for module in layer.modules():
                 module.computed_again = True  # kernels.swiglu keeps less then
-        yield host
-    finally:
-        for layer in chosen:
+
+    def _end(self):
+        for layer in self.layers[: self.number]:
             layer.gradient_checkpointing = False
             for module in layer.modules():
                 vars(module).pop("computed_again", None)
-        if host:
-            host.close()
+        if self.host:
+            self.host.close()
+        self.host = None
 
 
 def _nothing():

@@ -43,7 +43,6 @@ def undone(trainer):
         yield
     finally:
         undo()
-        trainer.trained.masters.clear_gradients()  # of halves of a micro-batch
         trainer.model.train(training)
 
 

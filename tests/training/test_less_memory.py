@@ -127,7 +127,9 @@ def test_an_evaluation_goes_on_in_halves(limited):
     assert len(changes(run)) == limit.refused  # in later ones nothing runs out again
     assert same_weights(weights, now)
     for one, other in zip(lines, without_changes(found), strict=True):
-        assert one.get("eval_loss", 0) == pytest.approx(other.get("eval_loss", 0), rel=1e-3)  # bfloat16, of other shapes
+        assert one.get("eval_loss", 0) == pytest.approx(
+            other.get("eval_loss", 0), rel=1e-3
+        )  # bfloat16, of other shapes
         assert one.get("loss") == other.get("loss")
 
 

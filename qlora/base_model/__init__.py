@@ -29,10 +29,9 @@ from .quantized import (
 )
 from .tokenizer import load_tokenizer
 
-__all__ = ["DTYPE_WHEN_QUANTIZED", "Checkpoint", "add_rows", "add_tokens", "as_recorded", "decoder_layers",
-           "default_device", "digest", "digests", "dtype_of", "find", "is_conv1d", "is_stand_in", "linear_names", "load", "load_config", "load_on_meta",
-           "load_tokenizer", "names_to_quantize", "num_parameters", "num_positions", "numel", "on_meta", "quantized_modules",
-           "read_config", "refuse_generation", "refuse_other_codes", "refuse_rows", "replace_by_stand_ins", "restore_codes",
-           "settle", "stand_in",
-           "stored_quantization", "tensor_names", "tensors", "tied", "to_float32", "token_modules", "weight_files",
-           "whole_config"]  # fmt: skip
+__all__ = ["DTYPE_WHEN_QUANTIZED", "Checkpoint", "add_rows", "add_tokens", "as_recorded", "decoder_layers", "default_device",
+           "digest", "digests", "dtype_of", "find", "is_conv1d", "is_stand_in", "linear_names", "load", "load_config",
+           "load_on_meta", "load_tokenizer", "names_to_quantize", "num_parameters", "num_positions", "numel", "on_meta",
+           "quantized_modules", "read_config", "refuse_generation", "refuse_other_codes", "refuse_rows", "replace_by_stand_ins",
+           "restore_codes", "settle", "stand_in", "stored_quantization", "tensor_names", "tensors", "tied", "to_float32",
+           "token_modules", "weight_files", "whole_config"]  # fmt: skip

@@ -20,6 +20,8 @@ from ..system.errors import InputError
 
 # B rows, T tokens, D hidden width
 
+PIECE = 4 * 2**20  # a copy of it takes 0.2 ms at 25 GB/s, so that starting the copies costs little beside them
+
 _plain = functools.partial(checkpoint, use_reentrant=False)
 
 
@@ -107,9 +109,14 @@ class Host:
     On a GPU the main stream never waits for a copy that is not two layers late: a hidden state leaves while the next
     layers run, and comes back while the layer after it runs backward, so at most IN_FLIGHT of them are on the device
     beside the layer at work. Buffers are pinned, and used again in every step. On a CPU the copies are plain ones.
+
+    PIECE: bytes of a pinned buffer; a hidden state takes as many as it needs. torch's allocator of pinned memory rounds each up
+    to a power of two (pytorch #150517: 35 GiB became 64), which this is: less than a piece a layer is lost. piece: None for
+    buffers as large as what they hold.
     """
 
-    IN_FLIGHT = 2
+    IN_FLIGHT, PIECE = 2, PIECE
+    piece: int | None = None
 
     def __init__(self):
         self.free = []  # buffers that hold nothing
@@ -164,29 +171,39 @@ class Host:
             self.free.pop()
         return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=self._stream is not None)
 
-    def copy(self, target, source, device):
-        """Start target.copy_(source) after what the main stream has to do so far; return the event after it, or None.
+    def copy(self, targets, sources, device):
+        """Start target.copy_(source) of each pair after what the main stream has to do so far; return the event after them, or
+        None.
 
         On a CPU it is done at once.
         """
         if self._stream is None:
-            target.copy_(source)
+            for target, source in zip(targets, sources, strict=True):
+                target.copy_(source)
             return None
         self._stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(self._stream):
-            target.copy_(source, non_blocking=True)
+            for target, source in zip(targets, sources, strict=True):
+                target.copy_(source, non_blocking=True)
             return self._stream.record_event()
 
     def leave(self, x):
-        """Copy `x` to a buffer; return that. `x` is held until the copy is done."""
+        """Copy `x` to buffers; return these. `x` is held until the copy is done."""
         if self._stream is None and x.device.type == "cuda":
-            self._stream = torch.cuda.Stream(x.device)
+            self._stream, self.piece = torch.cuda.Stream(x.device), self.PIECE
         self._release(self.IN_FLIGHT - 1)
-        buffer = self.buffer(x.numel() * x.element_size())
-        event = self.copy(_as(buffer, x), x.detach(), x.device)
+        x = x.detach().contiguous()
+        parts = self.parts(x)
+        buffers = [self.buffer(self.piece or len(part)) for part in parts]
+        event = self.copy([buffer[: len(part)] for buffer, part in zip(buffers, parts, strict=True)], parts, x.device)
         if event is not None:
-            self._leaving.append((x.detach(), event))
-        return buffer
+            self._leaving.append((x, event))
+        return buffers
+
+    def parts(self, x):
+        """Return the bytes of a contiguous tensor, in as many parts as it takes buffers: views, uint8."""
+        flat = x.view(-1).view(torch.uint8)
+        return [flat] if self.piece is None else flat.split(self.piece)
 
     def _release(self, keep):
         while len(self._leaving) > keep:
@@ -201,14 +218,16 @@ class _Stored:
     def __init__(self, host, x, before):
         self.host, self.before = host, before
         self.empty = functools.partial(torch.empty, x.shape, dtype=x.dtype, device=x.device)
-        self.buffer = host.leave(x)
+        self.buffers = host.leave(x)
         self.coming: Any = None  # (hidden state, the event after its copy)
 
     def bring(self):
         """Start the copy back to the device."""
         if self.coming is None:
             x = self.empty()
-            self.coming = x, self.host.copy(x, _as(self.buffer, x), x.device)
+            parts = self.host.parts(x)
+            stored = [buffer[: len(part)] for buffer, part in zip(self.buffers, parts, strict=True)]
+            self.coming = x, self.host.copy(parts, stored, x.device)
 
     def take(self):
         """Return the hidden state on its device; the main stream waits until it is there."""
@@ -221,10 +240,5 @@ class _Stored:
     def __del__(self):
         if getattr(self, "coming", None) is not None:  # never asked for: the step was broken off
             self.take()
-        if hasattr(self, "buffer"):
-            self.host.free.append(self.buffer)
-
-
-def _as(buffer, x):
-    """Return the beginning of `buffer` in the shape and dtype of `x`."""
-    return buffer[: x.numel() * x.element_size()].view(x.dtype).view(x.shape)
+        if hasattr(self, "buffers"):
+            self.host.free.extend(self.buffers)

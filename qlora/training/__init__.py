@@ -88,8 +88,7 @@ def train(model, tokenizer, rows: Rows, settings: Settings, run, saving=None) ->
     """
     joined, section = settings.installed.joined or isinstance(rows.train, Packs), settings.training
     objective = Supervised(tokenizer, joined, settings.installed.loss)
-    layers = Checkpointing(base_model.decoder_layers(model), settings.checkpointed_layers, settings.offload)
-    economy = Economy(layers, settings.fixed_layers)
+    economy = _economy(model, settings)
     arguments = arguments_of(section, run.path, model.device, bool(rows.held_out))
     trainer = objective.trainer(
         model,
@@ -103,14 +102,9 @@ def train(model, tokenizer, rows: Rows, settings: Settings, run, saving=None) ->
             economy=economy,
         ),
     )
-    measured: dict[str, Any] = {
-        "layers": len(layers.layers),
-        "checkpointed_layers": layers.number,
-        "offload": layers.offload,
-        "predicted_bytes": settings.predicted_bytes,
-    }
+    measured: dict[str, Any] = economy.said() | {"predicted_bytes": settings.predicted_bytes}
     try:
-        with recorded(run), _computing(model, layers, settings, joined):
+        with recorded(run), _computing(model, economy.layers, settings, joined):
             loss, eval_loss = trainer.fit()
     except (RuntimeError, MemoryError) as error:
         if not memory.is_refusal(error):
@@ -122,8 +116,7 @@ def train(model, tokenizer, rows: Rows, settings: Settings, run, saving=None) ->
         changes = what_would_help(section, measured, model.device.type == "cuda", evaluates, longest)
         raise DoesNotFit(too_much(trainer, measured, changes)) from None
     finally:
-        measured |= economy.said()
-        measured |= {"rehearsed_bytes": trainer.rehearsed_bytes, "peak_bytes": trainer.peak.bytes}
+        measured |= economy.said() | {"rehearsed_bytes": trainer.rehearsed_bytes, "peak_bytes": trainer.peak.bytes}
         if trainer.begun or trainer.resumed is None:  # what a run has measured stays where it could not go on
             write_json(run.memory_file, measured)
     seconds = trainer.clock.elapsed()
@@ -137,6 +130,11 @@ def train(model, tokenizer, rows: Rows, settings: Settings, run, saving=None) ->
         peak_bytes=measured["peak_bytes"],
         rehearsed_bytes=trainer.rehearsed_bytes,
     )
+
+
+def _economy(model, settings):
+    layers = Checkpointing(base_model.decoder_layers(model), settings.checkpointed_layers, settings.offload)
+    return Economy(layers, settings.fixed_layers)
 
 
 @contextlib.contextmanager

@@ -118,7 +118,8 @@ class Economy:
 
     def said(self):
         """Return what memory.json keeps of it."""
-        found = {"checkpointed_layers": self.layers.number, "offload": self.layers.offload}
+        layers = self.layers
+        found: dict = {"layers": len(layers.layers), "checkpointed_layers": layers.number, "offload": layers.offload}
         return found | ({"less_memory": [to_json(one) for one in self.changes]} if self.changes else {})
 
 

@@ -18,12 +18,21 @@ from .meta import load_on_meta, names_to_quantize, on_meta
 from .multimodal import whole_config
 from .new_tokens import add_rows, add_tokens, token_modules
 from .prequantized import refuse_other_codes, settle, stored_quantization
-from .quantized import DTYPE_WHEN_QUANTIZED, digest, digests, dtype_of, quantized_modules, to_float32
+from .quantized import (
+    DTYPE_WHEN_QUANTIZED,
+    as_recorded,
+    digest,
+    digests,
+    dtype_of,
+    quantized_modules,
+    restore_codes,
+    to_float32,
+)
 from .tokenizer import load_tokenizer
 
-__all__ = ["DTYPE_WHEN_QUANTIZED", "OF_TORCH", "Checkpoint", "add_rows", "add_tokens", "decoder_layers", "default_device",
-           "digest", "digests", "dtype_of", "find", "is_conv1d", "is_stand_in", "linear_names", "load", "load_config",
-           "load_on_meta", "load_tokenizer", "names_to_quantize", "num_parameters", "num_positions", "numel", "on_meta",
-           "quantized_modules", "read_config", "refuse_generation", "refuse_other_codes", "refuse_rows", "replace_by_stand_ins",
-           "settle", "stand_in", "stored_quantization", "tensor_names", "tensors", "tied", "to_float32", "token_modules",
-           "weight_files", "whole_config"]  # fmt: skip
+__all__ = ["DTYPE_WHEN_QUANTIZED", "OF_TORCH", "Checkpoint", "add_rows", "add_tokens", "as_recorded", "decoder_layers",
+           "default_device", "digest", "digests", "dtype_of", "find", "is_conv1d", "is_stand_in", "linear_names", "load",
+           "load_config", "load_on_meta", "load_tokenizer", "names_to_quantize", "num_parameters", "num_positions", "numel",
+           "on_meta", "quantized_modules", "read_config", "refuse_generation", "refuse_other_codes", "refuse_rows",
+           "replace_by_stand_ins", "restore_codes", "settle", "stand_in", "stored_quantization", "tensor_names", "tensors",
+           "tied", "to_float32", "token_modules", "weight_files", "whole_config"]  # fmt: skip

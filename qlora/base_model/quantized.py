@@ -34,6 +34,41 @@ def digest(codes):
     return hashlib.sha256(codes.cpu().contiguous().numpy()).hexdigest()
 
 
+_OF_ZEROS = (
+    0x77,
+    0x00,
+)  # two codes a byte of a block of zeros: on a CPU, the code of 0.0; on CUDA, where 0 * inf is no number
+_BLOCK = 32  # bytes of the codes of 64 numbers
+
+
+def as_recorded(codes, recorded):
+    """Return the codes of which `recorded` is the digest: `codes`, or these with another code in blocks of zeros; else None.
+
+    A block of 64 zeros has no scale, and bitsandbytes 0.50.2 gives its numbers another code on CUDA than on a CPU. With double
+    quantization the scale that is read back is not quite 0, so they do not decode to the same: what training held counts.
+    """
+    if digest(codes) == recorded:
+        return codes
+    if codes.numel() % _BLOCK:
+        return None
+    blocks = codes.reshape(-1, _BLOCK)
+    for here in _OF_ZEROS:
+        zeros = (blocks == here).all(1)
+        for there in range(16) if zeros.any() else ():
+            tried = torch.where(zeros[:, None], torch.full_like(blocks, 0x11 * there), blocks).view(codes.shape)
+            if digest(tried) == recorded:
+                return tried
+    return None
+
+
+def restore_codes(model, recorded):
+    """Give blocks of zeros in a plain model the codes that they had where `recorded`, {name: digest}, was made."""
+    for name, module in quantized_modules(model).items():
+        codes = as_recorded(module.weight.data, recorded[name]) if name in recorded else None
+        if codes is not None and codes is not module.weight.data:
+            module.weight.data.copy_(codes)
+
+
 def digests(model):
     """Return {name: digest} of the 4-bit linear layers of a plain model."""
     return {name: digest(module.weight.data) for name, module in quantized_modules(model).items()}

@@ -82,6 +82,7 @@ def _train(recipe, resumed):
                         recipe.training,
                         planned.checkpointed_layers,
                         planned.offload,
+                        recipe.memory.gradient_checkpointing != "auto",
                         planned.predicted_bytes,
                         installed=installed,
                     ),

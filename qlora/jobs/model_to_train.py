@@ -73,6 +73,8 @@ def open_trainable(prepared, fingerprint, resumed=None) -> ModelToTrain:
     recipe, checkpoint = prepared.recipe, prepared.checkpoint
     with progress(f"loading {checkpoint.name_or_path}"):
         model = base_model.load(checkpoint, recipe.model, recipe.quantization)
+        if resumed is not None:  # on another device, maybe
+            base_model.restore_codes(model, resumed.environment["base_model"].get("quantized_sha256", {}))
         quantized, hashes = base_model.digests(model), checkpoint.file_hashes()
         of_base = resumed_run.of_base(hashes, quantized)
         if resumed is not None:

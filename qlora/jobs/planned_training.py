@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import psutil
+
 from .. import planner
 from ..runs.checkpoints import Checkpoints
 from ..runs.folder import RunDir
@@ -34,7 +36,7 @@ def plan_training(prepared, device) -> Planned:
     """Return how the training of Prepared data fits on a device, which may be a CPU.
 
     Raises:
-        DoesNotFit: it does not; says what would.
+        DoesNotFit: it does not, or what it offloads does not fit into the host's memory; says what would.
         InputError: the model has fewer layers than are to be checkpointed, offloading has nothing to move, or the disk is full.
     """
     recipe, budget = prepared.recipe, budget_of_device(prepared.recipe, device)
@@ -50,6 +52,7 @@ def plan_training(prepared, device) -> Planned:
     found = planner.plan(job)
     if not found.fits:
         raise DoesNotFit(_what_would_fit(recipe, job, found, device))
+    refuse_full_host(found)
     refuse_full_disk(recipe, found)
     predicted = memory.anonymous_bytes() + found.peak_bytes if device.type == "cpu" else found.cuda_bytes
     return Planned(found.checkpointed_layers, found.offload, predicted, found)
@@ -69,6 +72,18 @@ def _what_would_fit(recipe, job, found, device):
     if free and others > _WORTH_SAYING:
         lines.append(f"  other processes hold {size(others)} of the GPU; nvidia-smi lists them")
     return "\n".join(lines)
+
+
+def refuse_full_host(found):
+    """Raise DoesNotFit where what a Plan moves to the host does not fit into the memory that is free there: it is pinned, and
+    cannot be swapped."""
+    free = psutil.virtual_memory().available
+    if found.host_bytes > free:
+        raise DoesNotFit(
+            f"does not fit: memory.offload moves {size(found.host_bytes)} of layer inputs to CPU memory, {size(free)} are free "
+            "there; free some, set a lower data.max_length, or fewer tokens a micro-batch (training.per_device_train_batch_size, "
+            "training.tokens_per_micro_batch)"
+        )
 
 
 def refuse_full_disk(recipe, found):

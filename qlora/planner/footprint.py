@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .. import base_model, methods
+from ..kernels.checkpointing import PIECE
 from ..recipe.optimizers import OPTIMIZERS
 from ..system.errors import QLoRAError
 from . import trace
@@ -215,7 +216,9 @@ def usage(model: Outline, load: Load, training, checkpointed, offload, eval_load
     )
     found["context"] = round(CONTEXT_BYTES + lost if on_cuda else lost)
     kept = model.step.checkpointed[model.step.layers[-1]][0].rise_and_change(_growth(load))[1]
-    host_bytes = round(kept * checkpointed) if offload else 0
+    host_bytes = round(kept) * checkpointed if offload else 0
+    if on_cuda and offload:
+        host_bytes = -(-round(kept) // PIECE) * PIECE * checkpointed
     if not on_cuda:  # the host's memory is the one there is
         found["checkpoints"], host_bytes = found["checkpoints"] + host_bytes, 0
     large = model.trained[model.trained >= _PAGED_FROM]

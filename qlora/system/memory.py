@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
+import sys
 import threading
+import traceback
 import weakref
 
 import psutil
@@ -16,8 +19,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 for _cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
     os.environ.setdefault(_cache, "64")
 
-# of c10's allocator for the CPU; of CUDA where memory is pinned; of oneDNN when it gets none for its code (torch 2.13)
-_REFUSALS = ("can't allocate memory", "CUDA error: out of memory", "could not create a primitive")
+# Rows of ever other lengths leave holes between blocks of fixed size; segments that grow leave none. Read when CUDA starts. Who
+# has set either name (the second is the older one) has decided. Windows' driver does not have them.
+if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
+# of c10's allocator for the CPU; of drivers, where memory is pinned too, HIP's and Metal's; of libraries that ask the driver
+# themselves when they first multiply; of oneDNN when it gets none for its code (torch 2.13)
+_REFUSALS = ("can't allocate memory", "out of memory", "STATUS_ALLOC_FAILED", "could not create a primitive")
 
 
 def is_refusal(error):
@@ -25,6 +34,23 @@ def is_refusal(error):
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _REFUSALS)
+
+
+def release(error):
+    """Let go of what the frames of a caught `error` hold, as far as they have ended; then leave the `except` block.
+
+    The locals of a forward pass are its activations, and an exception keeps every frame that it came through.
+    """
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__context__
+
+
+def free_cached():
+    """Collect what nothing refers to any more, and give blocks that torch keeps for later back to the device."""
+    gc.collect()  # an autograd graph may be a cycle
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def refused(error):

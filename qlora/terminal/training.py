@@ -30,6 +30,8 @@ class Steps:
             self._show(event)
         elif isinstance(event, record.Skipped):
             lines.say(f"          step {event.step}  skipped: {event.not_taken}")
+        elif isinstance(event, record.LessMemory):
+            lines.say(f"memory    out of memory {event.out_of_memory}; run again, and so from here on: {event.change}")
         elif isinstance(event, record.Evaluation):
             lines.say(f"          step {event.step}  held-out loss {event.eval_loss:.4f}")
         elif isinstance(event, record.CheckpointSaved):

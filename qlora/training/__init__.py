@@ -11,12 +11,13 @@ from typing import Any
 from .. import base_model, kernels
 from ..data import Packs
 from ..kernels import attention
-from ..kernels.checkpointing import checkpointed
+from ..kernels.checkpointing import Checkpointing
 from ..runs.record import recorded
 from ..system import memory
 from ..system.errors import DoesNotFit
 from ..system.storage import write_json
 from .arguments import arguments_of
+from .less_memory import Economy
 from .neftune import noisy_embeddings
 from .objectives.supervised import Supervised
 from .out_of_memory import too_much, what_would_help
@@ -39,7 +40,8 @@ class Rows:
 class Settings:
     """How it is trained.
 
-    training: the recipe's section. checkpointed_layers, offload: of kernels.checkpointing. predicted_bytes: what somebody
+    training: the recipe's section. checkpointed_layers, offload: of kernels.checkpointing; fixed_layers: the recipe says so
+    many, which is mentioned where they do not fit. predicted_bytes: what somebody
     expects the peak to be; is only written down, in memory.json, beside what was measured. rehearse: run the largest
     micro-batch once before the first step; it changes no number. installed: the kernels that the model computes with.
     """
@@ -47,6 +49,7 @@ class Settings:
     training: Any
     checkpointed_layers: int = 0
     offload: bool = False
+    fixed_layers: bool = False
     predicted_bytes: int | None = None
     rehearse: bool = True
     installed: kernels.Installed = field(default_factory=kernels.Installed)
@@ -85,6 +88,7 @@ def train(model, tokenizer, rows: Rows, settings: Settings, run, saving=None) ->
     """
     joined, section = settings.installed.joined or isinstance(rows.train, Packs), settings.training
     objective = Supervised(tokenizer, joined, settings.installed.loss)
+    economy = _economy(model, settings)
     arguments = arguments_of(section, run.path, model.device, bool(rows.held_out))
     trainer = objective.trainer(
         model,
@@ -95,27 +99,24 @@ def train(model, tokenizer, rows: Rows, settings: Settings, run, saving=None) ->
             group_by_length=section.group_by_length,
             watchdog_steps=section.watchdog_steps,
             saving=saving or Saving(),
+            economy=economy,
         ),
     )
-    measured: dict[str, Any] = {
-        "layers": len(base_model.decoder_layers(model)),
-        "checkpointed_layers": settings.checkpointed_layers,
-        "offload": settings.offload,
-        "predicted_bytes": settings.predicted_bytes,
-    }
+    measured: dict[str, Any] = economy.said() | {"predicted_bytes": settings.predicted_bytes}
     try:
-        with recorded(run), _computing(model, settings, joined):
+        with recorded(run), _computing(model, economy.layers, settings, joined):
             loss, eval_loss = trainer.fit()
     except (RuntimeError, MemoryError) as error:
         if not memory.is_refusal(error):
             raise
+        measured |= economy.said()
         measured["out_of_memory"] = f"{trainer.moment.when}: {memory.refused(error)}"
         evaluates = trainer.moment.evaluates
         longest = max(len(row.input_ids) for row in rows.held_out) if evaluates else max(trainer.reliability.lengths)
         changes = what_would_help(section, measured, model.device.type == "cuda", evaluates, longest)
         raise DoesNotFit(too_much(trainer, measured, changes)) from None
     finally:
-        measured |= {"rehearsed_bytes": trainer.rehearsed_bytes, "peak_bytes": trainer.peak.bytes}
+        measured |= economy.said() | {"rehearsed_bytes": trainer.rehearsed_bytes, "peak_bytes": trainer.peak.bytes}
         if trainer.begun or trainer.resumed is None:  # what a run has measured stays where it could not go on
             write_json(run.memory_file, measured)
     seconds = trainer.clock.elapsed()
@@ -131,13 +132,18 @@ def train(model, tokenizer, rows: Rows, settings: Settings, run, saving=None) ->
     )
 
 
+def _economy(model, settings):
+    layers = Checkpointing(base_model.decoder_layers(model), settings.checkpointed_layers, settings.offload)
+    return Economy(layers, settings.fixed_layers)
+
+
 @contextlib.contextmanager
-def _computing(model, settings, joined):
+def _computing(model, layers, settings, joined):
     """Have the model compute as the settings say while the block runs."""
-    alpha, layers = settings.training.neftune_noise_alpha, base_model.decoder_layers(model)
+    alpha = settings.training.neftune_noise_alpha
     with (
         warnings.catch_warnings(),
-        checkpointed(layers, settings.checkpointed_layers, settings.offload),
+        layers,
         attention.within_documents(model, plain=not settings.installed.joined) if joined else contextlib.nullcontext(),
         noisy_embeddings(model, alpha) if alpha else contextlib.nullcontext(),
     ):

@@ -38,28 +38,50 @@ def held_later(trainer):
 @contextlib.contextmanager
 def undone(trainer):
     """Restore random states, counters, gradients and buffers after the block."""
-    model, counters = trainer.model, trainer.counters()
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    training = model.training
+    training, undo = trainer.model.training, way_back(trainer)
     try:
-        with same_random_numbers(model):
-            yield
+        yield
     finally:
+        undo()
+        trainer.model.train(training)
+
+
+def way_back(trainer):
+    """Return a function that restores random states, counters and buffers as they are now, and drops the model's gradients."""
+    model, counters, random_numbers = trainer.model, trainer.counters(), random_states(trainer.model)
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+
+    def undo():
+        random_numbers()
         trainer.restore_counters(counters)
         for buffer, value in buffers:
             buffer.copy_(value)
         for parameter in model.parameters():
             parameter.grad = None
-        model.train(training)
+
+    return undo
 
 
 @contextlib.contextmanager
 def same_random_numbers(model):
     """Restore the state of every random generator after the block."""
-    python, numpy = random.getstate(), np.random.get_state()
+    restore = random_states(model)
     try:
-        with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
-            yield
+        yield
     finally:
+        restore()
+
+
+def random_states(model):
+    """Return a function that restores the state of every random generator as it is now."""
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    gpu = torch.cuda.get_rng_state(model.device) if model.device.type == "cuda" else None
+
+    def restore():
         random.setstate(python)
         np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
+        if gpu is not None:
+            torch.cuda.set_rng_state(gpu, model.device)
+
+    return restore

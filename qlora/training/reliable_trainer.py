@@ -1,8 +1,9 @@
 """Reliability, as a part that any transformers Trainer can have: `class Mine(Reliable, transformers.Trainer)`.
 
-float32 masters, a rehearsal of the largest micro-batch, steps skipped for a non-finite loss, a watch for divergence,
-checkpoints that are resumed to the bit, stopping by a signal, a warmup that starts above 0, evaluations weighted by what
-their loss is a mean of, the peak of memory; all told as events of runs/record.py.
+float32 masters, a rehearsal of the largest micro-batch, a micro-batch that does not fit run again with less memory, steps
+skipped for a non-finite loss, a watch for divergence, checkpoints that are resumed to the bit, stopping by a signal, a warmup
+that starts above 0, evaluations weighted by what their loss is a mean of, the peak of memory; all told as events of
+runs/record.py.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from ..system.events import emit
 from . import saving as saved
 from .clock import Clock
 from .divergence import Watch
+from .less_memory import Economy
 from .order import ByLength
 from .out_of_memory import Moment, few
 from .private_names import Hooks, set_rates
@@ -39,7 +41,7 @@ from .trained_parameters import Trained, not_finite
 class Reliability:
     """lengths: the size of each training row, such as its tokens; those of the largest are rehearsed where `rehearse`.
     group_by_length: rows of like length share a step. watchdog_steps: the window of Watch; None: only non-finite losses end
-    a run.
+    a run. economy: what is done where memory runs out.
     """
 
     lengths: Sequence[int] = ()
@@ -47,6 +49,7 @@ class Reliability:
     group_by_length: bool = False
     watchdog_steps: int | None = None
     saving: Saving = dataclasses.field(default_factory=Saving)
+    economy: Economy = dataclasses.field(default_factory=Economy)
 
 
 class Reliable(Hooks):
@@ -73,6 +76,7 @@ class Reliable(Hooks):
         self.saves = Saves(self.saving.every, self.watch)
         self.peak = memory.Peak()
         self.rehearsed_bytes = None
+        self.economy = reliability.economy
         self.begun = False
         self.failure = None  # why training ends before its time
         self.moment = Moment("before the first step")
@@ -87,6 +91,7 @@ class Reliable(Hooks):
         if state:
             self.watch.restore(state["watch"])
             self.norm = state["norm"]
+            self.economy.restore(state.get("less_memory"))  # older checkpoints have none
         for printer in (PrinterCallback, ProgressCallback):
             self.remove_callback(printer)
         self.add_callback(_Moments(self))
@@ -162,6 +167,7 @@ class Reliable(Hooks):
         emit(Begun(self.state.global_step, self.state.max_steps, self.num_lines))
         self.clock.begin()
         self.begun = True
+        self.say_less_memory()
         if self.resumed is not None:
             self.restore_loss_sums(self.resumed["loss"])
             self.saved_step = self.state.global_step
@@ -176,7 +182,7 @@ class Reliable(Hooks):
         # what the loop sets before each step: a loss that is a mean of micro-batches is divided by it
         self.current_gradient_accumulation_steps = self.args.gradient_accumulation_steps
         step, num_items = super().training_step, self.objective.num_items(inputs)
-        rehearse(self, lambda: step(self.model_wrapped, dict(inputs), num_items))
+        rehearse(self, lambda: self.economy.run(self, lambda part: step(self.model_wrapped, part, num_items)))
         self.rehearsed_bytes = self.peak.bytes
         emit(Rehearsed(self.rehearsed_bytes))
 
@@ -189,14 +195,25 @@ class Reliable(Hooks):
     def training_step(self, model, inputs, num_items_in_batch=None):
         if not self.micro_batches:
             self.loss_before = self.loss_since_logged()
+        return self.run_micro_batch(model, inputs, num_items_in_batch)
+
+    def run_micro_batch(self, model, inputs, num_items):
+        """Run a micro-batch forward and backward and give its gradients to the masters; return its loss."""
         when = f"in step {self.state.global_step + 1}, micro-batch {len(self.micro_batches) + 1}"
         self.moment = Moment(when, inputs, inputs.pop("rows", ()))
         # kept on the device: reading it here would make the GPU wait at every micro-batch
         self.tokens = self.tokens + self.objective.num_tokens(inputs)
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        step = super().training_step
+        reduced = self.accelerator.num_processes == 1 or self.accelerator.sync_gradients
+        losses = self.economy.run(
+            self,
+            lambda part: step(model, part, num_items),
+            self.trained.masters.take_gradients if reduced else None,
+            divisible=num_items
+            is not None,  # else the loss is a mean of the micro-batch, and not the sum of its halves'
+        )
+        loss = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
         self.micro_batches.append((self.moment.rows, loss))
-        if self.accelerator.num_processes == 1 or self.accelerator.sync_gradients:  # else not reduced yet
-            self.trained.masters.take_gradients()
         return loss
 
     def finish_gradients(self):
@@ -260,6 +277,11 @@ class Reliable(Hooks):
         elif "eval_loss" in logs:
             self._record(Evaluation(step, epoch, logs["eval_loss"], self.clock.elapsed(), metrics))
 
+    def say_less_memory(self):
+        """Record what the economy has changed, as soon as there is a file for it."""
+        while self.begun and self.economy.waiting:
+            self._record(self.economy.waiting.pop(0))
+
     def _record(self, line):
         self.num_lines += 1
         emit(line)
@@ -291,13 +313,19 @@ class Reliable(Hooks):
             raise _Left
         when = f"in the evaluation after step {self.state.global_step}"
         self.moment = Moment(when, inputs, inputs.pop("rows", ()), evaluates=True)
-        found = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        if not torch.isfinite(found[0]):
-            self.failure = f"the loss is {found[0].item()} {when}, with {self.moment.batch(self.objective)}"
-            raise _Left
-        count = self.objective.num_items(inputs).to(found[0].device)
-        self.evaluated += torch.stack([found[0].double() * count, count.double()])
-        return found
+        predict = super().prediction_step
+
+        def score(part):
+            found = predict(model, part, prediction_loss_only, ignore_keys)
+            if not torch.isfinite(found[0]):
+                self.failure = f"the loss is {found[0].item()} {when}, with {self.moment.batch(self.objective)}"
+                raise _Left
+            count = self.objective.num_items(part).to(found[0].device)
+            self.evaluated += torch.stack([found[0].double() * count, count.double()])
+            return found
+
+        # of halves the first: its loss is not used, `evaluated` has them all
+        return self.economy.run(self, score, divisible=prediction_loss_only)[0]
 
     def _last_evaluation(self):
         """Return the held-out loss after training; raises as `refuse_left` does, after a checkpoint, where it is left."""

@@ -236,7 +236,9 @@ def test_optimizer_states_a_trained_number(llama2_7b, optim, each):
 def test_offloaded_checkpoints_are_on_the_host_but_for_two(llama2_7b):
     load = planner.Load(1, 16384, 16384)
     here, away = (planner.usage(llama2_7b, load, Training(), 32, offload) for offload in (False, True))
-    assert away.host_bytes == 32 * 2 * 16384 * 4096
+    assert away.host_bytes == 32 * 2 * 16384 * 4096  # whole pieces of 4 MiB
+    odd = planner.usage(llama2_7b, planner.Load(1, 16385, 16385), Training(), 32, True)
+    assert odd.host_bytes == away.host_bytes + 32 * 4 * 2**20
     assert here.host_bytes == 0
     assert away.components["checkpoints"] <= 2 * 2 * 16384 * 4096
     assert here.peak_bytes - away.peak_bytes > 25 * 2 * 16384 * 4096

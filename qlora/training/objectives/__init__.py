@@ -37,6 +37,10 @@ class Objective:
         class compute it."""
         return None
 
+    def halves(self, inputs) -> tuple:
+        """Return (first, second) half of the rows of a batch, each a batch; () where it has one row, or no parts."""
+        return ()
+
     def metrics(self, logs) -> dict[str, float]:
         """Return what of a log of the Trainer class is kept in metrics.jsonl beside the loss."""
         return {}

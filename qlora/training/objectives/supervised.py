@@ -69,6 +69,21 @@ class Supervised(Objective):
         segments = inputs.get("segments")
         return inputs["attention_mask"].cpu().sum(1).tolist() if segments is None else segments
 
+    def halves(self, inputs):
+        segments = inputs.get("segments")
+        many = len(inputs["input_ids"]) if segments is None else len(segments)
+        if many < 2:
+            return ()
+        dim, cut = (0, many // 2) if segments is None else (1, sum(segments[: many // 2]))
+        tensors = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+        first, second = (
+            {name: value.narrow(dim, start, size) for name, value in tensors.items()}
+            for start, size in ((0, cut), (cut, inputs["input_ids"].shape[dim] - cut))
+        )
+        if segments is None:
+            return first, second
+        return first | {"segments": segments[: many // 2]}, second | {"segments": segments[many // 2 :]}
+
     def loss(self, model, inputs, num_items):
         """On a GPU, trl's."""
         if inputs["labels"].device.type != "cpu":

@@ -14,7 +14,7 @@ from ..recipe import parse_size
 from ..system import memory
 from ..system.errors import InputError
 
-_USUAL = 24 * 2**30
+_USUAL, _USUAL_CARD = 24 * 2**30, "4090"
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,16 @@ def budget_of(recipe, vram=None, card=None) -> Budget:
     if torch.cuda.is_available():
         return Budget(free_bytes(torch.device("cuda")), torch.cuda.get_device_name(), chosen)
     why = "no GPU found, so an RTX 4090 is assumed; change it with --card, --vram or memory.budget"
-    return Budget(_USUAL, why, planner.card_of("4090"))
+    return Budget(_USUAL, why, planner.card_of(_USUAL_CARD))
+
+
+def computer_of(card):
+    """Return the base_model.Computer to plan for: `card`, as text; None: the GPU of this machine, or one with bfloat16."""
+    import torch
+
+    if card is None and torch.cuda.is_available():
+        return base_model.computer(torch.device("cuda"))
+    return base_model.computer_of_card(planner.card_of(card or _USUAL_CARD).name)
 
 
 def budget_of_device(recipe, device) -> Budget:
@@ -133,11 +142,14 @@ def _packed_load(packs, examples, rows):
     )
 
 
-def without_data(recipe, device_kind, budget: Budget):
-    """Return the Job of `recipe` for rows of data.max_length, every token trained; raises as job_of does."""
+def without_data(recipe, device_kind, budget: Budget, on):
+    """Return the Job of `recipe` for rows of data.max_length, every token trained; raises as job_of does.
+
+    on: the base_model.Computer that is to train.
+    """
     checkpoint = base_model.find(recipe.model, weights=False)
     config = base_model.load_config(checkpoint, recipe.model)
-    recipe = base_model.settle(recipe, config, checkpoint)
+    recipe = base_model.settle(recipe, config, checkpoint, on)
     rows, length = recipe.training.per_device_train_batch_size, recipe.data.max_length
     if recipe.training.tokens_per_micro_batch:
         rows = recipe.training.tokens_per_micro_batch // length

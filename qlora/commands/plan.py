@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from .. import planner
-from ..jobs.plan_job import budget_of, job_of, without_data
+from ..jobs.plan_job import budget_of, computer_of, job_of, without_data
 from ..jobs.prepared_data import prepared_if_there
 from ..pages.plan import draw
 from ..recipe import Recipe
@@ -39,12 +39,12 @@ def plan(recipe: Recipe, vram=None, card=None, plot=None) -> dict:
     Raises:
         InputError: the recipe, the data, a size or a card is wrong.
     """
-    budget = budget_of(recipe, vram, card)
-    prepared = prepared_if_there(recipe)
+    budget, on = budget_of(recipe, vram, card), computer_of(card)
+    prepared = prepared_if_there(recipe, on)
     if prepared is not None:
         say_report(prepared)
     try:
-        job = without_data(recipe, "cuda", budget) if prepared is None else job_of(prepared, "cuda", budget)
+        job = without_data(recipe, "cuda", budget, on) if prepared is None else job_of(prepared, "cuda", budget)
     except planner.NoPlan as error:
         raise InputError(
             f"{recipe.model.name_or_path}: this architecture is not supported by the planner ({error})"

@@ -115,6 +115,9 @@ def _saying_how_to_go_on(run):
     except TrainingFailed as failed:
         lower = " training.learning_rate=LOWER --allow-change training.learning_rate"
         change = lower if "lower training.learning_rate" in str(failed).lower() else ""
+        for field in ("quantization.compute_dtype", "model.dtype"):
+            if f"set {field}=float32" in str(failed).lower():
+                change = f" {field}=float32 --allow-change {field}"
         raise TrainingFailed(f"{failed}{_how_to_go_on(run, change)}") from None
 
 

@@ -129,6 +129,8 @@ class Prover:
         """Return the proof.Live of the adapter on the base that it was trained on, or on the weights of the files."""
         trained, checkpoint = self.trained, self.trained.checkpoint
         quantization = None if original else trained.quantization
+        if quantization:  # all numbers as they were before they were cast to what training computed in
+            quantization = quantization.model_copy(update={"compute_dtype": "bfloat16"})
         dtype = torch.float32 if original else base_model.DTYPE_WHEN_QUANTIZED
         if self.mode == "layers":
             model = streamed.live(checkpoint, self.section, quantization, self.device, self.plan.source, dtype)

@@ -99,6 +99,7 @@ def open_trainable(prepared, fingerprint, resumed=None) -> ModelToTrain:
             "prequantized": base_model.stored_quantization(prepared.config) is not None,
             "kept_tensors": len(checkpoint.half.kept) if checkpoint.half else 0,
         },
+        "compute_dtype": base_model.asked(recipe.model, recipe.quantization),  # settled by now
         "data": [{"path": part.path, "sha256": part.digest} for part in prepared.parts],
         # by content, so that an evaluation is of these rows whatever happens to their file
         "held_out": [f"{key:016x}" for key in prepared.eval_examples.one_each().keys],

@@ -14,6 +14,8 @@ from ..recipe import parse_size
 from ..system import memory
 from ..system.errors import InputError
 
+_USUAL_CARD = "4090"
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -46,8 +48,18 @@ def budget_of(recipe, vram=None, card=None) -> Budget:
     if torch.cuda.is_available():
         return Budget(free_bytes(torch.device("cuda")), torch.cuda.get_device_name(), chosen)
     why = "no GPU found, so an RTX 4090 is assumed; change it with --card, --vram or memory.budget"
-    usual = planner.card_of("4090")
+    usual = planner.card_of(_USUAL_CARD)
     return Budget(usual.memory, why, usual)
+
+
+def computer_of(card):
+    """Return the base_model.Computer to plan for: `card`, as text; None: the GPU of this machine, or one with bfloat16."""
+    import torch
+
+    if card is None and torch.cuda.is_available():
+        return base_model.computer(torch.device("cuda"))
+    found = planner.card_of(card or _USUAL_CARD)
+    return base_model.Computer(found.name, found.bfloat16)
 
 
 def budget_of_device(recipe, device) -> Budget:
@@ -132,11 +144,14 @@ def _packed_load(packs, examples, rows):
     )
 
 
-def without_data(recipe, device_kind, budget: Budget):
-    """Return the Job of `recipe` for rows of data.max_length, every token trained; raises as job_of does."""
+def without_data(recipe, device_kind, budget: Budget, on):
+    """Return the Job of `recipe` for rows of data.max_length, every token trained; raises as job_of does.
+
+    on: the base_model.Computer that is to train.
+    """
     checkpoint = base_model.find(recipe.model, weights=False)
     config = base_model.load_config(checkpoint, recipe.model)
-    recipe = base_model.settle(recipe, config, checkpoint)
+    recipe = base_model.settle(recipe, config, checkpoint, on)
     rows, length = recipe.training.per_device_train_batch_size, recipe.data.max_length
     if recipe.training.tokens_per_micro_batch:
         rows = recipe.training.tokens_per_micro_batch // length

@@ -26,6 +26,7 @@ _FREE = {
     ),
     "training.per_device_eval_batch_size",
 }
+_DTYPE = "model.dtype"
 _PLACE = {"path", "name", "subset", "split", "revision"}
 
 
@@ -36,6 +37,10 @@ def of_recipe(recipe: Recipe, prepared) -> dict:
         fields = {f"{name}.{key}": value for key, value in section.items()} if isinstance(section, dict) else {}
         found |= {} if name in _FREE else fields or {name: section}
     found = {name: value for name, value in found.items() if name not in _FREE}
+    # where it has a meaning: runs of before there was this field have computed in bfloat16
+    found.pop(_DTYPE)
+    if recipe.quantization is None:
+        found[_DTYPE] = recipe.model.dtype
     for name in ("data.train", "data.eval"):
         found[name] = [{k: v for k, v in source.items() if k not in _PLACE} for source in found[name] or []]
     tokenizer, rows = prepared.tokenizer, prepared.examples
@@ -80,6 +85,8 @@ class Resumed:
     def refuse_changes(self, now):
         """Raise InputError if fields of `now` differ from those the run started with, unless they are allowed to."""
         then = self.state["fingerprint"]
+        if _DTYPE in now:
+            then = {_DTYPE: "bfloat16"} | then
         changed = [name for name in sorted(now) if now[name] != then.get(name)]
         if any(name in now for name in _LENGTH):
             gone = then.keys() - now.keys() - {"base_model", "base_model.quantized"}

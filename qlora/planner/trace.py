@@ -381,6 +381,9 @@ def _way_of_attention(device_kind, joined, packed, document):
             half = query.shape[2] // 2
             parts = [[x[:, :, part] for x in (query, key, value)] for part in (slice(half), slice(half, None))]
             return torch.cat([_Flash.apply(*part, False).transpose(1, 2) for part in parts], dim=1), None
+        if on_cuda and query.dtype != torch.bfloat16:  # kernels.attention.sdpa, where there is no flash attention
+            group = query.shape[1] // key.shape[1]
+            key, value = (x.repeat_interleave(group, dim=1) if group > 1 else x for x in (key, value))
         return _Flash.apply(query, key, value, on_cuda).transpose(1, 2).contiguous(), None
 
     return attend

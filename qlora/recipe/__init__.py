@@ -87,6 +87,14 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _one_dtype(self):
+        if self.model.dtype != "auto" and self.quantization is not None:
+            raise ValueError(
+                f"model.dtype is for quantization: null; set quantization.compute_dtype: {self.model.dtype} instead"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _steps_for_the_ranks_to_shrink_in(self):
         if self.adalora is None:
             return self

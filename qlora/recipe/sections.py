@@ -101,6 +101,8 @@ class Model(Section):
     kernel of the hub by its name, such as kernels-community/flash-attn2@REVISION ([below](#attention))"""
     trust_remote_code: bool = False
     """run Python code that comes with the model"""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """with `quantization: null`, what quantization.compute_dtype says otherwise"""
     new_tokens: Annotated[list[str], Field(min_length=1)] | None = None
     """a list of tokens to add, whose rows in embedding and head are trained ([below](#new-tokens))"""
 
@@ -121,8 +123,9 @@ class Quantization(Section):
     """nf4, fp4; `quantization: null` trains plain 16-bit LoRA; a model folder that is 4-bit already decides itself"""
     use_double_quant: bool = True
     """4.127 instead of 4.5 bits a number"""
-    compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """dtype of the computation and of everything that is not quantized; float32 for checks"""
+    compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """dtype of the computation and of everything that is not quantized; auto: bfloat16, on cards without it (T4, 2080 Ti, V100)
+    float16 ([plan.md](plan.md#cards-without-bfloat16)); float32 for checks"""
 
 
 class Method(Section):

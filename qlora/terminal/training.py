@@ -32,6 +32,10 @@ class Steps:
             lines.say(f"          step {event.step}  skipped: {event.not_taken}")
         elif isinstance(event, record.LessMemory):
             lines.say(f"memory    out of memory {event.out_of_memory}; run again, and so from here on: {event.change}")
+        elif isinstance(event, record.Rescaled):
+            lines.say(
+                f"          step {event.step}  skipped: a gradient overflowed float16; loss scale now {event.loss_scale:,.0f}"
+            )
         elif isinstance(event, record.Evaluation):
             lines.say(f"          step {event.step}  held-out loss {event.eval_loss:.4f}")
         elif isinstance(event, record.CheckpointSaved):
@@ -105,6 +109,7 @@ def say_model(prepared, opened):
     num_quantized = len(of_base["quantized_modules"])
     how = f"{num_quantized} linear layers in {recipe.quantization.quant_type}" if num_quantized else "not quantized"
     how += " (the folder's own codes)" if of_base["prequantized"] else ""
+    how += f", computing in {opened.environment['compute_dtype']}"
     note(f"base      {checkpoint.name_or_path}: {total - trainable:,} parameters, {how}, on {model.device}")
     if checkpoint.half is not None:
         note(f"          multimodal checkpoint: training the text half; {checkpoint.half}")

@@ -1,9 +1,9 @@
 """Reliability, as a part that any transformers Trainer can have: `class Mine(Reliable, transformers.Trainer)`.
 
-float32 masters, a rehearsal of the largest micro-batch, a micro-batch that does not fit run again with less memory, steps
-skipped for a non-finite loss, a watch for divergence, checkpoints that are resumed to the bit, stopping by a signal, a warmup
-that starts above 0, evaluations weighted by what their loss is a mean of, the peak of memory; all told as events of
-runs/record.py.
+float32 masters, loss scaling in float16, a rehearsal of the largest micro-batch, a micro-batch that does not fit run again
+with less memory, steps skipped for a non-finite loss, a watch for divergence, checkpoints that are resumed to the bit,
+stopping by a signal, a warmup that starts above 0, evaluations weighted by what their loss is a mean of, the peak of memory;
+all told as events of runs/record.py.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ import torch
 from transformers import TrainerCallback, get_scheduler
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from .. import base_model
 from ..runs import checkpoints
-from ..runs.record import Begun, CheckpointBegun, Evaluation, Rehearsed, Skipped, Step
+from ..runs.record import Begun, CheckpointBegun, Evaluation, Rehearsed, Rescaled, Skipped, Step
 from ..system import memory
 from ..system.errors import Interrupted, TrainingFailed
 from ..system.events import emit
@@ -29,6 +30,7 @@ from . import saving as saved
 from .clock import Clock
 from .divergence import Watch
 from .less_memory import Economy
+from .loss_scale import LossScale
 from .order import ByLength
 from .out_of_memory import Moment, few
 from .private_names import Hooks, set_rates
@@ -70,6 +72,10 @@ class Reliable(Hooks):
         for parameter, dtype in dtypes.items():
             # trl casts the adapters of a quantized base to bf16, whatever it computes in
             parameter.data = parameter.data.to(dtype)
+        in_float16 = torch.float16 in dtypes.values()
+        self.scaling = LossScale() if in_float16 else None
+        # what to set where a number is not finite
+        self.remedy = f"set {_dtype_field(model)}=float32, because float16 ends at 65,504, or " if in_float16 else ""
         # of rows that are sorted by length, the first ones say nothing about the others
         first = {"first": math.inf} if reliability.group_by_length else {}
         self.watch = Watch(reliability.watchdog_steps, **first)
@@ -92,6 +98,8 @@ class Reliable(Hooks):
             self.watch.restore(state["watch"])
             self.norm = state["norm"]
             self.economy.restore(state.get("less_memory"))  # older checkpoints have none
+            if self.scaling is not None and state.get("loss_scale"):  # a run in another dtype may go on in float16
+                self.scaling.restore(state["loss_scale"])
         for printer in (PrinterCallback, ProgressCallback):
             self.remove_callback(printer)
         self.add_callback(_Moments(self))
@@ -109,16 +117,19 @@ class Reliable(Hooks):
             mean_loss = self.train(resume_from_checkpoint=resume and str(resume)).training_loss
             if self.failure is not None:
                 self.refuse_left()
-            steps, skipped = self.state.global_step, self.watch.not_taken
-            if skipped == steps:  # in a run too short for `Watch` to end it
+            steps, overflows = self.state.global_step, self.scaling.overflows if self.scaling else 0
+            left_out = self.watch.not_taken + overflows
+            if left_out == steps:  # in a run too short for `Watch` to end it, or for the loss scale to fall far enough
+                self.refuse_left()
                 raise TrainingFailed(
-                    "every step was skipped because of a non-finite loss or gradient. Lower training.learning_rate, "
+                    f"every step was skipped because of a non-finite loss or gradient{' (in float16)' * bool(overflows)}. "
+                    f"{_sentence(self.remedy)} training.learning_rate, "
                     f"or look at the rows listed in {Path(self.args.output_dir) / 'metrics.jsonl'}"
                 )
             self._refuse_not_finite(self.trained.state()[0])
             eval_loss = self._last_evaluation() if self.eval_dataset is not None else None
             self.refuse_left()
-        return mean_loss * steps / (steps - skipped), eval_loss  # transformers divides by all
+        return mean_loss * steps / (steps - left_out), eval_loss  # transformers divides by all
 
     def num_tokens(self):
         """Return the tokens trained on so far, padding excluded."""
@@ -190,7 +201,10 @@ class Reliable(Hooks):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss = None if return_outputs else self.objective.loss(model, inputs, num_items_in_batch)
-        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch) if loss is None else loss
+        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch) if loss is None else loss
+        if self.scaling is not None and not return_outputs:
+            self.scaling.apply(loss)
+        return loss
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         if not self.micro_batches:
@@ -220,6 +234,8 @@ class Reliable(Hooks):
         """Before the optimizer: clip the gradients, or skip the step; return their norm before, or of the last step taken."""
         step, masters = self.state.global_step + 1, self.trained.masters
         self.moment = Moment(f"in step {step}, when the weights were changed")
+        if self.scaling is not None:
+            masters.multiply_gradients(1 / self.scaling.scale)
         self.trained.add_penalty()  # here: logged losses stay those of the objective
         norm = self.accelerator.clip_grad_norm_(masters.masters, self.args.max_grad_norm)
         losses = [loss for _, loss in self.micro_batches]
@@ -227,14 +243,23 @@ class Reliable(Hooks):
         if all(map(math.isfinite, [gradient, *losses])):
             self.failure = self.watch.take(step, sum(losses))
             self.norm = norm
+            if self.scaling is not None:
+                self.scaling.took()
+        elif self.scaling is not None and all(map(math.isfinite, losses)) and self.scaling.fell():
+            self._leave_out()
+            self._record(Rescaled(step, self.state.epoch, self.scaling.scale, self.clock.elapsed()))
         else:
             self._skip(step, gradient, losses)
         return self.norm
 
-    def _skip(self, step, gradient, losses):
+    def _leave_out(self):
         """Skip this step: the optimizer changes nothing, and the mean loss is that of the other steps."""
         self.trained.masters.clear_gradients()
         self.leave_out_loss(self.loss_before)
+
+    def _skip(self, step, gradient, losses):
+        """Skip this step, and say so: a loss is not finite, or a gradient, in float16 at the lowest scale."""
+        self._leave_out()
         broken = [at for at, loss in enumerate(losses) if not math.isfinite(loss)]
         suspects = [rows for at, (rows, _) in enumerate(self.micro_batches) if at in broken or not broken]
         rows = [number + 1 for numbers in suspects for number in numbers]
@@ -242,7 +267,10 @@ class Reliable(Hooks):
         if rows:
             what += f" with training row{'s' * (len(rows) > 1)} {few([f'{number:,}' for number in rows])}"
         failure = self.watch.leave_out(step, what)
-        self.failure = failure and f"{failure}. Lower training.learning_rate, or look at these rows: qlora data --row"
+        if self.scaling is not None and not broken:
+            failure = f"{what} in step {step}, though the loss scale has fallen to its lowest, {self.scaling.scale:g}"
+        advice = f"{_sentence(self.remedy)} training.learning_rate, or look at these rows: qlora data --row"
+        self.failure = failure and f"{failure}. {advice}"
         self._record(Skipped(step, self.state.epoch, what, tuple(rows), self.clock.elapsed()))
 
     def _finish_step(self):
@@ -272,7 +300,8 @@ class Reliable(Hooks):
         if "loss" in logs:
             tokens = self.num_tokens()
             values = (logs["loss"], logs["learning_rate"], logs["grad_norm"], tokens, self.clock.rate(tokens))
-            metrics = self.trained.metrics() | metrics
+            scale = {} if self.scaling is None else {"loss_scale": self.scaling.scale}
+            metrics = self.trained.metrics() | metrics | scale
             self._record(Step(step, epoch, *values, self.peak.bytes, self.clock.elapsed(), metrics))
         elif "eval_loss" in logs:
             self._record(Evaluation(step, epoch, logs["eval_loss"], self.clock.elapsed(), metrics))
@@ -319,6 +348,8 @@ class Reliable(Hooks):
             found = predict(model, part, prediction_loss_only, ignore_keys)
             if not torch.isfinite(found[0]):
                 self.failure = f"the loss is {found[0].item()} {when}, with {self.moment.batch(self.objective)}"
+                if self.remedy:
+                    self.failure += f". {_sentence(self.remedy)} training.learning_rate"
                 raise _Left
             count = self.objective.num_items(part).to(found[0].device)
             self.evaluated += torch.stack([found[0].double() * count, count.double()])
@@ -374,6 +405,16 @@ class Reliable(Hooks):
                 f"{broken[0]} contains non-finite values after step {self.state.global_step}; it was not saved. "
                 f"Earlier checkpoints are intact: lower training.learning_rate{why}"
             )
+
+
+def _sentence(remedy):
+    """Return the beginning of the advice to lower the learning rate, a Trainer's `remedy` before it."""
+    return f"{remedy[:1].upper()}{remedy[1:]}lower" if remedy else "Lower"
+
+
+def _dtype_field(model):
+    """Return the recipe's field that says what `model` computes in."""
+    return base_model.field(base_model.quantized_modules(model) or None)
 
 
 class _Moments(TrainerCallback):

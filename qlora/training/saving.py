@@ -50,6 +50,7 @@ def contents(trainer):
         "evaluation_due": trainer.evaluation_due,
         "watch": trainer.watch.state(),
         "less_memory": trainer.economy.state(),
+        "loss_scale": trainer.scaling and trainer.scaling.state(),
         "norm": None if trainer.norm is None else float(trainer.norm),
         "step": trainer.state.global_step,
         "lines": trainer.num_lines,

@@ -91,7 +91,8 @@ def test_the_budget_is_the_option_then_the_recipe_then_what_is_there(make_recipe
     assert budget(recipe, card="3090") == 8 * 2**30
     assert budget(make_recipe(), card="5090") == int(31.36 * 2**30)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA GeForce RTX 4090")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA GeForce RTX 4090")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 9))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10 * 2**30, 24 * 2**30))
     assert budget(make_recipe()) == 10 * 2**30 + 512 * 2**20  # what is free, and the context that the plan counts
 

@@ -70,7 +70,7 @@ def gradients(model, setting="off", kinds=None, monkeypatch=None):
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma", "gpt2", "qwen3", "phi3", "phi"])
 def test_gradients_are_those_of_the_plain_modules(load, monkeypatch, family, kind):
     kinds = {name: source for name, source in kernels._KINDS.items() if kind in (name, "all")}
-    for dtype in ("float32", "bfloat16"):
+    for dtype in ("float32", "bfloat16", "float16"):
         model = load(family, dtype)
         plain_loss, plain, _ = gradients(model)
         fast_loss, fast, found = gradients(model, "auto", kinds, monkeypatch)

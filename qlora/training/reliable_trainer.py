@@ -187,14 +187,24 @@ class Reliable(Hooks):
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch) if loss is None else loss
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        if not self.micro_batches:
-            self.loss_before = self.loss_since_logged()
-        when = f"in step {self.state.global_step + 1}, micro-batch {len(self.micro_batches) + 1}"
-        self.moment = Moment(when, inputs, inputs.pop("rows", ()))
-        # kept on the device: reading it here would make the GPU wait at every micro-batch
-        self.tokens = self.tokens + self.objective.num_tokens(inputs)
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        self.micro_batches.append((self.moment.rows, loss))
+        """Run the micro-batches of a batch, most often one; return their summed loss, on the device."""
+        losses, parts = [], self.objective.micro_batches(inputs, inputs.pop("rows", ()))
+        if len(parts) > 1:  # by which trl divides a loss that is a mean of micro-batches: that of experts' balance
+            self.current_gradient_accumulation_steps = len(parts)
+        for part, rows in parts:
+            if not self.micro_batches:
+                self.loss_before = self.loss_since_logged()
+            when = f"in step {self.state.global_step + 1}, micro-batch {len(self.micro_batches) + 1}"
+            self.moment = Moment(when, part, rows)
+            # kept on the device: reading it here would make the GPU wait at every micro-batch
+            self.tokens = self.tokens + self.objective.num_tokens(part)
+            losses.append(self.run_micro_batch(model, part, num_items_in_batch))
+            self.micro_batches.append((rows, losses[-1]))
+        return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+
+    def run_micro_batch(self, model, inputs, num_items):
+        """Run a micro-batch forward and backward, and add its gradients to the masters'; return its share of the loss."""
+        loss = super().training_step(model, inputs, num_items)
         if self.accelerator.num_processes == 1 or self.accelerator.sync_gradients:  # else not reduced yet
             self.trained.masters.take_gradients()
         return loss

@@ -20,6 +20,13 @@ class Objective:
         """
         raise NotImplementedError
 
+    def micro_batches(self, inputs, rows) -> list[tuple]:
+        """Return [(inputs, rows)] of what a batch is computed as, one after another: most often the batch itself.
+
+        rows: the numbers of its rows. The loss of each is divided by the items of all.
+        """
+        return [(inputs, rows)]
+
     def num_items(self, inputs) -> Any:
         """Return how many items the loss of a batch is a mean of, such as trained tokens or rows: a tensor, shape ()."""
         raise NotImplementedError

@@ -20,11 +20,32 @@ def rehearse(trainer, run):
         run()
 
 
+def largest_micro_batch(lengths, rows, tokens=None):
+    """Return the numbers of at most `rows` rows that are the largest micro-batch there can be: the longest ones.
+
+    tokens: it has at most so many, if the longest row has not more: then the longest, and each time the longest that has room.
+    """
+    lengths = np.asarray(lengths)
+    order = np.argsort(-lengths, kind="stable")
+    if tokens is None:
+        return order[:rows]
+    shortest_first = lengths[order[::-1]]
+    chosen, room, at = [order[0]], tokens - lengths[order[0]], 1
+    while len(chosen) < rows:
+        at = max(at, len(order) - int(np.searchsorted(shortest_first, room, side="right")))
+        if at >= len(order):
+            break
+        chosen.append(order[at])
+        room -= lengths[order[at]]
+        at += 1
+    return np.array(chosen)
+
+
 @contextlib.contextmanager
 def held_later(trainer):
     """Allocate what later micro-batches find in memory beside the model."""
     masters, optimizer = trainer.trained.masters.masters, trainer.own_optimizer
-    held = [torch.empty_like(m) for m in masters] if trainer.args.gradient_accumulation_steps > 1 else []
+    held = [torch.empty_like(m) for m in masters] if trainer.accumulates else []
     if hasattr(optimizer, "init_state"):  # of bitsandbytes: what its first step begins with, paged where that is
         for master, group, place in places(optimizer):
             if not optimizer.state[master]:

@@ -30,7 +30,7 @@ from .divergence import Watch
 from .order import ByLength
 from .out_of_memory import Moment, few
 from .private_names import Hooks, set_rates
-from .rehearsal import rehearse, same_random_numbers
+from .rehearsal import largest_micro_batch, rehearse, same_random_numbers
 from .saving import Saves, Saving
 from .trained_parameters import Trained, not_finite
 
@@ -38,13 +38,15 @@ from .trained_parameters import Trained, not_finite
 @dataclass(frozen=True)
 class Reliability:
     """lengths: the size of each training row, such as its tokens; those of the largest are rehearsed where `rehearse`.
-    group_by_length: rows of like length share a step. watchdog_steps: the window of Watch; None: only non-finite losses end
+    group_by_length: rows of like length share a step. tokens: a batch is a whole step, and the objective makes micro-batches of
+    at most so many of it. watchdog_steps: the window of Watch; None: only non-finite losses end
     a run.
     """
 
     lengths: Sequence[int] = ()
     rehearse: bool = True
     group_by_length: bool = False
+    tokens: int | None = None
     watchdog_steps: int | None = None
     saving: Saving = dataclasses.field(default_factory=Saving)
 
@@ -138,6 +140,14 @@ class Reliable(Hooks):
         return self.optimizer
 
     @property
+    def accumulates(self):
+        """Whether a step may have several micro-batches."""
+        if self.reliability.tokens is None:
+            return self.args.gradient_accumulation_steps > 1
+        longest_first = np.sort(self.reliability.lengths)[::-1]
+        return longest_first[: self.args.per_device_train_batch_size].sum() > self.reliability.tokens
+
+    @property
     def own_optimizer(self):
         """The optimizer without accelerate's wrapper."""
         return getattr(self.optimizer, "optimizer", self.optimizer)
@@ -156,9 +166,9 @@ class Reliable(Hooks):
     def begin(self):
         """The last things before the first step: rehearse, say that the run begins, make up for an evaluation that was left."""
         self.trained.begin(self.state.max_steps)
-        lengths = np.asarray(self.reliability.lengths)
-        if self.reliability.rehearse and len(lengths):
-            self.rehearse(np.argsort(-lengths, kind="stable")[: self.args.per_device_train_batch_size])
+        if self.reliability.rehearse and len(self.reliability.lengths):
+            rows, tokens = self.args.per_device_train_batch_size, self.reliability.tokens
+            self.rehearse(largest_micro_batch(self.reliability.lengths, rows, tokens))
         emit(Begun(self.state.global_step, self.state.max_steps, self.num_lines))
         self.clock.begin()
         self.begun = True

@@ -69,13 +69,14 @@ def plan_training(prepared, device, tokens=None) -> Planned:
 
 def _what_would_fit(recipe, job, found, device):
     free = recipe.memory.budget is None
+    changes = planner.suggestions(job)
     lines = [
         f"does not fit: {size(found.peak_bytes)} are needed ({found.where}), {size(job.budget_bytes)} are "
-        f"{'free' if free else 'memory.budget'}; what would help, best first:"
+        f"{'free' if free else 'memory.budget'}; "
+        + ("what would help, best first:" if changes else "no setting would make it less, a smaller model would")
     ]
     lines += [
-        f"  {change['set']}: {size(change['peak_bytes'])}{', fits' if change['fits'] else ''}"
-        for change in planner.suggestions(job)
+        f"  {change['set']}: {size(change['peak_bytes'])}{', fits' if change['fits'] else ''}" for change in changes
     ]
     others = held_by_others(device)
     if free and others > _WORTH_SAYING:

@@ -86,7 +86,7 @@ def test_a_run_that_the_system_refuses_memory_ends_with_3_and_says_what_to_chang
     )
     assert found, done.stderr
     assert "training rows " in done.stderr
-    assert "set training.per_device_train_batch_size=32 training.gradient_accumulation_steps=2" in done.stderr
+    assert "set a lower memory.budget: joined micro-batches get smaller (now 1,024 tokens)" in done.stderr
     assert "Traceback" not in done.stderr
     folder = tmp_path / "run"
     assert not (folder / "adapter").exists()

@@ -20,6 +20,7 @@ QUICK = {
 SLOW = {
     "benchmark_data.py": "--model MODEL --data ALPACA --rows 8 --repeats 1 --max-length 256",
     "benchmark_train.py": "--model MODEL --full-rows 32 --steps 4 --rounds 1 --batch 2",
+    "benchmark_micro_batches.py": "--model MODEL --data ROWS --rows 4 --steps 4 --rounds 1 --tokens 128",
     "benchmark_export.py": "--shape tiny --tokenizer MODEL --folder OUT --rounds 1",
 }
 ELSEWHERE = {"quickstart_model.py"}  # downloads; quickstart.sh runs it

@@ -433,7 +433,7 @@ def test_a_run_from_before_joined_steps_goes_on_as_it_was_begun(recipe_of, monke
     for _ in stop_at(monkeypatch, 2):
         with pytest.raises(Interrupted):
             train(by_rows)
-    with pytest.raises(InputError, match='training.tokens_per_micro_batch: was null, is "auto"'):
+    with pytest.raises(InputError, match=r'training\.tokens_per_micro_batch: was null, is "auto"'):
         train(changed(by_rows, "training.tokens_per_micro_batch=auto"), resume=True)
     resumed = train(recipe_of("run", max_steps=4), resume=True)  # whose recipe does not say
     assert "the run has training.tokens_per_micro_batch: null, and goes on with that" in capsys.readouterr().err

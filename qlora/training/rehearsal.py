@@ -21,24 +21,12 @@ def rehearse(trainer, run):
 
 
 def largest_micro_batch(lengths, rows, tokens=None):
-    """Return the numbers of at most `rows` rows that are the largest micro-batch there can be: the longest ones.
-
-    tokens: it has at most so many, if the longest row has not more: then the longest, and each time the longest that has room.
-    """
+    """Return the numbers of the longest rows: as many as a micro-batch has, or at most that and enough to fill `tokens`."""
     lengths = np.asarray(lengths)
-    order = np.argsort(-lengths, kind="stable")
+    longest_first = np.argsort(-lengths, kind="stable")[:rows]
     if tokens is None:
-        return order[:rows]
-    shortest_first = lengths[order[::-1]]
-    chosen, room, at = [order[0]], tokens - lengths[order[0]], 1
-    while len(chosen) < rows:
-        at = max(at, len(order) - int(np.searchsorted(shortest_first, room, side="right")))
-        if at >= len(order):
-            break
-        chosen.append(order[at])
-        room -= lengths[order[at]]
-        at += 1
-    return np.array(chosen)
+        return longest_first
+    return longest_first[: 1 + int(np.searchsorted(np.cumsum(lengths[longest_first]), tokens))]
 
 
 @contextlib.contextmanager

@@ -182,6 +182,8 @@ class Reliable(Hooks):
         """Run the training rows of these numbers forward and backward, without a trace."""
         inputs = self.data_collator([self.train_dataset[int(index)] for index in largest])
         rows = inputs.pop("rows", ())
+        if self.reliability.tokens is not None:
+            inputs = self.objective.cut(inputs, self.reliability.tokens)
         self.moment = Moment("in the rehearsal, before the first step", inputs, rows)
         # what the loop sets before each step: a loss that is a mean of micro-batches is divided by it
         self.current_gradient_accumulation_steps = self.args.gradient_accumulation_steps

@@ -6,11 +6,14 @@ import torch
 
 from qlora import planner
 from qlora.commands.plan import plan
+from qlora.commands.train import train
 from qlora.jobs.joined_steps import joined_steps
 from qlora.jobs.plan_job import Budget, job_of
 from qlora.jobs.planned_training import plan_training
 from qlora.jobs.prepared_data import prepare
 from qlora.recipe import Training
+from qlora.system.errors import Interrupted
+from tests.runs.test_checkpoints import assert_same_run, stop_at
 
 CPU = torch.device("cpu")
 
@@ -59,14 +62,37 @@ def test_the_size_is_the_fastest_that_fits_and_less_memory_takes_a_smaller_one(m
 
 
 def test_a_resumed_size_that_no_longer_fits_is_chosen_anew(make_recipe):
-    prepared = prepare(make_recipe(data={"eval_fraction": 0.0}))
-    whole = plan_training(prepared, CPU)
-    longest = max(prepared.examples.lengths)
-    same = plan_training(prepared, CPU, tokens=longest)
+    def prepared(**memory):
+        training = {"per_device_train_batch_size": 64}
+        return prepare(make_recipe(training=training, memory=memory, data={"eval_fraction": 0.0}))
+
+    whole, longest = plan_training(prepared(), CPU), max(prepared().examples.lengths)
+    same = plan_training(prepared(), CPU, tokens=longest)
     assert (same.tokens_per_micro_batch, same.tokens_before) == (longest, None)
-    tight = prepare(make_recipe(memory={"budget": f"{same.plan.peak_bytes / 2**20}MiB"}, data={"eval_fraction": 0.0}))
+    tight = prepared(budget=f"{(same.plan.peak_bytes + 1) / 2**20}MiB")
     found = plan_training(tight, CPU, tokens=whole.tokens_per_micro_batch)
     assert (found.tokens_per_micro_batch, found.tokens_before) == (longest, whole.tokens_per_micro_batch)
+
+
+def test_a_resumed_run_has_the_micro_batches_that_it_was_begun_with(make_recipe, tmp_path, monkeypatch):
+    """Chosen anew they would be others: what is the fastest may have changed since."""
+
+    def recipe(name):
+        training = {"max_steps": 4, "gradient_accumulation_steps": 2}
+        return make_recipe(training=training, output_dir=str(tmp_path / name))
+
+    monkeypatch.setattr(planner, "_TOKENS_ON_CPU", 1)
+    whole = train(recipe("whole"))
+    longest = whole.environment()["tokens_per_micro_batch"]
+    assert longest == 32
+    for _ in stop_at(monkeypatch, 2):
+        with pytest.raises(Interrupted):
+            train(recipe("run"))
+    monkeypatch.setattr(planner, "_TOKENS_ON_CPU", 1024)
+    assert plan_training(prepare(recipe("run")), CPU).tokens_per_micro_batch > longest
+    resumed = train(recipe("run"), resume=True)
+    assert resumed.environment()["tokens_per_micro_batch"] == longest
+    assert_same_run(whole, resumed)
 
 
 def test_on_a_card_short_rows_go_several_at_a_time(make_recipe):

@@ -14,7 +14,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qlora import planner
 from qlora.commands.train import train
 from qlora.recipe import Recipe, Training
 from qlora.runs import checkpoints, record
@@ -411,21 +410,6 @@ def test_only_plain_files_follow_the_umask_and_hold_no_pickle(kept):
 
 
 # ---- the same run, or not --------------------------------------------------------------------------------------------
-
-
-def test_a_resumed_run_has_the_micro_batches_that_it_was_begun_with(recipe_of, monkeypatch):
-    """Chosen anew they would be others: what is the fastest may have changed since."""
-    monkeypatch.setattr(planner, "_TOKENS_ON_CPU", 1)
-    whole = train(recipe_of("whole", max_steps=4))
-    longest = whole.environment()["tokens_per_micro_batch"]
-    for _ in stop_at(monkeypatch, 2):
-        with pytest.raises(Interrupted):
-            train(recipe_of("run", max_steps=4))
-    monkeypatch.setattr(planner, "_TOKENS_ON_CPU", 1024)
-    resumed = train(recipe_of("run", max_steps=4), resume=True)
-    assert resumed.environment()["tokens_per_micro_batch"] == longest
-    assert_same_run(whole, resumed)
-    assert train(recipe_of("other", max_steps=1)).environment()["tokens_per_micro_batch"] > longest
 
 
 def test_a_run_from_before_joined_steps_goes_on_as_it_was_begun(recipe_of, monkeypatch, capsys):

@@ -27,6 +27,10 @@ class Objective:
         """
         return [(inputs, rows)]
 
+    def cut(self, inputs, tokens) -> dict[str, Any]:
+        """Return the first `tokens` of a batch of joined rows: the largest of its micro-batches that there can be."""
+        raise NotImplementedError
+
     def num_items(self, inputs) -> Any:
         """Return how many items the loss of a batch is a mean of, such as trained tokens or rows: a tensor, shape ()."""
         raise NotImplementedError

@@ -67,6 +67,14 @@ class Supervised(Objective):
             return [(inputs, rows)]
         return list(_split(inputs, rows, data.best_fit(segments, max(self.tokens, *segments))))
 
+    def cut(self, inputs, tokens):
+        """At least the first row whole."""
+        ends = np.cumsum(inputs["segments"])
+        tokens = max(tokens, int(ends[0]))
+        segments = np.diff(np.minimum(ends, tokens), prepend=0)
+        columns = {name: value[:, :tokens] for name, value in inputs.items() if torch.is_tensor(value)}
+        return {**columns, "segments": segments[segments > 0].tolist()}
+
     def num_items(self, inputs):
         """The trained tokens."""
         return (inputs["labels"][:, 1:] != IGNORE_INDEX).sum()

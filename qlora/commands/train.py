@@ -19,7 +19,7 @@ from ..system.errors import InputError, Interrupted, TrainingFailed
 from ..system.events import heard_by, progress
 from ..terminal import shown
 from ..terminal.data import say_report
-from ..terminal.training import say_kernels, say_model, say_planned, say_resumed, say_trained
+from ..terminal.training import say_kernels, say_micro_batches, say_model, say_planned, say_resumed, say_trained
 
 
 @shown()
@@ -54,6 +54,7 @@ def train(recipe: Recipe, resume=False, allow_change=()) -> RunDir:
 def _train(recipe, resumed):
     """Train from the beginning, or go on with a Resumed run."""
     say_device()
+    recipe = recipe if resumed is None else resumed.as_begun(recipe)
     prepared = prepare(recipe)
     recipe = prepared.recipe
     say_report(prepared)
@@ -61,11 +62,12 @@ def _train(recipe, resumed):
     fingerprint = resumed_run.of_recipe(recipe, prepared)
     if resumed is not None:
         resumed.refuse_changes(fingerprint)
-    planned = plan_training(prepared, base_model.default_device())
+    tokens = None if resumed is None else resumed.tokens_per_micro_batch
+    planned = plan_training(prepared, base_model.default_device(), tokens)
     say_planned(planned)
 
     with RunDir.create(recipe) if resumed is None else contextlib.nullcontext(resumed.run) as run:
-        opened = model_to_train.open_trainable(prepared, fingerprint, resumed)
+        opened = model_to_train.open_trainable(prepared, fingerprint, resumed, planned.tokens_per_micro_batch)
         if resumed is not None:
             say_resumed(resumed, opened.environment)
         say_model(prepared, opened)
@@ -73,6 +75,7 @@ def _train(recipe, resumed):
         with kernels.installed(opened.model, recipe.kernels) as installed, signals.noted() as stop:
             model_to_train.refuse_unjoinable(recipe, opened.model, installed)
             say_kernels(installed, opened.model.device)
+            say_micro_batches(recipe, planned, installed)
             with progress("training"), heard_by(model_to_train.begins(run, prepared, opened, resumed)):
                 result = training.train(
                     opened.model,
@@ -84,6 +87,7 @@ def _train(recipe, resumed):
                         planned.offload,
                         recipe.memory.gradient_checkpointing != "auto",
                         planned.predicted_bytes,
+                        planned.tokens_per_micro_batch,
                         installed=installed,
                     ),
                     run,

@@ -97,7 +97,7 @@ def prepared_if_there(recipe, on=None):
 
 
 def _batches(examples, recipe):
-    tokens = recipe.training.tokens_per_micro_batch
+    tokens = recipe.training.filled_to
     if recipe.data.packing:
         return data.pack(examples, tokens or recipe.data.max_length)
     if tokens is not None:

@@ -112,6 +112,20 @@ class Resumed:
                 )
             )
 
+    @property
+    def tokens_per_micro_batch(self):
+        """The tokens of its joined micro-batches, at most; None where it has none."""
+        return self.environment.get("tokens_per_micro_batch")
+
+    def as_begun(self, recipe: Recipe) -> Recipe:
+        """Return `recipe` with micro-batches of rows where the run has those and the recipe does not say: auto is newer."""
+        training = recipe.training
+        then = self.state["fingerprint"].get("training.tokens_per_micro_batch")
+        if "tokens_per_micro_batch" in training.model_fields_set or then is not None:
+            return recipe
+        note("resumed   the run has training.tokens_per_micro_batch: null, and goes on with that")
+        return recipe.model_copy(update={"training": training.model_copy(update={"tokens_per_micro_batch": None})})
+
     def begin(self, recipe: Recipe):
         """Write this recipe into the run folder and move a finished adapter/ and its scores aside."""
         run = self.run

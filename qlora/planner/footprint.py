@@ -29,7 +29,8 @@ class NoPlan(Exception):
 @dataclass(frozen=True)
 class Load:
     """A micro-batch at its largest. rows: of length `length`, padding counted; scored: its trained positions. joined: the
-    rows are one row without padding. document: the longest that is attended to by itself; None: as long as a row."""
+    rows are one row without padding. document: the longest that is attended to by itself; None: as long as a row; attended:
+    that of a token, in the mean. alone: it is the only one of its step; None: where a step has one by the recipe."""
 
     rows: int
     length: int
@@ -37,6 +38,13 @@ class Load:
     packed: bool = False
     joined: bool = False
     document: int | None = None
+    attended: float | None = None
+    alone: bool | None = None
+
+    @property
+    def joins_steps(self):
+        """Whether it is made of the rows of a step: `training.tokens_per_micro_batch: auto`."""
+        return self.alone is not None
 
     @property
     def tokens(self):
@@ -187,7 +195,7 @@ def usage(model: Outline, load: Load, training, checkpointed, offload, eval_load
     """
     numbers = float(model.trained.sum())
     largest = float(model.trained.max())
-    accumulates = training.gradient_accumulation_steps > 1
+    accumulates = training.gradient_accumulation_steps > 1 if load.alone is None else not load.alone
     always = {
         "weights": model.weights,
         "adapter": model.trained_bytes + 4 * numbers,  # and training.master_weights

@@ -105,7 +105,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _one_way_to_fill_a_micro_batch(self):
-        tokens = self.training.tokens_per_micro_batch
+        tokens = self.training.filled_to
         if tokens is not None and tokens < self.data.max_length:
             raise ValueError(
                 f"training.tokens_per_micro_batch {tokens} is less than data.max_length {self.data.max_length}; "

@@ -359,6 +359,17 @@ class Data(Section):
         return self
 
 
+def _auto_or_tokens(value):
+    """One message for what would be two, one for each type."""
+    if (
+        value is None
+        or value == "auto"
+        or (isinstance(value, int) and not isinstance(value, bool) and 0 < value <= _LARGEST)
+    ):
+        return value
+    raise ValueError("should be auto, null or a number of tokens")
+
+
 class Training(Section):
     num_train_epochs: Annotated[float, Field(gt=0, le=1e6)] = 1.0
     """passes over the training rows"""
@@ -366,15 +377,17 @@ class Training(Section):
     """instead of epochs"""
     per_device_train_batch_size: Positive = 1
     """rows in a micro-batch"""
-    tokens_per_micro_batch: Positive | None = None
-    """instead of a number of rows: tokens including padding, filled with rows of similar length; or the length of a
-    packed row"""
+    tokens_per_micro_batch: Annotated[Literal["auto"] | Positive | None, BeforeValidator(_auto_or_tokens)] = "auto"
+    """auto: the rows of a step are joined without padding into as few micro-batches as is fastest in the memory there is
+    ([below](#tokens-of-a-micro-batch)); null: a micro-batch is per_device_train_batch_size rows; a number of tokens, padding
+    included: filled with rows of similar length instead, or the length of a packed row"""
     group_by_length: bool = False
-    """put rows of similar length into one micro-batch; only with a fixed number of rows"""
+    """put rows of similar length into one step; not with a number of tokens"""
     per_device_eval_batch_size: Positive = 1
     """rows in a micro-batch of an evaluation"""
     gradient_accumulation_steps: Positive = 16
-    """micro-batches a step; the loss is the mean over the step's trained tokens"""
+    """micro-batches a step, so a step has this many times per_device_train_batch_size rows, however they are joined; the loss
+    is the mean over the step's trained tokens"""
     learning_rate: Annotated[float, Field(gt=0, le=1000)] = 2e-4
     """the highest, after the warmup"""
     optim: optimizers.Name = optimizers.DEFAULT
@@ -404,6 +417,20 @@ class Training(Section):
     more than noise; null: never"""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     """of every draw: order of the rows, dropout, initial values"""
+
+    @property
+    def joins_steps(self):
+        """Whether the rows of a step are joined into as few micro-batches as the memory allows."""
+        return self.tokens_per_micro_batch == "auto"
+
+    @property
+    def filled_to(self):
+        """The tokens that a micro-batch is filled to, whatever step its rows would be in; None where that is not asked for."""
+        return None if self.tokens_per_micro_batch == "auto" else self.tokens_per_micro_batch
+
+    @property
+    def rows_per_step(self):
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps
 
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}

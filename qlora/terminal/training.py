@@ -101,6 +101,22 @@ def say_kernels(installed, device):
         note(f"          {names[kind]}: installed, but does not run here; {reason}")
 
 
+def say_micro_batches(recipe, planned, installed):
+    """Say how the rows of a step are computed, where the recipe leaves that open."""
+    training, tokens = recipe.training, planned.tokens_per_micro_batch
+    if not training.joins_steps or recipe.data.packing:
+        return
+    if tokens is not None and installed.joined:
+        note(f"batches   {training.rows_per_step} rows a step, joined into micro-batches of at most {tokens:,} tokens")
+        if planned.tokens_before is not None:
+            note(f"          {planned.tokens_before:,} before; they no longer fit, so last digits may differ")
+        return
+    why = "rows of this architecture are not joined" if planned.plan is not None else "without a plan"
+    why = "kernels are off" if recipe.kernels == "off" else why
+    rows, count = training.per_device_train_batch_size, training.gradient_accumulation_steps
+    note(f"batches   {count} micro-batches of {rows} row{'s' * (rows > 1)} a step: {why}")
+
+
 def say_model(prepared, opened):
     """Say what is trained, and on what. opened: a jobs.model_to_train.ModelToTrain."""
     recipe, checkpoint, model = prepared.recipe, prepared.checkpoint, opened.model

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .. import base_model, kernels
-from ..data import Packs
+from ..data import Batches, Packs
 from ..kernels import attention
 from ..kernels.checkpointing import Checkpointing
 from ..runs.record import recorded
@@ -41,8 +41,10 @@ class Settings:
     """How it is trained.
 
     training: the recipe's section. checkpointed_layers, offload: of kernels.checkpointing; fixed_layers: the recipe says so
-    many, which is mentioned where they do not fit. predicted_bytes: what somebody
-    expects the peak to be; is only written down, in memory.json, beside what was measured. rehearse: run the largest
+    many, which is mentioned where they do not fit. predicted_bytes: what somebody expects the peak to be; is only written
+    down, in memory.json, beside what was measured. tokens_per_micro_batch: the rows of a step are joined into micro-batches of
+    at most so many, where the model's rows can be joined and are not packed already; None: as many rows as the section says.
+    rehearse: run the largest
     micro-batch once before the first step; it changes no number. installed: the kernels that the model computes with.
     """
 
@@ -51,6 +53,7 @@ class Settings:
     offload: bool = False
     fixed_layers: bool = False
     predicted_bytes: int | None = None
+    tokens_per_micro_batch: int | None = None
     rehearse: bool = True
     installed: kernels.Installed = field(default_factory=kernels.Installed)
 
@@ -87,22 +90,11 @@ def train(model, tokenizer, rows: Rows, settings: Settings, run, saving=None) ->
             adapter does not move.
     """
     joined, section = settings.installed.joined or isinstance(rows.train, Packs), settings.training
-    objective = Supervised(tokenizer, joined, settings.installed.loss)
-    economy = _economy(model, settings)
-    arguments = arguments_of(section, run.path, model.device, bool(rows.held_out))
-    trainer = objective.trainer(
-        model,
-        rows,
-        arguments,
-        Reliability(
-            rehearse=settings.rehearse,
-            group_by_length=section.group_by_length,
-            watchdog_steps=section.watchdog_steps,
-            saving=saving or Saving(),
-            economy=economy,
-        ),
-    )
-    measured: dict[str, Any] = economy.said() | {"predicted_bytes": settings.predicted_bytes}
+    tokens = None if not joined or isinstance(rows.train, (Packs, Batches)) else settings.tokens_per_micro_batch
+    objective, economy = Supervised(tokenizer, joined, settings.installed.loss, tokens), _economy(model, settings)
+    trainer = _trainer(model, objective, rows, settings, run, saving or Saving(), economy)
+    measured: dict[str, Any] = economy.said()
+    measured |= {"predicted_bytes": settings.predicted_bytes, "tokens_per_micro_batch": tokens}
     try:
         with recorded(run), _computing(model, economy.layers, settings, joined):
             loss, eval_loss = trainer.fit()
@@ -135,6 +127,23 @@ def train(model, tokenizer, rows: Rows, settings: Settings, run, saving=None) ->
 def _economy(model, settings):
     layers = Checkpointing(base_model.decoder_layers(model), settings.checkpointed_layers, settings.offload)
     return Economy(layers, settings.fixed_layers)
+
+
+def _trainer(model, objective, rows, settings, run, saving, economy):
+    """Return the Reliable trainer of these. Where the objective makes the micro-batches, its batch is a whole step."""
+    section, tokens = settings.training, objective.tokens
+    arguments = arguments_of(section, run.path, model.device, bool(rows.held_out))
+    if tokens is not None:
+        arguments |= {"per_device_train_batch_size": section.rows_per_step, "gradient_accumulation_steps": 1}
+    reliability = Reliability(
+        rehearse=settings.rehearse,
+        group_by_length=section.group_by_length,
+        tokens=tokens,
+        watchdog_steps=section.watchdog_steps,
+        saving=saving,
+        economy=economy,
+    )
+    return objective.trainer(model, rows, arguments, reliability)
 
 
 @contextlib.contextmanager

@@ -38,13 +38,16 @@ def what_would_help(training, measured, on_gpu, evaluates, longest):
     if number < total:
         found.append(f"set memory.gradient_checkpointing=true (now {number} of {total} layers)")
     halved = any("halves" in one["change"] for one in measured.get("less_memory", ()))
-    if rows > 1 and not halved:
+    tokens = measured.get("tokens_per_micro_batch")
+    if tokens is not None and tokens > longest and not halved:
+        found.append(f"set a lower memory.budget: joined micro-batches get smaller (now {tokens:,} tokens)")
+    if rows > 1 and tokens is None and not halved:
         found.append(
             f"set training.per_device_train_batch_size={rows // 2} training.gradient_accumulation_steps={2 * steps} "
             f"(now {rows} and {steps})"
         )
-    if training.tokens_per_micro_batch and not halved:
-        found.append(f"set a lower training.tokens_per_micro_batch (now {training.tokens_per_micro_batch:,})")
+    if training.filled_to and not halved:
+        found.append(f"set a lower training.tokens_per_micro_batch (now {training.filled_to:,})")
     if on_gpu and not measured["offload"]:
         found.append("set memory.offload=true memory.gradient_checkpointing=true")
     return [*found, shorter]

@@ -20,11 +20,20 @@ def rehearse(trainer, run):
         run()
 
 
+def largest_micro_batch(lengths, rows, tokens=None):
+    """Return the numbers of the longest rows: as many as a micro-batch has, or at most that and enough to fill `tokens`."""
+    lengths = np.asarray(lengths)
+    longest_first = np.argsort(-lengths, kind="stable")[:rows]
+    if tokens is None:
+        return longest_first
+    return longest_first[: 1 + int(np.searchsorted(np.cumsum(lengths[longest_first]), tokens))]
+
+
 @contextlib.contextmanager
 def held_later(trainer):
     """Allocate what later micro-batches find in memory beside the model."""
     masters, optimizer = trainer.trained.masters.masters, trainer.own_optimizer
-    held = [torch.empty_like(m) for m in masters] if trainer.args.gradient_accumulation_steps > 1 else []
+    held = [torch.empty_like(m) for m in masters] if trainer.accumulates else []
     if hasattr(optimizer, "init_state"):  # of bitsandbytes: what its first step begins with, paged where that is
         for master, group, place in places(optimizer):
             if not optimizer.state[master]:

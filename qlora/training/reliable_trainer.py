@@ -34,7 +34,7 @@ from .loss_scale import LossScale
 from .order import ByLength
 from .out_of_memory import Moment, few
 from .private_names import Hooks, set_rates
-from .rehearsal import rehearse, same_random_numbers
+from .rehearsal import largest_micro_batch, rehearse, same_random_numbers
 from .saving import Saves, Saving
 from .trained_parameters import Trained, not_finite
 
@@ -42,13 +42,15 @@ from .trained_parameters import Trained, not_finite
 @dataclass(frozen=True)
 class Reliability:
     """lengths: the size of each training row, such as its tokens; those of the largest are rehearsed where `rehearse`.
-    group_by_length: rows of like length share a step. watchdog_steps: the window of Watch; None: only non-finite losses end
-    a run. economy: what is done where memory runs out.
+    group_by_length: rows of like length share a step. tokens: a batch is a whole step, and the objective makes micro-batches of
+    at most so many of it. watchdog_steps: the window of Watch; None: only non-finite losses end a run. economy: what is done
+    where memory runs out.
     """
 
     lengths: Sequence[int] = ()
     rehearse: bool = True
     group_by_length: bool = False
+    tokens: int | None = None
     watchdog_steps: int | None = None
     saving: Saving = dataclasses.field(default_factory=Saving)
     economy: Economy = dataclasses.field(default_factory=Economy)
@@ -154,6 +156,14 @@ class Reliable(Hooks):
         return self.optimizer
 
     @property
+    def accumulates(self):
+        """Whether a step may have several micro-batches."""
+        if self.reliability.tokens is None:
+            return self.args.gradient_accumulation_steps > 1
+        longest_first = np.sort(self.reliability.lengths)[::-1]
+        return longest_first[: self.args.per_device_train_batch_size].sum() > self.reliability.tokens
+
+    @property
     def own_optimizer(self):
         """The optimizer without accelerate's wrapper."""
         return getattr(self.optimizer, "optimizer", self.optimizer)
@@ -172,9 +182,9 @@ class Reliable(Hooks):
     def begin(self):
         """The last things before the first step: rehearse, say that the run begins, make up for an evaluation that was left."""
         self.trained.begin(self.state.max_steps)
-        lengths = np.asarray(self.reliability.lengths)
-        if self.reliability.rehearse and len(lengths):
-            self.rehearse(np.argsort(-lengths, kind="stable")[: self.args.per_device_train_batch_size])
+        if self.reliability.rehearse and len(self.reliability.lengths):
+            rows, tokens = self.args.per_device_train_batch_size, self.reliability.tokens
+            self.rehearse(largest_micro_batch(self.reliability.lengths, rows, tokens))
         emit(Begun(self.state.global_step, self.state.max_steps, self.num_lines))
         self.clock.begin()
         self.begun = True
@@ -189,6 +199,8 @@ class Reliable(Hooks):
         """Run the training rows of these numbers forward and backward, without a trace."""
         inputs = self.data_collator([self.train_dataset[int(index)] for index in largest])
         rows = inputs.pop("rows", ())
+        if self.reliability.tokens is not None:
+            inputs = self.objective.cut(inputs, self.reliability.tokens)
         self.moment = Moment("in the rehearsal, before the first step", inputs, rows)
         # what the loop sets before each step: a loss that is a mean of micro-batches is divided by it
         self.current_gradient_accumulation_steps = self.args.gradient_accumulation_steps
@@ -207,27 +219,30 @@ class Reliable(Hooks):
         return loss
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        if not self.micro_batches:
-            self.loss_before = self.loss_since_logged()
-        return self.run_micro_batch(model, inputs, num_items_in_batch)
+        """Run the micro-batches of a batch, most often one; return their summed loss, on the device."""
+        losses, parts = [], self.objective.micro_batches(inputs, inputs.pop("rows", ()))
+        if len(parts) > 1:  # by which trl divides a loss that is a mean of micro-batches: that of experts' balance
+            self.current_gradient_accumulation_steps = len(parts)
+        for part, rows in parts:
+            if not self.micro_batches:
+                self.loss_before = self.loss_since_logged()
+            when = f"in step {self.state.global_step + 1}, micro-batch {len(self.micro_batches) + 1}"
+            self.moment = Moment(when, part, rows)
+            # kept on the device: reading it here would make the GPU wait at every micro-batch
+            self.tokens = self.tokens + self.objective.num_tokens(part)
+            losses.append(self.run_micro_batch(model, num_items_in_batch))
+            self.micro_batches.append((rows, losses[-1]))
+        return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
-    def run_micro_batch(self, model, inputs, num_items):
-        """Run a micro-batch forward and backward and give its gradients to the masters; return its loss."""
-        when = f"in step {self.state.global_step + 1}, micro-batch {len(self.micro_batches) + 1}"
-        self.moment = Moment(when, inputs, inputs.pop("rows", ()))
-        # kept on the device: reading it here would make the GPU wait at every micro-batch
-        self.tokens = self.tokens + self.objective.num_tokens(inputs)
+    def run_micro_batch(self, model, num_items):
+        """Run that of `moment` forward and backward, and add its gradients to the masters'; return its share of the loss."""
         step = super().training_step
         reduced = self.accelerator.num_processes == 1 or self.accelerator.sync_gradients
-        losses = self.economy.run(
-            self,
-            lambda part: step(model, part, num_items),
-            self.trained.masters.take_gradients if reduced else None,
-            divisible=num_items
-            is not None,  # else the loss is a mean of the micro-batch, and not the sum of its halves'
-        )
+        # a loss that is a mean of the micro-batch is not the sum of its halves'
+        divisible = num_items is not None
+        keep = self.trained.masters.take_gradients if reduced else None
+        losses = self.economy.run(self, lambda part: step(model, part, num_items), keep, divisible)
         loss = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
-        self.micro_batches.append((self.moment.rows, loss))
         return loss
 
     def finish_gradients(self):

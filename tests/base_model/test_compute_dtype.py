@@ -48,7 +48,7 @@ def test_a_card_has_bfloat16_by_its_capability_whatever_torch_says_of_emulation(
 
 
 @pytest.mark.parametrize(
-    ("name", "has"), [("T4", False), ("RTX 2080 Ti", False), ("V100", False), ("RTX 3090", True), ("4090", True)]
+    ("name", "has"), [("T4", False), ("RTX 2080 Ti", False), ("V100 16GB", False), ("RTX 3090", True), ("4090", True)]
 )
 def test_a_plan_for_a_card_computes_in_what_the_card_has(name, has):
     assert plan_job.computer_of(name).has_bfloat16 == has

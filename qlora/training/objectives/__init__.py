@@ -20,6 +20,17 @@ class Objective:
         """
         raise NotImplementedError
 
+    def micro_batches(self, inputs, rows) -> list[tuple]:
+        """Return [(inputs, rows)] of what a batch is computed as, one after another: most often the batch itself.
+
+        rows: the numbers of its rows. The loss of each is divided by the items of all.
+        """
+        return [(inputs, rows)]
+
+    def cut(self, inputs, tokens) -> dict[str, Any]:
+        """Return the first `tokens` of a batch of joined rows: the largest of its micro-batches that there can be."""
+        raise NotImplementedError
+
     def num_items(self, inputs) -> Any:
         """Return how many items the loss of a batch is a mean of, such as trained tokens or rows: a tensor, shape ()."""
         raise NotImplementedError

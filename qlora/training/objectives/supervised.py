@@ -26,11 +26,13 @@ from . import Objective
 
 @dataclass(frozen=True)
 class Supervised(Objective):
-    """tokenizer: pads. joined: a micro-batch is one row without padding. lean: the loss by kernels.loss, on a CPU."""
+    """tokenizer: pads. joined: a batch is one row without padding. lean: the loss by kernels.loss, on a CPU. tokens: a joined
+    batch is computed as micro-batches of at most so many."""
 
     tokenizer: Any
     joined: bool = False
     lean: bool = False
+    tokens: int | None = None
 
     def trainer(self, model, rows, arguments, reliability):
         """rows: training.Rows of sequences of data.Example; those to train on may be data.Packs or data.Batches."""
@@ -57,6 +59,21 @@ class Supervised(Objective):
         numbers = [number for row in rows for number in row["rows"]]
         pad = DataCollatorForLanguageModeling(pad_token_id=self.tokenizer.pad_token_id)
         return {**(join_rows if self.joined else pad)(_unbatched(rows)), "rows": numbers}
+
+    def micro_batches(self, inputs, rows):
+        """As few as best fit makes of at most `tokens`, each in the order of the batch."""
+        segments = inputs.get("segments")
+        if self.tokens is None or segments is None or sum(segments) <= self.tokens:
+            return [(inputs, rows)]
+        return list(_split(inputs, rows, data.best_fit(segments, max(self.tokens, *segments))))
+
+    def cut(self, inputs, tokens):
+        """At least the first row whole."""
+        ends = np.cumsum(inputs["segments"])
+        tokens = max(tokens, int(ends[0]))
+        segments = np.diff(np.minimum(ends, tokens), prepend=0)
+        columns = {name: value[:, :tokens] for name, value in inputs.items() if torch.is_tensor(value)}
+        return {**columns, "segments": segments[segments > 0].tolist()}
 
     def num_items(self, inputs):
         """The trained tokens."""
@@ -167,6 +184,16 @@ def _unbatched(rows):
         for row in rows
         for ids, labels in zip(row["input_ids"], row["labels"], strict=True)
     ]
+
+
+def _split(inputs, rows, part_of):
+    """Yield (inputs, rows) of each part of joined rows. part_of: the number of the part that each row goes to."""
+    segments = inputs["segments"]
+    columns = {name: value.split(segments, dim=1) for name, value in inputs.items() if torch.is_tensor(value)}
+    for part in range(int(part_of.max()) + 1):
+        chosen = np.flatnonzero(part_of == part).tolist()
+        joined = {name: torch.cat([pieces[at] for at in chosen], dim=1) for name, pieces in columns.items()}
+        yield {**joined, "segments": [segments[at] for at in chosen]}, [rows[at] for at in chosen] if rows else rows
 
 
 def join_rows(rows):

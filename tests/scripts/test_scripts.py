@@ -22,7 +22,8 @@ SLOW = {
     "benchmark_train.py": "--model MODEL --full-rows 32 --steps 4 --rounds 1 --batch 2",
     "benchmark_export.py": "--shape tiny --tokenizer MODEL --folder OUT --rounds 1",
 }
-ELSEWHERE = {"quickstart_model.py"}  # downloads; quickstart.sh runs it
+# downloads, quickstart.sh runs it; no script of its own, tests/test_pretended.py uses it
+ELSEWHERE = {"quickstart_model.py", "pretended_cuda.py"}
 
 
 @pytest.fixture

@@ -27,6 +27,7 @@ from ..system.events import emit
 from . import saving as saved
 from .clock import Clock
 from .divergence import Watch
+from .optimizer import without_waits
 from .order import ByLength
 from .out_of_memory import Moment, few
 from .private_names import Hooks, set_rates
@@ -133,6 +134,7 @@ class Reliable(Hooks):
             # not before `fit`, which is where memory that does not suffice for the masters is said
             self.trained = Trained(self.model)
             make, arguments = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            make = without_waits(make)
             self.optimizer = make(self.trained.groups(self.args.learning_rate, self.args.weight_decay), **arguments)
             self.optimizer.register_step_post_hook(lambda *_: self._finish_step())
         return self.optimizer

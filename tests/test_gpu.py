@@ -120,6 +120,7 @@ def step_of(model, ids):
     return loss.item(), gradients, held
 
 
+@pytest.mark.real_gpu
 @pytest.mark.parametrize("slow", [None, "copies", "layers"])
 def test_what_waits_on_the_host_comes_back_as_it_was(load_model, monkeypatch, slow):
     if slow == "copies":  # 10 ms each, on their stream
@@ -153,6 +154,7 @@ def test_what_waits_on_the_host_comes_back_as_it_was(load_model, monkeypatch, sl
     assert found[2] <= kept < held  # two layers, and two may be in flight: equal at the most
 
 
+@pytest.mark.real_gpu
 def test_a_run_that_the_card_refuses_memory_says_what_was_asked_and_free(make_recipe, tmp_path, monkeypatch):
     turns = messages([("user", "What is 1 plus 2? " * 30), ("assistant", "1 plus 2 is 3. " * 20)])
     rows = write_jsonl(tmp_path / "long.jsonl", [{"messages": turns}] * 64)

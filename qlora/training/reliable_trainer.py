@@ -31,6 +31,7 @@ from .clock import Clock
 from .divergence import Watch
 from .less_memory import Economy
 from .loss_scale import LossScale
+from .optimizer import without_waits
 from .order import ByLength
 from .out_of_memory import Moment, few
 from .private_names import Hooks, set_rates
@@ -151,6 +152,7 @@ class Reliable(Hooks):
             # not before `fit`, which is where memory that does not suffice for the masters is said
             self.trained = Trained(self.model)
             make, arguments = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            make = without_waits(make)
             self.optimizer = make(self.trained.groups(self.args.learning_rate, self.args.weight_decay), **arguments)
             self.optimizer.register_step_post_hook(lambda *_: self._finish_step())
         return self.optimizer

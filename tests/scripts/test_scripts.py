@@ -25,8 +25,8 @@ SLOW = {
     "benchmark_micro_batches.py": "--model MODEL --data ROWS --rows 4 --steps 4 --rounds 1 --tokens 128",
     "benchmark_export.py": "--shape tiny --tokenizer MODEL --folder OUT --rounds 1",
 }
-# downloads, and quickstart.sh runs it; and those of test_gpu_check.py
-ELSEWHERE = {"quickstart_model.py", "gpu_check.py", "gpu_table.py"}
+# downloads, and quickstart.sh runs it; those of test_gpu_check.py; no script of its own, tests/test_pretended.py uses it
+ELSEWHERE = {"quickstart_model.py", "gpu_check.py", "gpu_table.py", "pretended_cuda.py"}
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from .system.errors import DoesNotFit, InputError, Interrupted, QLoRAError
+from .system.launched import refuse_several
 from .system.quiet_libraries import hush_libraries
 from .system.secrets import redacted
 from .system.signals import handled
@@ -61,6 +62,23 @@ def _print_json(value):
     print(json.dumps(value, indent=2, ensure_ascii=not utf8))
 
 
+@app.command(epilog="Example:  qlora doctor runs --json")
+def doctor(
+    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="where runs are to be written")] = "runs",
+    as_json: Json = False,
+):
+    """Check this machine: versions, device, a real NF4 step, optimizer, disk; exit code 2 if something is wrong."""
+    from .commands.doctor import doctor
+    from .terminal import shown
+
+    with shown(results=not as_json, steps=False):
+        found = doctor(folder)
+    if as_json:
+        _print_json(found)
+    if not all(check["ok"] for check in found["checks"]):
+        raise typer.Exit(InputError.exit_code)
+
+
 @app.command(epilog="Example:  qlora train recipes/mine.yaml training.learning_rate=1e-4 output_dir=runs/slow")
 def train(
     recipe: RecipeFile,
@@ -75,6 +93,7 @@ def train(
     as_json: Json = False,
 ):
     """Train an adapter from a recipe; writes a run folder at its output_dir."""
+    refuse_several(f"qlora train {recipe}")
     run = _run("train", False, _load(recipe, overrides), resume, allow_change or ())
     if as_json:
         from .runs import record
@@ -84,16 +103,21 @@ def train(
 
 @app.command(epilog="Example:  qlora plan recipes/mine.yaml data.max_length=8192 --card 4090 --plot memory.png")
 def plan(
-    recipe: RecipeFile,
+    recipe: Annotated[str | None, typer.Argument(metavar="RECIPE", help="a YAML file; see recipes/")] = None,
     overrides: Overrides = None,
     vram: Annotated[str | None, typer.Option(help="available memory, such as 24GiB; default: the GPU's")] = None,
     card: Annotated[
-        str | None, typer.Option(help="plan for this card: 3090, 4090, 5090, A10G, A100, H100, H200")
+        str | None, typer.Option(help="plan for this card, such as 3060, 4090 or T4; `--card list` prints all")
     ] = None,
     plot: Annotated[str | None, typer.Option(help="draw memory by sequence length into this PNG or SVG")] = None,
     as_json: Json = False,
 ):
     """Say what training will cost and whether it fits, from config.json alone; exit code 3 if it does not."""
+    if card == "list":
+        _run("list_cards", as_json)
+        return
+    if recipe is None:
+        raise InputError("qlora plan needs a recipe: qlora plan RECIPE; see recipes/")
     found = _run("plan", as_json, _load(recipe, overrides), vram, card, plot)
     if not found["fits"]:
         raise typer.Exit(DoesNotFit.exit_code)

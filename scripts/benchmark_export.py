@@ -88,6 +88,7 @@ def main():
     parser.add_argument("--tokenizer", required=True)
     parser.add_argument("--folder", type=Path, required=True, help="for model, adapter and exports; kept")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")
     parser.add_argument("--peft", action="store_true", help="PEFT's merge too; holds the whole model in memory")
     args = parser.parse_args()
     base, adapter = args.folder / args.shape, args.folder / f"{args.shape}-adapter"
@@ -122,6 +123,8 @@ def main():
         shutil.rmtree(copy, ignore_errors=True)
         shutil.rmtree(args.folder / "peft", ignore_errors=True)
     total = report["bytes"]
+    if args.json:
+        args.json.write_text(json.dumps({"bytes": total, "seconds": seconds, "peak_bytes": peaks}))
     print(f"\n{args.shape}, {total / 1e9:.1f} GB written")
     for side in sides:
         took = statistics.median(seconds[side])

@@ -9,8 +9,10 @@ change. Half of the positions are trained.
 
 import argparse
 import contextlib
+import json
 import statistics
 import time
+from pathlib import Path
 
 import torch
 
@@ -70,6 +72,7 @@ def main():
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--rows", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")
     args = parser.parse_args()
     hush_libraries()
     recipe = Recipe.from_dict({"model": {"name_or_path": args.model}, "data": {"train": "none"}, "output_dir": "none"})
@@ -89,6 +92,11 @@ def main():
             with variant(model, names) as lean:
                 step(model, inputs, lean)
                 found[name].append(step(model, inputs, lean))
+    if args.json:
+        keys = ("seconds", "loss", "kept_bytes")
+        args.json.write_text(
+            json.dumps({name: [dict(zip(keys, one, strict=True)) for one in steps] for name, steps in found.items()})
+        )
     first = statistics.median(seconds for seconds, _, _ in found["off"])
     for name, steps in found.items():
         seconds = statistics.median(one[0] for one in steps)

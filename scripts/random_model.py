@@ -46,6 +46,7 @@ def main():
     parser.add_argument(
         "--vocab-size", type=int, help="embeddings, where the tokenizer has fewer tokens than the model"
     )
+    parser.add_argument("--config-only", action="store_true", help="no weights: enough for qlora plan")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
@@ -67,10 +68,12 @@ def main():
             yield torch.randn(min(1024, rows - start), width, device=device, dtype=torch.bfloat16) * 0.02
 
     args.out.mkdir(parents=True)
-    specs = [Spec(name, shape, torch.bfloat16) for name, shape in shapes.items()]
-    total = write(args.out, specs, draw, 5 * 10**9)
     config.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
+    if args.config_only:
+        return
+    specs = [Spec(name, shape, torch.bfloat16) for name, shape in shapes.items()]
+    total = write(args.out, specs, draw, 5 * 10**9)
     print(f"wrote {args.shape} with {total / 2 / 1e9:.2f} G parameters to {args.out}")
 
 

@@ -83,7 +83,9 @@ def one_thread():
 def recipe_of(make_recipe):
     def make(name):
         family, sections = CASES[name]
-        values = make_recipe(family, training={"max_steps": 4, "eval_steps": 2}).model_dump(exclude_unset=True)
+        values = make_recipe(
+            family, training={"max_steps": 4, "eval_steps": 2, "tokens_per_micro_batch": None}
+        ).model_dump(exclude_unset=True)
         if name == "micro-batches":
             del values["training"]["per_device_train_batch_size"]
         if "adalora" in sections:

@@ -7,12 +7,29 @@ import sys
 import pytest
 
 import qlora
-from qlora import InputError, Recipe, RunDir, adapters, chat, evaluate, export, inspect_data, plan, push, quiet, train
+from qlora import (
+    InputError,
+    Recipe,
+    RunDir,
+    adapters,
+    chat,
+    doctor,
+    evaluate,
+    export,
+    inspect_data,
+    list_cards,
+    plan,
+    push,
+    quiet,
+    train,
+)
 
 # a script of somebody else may name any of these arguments
 SIGNATURES = {
+    "doctor": "(folder='runs') -> 'dict'",
     "train": "(recipe: 'Recipe', resume=False, allow_change=()) -> 'RunDir'",
     "plan": "(recipe: 'Recipe', vram=None, card=None, plot=None) -> 'dict'",
+    "list_cards": "() -> 'dict'",
     "inspect_data": "(recipe: 'Recipe', row=None, tokens=False, html=None) -> 'dict'",
     "evaluate": "(target, data_file=None, overrides=(), max_rows=100) -> 'dict'",
     "export": "(target, out, dtype=None, overrides=(), *, model=None, data=None, compare_bases=False, gguf=None) -> 'dict'",
@@ -28,8 +45,10 @@ def test_every_public_name_works_after_all_the_others(make_recipe, tmp_path, mon
     made = make_recipe()
     (tmp_path / "mine.yaml").write_text(made.to_yaml())
     recipe = Recipe.load("mine.yaml", ["training.max_steps=3"])
+    assert doctor()["checks"][0]["name"] == "python"
     assert inspect_data(recipe)["rows"] > 0
     assert plan(recipe, "24GiB")["fits"]
+    assert {"RTX 4090", "T4"} <= {card["name"] for card in list_cards()["cards"]}
     run = train(recipe)
     assert isinstance(run, RunDir)
     assert set(evaluate(run.path)["metrics"]) == {"exact_match"}

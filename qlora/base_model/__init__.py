@@ -1,12 +1,15 @@
 """Name -> frozen base model in NF4 and its tokenizer. The dtype policy is here and nowhere else:
 
 weight of every linear layer but the head   uint8 NF4 codes; per block of 64 an 8-bit absmax (double quantization)
-every other parameter                       quantization.compute_dtype (bfloat16 by default)
+every other parameter                       quantization.compute_dtype (by default bfloat16, or float16 on a card without),
+                                            after it was rounded to bfloat16
 buffers                                     as the architecture makes them (rotary frequencies are float32)
 """
 
 from __future__ import annotations
 
+from .attention_choice import OF_TORCH
+from .compute_dtype import Computer, asked, computer, field, settle
 from .config import load_config, read_config
 from .empty_weights import is_stand_in, replace_by_stand_ins, stand_in
 from .folder import Checkpoint, find, refuse_generation, tensor_names, weight_files
@@ -16,13 +19,23 @@ from .loading import default_device, load
 from .meta import load_on_meta, names_to_quantize, on_meta
 from .multimodal import whole_config
 from .new_tokens import add_rows, add_tokens, token_modules
-from .prequantized import refuse_other_codes, settle, stored_quantization
-from .quantized import DTYPE_WHEN_QUANTIZED, digest, digests, dtype_of, quantized_modules, to_float32
+from .prequantized import refuse_other_codes, stored_quantization
+from .quantized import (
+    DTYPE_WHEN_QUANTIZED,
+    as_recorded,
+    digest,
+    digests,
+    dtype_of,
+    quantized_modules,
+    restore_codes,
+    to_float32,
+)
 from .tokenizer import load_tokenizer
 
-__all__ = ["DTYPE_WHEN_QUANTIZED", "Checkpoint", "add_rows", "add_tokens", "decoder_layers", "default_device", "digest",
-           "digests", "dtype_of", "find", "is_conv1d", "is_stand_in", "linear_names", "load", "load_config", "load_on_meta",
-           "load_tokenizer", "names_to_quantize", "num_parameters", "num_positions", "numel", "on_meta", "quantized_modules",
-           "read_config", "refuse_generation", "refuse_other_codes", "refuse_rows", "replace_by_stand_ins", "settle", "stand_in",
-           "stored_quantization", "tensor_names", "tensors", "tied", "to_float32", "token_modules", "weight_files",
-           "whole_config"]  # fmt: skip
+__all__ = ["DTYPE_WHEN_QUANTIZED", "OF_TORCH", "Checkpoint", "Computer", "add_rows", "add_tokens", "as_recorded", "asked",
+           "computer", "decoder_layers", "default_device", "digest", "digests", "dtype_of", "field",
+           "find", "is_conv1d", "is_stand_in", "linear_names", "load", "load_config", "load_on_meta", "load_tokenizer",
+           "names_to_quantize", "num_parameters", "num_positions", "numel", "on_meta", "quantized_modules", "read_config",
+           "refuse_generation", "refuse_other_codes", "refuse_rows", "replace_by_stand_ins", "restore_codes", "settle",
+           "stand_in", "stored_quantization", "tensor_names", "tensors", "tied", "to_float32", "token_modules",
+           "weight_files", "whole_config"]  # fmt: skip

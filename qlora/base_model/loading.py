@@ -7,17 +7,22 @@ import torch
 from ..system import memory
 from ..system.errors import DoesNotFit, InputError
 from . import text_generation
+from .attention_choice import refuse_missing
 from .checks import refuse_incomplete, refuse_not_finite, refuse_rows_that_are_no_blocks
+from .compute_dtype import of_model
 from .config import load_config, read_config
 from .messages import said
 from .meta import load_on_meta, on_meta
 from .new_tokens import add_rows
 from .prequantized import refuse_other_codes, stored_quantization
-from .quantized import DTYPE_WHEN_QUANTIZED, dtype_of, quantized_modules, to_float32
+from .quantized import DTYPE_WHEN_QUANTIZED, cast, dtype_of, quantized_modules
 
 
-def load(checkpoint, section, quantization, device=None, dtype=DTYPE_WHEN_QUANTIZED):
-    """Return the frozen model of `checkpoint` in eval mode: NF4 under `quantization`, or plain `dtype` if it is None.
+def load(checkpoint, section, quantization, device=None, dtype=None):
+    """Return the frozen model of `checkpoint` in eval mode: NF4 under `quantization`, or plain if it is None.
+
+    It computes in the dtype that these sections say (compute_dtype.py). dtype: what the files are read in; bfloat16 by
+    default, and where it is given a plain model stays in it.
 
     Where the files hold NF4 codes, the model has these, and of `quantization` only compute_dtype counts. It has a row for
     each of the checkpoint's new tokens; see `add_rows` for where these start.
@@ -26,12 +31,13 @@ def load(checkpoint, section, quantization, device=None, dtype=DTYPE_WHEN_QUANTI
         DoesNotFit: there is not enough memory.
         InputError: a weight is missing, left over or of another shape than the config says; names them.
     """
-    from transformers import BitsAndBytesConfig
-
     device = torch.device(device or default_device())
+    if device.type != "meta":
+        refuse_missing(section.attn_implementation, device)
     num_rows = load_config(checkpoint, section).get_text_config().vocab_size
     config, bnb = read_config(checkpoint, section), None
-    compute_dtype = quantization.compute_dtype if quantization else "bfloat16"
+    compute_dtype = of_model(section, quantization, config, device)
+    is_given, dtype = dtype is not None, dtype or DTYPE_WHEN_QUANTIZED
     stored = stored_quantization(config)
     if stored:
         refuse_other_codes(checkpoint, on_meta(config, section.trust_remote_code))
@@ -39,12 +45,7 @@ def load(checkpoint, section, quantization, device=None, dtype=DTYPE_WHEN_QUANTI
             return load_on_meta(config, section, quantization, dtype, codes=False)
         config.quantization_config = stored | {"bnb_4bit_compute_dtype": compute_dtype}
     elif quantization:
-        bnb = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type=quantization.quant_type,
-            bnb_4bit_use_double_quant=quantization.use_double_quant,
-            bnb_4bit_compute_dtype=dtype_of(compute_dtype),
-        )
+        bnb = _config_of(quantization, compute_dtype)
     try:
         model = _read(checkpoint, section, config, bnb, device, dtype)
     except InputError:
@@ -59,8 +60,8 @@ def load(checkpoint, section, quantization, device=None, dtype=DTYPE_WHEN_QUANTI
     text_generation.accept_arguments(model)
     if stored:
         _settle_dtypes(model, dtype)
-    if quantization and compute_dtype == "float32":
-        to_float32(model)
+    if quantization or not is_given:
+        cast(model, compute_dtype)
     if quantization and not quantized_modules(model):
         raise InputError(f"{checkpoint.folder}: no linear layer could be quantized; set quantization: null")
     refuse_rows_that_are_no_blocks(checkpoint, quantized_modules(model))
@@ -74,6 +75,17 @@ def load(checkpoint, section, quantization, device=None, dtype=DTYPE_WHEN_QUANTI
     # what the files were called by the user, so that an adapter names a model and not a cache folder
     model.name_or_path = model.config._name_or_path = checkpoint.name_or_path
     return model.eval()
+
+
+def _config_of(quantization, compute_dtype):
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quantization.quant_type,
+        bnb_4bit_use_double_quant=quantization.use_double_quant,
+        bnb_4bit_compute_dtype=dtype_of(compute_dtype),
+    )
 
 
 def _read(checkpoint, section, config, bnb, device, dtype):

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from ..system.errors import InputError
-from . import text_generation
+from . import attention_choice, text_generation
+from .compute_dtype import of_model
 from .layers import is_conv1d
 from .messages import said
 from .prequantized import names_in_4_bit
@@ -36,7 +37,7 @@ def names_to_quantize(config, section):
     return names_in_4_bit(on_meta(config, section.trust_remote_code))
 
 
-def load_on_meta(config, section, quantization, dtype=DTYPE_WHEN_QUANTIZED, codes=True):
+def load_on_meta(config, section, quantization, dtype=None, codes=True):
     """Return the model that `load` returns for this config, its 4-bit layers too, with shapes and without numbers.
 
     config: the transformers config, grown to the new tokens, see `load_config`. codes: False for 4-bit layers that are not
@@ -45,24 +46,30 @@ def load_on_meta(config, section, quantization, dtype=DTYPE_WHEN_QUANTIZED, code
     from bitsandbytes.nn import Linear4bit
 
     model = on_meta(config, section.trust_remote_code)
-    float32 = quantization and quantization.compute_dtype == "float32"
+    computed = dtype_of(of_model(section, quantization, config, torch.device("cpu")))
+    # as in `load`: 4-bit layers compute in what the recipe says, whatever the files were read in
+    dtype = computed if dtype is None or (quantization and computed != DTYPE_WHEN_QUANTIZED) else dtype
     for parameter in model.parameters():
-        parameter.data = parameter.data.to(torch.float32 if float32 else dtype)
+        parameter.data = parameter.data.to(dtype)
     if quantization:
         for name in names_in_4_bit(model):
             old = model.get_submodule(name)
             num_in, num_out = old.weight.shape if is_conv1d(old) else reversed(old.weight.shape)
-            bias, compute_dtype = old.bias is not None, dtype_of(quantization.compute_dtype)
-            new = Linear4bit(num_in, num_out, bias, compute_dtype, quant_type=quantization.quant_type, device="meta")
+            bias = old.bias is not None
+            new = Linear4bit(num_in, num_out, bias, computed, quant_type=quantization.quant_type, device="meta")
             new.bias = old.bias
             if codes:
-                new.weight = _weight_on_meta(num_in, num_out, quantization, torch.float32 if float32 else dtype)
+                new.weight = _weight_on_meta(num_in, num_out, quantization, dtype)
             new.support_avx512bf16_for_cpu = False
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, new)
         model.is_loaded_in_4bit = True  # what PEFT chooses its layers by
-    if section.attn_implementation != "auto":
+    if section.attn_implementation in attention_choice.OF_TORCH[1:]:
         model.set_attn_implementation(section.attn_implementation)
+    elif section.attn_implementation != "auto":
+        model.config._attn_implementation = (
+            section.attn_implementation
+        )  # transformers would ask for its package, or get it
     model.requires_grad_(False)
     return model.eval()
 

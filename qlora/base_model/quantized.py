@@ -6,6 +6,7 @@ import hashlib
 
 import torch
 
+from ..system.errors import InputError
 from .empty_weights import upcast
 
 # W is cast to bfloat16 before it is quantized, whatever the files hold: fp32, fp16 and bf16 copies of one weight give
@@ -34,9 +35,76 @@ def digest(codes):
     return hashlib.sha256(codes.cpu().contiguous().numpy()).hexdigest()
 
 
+_OF_ZEROS = (
+    0x77,
+    0x00,
+)  # two codes a byte of a block of zeros: on a CPU, the code of 0.0; on CUDA, where 0 * inf is no number
+_BLOCK = 32  # bytes of the codes of 64 numbers
+
+
+def as_recorded(codes, recorded):
+    """Return the codes of which `recorded` is the digest: `codes`, or these with another code in blocks of zeros; else None.
+
+    A block of 64 zeros has no scale, and bitsandbytes 0.50.2 gives its numbers another code on CUDA than on a CPU. With double
+    quantization the scale that is read back is not quite 0, so they do not decode to the same: what training held counts.
+    """
+    if digest(codes) == recorded:
+        return codes
+    if codes.numel() % _BLOCK:
+        return None
+    blocks = codes.reshape(-1, _BLOCK)
+    for here in _OF_ZEROS:
+        zeros = (blocks == here).all(1)
+        for there in range(16) if zeros.any() else ():
+            tried = torch.where(zeros[:, None], torch.full_like(blocks, 0x11 * there), blocks).view(codes.shape)
+            if digest(tried) == recorded:
+                return tried
+    return None
+
+
+def restore_codes(model, recorded):
+    """Give blocks of zeros in a plain model the codes that they had where `recorded`, {name: digest}, was made."""
+    for name, module in quantized_modules(model).items():
+        codes = as_recorded(module.weight.data, recorded[name]) if name in recorded else None
+        if codes is not None and codes is not module.weight.data:
+            module.weight.data.copy_(codes)
+
+
 def digests(model):
     """Return {name: digest} of the 4-bit linear layers of a plain model."""
     return {name: digest(module.weight.data) for name, module in quantized_modules(model).items()}
+
+
+def cast(model, name):
+    """Let a model that was read in bfloat16 compute in the dtype of this name, in place."""
+    if name != "bfloat16":
+        {"float16": to_float16, "float32": to_float32}[name](model)
+
+
+def to_float16(model):
+    """Compute in float16 from now on, in place: a model that was read in bfloat16. The NF4 codes stay what they are.
+
+    What the architecture keeps in float32 beside float16 gets there: transformers does so only where it loads in float16.
+
+    Raises:
+        InputError: a weight is beyond float16; names it.
+    """
+    in_float32 = (*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ()))
+    for name, parameter in model.named_parameters():
+        if parameter.dtype != torch.bfloat16:
+            continue
+        dtype = torch.float32 if any(one in name for one in in_float32) else torch.float16
+        parameter.data = parameter.data.to(dtype)
+        if not parameter.is_meta and not torch.isfinite(parameter).all():
+            raise InputError(f"{name} has weights above 65,504, where float16 ends; compute in float32")
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.dtype == torch.bfloat16:
+                module._buffers[name] = buffer.to(torch.float16)
+    for module in quantized_modules(model).values():
+        module.compute_dtype = torch.float16
+        module.weight.quant_state.dtype = torch.float16
+    return model
 
 
 def to_float32(model):

@@ -104,7 +104,12 @@ def refuse_unsuitable(model, checkpoint):
             logits = model(input_ids=ids[None]).logits[0, :half].float()
             # weighted, so that nothing cancels: the sum of a softmax or of a normalized row does not change at all
             weights = torch.linspace(-1, 1, logits.numel(), device=logits.device).reshape(logits.shape)
-            [gradient] = torch.autograd.grad((logits * weights).sum(), found[:1])
+            # float16 overflows at 1 (SmolLM2-135M), and what is masked is nan then
+            for scale in (1.0, 2.0**-8, 2.0**-16):
+                total = (logits * weights).sum() * scale
+                [gradient] = torch.autograd.grad(total, found[:1], retain_graph=True)
+                if torch.isfinite(gradient).all():
+                    break
     finally:
         handle.remove()
     if gradient[0, half:].count_nonzero():

@@ -9,6 +9,7 @@ from ..data.masked_examples import encode_prompt
 from ..evaluation import generate
 from ..jobs.opened_model import open_subject, switch
 from ..system import signals
+from ..system.devices import say_device
 from ..system.errors import InputError, Interrupted
 from ..system.events import note
 from ..terminal import shown
@@ -20,6 +21,7 @@ def chat(target, prompt, system=None, max_new_tokens=512, overrides=(), on_text=
 
     target: a run folder, a model folder or a hub name. on_text(piece) is called with the text as it comes.
     """
+    say_device()
     subject = open_subject(target, overrides)
     return _answer(subject, [*_opening(system), {"role": "user", "content": prompt}], max_new_tokens, on_text)
 
@@ -31,6 +33,7 @@ def talk(target, system=None, max_new_tokens=512, overrides=()):
     Ctrl-C stops the answer that is being printed, what was printed of it stays in the conversation; at the prompt it ends
     the program. A message that cannot be answered is taken back.
     """
+    say_device()
     subject = open_subject(target, overrides)
     messages = _opening(system)
     interactive = sys.stdin.isatty()

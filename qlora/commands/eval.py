@@ -9,6 +9,8 @@ from .. import base_model, data
 from ..evaluation.scores import score
 from ..jobs.eval_rows import held_out_rows
 from ..jobs.opened_model import open_subject
+from ..system import launched
+from ..system.devices import say_device
 from ..system.errors import InputError
 from ..system.storage import write_json
 from ..terminal import shown
@@ -31,6 +33,8 @@ def evaluate(target, data_file=None, overrides=(), max_rows=MAX_ROWS) -> dict:
     Raises:
         InputError: no such target, no rows to evaluate on, or held-out rows that are no longer in their file.
     """
+    launched.refuse_several(f"qlora eval {target}")
+    say_device()
     subject = open_subject(target, overrides)
     all_rows = held_out_rows(subject, data_file)
     rows = all_rows.first_rows(max_rows)

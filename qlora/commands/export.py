@@ -12,7 +12,8 @@ from ..jobs.export_folder import card_of, plan_export, report_of, write_model
 from ..jobs.export_gguf import add_gguf
 from ..jobs.export_proof import Prover
 from ..jobs.opened_adapter import open_trained
-from ..system import memory
+from ..system import launched, memory
+from ..system.devices import say_device
 from ..system.errors import Interrupted
 from ..system.storage import alone, new_folder, scratch_folder, write_json
 from ..terminal import shown
@@ -36,6 +37,8 @@ def export(target, out, dtype=None, overrides=(), *, model=None, data=None, comp
         Interrupted: by SIGINT or SIGTERM; nothing is left at `out`.
         ProofFailed: the export is not what it should be; nothing is left at `out`.
     """
+    launched.refuse_several("qlora export RUN --out FOLDER")
+    say_device()
     if dtype is not None:
         overrides = [*overrides, f"export.dtype={dtype}"]
     start, out = time.monotonic(), Path(out)

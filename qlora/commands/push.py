@@ -9,7 +9,7 @@ from huggingface_hub.utils import disable_progress_bars
 from rich.text import Text
 
 from ..jobs.push_files import CARD, files_to_push
-from ..system import hub, units
+from ..system import hub, launched, units
 from ..system.errors import Interrupted
 from ..system.events import note
 from ..terminal import shown
@@ -29,6 +29,7 @@ def push(target, repo, *, public=False, base=None, license=None, dry_run=False) 
             token, or the hub cannot be reached or refuses. The repository is as it was.
         Interrupted: by SIGINT or SIGTERM; the repository has all of the files or none.
     """
+    launched.refuse_several(f"qlora push {target} {repo}")
     hub.refuse_name(repo)
     if base is not None:
         hub.refuse_name(base)

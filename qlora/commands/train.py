@@ -13,12 +13,13 @@ from ..jobs.prepared_data import prepare
 from ..recipe import Recipe
 from ..runs.checkpoints import Checkpoints
 from ..runs.folder import RunDir
-from ..system import signals
+from ..system import launched, signals
+from ..system.devices import say_device
 from ..system.errors import InputError, Interrupted, TrainingFailed
 from ..system.events import heard_by, progress
 from ..terminal import shown
 from ..terminal.data import say_report
-from ..terminal.training import say_kernels, say_model, say_planned, say_resumed, say_trained
+from ..terminal.training import say_kernels, say_micro_batches, say_model, say_planned, say_resumed, say_trained
 
 
 @shown()
@@ -33,12 +34,14 @@ def train(recipe: Recipe, resume=False, allow_change=()) -> RunDir:
 
     Raises:
         DoesNotFit: there is not enough memory; the run folder keeps what was measured until then.
-        InputError: the recipe, the data, the model folder or output_dir is wrong; or what is to be resumed.
+        InputError: the recipe, the data, the model folder or output_dir is wrong; or what is to be resumed; this is one of
+            several processes.
         Interrupted: by SIGINT or SIGTERM; between two steps, and with a checkpoint, where training had begun.
         TrainingFailed: losses or gradients are not finite, the loss has diverged, or an adapter does not move.
     """
+    launched.refuse_several("qlora train RECIPE")
     run = RunDir(recipe.output_dir)
-    with _saying_how_to_go_on(run):
+    with _saying_how_to_go_on(run), launched.alone():
         if resume:
             with resumed_run.resumed(recipe, allow_change) as resumed:
                 return run if resumed is None else _train(recipe, resumed)
@@ -50,6 +53,8 @@ def train(recipe: Recipe, resume=False, allow_change=()) -> RunDir:
 
 def _train(recipe, resumed):
     """Train from the beginning, or go on with a Resumed run."""
+    say_device()
+    recipe = recipe if resumed is None else resumed.as_begun(recipe)
     prepared = prepare(recipe)
     recipe = prepared.recipe
     say_report(prepared)
@@ -57,11 +62,12 @@ def _train(recipe, resumed):
     fingerprint = resumed_run.of_recipe(recipe, prepared)
     if resumed is not None:
         resumed.refuse_changes(fingerprint)
-    planned = plan_training(prepared, base_model.default_device())
+    tokens = None if resumed is None else resumed.tokens_per_micro_batch
+    planned = plan_training(prepared, base_model.default_device(), tokens)
     say_planned(planned)
 
     with RunDir.create(recipe) if resumed is None else contextlib.nullcontext(resumed.run) as run:
-        opened = model_to_train.open_trainable(prepared, fingerprint, resumed)
+        opened = model_to_train.open_trainable(prepared, fingerprint, resumed, planned.tokens_per_micro_batch)
         if resumed is not None:
             say_resumed(resumed, opened.environment)
         say_model(prepared, opened)
@@ -69,6 +75,7 @@ def _train(recipe, resumed):
         with kernels.installed(opened.model, recipe.kernels) as installed, signals.noted() as stop:
             model_to_train.refuse_unjoinable(recipe, opened.model, installed)
             say_kernels(installed, opened.model.device)
+            say_micro_batches(recipe, planned, installed)
             with progress("training"), heard_by(model_to_train.begins(run, prepared, opened, resumed)):
                 result = training.train(
                     opened.model,
@@ -78,7 +85,9 @@ def _train(recipe, resumed):
                         recipe.training,
                         planned.checkpointed_layers,
                         planned.offload,
+                        recipe.memory.gradient_checkpointing != "auto",
                         planned.predicted_bytes,
+                        planned.tokens_per_micro_batch,
                         installed=installed,
                     ),
                     run,
@@ -110,6 +119,9 @@ def _saying_how_to_go_on(run):
     except TrainingFailed as failed:
         lower = " training.learning_rate=LOWER --allow-change training.learning_rate"
         change = lower if "lower training.learning_rate" in str(failed).lower() else ""
+        for field in ("quantization.compute_dtype", "model.dtype"):
+            if f"set {field}=float32" in str(failed).lower():
+                change = f" {field}=float32 --allow-change {field}"
         raise TrainingFailed(f"{failed}{_how_to_go_on(run, change)}") from None
 
 

@@ -10,7 +10,7 @@ from ..system.errors import InputError
 from . import columns, sources, tokenized
 from .encoder import Settings
 from .masked_examples import IGNORE_INDEX, Example
-from .packing import Batches, Packed, Packs, pack
+from .packing import Batches, Packed, Packs, best_fit, pack
 from .rows import Rows, copies, hold_out, weighted
 from .sources import not_read
 from .supervised import Supervised
@@ -22,6 +22,7 @@ __all__ = [
     "Packed",
     "Packs",
     "Rows",
+    "best_fit",
     "conversations",
     "copies",
     "hold_out",

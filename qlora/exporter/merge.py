@@ -345,7 +345,9 @@ class Merge:
             return None
         recorded = self.base.quantized.get(module)
         if recorded is not None:
-            self.digests[module] = base_model.digest(quantized.codes) == recorded
+            codes = base_model.as_recorded(quantized.codes, recorded)
+            self.digests[module] = codes is not None
+            quantized.codes = quantized.codes if codes is None else codes
         return quantized
 
 

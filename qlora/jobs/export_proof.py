@@ -31,7 +31,9 @@ class Prover:
     def __init__(self, trained, plan, device):
         self.trained, self.plan, self.device = trained, plan, device
         self.section = trained.model
-        if self.section.attn_implementation == "flash_attention_2":  # computes in bfloat16 whatever it is given
+        if (
+            self.section.attn_implementation not in base_model.OF_TORCH
+        ):  # flash attention is bfloat16 whatever it is given
             self.section = self.section.model_copy(update={"attn_implementation": "auto"})
         self.num_rows = plan.config.get_text_config().vocab_size
         self.need = streamed.need(
@@ -127,6 +129,8 @@ class Prover:
         """Return the proof.Live of the adapter on the base that it was trained on, or on the weights of the files."""
         trained, checkpoint = self.trained, self.trained.checkpoint
         quantization = None if original else trained.quantization
+        if quantization:  # all numbers as they were before they were cast to what training computed in
+            quantization = quantization.model_copy(update={"compute_dtype": "bfloat16"})
         dtype = torch.float32 if original else base_model.DTYPE_WHEN_QUANTIZED
         if self.mode == "layers":
             model = streamed.live(checkpoint, self.section, quantization, self.device, self.plan.source, dtype)

@@ -62,10 +62,11 @@ def _refuse_what_quantizing_undoes(quantization, folder):
         )
 
 
-def open_trainable(prepared, fingerprint, resumed=None) -> ModelToTrain:
+def open_trainable(prepared, fingerprint, resumed=None, tokens=None) -> ModelToTrain:
     """Load the base of Prepared data, quantize it and attach the adapters.
 
     fingerprint: of the recipe, see resumed_run.of_recipe. resumed: the Resumed run that goes on, or None.
+    tokens: of joined micro-batches, for environment.json.
 
     Raises:
         InputError: the base is not causal, or no longer what the resumed run was begun with.
@@ -73,6 +74,8 @@ def open_trainable(prepared, fingerprint, resumed=None) -> ModelToTrain:
     recipe, checkpoint = prepared.recipe, prepared.checkpoint
     with progress(f"loading {checkpoint.name_or_path}"):
         model = base_model.load(checkpoint, recipe.model, recipe.quantization)
+        if resumed is not None:  # on another device, maybe
+            base_model.restore_codes(model, resumed.environment["base_model"].get("quantized_sha256", {}))
         quantized, hashes = base_model.digests(model), checkpoint.file_hashes()
         of_base = resumed_run.of_base(hashes, quantized)
         if resumed is not None:
@@ -98,7 +101,9 @@ def open_trainable(prepared, fingerprint, resumed=None) -> ModelToTrain:
             "prequantized": base_model.stored_quantization(prepared.config) is not None,
             "kept_tensors": len(checkpoint.half.kept) if checkpoint.half else 0,
         },
+        "compute_dtype": base_model.asked(recipe.model, recipe.quantization),  # settled by now
         "data": [{"path": part.path, "sha256": part.digest} for part in prepared.parts],
+        "tokens_per_micro_batch": tokens,
         # by content, so that an evaluation is of these rows whatever happens to their file
         "held_out": [f"{key:016x}" for key in prepared.eval_examples.one_each().keys],
     }

@@ -18,7 +18,7 @@ from ..recipe import Data, Export, Model, Quantization, Recipe
 from ..runs.folder import RunDir
 from ..system.errors import InputError
 from ..system.events import note
-from .opened_model import load_tokenizer, open_tokenizer, refuse_changed_base, refuse_other_base
+from .opened_model import load_tokenizer, open_tokenizer, refuse_changed_base, refuse_other_base, this_machine
 from .run_facts import origin_of
 
 
@@ -177,7 +177,7 @@ def _of_run(run, overrides):
     trained = methods.read(run.adapter)
     refuse_changed_base(run, checkpoint, fully=True)
     config = base_model.load_config(checkpoint, recipe.model)
-    recipe = base_model.settle(recipe, config, checkpoint)
+    recipe = base_model.settle(recipe, config, checkpoint, this_machine())
     recorded = run.environment()["base_model"]
     digests = recorded.get("quantized_sha256", {})  # runs before 0.2 have none
     rows, rows_from = proof.from_json(run.proof_rows())
@@ -227,7 +227,7 @@ def _of_adapter(folder, base, overrides):
         how = f"--model, or, if it was changed on purpose, remove {folder / methods.MANIFEST}"
         refuse_other_base(folder, recorded, checkpoint, how, fully=True)
     config = base_model.load_config(checkpoint, recipe.model)
-    recipe = base_model.settle(recipe, config, checkpoint)
+    recipe = base_model.settle(recipe, config, checkpoint, this_machine())
     quantized = recipe.quantization
     if base_model.stored_quantization(config):  # with an adapter of this tool its hashes are compared above
         assumed = not isinstance(recorded, dict) and (other or not said)

@@ -33,7 +33,7 @@ class Subject:
 
 
 def open_subject(target, overrides=()) -> Subject:
-    """Load a run folder (NF4 base and its adapter, as it was trained) or a plain model (bfloat16, or the 4-bit codes it has).
+    """Load a run folder (NF4 base and its adapter, as it was trained) or a plain model (16 bits, or the 4-bit codes it has).
 
     overrides: `section.field=value` laid over the run's recipe.
 
@@ -53,6 +53,11 @@ def open_subject(target, overrides=()) -> Subject:
     with progress(f"loading {target}"):
         model = base_model.load(checkpoint, section, None)
     return Subject(model, tokenizer, chat.stop_token_ids(tokenizer, model.generation_config), None, None)
+
+
+def this_machine():
+    """Return the base_model.Computer that a model is loaded on here."""
+    return base_model.computer(base_model.default_device())
 
 
 def open_tokenizer(folder, section, generation_config, chat_template=None, system_as_user=False):
@@ -77,7 +82,7 @@ def _open_run(run, overrides):
     methods.read_config(run.adapter)  # what is wrong with it is said before the tokenizer in it is read
     checkpoint = base_model.find(recipe.model)
     refuse_changed_base(run, checkpoint)
-    recipe = base_model.settle(recipe, base_model.load_config(checkpoint, recipe.model), checkpoint)
+    recipe = base_model.settle(recipe, base_model.load_config(checkpoint, recipe.model), checkpoint, this_machine())
     tokenizer = load_tokenizer(run, recipe.model, checkpoint)
     with progress(f"loading {checkpoint.name_or_path} and the adapter of {run.path}"):
         model = base_model.load(checkpoint, recipe.model, recipe.quantization)

@@ -13,8 +13,9 @@ from ..kernels import attention
 from ..recipe import parse_size
 from ..system import memory
 from ..system.errors import InputError
+from .joined_steps import attended, joined_steps
 
-_USUAL = 24 * 2**30
+_USUAL_CARD = "4090"
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ def budget_of(recipe, vram=None, card=None) -> Budget:
 
     chosen = None if card is None else planner.card_of(card)
     if torch.cuda.is_available() and chosen is None:
-        chosen = planner.cards.find(torch.cuda.get_device_name())
+        chosen = planner.cards.find(torch.cuda.get_device_name(), torch.cuda.mem_get_info(torch.device("cuda"))[1])
     for name, text in (("--vram", vram), ("memory.budget", recipe.memory.budget)):
         if text is not None:
             try:
@@ -48,13 +49,28 @@ def budget_of(recipe, vram=None, card=None) -> Budget:
     if torch.cuda.is_available():
         return Budget(free_bytes(torch.device("cuda")), torch.cuda.get_device_name(), chosen)
     why = "no GPU found, so an RTX 4090 is assumed; change it with --card, --vram or memory.budget"
-    return Budget(_USUAL, why, planner.card_of("4090"))
+    usual = planner.card_of(_USUAL_CARD)
+    return Budget(usual.memory, why, usual)
+
+
+def computer_of(card):
+    """Return the base_model.Computer to plan for: `card`, as text; None: the GPU of this machine, or one with bfloat16."""
+    import torch
+
+    if card is None and torch.cuda.is_available():
+        return base_model.computer(torch.device("cuda"))
+    found = planner.card_of(card or _USUAL_CARD)
+    return base_model.Computer(found.name, found.bfloat16)
 
 
 def budget_of_device(recipe, device) -> Budget:
     """Return the Budget of a training on a torch device: memory.budget, or what is free there."""
-    budget = recipe.memory.budget
-    return Budget(free_bytes(device) if budget is None else parse_size(budget))
+    import torch
+
+    budget, card = recipe.memory.budget, None
+    if device.type == "cuda" and torch.cuda.is_available():
+        card = planner.cards.find(torch.cuda.get_device_name(device))
+    return Budget(free_bytes(device) if budget is None else parse_size(budget), card=card)
 
 
 def free_bytes(device):
@@ -77,8 +93,11 @@ def held_by_others(device):
     return max(0, total - free - planner.CONTEXT_BYTES)
 
 
-def job_of(prepared, device_kind, budget: Budget):
+def job_of(prepared, device_kind, budget: Budget, tokens=None):
     """Return the planner.Job of Prepared data. device_kind: "cuda" or "cpu".
+
+    tokens: of a micro-batch that the rows of a step are joined into, at most; None, or where a row is longer: as many as are
+    fastest.
 
     Raises:
         InputError: see with_outline.
@@ -90,18 +109,34 @@ def job_of(prepared, device_kind, budget: Budget):
     joins = remade().joins
     rows = training.per_device_train_batch_size
     numbers = {"num_tokens": int(examples.lengths.sum()), "num_micro_batches": -(-len(batches) // rows)}
+    steps = None
     if isinstance(batches, Packs):
         load = _packed_load(batches, examples, rows)
     else:
         is_joined = isinstance(batches, Batches)
         load = _load_of_batches(batches, examples, joins) if is_joined else _load(examples, rows, joins, device_kind)
+        if training.joins_steps and joins:
+            steps = joined_steps(examples.lengths, examples.num_trained, training.rows_per_step, tokens)
         if attention.why_not(prepared.config) is None:
-            packs = data.pack(examples, training.tokens_per_micro_batch or recipe.data.max_length)
+            packs = data.pack(examples, training.filled_to or recipe.data.max_length)
             numbers |= {"packed_load": _packed_load(packs, examples, 1), "packed_micro_batches": len(packs)}
     if len(held_out):
         together = joins or load.packed
         numbers["eval_load"] = _load(held_out, training.per_device_eval_batch_size, together, device_kind)
-    return with_outline(recipe, remade, load=load, budget_bytes=budget.num_bytes, card=budget.card, **numbers)
+    job = with_outline(recipe, remade, load=load, budget_bytes=budget.num_bytes, card=budget.card, **numbers)
+    return job if steps is None else _fastest(job, steps)
+
+
+def _fastest(job, steps):
+    """Return `job` with the one of JoinedSteps `steps` that is fastest."""
+    card = job.card or (
+        planner.card_of("4090") if job.outline.device_kind == "cuda" else None
+    )  # in proportion all are alike
+    jobs = [
+        job.but(load=one.load, num_micro_batches=one.num_micro_batches, num_steps=one.num_steps, card=card)
+        for one in steps
+    ]
+    return planner.fastest(jobs).but(card=job.card)
 
 
 def _load(examples, rows, joined, device_kind):
@@ -130,21 +165,28 @@ def _packed_load(packs, examples, rows):
         packed=True,
         joined=True,
         document=int(examples.lengths.max()),
+        attended=attended(examples.lengths),
     )
 
 
-def without_data(recipe, device_kind, budget: Budget):
-    """Return the Job of `recipe` for rows of data.max_length, every token trained; raises as job_of does."""
+def without_data(recipe, device_kind, budget: Budget, on):
+    """Return the Job of `recipe` for rows of data.max_length, every token trained; raises as job_of does.
+
+    on: the base_model.Computer that is to train.
+    """
     checkpoint = base_model.find(recipe.model, weights=False)
     config = base_model.load_config(checkpoint, recipe.model)
-    recipe = base_model.settle(recipe, config, checkpoint)
-    rows, length = recipe.training.per_device_train_batch_size, recipe.data.max_length
-    if recipe.training.tokens_per_micro_batch:
-        rows = recipe.training.tokens_per_micro_batch // length
+    recipe = base_model.settle(recipe, config, checkpoint, on)
+    training, length = recipe.training, recipe.data.max_length
+    rows = training.filled_to // length if training.filled_to else training.per_device_train_batch_size
     remade = _outlines(recipe, config, len(checkpoint.new_tokens), device_kind)
     packed = recipe.data.packing
     load = planner.Load(rows, length, rows * length, packed, packed or remade().joins)
-    return with_outline(recipe, remade, load=load, budget_bytes=budget.num_bytes, card=budget.card)
+    job = with_outline(recipe, remade, load=load, budget_bytes=budget.num_bytes, card=budget.card)
+    if not training.joins_steps or packed or not remade().joins:
+        return job
+    lengths = np.full(training.rows_per_step, length)
+    return _fastest(job, joined_steps(lengths, lengths, training.rows_per_step))
 
 
 def _outlines(recipe, config, num_new_tokens, device_kind):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import psutil
+
 from .. import planner
 from ..runs.checkpoints import Checkpoints
 from ..runs.folder import RunDir
@@ -21,6 +23,7 @@ class Planned:
     """How the layers are checkpointed, and the peak that is expected, in bytes, in the terms of memory.Peak.
 
     Without a plan, which is None then, why_none says why, predicted_bytes is None, and the rehearsal finds what does not fit.
+    tokens_before: the tokens_per_micro_batch of a resumed run, where the memory no longer allows them.
     """
 
     checkpointed_layers: int
@@ -28,18 +31,25 @@ class Planned:
     predicted_bytes: int | None
     plan: planner.Plan | None = None
     why_none: str = ""
+    tokens_before: int | None = None
+
+    @property
+    def tokens_per_micro_batch(self):
+        return None if self.plan is None else self.plan.tokens_per_micro_batch
 
 
-def plan_training(prepared, device) -> Planned:
+def plan_training(prepared, device, tokens=None) -> Planned:
     """Return how the training of Prepared data fits on a device, which may be a CPU.
 
+    tokens: the tokens_per_micro_batch of a run that is resumed; other micro-batches would be the same but for rounding.
+
     Raises:
-        DoesNotFit: it does not; says what would.
+        DoesNotFit: it does not, or what it offloads does not fit into the host's memory; says what would.
         InputError: the model has fewer layers than are to be checkpointed, offloading has nothing to move, or the disk is full.
     """
     recipe, budget = prepared.recipe, budget_of_device(prepared.recipe, device)
     try:
-        job = job_of(prepared, device.type, budget)
+        job = job_of(prepared, device.type, budget, tokens)
     except planner.NoPlan as error:
         num_layers = prepared.config.get_text_config().num_hidden_layers
         refuse_layers(recipe.memory, num_layers)
@@ -48,27 +58,45 @@ def plan_training(prepared, device) -> Planned:
         layers = num_layers * setting if isinstance(setting, bool) else setting
         return Planned(layers, recipe.memory.offload is True, None, why_none=str(error))
     found = planner.plan(job)
+    before = None
+    if tokens is not None and not found.fits:
+        before, job = tokens, job_of(prepared, device.type, budget)
+        found = planner.plan(job)
     if not found.fits:
         raise DoesNotFit(_what_would_fit(recipe, job, found, device))
+    refuse_full_host(found)
     refuse_full_disk(recipe, found)
     predicted = memory.anonymous_bytes() + found.peak_bytes if device.type == "cpu" else found.cuda_bytes
-    return Planned(found.checkpointed_layers, found.offload, predicted, found)
+    return Planned(found.checkpointed_layers, found.offload, predicted, found, tokens_before=before)
 
 
 def _what_would_fit(recipe, job, found, device):
     free = recipe.memory.budget is None
+    changes = planner.suggestions(job)
     lines = [
         f"does not fit: {size(found.peak_bytes)} are needed ({found.where}), {size(job.budget_bytes)} are "
-        f"{'free' if free else 'memory.budget'}; what would help, best first:"
+        f"{'free' if free else 'memory.budget'}; "
+        + ("what would help, best first:" if changes else "no setting would make it less, a smaller model would")
     ]
     lines += [
-        f"  {change['set']}: {size(change['peak_bytes'])}{', fits' if change['fits'] else ''}"
-        for change in planner.suggestions(job)
+        f"  {change['set']}: {size(change['peak_bytes'])}{', fits' if change['fits'] else ''}" for change in changes
     ]
     others = held_by_others(device)
     if free and others > _WORTH_SAYING:
         lines.append(f"  other processes hold {size(others)} of the GPU; nvidia-smi lists them")
     return "\n".join(lines)
+
+
+def refuse_full_host(found):
+    """Raise DoesNotFit where what a Plan moves to the host does not fit into the memory that is free there: it is pinned, and
+    cannot be swapped."""
+    free = psutil.virtual_memory().available
+    if found.host_bytes > free:
+        raise DoesNotFit(
+            f"does not fit: memory.offload moves {size(found.host_bytes)} of layer inputs to CPU memory, {size(free)} are free "
+            "there; free some, set a lower data.max_length, or fewer tokens a micro-batch (training.per_device_train_batch_size, "
+            "training.tokens_per_micro_batch)"
+        )
 
 
 def refuse_full_disk(recipe, found):

@@ -12,16 +12,16 @@ from ..recipe import Recipe
 from ..system.errors import InputError
 from ..system.events import note
 from . import started_from
-from .opened_model import open_tokenizer
+from .opened_model import open_tokenizer, this_machine
 
 
 @dataclass
 class Prepared:
     """Model files found, rows tokenized.
 
-    recipe: with the quantization that the model's files have. template: in words, which chat template is used. parts: the
-    data files, held-out ones last. examples, eval_examples: data.Rows. batches: what training takes one after another: the
-    examples, or the Packs or Batches they are joined into.
+    recipe: with the quantization that the model's files have, and the dtype that is computed in. template: in words, which
+    chat template is used. parts: the data files, held-out ones last. examples, eval_examples: data.Rows. batches: what
+    training takes one after another: the examples, or the Packs or Batches they are joined into.
     """
 
     recipe: Recipe
@@ -36,14 +36,15 @@ class Prepared:
     report: dict
 
 
-def prepare(recipe: Recipe, weights=True) -> Prepared:
+def prepare(recipe: Recipe, weights=True, on=None) -> Prepared:
     """Read and tokenize the data of `recipe` for its model; raises InputError for whatever is wrong with either.
 
-    weights: False if the model's weights need not be there.
+    weights: False if the model's weights need not be there. on: the base_model.Computer that is to train; None: this machine.
     """
     checkpoint = base_model.find(recipe.model, weights)
     config = base_model.load_config(checkpoint, recipe.model)
-    recipe = started_from.settle(base_model.settle(recipe, config, checkpoint), checkpoint)
+    recipe = base_model.settle(recipe, config, checkpoint, on or this_machine())
+    recipe = started_from.settle(recipe, checkpoint)
     generation_config = checkpoint.generation_config()
     tokenizer, template = open_tokenizer(
         checkpoint.folder, recipe.model, generation_config, recipe.data.chat_template, recipe.data.system_as_user
@@ -80,22 +81,25 @@ def prepare(recipe: Recipe, weights=True) -> Prepared:
     return Prepared(recipe, checkpoint, config, tokenizer, template, parts, examples, held_out, batches, report)
 
 
-def prepared_if_there(recipe):
-    """Return the Prepared data of `recipe`, or None where its files or its tokenizer are not on this machine."""
+def prepared_if_there(recipe, on=None):
+    """Return the Prepared data of `recipe`, or None where its files or its tokenizer are not on this machine.
+
+    on: see `prepare`.
+    """
     paths = [source.path for source in recipe.data.train if source.path is not None]
     absent = [path for path in paths if not any(letter in path for letter in "*?[") and not Path(path).exists()]
     checkpoint = base_model.find(recipe.model, weights=False)
     if base_model.whole_config(checkpoint.folder) is not None:
         note("model     a multimodal checkpoint: planning the text half, which is what is trained")
     if not absent and (checkpoint.folder / "tokenizer.json").is_file():
-        return prepare(recipe, weights=False)
+        return prepare(recipe, weights=False, on=on)
     why = f"no file at {absent[0]}" if absent else f"{checkpoint.folder} has no tokenizer.json"
     note(f"data      {why}: assuming rows of data.max_length tokens, all of them trained")
     return None
 
 
 def _batches(examples, recipe):
-    tokens = recipe.training.tokens_per_micro_batch
+    tokens = recipe.training.filled_to
     if recipe.data.packing:
         return data.pack(examples, tokens or recipe.data.max_length)
     if tokens is not None:

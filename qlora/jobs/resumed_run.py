@@ -37,6 +37,7 @@ _FREE = {
     ),
     "training.per_device_eval_batch_size",
 }
+_DTYPE = "model.dtype"
 _PLACE = {"path", "name", "subset", "split", "revision"}
 
 
@@ -47,6 +48,10 @@ def of_recipe(recipe: Recipe, prepared) -> dict:
         fields = {f"{name}.{key}": value for key, value in section.items()} if isinstance(section, dict) else {}
         found |= {} if name in _FREE else fields or {name: section}
     found = {name: value for name, value in found.items() if name not in _FREE}
+    # where it has a meaning: runs of before there was this field have computed in bfloat16
+    found.pop(_DTYPE)
+    if recipe.quantization is None:
+        found[_DTYPE] = recipe.model.dtype
     for name in ("data.train", "data.eval"):
         found[name] = [{k: v for k, v in source.items() if k not in _PLACE} for source in found[name] or []]
     tokenizer, rows = prepared.tokenizer, prepared.examples
@@ -94,6 +99,8 @@ class Resumed:
     def refuse_changes(self, now):
         """Raise InputError if fields of `now` differ from those the run started with, unless they are allowed to."""
         then = self.state["fingerprint"]
+        if _DTYPE in now:
+            then = {_DTYPE: "bfloat16"} | then
         changed = [name for name in sorted(now) if now[name] != then.get(name)]
         if any(name in now for name in _LENGTH):
             gone = then.keys() - now.keys() - {"base_model", "base_model.quantized"}
@@ -118,6 +125,20 @@ class Resumed:
                     ]
                 )
             )
+
+    @property
+    def tokens_per_micro_batch(self):
+        """The tokens of its joined micro-batches, at most; None where it has none."""
+        return self.environment.get("tokens_per_micro_batch")
+
+    def as_begun(self, recipe: Recipe) -> Recipe:
+        """Return `recipe` with micro-batches of rows where the run has those and the recipe does not say: auto is newer."""
+        training = recipe.training
+        then = self.state["fingerprint"].get("training.tokens_per_micro_batch")
+        if "tokens_per_micro_batch" in training.model_fields_set or then is not None:
+            return recipe
+        note("resumed   the run has training.tokens_per_micro_batch: null, and goes on with that")
+        return recipe.model_copy(update={"training": training.model_copy(update={"tokens_per_micro_batch": None})})
 
     def begin(self, recipe: Recipe):
         """Write this recipe into the run folder and move a finished adapter/ and its scores aside."""

@@ -44,7 +44,7 @@ def settle(recipe, checkpoint):
     recorded = None if run is None else run.recipe()
     section = methods.section_of(folder, recorded and recorded.method)
     _refuse_changes(recipe.method, section, named)
-    if recorded is not None and recorded.quantization != recipe.quantization:
+    if recorded is not None and _codes(recorded.quantization) != _codes(recipe.quantization):
         raise InputError(
             f"quantization: {_said(recipe.quantization)}, but {named} was trained on a base with {_said(recorded.quantization)}; "
             "an adapter goes on on the base that it was trained on"
@@ -75,6 +75,11 @@ def _refuse_changes(ours, theirs, named):
         raise InputError.listing(
             "the recipe starts from an adapter, and", changed, "leave these out: they are taken over from it"
         )
+
+
+def _codes(quantization):
+    """Return what of a quantization decides the codes: what it computes in may be another."""
+    return None if quantization is None else (quantization.quant_type, quantization.use_double_quant)
 
 
 def _said(quantization):

@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-from . import attention, linear, loss, norm, swiglu
+from . import attention, liger, linear, loss, norm, swiglu
 
-_KINDS = {"swiglu": swiglu, "rmsnorm": norm, "lora": linear}  # a SwiGLU block before the layers in it
+# a SwiGLU block before the layers in it, a library's kernel before ours: a module has the first that takes it
+_KINDS = {"swiglu": swiglu, "liger": liger, "rmsnorm": norm, "lora": linear}
 _TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 1e-2, torch.float32: 1e-5}  # of the norm of output and gradient
 
 
@@ -21,12 +22,14 @@ _TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 1e-2, torch.float32: 1e-5}  #
 class Installed:
     """modules: {kind: how many modules}. refused: {kind: names of classes whose output it did not reproduce}.
 
+    failed: {kind: class and what was raised}, of a library that is installed and does not run.
     joined: rows of a batch are joined into one without padding; attention stays within each row. loss: kernels.loss is
     right for this model, on a CPU.
     """
 
     modules: dict = field(default_factory=dict)
     refused: dict = field(default_factory=dict)
+    failed: dict = field(default_factory=dict)
     joined: bool = False
     loss: bool = False
 
@@ -61,7 +64,9 @@ def _install(peft_model, found, patched):
                 continue
             key = (kind, _signature(module))
             if key not in checked:
-                checked[key] = _reproduces(module, forward)
+                checked[key] = _compared(kind, module, forward, found)
+            if checked[key] is None:
+                continue
             if not checked[key]:
                 names = found.refused.setdefault(kind, [])
                 names += [type(module).__name__] if type(module).__name__ not in names else []
@@ -69,8 +74,17 @@ def _install(peft_model, found, patched):
             module.forward = forward
             patched.append(module)
             found.modules[kind] = found.modules.get(kind, 0) + 1
-            if kind == "swiglu":
-                within.update(module.modules())
+            within.update(module.modules())
+
+
+def _compared(kind, module, forward, found):
+    """Return whether a kernel `_reproduces` the module; None where a library raises instead, which is noted in `found`."""
+    try:
+        return _reproduces(module, forward)
+    except getattr(_KINDS[kind], "FAILURES", ()) as error:
+        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        found.failed[kind] = f"{type(module).__name__}: {reason}"
+        return None
 
 
 def _signature(module):
@@ -95,7 +109,7 @@ def _reproduces(module, forward):
     width = getattr(module, "in_features", None) or _width(module)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, 8, width, generator=generator)
-    x[:, 4:] *= 100
+    x[:, 4:] *= 16 if weight.dtype == torch.float16 else 100  # gate times up of a wide layer has to end below 65,504
     x = x.to(weight.device, weight.dtype)
     was, devices = module.training, [weight.device] if weight.device.type == "cuda" else []
     module.train()

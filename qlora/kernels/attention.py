@@ -11,6 +11,7 @@ import contextlib
 import functools
 import inspect
 import itertools
+import types
 
 import torch
 from torch.nn.attention.varlen import varlen_attn
@@ -116,12 +117,31 @@ def one_by_one(module, query_BHTD, key_BHTD, value_BHTD, segments, sliding_windo
         mask = None
         if sliding_window and length > sliding_window:
             mask = within_window(length, 0, sliding_window, query_BHTD.device)[None, None]
-        output, _ = sdpa_attention_forward(
-            module, query_BHTD[:, :, part], key_BHTD[:, :, part], value_BHTD[:, :, part], mask, **kwargs
-        )
+        output, _ = sdpa(module, query_BHTD[:, :, part], key_BHTD[:, :, part], value_BHTD[:, :, part], mask, **kwargs)
         outputs.append(output)
         start += length
     return torch.cat(outputs, dim=1)
+
+
+def sdpa(module, query_BHTD, key_BKTD, value_BKTD, attention_mask, **kwargs):
+    """Return ((B, T, H, D), None): what transformers' sdpa_attention_forward does, without all scores in memory on old cards.
+
+    Where there is no flash attention, torch's memory-efficient kernel is left, which takes no grouped queries: asked for them,
+    torch computes all T x T scores instead (huggingface/transformers#48633, on a T4). So each query head gets a copy of its
+    keys and values.
+    """
+    group = query_BHTD.shape[1] // key_BKTD.shape[1]
+    if group > 1 and kwargs.get("cache") is None and _lacks_flash(query_BHTD):
+        key_BKTD, value_BKTD = (x.repeat_interleave(group, dim=1) for x in (key_BKTD, value_BKTD))
+        module = types.SimpleNamespace(is_causal=getattr(module, "is_causal", True))  # without its num_key_value_groups
+    return sdpa_attention_forward(module, query_BHTD, key_BKTD, value_BKTD, attention_mask, **kwargs)
+
+
+def _lacks_flash(query):
+    """Return whether torch's flash attention cannot compute this: on an NVIDIA card below capability 8.0, or in float32."""
+    if query.device.type != "cuda" or torch.version.cuda is None:
+        return False
+    return query.dtype == torch.float32 or torch.cuda.get_device_capability(query.device) < (8, 0)
 
 
 @functools.cache
@@ -142,6 +162,7 @@ def _offsets(segments, device):
     return torch.tensor([0, *itertools.accumulate(segments)], dtype=torch.int32, device=device)
 
 
+AttentionInterface.register("sdpa", sdpa)  # rows that are not joined too
 for _name, _function in ((NAME, segment_attention), (PLAIN, plain_segment_attention)):
     AttentionInterface.register(_name, _function)
     AttentionMaskInterface.register(_name, lambda *args, **kwargs: None)
@@ -168,7 +189,7 @@ def joins(model):
     """
     if why_not(model.config):
         return False
-    weight = model.get_input_embeddings().weight
+    weight = next(model.get_input_embeddings().parameters())  # with rows of new tokens .weight is a copy of the table
     ids = torch.arange(1, 17, device=weight.device)[None] % len(weight)
     rows = ids.split([6, 10], dim=1)
     positions = torch.cat([torch.arange(row.shape[1], device=ids.device) for row in rows])[None]
@@ -209,4 +230,4 @@ def within_documents(model, plain=False):
     try:
         yield
     finally:
-        model.set_attn_implementation(before)
+        model.config._attn_implementation = before  # which was checked when the model was loaded

@@ -20,43 +20,83 @@ from ..system.errors import InputError
 
 # B rows, T tokens, D hidden width
 
+PIECE = 4 * 2**20  # a copy of it takes 0.2 ms at 25 GB/s, so that starting the copies costs little beside them
+
 _plain = functools.partial(checkpoint, use_reentrant=False)
 
 
 @contextlib.contextmanager
 def checkpointed(layers, number, offload=False):
-    """Checkpoint the first `number` of decoder `layers` while the block runs, wherever these train.
+    """Checkpoint the first `number` of decoder `layers` while the block runs; yields the Host, or None. See Checkpointing."""
+    with Checkpointing(layers, number, offload) as chosen:
+        yield chosen.host
 
-    Random numbers (dropout) are restored. offload: the inputs of these layers are offloaded to CPU memory. Yields the
-    Host that holds them, or None.
 
-    Raises:
+class Checkpointing:
+    """Checkpoints the first `number` of decoder `layers` while a `with` block runs, wherever these train.
+
+    Random numbers (dropout) are restored. offload: the inputs of these layers are offloaded to CPU memory; host: the Host
+    that holds them, or None. Between two micro-batches `change` may take others: no number changes.
+
+    Entering raises:
         InputError: there are fewer layers, or they cannot be checkpointed one by one.
     """
-    if number > len(layers):
-        raise InputError(f"memory.gradient_checkpointing is {number}, but the model has {len(layers)} layers")
-    chosen = list(layers)[:number]
-    for layer in chosen:
-        if not isinstance(layer, GradientCheckpointingLayer):
+
+    def __init__(self, layers, number, offload=False):
+        self.layers, self.number, self.offload = list(layers), number, offload
+        self.host = None
+
+    def __enter__(self):
+        if self.number > len(self.layers):
             raise InputError(
-                f"{type(layer).__name__} cannot be checkpointed; set memory.gradient_checkpointing=false and, for less "
-                "memory, a lower data.max_length"
+                f"memory.gradient_checkpointing is {self.number}, but the model has {len(self.layers)} layers"
             )
-    host = Host() if offload and chosen else None
-    try:
+        for layer in self.layers[: self.number]:
+            if not isinstance(layer, GradientCheckpointingLayer):
+                raise InputError(
+                    f"{type(layer).__name__} cannot be checkpointed; set memory.gradient_checkpointing=false and, for less "
+                    "memory, a lower data.max_length"
+                )
+        self._begin()
+        return self
+
+    def __exit__(self, *exception):
+        self._end()
+
+    def next(self, on_gpu):
+        """Return (number, offload) of the next step to less memory, None where there is none.
+
+        Twice as many layers, but at least a quarter of them; all; on a GPU, their inputs to the host.
+        """
+        total = len(self.layers)
+        if self.number < total and all(isinstance(layer, GradientCheckpointingLayer) for layer in self.layers):
+            return min(total, max(2 * self.number, -(-total // 4))), self.offload
+        return (self.number, True) if on_gpu and self.number and not self.offload else None
+
+    def change(self, number, offload):
+        """Checkpoint the first `number` layers from now on."""
+        self._end()
+        self.number, self.offload = number, offload
+        self._begin()
+
+    def _begin(self):
+        chosen = self.layers[: self.number]
+        self.host = Host() if self.offload and chosen else None
         for index, layer in enumerate(chosen):
-            layer._gradient_checkpointing_func = functools.partial(host.checkpoint, index == 0) if host else _plain
+            again = _plain if self.host is None else functools.partial(self.host.checkpoint, index == 0)
+            layer._gradient_checkpointing_func = again
             layer.gradient_checkpointing = True
             for module in layer.modules():
                 module.computed_again = True  # kernels.swiglu keeps less then
-        yield host
-    finally:
-        for layer in chosen:
+
+    def _end(self):
+        for layer in self.layers[: self.number]:
             layer.gradient_checkpointing = False
             for module in layer.modules():
                 vars(module).pop("computed_again", None)
-        if host:
-            host.close()
+        if self.host:
+            self.host.close()
+        self.host = None
 
 
 def _nothing():
@@ -69,9 +109,14 @@ class Host:
     On a GPU the main stream never waits for a copy that is not two layers late: a hidden state leaves while the next
     layers run, and comes back while the layer after it runs backward, so at most IN_FLIGHT of them are on the device
     beside the layer at work. Buffers are pinned, and used again in every step. On a CPU the copies are plain ones.
+
+    PIECE: bytes of a pinned buffer; a hidden state takes as many as it needs. torch's allocator of pinned memory rounds each up
+    to a power of two (pytorch #150517: 35 GiB became 64), which this is: less than a piece a layer is lost. piece: None for
+    buffers as large as what they hold.
     """
 
-    IN_FLIGHT = 2
+    IN_FLIGHT, PIECE = 2, PIECE
+    piece: int | None = None
 
     def __init__(self):
         self.free = []  # buffers that hold nothing
@@ -126,29 +171,39 @@ class Host:
             self.free.pop()
         return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=self._stream is not None)
 
-    def copy(self, target, source, device):
-        """Start target.copy_(source) after what the main stream has to do so far; return the event after it, or None.
+    def copy(self, targets, sources, device):
+        """Start target.copy_(source) of each pair after what the main stream has to do so far; return the event after them, or
+        None.
 
         On a CPU it is done at once.
         """
         if self._stream is None:
-            target.copy_(source)
+            for target, source in zip(targets, sources, strict=True):
+                target.copy_(source)
             return None
         self._stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(self._stream):
-            target.copy_(source, non_blocking=True)
+            for target, source in zip(targets, sources, strict=True):
+                target.copy_(source, non_blocking=True)
             return self._stream.record_event()
 
     def leave(self, x):
-        """Copy `x` to a buffer; return that. `x` is held until the copy is done."""
+        """Copy `x` to buffers; return these. `x` is held until the copy is done."""
         if self._stream is None and x.device.type == "cuda":
-            self._stream = torch.cuda.Stream(x.device)
+            self._stream, self.piece = torch.cuda.Stream(x.device), self.PIECE
         self._release(self.IN_FLIGHT - 1)
-        buffer = self.buffer(x.numel() * x.element_size())
-        event = self.copy(_as(buffer, x), x.detach(), x.device)
+        x = x.detach().contiguous()
+        parts = self.parts(x)
+        buffers = [self.buffer(self.piece or len(part)) for part in parts]
+        event = self.copy([buffer[: len(part)] for buffer, part in zip(buffers, parts, strict=True)], parts, x.device)
         if event is not None:
-            self._leaving.append((x.detach(), event))
-        return buffer
+            self._leaving.append((x, event))
+        return buffers
+
+    def parts(self, x):
+        """Return the bytes of a contiguous tensor, in as many parts as it takes buffers: views, uint8."""
+        flat = x.view(-1).view(torch.uint8)
+        return [flat] if self.piece is None else flat.split(self.piece)
 
     def _release(self, keep):
         while len(self._leaving) > keep:
@@ -163,14 +218,16 @@ class _Stored:
     def __init__(self, host, x, before):
         self.host, self.before = host, before
         self.empty = functools.partial(torch.empty, x.shape, dtype=x.dtype, device=x.device)
-        self.buffer = host.leave(x)
+        self.buffers = host.leave(x)
         self.coming: Any = None  # (hidden state, the event after its copy)
 
     def bring(self):
         """Start the copy back to the device."""
         if self.coming is None:
             x = self.empty()
-            self.coming = x, self.host.copy(x, _as(self.buffer, x), x.device)
+            parts = self.host.parts(x)
+            stored = [buffer[: len(part)] for buffer, part in zip(self.buffers, parts, strict=True)]
+            self.coming = x, self.host.copy(parts, stored, x.device)
 
     def take(self):
         """Return the hidden state on its device; the main stream waits until it is there."""
@@ -183,10 +240,5 @@ class _Stored:
     def __del__(self):
         if getattr(self, "coming", None) is not None:  # never asked for: the step was broken off
             self.take()
-        if hasattr(self, "buffer"):
-            self.host.free.append(self.buffer)
-
-
-def _as(buffer, x):
-    """Return the beginning of `buffer` in the shape and dtype of `x`."""
-    return buffer[: x.numel() * x.element_size()].view(x.dtype).view(x.shape)
+        if hasattr(self, "buffers"):
+            self.host.free.extend(self.buffers)

@@ -11,12 +11,12 @@ recomputed only until everything has been saved.
 
 from __future__ import annotations
 
-import itertools
 import types
 
 import torch
 from torch.autograd.function import once_differentiable
 
+from . import tiles
 from .linear import Base, adapted, gradients
 
 # N tokens, H hidden_size, I intermediate_size, R rank
@@ -141,7 +141,7 @@ class _Room(torch.autograd.Function):
         mlp, wants_x = ctx.mlp, ctx.needs_input_grad[0]
         grad_x = torch.empty_like(x_NH) if wants_x else None
         sums = []  # in float32, over tiles
-        for rows in tiles(len(x_NH)):
+        for rows in tiles.of(len(x_NH)):
             x = x_NH[rows]
             part, *grads = mlp.gradients(g_NH[rows], x, mlp.products(x, weights), None, weights, wants_x)
             if grad_x is not None:
@@ -159,7 +159,7 @@ class _Fill(torch.autograd.Function):
     def forward(ctx, out_NH, x_NH, mlp):
         ctx.mark_dirty(out_NH)
         weights = [weight.detach() for weight in mlp.weights]
-        for rows in tiles(len(x_NH)):
+        for rows in tiles.of(len(x_NH)):
             gate, up, _, _ = mlp.products(x_NH[rows], weights)
             h_NI = mlp.hidden(gate, up)
             del gate, up
@@ -172,16 +172,6 @@ class _Fill(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, g_NH):
         return g_NH, None, None
-
-
-TILE = 4096  # tokens: products of that many keep a GPU busy, and unpacking a weight for each is 4 % of their time (computed)
-
-
-def tiles(num_tokens):
-    """Return slices of at most TILE tokens, as even as can be."""
-    count = max(1, -(-num_tokens // TILE))
-    ends = [num_tokens * index // count for index in range(count + 1)]
-    return [slice(start, stop) for start, stop in itertools.pairwise(ends)]
 
 
 def forward_of(module):

@@ -44,6 +44,8 @@ def make(model, config):
     from peft import get_peft_model
     from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper
 
+    from . import token_rows
+
     with warnings.catch_warnings():
         # a tied head that is trained apart from the embedding is untied on purpose; and PEFT finds out by itself which
         # layers are Conv1D
@@ -65,6 +67,7 @@ def make(model, config):
     if getattr(config, "trainable_token_indices", None):
         ends = [model.get_input_embeddings(), model.get_output_embeddings()]
         assert all(isinstance(end, TrainableTokensWrapper) for end in ends), "PEFT left the embedding or the head out"
+        token_rows.install(peft_model)
     tied = set(getattr(config, "modules_to_tie", None) or ())
     assert set(whole) - tied == set(getattr(config, "modules_to_save", None) or ()), (
         "PEFT trains other modules than it was told"
@@ -84,7 +87,8 @@ def to_dtype(peft_model, dtype):
 
 def dtype_of(model):
     """Return the dtype that a model computes in."""
-    return model.get_input_embeddings().weight.dtype
+    # not .weight: with rows of new tokens that is a copy of the table
+    return next(model.get_input_embeddings().parameters()).dtype
 
 
 def named(peft_model, part):

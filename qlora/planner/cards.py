@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from ..system.errors import InputError
@@ -11,45 +12,125 @@ GiB = 2**30
 
 @dataclass(frozen=True)
 class Card:
-    """flops: dense bfloat16 with sums in float32, a second; bandwidth: bytes a second; memory: bytes a process sees."""
+    """gib: what a process sees of its memory, which is less than what is on the box. flops: dense products in bfloat16, or in
+    float16 where that is not computed, with sums in float32, a second. bandwidth: bytes a second. bfloat16: whether it
+    computes in it. size: GB on the box."""
 
     name: str
+    size: int
+    gib: float
     flops: float
     bandwidth: float
-    memory: int
+    bfloat16: bool = True
+
+    @property
+    def memory(self):
+        """Bytes that a process sees."""
+        return int(self.gib * GiB)
 
 
-# The makers' sheets give several numbers a card. These are without sparsity, and with sums in float32, which is what torch
-# computes: on GeForce cards half of the headline.
+# FLOPS and bandwidth are of the makers' sheets, without sparsity and with sums in float32, which is what torch computes. On
+# GeForce cards since 30xx that is half of the headline, and twice the FP32 of the sheet: [C] is computed so (59.5 = 2 x 29.8 for
+# the 3080, 165.2 = 2 x 82.6 for the 4090 are in NVIDIA's own tables).
+# GiB are those of torch's messages, "GPU 0 has a total capacity of 23.64 GiB", in public reports: owner/name#number. [S]: no
+# report names the card; what another of the same size and generation has.
 CARDS = (
-    Card("RTX 3090", 71e12, 936e9, 24 * GiB),  # NVIDIA Ampere GA102 whitepaper, table 9
-    Card("RTX 4090", 165.2e12, 1008e9, 24 * GiB),  # NVIDIA Ada GPU architecture whitepaper, appendix A
-    Card("RTX 5090", 209.5e12, 1792e9, 32 * GiB),  # NVIDIA RTX Blackwell GPU architecture whitepaper, appendix A
-    Card("A10G", 70e12, 600e9, int(22.5 * GiB)),  # NVIDIA A10G data sheet (AWS G5); 24 GB less the bits of ECC
-    Card("A100 40GB", 312e12, 1555e9, 40 * GiB),  # NVIDIA A100 data sheet
-    Card("A100 80GB", 312e12, 2039e9, 80 * GiB),  # the same, SXM
-    Card("H100", 989.4e12, 3350e9, 80 * GiB),  # NVIDIA H100 data sheet, SXM, without sparsity
-    Card("H200", 989.4e12, 4800e9, int(140.4 * GiB)),  # NVIDIA H200 data sheet, SXM, without sparsity
+    Card("RTX 2080 Ti", 11, 10.76, 53.8e12, 616e9, False),  # NVIDIA Turing whitepaper; JDAI-CV/image-captioning#11
+    Card("RTX 3060 12GB", 12, 11.75, 25.5e12, 360e9),  # [C]; TencentARC/PhotoMaker#47, Kunhao-Liu/StyleGaussian#12
+    Card("RTX 3080 10GB", 10, 9.78, 59.5e12, 760e9),  # NVIDIA GA102 whitepaper; zai-org/CogVideo#34
+    Card("RTX 3080 12GB", 12, 11.75, 61.3e12, 912e9),  # [C]; [S] 3060
+    Card(
+        "RTX 3090", 24, 23.68, 71e12, 936e9
+    ),  # NVIDIA GA102 whitepaper, table 9; 3DTopia/OpenLRM#42, GaoLii/DSP#10 (23.70)
+    Card("RTX 3090 Ti", 24, 23.68, 80e12, 1008e9),  # [C]; [S] 3090
+    Card("RTX 4060 Ti 16GB", 16, 15.6, 44.1e12, 288e9),  # [C]; [S] RTX A4000, DengKaiCQ/VGGT-Long#6 (15.61)
+    Card("RTX 4070", 12, 11.6, 58.3e12, 504e9),  # [C]; [S], less than the 4070 Ti's 11.73
+    Card("RTX 4070 Super", 12, 11.6, 71.0e12, 504e9),  # [C]; [S]
+    Card("RTX 4070 Ti", 12, 11.73, 80.2e12, 504e9),  # [C]; OpenLMLab/LOMO#17
+    Card("RTX 4070 Ti Super", 16, 15.6, 88.2e12, 672e9),  # [C]; [S] 4060 Ti
+    Card("RTX 4080", 16, 15.6, 97.5e12, 717e9),  # NVIDIA Ada whitepaper, appendix A; [S] 4060 Ti
+    Card("RTX 4080 Super", 16, 15.6, 104.4e12, 736e9),  # [C]; [S] 4060 Ti
+    # NVIDIA Ada whitepaper, appendix A; pinokiofactory/flux-webui#11 (23.61), ali-vilab/VGen#104 (23.64); newer drivers keep
+    # more: 23.5 is on the safe side (XChenZ/havatar#6 has 23.50 of a 24 GB card)
+    Card("RTX 4090", 24, 23.5, 165.2e12, 1008e9),
+    Card("RTX 5060 Ti 16GB", 16, 15.47, 47.4e12, 448e9),  # [C]; [S] 5080
+    Card("RTX 5070", 12, 11.49, 61.7e12, 672e9),  # [C]; shkhln/libc6-shim#14: 12,227 MiB, of which the driver keeps 464
+    Card("RTX 5070 Ti", 16, 15.47, 87.9e12, 896e9),  # [C]; [S] 5080
+    Card("RTX 5080", 16, 15.47, 112.6e12, 960e9),  # [C]; [C] 16,303 MiB less the 464 that the driver of the 5070 keeps
+    # NVIDIA RTX Blackwell whitepaper, appendix A; TrajectoryCrafter/TrajectoryCrafter#20, Wan-Video/Wan2.1#465 (31.37)
+    Card("RTX 5090", 32, 31.36, 209.5e12, 1792e9),
+    Card("T4", 16, 14.56, 65e12, 320e9, False),  # NVIDIA T4 data sheet; Zheng-Chong/CatVTON#133 (older drivers: 14.75)
+    Card(
+        "V100 16GB", 16, 15.74, 125e12, 900e9, False
+    ),  # NVIDIA V100 data sheet, SXM2; [C] 16 less the 0.26 that 32 GB lack
+    Card("V100 32GB", 32, 31.74, 125e12, 900e9, False),  # the same; liucongg/ChatGLM-Finetuning#73
+    Card(
+        "L4", 24, 22.03, 121e12, 300e9
+    ),  # NVIDIA L4 data sheet, half of "with sparsity"; torch's messages on Google Cloud's g2
+    Card("A10G", 24, 22.0, 70e12, 600e9),  # NVIDIA A10G data sheet (AWS G5); [S] L4: 24 GB less the bits of ECC
+    Card("RTX A6000", 48, 47.5, 154.8e12, 768e9),  # NVIDIA RTX A6000 data sheet, half of "with sparsity"; torch: 47.53
+    Card("L40S", 48, 44.4, 362e12, 864e9),  # NVIDIA L40S data sheet; stepfun-ai/Step-Video-T2V#8 (44.42)
+    Card(
+        "RX 7900 XTX", 24, 23.98, 122.8e12, 960e9
+    ),  # AMD's page of the card, half precision; torch's "HIP out of memory"
+    Card("A100 40GB", 40, 39.5, 312e12, 1555e9),  # NVIDIA A100 data sheet; TianheWu/CoSeR#10
+    Card(
+        "A100 80GB", 80, 79.14, 312e12, 2039e9
+    ),  # the same, SXM; lianqi1008/Control-GIC#6, levihsu/OOTDiffusion#235 (79.25)
+    Card("H100", 80, 79.11, 989.4e12, 3350e9),  # NVIDIA H100 data sheet, SXM; vllm-project/vllm#27508
+    Card("H100 PCIe", 80, 79.11, 756e12, 2000e9),  # the same; [S] H100
+    Card("H200", 141, 139.72, 989.4e12, 4800e9),  # NVIDIA H200 data sheet, SXM; 139.72 to 139.81 in torch's messages
 )
 
-
-def card_of(name):
-    """Return the Card that `name` means, in any spelling: "4090", "rtx4090", "NVIDIA A100-SXM4-80GB"; raises InputError."""
-    card = find(name)
-    if card is None:
-        raise InputError(f"--card {name!r}: unknown card; known are {', '.join(card.name for card in CARDS)}")
-    return card
+_SIZE = re.compile(r"(?<!\d)(\d+)\s*gi?b(?![a-z])")
+_NOISE = re.compile(r"nvidia|geforce|tesla|amd|radeon|graphics|rtx|rx|gpu|sxm\d*|hbm\d*e?|[^a-z0-9]")
 
 
-def find(name):
-    """Return the Card that a name means, None if it is none of these: half a name is not guessed at."""
-    wanted = _letters(name)
-    for card in CARDS:
-        words = [_letters(word) for word in card.name.split() if word != "RTX"]
-        if all(word in wanted for word in words) and not any(other in wanted for other in ("ti", "laptop", "nvl")):
-            return card
-    return None
+def card_of(name) -> Card:
+    """Return the Card that `name` means, in any spelling: "4090", "rtx4060ti", "NVIDIA A100-SXM4-80GB"; raises InputError."""
+    found = _called(name)
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise InputError(f"--card {name!r}: which of them: {' or '.join(card.name for card in found)}?")
+    known = ", ".join(card.name for card in CARDS)
+    raise InputError(
+        f"--card {name!r}: unknown card; known are {known}\n  for another give its memory, as in --vram 8GiB; --card list says "
+        "more of these"
+    )
 
 
-def _letters(name):
-    return "".join(letter for letter in name.lower() if letter.isalnum())
+def find(name, num_bytes=None):
+    """Return the Card that a driver's name means, None if it is none of these: half a name is not guessed at, and no laptop's.
+
+    num_bytes: the memory that torch sees, by which cards of one name are told apart: a 4060 Ti of 8 GB is none of these.
+    """
+    found = _called(name)
+    if num_bytes is not None:
+        found = [card for card in found if abs(num_bytes / card.memory - 1) < 0.1]
+    return min(found, key=lambda card: card.size, default=None)
+
+
+def _called(name):
+    """Return the Cards with this name, by size if it says one."""
+    lower = str(name).lower()
+    sizes = {int(size) for size in _SIZE.findall(lower)}
+    wanted = _words(lower)
+    found = [card for card in CARDS if _words(card.name.lower()) == wanted]
+    if not found and wanted.endswith(
+        "pcie"
+    ):  # slower versions of H100 are cards of their own; of others they compute as fast
+        found = [card for card in CARDS if _words(card.name.lower()) == wanted.removesuffix("pcie")]
+    return [card for card in found if not sizes or sizes == {card.size}]
+
+
+def _words(lower):
+    return _NOISE.sub("", _SIZE.sub("", lower))
+
+
+def listing():
+    """Return [{"name", "memory_bytes", "flops", "bandwidth", "bfloat16"}] of all cards."""
+    return [
+        {"name": card.name, "memory_bytes": card.memory, "flops": card.flops, "bandwidth": card.bandwidth,
+         "bfloat16": card.bfloat16} for card in CARDS
+    ]  # fmt: skip

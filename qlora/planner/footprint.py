@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .. import base_model, methods
+from ..kernels.checkpointing import PIECE
 from ..recipe.optimizers import OPTIMIZERS
 from ..system.errors import QLoRAError
 from . import trace
@@ -28,7 +29,8 @@ class NoPlan(Exception):
 @dataclass(frozen=True)
 class Load:
     """A micro-batch at its largest. rows: of length `length`, padding counted; scored: its trained positions. joined: the
-    rows are one row without padding. document: the longest that is attended to by itself; None: as long as a row."""
+    rows are one row without padding. document: the longest that is attended to by itself; None: as long as a row; attended:
+    that of a token, in the mean. alone: it is the only one of its step; None: where a step has one by the recipe."""
 
     rows: int
     length: int
@@ -36,6 +38,13 @@ class Load:
     packed: bool = False
     joined: bool = False
     document: int | None = None
+    attended: float | None = None
+    alone: bool | None = None
+
+    @property
+    def joins_steps(self):
+        """Whether it is made of the rows of a step: `training.tokens_per_micro_batch: auto`."""
+        return self.alone is not None
 
     @property
     def tokens(self):
@@ -129,10 +138,7 @@ def outline(config, model_section, quantization, lora, num_new_tokens, device_ki
 
 def _outline(config, model_section, quantization, lora, num_new_tokens, device_kind, packed, kernels):
     model = base_model.load_on_meta(config, model_section, quantization)
-    largest = max(map(base_model.numel, model.parameters()))
-    # bfloat16; on a CPU float32 copies too, unless the files hold codes
-    quantizes = device_kind == "cpu" and not base_model.stored_quantization(config)
-    read_bytes = largest * (16 if quantizes else 2)
+    read_bytes = _read_bytes(model, config, num_new_tokens, device_kind)
     linear = [model.get_submodule(name) for name in base_model.linear_names(model)]
     base = sum(base_model.numel(module.weight) for module in linear)
     head = model.get_output_embeddings().weight.numel()
@@ -156,6 +162,24 @@ def _outline(config, model_section, quantization, lora, num_new_tokens, device_k
     )
 
 
+def _read_bytes(model, config, num_new_tokens, device_kind):
+    """Return what the largest weight needs while it is read: bfloat16; quantized on a CPU float32 copies too, unless the files
+    hold codes. An embedding is not quantized.
+
+    Anonymous memory of loading measured: 0.16 and 0.20 GiB, for tables of 262,144 x 640 (tied) and 2 x 128,256 x 1,024 that stay
+    mapped files, where weights and this are 0.64 and 0.79 (with float32 copies of the tables too: 2.83 and 2.50).
+    """
+    largest = max(map(base_model.numel, model.parameters()))
+    found = 2 * largest
+    if device_kind == "cpu":
+        quantized = base_model.quantized_modules(model).values()
+        if quantized and not base_model.stored_quantization(config):
+            found = max(found, 16 * max(base_model.numel(module.weight) for module in quantized))
+        if num_new_tokens:  # base_model.add_rows: a larger table, and its mean in float32
+            found = max(found, 6 * largest)
+    return found
+
+
 def _bytes(tensors):
     """Return the bytes of these tensors, shared ones once."""
     return sum({id(t): t.numel() * t.element_size() for t in tensors}.values())
@@ -171,7 +195,7 @@ def usage(model: Outline, load: Load, training, checkpointed, offload, eval_load
     """
     numbers = float(model.trained.sum())
     largest = float(model.trained.max())
-    accumulates = training.gradient_accumulation_steps > 1
+    accumulates = training.gradient_accumulation_steps > 1 if load.alone is None else not load.alone
     always = {
         "weights": model.weights,
         "adapter": model.trained_bytes + 4 * numbers,  # and training.master_weights
@@ -200,7 +224,9 @@ def usage(model: Outline, load: Load, training, checkpointed, offload, eval_load
     )
     found["context"] = round(CONTEXT_BYTES + lost if on_cuda else lost)
     kept = model.step.checkpointed[model.step.layers[-1]][0].rise_and_change(_growth(load))[1]
-    host_bytes = round(kept * checkpointed) if offload else 0
+    host_bytes = round(kept) * checkpointed if offload else 0
+    if on_cuda and offload:
+        host_bytes = -(-round(kept) // PIECE) * PIECE * checkpointed
     if not on_cuda:  # the host's memory is the one there is
         found["checkpoints"], host_bytes = found["checkpoints"] + host_bytes, 0
     large = model.trained[model.trained >= _PAGED_FROM]

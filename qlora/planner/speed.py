@@ -18,8 +18,9 @@ class Work:
     quantized: bool
 
 
-def seconds(work, card, rows, length, scored, recomputed):
-    """Return the least seconds of a micro-batch forward and backward. recomputed: the share of layers that is checkpointed.
+def seconds(work, card, rows, length, scored, recomputed, attended=None):
+    """Return the least seconds of a micro-batch forward and backward. recomputed: the share of layers that is checkpointed;
+    attended: tokens of the document that a token is in, None for all of its row.
 
     A weight costs 2 FLOPs a token forward and 2 for the gradient of its input; the adapters' own gradients cost 2 more.
     Attention, causal: 2 T width forward for QK and PV, 2.5 times that backward (arXiv:2307.08691, sec. 4). A 4-bit weight is
@@ -28,7 +29,7 @@ def seconds(work, card, rows, length, scored, recomputed):
     tokens, forwards = rows * length, 1 + recomputed
     weights = work.base * (forwards + 1) + work.lora * (forwards + 2)
     flops = 2 * weights * tokens + 3 * 2 * work.head * scored
-    flops += 2 * length * work.attention_width * work.layers * tokens * (forwards + 2.5)
+    flops += 2 * (attended or length) * work.attention_width * work.layers * tokens * (forwards + 2.5)
     unpacking = 2 * 2.5 * work.base if work.quantized else 0
     reading = 2 * work.base * (forwards + 1)
     return unpacking / card.bandwidth + max(flops / card.flops, reading / card.bandwidth)

@@ -21,7 +21,7 @@ from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE
 
 from .. import base_model, kernels
 from ..data import IGNORE_INDEX
-from ..kernels import causal, checkpointing, loss, swiglu
+from ..kernels import causal, checkpointing, loss, tiles, token_rows
 from ..system import memory
 
 # B batch (1), H heads, T tokens, D head dim, N scored positions, V vocabulary, C positions in a chunk of the head
@@ -58,10 +58,10 @@ class Segment:
 
 def growth(num_tokens, num_scored, document):
     """Return what levels grow with: 1, T, T squared, N, rows of the head's buffer, scores of a block of a document, and
-    tokens of a tile of the SwiGLU block.
+    tokens of a tile (kernels.tiles).
     """
     block = min(document, causal.BLOCK) * document
-    head, tile = min(num_scored, TOKEN_CHUNK_SIZE), max(part.stop - part.start for part in swiglu.tiles(num_tokens))
+    head, tile = min(num_scored, TOKEN_CHUNK_SIZE), max(part.stop - part.start for part in tiles.of(num_tokens))
     return np.array([1.0, num_tokens, num_tokens**2, num_scored, head, block, tile])
 
 
@@ -102,11 +102,12 @@ def trace(peft_model, device_kind, packed, setting="auto"):
     kinds = [(index == 0, index == len(layers) - 1, _kind(layer)) for index, layer in enumerate(layers)]
     names = {kind: number for number, kind in enumerate(dict.fromkeys(kinds))}
     chosen = [layers[kinds.index(kind)] for kind in names]
+    shapes: dict = {}
     with _cut(model, layers, chosen), kernels.installed(peft_model, setting) as found, _training(peft_model):
         ways = []
         for number in (0, len(chosen)):
             with checkpointing.checkpointed(chosen, number):
-                runs = {point: _run(peft_model, chosen, device_kind, found, packed, point) for point in _POINTS}
+                runs = {point: _run(peft_model, chosen, device_kind, found, packed, point, shapes) for point in _POINTS}
                 ways.append(_fitted(runs))
     plain, checkpointed = (
         {number: (segments["forward", number], segments["backward", number]) for number in names.values()}
@@ -123,8 +124,8 @@ def _kind(layer):
     return (type(layer), *shapes)
 
 
-def _run(peft_model, layers, device_kind, installed, packed, point):
-    """Return {segment: levels} of one forward and backward pass. point: one of _POINTS."""
+def _run(peft_model, layers, device_kind, installed, packed, point, shapes):
+    """Return {segment: levels} of one forward and backward pass. point: one of _POINTS. shapes: of _LiveShapes."""
     num_tokens, num_scored, chunk, document, tile = point
     marks = []
 
@@ -148,7 +149,7 @@ def _run(peft_model, layers, device_kind, installed, packed, point):
     for number, layer in enumerate(layers):
         handles.append(layer.register_forward_pre_hook(begin(number), with_kwargs=True))
         handles.append(layer.register_forward_hook(end(number), with_kwargs=True))
-    live = memory.LiveTensors()
+    live = _LiveShapes(shapes)
     on_cuda = device_kind == "cuda"
     way = _loss_on_cuda if on_cuda else functools.partial(_loss_on_cpu, lean=installed.loss)
     attention = _way_of_attention(device_kind, installed.joined, packed, document)
@@ -176,6 +177,55 @@ def _run(peft_model, layers, device_kind, installed, packed, point):
         [found["head"], found.pop("loss") + (found["head"][-1] if len(found["head"]) else 0)]
     )
     return found
+
+
+class _LiveShapes(memory.LiveTensors):
+    """LiveTensors on the meta device, where an operation asks for the shape of its result once.
+
+    known: {operation and what it is given: (shape, stride, dtype) of a new tensor, or _FIRST, the first argument changed in
+    place}. torch finds shapes in Python, 50 to 200 us an operation; layers that are alike, and a layer that is computed
+    again, ask for the same ones.
+    """
+
+    def __init__(self, known):
+        super().__init__()
+        self.known = known
+
+    def compute(self, func, args, kwargs):
+        key = (func, _described(args), _described(tuple(kwargs.items())))
+        known = self.known.get(key)
+        if known is _FIRST:
+            return args[0]
+        if known is not None:
+            shape, stride, dtype = known
+            return torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+        made = func(*args, **kwargs)
+        if isinstance(made, torch.Tensor) and made.is_meta:
+            if args and made is args[0] and _described(args) == key[1]:
+                self.known[key] = _FIRST
+            elif _is_new(made, args, kwargs):
+                self.known[key] = (made.shape, made.stride(), made.dtype)
+        return made
+
+
+_FIRST = object()
+
+
+def _described(value):
+    """Return all that the shape of a result depends on, hashable."""
+    if isinstance(value, torch.Tensor):
+        return value.shape, value.stride(), value.dtype, value.device
+    if isinstance(value, (list, tuple)):
+        return tuple(_described(each) for each in value)
+    return type(value), value
+
+
+def _is_new(made, args, kwargs):
+    """Return whether a result is a whole tensor of its own: no view, and no result of another operation."""
+    address = made.untyped_storage()._cdata
+    given = [x.untyped_storage()._cdata for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
+    alike = torch.empty_strided(made.shape, made.stride(), dtype=made.dtype, device="meta")
+    return address not in given and alike.untyped_storage().nbytes() == made.untyped_storage().nbytes()
 
 
 def _fitted(runs):
@@ -227,7 +277,10 @@ def _loss_on_cuda(peft_model, num_tokens, num_scored, chunk):
     labels = labels[:, 1:]
     is_trained, at = labels != IGNORE_INDEX, (_positions(num_scored), _positions(num_scored))
     head = model.get_output_embeddings()
-    found = _ChunkedHead.apply(hidden[at], head.weight, head.bias, labels[at], chunk)
+    weight, rows, _ = token_rows.parts(head)
+    if rows is not None:  # trl cannot train them: kernels.loss does
+        return loss.cross_entropy(hidden[at], head, labels[at]) / num_scored
+    found = _ChunkedHead.apply(hidden[at], weight, head.bias, labels[at], chunk)
     log_probs, _, _ = (x.new_zeros(is_trained.shape).masked_scatter(is_trained, x) for x in found)
     return -log_probs.sum() / num_scored
 
@@ -302,19 +355,19 @@ def _attention(model, function, joined):
     try:
         yield
     finally:
-        model.set_attn_implementation(before)
+        model.config._attn_implementation = before  # a package that it needs may be missing where it is planned
 
 
 @contextlib.contextmanager
 def _one_piece(tile):
-    """Let what the kernels compute piece by piece be one piece, whatever the sequence has: a tile of so many tokens of a
-    checkpointed SwiGLU block, and the most positions of the loss."""
-    before = swiglu.tiles, loss.pieces
-    swiglu.tiles, loss.pieces = lambda _: [slice(0, tile)], lambda _: [slice(0, loss.POSITIONS)]
+    """Let what the kernels compute piece by piece be one piece, whatever the sequence has: a tile of so many
+    tokens, and the most positions of the loss."""
+    before = tiles.of, loss.pieces
+    tiles.of, loss.pieces = lambda _: [slice(0, tile)], lambda _: [slice(0, loss.POSITIONS)]
     try:
         yield
     finally:
-        swiglu.tiles, loss.pieces = before
+        tiles.of, loss.pieces = before
 
 
 def _way_of_attention(device_kind, joined, packed, document):
@@ -328,6 +381,9 @@ def _way_of_attention(device_kind, joined, packed, document):
             half = query.shape[2] // 2
             parts = [[x[:, :, part] for x in (query, key, value)] for part in (slice(half), slice(half, None))]
             return torch.cat([_Flash.apply(*part, False).transpose(1, 2) for part in parts], dim=1), None
+        if on_cuda and query.dtype != torch.bfloat16:  # kernels.attention.sdpa, where there is no flash attention
+            group = query.shape[1] // key.shape[1]
+            key, value = (x.repeat_interleave(group, dim=1) if group > 1 else x for x in (key, value))
         return _Flash.apply(query, key, value, on_cuda).transpose(1, 2).contiguous(), None
 
     return attend

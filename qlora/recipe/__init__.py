@@ -113,6 +113,14 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _one_dtype(self):
+        if self.model.dtype != "auto" and self.quantization is not None:
+            raise ValueError(
+                f"model.dtype is for quantization: null; set quantization.compute_dtype: {self.model.dtype} instead"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _steps_for_the_ranks_to_shrink_in(self):
         if self.adalora is None:
             return self
@@ -123,7 +131,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _one_way_to_fill_a_micro_batch(self):
-        tokens = self.training.tokens_per_micro_batch
+        tokens = self.training.filled_to
         if tokens is not None and tokens < self.data.max_length:
             raise ValueError(
                 f"training.tokens_per_micro_batch {tokens} is less than data.max_length {self.data.max_length}; "

@@ -59,7 +59,21 @@ def _size(text):
     return text
 
 
+def _attention(name):
+    """One of transformers' implementations, or a kernel of the hub that transformers 5.23 loads: code, so of one owner only."""
+    if name in ATTENTION or re.fullmatch(r"kernels-community/\w[\w.-]*(@[\w.-]+)?(:\w+)?", name):
+        return name
+    if "/" in name:
+        raise ValueError(
+            "should be kernels-community/NAME or kernels-community/NAME@REVISION, if it is a kernel of the hub: those of "
+            "other owners are code that nobody has looked at, and are not run"
+        )
+    raise ValueError(f"should be one of {', '.join(ATTENTION)}, kernels-community/NAME")
+
+
+ATTENTION = "auto sdpa eager flex_attention flash_attention_2 flash_attention_3 flash_attention_4".split()
 Name = Annotated[str, AfterValidator(_one_line)]
+Attention = Annotated[str, AfterValidator(_attention)]
 Expression = Annotated[str, AfterValidator(_expression)]
 PathText = Annotated[str, AfterValidator(_path)]
 Size = Annotated[str, AfterValidator(_size)]

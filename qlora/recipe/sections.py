@@ -13,7 +13,7 @@ from pydantic import BeforeValidator, Field, ValidationError, field_validator, m
 
 from ..system.errors import InputError
 from . import error_messages, optimizers
-from .fields import LARGEST, Name, PathText, Positive, Section, Share, Size
+from .fields import LARGEST, Attention, Name, PathText, Positive, Section, Share, Size
 
 
 class Model(Section):
@@ -23,10 +23,13 @@ class Model(Section):
     """hub: commit, tag or branch; the commit is recorded"""
     adapter_name_or_path: PathText | None = None
     """a run or an adapter folder that is trained further: same base; its ranks and layers are taken over"""
-    attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
-    """auto (sdpa where the architecture has it), sdpa, eager, flash_attention_2"""
+    attn_implementation: Attention = "auto"
+    """auto (sdpa where the architecture has it), sdpa, eager; on a GPU also flex_attention, flash_attention_2 to 4, or a
+    kernel of the hub by its name, such as kernels-community/flash-attn2@REVISION ([below](#attention))"""
     trust_remote_code: bool = False
     """run Python code that comes with the model"""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """with `quantization: null`, what quantization.compute_dtype says otherwise"""
     new_tokens: Annotated[list[str], Field(min_length=1)] | None = None
     """a list of tokens to add, whose rows in embedding and head are trained ([below](#new-tokens))"""
 
@@ -47,8 +50,9 @@ class Quantization(Section):
     """nf4, fp4; `quantization: null` trains plain 16-bit LoRA; a model folder that is 4-bit already decides itself"""
     use_double_quant: bool = True
     """4.127 instead of 4.5 bits a number"""
-    compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """dtype of the computation and of everything that is not quantized; float32 for checks"""
+    compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """dtype of the computation and of everything that is not quantized; auto: bfloat16, on cards without it (T4, 2080 Ti, V100)
+    float16 ([plan.md](plan.md#cards-without-bfloat16)); float32 for checks"""
 
 
 # data/formats has a file of each, and looks for their keys in a row in this order
@@ -164,6 +168,17 @@ class Data(Section):
         return self
 
 
+def _auto_or_tokens(value):
+    """One message for what would be two, one for each type."""
+    if (
+        value is None
+        or value == "auto"
+        or (isinstance(value, int) and not isinstance(value, bool) and 0 < value <= LARGEST)
+    ):
+        return value
+    raise ValueError("should be auto, null or a number of tokens")
+
+
 class Training(Section):
     num_train_epochs: Annotated[float, Field(gt=0, le=1e6)] = 1.0
     """passes over the training rows"""
@@ -171,15 +186,17 @@ class Training(Section):
     """instead of epochs"""
     per_device_train_batch_size: Positive = 1
     """rows in a micro-batch"""
-    tokens_per_micro_batch: Positive | None = None
-    """instead of a number of rows: tokens including padding, filled with rows of similar length; or the length of a
-    packed row"""
+    tokens_per_micro_batch: Annotated[Literal["auto"] | Positive | None, BeforeValidator(_auto_or_tokens)] = "auto"
+    """auto: the rows of a step are joined without padding into as few micro-batches as is fastest in the memory there is
+    ([below](#tokens-of-a-micro-batch)); null: a micro-batch is per_device_train_batch_size rows; a number of tokens, padding
+    included: filled with rows of similar length instead, or the length of a packed row"""
     group_by_length: bool = False
-    """put rows of similar length into one micro-batch; only with a fixed number of rows"""
+    """put rows of similar length into one step; not with a number of tokens"""
     per_device_eval_batch_size: Positive = 1
     """rows in a micro-batch of an evaluation"""
     gradient_accumulation_steps: Positive = 16
-    """micro-batches a step; the loss is the mean over the step's trained tokens"""
+    """micro-batches a step, so a step has this many times per_device_train_batch_size rows, however they are joined; the loss
+    is the mean over the step's trained tokens"""
     learning_rate: Annotated[float, Field(gt=0, le=1000)] = 2e-4
     """the highest, after the warmup"""
     optim: optimizers.Name = optimizers.DEFAULT
@@ -209,6 +226,20 @@ class Training(Section):
     more than noise; null: never"""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     """of every draw: order of the rows, dropout, initial values"""
+
+    @property
+    def joins_steps(self):
+        """Whether the rows of a step are joined into as few micro-batches as the memory allows."""
+        return self.tokens_per_micro_batch == "auto"
+
+    @property
+    def filled_to(self):
+        """The tokens that a micro-batch is filled to, whatever step its rows would be in; None where that is not asked for."""
+        return None if self.tokens_per_micro_batch == "auto" else self.tokens_per_micro_batch
+
+    @property
+    def rows_per_step(self):
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps
 
 
 def _auto_or_layers(value):

@@ -242,11 +242,11 @@ def optimizer_state(optimizer, names):
 
 
 @torch.no_grad()
-def restore_optimizer(optimizer, names, tensors, numbers):
+def restore_optimizer(optimizer, names, tensors, numbers, settle=lambda: None):
     """Give an optimizer that has taken no step the state that `optimizer_state` returned.
 
     Of bitsandbytes: in buffers of its own making, so that those are paged that a first step would page; its
-    load_state_dict (0.50.2) leaves them all in the GPU's memory.
+    load_state_dict (0.50.2) leaves them all in the GPU's memory. settle: is called between their making and their filling.
 
     Raises:
         InputError: the state is of another optimizer, or of other shapes.
@@ -255,7 +255,7 @@ def restore_optimizer(optimizer, names, tensors, numbers):
     for name, tensor in tensors.items():
         parameter, _, key = name.rpartition("/")
         made.setdefault(parameter, {})[key] = tensor
-    state = {}
+    state, filled = {}, []
     for at, (name, (parameter, group, place)) in enumerate(zip(names, places(optimizer), strict=True)):
         values = made.pop(name, {})
         if not values:
@@ -271,12 +271,15 @@ def restore_optimizer(optimizer, names, tensors, numbers):
                 "resume with the training.optim of the run"
             )
         if hasattr(optimizer, "init_state"):
-            for key, value in values.items():
-                expected[key].copy_(value)
+            filled.append((expected, values))
             optimizer.state[parameter].update(numbers.get(name, {}))
         else:
             state[at] = {**values, **numbers.get(name, {})}
     assert not made, f"optimizer state of {list(made)}, which are not trained"
+    settle()
+    for buffers, values in filled:
+        for key, value in values.items():
+            buffers[key].copy_(value)
     if state:
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 

@@ -29,12 +29,20 @@ def environment(device) -> dict:
         "id": uuid.uuid4().hex,  # checkpoints say whose they are
         "versions": {
             "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in PACKAGES},
+            **{name: _version(name) for name in PACKAGES},
         },
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
         "git_commit": _git_commit(),
         "directory": str(Path.cwd()),  # relative paths of the recipe start here
     }
+
+
+def _version(name):
+    """Return the version of a package; of one that runs from its folder without being installed, as qlora may, "checkout"."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "checkout"
 
 
 def _git_commit():

@@ -1,7 +1,7 @@
 """What a training tells as it goes: its events, the files that keep them, and the one reader of metrics.jsonl.
 
 training emits these (system/events.py); whoever wants to show or keep them listens. metrics.jsonl has a line for each Step,
-Evaluation and Skipped, in the order in which they came.
+Evaluation, Skipped, Rescaled and LessMemory, in the order in which they came.
 """
 
 from __future__ import annotations
@@ -68,7 +68,38 @@ class Skipped:
     time: float
 
 
-Line = Step | Evaluation | Skipped
+@dataclass(frozen=True)
+class LessMemory:
+    """Memory ran out, and the training goes on with less from here on: what did not fit was run again.
+
+    step: the last one that was taken. out_of_memory: when, and what was asked for; change: what is different now; both in
+    words. rows: numbers of the rows that did not fit, from 1. checkpointed_layers, offload: as they are now.
+    """
+
+    step: int
+    epoch: float
+    out_of_memory: str
+    change: str
+    rows: tuple[int, ...]
+    checkpointed_layers: int
+    offload: bool
+    time: float
+
+
+@dataclass(frozen=True)
+class Rescaled:
+    """A step that changed nothing, because a gradient overflowed float16 at the loss scale of then. loss_scale: from now on.
+
+    It says nothing of the rows: a scale that grows is to overflow now and then. epoch, time: as of a Step.
+    """
+
+    step: int
+    epoch: float
+    loss_scale: float
+    time: float
+
+
+Line = Step | Evaluation | Skipped | Rescaled | LessMemory
 
 
 def to_json(event: Line) -> dict:
@@ -79,11 +110,19 @@ def to_json(event: Line) -> dict:
 
 def from_json(values: dict) -> Line:
     """Return the event of such an object; a field that an older version did not write is None."""
-    kind: Any = Skipped if "not_taken" in values else Evaluation if "eval_loss" in values else Step
+    # the first that is there; a Step of a training in float16 has a loss_scale too, among its metrics
+    kinds = {
+        "not_taken": Skipped,
+        "out_of_memory": LessMemory,
+        "eval_loss": Evaluation,
+        "loss": Step,
+        "loss_scale": Rescaled,
+    }
+    kind: Any = next((kind for name, kind in kinds.items() if name in values), Step)
     names = [one.name for one in dataclasses.fields(kind) if one.name != "metrics"]
     known = {name: values.get(name) for name in names} | {"step": values["step"]}
-    if kind is Skipped:
-        return Skipped(**(known | {"rows": tuple(known["rows"] or ())}))
+    if kind in (Skipped, LessMemory):
+        return kind(**(known | {"rows": tuple(known["rows"] or ())}))
     return kind(**known, metrics={name: value for name, value in values.items() if name not in names})
 
 

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
+import sys
 import threading
+import traceback
 import weakref
 
 import psutil
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 # oneDNN, and torch above it, keep the compiled code of the last 1,024 products, and each number of rows is another: on a CPU,
 # batches of joined rows add half a GiB in 150 steps (docs/log.md). Both read this when they first multiply. A step has fewer.
 for _cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
     os.environ.setdefault(_cache, "64")
 
-# of c10's allocator for the CPU; of CUDA where memory is pinned; of oneDNN when it gets none for its code (torch 2.13)
-_REFUSALS = ("can't allocate memory", "CUDA error: out of memory", "could not create a primitive")
+# Rows of ever other lengths leave holes between blocks of fixed size; segments that grow leave none. Read when CUDA starts. Who
+# has set either name (the second is the older one) has decided. Windows' driver does not have them.
+if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
+# of c10's allocator for the CPU; of drivers, where memory is pinned too, HIP's and Metal's; of libraries that ask the driver
+# themselves when they first multiply; of oneDNN when it gets none for its code (torch 2.13)
+_REFUSALS = ("can't allocate memory", "out of memory", "STATUS_ALLOC_FAILED", "could not create a primitive")
 
 
 def is_refusal(error):
@@ -26,6 +34,23 @@ def is_refusal(error):
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _REFUSALS)
+
+
+def release(error):
+    """Let go of what the frames of a caught `error` hold, as far as they have ended; then leave the `except` block.
+
+    The locals of a forward pass are its activations, and an exception keeps every frame that it came through.
+    """
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__context__
+
+
+def free_cached():
+    """Collect what nothing refers to any more, and give blocks that torch keeps for later back to the device."""
+    gc.collect()  # an autograd graph may be a cycle
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def refused(error):
@@ -114,21 +139,28 @@ class LiveTensors(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        for tensor in tree_leaves((args, kwargs)):
-            self._see(tensor, False)
+        self._see((args, *kwargs.values()), False)
         if func is torch.ops.bitsandbytes.gemm_4bit.default:
             from bitsandbytes.backends.default.ops import _gemm_4bit_default_impl
 
             with self:
                 return _gemm_4bit_default_impl(*args, **kwargs)
-        made = func(*args, **kwargs)
-        self.add(*tree_leaves(made))
+        made = self.compute(func, args, kwargs)
+        self._see(made, True)
         return made
 
-    def _see(self, tensor, counts):
-        if not isinstance(tensor, torch.Tensor):
-            return
-        storage = tensor.untyped_storage()
+    def compute(self, func, args, kwargs):
+        return func(*args, **kwargs)
+
+    def _see(self, found, counts):
+        """Note a tensor, or those in a list or tuple: what operations take and give. tree_leaves takes as long as they do."""
+        if isinstance(found, (list, tuple)):
+            for each in found:
+                self._see(each, counts)
+        elif isinstance(found, torch.Tensor):
+            self._note(found.untyped_storage(), counts)
+
+    def _note(self, storage, counts):
         if storage._cdata not in self._storages:
             num_bytes = storage.nbytes() if counts else 0
             end = self._end(storage._cdata, num_bytes)

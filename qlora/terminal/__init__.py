@@ -12,18 +12,23 @@ _is_decided = ContextVar("is_decided", default=False)  # whether and how verbs a
 
 
 @contextlib.contextmanager
-def shown(results=True):
+def shown(results=True, steps=True):
     """Show on the terminal what is emitted in the block, or in the function that this decorates.
 
     Notes and bars go to stderr, results, where they are wanted, to stdout. The outermost block decides for those in it.
+    steps: those of a training; without them no library of models is imported, which may be broken.
     """
     if _is_decided.get():
         yield
         return
-    from . import bars, lines, tables, training  # rich; here, so that `qlora.quiet` does without
+    from . import bars, lines, tables  # rich; here, so that `qlora.quiet` does without
 
     with bars.Bars() as live:
-        listeners = [lines.hear, live.hear, training.Steps(live).hear, *([tables.hear] if results else [])]
+        listeners = [lines.hear, live.hear, *([tables.hear] if results else [])]
+        if steps:
+            from . import training
+
+            listeners.append(training.Steps(live).hear)
         with _decided(), events.heard_by(*listeners):
             yield
 

@@ -16,6 +16,8 @@ def say_plan(name, job, found, limits, changes, why):
     rows = f"{load.rows} row{'s' if load.rows > 1 else ''} of {load.length:,} tokens" + (
         ", packed" if load.packed else ""
     )
+    if load.joins_steps:
+        rows = f"{load.length:,} tokens of the {job.training.rows_per_step} rows of a step, joined"
     note(f"plan      {name}: largest micro-batch is {rows}, {load.scored:,} tokens trained")
     note(f"budget    {size(job.budget_bytes)} ({why})")
     show("")
@@ -43,7 +45,8 @@ def say_plan(name, job, found, limits, changes, why):
         if found.hours is not None and 3600 * found.hours >= 1:
             time += f" in at least {duration(3600 * found.hours)}"
         show(f"speed     at most {found.tokens_per_second:,.0f} tokens/s on {job.card.name}{time}")
-    words = {"max_length": "rows up to {:,} tokens", "micro_batch": "{:,} rows per micro-batch", "r": "r up to {:,}"}
+    words = {"max_length": "rows up to {:,} tokens", "micro_batch": "{:,} rows per micro-batch", "r": "r up to {:,}",
+             "tokens_per_micro_batch": "joined micro-batches up to {:,} tokens"}  # fmt: skip
     show("limits    " + "; or ".join(words[name].format(limit) for name, limit in limits.items()))
     for index, change in enumerate(changes):
         speed = change["tokens_per_second"]

@@ -24,11 +24,15 @@ class Line:
 
 @dataclass(frozen=True)
 class Table:
-    """A small table; the first column is text, the others numbers. header: names of the columns; rows: lists of str."""
+    """A small table; the first column is text, the others numbers. header: names of the columns; rows: lists of str.
+
+    text: all columns are text, and the last is folded.
+    """
 
     title: str
     header: list
     rows: list
+    text: bool = False
 
 
 def show(text):
@@ -37,6 +41,10 @@ def show(text):
 
 def table(title, header, rows):
     emit(Table(title, header, rows))
+
+
+def text_table(title, header, rows):
+    emit(Table(title, header, rows, text=True))
 
 
 def has_color():
@@ -60,7 +68,8 @@ def hear(event):
 def _grid(table):
     grid = Grid(box=box.SIMPLE_HEAD)
     for index, name in enumerate(table.header):
-        grid.add_column(name, justify="left" if index == 0 else "right", overflow="fold", no_wrap=index > 0)
+        left, whole = table.text or index == 0, index < len(table.header) - 1 if table.text else index > 0
+        grid.add_column(name, justify="left" if left else "right", overflow="fold", no_wrap=whole)
     for row in table.rows:
-        grid.add_row(*row)
+        grid.add_row(*map(Text, row))  # never as markup
     return grid

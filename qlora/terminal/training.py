@@ -30,6 +30,12 @@ class Steps:
             self._show(event)
         elif isinstance(event, record.Skipped):
             lines.say(f"          step {event.step}  skipped: {event.not_taken}")
+        elif isinstance(event, record.LessMemory):
+            lines.say(f"memory    out of memory {event.out_of_memory}; run again, and so from here on: {event.change}")
+        elif isinstance(event, record.Rescaled):
+            lines.say(
+                f"          step {event.step}  skipped: a gradient overflowed float16; loss scale now {event.loss_scale:,.0f}"
+            )
         elif isinstance(event, record.Evaluation):
             lines.say(f"          step {event.step}  held-out loss {event.eval_loss:.4f}")
         elif isinstance(event, record.CheckpointSaved):
@@ -84,13 +90,31 @@ def say_resumed(resumed, environment):
 
 def say_kernels(installed, device):
     """Say which kernels replace the model's own modules."""
-    names = {"lora": "LoRA layers", "swiglu": "SwiGLU blocks", "rmsnorm": "RMSNorms"}
+    names = {"lora": "LoRA layers", "swiglu": "SwiGLU blocks", "rmsnorm": "RMSNorms", "liger": "RMSNorms by Liger"}
     parts = [f"{count} {names[kind]}" for kind, count in installed.modules.items()]
     parts += ["batches without padding"] if installed.joined else []
     parts += ["chunked loss"] if installed.loss and device.type == "cpu" else []
     note(f"kernels   {', '.join(parts) or 'off'}")
     for kind, classes in installed.refused.items():
         note(f"          {names[kind]}: not used for {', '.join(classes)}, because the results differ")
+    for kind, reason in installed.failed.items():
+        note(f"          {names[kind]}: installed, but does not run here; {reason}")
+
+
+def say_micro_batches(recipe, planned, installed):
+    """Say how the rows of a step are computed, where the recipe leaves that open."""
+    training, tokens = recipe.training, planned.tokens_per_micro_batch
+    if not training.joins_steps or recipe.data.packing:
+        return
+    if tokens is not None and installed.joined:
+        note(f"batches   {training.rows_per_step} rows a step, joined into micro-batches of at most {tokens:,} tokens")
+        if planned.tokens_before is not None:
+            note(f"          {planned.tokens_before:,} before; they no longer fit, so last digits may differ")
+        return
+    why = "rows of this architecture are not joined" if planned.plan is not None else "without a plan"
+    why = "kernels are off" if recipe.kernels == "off" else why
+    rows, count = training.per_device_train_batch_size, training.gradient_accumulation_steps
+    note(f"batches   {count} micro-batches of {rows} row{'s' * (rows > 1)} a step: {why}")
 
 
 def say_model(prepared, opened):
@@ -102,9 +126,9 @@ def say_model(prepared, opened):
     num_quantized = len(of_base["quantized_modules"])
     how = f"{num_quantized} linear layers in {recipe.quantization.quant_type}" if num_quantized else "not quantized"
     how += " (the folder's own codes)" if of_base["prequantized"] else ""
-    note(
-        f"base      {checkpoint.name_or_path}: {total if own else total - trainable:,} parameters, {how}, on {model.device}"
-    )
+    how += f", computing in {opened.environment['compute_dtype']}"
+    frozen = total if own else total - trainable
+    note(f"base      {checkpoint.name_or_path}: {frozen:,} parameters, {how}, on {model.device}")
     if checkpoint.half is not None:
         note(f"          multimodal checkpoint: training the text half; {checkpoint.half}")
     label, summary = "trained" if own else "adapter", methods.trainable(model).summary

@@ -9,14 +9,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .. import base_model, kernels
-from ..data import Packs
+from ..data import Batches, Packs
 from ..kernels import attention
-from ..kernels.checkpointing import checkpointed
+from ..kernels.checkpointing import Checkpointing
 from ..runs.record import recorded
 from ..system import memory
 from ..system.errors import DoesNotFit
 from ..system.storage import write_json
 from .arguments import arguments_of
+from .less_memory import Economy
 from .neftune import noisy_embeddings
 from .objectives.supervised import Supervised
 from .out_of_memory import too_much, what_would_help
@@ -39,15 +40,20 @@ class Rows:
 class Settings:
     """How it is trained.
 
-    training: the recipe's section. checkpointed_layers, offload: of kernels.checkpointing. predicted_bytes: what somebody
-    expects the peak to be; is only written down, in memory.json, beside what was measured. rehearse: run the largest
+    training: the recipe's section. checkpointed_layers, offload: of kernels.checkpointing; fixed_layers: the recipe says so
+    many, which is mentioned where they do not fit. predicted_bytes: what somebody expects the peak to be; is only written
+    down, in memory.json, beside what was measured. tokens_per_micro_batch: the rows of a step are joined into micro-batches of
+    at most so many, where the model's rows can be joined and are not packed already; None: as many rows as the section says.
+    rehearse: run the largest
     micro-batch once before the first step; it changes no number. installed: the kernels that the model computes with.
     """
 
     training: Any
     checkpointed_layers: int = 0
     offload: bool = False
+    fixed_layers: bool = False
     predicted_bytes: int | None = None
+    tokens_per_micro_batch: int | None = None
     rehearse: bool = True
     installed: kernels.Installed = field(default_factory=kernels.Installed)
 
@@ -84,38 +90,25 @@ def train(model, tokenizer, rows: Rows, settings: Settings, run, saving=None) ->
             adapter does not move.
     """
     joined, section = settings.installed.joined or isinstance(rows.train, Packs), settings.training
-    objective = Supervised(tokenizer, joined, settings.installed.loss)
-    arguments = arguments_of(section, run.path, model.device, bool(rows.held_out))
-    trainer = objective.trainer(
-        model,
-        rows,
-        arguments,
-        Reliability(
-            rehearse=settings.rehearse,
-            group_by_length=section.group_by_length,
-            watchdog_steps=section.watchdog_steps,
-            saving=saving or Saving(),
-        ),
-    )
-    measured: dict[str, Any] = {
-        "layers": len(base_model.decoder_layers(model)),
-        "checkpointed_layers": settings.checkpointed_layers,
-        "offload": settings.offload,
-        "predicted_bytes": settings.predicted_bytes,
-    }
+    tokens = None if not joined or isinstance(rows.train, (Packs, Batches)) else settings.tokens_per_micro_batch
+    objective, economy = Supervised(tokenizer, joined, settings.installed.loss, tokens), _economy(model, settings)
+    trainer = _trainer(model, objective, rows, settings, run, saving or Saving(), economy)
+    measured: dict[str, Any] = economy.said()
+    measured |= {"predicted_bytes": settings.predicted_bytes, "tokens_per_micro_batch": tokens}
     try:
-        with recorded(run), _computing(model, settings, joined):
+        with recorded(run), _computing(model, economy.layers, settings, joined):
             loss, eval_loss = trainer.fit()
     except (RuntimeError, MemoryError) as error:
         if not memory.is_refusal(error):
             raise
+        measured |= economy.said()
         measured["out_of_memory"] = f"{trainer.moment.when}: {memory.refused(error)}"
         evaluates = trainer.moment.evaluates
         longest = max(len(row.input_ids) for row in rows.held_out) if evaluates else max(trainer.reliability.lengths)
         changes = what_would_help(section, measured, model.device.type == "cuda", evaluates, longest)
         raise DoesNotFit(too_much(trainer, measured, changes)) from None
     finally:
-        measured |= {"rehearsed_bytes": trainer.rehearsed_bytes, "peak_bytes": trainer.peak.bytes}
+        measured |= economy.said() | {"rehearsed_bytes": trainer.rehearsed_bytes, "peak_bytes": trainer.peak.bytes}
         if trainer.begun or trainer.resumed is None:  # what a run has measured stays where it could not go on
             write_json(run.memory_file, measured)
     seconds = trainer.clock.elapsed()
@@ -131,13 +124,35 @@ def train(model, tokenizer, rows: Rows, settings: Settings, run, saving=None) ->
     )
 
 
+def _economy(model, settings):
+    layers = Checkpointing(base_model.decoder_layers(model), settings.checkpointed_layers, settings.offload)
+    return Economy(layers, settings.fixed_layers)
+
+
+def _trainer(model, objective, rows, settings, run, saving, economy):
+    """Return the Reliable trainer of these. Where the objective makes the micro-batches, its batch is a whole step."""
+    section, tokens = settings.training, objective.tokens
+    arguments = arguments_of(section, run.path, model.device, bool(rows.held_out))
+    if tokens is not None:
+        arguments |= {"per_device_train_batch_size": section.rows_per_step, "gradient_accumulation_steps": 1}
+    reliability = Reliability(
+        rehearse=settings.rehearse,
+        group_by_length=section.group_by_length,
+        tokens=tokens,
+        watchdog_steps=section.watchdog_steps,
+        saving=saving,
+        economy=economy,
+    )
+    return objective.trainer(model, rows, arguments, reliability)
+
+
 @contextlib.contextmanager
-def _computing(model, settings, joined):
+def _computing(model, layers, settings, joined):
     """Have the model compute as the settings say while the block runs."""
-    alpha, layers = settings.training.neftune_noise_alpha, base_model.decoder_layers(model)
+    alpha = settings.training.neftune_noise_alpha
     with (
         warnings.catch_warnings(),
-        checkpointed(layers, settings.checkpointed_layers, settings.offload),
+        layers,
         attention.within_documents(model, plain=not settings.installed.joined) if joined else contextlib.nullcontext(),
         noisy_embeddings(model, alpha) if alpha else contextlib.nullcontext(),
     ):

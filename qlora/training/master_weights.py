@@ -1,4 +1,4 @@
-"""float32 master weights of bf16 adapters."""
+"""float32 master weights of 16-bit adapters."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..system.errors import InputError
 
 
 class MasterWeights:
-    """float32 copies of bf16 adapters: gradients are summed and steps taken in the copies, the model gets them rounded.
+    """float32 copies of 16-bit adapters: gradients are summed and steps taken in the copies, the model gets them rounded.
 
     A bf16 number has 8 bits: an update under 1/256 of a weight is lost when it is added to the weight itself, and so is
     a micro-batch's gradient beside the sum of those before. docs/log.md has the measurement. Cost: 8 bytes a trained
@@ -61,6 +61,10 @@ class MasterWeights:
             if held is not None:
                 master[held] = parameter[held].to(master.dtype)
             parameter.copy_(master)
+
+    def multiply_gradients(self, factor):
+        """Multiply the masters' gradients by a number, in place."""
+        torch._foreach_mul_([master.grad for master in self.masters if master.grad is not None], factor)
 
     def clear_gradients(self):
         for master in self.masters:

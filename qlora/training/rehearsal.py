@@ -20,11 +20,20 @@ def rehearse(trainer, run):
         run()
 
 
+def largest_micro_batch(lengths, rows, tokens=None):
+    """Return the numbers of the longest rows: as many as a micro-batch has, or at most that and enough to fill `tokens`."""
+    lengths = np.asarray(lengths)
+    longest_first = np.argsort(-lengths, kind="stable")[:rows]
+    if tokens is None:
+        return longest_first
+    return longest_first[: 1 + int(np.searchsorted(np.cumsum(lengths[longest_first]), tokens))]
+
+
 @contextlib.contextmanager
 def held_later(trainer):
     """Allocate what later micro-batches find in memory beside the model."""
     masters, optimizer = trainer.trained.masters.masters, trainer.own_optimizer
-    held = [torch.empty_like(m) for m in masters] if trainer.args.gradient_accumulation_steps > 1 else []
+    held = [torch.empty_like(m) for m in masters] if trainer.accumulates else []
     if hasattr(optimizer, "init_state"):  # of bitsandbytes: what its first step begins with, paged where that is
         for master, group, place in places(optimizer):
             if not optimizer.state[master]:
@@ -38,28 +47,50 @@ def held_later(trainer):
 @contextlib.contextmanager
 def undone(trainer):
     """Restore random states, counters, gradients and buffers after the block."""
-    model, counters = trainer.model, trainer.counters()
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    training = model.training
+    training, undo = trainer.model.training, way_back(trainer)
     try:
-        with same_random_numbers(model):
-            yield
+        yield
     finally:
+        undo()
+        trainer.model.train(training)
+
+
+def way_back(trainer):
+    """Return a function that restores random states, counters and buffers as they are now, and drops the model's gradients."""
+    model, counters, random_numbers = trainer.model, trainer.counters(), random_states(trainer.model)
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+
+    def undo():
+        random_numbers()
         trainer.restore_counters(counters)
         for buffer, value in buffers:
             buffer.copy_(value)
         for parameter in model.parameters():
             parameter.grad = None
-        model.train(training)
+
+    return undo
 
 
 @contextlib.contextmanager
 def same_random_numbers(model):
     """Restore the state of every random generator after the block."""
-    python, numpy = random.getstate(), np.random.get_state()
+    restore = random_states(model)
     try:
-        with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
-            yield
+        yield
     finally:
+        restore()
+
+
+def random_states(model):
+    """Return a function that restores the state of every random generator as it is now."""
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    gpu = torch.cuda.get_rng_state(model.device) if model.device.type == "cuda" else None
+
+    def restore():
         random.setstate(python)
         np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
+        if gpu is not None:
+            torch.cuda.set_rng_state(gpu, model.device)
+
+    return restore

@@ -1,8 +1,9 @@
 """Reliability, as a part that any transformers Trainer can have: `class Mine(Reliable, transformers.Trainer)`.
 
-float32 masters, a rehearsal of the largest micro-batch, steps skipped for a non-finite loss, a watch for divergence,
-checkpoints that are resumed to the bit, stopping by a signal, a warmup that starts above 0, evaluations weighted by what
-their loss is a mean of, the peak of memory; all told as events of runs/record.py.
+float32 masters, loss scaling in float16, a rehearsal of the largest micro-batch, a micro-batch that does not fit run again
+with less memory, steps skipped for a non-finite loss, a watch for divergence, checkpoints that are resumed to the bit,
+stopping by a signal, a warmup that starts above 0, evaluations weighted by what their loss is a mean of, the peak of memory;
+all told as events of runs/record.py.
 """
 
 from __future__ import annotations
@@ -19,18 +20,22 @@ import torch
 from transformers import TrainerCallback, get_scheduler
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from .. import base_model
 from ..runs import checkpoints
-from ..runs.record import Begun, CheckpointBegun, Evaluation, Rehearsed, Skipped, Step
+from ..runs.record import Begun, CheckpointBegun, Evaluation, Rehearsed, Rescaled, Skipped, Step
 from ..system import memory
 from ..system.errors import Interrupted, TrainingFailed
 from ..system.events import emit
 from . import saving as saved
 from .clock import Clock
 from .divergence import Watch
+from .less_memory import Economy
+from .loss_scale import LossScale
+from .optimizer import without_waits
 from .order import ByLength
 from .out_of_memory import Moment, few
 from .private_names import Hooks, set_rates
-from .rehearsal import rehearse, same_random_numbers
+from .rehearsal import largest_micro_batch, rehearse, same_random_numbers
 from .saving import Saves, Saving
 from .trained_parameters import Trained, not_finite
 
@@ -38,15 +43,18 @@ from .trained_parameters import Trained, not_finite
 @dataclass(frozen=True)
 class Reliability:
     """lengths: the size of each training row, such as its tokens; those of the largest are rehearsed where `rehearse`.
-    group_by_length: rows of like length share a step. watchdog_steps: the window of Watch; None: only non-finite losses end
-    a run.
+    group_by_length: rows of like length share a step. tokens: a batch is a whole step, and the objective makes micro-batches of
+    at most so many of it. watchdog_steps: the window of Watch; None: only non-finite losses end a run. economy: what is done
+    where memory runs out.
     """
 
     lengths: Sequence[int] = ()
     rehearse: bool = True
     group_by_length: bool = False
+    tokens: int | None = None
     watchdog_steps: int | None = None
     saving: Saving = dataclasses.field(default_factory=Saving)
+    economy: Economy = dataclasses.field(default_factory=Economy)
 
 
 class Reliable(Hooks):
@@ -67,12 +75,17 @@ class Reliable(Hooks):
         for parameter, dtype in dtypes.items():
             # trl casts the adapters of a quantized base to bf16, whatever it computes in
             parameter.data = parameter.data.to(dtype)
+        in_float16 = torch.float16 in dtypes.values()
+        self.scaling = LossScale() if in_float16 else None
+        # what to set where a number is not finite
+        self.remedy = f"set {_dtype_field(model)}=float32, because float16 ends at 65,504, or " if in_float16 else ""
         # of rows that are sorted by length, the first ones say nothing about the others
         first = {"first": math.inf} if reliability.group_by_length else {}
         self.watch = Watch(reliability.watchdog_steps, **first)
         self.saves = Saves(self.saving.every, self.watch)
         self.peak = memory.Peak()
         self.rehearsed_bytes = None
+        self.economy = reliability.economy
         self.begun = False
         self.failure = None  # why training ends before its time
         self.moment = Moment("before the first step")
@@ -87,6 +100,9 @@ class Reliable(Hooks):
         if state:
             self.watch.restore(state["watch"])
             self.norm = state["norm"]
+            self.economy.restore(state.get("less_memory"))  # older checkpoints have none
+            if self.scaling is not None and state.get("loss_scale"):  # a run in another dtype may go on in float16
+                self.scaling.restore(state["loss_scale"])
         for printer in (PrinterCallback, ProgressCallback):
             self.remove_callback(printer)
         self.add_callback(_Moments(self))
@@ -104,16 +120,19 @@ class Reliable(Hooks):
             mean_loss = self.train(resume_from_checkpoint=resume and str(resume)).training_loss
             if self.failure is not None:
                 self.refuse_left()
-            steps, skipped = self.state.global_step, self.watch.not_taken
-            if skipped == steps:  # in a run too short for `Watch` to end it
+            steps, overflows = self.state.global_step, self.scaling.overflows if self.scaling else 0
+            left_out = self.watch.not_taken + overflows
+            if left_out == steps:  # in a run too short for `Watch` to end it, or for the loss scale to fall far enough
+                self.refuse_left()
                 raise TrainingFailed(
-                    "every step was skipped because of a non-finite loss or gradient. Lower training.learning_rate, "
+                    f"every step was skipped because of a non-finite loss or gradient{' (in float16)' * bool(overflows)}. "
+                    f"{_sentence(self.remedy)} training.learning_rate, "
                     f"or look at the rows listed in {Path(self.args.output_dir) / 'metrics.jsonl'}"
                 )
             self._refuse_not_finite(self.trained.state()[0])
             eval_loss = self._last_evaluation() if self.eval_dataset is not None else None
             self.refuse_left()
-        return mean_loss * steps / (steps - skipped), eval_loss  # transformers divides by all
+        return mean_loss * steps / (steps - left_out), eval_loss  # transformers divides by all
 
     def num_tokens(self):
         """Return the tokens trained on so far, padding excluded."""
@@ -133,9 +152,18 @@ class Reliable(Hooks):
             # not before `fit`, which is where memory that does not suffice for the masters is said
             self.trained = Trained(self.model)
             make, arguments = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            make = without_waits(make)
             self.optimizer = make(self.trained.groups(self.args.learning_rate, self.args.weight_decay), **arguments)
             self.optimizer.register_step_post_hook(lambda *_: self._finish_step())
         return self.optimizer
+
+    @property
+    def accumulates(self):
+        """Whether a step may have several micro-batches."""
+        if self.reliability.tokens is None:
+            return self.args.gradient_accumulation_steps > 1
+        longest_first = np.sort(self.reliability.lengths)[::-1]
+        return longest_first[: self.args.per_device_train_batch_size].sum() > self.reliability.tokens
 
     @property
     def own_optimizer(self):
@@ -156,12 +184,13 @@ class Reliable(Hooks):
     def begin(self):
         """The last things before the first step: rehearse, say that the run begins, make up for an evaluation that was left."""
         self.trained.begin(self.state.max_steps)
-        lengths = np.asarray(self.reliability.lengths)
-        if self.reliability.rehearse and len(lengths):
-            self.rehearse(np.argsort(-lengths, kind="stable")[: self.args.per_device_train_batch_size])
+        if self.reliability.rehearse and len(self.reliability.lengths):
+            rows, tokens = self.args.per_device_train_batch_size, self.reliability.tokens
+            self.rehearse(largest_micro_batch(self.reliability.lengths, rows, tokens))
         emit(Begun(self.state.global_step, self.state.max_steps, self.num_lines))
         self.clock.begin()
         self.begun = True
+        self.say_less_memory()
         if self.resumed is not None:
             self.restore_loss_sums(self.resumed["loss"])
             self.saved_step = self.state.global_step
@@ -172,11 +201,13 @@ class Reliable(Hooks):
         """Run the training rows of these numbers forward and backward, without a trace."""
         inputs = self.data_collator([self.train_dataset[int(index)] for index in largest])
         rows = inputs.pop("rows", ())
+        if self.reliability.tokens is not None:
+            inputs = self.objective.cut(inputs, self.reliability.tokens)
         self.moment = Moment("in the rehearsal, before the first step", inputs, rows)
         # what the loop sets before each step: a loss that is a mean of micro-batches is divided by it
         self.current_gradient_accumulation_steps = self.args.gradient_accumulation_steps
         step, num_items = super().training_step, self.objective.num_items(inputs)
-        rehearse(self, lambda: step(self.model_wrapped, dict(inputs), num_items))
+        rehearse(self, lambda: self.economy.run(self, lambda part: step(self.model_wrapped, part, num_items)))
         self.rehearsed_bytes = self.peak.bytes
         emit(Rehearsed(self.rehearsed_bytes))
 
@@ -184,25 +215,44 @@ class Reliable(Hooks):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss = None if return_outputs else self.objective.loss(model, inputs, num_items_in_batch)
-        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch) if loss is None else loss
+        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch) if loss is None else loss
+        if self.scaling is not None and not return_outputs:
+            self.scaling.apply(loss)
+        return loss
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        if not self.micro_batches:
-            self.loss_before = self.loss_since_logged()
-        when = f"in step {self.state.global_step + 1}, micro-batch {len(self.micro_batches) + 1}"
-        self.moment = Moment(when, inputs, inputs.pop("rows", ()))
-        # kept on the device: reading it here would make the GPU wait at every micro-batch
-        self.tokens = self.tokens + self.objective.num_tokens(inputs)
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        self.micro_batches.append((self.moment.rows, loss))
-        if self.accelerator.num_processes == 1 or self.accelerator.sync_gradients:  # else not reduced yet
-            self.trained.masters.take_gradients()
+        """Run the micro-batches of a batch, most often one; return their summed loss, on the device."""
+        losses, parts = [], self.objective.micro_batches(inputs, inputs.pop("rows", ()))
+        if len(parts) > 1:  # by which trl divides a loss that is a mean of micro-batches: that of experts' balance
+            self.current_gradient_accumulation_steps = len(parts)
+        for part, rows in parts:
+            if not self.micro_batches:
+                self.loss_before = self.loss_since_logged()
+            when = f"in step {self.state.global_step + 1}, micro-batch {len(self.micro_batches) + 1}"
+            self.moment = Moment(when, part, rows)
+            # kept on the device: reading it here would make the GPU wait at every micro-batch
+            self.tokens = self.tokens + self.objective.num_tokens(part)
+            losses.append(self.run_micro_batch(model, num_items_in_batch))
+            self.micro_batches.append((rows, losses[-1]))
+        return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+
+    def run_micro_batch(self, model, num_items):
+        """Run that of `moment` forward and backward, and add its gradients to the masters'; return its share of the loss."""
+        step = super().training_step
+        reduced = self.accelerator.num_processes == 1 or self.accelerator.sync_gradients
+        # a loss that is a mean of the micro-batch is not the sum of its halves'
+        divisible = num_items is not None
+        keep = self.trained.masters.take_gradients if reduced else None
+        losses = self.economy.run(self, lambda part: step(model, part, num_items), keep, divisible)
+        loss = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
         return loss
 
     def finish_gradients(self):
         """Before the optimizer: clip the gradients, or skip the step; return their norm before, or of the last step taken."""
         step, masters = self.state.global_step + 1, self.trained.masters
         self.moment = Moment(f"in step {step}, when the weights were changed")
+        if self.scaling is not None:
+            masters.multiply_gradients(1 / self.scaling.scale)
         self.trained.add_penalty()  # here: logged losses stay those of the objective
         norm = self.accelerator.clip_grad_norm_(masters.masters, self.args.max_grad_norm)
         losses = [loss for _, loss in self.micro_batches]
@@ -210,14 +260,23 @@ class Reliable(Hooks):
         if all(map(math.isfinite, [gradient, *losses])):
             self.failure = self.watch.take(step, sum(losses))
             self.norm = norm
+            if self.scaling is not None:
+                self.scaling.took()
+        elif self.scaling is not None and all(map(math.isfinite, losses)) and self.scaling.fell():
+            self._leave_out()
+            self._record(Rescaled(step, self.state.epoch, self.scaling.scale, self.clock.elapsed()))
         else:
             self._skip(step, gradient, losses)
         return self.norm
 
-    def _skip(self, step, gradient, losses):
+    def _leave_out(self):
         """Skip this step: the optimizer changes nothing, and the mean loss is that of the other steps."""
         self.trained.masters.clear_gradients()
         self.leave_out_loss(self.loss_before)
+
+    def _skip(self, step, gradient, losses):
+        """Skip this step, and say so: a loss is not finite, or a gradient, in float16 at the lowest scale."""
+        self._leave_out()
         broken = [at for at, loss in enumerate(losses) if not math.isfinite(loss)]
         suspects = [rows for at, (rows, _) in enumerate(self.micro_batches) if at in broken or not broken]
         rows = [number + 1 for numbers in suspects for number in numbers]
@@ -225,7 +284,10 @@ class Reliable(Hooks):
         if rows:
             what += f" with training row{'s' * (len(rows) > 1)} {few([f'{number:,}' for number in rows])}"
         failure = self.watch.leave_out(step, what)
-        self.failure = failure and f"{failure}. Lower training.learning_rate, or look at these rows: qlora data --row"
+        if self.scaling is not None and not broken:
+            failure = f"{what} in step {step}, though the loss scale has fallen to its lowest, {self.scaling.scale:g}"
+        advice = f"{_sentence(self.remedy)} training.learning_rate, or look at these rows: qlora data --row"
+        self.failure = failure and f"{failure}. {advice}"
         self._record(Skipped(step, self.state.epoch, what, tuple(rows), self.clock.elapsed()))
 
     def _finish_step(self):
@@ -255,10 +317,16 @@ class Reliable(Hooks):
         if "loss" in logs:
             tokens = self.num_tokens()
             values = (logs["loss"], logs["learning_rate"], logs["grad_norm"], tokens, self.clock.rate(tokens))
-            metrics = self.trained.metrics() | metrics
+            scale = {} if self.scaling is None else {"loss_scale": self.scaling.scale}
+            metrics = self.trained.metrics() | metrics | scale
             self._record(Step(step, epoch, *values, self.peak.bytes, self.clock.elapsed(), metrics))
         elif "eval_loss" in logs:
             self._record(Evaluation(step, epoch, logs["eval_loss"], self.clock.elapsed(), metrics))
+
+    def say_less_memory(self):
+        """Record what the economy has changed, as soon as there is a file for it."""
+        while self.begun and self.economy.waiting:
+            self._record(self.economy.waiting.pop(0))
 
     def _record(self, line):
         self.num_lines += 1
@@ -291,13 +359,21 @@ class Reliable(Hooks):
             raise _Left
         when = f"in the evaluation after step {self.state.global_step}"
         self.moment = Moment(when, inputs, inputs.pop("rows", ()), evaluates=True)
-        found = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        if not torch.isfinite(found[0]):
-            self.failure = f"the loss is {found[0].item()} {when}, with {self.moment.batch(self.objective)}"
-            raise _Left
-        count = self.objective.num_items(inputs).to(found[0].device)
-        self.evaluated += torch.stack([found[0].double() * count, count.double()])
-        return found
+        predict = super().prediction_step
+
+        def score(part):
+            found = predict(model, part, prediction_loss_only, ignore_keys)
+            if not torch.isfinite(found[0]):
+                self.failure = f"the loss is {found[0].item()} {when}, with {self.moment.batch(self.objective)}"
+                if self.remedy:
+                    self.failure += f". {_sentence(self.remedy)} training.learning_rate"
+                raise _Left
+            count = self.objective.num_items(part).to(found[0].device)
+            self.evaluated += torch.stack([found[0].double() * count, count.double()])
+            return found
+
+        # of halves the first: its loss is not used, `evaluated` has them all
+        return self.economy.run(self, score, divisible=prediction_loss_only)[0]
 
     def _last_evaluation(self):
         """Return the held-out loss after training; raises as `refuse_left` does, after a checkpoint, where it is left."""
@@ -346,6 +422,16 @@ class Reliable(Hooks):
                 f"{broken[0]} contains non-finite values after step {self.state.global_step}; it was not saved. "
                 f"Earlier checkpoints are intact: lower training.learning_rate{why}"
             )
+
+
+def _sentence(remedy):
+    """Return the beginning of the advice to lower the learning rate, a Trainer's `remedy` before it."""
+    return f"{remedy[:1].upper()}{remedy[1:]}lower" if remedy else "Lower"
+
+
+def _dtype_field(model):
+    """Return the recipe's field that says what `model` computes in."""
+    return base_model.field(base_model.quantized_modules(model) or None)
 
 
 class _Moments(TrainerCallback):

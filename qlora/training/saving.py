@@ -36,8 +36,7 @@ class Saving:
 
 def contents(trainer):
     """Return ({name: tensor}, state) of a Reliable trainer between two steps; state: for state.json."""
-    if trainer.model.device.type == "cuda":
-        torch.cuda.synchronize()  # paged states are read from the host
+    settled(trainer.model.device)  # paged states are read from the host
     tensors, of_method = trainer.trained.state()
     optimizer, numbers = checkpoints.optimizer_state(trainer.own_optimizer, trainer.trained.names)
     tensors |= {f"optimizer/{name}": tensor for name, tensor in optimizer.items()}
@@ -50,6 +49,8 @@ def contents(trainer):
         "tokens": trainer.num_tokens(),
         "evaluation_due": trainer.evaluation_due,
         "watch": trainer.watch.state(),
+        "less_memory": trainer.economy.state(),
+        "loss_scale": trainer.scaling and trainer.scaling.state(),
         "norm": None if trainer.norm is None else float(trainer.norm),
         "step": trainer.state.global_step,
         "lines": trainer.num_lines,
@@ -68,7 +69,17 @@ def restore(trainer, state):
     trained, optimizer = trainer.trained, checkpoints.under("optimizer", tensors)
     with torch.no_grad():
         trained.restore(tensors, state)
-        checkpoints.restore_optimizer(trainer.own_optimizer, trained.names, optimizer, numbers)
+        # paged states are written from the host: what the device still does to them, such as filling them with zeros, comes first
+        checkpoints.restore_optimizer(
+            trainer.own_optimizer, trained.names, optimizer, numbers, lambda: settled(trainer.model.device)
+        )
+        settled(trainer.model.device)
+
+
+def settled(device):
+    """Wait until a GPU has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 class Saves:

@@ -57,9 +57,10 @@ def test_json_has_the_keys_of_the_contract_and_needs_no_weights(recipe_file, tin
 
 
 def test_what_does_not_fit_exits_3_and_says_what_would(recipe_file):
-    done = forked.run("plan", recipe_file, "memory.gradient_checkpointing=false", "--vram", "550MiB")
+    settings = ("memory.gradient_checkpointing=false", "training.tokens_per_micro_batch=null")
+    done = forked.run("plan", recipe_file, *settings, "--vram", "550MiB")
     assert done.returncode == 0, done.stdout + done.stderr
-    done = forked.run("plan", recipe_file, "memory.gradient_checkpointing=false", "--vram", "513MiB")
+    done = forked.run("plan", recipe_file, *settings, "--vram", "513MiB")
     assert done.returncode == 3, done.stdout + done.stderr
     assert "DOES NOT FIT" in done.stdout
     assert "try       " in done.stdout
@@ -71,7 +72,7 @@ def test_what_does_not_fit_exits_3_and_says_what_would(recipe_file):
     [
         (["--vram", "24"], "--vram '24': give a size such as 5GB or 23.5GiB"),
         (["memory.budget=lots"], "memory.budget: give a size such as 5GB or 23.5GiB"),
-        (["--card", "4091"], "--card '4091': unknown card; known are RTX 3090"),
+        (["--card", "4091"], "--card '4091': unknown card; known are RTX 2080 Ti"),
         (["--plot", "memory.doc"], "--plot memory.doc: give a file that ends in .png, .svg or .pdf"),
     ],
 )
@@ -89,11 +90,25 @@ def test_the_budget_is_the_option_then_the_recipe_then_what_is_there(make_recipe
     recipe = make_recipe(memory={"budget": "8GiB"})
     assert budget(recipe, vram="23.5GiB", card="3090") == int(23.5 * 2**30)
     assert budget(recipe, card="3090") == 8 * 2**30
-    assert budget(make_recipe(), card="5090") == 32 * 2**30
+    assert budget(make_recipe(), card="5090") == int(31.36 * 2**30)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA GeForce RTX 4090")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA GeForce RTX 4090")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 9))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10 * 2**30, 24 * 2**30))
     assert budget(make_recipe()) == 10 * 2**30 + 512 * 2**20  # what is free, and the context that the plan counts
+
+
+def test_the_cards_are_listed_without_a_recipe():
+    done = forked.run("plan", "--card", "list", "--json")
+    assert done.returncode == 0
+    found = {card["name"]: card for card in json.loads(done.stdout)["cards"]}
+    assert found["RTX 4090"]["memory_bytes"] == int(23.5 * 2**30)
+    assert not found["T4"]["bfloat16"]
+    done = forked.run("plan", "--card", "list")
+    assert "RTX 4060 Ti 16GB" in done.stdout
+    done = forked.run("plan")
+    assert done.returncode == 2
+    assert "qlora plan needs a recipe" in done.stderr
 
 
 def test_without_data_rows_of_max_length_are_planned_for(make_recipe, capsys):

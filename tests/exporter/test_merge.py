@@ -64,6 +64,50 @@ def test_every_parameter_is_what_the_live_model_computes_with(peft_model, tiny_m
         torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6, msg=name)
 
 
+@pytest.mark.parametrize("cuda_code", [0, 9])
+def test_blocks_of_zeros_are_merged_with_the_codes_that_training_held(tiny_model, tmp_path, cuda_code):
+    """CUDA gives them another code than a CPU, and double quantization makes that another weight."""
+    folder, name = shutil.copytree(tiny_model("llama"), tmp_path / "llama"), "model.layers.0.mlp.up_proj"
+    weights = load_file(folder / "model.safetensors")
+    weights[f"{name}.weight"][3:5] = 0
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    section = Model(name_or_path=str(folder))
+    model = base_model.load(base_model.find(section), section, Quantization())
+    here = base_model.digests(model)
+    weight = model.get_submodule(name).weight
+    blocks = weight.data.view(-1, 32)
+    zeros = (blocks == 0x77).all(1)
+    assert zeros.sum() == 2 * 64 // 64
+    blocks[zeros] = 0x11 * cuda_code
+    there = base_model.digests(model)
+    assert {module for module in here if here[module] != there[module]} == {name}
+    expected = dequantize_4bit(weight.data, weight.quant_state).float()
+    model = methods.attach(model, Lora(r=4))
+    merging = make(folder, model, tmp_path)
+    merged = tensor(merging, f"{name}.weight")
+    assert all(merging.digests.values())
+    assert torch.equal(merged.bfloat16(), expected.bfloat16())
+    assert merged[3:5].any()  # what training computed with, though the files have zeros
+    # a run that goes on: the same weights again
+    again = base_model.load(base_model.find(section), section, Quantization())
+    base_model.restore_codes(again, there)
+    assert base_model.digests(again) == there
+    base_model.restore_codes(again, here)
+    assert base_model.digests(again) == (here if cuda_code == 0 else there)
+
+
+def test_other_codes_than_those_of_zeros_are_still_other_codes():
+    codes = torch.randint(0, 256, (640, 1), dtype=torch.uint8)
+    recorded = base_model.digest(codes)
+    assert base_model.as_recorded(codes, recorded) is codes
+    zeros, other = codes.clone(), codes.clone()
+    zeros[32:64] = 0x77
+    other[5] ^= 1
+    assert base_model.as_recorded(other, recorded) is None
+    assert base_model.as_recorded(zeros, recorded) is None
+    assert base_model.as_recorded(codes[:33], recorded) is None
+
+
 def test_gpt2_stores_its_matrices_transposed_and_biases_as_they_are(peft_model, tiny_model, tmp_path):
     merging = make(tiny_model("gpt2"), peft_model("gpt2"), tmp_path)
     assert tensor(merging, "transformer.h.0.attn.c_attn.weight").shape == (64, 192)

@@ -69,11 +69,11 @@ MIB = 1 << 20
     ("limits", "where"),
     [
         (f"before(supervised.Trainer, 'rehearse', 0, {32 * MIB})", r"in the rehearsal, before the first step: "),
-        (f"before(supervised.Trainer, 'training_step', 1, {-64 * MIB})", r"in step [23], micro-batch 1: "),
+        (f"before(supervised.Trainer, 'training_step', 1, {-64 * MIB})", r"in step [23], micro-batch \d+: "),
         # less than there is already: not even the smallest piece
         pytest.param(
             f"before(supervised.Trainer, 'training_step', 2, {-64 * MIB})",
-            r"in step 3, micro-batch 1: ",
+            r"in step 3, micro-batch \d+: ",
             marks=pytest.mark.slow,
         ),
     ],
@@ -85,8 +85,9 @@ def test_a_run_that_the_system_refuses_memory_ends_with_3_and_says_what_to_chang
         rf"^qlora: out of memory ({where}(\d+ bytes requested|could not create a primitive))$", done.stderr, re.M
     )
     assert found, done.stderr
-    assert "training rows " in done.stderr
-    assert "set training.per_device_train_batch_size=32 training.gradient_accumulation_steps=2" in done.stderr
+    assert "training row" in done.stderr
+    assert "tried already: batches of this size run in two halves" in done.stderr
+    assert "set data.max_length below 512" in done.stderr
     assert "Traceback" not in done.stderr
     folder = tmp_path / "run"
     assert not (folder / "adapter").exists()

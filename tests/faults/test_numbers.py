@@ -8,7 +8,9 @@ import torch
 from safetensors.torch import load_file
 
 from qlora.commands.train import train
+from qlora.recipe import Quantization, Recipe
 from qlora.system.errors import InputError, TrainingFailed
+from qlora.training import loss_scale
 from qlora.training.divergence import Watch
 from qlora.training.master_weights import MasterWeights
 from qlora.training.objectives import supervised
@@ -203,3 +205,49 @@ def test_a_checkpoint_is_not_put_off_for_ever(make_recipe, tmp_path, monkeypatch
     train(make_recipe(training=settings))
     kept = sorted(int(path.name.removeprefix("step-")) for path in (tmp_path / "run" / "checkpoints").iterdir())
     assert kept == [7, 13, 16]  # due in 3 and 9, and the last
+
+
+FLOAT16 = {"compute_dtype": "float16"}
+
+
+def test_in_float16_a_row_without_a_finite_loss_is_named_and_not_taken_for_an_overflow(overflowing, tmp_path):
+    train(overflowing({5}).model_copy(update={"quantization": Quantization(**FLOAT16)}))
+    found = records(tmp_path / "run")
+    (left_out,) = [record for record in found if "not_taken" in record]
+    assert left_out["rows"] == [5]
+    after = [record["loss_scale"] for record in found if record["step"] > left_out["step"]]
+    before = [record["loss_scale"] for record in found if record["step"] < left_out["step"]]
+    assert after[0] == (before or [2.0**16])[-1]
+
+
+def test_in_float16_losses_that_are_not_finite_end_the_run_with_the_dtype_to_set(overflowing, tmp_path):
+    with pytest.raises(TrainingFailed) as caught:
+        train(overflowing(range(1, 13)).model_copy(update={"quantization": Quantization(**FLOAT16)}))
+    assert "3 consecutive steps had a non-finite loss" in str(caught.value)
+    assert "Set quantization.compute_dtype=float32, because float16 ends at 65,504" in str(caught.value)
+    assert "--resume quantization.compute_dtype=float32 --allow-change quantization.compute_dtype" in str(caught.value)
+
+
+def test_a_gradient_that_is_not_finite_at_the_lowest_scale_ends_the_run_and_names_its_rows(
+    overflowing, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(loss_scale, "INITIAL", 4.0)
+    with pytest.raises(
+        TrainingFailed, match=r"the gradient is (inf|nan) with training row \d+ in step 3, though"
+    ) as caught:
+        train(overflowing(range(1, 13), value=None).model_copy(update={"quantization": Quantization(**FLOAT16)}))
+    assert "lowest, 1. Set quantization.compute_dtype=float32" in str(caught.value)
+    found = records(tmp_path / "run")
+    assert [record.get("loss_scale") for record in found] == [2.0, 1.0, None]
+
+
+def test_a_run_in_float16_goes_on_in_float32_where_that_is_allowed(overflowing, tmp_path):
+    recipe = overflowing((), max_steps=2).model_copy(update={"quantization": Quantization(**FLOAT16)})
+    train(recipe)
+    longer = Recipe.from_dict(recipe.model_dump(), ["training.max_steps=3"])
+    full = Recipe.from_dict(longer.model_dump(), ["quantization.compute_dtype=float32"])
+    with pytest.raises(InputError, match=r'quantization\.compute_dtype: was "float16", is "float32"'):
+        train(full, resume=True)
+    run = train(full, resume=True, allow_change=["quantization.compute_dtype"])
+    assert records(tmp_path / "run")[-1]["step"] == 3
+    assert run.environment()["compute_dtype"] == "float32"

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from torch.nn.attention.varlen import varlen_attn
 
 from qlora import base_model, methods
@@ -134,6 +135,41 @@ def test_one_call_is_one_call_a_document(monkeypatch, num_kv_heads, window, scal
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)  # float32, sums in another order
     unlimited = attention.one_by_one(module, *inputs, segments, None, scaling=scaling)
     assert torch.allclose(unlimited, output, atol=1e-4) == (window is None or window >= max(segments))
+
+
+@pytest.mark.parametrize("num_kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("settings", [{}, {"scaling": 0.3}, {"is_causal": False}, {"mask": True}])
+def test_without_flash_attention_no_grouped_queries_are_asked_for(monkeypatch, num_kv_heads, settings):
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, heads, 9, 8) for heads in (4, num_kv_heads, num_kv_heads))
+    module = SimpleNamespace(is_causal=True, num_key_value_groups=4 // num_kv_heads)
+    mask = torch.rand(2, 1, 9, 9) > 0.3 if settings.pop("mask", False) else None
+    kept = []
+    original = torch.nn.functional.scaled_dot_product_attention
+    found = {}
+    for lacks in (False, True):
+        monkeypatch.setattr(attention, "_lacks_flash", lambda _, lacks=lacks: lacks)
+        kept.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                torch.nn.functional,
+                "scaled_dot_product_attention",
+                lambda q, k, v, **kw: kept.append((k.shape[1], kw.get("enable_gqa"))) or original(q, k, v, **kw),
+            )
+            found[lacks], _ = attention.sdpa(module, query, key, value, mask, **settings)
+    assert kept == [(4, None)]
+    assert torch.allclose(found[True], found[False], atol=1e-6)
+
+
+def test_which_cards_lack_flash_attention(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    for capability, lacking in (((7, 5), {torch.float16, torch.float32}), ((8, 6), {torch.float32})):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
+        for dtype in (torch.float16, torch.float32):
+            query = SimpleNamespace(device=torch.device("cuda", 0), dtype=dtype)
+            assert attention._lacks_flash(query) == (dtype in lacking)
+    assert not attention._lacks_flash(torch.zeros(1))
+    assert transformers.AttentionInterface()["sdpa"] is attention.sdpa
 
 
 def test_offsets_are_made_once_a_batch():

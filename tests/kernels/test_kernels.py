@@ -1,6 +1,8 @@
 """Each kernel against the modules that it takes the place of: losses, gradients, and what is kept."""
 
 import contextlib
+import sys
+import types
 
 import pytest
 import torch
@@ -9,9 +11,12 @@ from torch.utils.checkpoint import checkpoint
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from qlora import base_model, kernels, methods
-from qlora.kernels import attention, checkpointing, linear, loss, norm, swiglu
+from qlora.kernels import attention, checkpointing, liger, linear, loss, norm, swiglu, tiles
 from qlora.kernels.causal import causal_attention
 from qlora.recipe import Adalora, Lora, Quantization
+from qlora.system import memory
+from qlora.terminal import shown
+from qlora.terminal.training import say_kernels
 
 # kinds installed in each family; "all" is what a training installs
 EXPECTED = {
@@ -65,7 +70,7 @@ def gradients(model, setting="off", kinds=None, monkeypatch=None):
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma", "gpt2", "qwen3", "phi3", "phi"])
 def test_gradients_are_those_of_the_plain_modules(load, monkeypatch, family, kind):
     kinds = {name: source for name, source in kernels._KINDS.items() if kind in (name, "all")}
-    for dtype in ("float32", "bfloat16"):
+    for dtype in ("float32", "bfloat16", "float16"):
         model = load(family, dtype)
         plain_loss, plain, _ = gradients(model)
         fast_loss, fast, found = gradients(model, "auto", kinds, monkeypatch)
@@ -144,6 +149,87 @@ def test_a_trained_norm_is_left_alone(load):
         norms = {m for m in model.modules() if type(m).__name__ == "LlamaRMSNorm"}
         assert {m for m in norms if "forward" in vars(m)} == {m for m in norms if not m.weight.requires_grad}
     assert any(m.weight.requires_grad for m in norms)
+
+
+@pytest.fixture
+def with_liger(monkeypatch):
+    """A function: let liger-kernel be installed, whose RMSNorm computes `norm_of(x, weight, eps)`, as it would on a GPU."""
+
+    def with_liger(norm_of):
+        class Function:
+            @staticmethod
+            def apply(x, weight, eps, offset, casting_mode, in_place):
+                assert (offset, casting_mode, in_place) == (0.0, "gemma", False)
+                return norm_of(x, weight, eps)
+
+        module = types.SimpleNamespace(LigerRMSNormFunction=Function)
+        monkeypatch.setitem(sys.modules, "liger_kernel.ops.rms_norm", module)
+        monkeypatch.setattr(liger, "runs_on", lambda weight: True)
+
+    return with_liger
+
+
+def test_liger_is_used_where_it_computes_the_same(load, with_liger):
+    model = load("gemma", "float32")  # whose norms have 1 + weight
+    _, plain, _ = gradients(model)
+    with_liger(lambda x, weight, eps: F.rms_norm(x.float(), x.shape[-1:], weight, eps).to(x.dtype))
+    _, fast, found = gradients(model, "auto")
+    assert found.modules == {"swiglu": 2, "liger": 5, "lora": 8}
+    assert (fast - plain).norm() <= 1e-5 * plain.norm()
+
+
+def test_liger_with_another_result_or_without_a_compiler_is_named_and_our_norm_is_used(load, with_liger, capsys):
+    model = load("llama")
+    expected = gradients(model, "auto")[1]
+
+    def broken(x, weight, eps):
+        raise RuntimeError("Failed to find C compiler.\nPlease install one")
+
+    for norm_of, said in (
+        (
+            lambda x, weight, eps: x * weight.to(x.dtype),
+            "RMSNorms by Liger: not used for LlamaRMSNorm, because the results",
+        ),
+        (
+            broken,
+            "RMSNorms by Liger: installed, but does not run here; LlamaRMSNorm: RuntimeError: Failed to find C compiler.",
+        ),
+    ):
+        with_liger(norm_of)
+        _, got, found = gradients(model, "auto")
+        assert found.modules == EXPECTED["llama"]
+        assert torch.equal(got, expected)
+        with shown():
+            say_kernels(found, torch.device("cpu"))
+        assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    "shape", [(1, 300, 576), (2, 37, 9, 64), (5, 129)]
+)  # hidden states; heads, as Qwen3's norms; 2-D
+def test_a_norm_in_tiles_is_the_same_to_the_bit(monkeypatch, shape, dtype):
+    generator = torch.Generator().manual_seed(0)
+    x, g = (torch.randn(shape, generator=generator).mul_(30).to(dtype) for _ in range(2))
+    weight, results = torch.randn(shape[-1], generator=generator), []
+    for tile in (4096, 7):
+        monkeypatch.setattr(tiles, "TILE", tile)
+        leaf = x.clone().requires_grad_()
+        y = norm.RmsNorm.apply(leaf, weight, 1e-6)
+        results.append((y, *torch.autograd.grad(y, leaf, g)))
+    assert len(tiles.of(shape[0] * shape[1])) > 10 or len(shape) == 2
+    assert all(one.dtype == dtype and torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
+def test_a_norm_holds_no_float32_copy_of_more_than_a_tile(monkeypatch):
+    monkeypatch.setattr(tiles, "TILE", 16)
+    x = torch.randn(1, 640, 256, dtype=torch.bfloat16, requires_grad=True)
+    with memory.LiveTensors(x) as live:
+        y = norm.RmsNorm.apply(x, torch.ones(256), 1e-6)
+        y.backward(torch.ones_like(y))
+    everything = 640 * 256 * 2
+    # x, y, the gradients of both; the sum of a tile's float32 tensors is a tenth of one of them
+    assert live.peak < 4.5 * everything
 
 
 def test_a_kernel_that_computes_something_else_is_not_used(load, monkeypatch):
@@ -254,7 +340,7 @@ def products(monkeypatch):
 
 @pytest.mark.parametrize("tile", [4096, 7])
 def test_a_checkpointed_layer_keeps_one_tensor_and_multiplies_no_more_than_it_must(load, monkeypatch, products, tile):
-    monkeypatch.setattr(swiglu, "TILE", tile)
+    monkeypatch.setattr(tiles, "TILE", tile)
     model = load("llama", "float32")
     layers = base_model.decoder_layers(model)
     mlp, num_tiles = layers[0].mlp, -(-20 // tile)
@@ -287,10 +373,10 @@ def test_a_checkpointed_layer_keeps_one_tensor_and_multiplies_no_more_than_it_mu
 
 @pytest.mark.parametrize("num_tokens", [1, 4096, 4097, 100_001])
 def test_tiles_are_even_and_cover_all_tokens(num_tokens):
-    found = swiglu.tiles(num_tokens)
+    found = tiles.of(num_tokens)
     assert [index for part in found for index in range(part.start, part.stop)] == list(range(num_tokens))
     sizes = [part.stop - part.start for part in found]
-    assert max(sizes) <= swiglu.TILE
+    assert max(sizes) <= tiles.TILE
     assert max(sizes) - min(sizes) <= 1
 
 

@@ -412,6 +412,19 @@ def test_only_plain_files_follow_the_umask_and_hold_no_pickle(kept):
 # ---- the same run, or not --------------------------------------------------------------------------------------------
 
 
+def test_a_run_from_before_joined_steps_goes_on_as_it_was_begun(recipe_of, monkeypatch, capsys):
+    by_rows = recipe_of("run", max_steps=4, tokens_per_micro_batch=None)
+    for _ in stop_at(monkeypatch, 2):
+        with pytest.raises(Interrupted):
+            train(by_rows)
+    with pytest.raises(InputError, match=r'training\.tokens_per_micro_batch: was null, is "auto"'):
+        train(changed(by_rows, "training.tokens_per_micro_batch=auto"), resume=True)
+    resumed = train(recipe_of("run", max_steps=4), resume=True)  # whose recipe does not say
+    assert "the run has training.tokens_per_micro_batch: null, and goes on with that" in capsys.readouterr().err
+    assert resumed.recipe().training.tokens_per_micro_batch is None
+    assert_same_run(train(recipe_of("whole", max_steps=4, tokens_per_micro_batch=None)), resumed)
+
+
 @pytest.fixture
 def stopped(recipe_of, monkeypatch):
     """A recipe whose run was stopped in step 2."""

@@ -11,18 +11,22 @@ from tests.test_layout import ROOT
 SCRIPTS = ROOT / "scripts"
 QUICK = {
     "measure_master_weights.py": "--model MODEL --data ROWS --steps 3 --rates 1e-3",
-    "benchmark_kernels.py": "--model MODEL --tokens 32 --rounds 1",
+    "benchmark_kernels.py": "--model MODEL --tokens 32 --rounds 1 --json OUT",
+    "longest_rows.py": "--layers 2",
     "benchmark_load.py": "--gib 0.02 --shards 2 --rounds 1",
     "random_model.py": "--shape tiny --tokenizer MODEL --out OUT",
     "quickstart_data.py": "OUT --train-rows 4 --test-rows 2",
     "quickstart_answer.py": "MODEL",
 }
 SLOW = {
+    "benchmark_threads.py": "--busy 0 --steps 1 --rounds 1 --layers 1 --tokens 32 --threads 1",
     "benchmark_data.py": "--model MODEL --data ALPACA --rows 8 --repeats 1 --max-length 256",
-    "benchmark_train.py": "--model MODEL --full-rows 32 --steps 4 --rounds 1 --batch 2",
+    "benchmark_train.py": "--model MODEL --full-rows 32 --steps 4 --rounds 1 --batch 2 --json OUT",
+    "benchmark_micro_batches.py": "--model MODEL --data ROWS --rows 4 --steps 4 --rounds 1 --tokens 128",
     "benchmark_export.py": "--shape tiny --tokenizer MODEL --folder OUT --rounds 1",
 }
-ELSEWHERE = {"quickstart_model.py"}  # downloads; quickstart.sh runs it
+# downloads, and quickstart.sh runs it; those of test_gpu_check.py; no script of its own, tests/test_pretended.py uses it
+ELSEWHERE = {"quickstart_model.py", "gpu_check.py", "gpu_table.py", "pretended_cuda.py"}
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from qlora import base_model, methods, training
+from qlora import base_model, kernels, methods, training
 from qlora.recipe import Lora, Quantization, Training
 from qlora.runs.folder import RunDir
 from qlora.training import Rows, Settings
@@ -38,6 +38,8 @@ def fit(load_model, tokenizer, tmp_path):
         batches=None,
         token_ids=(),
         quantization=Quantization(),  # noqa: B008 (frozen)
+        kernels_setting="off",
+        tokens=None,
         **settings,
     ):
         run = RunDir(tmp_path / f"run{next(runs)}")
@@ -50,8 +52,16 @@ def fit(load_model, tokenizer, tmp_path):
         defaults = {"max_steps": 1, "learning_rate": 1e-2, "warmup_ratio": 0.0, "gradient_accumulation_steps": 1,
                     "lr_scheduler_type": "constant"}  # fmt: skip
         examples, eval_examples = ([encode(tokenizer, messages(t)) for t in rows] for rows in (turns, held_out))
-        chosen = Settings(Training(**{**defaults, **settings}), checkpointed_layers, offload, rehearse=rehearse)
-        result = training.train(model, tokenizer, Rows(batches or examples, eval_examples), chosen, run)
+        with kernels.installed(model, kernels_setting) as installed:
+            chosen = Settings(
+                Training(**{**defaults, **settings}),
+                checkpointed_layers,
+                offload,
+                tokens_per_micro_batch=tokens,
+                rehearse=rehearse,
+                installed=installed,
+            )
+            result = training.train(model, tokenizer, Rows(batches or examples, eval_examples), chosen, run)
         return model, result, run
 
     return fit

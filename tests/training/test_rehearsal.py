@@ -88,6 +88,36 @@ def test_no_micro_batch_is_larger_than_the_one_that_was_rehearsed(fit, tokenizer
     assert min(sizes) < sizes[0]
 
 
+@pytest.mark.parametrize("tokens", [120, 200, 10_000])
+def test_no_joined_micro_batch_is_larger_than_the_one_that_was_rehearsed(fit, tokenizer, monkeypatch, tokens):
+    seen = []
+    original = SFTTrainer.training_step
+    monkeypatch.setattr(
+        SFTTrainer,
+        "training_step",
+        lambda self, model, inputs, n: seen.append(sum(inputs["segments"])) or original(self, model, inputs, n),
+    )
+    lengths = [len(encode(tokenizer, messages(turns)).input_ids) for turns in UNEVEN]
+    settings = {"kernels_setting": "auto", "per_device_train_batch_size": 5, "max_steps": 7}
+    fit(UNEVEN, tokens=tokens, **settings)
+    assert seen[0] == max(seen)
+    largest = sum(sorted(lengths)[-5:])
+    assert seen[0] == min(tokens, largest)
+    assert len(seen) == 8 if tokens > largest else len(seen) > 8
+
+
+def test_the_largest_joined_micro_batch_is_of_the_longest_rows():
+    def largest(*settings):
+        return [[9, 7, 5, 4, 4, 1][at] for at in rehearsal.largest_micro_batch([9, 7, 5, 4, 4, 1], *settings)]
+
+    assert largest(3) == [9, 7, 5]
+    assert largest(6, 9) == [9]
+    assert largest(6, 10) == [9, 7]  # the second is cut
+    assert largest(6, 16) == [9, 7]
+    assert largest(2, 100) == [9, 7]
+    assert largest(9, 30) == [9, 7, 5, 4, 4, 1]
+
+
 def test_what_later_micro_batches_find_is_held_in_the_rehearsal(fit, monkeypatch):
     held, original = [], rehearsal.held_later
 

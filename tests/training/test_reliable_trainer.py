@@ -12,10 +12,11 @@ from trl import DPOConfig, DPOTrainer
 
 from qlora.recipe import Lora
 from qlora.runs.checkpoints import Checkpoints
-from qlora.runs.record import Begun, CheckpointSaved, Evaluation, Rehearsed, Skipped, Step
+from qlora.runs.record import Begun, CheckpointSaved, Evaluation, Rehearsed, Rescaled, Skipped, Step
 from qlora.system.errors import Interrupted, TrainingFailed
 from qlora.system.events import heard_by
 from qlora.system.signals import Stop
+from qlora.training import loss_scale
 from qlora.training.objectives import Objective
 from qlora.training.reliable_trainer import Reliability, Reliable
 from qlora.training.saving import Saving
@@ -103,10 +104,12 @@ def classifier():
 
 @pytest.fixture
 def fit(classifier, tmp_path):
-    """Return fit(name, poisoned=(), resume=None, stop_in=None, reliability={}) -> ({name: weight}, events) of a training."""
+    """Return fit(name, poisoned=(), resume=None, stop_in=None, half=False, reliability={}) -> ({name: weight}, events) of a
+    training; half: in float16."""
 
-    def fit(name, poisoned=(), resume=None, stop_in=None, **reliability):
+    def fit(name, poisoned=(), resume=None, stop_in=None, half=False, **reliability):
         model = copy.deepcopy(classifier)
+        model = model.half() if half else model
         train = [row | {"number": i} for i, row in enumerate(rows_of(16))]
         held_out = [row | {"number": i} for i, row in enumerate(rows_of(5))]
         stop, events = Stop(), []
@@ -118,7 +121,7 @@ def fit(classifier, tmp_path):
 
         def listen(event):
             events.append(event)
-            if isinstance(event, Step | Skipped) and event.step == stop_in:
+            if isinstance(event, Step | Skipped | Rescaled) and event.step == stop_in:
                 stop.number = 15
 
         saving = Saving(Checkpoints(tmp_path / name, name), every=2, limit=None, resume=resume, stop=stop)
@@ -159,7 +162,7 @@ def computed(events):
     """Return what was computed, without what was measured."""
     return [
         {key: value for key, value in vars(event).items() if key not in ("time", "tokens_per_second", "memory_bytes")}
-        for event in of_kind(events, Step, Evaluation, Skipped)
+        for event in of_kind(events, Step, Evaluation, Skipped, Rescaled)
     ]
 
 
@@ -224,6 +227,25 @@ def test_a_plain_trainer_that_is_stopped_and_resumed_is_the_one_that_was_not(fit
     assert_same(whole, resumed)
     other, _, _ = fit("other", poisoned={5})
     assert any(not torch.equal(other[name], whole[name]) for name in whole)
+
+
+def test_in_float16_a_stopped_run_goes_on_with_the_loss_scale_that_it_had(fit, tmp_path, monkeypatch):
+    monkeypatch.setattr(loss_scale, "INITIAL", 2.0**22)  # in an fp16 loss: inf, until it is below 2**16
+    monkeypatch.setattr(loss_scale, "BACKOFF", 2.0**-4)
+    monkeypatch.setattr(loss_scale, "INTERVAL", 2)
+    whole, expected, trainer = fit("whole", half=True, poisoned={5})
+    assert [(event.step, event.loss_scale) for event in of_kind(expected, Rescaled)] == [(1, 2.0**18), (2, 2.0**14)]
+    assert [event.step for event in of_kind(expected, Skipped)] == [5]
+    assert [event.metrics["loss_scale"] for event in of_kind(expected, Step)] == [2.0**14, 2.0**15, 2.0**15]
+    for stop in (1, 4):
+        _, first, _ = fit(f"stopped{stop}", half=True, poisoned={5}, stop_in=stop)
+        resumed, second, other = fit(
+            f"stopped{stop}", half=True, poisoned={5}, resume=tmp_path / f"stopped{stop}" / f"step-{stop}"
+        )
+        (begun,) = of_kind(second, Begun)
+        assert computed(first)[: begun.lines] + computed(second) == computed(expected)
+        assert_same(whole, resumed)
+        assert other.result == trainer.result
 
 
 @pytest.fixture

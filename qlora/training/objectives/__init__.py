@@ -20,6 +20,17 @@ class Objective:
         """
         raise NotImplementedError
 
+    def micro_batches(self, inputs, rows) -> list[tuple]:
+        """Return [(inputs, rows)] of what a batch is computed as, one after another: most often the batch itself.
+
+        rows: the numbers of its rows. The loss of each is divided by the items of all.
+        """
+        return [(inputs, rows)]
+
+    def cut(self, inputs, tokens) -> dict[str, Any]:
+        """Return the first `tokens` of a batch of joined rows: the largest of its micro-batches that there can be."""
+        raise NotImplementedError
+
     def num_items(self, inputs) -> Any:
         """Return how many items the loss of a batch is a mean of, such as trained tokens or rows: a tensor, shape ()."""
         raise NotImplementedError
@@ -36,6 +47,10 @@ class Objective:
         """Return the summed loss over `num_items` (a tensor; None: those of this batch), shape (); None to have the Trainer
         class compute it."""
         return None
+
+    def halves(self, inputs) -> tuple:
+        """Return (first, second) half of the rows of a batch, each a batch; () where it has one row, or no parts."""
+        return ()
 
     def metrics(self, logs) -> dict[str, float]:
         """Return what of a log of the Trainer class is kept in metrics.jsonl beside the loss."""

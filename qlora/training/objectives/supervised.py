@@ -26,11 +26,13 @@ from . import Objective
 
 @dataclass(frozen=True)
 class Supervised(Objective):
-    """tokenizer: pads. joined: a micro-batch is one row without padding. lean: the loss by kernels.loss, on a CPU."""
+    """tokenizer: pads. joined: a batch is one row without padding. lean: the loss by kernels.loss, on a CPU. tokens: a joined
+    batch is computed as micro-batches of at most so many."""
 
     tokenizer: Any
     joined: bool = False
     lean: bool = False
+    tokens: int | None = None
 
     def trainer(self, model, rows, arguments, reliability):
         """rows: training.Rows of sequences of data.Example; those to train on may be data.Packs or data.Batches."""
@@ -58,6 +60,21 @@ class Supervised(Objective):
         pad = DataCollatorForLanguageModeling(pad_token_id=self.tokenizer.pad_token_id)
         return {**(join_rows if self.joined else pad)(_unbatched(rows)), "rows": numbers}
 
+    def micro_batches(self, inputs, rows):
+        """As few as best fit makes of at most `tokens`, each in the order of the batch."""
+        segments = inputs.get("segments")
+        if self.tokens is None or segments is None or sum(segments) <= self.tokens:
+            return [(inputs, rows)]
+        return list(_split(inputs, rows, data.best_fit(segments, max(self.tokens, *segments))))
+
+    def cut(self, inputs, tokens):
+        """At least the first row whole."""
+        ends = np.cumsum(inputs["segments"])
+        tokens = max(tokens, int(ends[0]))
+        segments = np.diff(np.minimum(ends, tokens), prepend=0)
+        columns = {name: value[:, :tokens] for name, value in inputs.items() if torch.is_tensor(value)}
+        return {**columns, "segments": segments[segments > 0].tolist()}
+
     def num_items(self, inputs):
         """The trained tokens."""
         return (inputs["labels"][:, 1:] != IGNORE_INDEX).sum()
@@ -68,6 +85,21 @@ class Supervised(Objective):
     def lengths(self, inputs):
         segments = inputs.get("segments")
         return inputs["attention_mask"].cpu().sum(1).tolist() if segments is None else segments
+
+    def halves(self, inputs):
+        segments = inputs.get("segments")
+        many = len(inputs["input_ids"]) if segments is None else len(segments)
+        if many < 2:
+            return ()
+        dim, cut = (0, many // 2) if segments is None else (1, sum(segments[: many // 2]))
+        tensors = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+        first, second = (
+            {name: value.narrow(dim, start, size) for name, value in tensors.items()}
+            for start, size in ((0, cut), (cut, inputs["input_ids"].shape[dim] - cut))
+        )
+        if segments is None:
+            return first, second
+        return first | {"segments": segments[: many // 2]}, second | {"segments": segments[many // 2 :]}
 
     def loss(self, model, inputs, num_items):
         """On a GPU, trl's."""
@@ -152,6 +184,16 @@ def _unbatched(rows):
         for row in rows
         for ids, labels in zip(row["input_ids"], row["labels"], strict=True)
     ]
+
+
+def _split(inputs, rows, part_of):
+    """Yield (inputs, rows) of each part of joined rows. part_of: the number of the part that each row goes to."""
+    segments = inputs["segments"]
+    columns = {name: value.split(segments, dim=1) for name, value in inputs.items() if torch.is_tensor(value)}
+    for part in range(int(part_of.max()) + 1):
+        chosen = np.flatnonzero(part_of == part).tolist()
+        joined = {name: torch.cat([pieces[at] for at in chosen], dim=1) for name, pieces in columns.items()}
+        yield {**joined, "segments": [segments[at] for at in chosen]}, [rows[at] for at in chosen] if rows else rows
 
 
 def join_rows(rows):

@@ -109,6 +109,69 @@ def test_micro_batches_by_tokens_take_the_steps_of_micro_batches_by_rows(fit, to
     assert a["tokens"] == b["tokens"]
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_step_of_joined_rows_is_the_step_of_one_row_at_a_time(fit, tokenizer, monkeypatch, family):
+    # 6 of 16 rows a step: the last of each epoch is short
+    settings = {"float32": True, "kernels_setting": "auto", "optim": "adamw_torch", "learning_rate": 1e-3, "max_steps": 10,
+                "per_device_train_batch_size": 1, "gradient_accumulation_steps": 6}  # fmt: skip
+    sizes, original = [], supervised.Trainer.run_micro_batch
+    monkeypatch.setattr(
+        supervised.Trainer,
+        "run_micro_batch",
+        lambda self, model, inputs, n: sizes.append(inputs["input_ids"].numel()) or original(self, model, inputs, n),
+    )
+    by_rows = fit(UNEVEN, family, **settings)
+    assert len(sizes) == 3 * 16 + 6  # 10 steps are three epochs and a step
+    lengths = [len(encode(tokenizer, messages(turns)).input_ids) for turns in UNEVEN]
+    for tokens in (max(lengths), 10_000):
+        sizes.clear()
+        joined = fit(UNEVEN, family, tokens=tokens, held_out=UNEVEN[:2], eval_steps=5, **settings)
+        assert max(sizes) <= tokens
+        # 54 rows in 10 steps
+        assert len(sizes) == 10 if tokens == 10_000 else 10 < len(sizes) < 54
+        steps = [record for record in records(joined[2]) if "loss" in record]
+        for a, b in zip(records(by_rows[2]), steps, strict=True):
+            assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+            assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+            assert a["tokens"] == b["tokens"]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "tokens", "expected"),
+    [
+        ([7] * 8, 8, [[7]] * 8),  # 56 tokens would be 7 micro-batches of 8, were rows divisible
+        ([3, 9, 2, 3], 8, [[9], [3, 2, 3]]),  # a row over the limit is alone
+        ([3, 5, 2, 6], 16, [[3, 5, 2, 6]]),
+    ],
+)
+def test_joined_micro_batches_hold_every_row_once_and_no_more_tokens_than_they_may(lengths, tokens, expected):
+    rows = [{"input_ids": [at] * n, "labels": [-100] + [at] * (n - 1)} for at, n in enumerate(lengths)]
+    objective = supervised.Supervised(None, joined=True, tokens=tokens)
+    parts = objective.micro_batches(supervised.join_rows(rows), list(range(len(rows))))
+    assert [inputs["segments"] for inputs, _ in parts] == expected
+    assert sorted(number for _, numbers in parts for number in numbers) == list(range(len(rows)))
+    for inputs, numbers in parts:
+        alone = supervised.join_rows([rows[number] for number in numbers])
+        assert all(torch.equal(inputs[name], alone[name]) for name in ("input_ids", "labels", "position_ids"))
+
+
+def test_a_step_that_is_skipped_names_the_rows_of_its_broken_micro_batch_alone(fit, tokenizer, monkeypatch):
+    lengths = [len(encode(tokenizer, messages(turns)).input_ids) for turns in UNEVEN]
+    longest, calls, original = max(range(16), key=lambda at: lengths[at]), [], supervised.loss_of_trained_positions
+
+    def broken(model, inputs, *rest):
+        found = lengths[longest] in inputs.get("segments", ()) and bool(calls)
+        calls.append(found)
+        return original(model, inputs, *rest) * (float("nan") if found else 1)
+
+    monkeypatch.setattr(supervised, "loss_of_trained_positions", broken)
+    settings = {"kernels_setting": "auto", "per_device_train_batch_size": 8, "max_steps": 2}
+    _, result, run = fit(UNEVEN, tokens=max(lengths), **settings)
+    skipped = [record for record in records(run) if "not_taken" in record]
+    assert [record["rows"] for record in skipped] == [[longest + 1]]  # its micro-batch is full with it
+    assert result.tokens == sum(lengths)
+
+
 def test_rows_are_not_read_to_give_the_dataset_a_name(tokenizer):
     class Rows(list):
         def __reduce_ex__(self, protocol):

@@ -1,0 +1,98 @@
+"""What a model computes in: the dtype that the recipe names, or for `auto` one that the device has and the model can take.
+
+The field is quantization.compute_dtype, and model.dtype where there is no quantization. `settle` puts the answer into the
+recipe, which the run folder keeps; everything else reads it there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..system.events import note
+from . import prequantized
+
+# float16 ends at 65,504, and the activations of these pass that, whatever is trained. Gemma 3 reaches 800,000
+# (huggingface/transformers#36822, unslothai/unsloth#4014); vLLM refuses float16 for all of these but Gemma 3n, which is
+# built as Gemma 3 is (_FLOAT16_NOT_SUPPORTED_MODELS in vllm/config)
+OVERFLOW = {
+    "gemma2": "Gemma 2",
+    "gemma3_text": "Gemma 3",
+    "gemma3n_text": "Gemma 3n",
+    "glm4": "GLM-4",
+    "plamo2": "PLaMo 2",
+}
+
+
+@dataclass(frozen=True)
+class Computer:
+    """Where it is computed. name: in words; has_bfloat16: it computes in bfloat16 itself."""
+
+    name: str
+    has_bfloat16: bool
+
+
+def computer(device) -> Computer:
+    """Return the Computer that a torch device is.
+
+    By the card's capability: torch.cuda.is_bf16_supported() says yes of a T4, which only emulates bfloat16, in float32 and
+    without its tensor cores (pytorch/pytorch#148322).
+    """
+    if device.type != "cuda":
+        return Computer(f"device {device}", True)
+    old = torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0)
+    return Computer(torch.cuda.get_device_name(device), not old)
+
+
+def field(quantization):
+    """Return the recipe's field that says the dtype."""
+    return "model.dtype" if quantization is None else "quantization.compute_dtype"
+
+
+def asked(section, quantization):
+    """Return what the recipe says: "auto" or the name of a dtype. section: its `model`."""
+    return section.dtype if quantization is None else quantization.compute_dtype
+
+
+def choose(wanted, model_type, on: Computer):
+    """Return (name of the dtype, why in words or ""); wanted: "auto" or a name; model_type: of a transformers text config."""
+    family = OVERFLOW.get(model_type)
+    if wanted == "float16" and family:
+        return wanted, f"activations of {family} overflow float16; float32 is safe, and bfloat16 where a card has it"
+    if wanted == "bfloat16" and not on.has_bfloat16:
+        return (
+            wanted,
+            f"the {on.name} emulates bfloat16: slow, and its attention takes memory for all scores; auto is faster",
+        )
+    if wanted != "auto":
+        return wanted, ""
+    if on.has_bfloat16:
+        return "bfloat16", ""
+    if family:
+        return "float32", f"the {on.name} has no bfloat16, and activations of {family} overflow float16"
+    return "float16", f"the {on.name} has no bfloat16"
+
+
+def of_model(section, quantization, config, device):
+    """Return the name of the dtype that a model of this transformers config computes in on a torch device."""
+    return choose(asked(section, quantization), config.get_text_config().model_type, computer(device))[0]
+
+
+def settle(recipe, config, checkpoint, on: Computer):
+    """Return `recipe` with what the checkpoint's files and the Computer decide: quantization, and the dtype.
+
+    Raises:
+        InputError: see prequantized.settle.
+    """
+    recipe = prequantized.settle(recipe, config, checkpoint)
+    quantization = recipe.quantization
+    wanted = asked(recipe.model, quantization)
+    dtype, why = choose(wanted, config.get_text_config().model_type, on)
+    if why:
+        note(f"dtype     computes in {dtype}: {why}")
+    if dtype == wanted:
+        return recipe
+    if quantization is None:
+        return recipe.model_copy(update={"model": recipe.model.model_copy(update={"dtype": dtype})})
+    return recipe.model_copy(update={"quantization": quantization.model_copy(update={"compute_dtype": dtype})})

@@ -96,7 +96,7 @@ def from_json(values: dict) -> Line:
     kinds = {"not_taken": Skipped, "eval_loss": Evaluation, "loss": Step, "loss_scale": Rescaled}
     kind: Any = next((kind for name, kind in kinds.items() if name in values), Step)
     names = [one.name for one in dataclasses.fields(kind) if one.name != "metrics"]
-    known = {name: values.get(name) for name in names} | {"step": values["step"]}
+    known: dict[str, Any] = {name: values.get(name) for name in names} | {"step": values["step"]}
     if kind is Rescaled:
         return Rescaled(**known)
     if kind is Skipped:

@@ -120,7 +120,9 @@ def from_json(values: dict) -> Line:
     }
     kind: Any = next((kind for name, kind in kinds.items() if name in values), Step)
     names = [one.name for one in dataclasses.fields(kind) if one.name != "metrics"]
-    known = {name: values.get(name) for name in names} | {"step": values["step"]}
+    known: dict[str, Any] = {name: values.get(name) for name in names} | {"step": values["step"]}
+    if kind is Rescaled:
+        return Rescaled(**known)
     if kind in (Skipped, LessMemory):
         return kind(**(known | {"rows": tuple(known["rows"] or ())}))
     return kind(**known, metrics={name: value for name, value in values.items() if name not in names})

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from qlora.recipe import Quantization
+from qlora.runs import record
 from qlora.system.errors import TrainingFailed
 from qlora.training import loss_scale
 from qlora.training.loss_scale import LossScale
@@ -82,6 +83,9 @@ def test_a_scale_that_is_far_too_high_falls_and_the_run_goes_on(fit, monkeypatch
     assert [line["loss_scale"] for line in rescaled] == [2.0 ** (21 - line["step"]) for line in rescaled]
     assert 4 <= len(rescaled) <= 8  # three in a row of another kind would have ended it
     assert not any("not_taken" in line for line in found)
+    read = record.read(run)
+    assert [record.to_json(line) for line in read] == found
+    assert [line.step for line in read if isinstance(line, record.Rescaled)] == [line["step"] for line in rescaled]
     assert result.loss == pytest.approx(sum(steps(run)) / len(steps(run)), rel=1e-5)  # the mean of what was taken
 
 

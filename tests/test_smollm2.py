@@ -53,7 +53,7 @@ def test_a_real_model_learns_in_a_few_steps_and_its_export_is_proven(tmp_path):
     path = Path(__file__).parents[1] / "recipes" / "quickstart.yaml"
     overrides = [f"model.name_or_path={FOLDER}", f"data.train={tmp_path}/train.jsonl", f"data.eval={tmp_path}/test.jsonl",
                  f"output_dir={tmp_path}/run", "training.max_steps=6", "training.warmup_ratio=0",
-                 "training.per_device_train_batch_size=4"]  # fmt: skip
+                 "training.gradient_accumulation_steps=4"]  # fmt: skip
     run = train(Recipe.load(path, overrides))
     records = [json.loads(line) for line in run.metrics_file.read_text().splitlines()]
     losses = [record["loss"] for record in records if "loss" in record]

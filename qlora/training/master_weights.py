@@ -7,6 +7,7 @@ import contextlib
 import torch
 
 from ..system.errors import InputError
+from .private_names import multiply
 
 
 class MasterWeights:
@@ -64,7 +65,7 @@ class MasterWeights:
 
     def multiply_gradients(self, factor):
         """Multiply the masters' gradients by a number, in place."""
-        torch._foreach_mul_([master.grad for master in self.masters if master.grad is not None], factor)
+        multiply([master.grad for master in self.masters if master.grad is not None], factor)
 
     def clear_gradients(self):
         for master in self.masters:

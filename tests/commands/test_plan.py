@@ -51,7 +51,7 @@ def test_json_has_the_keys_of_the_contract_and_needs_no_weights(recipe_file, tin
     assert found.keys() >= CONTRACT
     assert list(found["components"]) == COMPONENTS
     assert sum(found["components"].values()) == found["peak_bytes"]
-    assert found["budget_bytes"] == 24 * 2**30
+    assert found["budget_bytes"] == int(23.5 * 2**30)
     assert found["steps"] == 2  # max_steps
     assert found["limits"]["max_length"] > 128
 

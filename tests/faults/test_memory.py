@@ -78,8 +78,17 @@ MIB = 1 << 20
         ),
     ],
 )
-def test_a_run_that_the_system_refuses_memory_ends_with_3_and_says_what_to_change(recipe_file, tmp_path, limits, where):
+def test_a_run_that_the_system_refuses_memory_goes_on_with_less_or_says_what_to_change(
+    recipe_file, tmp_path, limits, where
+):
     done = run(recipe_file, limits)
+    assert "Traceback" not in done.stderr
+    if done.returncode == 0:  # what was freed is enough for less
+        kept = json.loads((tmp_path / "run" / "memory.json").read_text())["less_memory"]
+        assert kept
+        assert done.stderr.count("run again, and so from here on: ") == len(kept)
+        assert re.match(where, kept[0]["out_of_memory"])
+        return
     assert done.returncode == 3, done.stderr
     found = re.search(
         rf"^qlora: out of memory ({where}(\d+ bytes requested|could not create a primitive))$", done.stderr, re.M
@@ -88,7 +97,6 @@ def test_a_run_that_the_system_refuses_memory_ends_with_3_and_says_what_to_chang
     assert "training row" in done.stderr
     assert "tried already: batches of this size run in two halves" in done.stderr
     assert "set data.max_length below 512" in done.stderr
-    assert "Traceback" not in done.stderr
     folder = tmp_path / "run"
     assert not (folder / "adapter").exists()
     assert json.loads((folder / "memory.json").read_text())["out_of_memory"] == found[1]

@@ -30,9 +30,9 @@ def test_what_does_not_fit_says_what_would(make_recipe):
     prepared = prepare(make_recipe(memory={"budget": "10KiB"}, training={"tokens_per_micro_batch": None}))
     with pytest.raises(DoesNotFit, match=r"are memory\.budget; what would help, best first:\n  \w"):
         plan_training(prepared, CPU)
-    # single rows already, and the weights alone are more
-    with pytest.raises(DoesNotFit, match=r"\(loading\), 10 KiB are memory\.budget; no setting would make it less"):
-        plan_training(prepare(make_recipe(memory={"budget": "10KiB"})), CPU)
+    # single rows and the least rank already, and the weights alone are more
+    with pytest.raises(DoesNotFit, match=r"10 KiB are memory\.budget; no setting would make it less"):
+        plan_training(prepare(make_recipe(memory={"budget": "10KiB"}, lora={"r": 1})), CPU)
 
 
 def test_more_layers_than_there_are_is_refused(make_recipe):

@@ -1,16 +1,21 @@
 """Each method the whole way: trained, evaluated, exported and proven, or refused with what to do instead."""
 
+import csv
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
-from qlora import chat, evaluate
+from qlora import chat, evaluate, methods
 from qlora.commands.export import export
 from qlora.commands.plan import plan
 from qlora.commands.train import train
 from qlora.jobs.opened_model import open_subject, switch
+from qlora.recipe import Recipe
 from qlora.system.errors import InputError
+
+RECIPES = Path(__file__).parents[2] / "recipes"
 
 WHOLE_WAY = {
     "ia3": ("llama", {"ia3": {}}),
@@ -68,3 +73,18 @@ def test_what_cannot_be_merged_trains_scores_answers_and_says_what_to_do_instead
             found[name] = subject.model(input_ids=ids).logits
     assert not torch.allclose(found[None], found[str(run.path)], atol=1e-2)
     assert isinstance(chat(run.path, "What is 1 plus 1?", max_new_tokens=4), str)
+
+
+def test_the_recipe_for_gpt2_goes_the_whole_way_on_a_small_one(tiny_model, tmp_path):
+    reviews = tmp_path / "imdb.csv"
+    with reviews.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["text", "label"])
+        writer.writerows([[f"What is {n} plus 1? " * (5 + 20 * (n % 3)), n % 2] for n in range(40)])
+    overrides = [f"model.name_or_path={tiny_model('gpt2')}", f"data.train={reviews}", f"output_dir={tmp_path}/run",
+                 "data.eval_fraction=0.2", "training.max_steps=6", "training.learning_rate=1e-2"]  # fmt: skip
+    run = train(Recipe.load(RECIPES / "gpt2" / "imdb.yaml", overrides))
+    assert set(methods.read(run.adapter).updates) == {f"transformer.h.{n}.attn.c_attn" for n in range(2)}
+    scores = evaluate(run.path)
+    assert scores["loss"] < scores["before"]["loss"]
+    assert export(run.path, tmp_path / "out")["verified"]

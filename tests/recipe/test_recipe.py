@@ -44,14 +44,15 @@ def refusal(tmp_path, text, *overrides):
 def test_every_recipe_on_disk_loads_and_says_what_it_costs(path):
     recipe = Recipe.load(path)
     header = path.read_text(encoding="utf-8").split("\nmodel:")[0]
-    assert recipe.quantization.quant_type == "nf4"
-    assert recipe.lora.target_modules == "all-linear"
+    if path.parent.name != "gpt2":  # the tutorial's
+        assert recipe.quantization.quant_type == "nf4"
+        assert recipe.lora.target_modules == "all-linear"
     assert "qlora train" in header
     assert "measured" in header.lower()
 
 
 def test_there_are_recipes_for_the_models_people_have():
-    assert {path.parent.name for path in RECIPES} >= {"llama-2-7b", "llama-3.1-8b", "mistral-7b", "qwen2.5-7b"}
+    assert {path.parent.name for path in RECIPES} >= {"gpt2", "llama-2-7b", "llama-3.1-8b", "mistral-7b", "qwen2.5-7b"}
 
 
 def test_resolved_recipe_reads_back_equal(tmp_path):

@@ -70,12 +70,12 @@ class Reliable(Hooks):
 
     def __init__(self, model, objective, reliability, **arguments):
         self.objective, self.reliability, self.saving = objective, reliability, reliability.saving
-        dtypes = {parameter: parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
+        given = {parameter: parameter.data for parameter in model.parameters() if parameter.requires_grad}
         super().__init__(model=model, **arguments)
-        for parameter, dtype in dtypes.items():
+        for parameter, values in given.items():
             # trl casts the adapters of a quantized base to bf16, whatever it computes in
-            parameter.data = parameter.data.to(dtype)
-        in_float16 = torch.float16 in dtypes.values()
+            parameter.data = values.to(parameter.device)
+        in_float16 = any(values.dtype == torch.float16 for values in given.values())
         self.scaling = LossScale() if in_float16 else None
         # what to set where a number is not finite
         self.remedy = f"set {_dtype_field(model)}=float32, because float16 ends at 65,504, or " if in_float16 else ""
@@ -101,8 +101,7 @@ class Reliable(Hooks):
             self.watch.restore(state["watch"])
             self.norm = state["norm"]
             self.economy.restore(state.get("less_memory"))  # older checkpoints have none
-            if self.scaling is not None and state.get("loss_scale"):  # a run in another dtype may go on in float16
-                self.scaling.restore(state["loss_scale"])
+            self._restore_scale(state.get("loss_scale"))
         for printer in (PrinterCallback, ProgressCallback):
             self.remove_callback(printer)
         self.add_callback(_Moments(self))
@@ -268,6 +267,13 @@ class Reliable(Hooks):
         else:
             self._skip(step, gradient, losses)
         return self.norm
+
+    def _restore_scale(self, then):
+        """Go on from the LossScale.state of a checkpoint; None: of another dtype, or older. A run may change its dtype."""
+        if then and self.scaling is not None:
+            self.scaling.restore(then)
+        elif then:
+            self.watch.not_taken += then["overflows"]  # the mean loss is that of the other steps still
 
     def _leave_out(self):
         """Skip this step: the optimizer changes nothing, and the mean loss is that of the other steps."""

@@ -118,7 +118,7 @@ def test_a_step_of_joined_rows_is_the_step_of_one_row_at_a_time(fit, tokenizer, 
     monkeypatch.setattr(
         supervised.Trainer,
         "run_micro_batch",
-        lambda self, model, inputs, n: sizes.append(inputs["input_ids"].numel()) or original(self, model, inputs, n),
+        lambda self, model, n: sizes.append(self.moment.inputs["input_ids"].numel()) or original(self, model, n),
     )
     by_rows = fit(UNEVEN, family, **settings)
     assert len(sizes) == 3 * 16 + 6  # 10 steps are three epochs and a step

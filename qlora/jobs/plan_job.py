@@ -69,7 +69,7 @@ def budget_of_device(recipe, device) -> Budget:
 
     budget, card = recipe.memory.budget, None
     if device.type == "cuda" and torch.cuda.is_available():
-        card = planner.cards.find(torch.cuda.get_device_name(device))
+        card = planner.cards.find(torch.cuda.get_device_name(device), torch.cuda.mem_get_info(device)[1])
     return Budget(free_bytes(device) if budget is None else parse_size(budget), card=card)
 
 
@@ -129,9 +129,8 @@ def job_of(prepared, device_kind, budget: Budget, tokens=None):
 
 def _fastest(job, steps):
     """Return `job` with the one of JoinedSteps `steps` that is fastest."""
-    card = job.card or (
-        planner.card_of("4090") if job.outline.device_kind == "cuda" else None
-    )  # in proportion all are alike
+    # in proportion all cards are alike
+    card = job.card or (planner.card_of(_USUAL_CARD) if job.outline.device_kind == "cuda" else None)
     jobs = [
         job.but(load=one.load, num_micro_batches=one.num_micro_batches, num_steps=one.num_steps, card=card)
         for one in steps

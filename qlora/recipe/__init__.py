@@ -143,7 +143,8 @@ class Recipe(Section):
             )
         if self.training.group_by_length and (self.data.packing or tokens is not None):
             raise ValueError(
-                "training.group_by_length is for padded rows; leave it out with packing or tokens_per_micro_batch"
+                "training.group_by_length is for whole rows, so many a step; leave it out with data.packing, or with a number "
+                "as training.tokens_per_micro_batch"
             )
         return self
 

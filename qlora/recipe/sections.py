@@ -191,7 +191,7 @@ class Training(Section):
     ([below](#tokens-of-a-micro-batch)); null: a micro-batch is per_device_train_batch_size rows; a number of tokens, padding
     included: filled with rows of similar length instead, or the length of a packed row"""
     group_by_length: bool = False
-    """put rows of similar length into one step; not with a number of tokens"""
+    """put rows of similar length into one step; not with packing, or a number as tokens_per_micro_batch"""
     per_device_eval_batch_size: Positive = 1
     """rows in a micro-batch of an evaluation"""
     gradient_accumulation_steps: Positive = 16

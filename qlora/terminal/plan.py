@@ -17,7 +17,8 @@ def say_plan(name, job, found, limits, changes, why):
         ", packed" if load.packed else ""
     )
     if load.joins_steps:
-        rows = f"{load.length:,} tokens of the {job.training.rows_per_step} rows of a step, joined"
+        many = job.training.rows_per_step
+        rows = f"{load.length:,} tokens of the {f'{many:,} rows' if many > 1 else 'one row'} of a step{', joined' * (many > 1)}"
     note(f"plan      {name}: largest micro-batch is {rows}, {load.scored:,} tokens trained")
     note(f"budget    {size(job.budget_bytes)} ({why})")
     show("")
@@ -45,11 +46,21 @@ def say_plan(name, job, found, limits, changes, why):
         if found.hours is not None and 3600 * found.hours >= 1:
             time += f" in at least {duration(3600 * found.hours)}"
         show(f"speed     at most {found.tokens_per_second:,.0f} tokens/s on {job.card.name}{time}")
-    words = {"max_length": "rows up to {:,} tokens", "micro_batch": "{:,} rows per micro-batch", "r": "r up to {:,}",
-             "tokens_per_micro_batch": "joined micro-batches up to {:,} tokens"}  # fmt: skip
-    show("limits    " + "; or ".join(words[name].format(limit) for name, limit in limits.items()))
+    show(f"limits    {limits_in_words(limits)}")
     for index, change in enumerate(changes):
         speed = change["tokens_per_second"]
         fit = ", fits" if change["fits"] and not found.fits else ""
         rate = "" if speed is None else f", at most {speed:,.0f} tokens/s"
         show(f"{'try' if index == 0 else '':<10}{change['set']}: {size(change['peak_bytes'])}{fit}{rate}")
+
+
+def limits_in_words(limits):
+    """Return the limits of planner.backwards in words; where rows are joined, a row and a micro-batch may be as long."""
+    if not any(limits.values()):
+        return "none: not even one token fits"
+    words = {"max_length": "rows up to {:,} tokens", "micro_batch": "{:,} rows per micro-batch", "r": "r up to {:,}",
+             "tokens_per_micro_batch": "joined micro-batches up to {:,} tokens"}  # fmt: skip
+    if limits["max_length"] == limits.get("tokens_per_micro_batch"):
+        limits = {name: limit for name, limit in limits.items() if name != "tokens_per_micro_batch"}
+        words["max_length"] = "rows, or micro-batches of joined rows, up to {:,} tokens"
+    return "; or ".join(words[name].format(limit) for name, limit in limits.items())

@@ -107,14 +107,16 @@ def say_micro_batches(recipe, planned, installed):
     if not training.joins_steps or recipe.data.packing:
         return
     if tokens is not None and installed.joined:
-        note(f"batches   {training.rows_per_step} rows a step, joined into micro-batches of at most {tokens:,} tokens")
+        rows = training.rows_per_step
+        many = f"{rows:,} rows a step, joined into" if rows > 1 else "one row a step:"
+        note(f"batches   {many} micro-batches of at most {tokens:,} tokens")
         if planned.tokens_before is not None:
             note(f"          {planned.tokens_before:,} before; they no longer fit, so last digits may differ")
         return
     why = "rows of this architecture are not joined" if planned.plan is not None else "without a plan"
     why = "kernels are off" if recipe.kernels == "off" else why
     rows, count = training.per_device_train_batch_size, training.gradient_accumulation_steps
-    note(f"batches   {count} micro-batches of {rows} row{'s' * (rows > 1)} a step: {why}")
+    note(f"batches   {count:,} micro-batch{'es' * (count > 1)} of {rows:,} row{'s' * (rows > 1)} a step: {why}")
 
 
 def say_model(prepared, opened):

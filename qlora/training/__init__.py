@@ -44,8 +44,8 @@ class Settings:
     many, which is mentioned where they do not fit. predicted_bytes: what somebody expects the peak to be; is only written
     down, in memory.json, beside what was measured. tokens_per_micro_batch: the rows of a step are joined into micro-batches of
     at most so many, where the model's rows can be joined and are not packed already; None: as many rows as the section says.
-    rehearse: run the largest
-    micro-batch once before the first step; it changes no number. installed: the kernels that the model computes with.
+    rehearse: run the largest micro-batch once before the first step; it changes no number. installed: the kernels that the
+    model computes with.
     """
 
     training: Any

@@ -70,12 +70,12 @@ class Reliable(Hooks):
 
     def __init__(self, model, objective, reliability, **arguments):
         self.objective, self.reliability, self.saving = objective, reliability, reliability.saving
-        dtypes = {parameter: parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
+        given = {parameter: parameter.data for parameter in model.parameters() if parameter.requires_grad}
         super().__init__(model=model, **arguments)
-        for parameter, dtype in dtypes.items():
+        for parameter, values in given.items():
             # trl casts the adapters of a quantized base to bf16, whatever it computes in
-            parameter.data = parameter.data.to(dtype)
-        in_float16 = torch.float16 in dtypes.values()
+            parameter.data = values.to(parameter.device)
+        in_float16 = any(values.dtype == torch.float16 for values in given.values())
         self.scaling = LossScale() if in_float16 else None
         # what to set where a number is not finite
         self.remedy = f"set {_dtype_field(model)}=float32, because float16 ends at 65,504, or " if in_float16 else ""
@@ -101,8 +101,7 @@ class Reliable(Hooks):
             self.watch.restore(state["watch"])
             self.norm = state["norm"]
             self.economy.restore(state.get("less_memory"))  # older checkpoints have none
-            if self.scaling is not None and state.get("loss_scale"):  # a run in another dtype may go on in float16
-                self.scaling.restore(state["loss_scale"])
+            self._restore_scale(state.get("loss_scale"))
         for printer in (PrinterCallback, ProgressCallback):
             self.remove_callback(printer)
         self.add_callback(_Moments(self))
@@ -234,7 +233,7 @@ class Reliable(Hooks):
             self.tokens = self.tokens + self.objective.num_tokens(part)
             losses.append(self.run_micro_batch(model, num_items_in_batch))
             self.micro_batches.append((rows, losses[-1]))
-        return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+        return _sum(losses)
 
     def run_micro_batch(self, model, num_items):
         """Run that of `moment` forward and backward, and add its gradients to the masters'; return its share of the loss."""
@@ -243,9 +242,7 @@ class Reliable(Hooks):
         # a loss that is a mean of the micro-batch is not the sum of its halves'
         divisible = num_items is not None
         keep = self.trained.masters.take_gradients if reduced else None
-        losses = self.economy.run(self, lambda part: step(model, part, num_items), keep, divisible)
-        loss = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
-        return loss
+        return _sum(self.economy.run(self, lambda part: step(model, part, num_items), keep, divisible))
 
     def finish_gradients(self):
         """Before the optimizer: clip the gradients, or skip the step; return their norm before, or of the last step taken."""
@@ -268,6 +265,13 @@ class Reliable(Hooks):
         else:
             self._skip(step, gradient, losses)
         return self.norm
+
+    def _restore_scale(self, then):
+        """Go on from the LossScale.state of a checkpoint; None: of another dtype, or older. A run may change its dtype."""
+        if then and self.scaling is not None:
+            self.scaling.restore(then)
+        elif then:
+            self.watch.not_taken += then["overflows"]  # the mean loss is that of the other steps still
 
     def _leave_out(self):
         """Skip this step: the optimizer changes nothing, and the mean loss is that of the other steps."""
@@ -422,6 +426,10 @@ class Reliable(Hooks):
                 f"{broken[0]} contains non-finite values after step {self.state.global_step}; it was not saved. "
                 f"Earlier checkpoints are intact: lower training.learning_rate{why}"
             )
+
+
+def _sum(losses):
+    return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
 
 def _sentence(remedy):

@@ -225,7 +225,7 @@ WRONG = {
     "rows and tokens": (
         "training: {tokens_per_micro_batch: 4096, per_device_train_batch_size: 2}", ("exclude each other; keep one", "")
     ),
-    "grouped and joined": ("training: {group_by_length: true, tokens_per_micro_batch: 4096}", ("is for padded rows", "")),
+    "grouped and joined": ("training: {group_by_length: true, tokens_per_micro_batch: 4096}", ("is for whole rows", "")),
     "a revision of a file": (
         b"model: {name_or_path: m}\ndata: {train: {path: d, revision: x}}\noutput_dir: o\n", line(2, "not to a path")
     ),

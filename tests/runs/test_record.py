@@ -6,7 +6,7 @@ import pytest
 
 from qlora.runs import record
 from qlora.runs.folder import RunDir
-from qlora.runs.record import Begun, CheckpointBegun, Evaluation, Skipped, Step
+from qlora.runs.record import Begun, CheckpointBegun, Evaluation, LessMemory, Rescaled, Skipped, Step
 from qlora.system.errors import InputError
 from qlora.system.events import Note, emit
 
@@ -43,6 +43,14 @@ def test_lines_are_read_as_they_were_emitted_and_other_events_are_no_lines(run):
     assert record.read(run) == LINES
     emit(STEP)  # nobody listens any more
     assert record.read(run) == LINES
+
+
+def test_a_run_in_float16_and_one_that_ran_out_of_memory_are_read_too(run):
+    scaled = Step(2, 0.5, 2.25, 1e-4, 0.75, 100, 50.0, 2**30, 2.0, {"loss_scale": 32768.0})
+    less = LessMemory(2, 0.5, "in step 3: 1 GiB requested", "2 of 2 layers checkpointed", (5, 6), 2, False, 3.0)
+    lines = [Rescaled(1, 0.25, 32768.0, 1.0), scaled, less]
+    recorded(run, Begun(0, 3, 0), *lines)
+    assert record.read(run) == lines
 
 
 def test_the_keys_of_a_line_are_those_that_scripts_read(run):

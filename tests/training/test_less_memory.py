@@ -10,15 +10,19 @@ from trl import SFTTrainer
 from qlora import base_model
 from qlora.data import pack
 from qlora.kernels.checkpointing import Checkpointing
-from qlora.recipe import Lora
+from qlora.recipe import Adalora, Lora, Quantization
 from qlora.runs.record import LessMemory, read
 from qlora.system.errors import DoesNotFit
 from qlora.system.memory import LiveTensors
+from qlora.training import loss_scale
 from qlora.training.less_memory import Economy
 from tests.conftest import encode, messages
 from tests.training.conftest import UNEVEN, losses, trained
 
 DROPOUT = Lora(r=4, lora_dropout=0.2)
+# 6 rows a step, joined into micro-batches of at most 200 tokens: several a step, and the last step of an epoch is short
+JOINED = {"kernels_setting": "auto", "tokens": 200, "gradient_accumulation_steps": 6}
+FLOAT16 = Quantization(compute_dtype="float16")
 
 
 class Limit(LiveTensors):
@@ -77,8 +81,10 @@ def same_weights(one, other):
         {"lora": DROPOUT, "gradient_accumulation_steps": 2, "neftune_noise_alpha": 5.0},
         {"lora": DROPOUT, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
         {"lora": DROPOUT, "rehearse": True},
+        JOINED | {"lora": DROPOUT, "neftune_noise_alpha": 5.0, "group_by_length": True, "max_steps": 4},
+        JOINED | {"quantization": FLOAT16, "rehearse": True, "max_steps": 4},
     ],
-    ids=["accumulated", "batches", "rehearsed"],
+    ids=["accumulated", "batches", "rehearsed", "joined", "joined in float16"],
 )
 def test_a_run_that_runs_out_is_to_the_bit_the_run_that_never_did(limited, how):
     lines, weights, _, plain = limited(**how)
@@ -116,6 +122,34 @@ def test_where_all_layers_do_not_do_the_rows_go_in_halves_to_the_same_gradients(
     for name, weight in weights.items():
         assert torch.allclose(weight, now[name], atol=1e-4), name
     assert not same_weights(weights, now)  # it was another order indeed
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"lora": Adalora(lora_alpha=64, init_r=6, target_r=3, tinit=1, tfinal=1), "float32": True, "max_steps": 4},
+        {"quantization": FLOAT16, "max_steps": 4},
+    ],
+    ids=["adalora", "float16"],
+)
+def test_joined_micro_batches_in_halves_are_the_same_steps(limited, monkeypatch, how):
+    monkeypatch.setattr(loss_scale, "INITIAL", 2.0**8)  # at the edge halves overflow later than the whole
+    how |= JOINED | {"checkpointed_layers": 2, "learning_rate": 1e-3}
+    lines, weights, _, whole = limited(**how)
+    found, now, run, limit = limited(int(0.7 * whole.peak), **how)
+    said = changes(run)
+    assert said
+    assert all("two halves" in line.change for line in said)
+    assert limit.refused == len(said)
+    found = without_changes(found)
+    assert [line["step"] for line in found] == [line["step"] for line in lines]
+    exact = 1e-4 if how.get("float32") else 1e-2
+    for one, other in zip(lines, found, strict=True):
+        assert one["tokens"] == other["tokens"]
+        assert one.get("loss_scale") == other.get("loss_scale")
+        assert one["loss"] == pytest.approx(other["loss"], rel=exact)
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=10 * exact)
+    assert weights.keys() == now.keys()
 
 
 def test_an_evaluation_goes_on_in_halves(limited):

@@ -3,13 +3,14 @@
 import pytest
 import torch
 
+from qlora import methods
 from qlora.recipe import Quantization
 from qlora.runs import record
 from qlora.system.errors import TrainingFailed
 from qlora.training import loss_scale
 from qlora.training.loss_scale import LossScale
 from qlora.training.master_weights import MasterWeights
-from tests.training.conftest import records
+from tests.training.conftest import UNEVEN, records
 
 FLOAT16 = Quantization(compute_dtype="float16")
 SETTINGS = {"max_steps": 8, "per_device_train_batch_size": 8, "logging_steps": 1, "learning_rate": 2e-3}
@@ -87,6 +88,43 @@ def test_a_scale_that_is_far_too_high_falls_and_the_run_goes_on(fit, monkeypatch
     assert [record.to_json(line) for line in read] == found
     assert [line.step for line in read if isinstance(line, record.Rescaled)] == [line["step"] for line in rescaled]
     assert result.loss == pytest.approx(sum(steps(run)) / len(steps(run)), rel=1e-5)  # the mean of what was taken
+
+
+def test_the_first_weights_are_those_of_the_adapter_not_what_bfloat16_keeps_of_them(fit, monkeypatch):
+    monkeypatch.setattr(loss_scale, "INITIAL", 2.0**8)  # the first step is taken
+    given, attach = {}, methods.attach
+
+    def keep(*args, **kwargs):
+        model = attach(*args, **kwargs)
+        given.update({name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad})
+        return model
+
+    monkeypatch.setattr(methods, "attach", keep)
+    for quantization in (FLOAT16, Quantization(compute_dtype="float32")):
+        model, _, _ = fit(quantization=quantization, learning_rate=1e-6)
+        now = dict(model.named_parameters())
+        first = {name: values.float() for name, values in given.items() if "lora_A" in name}
+        assert all((values - now[name].float()).abs().max() < 1e-5 for name, values in first.items())
+        assert all((values - values.bfloat16().float()).abs().max() > 1e-4 for values in first.values())
+
+
+def test_several_micro_batches_a_step_share_one_scale(fit, monkeypatch):
+    """A step that is left out for one of them leaves nothing of the others to the next."""
+    monkeypatch.setattr(loss_scale, "INITIAL", 2.0**21)
+    settings = {"quantization": FLOAT16, "kernels_setting": "auto", "max_steps": 12, "learning_rate": 1e-3}
+    one = fit(UNEVEN, per_device_train_batch_size=16, tokens=10_000, **settings)
+    many = fit(UNEVEN, gradient_accumulation_steps=16, tokens=200, **settings)
+    for _, result, run in (one, many):
+        found = records(run)
+        rescaled = [line for line in found if "loss" not in line]
+        assert 4 <= len(rescaled) < 12
+        assert len({line["step"] for line in found}) == 12
+        assert result.loss == pytest.approx(sum(steps(run)) / len(steps(run)), rel=1e-5)
+        assert result.tokens == one[1].tokens
+    count = min(len(steps(run)) for _, _, run in (one, many))
+    assert steps(many[2])[:count] == pytest.approx(steps(one[2])[:count], rel=1e-2)
+    first = [next(line["grad_norm"] for line in records(run) if "loss" in line) for _, _, run in (one, many)]
+    assert first[0] == pytest.approx(first[1], rel=2e-2)
 
 
 def test_a_run_that_never_comes_to_a_step_says_so(fit, monkeypatch):

@@ -248,6 +248,19 @@ def test_in_float16_a_stopped_run_goes_on_with_the_loss_scale_that_it_had(fit, t
         assert other.result == trainer.result
 
 
+def test_a_run_that_overflowed_in_float16_has_its_mean_loss_when_it_goes_on_in_another_dtype(
+    fit, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(loss_scale, "INITIAL", 2.0**22)
+    monkeypatch.setattr(loss_scale, "BACKOFF", 2.0**-4)
+    _, first, _ = fit("half", half=True, stop_in=3)
+    assert len(of_kind(first, Rescaled)) == 2
+    _, second, trainer = fit("half", resume=tmp_path / "half" / "step-3")
+    losses = [event.loss for event in of_kind(first + second, Step)]
+    assert len(losses) == 4
+    assert trainer.result[0] == pytest.approx(sum(losses) / 4, rel=1e-5)
+
+
 @pytest.fixture
 def prefer(load_model, tokenizer, tmp_path):
     """Return prefer(name, resume=None, stop_in=None) -> ({name: weight}, events) of a DPO training of six pairs."""

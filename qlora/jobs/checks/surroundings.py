@@ -90,7 +90,7 @@ def threads():
 
     number, usable = torch.get_num_threads(), cores()
     own = os.environ.get("OMP_NUM_THREADS")
-    found = f"{number} for {usable} cores" + ("" if own is None else f" (OMP_NUM_THREADS={own})")
+    found = f"{number} for {usable} core{'s' * (usable > 1)}" + ("" if own is None else f" (OMP_NUM_THREADS={own})")
     if number > usable:
         return False, found, f"OMP_NUM_THREADS={usable}"
     if number < usable / 2 and own is not None and not torch.cuda.is_available():

@@ -249,7 +249,7 @@ def make_recipe(tiny_model, tmp_path):
             },
             "output_dir": str(tmp_path / "run"),
         }
-        if "adalora" in sections:
+        if sections.keys() & {"adalora", "ia3", "oft", "hira", "full", "bottleneck", "prompt_tuning"}:
             del values["lora"]
         for name, section in sections.items():
             values[name] = {**values.get(name, {}), **section} if isinstance(section, dict) else section

@@ -303,8 +303,11 @@ class Merge:
         start = start.to(self.device)
         base = self._held(spec.name, start)
         merged = base if end is None else end.to(self.device).float()
-        if spec.name.endswith(".bias") and module in self.adapter.bias_deltas:
-            merged = merged + self.adapter.bias_deltas[module].to(self.device)
+        if spec.name.endswith(".bias"):
+            if module in self.adapter.updates:
+                merged = self.adapter.updates[module].merged_bias(merged)
+            if module in self.adapter.bias_deltas:
+                merged = merged + self.adapter.bias_deltas[module].to(self.device)
         yield _cast(spec, start, base, merged)
 
     def _matrix(self, module, spec, shape, start_OI, end_OI):

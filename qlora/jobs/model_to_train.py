@@ -15,7 +15,7 @@ from ..system import files
 from ..system.errors import InputError
 from ..system.events import progress
 from ..system.storage import new_folder, write_json
-from . import resumed_run
+from . import resumed_run, started_from
 from .prepared_data import refuse_pointless
 
 
@@ -88,6 +88,7 @@ def open_trainable(prepared, fingerprint, resumed=None, tokens=None) -> ModelToT
             checkpoint.new_tokens.values(),
             checkpoint,
             prepared.examples,
+            started_from.folder_of(recipe.model),
         )
     found = environment(model.device) | {
         "base_model": {
@@ -137,9 +138,9 @@ def _write(run, prepared, trainable, resumed):
 
 
 def save_adapter(run, prepared, trainable):
-    """Write adapter/, with the tokenizer and a manifest, into the run folder: whole or not at all."""
+    """Write adapter/ or model/, with the tokenizer and a manifest, into the run folder: whole or not at all."""
     checkpoint = prepared.checkpoint
-    with new_folder(run.adapter) as folder:
+    with new_folder(run.path / prepared.recipe.method.saved_in) as folder:
         methods.save(trainable.model, folder, checkpoint.name_or_path, checkpoint.revision)
         prepared.tokenizer.save_pretrained(folder)
         methods.seal(folder, trainable.environment["base_model"]["sha256"])

@@ -11,6 +11,7 @@ from ..data import chat
 from ..recipe import Recipe
 from ..system.errors import InputError
 from ..system.events import note
+from . import started_from
 from .opened_model import open_tokenizer, this_machine
 
 
@@ -43,6 +44,7 @@ def prepare(recipe: Recipe, weights=True, on=None) -> Prepared:
     checkpoint = base_model.find(recipe.model, weights)
     config = base_model.load_config(checkpoint, recipe.model)
     recipe = base_model.settle(recipe, config, checkpoint, on or this_machine())
+    recipe = started_from.settle(recipe, checkpoint)
     generation_config = checkpoint.generation_config()
     tokenizer, template = open_tokenizer(
         checkpoint.folder, recipe.model, generation_config, recipe.data.chat_template, recipe.data.system_as_user

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 from .. import base_model, methods
@@ -51,6 +52,11 @@ def files_to_push(target, repo, base=None, license=None) -> dict:
 
 def _of_run(run, base, title):
     """Return {name: path, bytes, or text} of the files of a run to upload: its adapter, not its checkpoints and logs."""
+    if not (run.adapter / methods.CONFIG).is_file():
+        raise InputError(
+            f"{run.path}: full fine-tuning makes no adapter; export the run, and push the model: "
+            f"qlora export {shlex.quote(str(run.path))} --out FOLDER"
+        )
     read = methods.read(run.adapter)
     recipe, origin = run.recipe(), origin_of(run)
     named = base or shown_name(origin.base["name_or_path"])[0]

@@ -9,17 +9,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .. import methods
 from ..recipe import Recipe
 from ..runs import record
 from ..runs.checkpoints import Checkpoints, read_state
 from ..runs.folder import RunDir
 from ..system.errors import InputError
 from ..system.events import note
+from . import started_from
 
 _LENGTH = ("training.max_steps", "training.num_train_epochs")
 # what changes no weight, and what is compared by its content instead of its place
 _FREE = {
-    *("output_dir", "memory", "export", "model.name_or_path", "model.revision", "data.chat_template", "data.num_proc"),
+    *(
+        "output_dir",
+        "memory",
+        "export",
+        "model.name_or_path",
+        "model.revision",
+        "model.adapter_name_or_path",
+        "data.chat_template",
+        "data.num_proc",
+    ),
     *(
         f"training.{name}"
         for name in ("logging_steps", "eval_steps", "save_steps", "save_total_limit", "watchdog_steps")
@@ -49,6 +60,9 @@ def of_recipe(recipe: Recipe, prepared) -> dict:
     special = json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str)
     found["tokenizer"] = _digest(tokenizer.backend_tokenizer.to_str().encode(), special.encode())
     found["chat_template"] = _digest(str(tokenizer.chat_template).encode())
+    start = started_from.folder_of(recipe.model)
+    if start is not None:
+        found["adapter"] = _digest((start / methods.WEIGHTS).read_bytes())
     return json.loads(json.dumps(found))
 
 
@@ -187,8 +201,8 @@ def _is_longer(old: Recipe, new: Recipe):
 
 
 def _place_of_finished(run):
-    """Return where the adapter of a finished run is kept when the run is continued."""
-    return run.path / f"adapter-step-{_last_step(run)}"
+    """Return where what a finished run has trained is kept when the run is continued."""
+    return run.path / f"{run.adapter.name}-step-{_last_step(run)}"
 
 
 def _last_step(run):

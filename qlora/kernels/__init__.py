@@ -45,7 +45,8 @@ def installed(peft_model, setting="auto"):
         return
     model, patched = peft_model.get_base_model(), []
     by_torch = model.config._attn_implementation == "sdpa"  # else the recipe has asked for another one
-    found = Installed(joined=by_torch and attention.joins(model), loss=loss.takes(model))
+    apart = getattr(getattr(peft_model, "active_peft_config", None), "is_prompt_learning", False)  # before each row
+    found = Installed(joined=by_torch and attention.joins(model) and not apart, loss=loss.takes(model))
     try:
         _install(peft_model, found, patched)
         yield found

@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 
+from .. import base_model
 from ..system.errors import InputError, TrainingFailed
 from . import peft_model
 from .adapter import Adapter
 from .contract import Description, Group, Method, Schedule, Trainable
 from .folder import CONFIG, MANIFEST, WEIGHTS, base_of, read_config, seal
-from .peft_model import activate, shapes
+from .peft_model import shapes
 
 __all__ = ["CONFIG", "MANIFEST", "WEIGHTS", "Adapter", "Description", "Group", "Method", "Schedule", "Trainable", "activate",
            "add", "attach", "base_of", "describe", "load", "names", "of", "read", "read_config", "refuse_unmoved", "save",
@@ -46,13 +47,23 @@ def _of_folder(folder, config):
     """Return the method of an adapter_config.json."""
     kind = config.get("peft_type")
     if kind not in _kinds():
-        raise InputError(f"adapter {folder}: peft_type {kind!r} is not {' or '.join(_kinds())}")
+        *others, last = _kinds()
+        raise InputError(f"adapter {folder}: peft_type {kind!r} is not {', '.join(others)} or {last}")
     return _module(kind)
 
 
-def attach(model, section, seed=0, token_ids=(), checkpoint=None, examples=()):
-    """Return `model` with what a section of the recipe trains in it, as contract.Method says; `trainable` is of it."""
-    attached = of(section).attach(model, section, seed, token_ids, checkpoint, examples)
+def attach(model, section, seed=0, token_ids=(), checkpoint=None, examples=(), start=None):
+    """Return `model` with what a section of the recipe trains in it, as contract.Method says; `trainable` is of it.
+
+    start: a folder of `save` whose numbers it starts with, None for those of the section.
+    """
+    if start is None:
+        attached = of(section).attach(model, section, seed, token_ids, checkpoint, examples)
+    else:
+        adapter, ends = read(start), [model.get_input_embeddings().weight, model.get_output_embeddings().weight]
+        adapter.refuse_other_tokens(base_model.token_modules(model) if token_ids else [], token_ids)
+        attached = of(section).attach(model, section.from_zero(), seed, token_ids)
+        of(section).fill(attached, adapter, ends)
     attached.trained_by = section
     return attached
 
@@ -62,13 +73,12 @@ def trainable(model) -> Trainable:
     return of(model.trained_by).trainable(model, model.trained_by)
 
 
-def refuse_unmoved(model, before):
-    """Raise TrainingFailed unless everything in `before` ({name: tensor}) differs from it now; names what does not.
+def refuse_unmoved(now, before):
+    """Raise TrainingFailed unless everything in `before` ({name: tensor}) differs from it `now`; names what does not.
 
     B starts at zero (or small) and gets a gradient at the first step. One that stays is cut off from the loss (a repacked
     base weight, checkpointing without input gradients), and would be exported as if it had been trained.
     """
-    now = trainable(model).first_to_move
     stuck = [name for name, tensor in before.items() if torch.equal(now[name], tensor)]
     if stuck:
         raise TrainingFailed(
@@ -80,6 +90,23 @@ def refuse_unmoved(model, before):
 def save(model, folder, base_name, revision):
     """Write what was trained into `folder`, as contract.Method says."""
     of(model.trained_by).save(model, folder, base_name, revision)
+
+
+def section_of(folder, recorded=None):
+    """Return the section of the recipe with which the adapter in a folder goes on. recorded: the one it was trained with.
+
+    Raises:
+        InputError: it cannot be told, or it cannot go on.
+    """
+    config = read_config(folder)
+    method = _of_folder(folder, config)
+    if hasattr(method, "section_of"):
+        return method.section_of(folder, config, recorded)
+    if recorded is None:
+        raise InputError(
+            f"adapter {folder}: how a {describe(config).kind} was trained is known of a run only; name the run"
+        )
+    return recorded
 
 
 def read(folder) -> Adapter:
@@ -111,7 +138,14 @@ def add(model, folder, name):
     Raises:
         InputError: as `read` does; an adapter for another base; or a kind that cannot lie beside another.
     """
-    peft_model.add(model, read(folder), name)
+    adapter = read(folder)
+    _of_folder(folder, adapter.config).add(model, adapter, name)
+
+
+def activate(model, name):
+    """Let the adapter called `name` compute from now on; None: the base alone."""
+    switch = getattr(model, "activate", None)
+    peft_model.activate(model, name) if switch is None else switch(name)
 
 
 def describe(config) -> Description:

@@ -33,9 +33,10 @@ class Adapter:
     """An adapter folder as tensors, in the dtype that was saved.
 
     kind: as the field calls it. updates: {module: contract.Update}. replaced: {parameter: tensor}, which takes the place of
-    the base's. bias_deltas: {module: (O,)}, added to its bias. rows: {embedding or head: ([token id, ...], (N, I))}, of new
-    tokens. unmergeable: why it cannot become one with the base, and what to do instead; empty where it can. stays_tied:
-    embedding and head of a tied model stay one matrix. beside: PEFT can hold its updates beside others' on one base.
+    the base's. bias_deltas: {module: (O,)}, added to its bias. own: {name: tensor} that have no place in the base. rows:
+    {embedding or head: ([token id, ...], (N, I))}, of new tokens. unmergeable: why it cannot become one with the base, and
+    what to do instead; empty where it can. stays_tied: embedding and head of a tied model stay one matrix. beside: PEFT can
+    hold its updates beside others' on one base.
     """
 
     folder: Path
@@ -45,6 +46,7 @@ class Adapter:
     replaced: dict = field(default_factory=dict)
     rows: dict = field(default_factory=dict)
     bias_deltas: dict = field(default_factory=dict)
+    own: dict = field(default_factory=dict)
     unmergeable: str = ""
     stays_tied: bool = False
     beside: bool = False
@@ -52,7 +54,12 @@ class Adapter:
     @property
     def num_parameters(self):
         """How many numbers the folder holds."""
-        tensors = [*self.replaced.values(), *self.bias_deltas.values(), *(rows for _, rows in self.rows.values())]
+        tensors = [
+            *self.replaced.values(),
+            *self.own.values(),
+            *self.bias_deltas.values(),
+            *(rows for _, rows in self.rows.values()),
+        ]
         return sum(tensor.numel() for tensor in tensors) + sum(one.num_parameters for one in self.updates.values())
 
     def refuse_unmergeable(self):
@@ -62,7 +69,7 @@ class Adapter:
 
     def refuse_untrained(self):
         """Raise InputError if the adapter is updates that all change nothing."""
-        others = self.replaced or self.bias_deltas or self.rows
+        others = self.replaced or self.own or self.bias_deltas or self.rows
         if self.updates and not others and all(update.is_zero() for update in self.updates.values()):
             zero = next(iter(self.updates.values())).zero
             raise InputError(
@@ -89,7 +96,7 @@ class Adapter:
         for module, update in self.updates.items():
             if module not in shapes:
                 problems.append(f"{module}: the base has no such layer")
-            elif tuple(shapes[module]) != update.shape:
+            elif any(side not in (None, there) for side, there in zip(update.shape, shapes[module], strict=True)):
                 problems.append(f"{module}: adapter is {update.shape} (out, in), base is {tuple(shapes[module])}")
         for name, tensor in self.replaced.items():
             if name not in parameters:

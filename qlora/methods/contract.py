@@ -7,7 +7,7 @@ they do to a weight. A new method is a file here and its section in the recipe.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import ClassVar, Protocol
 
 import torch
 
@@ -49,6 +49,22 @@ class Method(Protocol):
 
         Raises:
             InputError: anything in the folder finds no place in the model, or the other way round.
+        """
+
+    @staticmethod
+    def fill(model, adapter, ends=()):
+        """Give a model that `attach` has made the numbers of an Adapter, to train them further.
+
+        Raises:
+            InputError: anything in the folder finds no place in the model, or the other way round; or it cannot go on.
+        """
+
+    @staticmethod
+    def add(model, adapter, name):
+        """Load an Adapter that `read` returned beside the one that `load` has loaded, as `name`; it is not yet active.
+
+        Raises:
+            InputError: it is for another base, or cannot lie beside another.
         """
 
     @staticmethod
@@ -150,24 +166,32 @@ def one_group(model):
     return (Group(tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad)),)
 
 
-class Update(Protocol):
-    """What a method does to one weight (O, I)."""
+class Update:
+    """What a method does to one weight (O, I), and to the bias (O,) beside it."""
 
-    zero: Any  # in words: what has not moved where `is_zero`
+    zero: ClassVar[str]  # in words: what has not moved where `is_zero`
 
     @property
     def shape(self):
-        """(O, I) of the weight that it fits."""
+        """(O, I) of the weight that it fits; None for a side that may have any length."""
+        raise NotImplementedError
 
     @property
     def num_parameters(self):
         """How many numbers it is made of."""
+        raise NotImplementedError
 
     def merged(self, base_OI, rows=slice(None)):
         """Return `rows` of the merged weight, float32, for those rows of the base."""
+        raise NotImplementedError
+
+    def merged_bias(self, base_O):
+        """Return the merged bias, float32; here the base's."""
+        return base_O
 
     def is_zero(self):
         """True if it leaves every weight as it is, but for what float32 sums leave: it was never trained."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)

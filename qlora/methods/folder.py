@@ -1,4 +1,7 @@
-"""An adapter folder as files: its config, whole and unchanged; the seal that says what it was trained on."""
+"""What was trained, as files: its config, whole and unchanged; the seal that says what it was trained on.
+
+An adapter folder, as PEFT has it, or a model folder with a file WHOLE.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from ..system.errors import InputError
 from ..system.storage import listed, write_json
 
 WEIGHTS, CONFIG, MANIFEST = "adapter_model.safetensors", "adapter_config.json", "manifest.json"
+WHOLE = "full.json"  # beside a model: how it was trained
 PREFIX = "base_model.model."  # PEFT's, before a module's own name
 
 
@@ -21,6 +25,9 @@ def read_config(folder):
         InputError: files missing, cut off, changed since the training, or something else than their names say.
     """
     folder = Path(folder)
+    if (folder / WHOLE).is_file():
+        _refuse_changed(folder)
+        return files.read_object(folder / WHOLE)
     weights = folder / WEIGHTS
     if not (folder / CONFIG).is_file():
         raise InputError(f"adapter {folder}: no {CONFIG}; not an adapter folder")

@@ -13,9 +13,9 @@ import torch
 from ..system.errors import InputError
 from . import initial_weights, low_rank, peft_model, targets
 from .adapter import Sorted, refuse_unknown_settings
-from .contract import Description, Trainable, one_group
+from .contract import Description, Group, Trainable, one_group
 
-save = peft_model.save
+save, add, fill = peft_model.save, peft_model.add, peft_model.fill
 
 # settings of a folder that are followed; any other that is on is refused by name
 _FIELDS = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "bias", "lora_bias",
@@ -65,15 +65,42 @@ def trainable(model, section):
     return Trainable(
         f"{'DoRA, ' if section.use_dora else ''}r = {section.r}{began}",
         first_to_move=peft_model.named(model, ".lora_B."),
-        groups=one_group(model),
+        groups=_groups(model, section.loraplus_lr_ratio),
         held=initial_weights.held(model, section),
     )
+
+
+def _groups(model, ratio):
+    """Return the groups of LoRA+ (arXiv:2402.12354): B and its bias learn `ratio` times faster; None: all alike."""
+    if ratio is None:
+        return one_group(model)
+    names = one_group(model)[0].names
+    fast = tuple(name for name in names if ".lora_B." in name or ".lora_embedding_B." in name)
+    return (Group(tuple(name for name in names if name not in fast)), Group(fast, learning_rate=ratio))
 
 
 def load(model, adapter, token_ids=()):
     from peft import LoraConfig
 
     return peft_model.load(model, adapter, token_ids, LoraConfig, _FIELDS)
+
+
+def section_of(folder, config, recorded):
+    """See methods.section_of: ranks and layers of the folder, whatever start made them; LoftQ's stays known."""
+    from ..recipe import Lora
+
+    named = ("r", "lora_alpha", "use_rslora", "use_dora", "lora_bias", "bias", "ensure_weight_tying", "modules_to_save",
+             "exclude_modules", "layers_to_transform", "rank_pattern", "alpha_pattern", "lora_dropout")  # fmt: skip
+    targets = config.get("target_modules")
+    said = {name: config[name] for name in named if config.get(name) is not None}
+    said |= {"target_modules": targets if isinstance(targets, str) else sorted(targets or ())}
+    if recorded is not None:
+        said |= {"loraplus_lr_ratio": recorded.loraplus_lr_ratio, "lora_dropout": recorded.lora_dropout}
+        said |= {"init_lora_weights": "loftq"} if recorded.corrects_quantization else {}
+    try:
+        return Lora(**said)
+    except ValueError as error:
+        raise InputError(f"{folder}: {str(error).splitlines()[0]}; it cannot be trained further") from None
 
 
 def describe(config):

@@ -16,6 +16,7 @@ import torch
 
 from ..system.errors import InputError
 from . import peft_model
+from .contract import Update
 from .folder import CONFIG, matched
 
 # O out_features, I in_features, R rank, V vocab
@@ -33,7 +34,7 @@ _CHANGED_BASE = ("loftq", "pissa", "olora", "corda", "lora_ga")
 
 
 @dataclass(frozen=True)
-class LowRank:
+class LowRank(Update):
     """A low-rank update of one weight (O, I): A (R, I), B (O, R), and DoRA's magnitude (O,) or None."""
 
     A_RI: torch.Tensor

@@ -28,13 +28,15 @@ def settings(model, targets, whole, token_ids=()):
 
     A tied head is not named among the modules with tokens: PEFT ties its rows to the embedding's.
     """
-    return {
+    found = {
         "target_modules": targets,
         "modules_to_save": whole or None,
-        "trainable_token_indices": {name: list(token_ids) for name in base_model.token_modules(model)} if token_ids else None,
         "fan_in_fan_out": any(map(base_model.is_conv1d, model.modules())),
         "task_type": text_generation.PEFT_TYPE,
-    }  # fmt: skip
+    }
+    if token_ids:
+        found["trainable_token_indices"] = {name: list(token_ids) for name in base_model.token_modules(model)}
+    return found
 
 
 def make(model, config):
@@ -62,12 +64,14 @@ def make(model, config):
                 f"{key}: PEFT refuses {type(model).__name__}: {error}\n  name such layers in {key}.exclude_modules"
             ) from None
     whole = [n for n, m in peft_model.get_base_model().named_modules() if isinstance(m, ModulesToSaveWrapper)]
-    if config.trainable_token_indices:
+    if getattr(config, "trainable_token_indices", None):
         ends = [model.get_input_embeddings(), model.get_output_embeddings()]
         assert all(isinstance(end, TrainableTokensWrapper) for end in ends), "PEFT left the embedding or the head out"
         token_rows.install(peft_model)
     tied = set(getattr(config, "modules_to_tie", None) or ())
-    assert set(whole) - tied == set(config.modules_to_save or ()), "PEFT trains other modules than it was told"
+    assert set(whole) - tied == set(getattr(config, "modules_to_save", None) or ()), (
+        "PEFT trains other modules than it was told"
+    )
     return peft_model
 
 
@@ -103,7 +107,8 @@ def save(model, folder, base_name, revision):
     tensors = _tensors(model)  # first: AdaLoRA's config is made ready for saving there
     config = copy.copy(model.peft_config["default"])
     config.base_model_name_or_path, config.revision, config.inference_mode = str(base_name), revision, True
-    config.target_modules = sorted(config.target_modules)  # from a set, whose order is another in each process
+    if getattr(config, "target_modules", None) is not None:
+        config.target_modules = sorted(config.target_modules)  # from a set, whose order is another in each process
     config.save_pretrained(folder)
     # cloned: safetensors takes no two names of one tensor, and a tied head has two
     tensors = {
@@ -136,30 +141,44 @@ def load(model, adapter, token_ids, kind, followed):
     Raises:
         InputError: any tensor of the adapter finds no place in the model, or the other way round.
     """
+    adapter.refuse_other_tokens(base_model.token_modules(model) if token_ids else [], token_ids)
+    said = {key: adapter.config[key] for key in followed if adapter.config.get(key) is not None}
+    ends = [end.weight for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None]
+    layers = shapes(model)
+    peft_model = make(model, kind(**said, **_saved_settings(model, adapter)))
+    adapter.refuse_left_out(layers)
+    untrained = fill(peft_model, adapter, ends)
+    to_dtype(peft_model, dtype_of(model))
+    return _frozen(peft_model, untrained)
+
+
+def fill(model, adapter, ends=()):
+    """Give a PeftModel the numbers of an Adapter; return {parameter of the base that it replaces: what it was}.
+
+    ends: weights of embedding and head, which a folder may hold whole.
+
+    Raises:
+        InputError: any tensor of the adapter finds no place in the model, or the other way round.
+    """
     from peft import set_peft_model_state_dict
 
-    adapter.refuse_other_tokens(base_model.token_modules(model) if token_ids else [], token_ids)
-    folder, layers = adapter.folder, shapes(model)
+    folder = adapter.folder
     tensors = _once(load_file(folder / WEIGHTS))
-    said = {key: adapter.config[key] for key in followed if adapter.config.get(key) is not None}
-    peft_model = make(model, kind(**said, **_saved_settings(model, adapter)))
-    parameters = dict(peft_model.named_parameters(remove_duplicate=False))
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     base = {key: parameters[key] for key in tensors if key in parameters}  # biases; embeddings that were saved whole
-    expected = _tensors(peft_model)
-    for end in (model.get_input_embeddings(), model.get_output_embeddings()):
-        expected |= {key: place for key, place in base.items() if place is getattr(end, "weight", None)}
+    expected = _tensors(model)
+    for end in ends:
+        expected |= {key: place for key, place in base.items() if place is end}
     _refuse_misfit(folder, tensors, expected)
-    adapter.refuse_left_out(layers)
     untrained = {place: place.detach().clone() for place in base.values()}
-    left = set_peft_model_state_dict(peft_model, tensors).unexpected_keys
+    left = set_peft_model_state_dict(model, tensors).unexpected_keys
     assert not left, f"PEFT found no place for {left}"
     differing = [key for key, place in base.items() if not torch.equal(place, tensors[key].to(place))]
     if differing:
         raise InputError(
             f"adapter {folder}: {_shown(differing[0])} is tied to another weight in the base, not in the adapter"
         )
-    to_dtype(peft_model, dtype_of(model))
-    return _frozen(peft_model, untrained)
+    return untrained
 
 
 def _refuse_misfit(folder, tensors, expected):
@@ -191,7 +210,8 @@ def _saved_settings(model, adapter):
     saved = adapter.config.get("modules_to_save") or ()
     whole = sorted(name for name in modules if any(name.endswith(one) for one in saved))
     indices = {module: ids for module, (ids, _) in adapter.rows.items()}
-    return settings(model, sorted(adapter.updates), whole) | {"trainable_token_indices": indices or None}
+    found = settings(model, sorted(adapter.updates), whole)
+    return found | {"trainable_token_indices": indices} if indices else found
 
 
 def _frozen(peft_model, untrained):
@@ -229,22 +249,27 @@ def _give(values):
 # ---- several on one base ---------------------------------------------------------------------------------------------
 
 
-def add(peft_model, adapter, name):
-    """Load an Adapter beside those that `peft_model` has, under a new `name`; it is not yet active.
+def add(model, adapter, name):
+    """Load an Adapter beside those that `model` has, under a new `name`; it is not yet active.
 
     Raises:
         InputError: an adapter for another base; or a kind that cannot lie beside another.
     """
     adapter.refuse_more_than_low_rank("cannot be loaded beside another adapter; open it by itself")
-    adapter.refuse_mismatch(shapes(peft_model.get_base_model()), {}, {}, ())
-    assert name not in peft_model.peft_config, name  # PEFT would load over it
-    left = peft_model.load_adapter(str(adapter.folder), adapter_name=name).unexpected_keys
+    kinds = {config.peft_type.value for config in model.peft_config.values()}
+    if kinds != {adapter.config["peft_type"]}:
+        raise InputError(
+            f"adapter {adapter.folder}: {adapter.kind} cannot be loaded beside {', '.join(kinds)}; open it by itself"
+        )
+    adapter.refuse_mismatch(shapes(model.get_base_model()), {}, {}, ())
+    assert name not in model.peft_config, name  # PEFT would load over it
+    left = model.load_adapter(str(adapter.folder), adapter_name=name).unexpected_keys
     assert not left, f"PEFT found no place for {left}"
-    dtype = dtype_of(peft_model.get_base_model())
-    for key, parameter in peft_model.named_parameters():
-        if f".{name}." in key:
+    dtype = dtype_of(model.get_base_model())
+    for key, parameter in model.named_parameters():
+        if name in key.split("."):
             parameter.data = parameter.data.to(dtype)
-    peft_model.requires_grad_(False).eval()
+    model.requires_grad_(False).eval()
 
 
 def activate(peft_model, name):
@@ -261,7 +286,7 @@ def shapes(model):
     """Return {name: (O, I)} of the layers of a model, plain or with adapters in it, that may carry an update."""
     found = {}
     for name, module in model.named_modules():
-        if ".lora_" in name or name.endswith(".base_layer"):
+        if ".lora_" in name or ".ia3_" in name or name.endswith(".base_layer"):
             continue
         if isinstance(module, torch.nn.Embedding):
             found[name] = (module.num_embeddings, module.embedding_dim)

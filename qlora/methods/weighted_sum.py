@@ -27,8 +27,8 @@ def combine(folders, weights, config, trust_remote_code, out):
     parts = [read(folder) for folder in folders]
     for folder, one in zip(folders, parts, strict=True):
         one.refuse_more_than_low_rank("cannot be added to another")
-        if one.kind == "DoRA":
-            raise InputError(f"adapter {folder}: DoRA adapters rescale the weights, so they cannot be summed")
+        if one.kind != "LoRA":
+            raise InputError(f"adapter {folder}: {one.kind} adapters rescale the weights, so they cannot be summed")
     # PEFT wants a model to put the adapters on; their sum does not depend on its weights, so it gets none
     model = base_model.on_meta(config, trust_remote_code)
     layers = shapes(model)

@@ -253,7 +253,7 @@ def _scaled(load, factor):
 def _ranks(job):
     """Return rank -> Job, from two outlines and what lies on the line through them; None where the rank is not one number."""
     lora = job.lora
-    if job.remade is None or getattr(lora, "r", None) is None or lora.rank_pattern:
+    if job.remade is None or getattr(lora, "r", None) is None or getattr(lora, "rank_pattern", None):
         return None
     other = job.remade(lora=lora.model_copy(update={"r": 2 * lora.r}))
     return lambda rank: job.but(outline=job.outline.blend(other, (rank - lora.r) / lora.r))
@@ -343,7 +343,7 @@ def _smaller(job):
         rank = _largest(ranks, limit=lora.r - 1) if lora.r > 1 else 0
         rank = 2 ** (rank.bit_length() - 1) if rank else min(8, lora.r // 2)
         if rank:
-            yield f"lora.r={rank}", ranks(rank)
+            yield f"{lora.key}.r={rank}", ranks(rank)
     if job.remade is None or lora is None:
         return
     for field, value in (("use_dora", False), ("lora_dropout", 0.0), ("modules_to_save", None)):

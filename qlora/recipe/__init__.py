@@ -1,6 +1,6 @@
 """The recipe: YAML in, one frozen value out. Parsed once; each part of the program gets its own section.
 
-Sections and fields, with their documentation, are in sections.py; what goes together across sections is said here.
+Sections and fields, with their documentation, are in sections.py and methods.py; what goes together across sections is said here.
 """
 
 from __future__ import annotations
@@ -14,26 +14,17 @@ from pydantic import ValidationError, model_validator
 from ruamel.yaml import YAML
 
 from . import error_messages, reading
-from .sections import (
-    Adalora,
-    Data,
-    Export,
-    Format,
-    Lora,
-    Memory,
-    Model,
-    PathText,
-    Quantization,
-    Section,
-    Source,
-    Training,
-    parse_size,
-)
+from .fields import PathText, Section, parse_size
+from .methods import Adalora, Bottleneck, Full, Hira, Ia3, Lora, Method, Oft, PromptTuning
+from .sections import Data, Export, Format, Memory, Model, Quantization, Source, Training
 
 __all__ = [
-    "Adalora", "Data", "Export", "Format", "Lora", "Memory", "Model", "Quantization", "Recipe", "Section", "Source", "Training",
-    "as_yaml", "parse_size",
+    "Adalora", "Bottleneck", "Data", "Export", "Format", "Full", "Hira", "Ia3", "Lora", "Memory", "Method", "Model", "Oft",
+    "PromptTuning", "Quantization", "Recipe", "Section", "Source", "Training", "as_yaml", "parse_size",
 ]  # fmt: skip
+
+
+_METHODS = [section.key for section in (Lora, Adalora, Ia3, Oft, Hira, Full, Bottleneck, PromptTuning)]
 
 
 class Recipe(Section):
@@ -43,6 +34,18 @@ class Recipe(Section):
     """the default method; null where another is given"""
     adalora: Adalora | None = None
     """instead of lora: ranks that shrink while training"""
+    ia3: Ia3 | None = None
+    """instead of lora: a factor for each output of some layers"""
+    oft: Oft | None = None
+    """instead of lora: the inputs of layers are rotated"""
+    hira: Hira | None = None
+    """instead of lora: weights are multiplied with a low-rank update"""
+    full: Full | None = None
+    """instead of lora: the weights themselves are trained"""
+    bottleneck: Bottleneck | None = None
+    """instead of lora: a small network behind the blocks of each layer"""
+    prompt_tuning: PromptTuning | None = None
+    """instead of lora: embeddings before each text"""
     data: Data
     training: Training = Training()
     memory: Memory = Memory()
@@ -55,21 +58,44 @@ class Recipe(Section):
     @property
     def method(self):
         """The section that says what is trained."""
-        return self.lora or self.adalora
+        return next(iter(self._methods.values()))
+
+    @property
+    def _methods(self):
+        """{name: section} of the methods that are given."""
+        sections = {name: getattr(self, name) for name in type(self).model_fields}
+        return {name: section for name, section in sections.items() if isinstance(section, Method)}
 
     @model_validator(mode="before")
     @classmethod
     def _lora_by_default(cls, values):
-        if isinstance(values, dict) and "lora" not in values and values.get("adalora") is None:
-            return {**values, "lora": {}}
-        return values
+        given = isinstance(values, dict) and [name for name in _METHODS if values.get(name) is not None]
+        return {**values, "lora": {}} if given == [] and "lora" not in values else values
 
     @model_validator(mode="after")
     def _one_method(self):
-        if self.lora is not None and self.adalora is not None:
-            raise ValueError("lora and adalora exclude each other; keep one")
-        if self.method is None:
-            raise ValueError("lora: null leaves nothing to train; leave it out for the defaults, or give adalora")
+        given = list(self._methods)
+        if len(given) > 1:
+            raise ValueError(f"{', '.join(given[:-1])} and {given[-1]} exclude each other; keep one")
+        if not given:
+            others = " or ".join(name for name in _METHODS if name != "lora")
+            raise ValueError(f"lora: null leaves nothing to train; leave it out for the defaults, or give {others}")
+        return self
+
+    @model_validator(mode="after")
+    def _full_weights(self):
+        if self.full is not None and self.quantization is not None:
+            raise ValueError(
+                "full trains the weights themselves, and 4-bit ones cannot be: set quantization: null, or take lora"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _rows_that_can_be_joined(self):
+        if self.prompt_tuning is not None and self.data.packing:
+            raise ValueError(
+                "data.packing joins rows, and prompt_tuning puts something before each: set data.packing: false"
+            )
         return self
 
     @model_validator(mode="after")

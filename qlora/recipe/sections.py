@@ -1,4 +1,4 @@
-"""The sections of the recipe and what each of their fields means; docs/recipe.md is made from this.
+"""The sections of the recipe, those of methods apart, and what each field means; docs/recipe.md is made from this.
 
 A field is named as the library that consumes it names it, so its documentation can be looked up there:
 `lora` as `peft.LoraConfig`, `training` as `transformers.TrainingArguments`, `quantization` as
@@ -7,88 +7,13 @@ A field is named as the library that consumes it names it, so its documentation 
 
 from __future__ import annotations
 
-import re
-import unicodedata
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 
 from ..system.errors import InputError
 from . import error_messages, optimizers
-
-_LARGEST = 2**31 - 1  # a count that the libraries can take
-Positive = Annotated[int, Field(ge=1, le=_LARGEST)]
-Count = Annotated[int, Field(ge=0, le=_LARGEST)]
-Share = Annotated[float, Field(ge=0, lt=1)]
-Number = Annotated[float, Field(gt=0)]
-
-
-def _one_line(text):
-    """A name: not blank, and without line ends and other characters that nobody sees."""
-    strange = next((letter for letter in text if unicodedata.category(letter) in ("Cc", "Zl", "Zp")), None)
-    if not text.strip():
-        raise ValueError("should not be blank")
-    if strange is not None:
-        raise ValueError(f"should be one line of plain text, without the character U+{ord(strange):04X}")
-    return text
-
-
-def _path(text):
-    """A name or path, of which `~` is no part: it is the shell that knows whose home it is."""
-    if text.startswith("~"):
-        raise ValueError("should be a full path; ~ is not expanded (write ./~ for a folder of that name)")
-    return _one_line(text)
-
-
-def _expression(text):
-    try:
-        re.compile(text)
-    except (re.error, RecursionError, OverflowError) as error:
-        raise ValueError(f"should be a regular expression ({error})") from None
-    return _one_line(text)
-
-
-def _size(text):
-    parse_size(text)
-    return text
-
-
-def _attention(name):
-    """One of transformers' implementations, or a kernel of the hub that transformers 5.23 loads: code, so of one owner only."""
-    if name in ATTENTION or re.fullmatch(r"kernels-community/\w[\w.-]*(@[\w.-]+)?(:\w+)?", name):
-        return name
-    if "/" in name:
-        raise ValueError(
-            "should be kernels-community/NAME or kernels-community/NAME@REVISION, if it is a kernel of the hub: those of "
-            "other owners are code that nobody has looked at, and are not run"
-        )
-    raise ValueError(f"should be one of {', '.join(ATTENTION)}, kernels-community/NAME")
-
-
-ATTENTION = "auto sdpa eager flex_attention flash_attention_2 flash_attention_3 flash_attention_4".split()
-Name = Annotated[str, AfterValidator(_one_line)]
-Attention = Annotated[str, AfterValidator(_attention)]
-Expression = Annotated[str, AfterValidator(_expression)]
-PathText = Annotated[str, AfterValidator(_path)]
-Size = Annotated[str, AfterValidator(_size)]
-Names = Annotated[list[Name], Field(min_length=1)]
-
-
-class Section(BaseModel):
-    """A section of the recipe. The words below a field are its documentation, of which docs/recipe.md is made."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
+from .fields import LARGEST, Attention, Name, PathText, Positive, Section, Share, Size
 
 
 class Model(Section):
@@ -96,6 +21,8 @@ class Model(Section):
     """a folder, or OWNER/NAME on the hub"""
     revision: Name | None = None
     """hub: commit, tag or branch; the commit is recorded"""
+    adapter_name_or_path: PathText | None = None
+    """a run or an adapter folder that is trained further: same base; its ranks and layers are taken over"""
     attn_implementation: Attention = "auto"
     """auto (sdpa where the architecture has it), sdpa, eager; on a GPU also flex_attention, flash_attention_2 to 4, or a
     kernel of the hub by its name, such as kernels-community/flash-attn2@REVISION ([below](#attention))"""
@@ -126,124 +53,6 @@ class Quantization(Section):
     compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """dtype of the computation and of everything that is not quantized; auto: bfloat16, on cards without it (T4, 2080 Ti, V100)
     float16 ([plan.md](plan.md#cards-without-bfloat16)); float32 for checks"""
-
-
-class Method(Section):
-    """A section that says what is trained. key: its name in the recipe, and of its module in methods/. fixed_length: what it
-    changes while training goes by the number of steps, so that a run cannot be made longer."""
-
-    key: ClassVar[str]
-    fixed_length: ClassVar[bool] = False
-
-    @property
-    def corrects_quantization(self):
-        """True if it starts from what quantization has lost, and is right on the quantized base only."""
-        return False
-
-
-class _OnLayers(Method):
-    """What methods with low-rank adapters on linear layers have in common."""
-
-    lora_alpha: Number = 32
-    """scaling = lora_alpha / r"""
-    lora_dropout: Share = 0.0
-    """dropout of the adapters' input"""
-    target_modules: Expression | Names = "all-linear"
-    """every linear layer but the head; or a list of names, or a regular expression"""
-    exclude_modules: Expression | Names | None = None
-    """names or a regular expression: layers to leave out"""
-    layers_to_transform: Annotated[list[Count], Field(min_length=1)] | None = None
-    """`[0, 1, 2]`: only in these layers of the model"""
-    bias: Literal["none", "all", "lora_only"] = "none"
-    """all, lora_only: the biases of the model, or of layers with an adapter, are trained"""
-    modules_to_save: Names | None = None
-    """modules trained whole: `[embed_tokens, lm_head]`"""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _a_kind_is_a_section(cls, values):
-        if isinstance(values, dict) and "peft_type" in values:
-            raise ValueError(
-                "peft_type is no field; AdaLoRA is a section of its own: adalora: {init_r: 12, target_r: 8}"
-            )
-        return values
-
-    @model_validator(mode="after")
-    def _layers_of_a_list(self):
-        expression = isinstance(self.target_modules, str) and self.target_modules != "all-linear"
-        if expression and self.layers_to_transform is not None:
-            raise ValueError("layers_to_transform is for a list of target_modules; put it into the expression")
-        return self
-
-
-class Lora(_OnLayers):
-    key: ClassVar[str] = "lora"
-
-    r: Positive = 16
-    """rank of the adapters"""
-    rank_pattern: dict[Expression, Positive] = {}
-    """`{q_proj: 32}`: another r for layers whose name ends with this, or matches it"""
-    alpha_pattern: dict[Expression, Number] = {}
-    """the same for lora_alpha"""
-    use_rslora: bool = False
-    """scaling = lora_alpha / sqrt(r)"""
-    use_dora: bool = False
-    """DoRA: the length of each row of W + scaling * B A is trained apart from its direction"""
-    init_lora_weights: Literal[True, "gaussian", "orthogonal", "loftq", "eva", "pissa", "olora"] = True
-    """gaussian, orthogonal, loftq, eva, pissa, olora ([below](#starts))"""
-    lora_bias: bool = False
-    """B has a bias; for layers that have one"""
-    ensure_weight_tying: bool = False
-    """embedding and head of a tied model stay one matrix when one of them is trained whole"""
-
-    @property
-    def corrects_quantization(self):
-        return self.init_lora_weights == "loftq"
-
-    @model_validator(mode="after")
-    def _what_goes_together(self):
-        start = self.init_lora_weights
-        if self.use_dora and self.lora_bias:
-            raise ValueError("use_dora and lora_bias exclude each other; keep one")
-        if self.use_dora and start == "loftq":
-            raise ValueError("use_dora and init_lora_weights loftq exclude each other; keep one")
-        if start == "orthogonal" and any(rank % 2 for rank in (self.r, *self.rank_pattern.values())):
-            raise ValueError("init_lora_weights orthogonal needs even ranks; change r or rank_pattern")
-        if self.ensure_weight_tying and self.modules_to_save is None:
-            raise ValueError("ensure_weight_tying is for modules_to_save; name the embedding there, or leave it out")
-        return self
-
-
-class Adalora(_OnLayers):
-    """AdaLoRA: ranks that shrink while training."""
-
-    key: ClassVar[str] = "adalora"
-    fixed_length: ClassVar[bool] = True
-
-    init_r: Positive = 12
-    """rank of each layer at the start"""
-    target_r: Positive = 8
-    """mean rank of a layer at the end"""
-    tinit: Count | Share = 0.1
-    """steps before ranks begin to shrink; a value below 1 is a share of the steps"""
-    tfinal: Count | Share = 0.3
-    """steps at the end without shrinking, counted the same way"""
-    deltaT: Positive = 1
-    """steps between two reductions"""
-    beta1: Annotated[float, Field(gt=0, lt=1)] = 0.85
-    """smoothing of the importance of a rank"""
-    beta2: Annotated[float, Field(gt=0, lt=1)] = 0.85
-    """smoothing of its uncertainty"""
-    orth_reg_weight: Annotated[float, Field(ge=0)] = 0.5
-    """weight of the penalty that keeps A and B orthogonal"""
-
-    @model_validator(mode="after")
-    def _ranks_shrink(self):
-        if self.target_r >= self.init_r:
-            raise ValueError(
-                f"target_r {self.target_r} must be less than init_r {self.init_r}, because ranks shrink from there"
-            )
-        return self
 
 
 # data/formats has a file of each, and looks for their keys in a row in this order
@@ -317,7 +126,7 @@ class Data(Section):
     """where rows use other names: `{prompt: question, completion: answer}`; or Jinja templates of them"""
     eval_fraction: Share = 0.0
     """or a share of the training rows; duplicates of training rows are never held out"""
-    max_length: Annotated[int, Field(ge=8, le=_LARGEST)] = 2048
+    max_length: Annotated[int, Field(ge=8, le=LARGEST)] = 2048
     """tokens"""
     overlong: Literal["error", "drop", "truncate_prompt", "truncate", "split"] = "error"
     """rows over max_length: error, drop, truncate_prompt, truncate, split; all counted"""
@@ -364,7 +173,7 @@ def _auto_or_tokens(value):
     if (
         value is None
         or value == "auto"
-        or (isinstance(value, int) and not isinstance(value, bool) and 0 < value <= _LARGEST)
+        or (isinstance(value, int) and not isinstance(value, bool) and 0 < value <= LARGEST)
     ):
         return value
     raise ValueError("should be auto, null or a number of tokens")
@@ -433,23 +242,9 @@ class Training(Section):
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
 
 
-_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
-
-def parse_size(text):
-    """Return bytes of "5GB" (10**9) or "5GiB" (2**30); raises ValueError otherwise."""
-    text = text.strip().upper()
-    unit = next((unit for unit in _UNITS if text.endswith(unit)), None)
-    number = text.removesuffix(unit or "").strip()
-    count = float(number) * _UNITS[unit] if unit and re.fullmatch(r"[0-9]+(\.[0-9]*)?|\.[0-9]+", number) else 0
-    if not 1 <= count < 2**63:
-        raise ValueError("give a size such as 5GB or 23.5GiB")
-    return int(count)
-
-
 def _auto_or_layers(value):
     """One message for what would be three, one for each type."""
-    if value == "auto" or (isinstance(value, int) and 0 <= value <= _LARGEST):
+    if value == "auto" or (isinstance(value, int) and 0 <= value <= LARGEST):
         return value
     raise ValueError("should be auto, true, false or a number of layers")
 

@@ -4,6 +4,7 @@ recipe.yaml       the resolved recipe, copied first
 environment.json  versions, device, base-model and data hashes
 adapter/          PEFT format, tokenizer, chat template; appears by rename, so a folder is either whole or absent;
                   manifest.json in it has the hashes of the others and of the base
+model/            instead of adapter/ for full fine-tuning: an ordinary model folder
 adapter-step-20/  what adapter/ was, with its eval.json, before a finished run was continued
 checkpoints/      step-20/ and so on, see checkpoints.py; appear by rename too
 lock              held by the process that trains here; holds its number
@@ -34,7 +35,6 @@ class RunDir:
         self.path = Path(path)
         self.recipe_file = self.path / "recipe.yaml"
         self.environment_file = self.path / "environment.json"
-        self.adapter = self.path / "adapter"
         self.metrics_file = self.path / "metrics.jsonl"
         self.memory_file = self.path / "memory.json"
         self.tensorboard = self.path / "tensorboard"
@@ -44,6 +44,12 @@ class RunDir:
         self.evals = self.path / "evals"
         self.checkpoints = self.path / "checkpoints"
         self.lock_file = self.path / "lock"
+
+    @property
+    def adapter(self):
+        """The folder of what was trained: model/ of a full fine-tuning, else adapter/."""
+        whole = self.path / "model"
+        return whole if whole.is_dir() else self.path / "adapter"
 
     @classmethod
     @contextlib.contextmanager

@@ -19,7 +19,7 @@ def listed(folder) -> list:
     """
     folder = Path(folder)
     runs = {path.parent for path in [folder / "recipe.yaml", *folder.rglob("recipe.yaml")] if path.is_file()}
-    own = {run / "adapter" for run in runs}
+    own = {RunDir(run).adapter for run in runs}
     others = {path.parent for path in folder.rglob(methods.CONFIG)} - own
     found = [*map(_of_run, runs), *(_entry(path) for path in others)]
     return sorted(found, key=lambda one: -one["time"])
@@ -34,7 +34,7 @@ def _entry(path, folder=None):
         described = methods.describe(config)
         entry["kind"] = f"{described.kind} {described.size}"
         entry["base"] = config.get("base_model_name_or_path")
-        entry["time"] = (path / methods.CONFIG).stat().st_mtime
+        entry["time"] = path.stat().st_mtime
     except InputError as error:
         entry["state"] = f"damaged: {error}"
     except (OSError, KeyError, TypeError) as error:

@@ -123,15 +123,18 @@ def say_model(prepared, opened):
     """Say what is trained, and on what. opened: a jobs.model_to_train.ModelToTrain."""
     recipe, checkpoint, model = prepared.recipe, prepared.checkpoint, opened.model
     trainable, total = base_model.num_parameters(model)
+    own = model.trained_by.saved_in == "model"  # what is trained is the base's
     of_base = opened.environment["base_model"]
     num_quantized = len(of_base["quantized_modules"])
     how = f"{num_quantized} linear layers in {recipe.quantization.quant_type}" if num_quantized else "not quantized"
     how += " (the folder's own codes)" if of_base["prequantized"] else ""
     how += f", computing in {opened.environment['compute_dtype']}"
-    note(f"base      {checkpoint.name_or_path}: {total - trainable:,} parameters, {how}, on {model.device}")
+    frozen = total if own else total - trainable
+    note(f"base      {checkpoint.name_or_path}: {frozen:,} parameters, {how}, on {model.device}")
     if checkpoint.half is not None:
         note(f"          multimodal checkpoint: training the text half; {checkpoint.half}")
-    note(f"adapter   {methods.trainable(model).summary}, {trainable:,} trainable parameters ({trainable / total:.2%})")
+    label, summary = "trained" if own else "adapter", methods.trainable(model).summary
+    note(f"{label}   {summary}, {trainable:,} trainable parameters ({trainable / total:.2%})")
     if checkpoint.new_tokens:
         note(
             f"tokens    rows of {len(checkpoint.new_tokens)} tokens are trained, {len(checkpoint.added)} of them new to the "
@@ -150,4 +153,4 @@ def say_trained(result, planned, run):
         f"loss {result.loss:.4f}" + ("" if result.eval_loss is None else f", held-out {result.eval_loss:.4f}")
     )
     named = shlex.quote(str(run.path))
-    note(f"adapter in {run.adapter}; next: qlora eval {named}, qlora export {named} --out FOLDER")
+    note(f"{run.adapter.name} in {run.adapter}; next: qlora eval {named}, qlora export {named} --out FOLDER")

@@ -21,8 +21,8 @@ class Trained:
         held = [self.method.held.get(name) for name in self.names]
         self.masters = MasterWeights([parameters[name] for name in self.names], held)
         # until the first step that is taken; an adapter that is a frozen reference, as trl makes for DPO, does not move
-        first = {name: p for name, p in self.method.first_to_move.items() if p.requires_grad}
-        self.before: dict | None = {name: parameter.detach().clone() for name, parameter in first.items()}
+        first = [name for name, parameter in self.method.first_to_move.items() if parameter.requires_grad]
+        self.before: dict | None = {name: self._named()[name].detach().clone() for name in first}
 
     def begin(self, total_steps):
         """Tell the method how many steps come; raises InputError where its schedule does not fit into them."""
@@ -46,7 +46,7 @@ class Trained:
         self.masters.give_weights()
         taken = any(master.grad is not None for master in self.masters.masters)
         if self.before is not None and taken:
-            methods.refuse_unmoved(self.model, self.before)
+            methods.refuse_unmoved(self._named(), self.before)
             self.before = None
         if self.method.schedule.changes:
             with self.masters.in_the_model():

@@ -21,7 +21,10 @@ from tests.methods.test_methods import logits
         (lambda f: edit_tensors(f, lambda t: t.update(other=torch.ones(1))), "other: not a tensor of an adapter"),
         (lambda f: edit_tensors(f, lambda t: t[KEY].fill_(float("inf"))), "non-finite"),
         (lambda f: edit_tensors(f, lambda t: t.clear()), "no LoRA tensors"),
-        (lambda f: edit_config(f, peft_type="LOHA"), "'LOHA' is not ADALORA or LORA"),
+        (
+            lambda f: edit_config(f, peft_type="LOHA"),
+            "'LOHA' is not ADALORA, BOTTLENECK, FULL, HIRA, IA3, LORA, OFT or PROMPT_TUNING",
+        ),
         (lambda f: edit_config(f, use_dora=True), "not its partner lora_magnitude_vector"),
         (lambda f: edit_config(f, layer_replication=[[0, 2]]), "uses layer_replication"),
         (lambda f: edit_config(f, init_lora_weights="pissa"), "changed the base weights"),

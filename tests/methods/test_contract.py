@@ -11,8 +11,8 @@ import torch
 from qlora import base_model, methods, training
 from qlora.exporter import merge
 from qlora.methods import contract
-from qlora.recipe import Adalora, Lora, Model, Quantization, Training
-from qlora.recipe.sections import Method
+from qlora.recipe import Adalora, Bottleneck, Full, Hira, Ia3, Lora, Model, Oft, PromptTuning, Quantization, Training
+from qlora.recipe.methods import Method
 from qlora.runs import record
 from qlora.runs.checkpoints import Checkpoints
 from qlora.runs.folder import RunDir
@@ -30,7 +30,9 @@ def test_a_method_has_every_function_of_the_contract(name):
 
 
 def test_each_section_of_the_recipe_that_is_a_method_has_its_file():
-    assert {Lora.key, Adalora.key} == set(methods.names())
+    assert {section.key for section in (Lora, Adalora, Ia3, Oft, Hira, Full, Bottleneck, PromptTuning)} == set(
+        methods.names()
+    )
 
 
 # ---- a third method: the gains of all norms, in two groups of parameters, and a count of steps ------------------------
@@ -96,6 +98,14 @@ def load(model, adapter, token_ids=()):
     return model.requires_grad_(False).eval()
 
 
+def fill(model, adapter, ends=()):
+    load(model, adapter)
+
+
+def add(model, adapter, name):
+    adapter.refuse_more_than_low_rank("cannot lie beside another")
+
+
 def read(folder, config):
     tensors = load_file(folder / "adapter_model.safetensors")
     return Adapter(folder, config, "Gains", {}, tensors, unmergeable="stay beside their base; serve both")
@@ -141,7 +151,7 @@ def fit(load_model, tokenizer, tmp_path):
 
 
 def test_a_new_file_is_a_new_method(gains, load_model):
-    assert methods.names() == ["adalora", "gains", "lora"]
+    assert methods.names() == ["adalora", "bottleneck", "full", "gains", "hira", "ia3", "lora", "oft", "prompt_tuning"]
     model = methods.attach(load_model("llama", None), gains)
     assert methods.trainable(model).summary == "gains of norms"
     assert methods.describe({"peft_type": "GAINS"}).kind == "Gains"
@@ -170,6 +180,33 @@ def test_several_groups_and_a_schedule_resume_to_the_bit(gains, fit, optim):
     assert counts[0][-1] == counts[1][-1] == 4
 
 
+@pytest.mark.parametrize(
+    "section",
+    [
+        Lora(r=4, lora_dropout=0.1, loraplus_lr_ratio=16),
+        Adalora(init_r=6, target_r=3, tinit=1, tfinal=1),
+        Ia3(),
+        Oft(module_dropout=0.5),
+        Hira(hira_dropout=0.1),
+        Full(modules=["mlp", "lm_head"]),
+        Bottleneck(dropout=0.1),
+        PromptTuning(),
+    ],
+    ids=lambda section: section.key,
+)
+def test_each_method_resumes_to_the_bit_and_leaves_the_base_alone(fit, load_model, section):
+    whole, run = fit(section, "whole")
+    resumed, _ = fit(section, "resumed", resume=run.checkpoints / "step-2")
+    for (name, one), other in zip(whole.named_parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(one, other), name
+    base = base_model.to_float32(load_model("llama", None)).state_dict()
+    left = {name.replace(".base_layer", ""): parameter
+            for name, parameter in whole.get_base_model().named_parameters() if not parameter.requires_grad}  # fmt: skip
+    assert base.keys() & left.keys()
+    assert all(torch.equal(left[name], base[name]) for name in base.keys() & left.keys())
+    assert section.key == "full" or left.keys() >= base.keys()
+
+
 def test_what_is_saved_loads_into_the_base_and_refuses_to_be_merged(gains, fit, load_model, tiny_model, tmp_path):
     model, _ = fit(gains, "run")
     methods.save(model, tmp_path / "adapter", "base", None)
@@ -193,7 +230,7 @@ def test_a_method_whose_parameters_do_not_move_stops_the_run(gains, load_model):
     model = methods.attach(load_model("llama", None), gains)
     before = {name: p.detach().clone() for name, p in methods.trainable(model).first_to_move.items()}
     with pytest.raises(TrainingFailed, match=f"{len(before)} of {len(before)} adapters did not move"):
-        methods.refuse_unmoved(model, before)
+        methods.refuse_unmoved(methods.trainable(model).first_to_move, before)
 
 
 def test_no_other_file_knows_a_method_by_its_name():
@@ -210,6 +247,12 @@ def test_no_other_file_knows_a_method_by_its_name():
         (Lora(r=4, init_lora_weights="pissa", rank_pattern={"q_proj": 2}), None),
         (Lora(r=4, init_lora_weights="eva", modules_to_save=["lm_head"]), Quantization()),
         (Adalora(init_r=6, target_r=3), Quantization()),
+        (Ia3(), Quantization()),
+        (Oft(), Quantization()),
+        (Full(), None),
+        (Bottleneck(where="houlsby"), Quantization()),
+        (PromptTuning(), Quantization()),
+        (Hira(), Quantization()),
     ],
 )
 def test_a_model_without_numbers_gets_the_shapes_of_one_with(load_model, tiny_model, tokenizer, section, quantization):

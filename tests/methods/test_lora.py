@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from qlora import base_model, methods
+from qlora.commands.train import train
 from qlora.recipe import Adalora, Lora
 from qlora.system.errors import InputError
 from tests.methods.test_methods import layers
@@ -69,3 +71,39 @@ def test_the_smaller_side_of_a_layer_is_the_largest_rank(load_model):
     assert methods.attach(load_model("llama"), Lora(r=smaller, target_modules=["up_proj"]))
     with pytest.raises(InputError, match=f"at most {smaller}"):
         methods.attach(model, Lora(r=smaller + 1, target_modules=["up_proj"]))
+
+
+def test_lora_plus_has_pefts_groups_of_parameters(load_model):
+    from peft.optimizers import create_loraplus_optimizer
+
+    section = Lora(r=4, loraplus_lr_ratio=16, modules_to_save=["lm_head"])
+    model = methods.attach(load_model("llama"), section)
+    named = dict(model.named_parameters())
+    ours = {
+        name: group["lr"]
+        for group, one in zip(
+            methods.trainable(model).optimizer_groups(named, 1e-4, 0.01), methods.trainable(model).groups, strict=True
+        )
+        for name in one.names
+    }
+    theirs = create_loraplus_optimizer(model, torch.optim.AdamW, lr=1e-4, weight_decay=0.01, loraplus_lr_ratio=16)
+    names = {id(parameter): name for name, parameter in named.items()}
+    assert ours == {names[id(p)]: group["lr"] for group in theirs.param_groups for p in group["params"]}
+    assert sorted(set(ours.values())) == [1e-4, 16e-4]
+
+
+def test_b_learns_so_many_times_faster_than_a(make_recipe, tmp_path, unplanned):
+    steps = {}
+    for ratio in (None, 8):
+        recipe = make_recipe(
+            lora={"r": 4, "loraplus_lr_ratio": ratio},
+            quantization=None,
+            output_dir=str(tmp_path / f"run{ratio}"),
+            training={"max_steps": 1, "optim": "adamw_torch"},
+        )
+        run = train(recipe)
+        steps[ratio] = load_file(run.adapter / methods.WEIGHTS)
+    name = "base_model.model.model.layers.0.mlp.up_proj.lora_{}.weight"
+    one, plus = (steps[ratio][name.format("B")].float().abs().median() for ratio in (None, 8))
+    assert plus.item() == pytest.approx(8 * one.item(), rel=0.05)
+    assert torch.equal(steps[None][name.format("A")], steps[8][name.format("A")])

@@ -51,7 +51,7 @@ def test_an_adapter_that_did_not_move_stops_the_run(load_model):
         if index != 5:
             parameter.data += 1
     with pytest.raises(TrainingFailed, match=rf"1 of 14 adapters did not move.*{list(before)[5]}"):
-        methods.refuse_unmoved(model, before)
+        methods.refuse_unmoved(methods.trainable(model).first_to_move, before)
 
 
 def test_numbers_that_are_not_finite_never_reach_a_file(load_model, tmp_path):

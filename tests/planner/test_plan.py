@@ -12,7 +12,7 @@ from bitsandbytes.optim import AdamW
 from qlora import base_model, kernels, methods, planner
 from qlora.kernels import checkpointing
 from qlora.planner import cards, trace
-from qlora.recipe import Adalora, Lora, Model, Quantization, Training
+from qlora.recipe import Adalora, Bottleneck, Full, Hira, Ia3, Lora, Model, Oft, Quantization, Training
 from qlora.system import memory
 from qlora.system.errors import InputError
 from qlora.training.master_weights import MasterWeights
@@ -47,10 +47,10 @@ def outline_of(config, lora=None, device_kind="cpu", quantization=NF4, packed=Fa
 
 @pytest.fixture(scope="module")
 def load_shape(tmp_path_factory):
-    """Return load(name, lora, token_ids=()) -> PeftModel as training has it, real weights in NF4."""
+    """Return load(name, lora, token_ids=(), quantization=NF4) -> a model as training has it, with real weights."""
     folders = {}
 
-    def load(name, lora, token_ids=()):
+    def load(name, lora, token_ids=(), quantization=NF4):
         if name not in folders:
             torch.manual_seed(0)
             folders[name] = tmp_path_factory.mktemp(name)
@@ -58,7 +58,7 @@ def load_shape(tmp_path_factory):
                 folders[name]
             )
         section = Model(name_or_path=str(folders[name]))
-        model = base_model.load(base_model.find(section), section, Quantization(), device="cpu")
+        model = base_model.load(base_model.find(section), section, quantization, device="cpu")
         return methods.attach(model, lora, token_ids=token_ids).train()
 
     return load
@@ -138,13 +138,40 @@ def test_with_kernels_off_the_peak_is_that_of_real_training_steps(load_shape):
         (Lora(target_modules=["q_proj", "v_proj"]), ()),
         (Lora(target_modules=["q_proj", "v_proj"], layers_to_transform=[2]), ()),
         (Adalora(), ()),
+        (Ia3(), ()),
+        (Oft(), ()),
+        (Hira(), ()),
+        (Bottleneck(where="houlsby"), ()),
         (Lora(), range(4)),
     ],
-    ids=["dropout", "dora", "modules_to_save", "two projections", "one layer", "adalora", "new tokens"],
+    ids=[
+        "dropout",
+        "dora",
+        "modules_to_save",
+        "two projections",
+        "one layer",
+        "adalora",
+        "ia3",
+        "oft",
+        "hira",
+        "bottleneck",
+        "new tokens",
+    ],
 )
 def test_the_peak_of_other_kinds_of_adapters_is_that_of_real_steps(load_shape, lora, token_ids):
     outline = outline_of(SHAPES["llama"](), lora, num_new=len(token_ids))
     real = Measured(load_shape("llama", lora, token_ids))
+    for checkpointed in (0, 4):
+        found = predicted(outline, 1, 512, 256, checkpointed).allocated_bytes
+        assert found == pytest.approx(real.step(1, 512, 256, checkpointed), rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("name", "section"), [("llama", Full()), ("qwen2", Full()), ("qwen2", Full(modules=["layers.3", "norm"]))]
+)
+def test_the_peak_of_trained_weights_is_that_of_real_steps(load_shape, name, section):
+    outline = outline_of(SHAPES[name](), section, quantization=None)
+    real = Measured(load_shape(name, section, quantization=None))
     for checkpointed in (0, 4):
         found = predicted(outline, 1, 512, 256, checkpointed).allocated_bytes
         assert found == pytest.approx(real.step(1, 512, 256, checkpointed), rel=0.05)

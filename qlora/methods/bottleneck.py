@@ -1,0 +1,265 @@
+"""Bottleneck adapters: h + U f(D h) on the output h of a block, before it is added to the residual; U starts at 0.
+
+D (R, H), U (H, R), both with a bias; f a nonlinearity. The base stays as it is, in 4 bit or not.
+pfeiffer    after the MLP of each layer           Pfeiffer et al., AdapterFusion, 2021 (arXiv:2005.00247)
+houlsby     after attention and after the MLP     Houlsby et al., Parameter-Efficient Transfer Learning, 2019 (arXiv:1902.00751)
+PEFT has none; the folder is our own: adapter_config.json and adapter_model.safetensors, with the names of the blocks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import types
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from .. import base_model
+from ..system.errors import InputError, TrainingFailed
+from ..system.storage import write_json
+from .adapter import Adapter, refuse_unknown_settings
+from .contract import Description, Trainable, one_group
+from .folder import CONFIG, WEIGHTS
+from .peft_model import dtype_of
+
+# H hidden size, R size of the bottleneck
+
+_PLACES = {"pfeiffer": ("mlp",), "houlsby": ("attention", "mlp")}
+# what classes of these blocks are called in transformers
+_BLOCKS = {"attention": re.compile("Attention|Mixer"), "mlp": re.compile("MLP|Mlp|FeedForward|Moe|MoE|Experts")}
+_ACTIVATIONS = {"gelu": nn.functional.gelu, "relu": nn.functional.relu, "silu": nn.functional.silu}
+_FIELDS = ("size", "where", "activation", "dropout")
+_NAME = "bottleneck"  # of the module beside the block
+
+
+def attach(model, section, seed=0, token_ids=(), checkpoint=None, examples=()):
+    """See contract.Method; nothing is read from checkpoint and examples."""
+    if token_ids:
+        raise InputError(
+            "model.new_tokens: bottleneck adapters train no rows of an embedding; take lora, or leave it out"
+        )
+    model.requires_grad_(False)
+    torch.manual_seed(seed)
+    for place in _places(model, section.where):
+        _insert(model, place, "default", section)
+    return _with_switches(model)
+
+
+def _places(model, where):
+    """Return the full names of the blocks that get an adapter, from the first layer to the last."""
+    names = {module: name for name, module in model.named_modules()}
+    found = []
+    for layer in base_model.decoder_layers(model):
+        for kind in _PLACES[where]:
+            blocks = [child for child in layer.children() if _BLOCKS[kind].search(type(child).__name__)]
+            if not blocks:
+                raise InputError(
+                    f"bottleneck.where {where}: {type(layer).__name__} has no block of its own for its {kind}; take lora"
+                )
+            found.append(names[blocks[0]])
+    return found
+
+
+def _insert(model, place, name, section):
+    """Put an adapter behind the block `place`, or beside those that are there."""
+    parent, _, leaf = place.rpartition(".")
+    layer, own = model.get_submodule(parent), f"{_NAME}_{leaf}"
+    if own not in dict(layer.named_children()):
+        layer.add_module(own, Bottlenecks())
+        layer.get_submodule(leaf).register_forward_hook(_Behind(layer.get_submodule(own)))
+    size, embedding = model.config.get_text_config().hidden_size, model.get_input_embeddings().weight
+    layer.get_submodule(own).add(name, Bottleneck(size, section).to(embedding.device, dtype_of(model)))
+
+
+class Bottleneck(nn.Module):
+    """One adapter: (..., H) -> (..., H), to be added. section: with size, activation and dropout."""
+
+    def __init__(self, hidden_size, section):
+        super().__init__()
+        self.down, self.up = nn.Linear(hidden_size, section.size), nn.Linear(section.size, hidden_size)
+        self.activation, self.dropout = _ACTIVATIONS[section.activation], nn.Dropout(section.dropout)
+        nn.init.normal_(self.down.weight, std=0.02)
+        for parameter in (self.down.bias, self.up.weight, self.up.bias):
+            nn.init.zeros_(parameter)
+
+    def forward(self, hidden):
+        return self.up(self.activation(self.down(self.dropout(hidden))))
+
+
+class Bottlenecks(nn.Module):
+    """The adapters behind one block, of which one is active, or none."""
+
+    def __init__(self):
+        super().__init__()
+        self.adapters, self.active = nn.ModuleDict(), None
+
+    def add(self, name, adapter):
+        self.adapters[name] = adapter
+        self.active = self.active or name
+
+    def forward(self, hidden):
+        return hidden + self.adapters[self.active](hidden) if self.active in self.adapters else hidden
+
+
+class _Behind:
+    """A hook behind a block; not a closure, so that a copy of the model has its own."""
+
+    def __init__(self, adapters):
+        self.adapters = adapters
+
+    def __call__(self, module, arguments, output):
+        if isinstance(output, tuple):  # of attention: hidden states and weights
+            return self.adapters(output[0]), *output[1:]
+        return self.adapters(output)
+
+
+def _with_switches(model):
+    """Return `model` with what a PeftModel has: `get_base_model`, `disable_adapter`, and `activate`."""
+    model.get_base_model = types.MethodType(lambda self: self, model)
+    model.activate = types.MethodType(_activate, model)
+    model.disable_adapter = types.MethodType(_disabled, model)
+    model._hf_peft_config_loaded = True  # transformers' Trainer refuses a 4-bit model without adapters, and asks this
+    return model
+
+
+def _activate(model, name):
+    for module in _all(model):
+        module.active = name
+
+
+@contextlib.contextmanager
+def _disabled(model):
+    before = [(module, module.active) for module in _all(model)]
+    _activate(model, None)
+    try:
+        yield
+    finally:
+        for module, name in before:
+            module.active = name
+
+
+def _all(model):
+    return [module for module in model.modules() if isinstance(module, Bottlenecks)]
+
+
+def trainable(model, section):
+    found = [name for name, module in model.named_modules() if isinstance(module, Bottlenecks)]
+    parameters = dict(model.named_parameters())
+    return Trainable(
+        f"bottleneck adapters of {section.size}, {section.where}, {len(found)} blocks",
+        first_to_move={name: p for name, p in parameters.items() if f".{_NAME}_" in name and ".up." in name},
+        groups=one_group(model),
+    )
+
+
+# ---- saved and loaded ------------------------------------------------------------------------------------------------
+
+
+def save(model, folder, base_name, revision):
+    """Write {BLOCK.down.weight, ...: tensor}; raises TrainingFailed before anything is written if one is not finite."""
+    tensors = {
+        f"{_block_of(name)}.{part}": parameter.detach().cpu().contiguous()
+        for name, module in model.named_modules()
+        if isinstance(module, Bottlenecks)
+        for part, parameter in module.adapters["default"].named_parameters()
+    }
+    broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if broken:
+        raise TrainingFailed(f"{len(broken)} adapter tensors contain non-finite values ({broken[0]}); not saved")
+    folder = Path(folder)
+    folder.mkdir(exist_ok=True)
+    config = {"peft_type": _NAME.upper(), "base_model_name_or_path": str(base_name), "revision": revision}
+    write_json(folder / CONFIG, config | {key: getattr(model.trained_by, key) for key in _FIELDS})
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    (folder / WEIGHTS).chmod((folder / CONFIG).stat().st_mode)  # safetensors ignores the umask: 0600
+
+
+def _block_of(name):
+    """Return the name of the block that the adapters `name` stand behind."""
+    parent, _, own = name.rpartition(".")
+    return f"{parent}.{own.removeprefix(f'{_NAME}_')}"
+
+
+def read(folder, config):
+    from ..recipe import Bottleneck as Section
+
+    refuse_unknown_settings(folder, config, _FIELDS)
+    try:
+        Section(**{key: config[key] for key in _FIELDS})
+    except (KeyError, ValueError) as error:
+        raise InputError(f"{folder / CONFIG}: {str(error).splitlines()[0]}; copy or download it again") from None
+    tensors = load_file(folder / WEIGHTS)
+    broken = [f"{name}: contains non-finite values" for name, t in tensors.items() if not torch.isfinite(t).all()]
+    if broken or not tensors:
+        raise InputError.listing(f"adapter {folder}", broken or ["no tensors"])
+    why = (
+        "adapters have a nonlinearity, so no weight of the base can take them up. Serve them beside the base: `qlora chat RUN`, "
+        "or qlora.jobs.opened_model.open_subject in Python"
+    )
+    return Adapter(folder, config, "Bottleneck", {}, own=tensors, unmergeable=why, beside=True)
+
+
+def load(model, adapter, token_ids=()):
+    _fill(model, adapter, "default")
+    return _with_switches(model).requires_grad_(False).eval()
+
+
+def fill(model, adapter, ends=()):
+    section = _section_of(adapter)
+    places = _places(model, section.where)
+    _refuse_misfit(model, adapter, section, places)
+    _give(model, adapter, places, "default")
+
+
+def add(model, adapter, name):
+    _fill(model, adapter, name)
+    model.requires_grad_(False).eval()
+
+
+def _fill(model, adapter, name):
+    """Insert what the folder of an Adapter holds; raises InputError if it was made for another base."""
+    section = _section_of(adapter)
+    places = _places(model, section.where)
+    _refuse_misfit(model, adapter, section, places)
+    for place in places:
+        _insert(model, place, name, section)
+    _give(model, adapter, places, name)
+
+
+def _section_of(adapter):
+    from ..recipe import Bottleneck as Section
+
+    return Section(**{key: adapter.config[key] for key in _FIELDS})
+
+
+def _refuse_misfit(model, adapter, section, places):
+    size = model.config.get_text_config().hidden_size
+    shapes = {"down.weight": (section.size, size), "down.bias": (section.size,),
+              "up.weight": (size, section.size), "up.bias": (size,)}  # fmt: skip
+    expected = {f"{place}.{part}": shape for place in places for part, shape in shapes.items()}
+    problems = [f"{name}: not in the base" for name in sorted(adapter.own.keys() - expected.keys())]
+    problems += [f"{name}: missing" for name in sorted(expected.keys() - adapter.own.keys())]
+    problems += [
+        f"{name}: {tuple(adapter.own[name].shape)}, the base needs {shape}"
+        for name, shape in sorted(expected.items())
+        if name in adapter.own and tuple(adapter.own[name].shape) != shape
+    ]
+    if problems:
+        raise InputError.listing(f"adapter {adapter.folder}: made for another base; it", problems)
+
+
+def _give(model, adapter, places, name):
+    for place in places:
+        parent, _, leaf = place.rpartition(".")
+        own = model.get_submodule(f"{parent}.{_NAME}_{leaf}").adapters[name]
+        prefix = f"{place}."
+        own.load_state_dict({key.removeprefix(prefix): t for key, t in adapter.own.items() if key.startswith(prefix)})
+
+
+def describe(config):
+    return Description(
+        "Bottleneck", f"size {config.get('size')}, {config.get('where')}", "{W}, and h + U f(D h) behind it"
+    )

@@ -1,0 +1,139 @@
+"""Full fine-tuning: the weights themselves are trained, all of them or those of some modules.
+
+What is saved is an ordinary model folder, with a file that says how it came to be.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import types
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from .. import base_model
+from ..system.errors import InputError, TrainingFailed
+from ..system.storage import write_json
+from .adapter import Adapter
+from .contract import Description, Trainable, one_group
+from .folder import WHOLE
+
+_SHARD = "5GB"
+
+
+def attach(model, section, seed=0, token_ids=(), checkpoint=None, examples=()):
+    """See contract.Method; it starts as the base, so nothing depends on the seed, checkpoint and examples."""
+    if token_ids:
+        raise InputError(
+            "model.new_tokens: trains rows beside a frozen embedding; with full take lora first, or leave it out"
+        )
+    if base_model.quantized_modules(model):
+        raise InputError("full: 4-bit weights cannot be trained; set quantization: null and take a 16-bit model")
+    trained = _chosen(model, section)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trained)
+    return _itself(model)
+
+
+def _chosen(model, section):
+    """Return the names of the parameters that are trained."""
+    every = [name for name, parameter in model.named_parameters() if parameter.is_floating_point()]
+    if section.modules is None:
+        return set(every)
+    found = {one: [name for name in every if f".{one}." in f".{name}"] for one in section.modules}
+    absent = [f"full.modules: {one!r} is no module of the model" for one, names in found.items() if not names]
+    if absent:
+        known = sorted({name.split(".")[-2] for name in every})
+        raise InputError.listing("the recipe", absent, f"this model has: {', '.join(known)}")
+    return {name for names in found.values() for name in names}
+
+
+def _itself(model):
+    """Return a model without a wrapper, which answers to PEFT's question for what is inside one."""
+    model.get_base_model = types.MethodType(lambda self: self, model)
+    return model
+
+
+def trainable(model, section):
+    named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    what = "all parameters" if section.modules is None else ", ".join(section.modules)
+    return Trainable(f"full fine-tuning, {what}", first_to_move=_smallest(named), groups=one_group(model))
+
+
+def _smallest(named):
+    """Return the smallest parameter of each module that holds several modules, such as a layer: enough to see it is trained."""
+    found: dict = {}
+    for name, parameter in named.items():
+        place = name.rsplit(".", 2)[0]
+        if place not in found or parameter.numel() < named[found[place]].numel():
+            found[place] = name
+    return {name: named[name] for name in found.values()}
+
+
+def save(model, folder, base_name, revision):
+    """Write an ordinary model folder; raises TrainingFailed before anything is written if a number is not finite."""
+    broken = [name for name, parameter in model.named_parameters() if not torch.isfinite(parameter).all()]
+    if broken:
+        raise TrainingFailed(f"{len(broken)} tensors contain non-finite values ({broken[0]}); not saved")
+    model.save_pretrained(folder, max_shard_size=_SHARD)
+    config = {"peft_type": "FULL", "modules": model.trained_by.modules, "base_model_name_or_path": str(base_name),
+              "revision": revision}  # fmt: skip
+    write_json(Path(folder) / WHOLE, config)
+
+
+def load(model, adapter, token_ids=()):
+    """See contract.Method; the base's own numbers stay on the host."""
+    named = dict(model.named_parameters())
+    adapter.refuse_mismatch({}, {name: parameter.shape for name, parameter in named.items()}, {}, token_ids)
+    untrained = {named[name]: named[name].detach().to("cpu", copy=True) for name in adapter.replaced}
+    trained = {named[name]: tensor for name, tensor in adapter.replaced.items()}
+
+    @contextlib.contextmanager
+    def disable_adapter(self):
+        _give(untrained)
+        try:
+            yield
+        finally:
+            _give(trained)
+
+    _give(trained)
+    model.disable_adapter = types.MethodType(disable_adapter, model)
+    return _itself(model.requires_grad_(False).eval())
+
+
+@torch.no_grad()
+def _give(values):
+    for parameter, value in values.items():
+        parameter.copy_(value)
+
+
+def fill(model, adapter, ends=()):
+    raise InputError(f"model.adapter_name_or_path: {adapter.folder} is a model; train it further as model.name_or_path")
+
+
+def add(model, adapter, name):
+    adapter.refuse_more_than_low_rank("cannot lie beside another; open it by itself")
+
+
+def section_of(folder, config, recorded):
+    raise InputError(f"{folder} is a model, not an adapter; train it further with model.name_or_path={folder}")
+
+
+def describe(config):
+    modules = config.get("modules")
+    return Description("full fine-tuning", ", ".join(modules) if modules else "all parameters", "{W} trained")
+
+
+def read(folder, config):
+    replaced: dict = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        replaced |= load_file(path)
+    modules = config.get("modules")
+    if modules is not None:
+        replaced = {name: t for name, t in replaced.items() if any(f".{one}." in f".{name}" for one in modules)}
+    broken = [f"{name}: contains non-finite values" for name, t in replaced.items() if not torch.isfinite(t).all()]
+    if broken or not replaced:
+        raise InputError.listing(f"model {folder}", broken or ["no tensors"], "train it again")
+    # a tied pair is trained as the one matrix that it is
+    return Adapter(folder, config, describe(config).kind, {}, replaced, stays_tied=True)

@@ -1,0 +1,215 @@
+"""The sections that say what is trained, one for each file of `methods/`. Fields are named as PEFT names them."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from .fields import Count, Expression, Names, Number, Positive, Section, Share
+
+
+class Method(Section):
+    """A section that says what is trained. key: its name in the recipe, and of its module in methods/. fixed_length: what it
+    changes while training goes by the number of steps, so that a run cannot be made longer. saved_in: the folder of a run that
+    gets what was trained."""
+
+    key: ClassVar[str]
+    fixed_length: ClassVar[bool] = False
+    saved_in: ClassVar[str] = "adapter"
+
+    def from_zero(self):
+        """Return the section with a start that changes nothing, for numbers that come from elsewhere."""
+        return self
+
+    @property
+    def corrects_quantization(self):
+        """True if it starts from what quantization has lost, and is right on the quantized base only."""
+        return False
+
+
+class _OnLayers(Method):
+    """What methods that train something beside linear layers have in common."""
+
+    target_modules: Expression | Names = "all-linear"
+    """every linear layer but the head; or a list of names, or a regular expression"""
+    exclude_modules: Expression | Names | None = None
+    """names or a regular expression: layers to leave out"""
+    layers_to_transform: Annotated[list[Count], Field(min_length=1)] | None = None
+    """`[0, 1, 2]`: only in these layers of the model"""
+    modules_to_save: Names | None = None
+    """modules trained whole: `[embed_tokens, lm_head]`"""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _a_kind_is_a_section(cls, values):
+        if isinstance(values, dict) and "peft_type" in values:
+            raise ValueError(
+                "peft_type is no field; AdaLoRA is a section of its own: adalora: {init_r: 12, target_r: 8}"
+            )
+        return values
+
+    @model_validator(mode="after")
+    def _layers_of_a_list(self):
+        expression = isinstance(self.target_modules, str) and self.target_modules != "all-linear"
+        if expression and self.layers_to_transform is not None:
+            raise ValueError("layers_to_transform is for a list of target_modules; put it into the expression")
+        return self
+
+
+class _LowRank(_OnLayers):
+    """What methods with low-rank adapters have in common."""
+
+    lora_alpha: Number = 32
+    """scaling = lora_alpha / r"""
+    lora_dropout: Share = 0.0
+    """dropout of the adapters' input"""
+    bias: Literal["none", "all", "lora_only"] = "none"
+    """all, lora_only: the biases of the model, or of layers with an adapter, are trained"""
+
+
+class Lora(_LowRank):
+    key: ClassVar[str] = "lora"
+
+    r: Positive = 16
+    """rank of the adapters"""
+    rank_pattern: dict[Expression, Positive] = Field({})
+    """`{q_proj: 32}`: another r for layers whose name ends with this, or matches it"""
+    alpha_pattern: dict[Expression, Number] = Field({})
+    """the same for lora_alpha"""
+    use_rslora: bool = False
+    """scaling = lora_alpha / sqrt(r)"""
+    use_dora: bool = False
+    """DoRA: the length of each row of W + scaling * B A is trained apart from its direction"""
+    init_lora_weights: Literal[True, "gaussian", "orthogonal", "loftq", "eva", "pissa", "olora"] = True
+    """gaussian, orthogonal, loftq, eva, pissa, olora ([below](#starts))"""
+    loraplus_lr_ratio: Annotated[float, Field(ge=1, le=1e4)] | None = None
+    """LoRA+: B learns this many times faster than A; 16 in the paper, with a learning_rate lower by about half of that"""
+    lora_bias: bool = False
+    """B has a bias; for layers that have one"""
+    ensure_weight_tying: bool = False
+    """embedding and head of a tied model stay one matrix when one of them is trained whole"""
+
+    def from_zero(self):
+        return self.model_copy(update={"init_lora_weights": True})
+
+    @property
+    def corrects_quantization(self):
+        return self.init_lora_weights == "loftq"
+
+    @model_validator(mode="after")
+    def _what_goes_together(self):
+        start = self.init_lora_weights
+        if self.use_dora and self.lora_bias:
+            raise ValueError("use_dora and lora_bias exclude each other; keep one")
+        if self.use_dora and start == "loftq":
+            raise ValueError("use_dora and init_lora_weights loftq exclude each other; keep one")
+        if start == "orthogonal" and any(rank % 2 for rank in (self.r, *self.rank_pattern.values())):
+            raise ValueError("init_lora_weights orthogonal needs even ranks; change r or rank_pattern")
+        if self.ensure_weight_tying and self.modules_to_save is None:
+            raise ValueError("ensure_weight_tying is for modules_to_save; name the embedding there, or leave it out")
+        return self
+
+
+class Adalora(_LowRank):
+    """AdaLoRA: ranks that shrink while training."""
+
+    key: ClassVar[str] = "adalora"
+    fixed_length: ClassVar[bool] = True
+
+    init_r: Positive = 12
+    """rank of each layer at the start"""
+    target_r: Positive = 8
+    """mean rank of a layer at the end"""
+    tinit: Count | Share = 0.1
+    """steps before ranks begin to shrink; a value below 1 is a share of the steps"""
+    tfinal: Count | Share = 0.3
+    """steps at the end without shrinking, counted the same way"""
+    deltaT: Positive = 1
+    """steps between two reductions"""
+    beta1: Annotated[float, Field(gt=0, lt=1)] = 0.85
+    """smoothing of the importance of a rank"""
+    beta2: Annotated[float, Field(gt=0, lt=1)] = 0.85
+    """smoothing of its uncertainty"""
+    orth_reg_weight: Annotated[float, Field(ge=0)] = 0.5
+    """weight of the penalty that keeps A and B orthogonal"""
+
+    @model_validator(mode="after")
+    def _ranks_shrink(self):
+        if self.target_r >= self.init_r:
+            raise ValueError(
+                f"target_r {self.target_r} must be less than init_r {self.init_r}, because ranks shrink from there"
+            )
+        return self
+
+
+class Ia3(_OnLayers):
+    """(IA)3: a factor for each output of the attention's keys and values, and for each input of the MLP's last layer."""
+
+    key: ClassVar[str] = "ia3"
+
+    target_modules: Expression | Names = "auto"
+    """auto: as PEFT has it for the architecture, two of attention and the MLP's last layer; all-linear; names; or a regular
+    expression"""
+    feedforward_modules: Names | None = None
+    """of these, the layers whose inputs are multiplied, not their outputs; null: the MLP's last layer"""
+
+
+class Oft(_OnLayers):
+    """OFT: the inputs of layers are rotated."""
+
+    key: ClassVar[str] = "oft"
+
+    oft_block_size: Annotated[int, Field(ge=2, le=1024)] = 32
+    """numbers that are rotated together; must divide the inputs of every layer"""
+    module_dropout: Share = 0.0
+    """share of the blocks that are not rotated in a training step"""
+    use_cayley_neumann: bool = True
+    """the first terms of a series instead of an inverse: faster, and orthogonal to a small error"""
+
+
+class Hira(_OnLayers):
+    """HiRA: weights are multiplied with a low-rank update."""
+
+    key: ClassVar[str] = "hira"
+
+    r: Positive = 32
+    """rank of the factors"""
+    hira_dropout: Share = 0.0
+    """dropout of the inputs"""
+
+
+class Full(Method):
+    """Full fine-tuning: the weights themselves are trained."""
+
+    key: ClassVar[str] = "full"
+    saved_in: ClassVar[str] = "model"
+
+    modules: Names | None = None
+    """names of modules, such as [layers.31, lm_head]: only these; null: all. Needs `quantization: null`"""
+
+
+class Bottleneck(Method):
+    """Bottleneck adapters: a small network behind the blocks of each layer."""
+
+    key: ClassVar[str] = "bottleneck"
+
+    size: Annotated[int, Field(ge=1, le=2**16)] = 64
+    """numbers in the middle, between down and up"""
+    where: Literal["pfeiffer", "houlsby"] = "pfeiffer"
+    """pfeiffer: behind the MLP; houlsby: behind attention too"""
+    activation: Literal["gelu", "relu", "silu"] = "gelu"
+    """nonlinearity: gelu, relu, silu"""
+    dropout: Share = 0.0
+    """dropout of the adapters' input"""
+
+
+class PromptTuning(Method):
+    """Prompt tuning: embeddings before each text are trained."""
+
+    key: ClassVar[str] = "prompt_tuning"
+
+    num_virtual_tokens: Annotated[int, Field(ge=1, le=4096)] = 20
+    """how many"""
+    prompt_tuning_init_text: Annotated[str, Field(min_length=1)] | None = None
+    """a text whose embeddings they start as, repeated or cut to their number; null: those of random tokens"""

@@ -1,0 +1,90 @@
+"""Each method the whole way: trained, evaluated, exported and proven, or refused with what to do instead."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from qlora import chat, evaluate, methods
+from qlora.commands.export import export
+from qlora.commands.plan import plan
+from qlora.commands.train import train
+from qlora.jobs.opened_model import open_subject, switch
+from qlora.recipe import Recipe
+from qlora.system.errors import InputError
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+WHOLE_WAY = {
+    "ia3": ("llama", {"ia3": {}}),
+    "ia3 with biases": ("qwen2", {"ia3": {}}),
+    "ia3 of GPT-2": ("gpt2", {"ia3": {}}),
+    "oft": ("llama", {"oft": {}}),
+    "hira": ("qwen2", {"hira": {"r": 8}}),
+    "full": ("llama", {"full": {}, "quantization": None}),
+    "full of a tied model": ("gpt2", {"full": {}, "quantization": None}),
+    "full of some modules": ("qwen2", {"full": {"modules": ["layers.1", "norm"]}, "quantization": None}),
+    "LoRA+": ("llama", {"lora": {"r": 4, "loraplus_lr_ratio": 16}}),
+}
+
+
+@pytest.mark.parametrize("case", WHOLE_WAY)
+def test_it_trains_scores_and_exports_proven(make_recipe, tmp_path, case):
+    family, sections = WHOLE_WAY[case]
+    recipe = make_recipe(family, **sections, training={"max_steps": 4, "learning_rate": 3e-2})
+    planned = plan(recipe)
+    run = train(recipe)
+    losses = [json.loads(line) for line in run.metrics_file.read_text().splitlines()]
+    losses = [record["loss"] for record in losses if "loss" in record]
+    assert losses[-1] < losses[0]
+    scores = evaluate(run.path)
+    assert scores["loss"] < scores["before"]["loss"]
+    report = export(run.path, tmp_path / "out")
+    assert report["verified"]
+    assert report["merged"]["kl"] < 1e-4
+    assert report["base_model"]["kl"] > 10 * report["merged"]["kl"]
+    assert planned["components"]["adapter"] > 0
+
+
+UNMERGEABLE = {
+    "pfeiffer": ("llama", {"bottleneck": {"size": 16}}),
+    "prompt tuning": ("llama", {"prompt_tuning": {"prompt_tuning_init_text": "plus is"}}),
+    "prompt tuning of GPT-2": ("gpt2", {"prompt_tuning": {"num_virtual_tokens": 4}}),
+    "houlsby of GPT-2": ("gpt2", {"bottleneck": {"size": 16, "where": "houlsby"}}),
+}
+
+
+@pytest.mark.parametrize("case", UNMERGEABLE)
+def test_what_cannot_be_merged_trains_scores_answers_and_says_what_to_do_instead(make_recipe, tmp_path, case):
+    family, sections = UNMERGEABLE[case]
+    run = train(make_recipe(family, **sections, training={"max_steps": 4, "learning_rate": 3e-2}))
+    scores = evaluate(run.path)
+    assert scores["loss"] < scores["before"]["loss"]
+    with pytest.raises(InputError, match=r"Serve (them|it) beside the base: .qlora chat RUN"):
+        export(run.path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    ids, found = torch.arange(4, 60)[None], {}
+    subject = open_subject(run.path)
+    for name in (str(run.path), None):
+        switch(subject, name)
+        with torch.no_grad():
+            found[name] = subject.model(input_ids=ids).logits
+    assert not torch.allclose(found[None], found[str(run.path)], atol=1e-2)
+    assert isinstance(chat(run.path, "What is 1 plus 1?", max_new_tokens=4), str)
+
+
+def test_the_recipe_for_gpt2_goes_the_whole_way_on_a_small_one(tiny_model, tmp_path):
+    reviews = tmp_path / "imdb.csv"
+    with reviews.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["text", "label"])
+        writer.writerows([[f"What is {n} plus 1? " * (5 + 20 * (n % 3)), n % 2] for n in range(40)])
+    overrides = [f"model.name_or_path={tiny_model('gpt2')}", f"data.train={reviews}", f"output_dir={tmp_path}/run",
+                 "data.eval_fraction=0.2", "training.max_steps=6", "training.learning_rate=1e-2"]  # fmt: skip
+    run = train(Recipe.load(RECIPES / "gpt2" / "imdb.yaml", overrides))
+    assert set(methods.read(run.adapter).updates) == {f"transformer.h.{n}.attn.c_attn" for n in range(2)}
+    scores = evaluate(run.path)
+    assert scores["loss"] < scores["before"]["loss"]
+    assert export(run.path, tmp_path / "out")["verified"]

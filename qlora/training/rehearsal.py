@@ -58,7 +58,7 @@ def undone(trainer):
 def way_back(trainer):
     """Return a function that restores random states, counters and buffers as they are now, and drops the model's gradients."""
     model, counters, random_numbers = trainer.model, trainer.counters(), random_states(trainer.model)
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    buffers = [(buffer, _copy(buffer, trainer.copies)) for buffer in model.buffers()]
 
     def undo():
         random_numbers()
@@ -69,6 +69,17 @@ def way_back(trainer):
             parameter.grad = None
 
     return undo
+
+
+def _copy(buffer, copies):
+    """Return a copy of `buffer`, that of an earlier call where it has not changed since: hardly any buffer ever does.
+
+    copies: {id: (buffer, its version, copy)}.
+    """
+    before = copies.get(id(buffer))
+    if before is None or before[0] is not buffer or before[1] != buffer._version:
+        copies[id(buffer)] = before = buffer, buffer._version, buffer.clone()
+    return before[2]
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """How often a training step waits for the GPU, counted on a pretended one: once. tests/test_pretended.py runs it."""
 
 import collections
+import itertools
 import sys
 
 import pytest
@@ -37,7 +38,7 @@ def steps(make_recipe, monkeypatch):
         sections["data"] = {"eval_fraction": 0.0} | sections.get("data", {})
         run = train(make_recipe(family, **sections))
         found = []
-        for (before, _), (after, _) in zip(seen, seen[1:], strict=False):
+        for (before, _), (after, _) in itertools.pairwise(seen):
             waits = collections.Counter()
             for where, count in (after - before).items():
                 waits[where.rsplit(":", 1)[0]] += count  # without the line

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from ..runs.checkpoints import places
+from .private_names import version
 
 
 def rehearse(trainer, run):
@@ -77,8 +78,8 @@ def _copy(buffer, copies):
     copies: {id: (buffer, its version, copy)}.
     """
     before = copies.get(id(buffer))
-    if before is None or before[0] is not buffer or before[1] != buffer._version:
-        copies[id(buffer)] = before = buffer, buffer._version, buffer.clone()
+    if before is None or before[0] is not buffer or before[1] != version(buffer):
+        copies[id(buffer)] = before = buffer, version(buffer), buffer.clone()
     return before[2]
 
 

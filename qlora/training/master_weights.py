@@ -8,6 +8,7 @@ import torch
 
 from ..kernels import groups
 from ..system.errors import InputError
+from .private_names import add_all, copy_all, multiply_all, norm_of_each
 
 
 class MasterWeights:
@@ -33,14 +34,14 @@ class MasterWeights:
         for part in groups.of([master.numel() for master, *_ in there], on_gpu):
             masters, live, helds = zip(*there[part], strict=True)
             gradients = [torch.empty_like(master) for master in masters]
-            torch._foreach_copy_(gradients, [parameter.grad for parameter in live])
+            copy_all(gradients, [parameter.grad for parameter in live])
             for gradient, parameter, held in zip(gradients, live, helds, strict=True):
                 if held is not None:
                     gradient[held] = 0
                 parameter.grad = None
             sums = [(m.grad, g) for m, g in zip(masters, gradients, strict=True) if m.grad is not None]
             if sums:
-                torch._foreach_add_(*map(list, zip(*sums, strict=True)))
+                add_all(*map(list, zip(*sums, strict=True)))
             for master, gradient in zip(masters, gradients, strict=True):
                 master.grad = gradient if master.grad is None else master.grad
 
@@ -70,7 +71,7 @@ class MasterWeights:
         for master, parameter, held in zip(self.masters, self.live, self.held, strict=True):
             if held is not None:
                 master[held] = parameter[held].to(master.dtype)
-        torch._foreach_copy_(self.live, self.masters)
+        copy_all(self.live, self.masters)
 
     @torch.no_grad()
     def clip_gradients(self, most):
@@ -81,13 +82,13 @@ class MasterWeights:
         gradients = [master.grad for master in self.masters if master.grad is not None]
         if not gradients:
             return torch.zeros((), device=self.masters[0].device)
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-        torch._foreach_mul_(gradients, torch.clamp(most / (norm + 1e-6), max=1.0))
+        norm = torch.linalg.vector_norm(torch.stack(norm_of_each(gradients)))
+        multiply_all(gradients, torch.clamp(most / (norm + 1e-6), max=1.0))
         return norm
 
     def multiply_gradients(self, factor):
         """Multiply the masters' gradients by a number, in place."""
-        torch._foreach_mul_([master.grad for master in self.masters if master.grad is not None], factor)
+        multiply_all([master.grad for master in self.masters if master.grad is not None], factor)
 
     def clear_gradients(self):
         for master in self.masters:

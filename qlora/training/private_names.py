@@ -14,6 +14,10 @@ import transformers
 # a mixin: what it overrides is there in any class that it is put before
 _Trainer: Any = transformers.Trainer if TYPE_CHECKING else object
 
+# of lists of tensors: on a GPU a launch or two where a loop has one a tensor; torch's own optimizers are made of them
+copy_all, add_all = torch._foreach_copy_, torch._foreach_add_
+multiply_all, norm_of_each = torch._foreach_mul_, torch._foreach_norm
+
 TRL_COUNTERS = ("_metrics", "_total_train_tokens")  # what trl's trainers count where they compute a loss
 
 

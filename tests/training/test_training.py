@@ -51,7 +51,9 @@ def test_the_default_optimizer_is_the_paged_8_bit_one(load_model, fit, monkeypat
     monkeypatch.setattr(supervised.Trainer, "create_optimizer", spy)
     fit(lora=Lora(r=32), max_steps=2)  # 32 x 128 = 4096 numbers (down_proj): the least that is kept in 8 bits
     optimizer = made[0]
-    assert type(optimizer).__base__.__module__.startswith("bitsandbytes")  # of which training.optimizer makes a subclass
+    assert type(optimizer).__base__.__module__.startswith(
+        "bitsandbytes"
+    )  # of which training.optimizer makes a subclass
     assert optimizer.is_paged
     states = {state["state1"].dtype for state in optimizer.state.values()}
     assert torch.uint8 in states

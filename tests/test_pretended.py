@@ -7,11 +7,11 @@ import sys
 from tests.test_layout import ROOT
 
 # the whole ways and what is particular to CUDA; all of the tier: -m "gpu and not real_gpu", 25 s
-CHOSEN = "nf4_codes or exports_proven or a_packed_run or stopped_and_resumed or are_paged or 64-16-2 or 128-None-8"
+CHOSEN = "nf4_codes or exports_proven or a_packed_run or stopped_and_resumed or are_paged or 64-16-2 or 128-None-8 or hot_path"
 
 
 def test_the_gpu_tier_passes_on_a_pretended_device():
-    words = "-m pytest -q -p no:cacheprovider -p tests.pretended tests/test_gpu.py".split()
+    words = "-m pytest -q -p no:cacheprovider -p tests.pretended tests/test_gpu.py tests/test_hot_path.py".split()
     chosen = ["-m", "gpu and not real_gpu", "-k", CHOSEN]
     # transformers reads weights in threads, which do not share the mode that pretends
     environ = os.environ | {"HF_DEACTIVATE_ASYNC_LOAD": "1"}

@@ -24,7 +24,7 @@ class Installed:
 
     failed: {kind: class and what was raised}, of a library that is installed and does not run.
     joined: rows of a batch are joined into one without padding; attention stays within each row. loss: kernels.loss is
-    right for this model, on a CPU.
+    right for this model.
     """
 
     modules: dict = field(default_factory=dict)

@@ -10,14 +10,15 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import itertools
 import types
 
+import numpy as np
 import torch
 from torch.nn.attention.varlen import varlen_attn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from ..system import devices
 from ..system.errors import InputError
 from .causal import causal_attention, within_window
 
@@ -159,13 +160,14 @@ def _capability(device):
 @functools.lru_cache(maxsize=1)  # every layer asks for the same batch; a copy to the device in each would make it wait
 def _offsets(segments, device):
     """Return where each document starts, and the end: int32, (len(segments) + 1,)."""
-    return torch.tensor([0, *itertools.accumulate(segments)], dtype=torch.int32, device=device)
+    return devices.sent(np.cumsum([0, *segments], dtype=np.int32), device)
 
 
 AttentionInterface.register("sdpa", sdpa)  # rows that are not joined too
 for _name, _function in ((NAME, segment_attention), (PLAIN, plain_segment_attention)):
+    # no mask is registered for it, and transformers makes none: for other ones it asks the device in each micro-batch whether the
+    # positions are those of several documents, and waits for the answer
     AttentionInterface.register(_name, _function)
-    AttentionMaskInterface.register(_name, lambda *args, **kwargs: None)
 
 
 def why_not(config):

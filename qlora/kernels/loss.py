@@ -1,4 +1,4 @@
-"""Cross entropy straight from hidden states, a few positions at a time: the logits of a whole batch are never in memory.
+"""Cross entropy straight from hidden states, some positions at a time: the logits of a whole batch are never in memory.
 
 The gradient of the hidden states is computed along with the loss, while the logits are at hand: softmax minus one-hot,
 through the head. The idea is that of Cut Cross-Entropy (arXiv:2411.09009) and Liger (arXiv:2410.10989).
@@ -14,6 +14,8 @@ from . import token_rows
 # N positions, H hidden_size, V vocabulary, R rows of new tokens
 
 POSITIONS = 64  # whose logits fit a core's share of the cache better than more of them: 12 MiB for 49,152 tokens
+# trl 1.16 has logits of so many positions and tokens in memory on a GPU: we have no more bytes of them, but for POSITIONS
+TRLS_BUFFER = 4096, 32768
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -27,10 +29,12 @@ class _CrossEntropy(torch.autograd.Function):
         wants = hidden_NH.requires_grad
         total = hidden_NH.new_zeros((), dtype=torch.float32)
         grad_NH = torch.empty_like(hidden_NH) if wants else None
-        raw = hidden_NH.new_empty(min(POSITIONS, len(hidden_NH)), len(weight_VH))
+        N, V = len(hidden_NH), len(weight_VH)
+        size = at_once(N, V, hidden_NH.element_size(), hidden_NH.device.type)
+        raw = hidden_NH.new_empty(min(size, N), V)
         scores = raw.new_empty(raw.shape, dtype=torch.float32)
         rows = None if rows_RH is None else _Rows(weight_VH, rows_RH, ids_R)
-        for piece in pieces(len(hidden_NH)):
+        for piece in pieces(N, size):
             part, targets = hidden_NH[piece], targets_N[piece, None]
             count = len(part)
             logits, p = raw[:count], scores[:count]
@@ -77,9 +81,22 @@ class _Rows:
         grad_NH.addmm_(p_NR.to(grad_NH.dtype), self.replaced_RH)
 
 
-def pieces(num_positions):
-    """Return slices of at most POSITIONS positions."""
-    return [slice(start, start + POSITIONS) for start in range(0, num_positions, POSITIONS)]
+def pieces(num_positions, size):
+    """Return slices of at most `size` positions."""
+    return [slice(start, start + size) for start in range(0, num_positions, size)]
+
+
+def at_once(num_positions, vocab_size, element_size, device_type):
+    """Return how many positions have their logits in memory at a time: in the dtype of the hidden states and in float32.
+
+    On a GPU as many as take the bytes that trl's do, which have one dtype and a part of the vocabulary: a tenth to a half of
+    what it has at a time. element_size: bytes of a hidden number.
+    """
+    if device_type == "cpu":
+        return POSITIONS
+    most, tokens = TRLS_BUFFER
+    trls_bytes = min(num_positions, most) * tokens * element_size
+    return max(1, min(num_positions, max(POSITIONS, trls_bytes // (vocab_size * (element_size + 4)))))
 
 
 def takes(model):
@@ -94,6 +111,15 @@ def takes(model):
         and not plain.weight.requires_grad
         and all(getattr(config, name, None) in (None, 1, 1.0) for name in between)
     )
+
+
+def is_left_to_trl(model, taken):
+    """Return whether a model's loss is trl's on a GPU: experts have a loss of their own there, and it never has the logits
+    of all positions in memory where `taken` by nothing here. Rows of new tokens it cannot train."""
+    config = model.config.get_text_config()
+    if hasattr(config, "output_router_logits") and getattr(config, "router_aux_loss_coef", 0.0) != 0.0:
+        return True
+    return not taken and token_rows.parts(model.get_output_embeddings())[1] is None
 
 
 def hidden_states(model, head, columns, **inputs):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .. import base_model, methods
+from ..kernels import groups
 from ..kernels.checkpointing import PIECE
 from ..recipe.optimizers import OPTIMIZERS
 from ..system.errors import QLoRAError
@@ -203,10 +204,12 @@ def usage(model: Outline, load: Load, training, checkpointed, offload, eval_load
     }
     summed = 4 * numbers if accumulates else 0.0
     moments = [*_step(model, load, checkpointed, offload, summed)]
-    # the masters take the model's gradients over one after another, each as a float32 copy that is added or kept
-    left = model.trained_bytes / numbers * np.cumsum(model.trained[::-1])[::-1]
-    before = 0.0 if accumulates else 4 * (np.cumsum(model.trained) - model.trained)
-    taken = summed + (left + before + 4 * model.trained).max()
+    # the masters take the model's gradients over group by group, each as a float32 copy that is added or kept
+    parts_of = groups.of(model.trained, model.device_kind == "cuda")
+    trained = np.array([model.trained[part].sum() for part in parts_of])
+    left = model.trained_bytes / numbers * np.cumsum(trained[::-1])[::-1]
+    before = 0.0 if accumulates else 4 * (np.cumsum(trained) - trained)
+    taken = summed + (left + before + 4 * trained).max()
     moments.append(("copying gradients to the masters", {"gradients": taken}))
     temporary = _optimizer_work(model, numbers, largest, training.optim)
     moments.append(("optimizer step", {"gradients": 4 * numbers, "layer_work": temporary}))
@@ -223,7 +226,7 @@ def usage(model: Outline, load: Load, training, checkpointed, offload, eval_load
         parts.get(name, 0) for name in ("checkpoints", "layer_work", "loss_head", "buffers")
     )
     found["context"] = round(CONTEXT_BYTES + lost if on_cuda else lost)
-    kept = model.step.checkpointed[model.step.layers[-1]][0].rise_and_change(_growth(load))[1]
+    kept = model.step.checkpointed[model.step.layers[-1]][0].rise_and_change(_growth(model, load))[1]
     host_bytes = round(kept) * checkpointed if offload else 0
     if on_cuda and offload:
         host_bytes = -(-round(kept) // PIECE) * PIECE * checkpointed
@@ -235,13 +238,13 @@ def usage(model: Outline, load: Load, training, checkpointed, offload, eval_load
     return Usage(found, where, host_bytes, paged_bytes)
 
 
-def _growth(load):
-    return trace.growth(load.tokens, load.scored, load.document or load.length)
+def _growth(model, load):
+    return trace.growth(load.tokens, load.scored, model.step.at_once(load.scored), load.document or load.length)
 
 
 def _step(model, load, checkpointed, offload, summed):
     """Yield (where, parts) of the highest moment in each segment of a forward and backward pass."""
-    growth, step, num = _growth(load), model.step, model.num_layers
+    growth, step, num = _growth(model, load), model.step, model.num_layers
     each = [
         {kind: [segment.rise_and_change(growth) for segment in pair] for kind, pair in pairs.items()}
         for pairs in (step.plain, step.checkpointed)
@@ -280,7 +283,7 @@ def _step(model, load, checkpointed, offload, summed):
 
 def _evaluation(model, load):
     """Return the parts of the highest moment of an evaluation: nothing is kept for a backward pass, no logits gathered."""
-    growth, step = _growth(load), model.step
+    growth, step = _growth(model, load), model.step
     _, buffers = step.embedding.rise_and_change(growth)
     layer, hidden = (
         max(step.checkpointed[kind][0].rise_and_change(growth)[i] for kind in set(step.layers)) for i in (0, 1)

@@ -56,25 +56,30 @@ class Segment:
         return Segment(self.levels + share * (other.levels - self.levels))
 
 
-def growth(num_tokens, num_scored, document):
-    """Return what levels grow with: 1, T, T squared, N, rows of the head's buffer, scores of a block of a document, and
-    tokens of a tile (kernels.tiles).
+def growth(num_tokens, num_scored, head, document):
+    """Return what levels grow with: 1, T, T squared, N, rows of the head's buffer (Step.at_once), scores of a block of a
+    document, and tokens of a tile (kernels.tiles).
     """
-    block = min(document, causal.BLOCK) * document
-    head, tile = min(num_scored, TOKEN_CHUNK_SIZE), max(part.stop - part.start for part in tiles.of(num_tokens))
+    block, tile = min(document, causal.BLOCK) * document, max(part.stop - part.start for part in tiles.of(num_tokens))
     return np.array([1.0, num_tokens, num_tokens**2, num_scored, head, block, tile])
 
 
 @dataclass(frozen=True)
 class Step:
     """A step's segments. layers: the kind of each; plain, checkpointed: {kind of layer: (forward, backward)}, and under
-    "head": (final norm and loss, these and back to the last layer).
+    "head": (final norm and loss, these and back to the last layer). head: (V, bytes of a hidden number, device) as
+    loss.at_once takes them; None: the loss is trl's.
     """
 
     layers: tuple
     embedding: Segment
     plain: dict
     checkpointed: dict
+    head: tuple | None = None
+
+    def at_once(self, num_scored):
+        """Return of how many scored positions logits are in memory at a time."""
+        return min(num_scored, TOKEN_CHUNK_SIZE) if self.head is None else loss.at_once(num_scored, *self.head)
 
     def blend(self, other, share):
         """Return the step of a rank between those of two steps of one model."""
@@ -87,6 +92,7 @@ class Step:
             self.embedding.blend(other.embedding, share),
             pairs(self.plain, other.plain),
             pairs(self.checkpointed, other.checkpointed),
+            self.head,
         )
 
 
@@ -114,7 +120,11 @@ def trace(peft_model, device_kind, packed, setting="auto"):
         | {"head": (segments["head forward"], segments["head"])}
         for segments in ways
     )
-    step = Step(tuple(names[kind] for kind in kinds), ways[0]["embedding"], plain, checkpointed)
+    head = None
+    if device_kind == "cpu" or not loss.is_left_to_trl(model, found.loss):
+        weight = token_rows.parts(model.get_output_embeddings())[0]
+        head = len(weight), weight.element_size(), device_kind
+    step = Step(tuple(names[kind] for kind in kinds), ways[0]["embedding"], plain, checkpointed, head)
     return step, found.joined
 
 
@@ -150,14 +160,17 @@ def _run(peft_model, layers, device_kind, installed, packed, point, shapes):
         handles.append(layer.register_forward_pre_hook(begin(number), with_kwargs=True))
         handles.append(layer.register_forward_hook(end(number), with_kwargs=True))
     live = _LiveShapes(shapes)
-    on_cuda = device_kind == "cuda"
-    way = _loss_on_cuda if on_cuda else functools.partial(_loss_on_cpu, lean=installed.loss)
+    joined = packed or installed.joined
+    way = functools.partial(_loss_of_trained_positions, lean=installed.loss, joined=joined)
+    if device_kind == "cuda" and loss.is_left_to_trl(peft_model.get_base_model(), installed.loss):
+        way = functools.partial(_trls_loss, chunk=chunk)
+    at_once = chunk if device_kind == "cuda" else loss.POSITIONS
     attention = _way_of_attention(device_kind, installed.joined, packed, document)
     try:
-        with _attention(peft_model.get_base_model(), attention, packed or installed.joined), _one_piece(tile), live:
+        with _attention(peft_model.get_base_model(), attention, joined), _one_piece(tile, at_once), live:
             live.add(*base_model.tensors(peft_model))
             mark("embedding")
-            total = way(peft_model, num_tokens, num_scored, chunk)
+            total = way(peft_model, num_tokens, num_scored)
             mark("loss")
             total.backward()
             del total
@@ -230,8 +243,7 @@ def _is_new(made, args, kwargs):
 
 def _fitted(runs):
     """Return {segment: Segment} from {point: run}, the same events in each: levels are exact, so a point a term will do."""
-    terms = np.array([growth(t, n, document) for t, n, _, document, _ in runs])
-    terms[:, 4] = [c for _, _, c, _, _ in runs]
+    terms = np.array([growth(t, n, c, document) for t, n, c, document, _ in runs])
     terms[:, 6] = [tile for *_, tile in runs]
     segments = {}
     for name in next(iter(runs.values())):
@@ -253,34 +265,31 @@ def _positions(count):
     return torch.zeros(count, dtype=torch.int64, device="meta")
 
 
-def _loss_on_cpu(peft_model, num_tokens, num_scored, chunk, lean):
-    """What supervised.loss_of_trained_positions computes, the positions given instead of looked for. lean: by kernels.loss."""
+def _loss_of_trained_positions(peft_model, num_tokens, num_scored, lean, joined):
+    """What supervised.loss_of_trained_positions computes. lean: by kernels.loss."""
     ids, mask, labels = _inputs(num_tokens)
     columns, head = _positions(num_scored), peft_model.get_base_model().get_output_embeddings()
     inputs = {"input_ids": ids, "attention_mask": mask}
     if lean:
-        found = loss.hidden_states(peft_model, head, columns, **inputs)
+        found = loss.hidden_states(peft_model, head, columns, **inputs).flatten(0, 1)
     else:
-        found = peft_model(**inputs, use_cache=False, logits_to_keep=columns).logits
-    targets = labels[:, 1:][:, columns - 1]
-    at = _positions(num_scored), _positions(num_scored)  # what indexing by a mask turns it into
+        found = peft_model(**inputs, use_cache=False, logits_to_keep=columns).logits.flatten(0, 1)
+    found = found if joined else found.index_select(0, _positions(num_scored))
+    targets = labels.flatten().index_select(0, _positions(num_scored))
     if lean:
-        return loss.cross_entropy(found[at], head, targets[at]) / num_scored
-    return F.cross_entropy(found[at].float(), targets[at], reduction="sum") / num_scored
+        return loss.cross_entropy(found, head, targets) / num_scored
+    return F.cross_entropy(found.float(), targets, reduction="sum") / num_scored
 
 
-def _loss_on_cuda(peft_model, num_tokens, num_scored, chunk):
-    """What trl 1.16 computes: trainer/utils.py add_fused_lm_head, then SFTTrainer.compute_loss."""
+def _trls_loss(peft_model, num_tokens, num_scored, chunk):
+    """What trl 1.16 computes on a GPU: trainer/utils.py add_fused_lm_head, then SFTTrainer.compute_loss."""
     ids, mask, labels = _inputs(num_tokens)
     model = peft_model.get_base_model()
     hidden = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[:, :-1]
     labels = labels[:, 1:]
     is_trained, at = labels != IGNORE_INDEX, (_positions(num_scored), _positions(num_scored))
     head = model.get_output_embeddings()
-    weight, rows, _ = token_rows.parts(head)
-    if rows is not None:  # trl cannot train them: kernels.loss does
-        return loss.cross_entropy(hidden[at], head, labels[at]) / num_scored
-    found = _ChunkedHead.apply(hidden[at], weight, head.bias, labels[at], chunk)
+    found = _ChunkedHead.apply(hidden[at], head.weight, head.bias, labels[at], chunk)
     log_probs, _, _ = (x.new_zeros(is_trained.shape).masked_scatter(is_trained, x) for x in found)
     return -log_probs.sum() / num_scored
 
@@ -359,15 +368,16 @@ def _attention(model, function, joined):
 
 
 @contextlib.contextmanager
-def _one_piece(tile):
+def _one_piece(tile, at_once):
     """Let what the kernels compute piece by piece be one piece, whatever the sequence has: a tile of so many
-    tokens, and the most positions of the loss."""
-    before = tiles.of, loss.pieces
-    tiles.of, loss.pieces = lambda _: [slice(0, tile)], lambda _: [slice(0, loss.POSITIONS)]
+    tokens, and so many positions of the loss."""
+    before = tiles.of, loss.pieces, loss.at_once
+    tiles.of, loss.pieces = lambda _: [slice(0, tile)], lambda _, size: [slice(0, size)]
+    loss.at_once = lambda *_: at_once
     try:
         yield
     finally:
-        tiles.of, loss.pieces = before
+        tiles.of, loss.pieces, loss.at_once = before
 
 
 def _way_of_attention(device_kind, joined, packed, document):

@@ -31,6 +31,9 @@ def arguments_of(training, output_dir, device, evaluates):
         "bf16": False,  # autocast off: the model is bf16 throughout, and autocast would only add copies
         "remove_unused_columns": False,
         "dataloader_pin_memory": device.type == "cuda",
+        "accelerator_config": {
+            "non_blocking": device.type == "cuda"
+        },  # the host need not wait for copies of pinned memory
         "use_cpu": device.type == "cpu",
         "report_to": "none",
         "disable_tqdm": True,

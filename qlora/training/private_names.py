@@ -14,6 +14,10 @@ import transformers
 # a mixin: what it overrides is there in any class that it is put before
 _Trainer: Any = transformers.Trainer if TYPE_CHECKING else object
 
+# of lists of tensors: on a GPU a launch or two where a loop has one a tensor; torch's own optimizers are made of them
+copy_all, add_all = torch._foreach_copy_, torch._foreach_add_
+multiply_all, norm_of_each = torch._foreach_mul_, torch._foreach_norm
+
 TRL_COUNTERS = ("_metrics", "_total_train_tokens")  # what trl's trainers count where they compute a loss
 
 
@@ -84,12 +88,6 @@ class Hooks(_Trainer):
             setattr(self, name, value)
 
 
-def multiply(tensors, factor):
-    """Multiply tensors by a number in place: one launch for all on a GPU."""
-    if tensors:
-        torch._foreach_mul_(tensors, factor)
-
-
 def on_one_device(arguments):
     """Return TrainingArguments of one process that trains on one device, however many GPUs are in sight.
 
@@ -98,6 +96,11 @@ def on_one_device(arguments):
     assert arguments.device is not None  # reading it is what counts them
     arguments._n_gpu = min(1, arguments.n_gpu)
     return arguments
+
+
+def version(tensor):
+    """Return a number that torch raises with every change in place: to see one without a question to the device."""
+    return tensor._version
 
 
 def set_rates(schedule, step, optimizer):

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from ..runs.checkpoints import places
+from .private_names import version
 
 
 def rehearse(trainer, run):
@@ -58,7 +59,7 @@ def undone(trainer):
 def way_back(trainer):
     """Return a function that restores random states, counters and buffers as they are now, and drops the model's gradients."""
     model, counters, random_numbers = trainer.model, trainer.counters(), random_states(trainer.model)
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    buffers = [(buffer, _copy(buffer, trainer.copies)) for buffer in model.buffers()]
 
     def undo():
         random_numbers()
@@ -69,6 +70,17 @@ def way_back(trainer):
             parameter.grad = None
 
     return undo
+
+
+def _copy(buffer, copies):
+    """Return a copy of `buffer`, that of an earlier call where it has not changed since: hardly any buffer ever does.
+
+    copies: {id: (buffer, its version, copy)}.
+    """
+    before = copies.get(id(buffer))
+    if before is None or before[0] is not buffer or before[1] != version(buffer):
+        copies[id(buffer)] = before = buffer, version(buffer), buffer.clone()
+    return before[2]
 
 
 @contextlib.contextmanager

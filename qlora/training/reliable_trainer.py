@@ -91,6 +91,7 @@ class Reliable(Hooks):
         self.moment = Moment("before the first step")
         self.micro_batches = []  # of the step at hand: (numbers of its rows, loss on the device)
         self.norm = None  # of the last step that was taken
+        self.copies = {}  # of the model's buffers, as rehearsal.way_back keeps them
         self.evaluated = None  # of the evaluation at hand: the summed loss, and how many items it is of
         self.evaluation_due = False  # one after this step has been left
         self.saved_step = None
@@ -251,12 +252,12 @@ class Reliable(Hooks):
         if self.scaling is not None:
             masters.multiply_gradients(1 / self.scaling.scale)
         self.trained.add_penalty()  # here: logged losses stay those of the objective
-        norm = self.accelerator.clip_grad_norm_(masters.masters, self.args.max_grad_norm)
+        norm = masters.clip_gradients(self.args.max_grad_norm)
         losses = [loss for _, loss in self.micro_batches]
         gradient, *losses = torch.stack([norm, *losses]).tolist()  # one wait for a GPU
         if all(map(math.isfinite, [gradient, *losses])):
             self.failure = self.watch.take(step, sum(losses))
-            self.norm = norm
+            self.norm = gradient
             if self.scaling is not None:
                 self.scaling.took()
         elif self.scaling is not None and all(map(math.isfinite, losses)) and self.scaling.fell():

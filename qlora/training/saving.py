@@ -51,7 +51,7 @@ def contents(trainer):
         "watch": trainer.watch.state(),
         "less_memory": trainer.economy.state(),
         "loss_scale": trainer.scaling and trainer.scaling.state(),
-        "norm": None if trainer.norm is None else float(trainer.norm),
+        "norm": trainer.norm,
         "step": trainer.state.global_step,
         "lines": trainer.num_lines,
         "seconds": trainer.clock.elapsed(),

@@ -10,8 +10,8 @@ import transformers
 from bitsandbytes.optim import AdamW
 
 from qlora import base_model, kernels, methods, planner
-from qlora.kernels import checkpointing
-from qlora.planner import cards, trace
+from qlora.kernels import checkpointing, loss
+from qlora.planner import cards, footprint, trace
 from qlora.recipe import Adalora, Bottleneck, Full, Hira, Ia3, Lora, Model, Oft, Quantization, Training
 from qlora.system import memory
 from qlora.system.errors import InputError
@@ -302,8 +302,8 @@ def test_the_peak_grows_with_tokens_and_falls_with_checkpointed_layers(llama2_7b
         assert peaks == sorted(set(peaks))
     for length in (512, 4096, 32768):
         peaks = [peak(length, layers) for layers in range(33)]
-        # but for the last, which has nothing to gain and is computed twice: less than a thousandth
-        assert all(after < 1.001 * before for before, after in itertools.pairwise(peaks))
+        # but for the last, which has nothing to gain and is computed twice: 0.11 % at 4,096 tokens
+        assert all(after < 1.0015 * before for before, after in itertools.pairwise(peaks))
         assert peaks[0] > 1.3 * peaks[-1]
 
 
@@ -503,3 +503,24 @@ def test_the_planner_cuts_the_vocabulary_as_trl_does():
     from trl.trainer import utils
 
     assert trace.VOCAB_CHUNK_SIZE == utils._CHUNKED_LOGPROB_CHUNK_SIZE
+    assert loss.TRLS_BUFFER == (trace.TOKEN_CHUNK_SIZE, trace.VOCAB_CHUNK_SIZE)
+
+
+@pytest.mark.parametrize("name", ["Llama-2-7B", "Llama-3-8B"])
+def test_our_loss_on_a_gpu_takes_no_more_memory_than_trls(monkeypatch, name):
+    config = SEVEN_B[name][0]
+    ours = outline_of(config, device_kind="cuda")
+    assert ours.step.head == (config.vocab_size, 2, "cuda")
+    monkeypatch.setattr(loss, "is_left_to_trl", lambda model, taken: True)
+    trls = footprint.outline(config, SECTION, NF4, Lora(), 0, "cuda", False)  # not one that was made before
+    assert trls.step.head is None
+    rises = []
+    for length, scored in itertools.product((1, 64, 512, 4096, 32_768), (1, 8, 2)):
+        load = planner.Load(1, length, max(1, length // scored))
+        peaks = [planner.usage(one, load, Training(), 32, False).peak_bytes for one in (ours, trls)]
+        assert peaks[0] <= peaks[1]
+        rise = [
+            one.step.checkpointed["head"][1].rise_and_change(footprint._growth(one, load))[0] for one in (ours, trls)
+        ]
+        rises.append((load.scored, *rise))
+    assert all(one < other for scored, one, other in rises if scored >= 4096)

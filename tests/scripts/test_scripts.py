@@ -12,6 +12,7 @@ SCRIPTS = ROOT / "scripts"
 QUICK = {
     "measure_master_weights.py": "--model MODEL --data ROWS --steps 3 --rates 1e-3",
     "benchmark_kernels.py": "--model MODEL --tokens 32 --rounds 1 --json OUT",
+    "benchmark_counts.py": "--model MODEL --data ROWS --micro-batches 2",
     "longest_rows.py": "--layers 2",
     "benchmark_load.py": "--gib 0.02 --shards 2 --rounds 1",
     "random_model.py": "--shape tiny --tokenizer MODEL --out OUT",

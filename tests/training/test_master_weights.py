@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from qlora import methods
+from qlora.kernels import groups
 from qlora.recipe import Lora, Training
+from qlora.training.master_weights import MasterWeights
 from tests.training.conftest import trained
 
 
@@ -42,3 +44,42 @@ def test_small_updates_of_new_tokens_rows_are_not_lost_in_bfloat16(fit, load_mod
         name = f"base_model.model.{module}.token_adapter.trainable_tokens_delta.default"
         moved = (trained(model)[name] != before)[before.abs() > 1 / 16]
         assert moved.float().mean() > 0.5, module
+
+
+@pytest.mark.parametrize("numbers", [1, 200, 10**6])  # of a group: a tensor, two or three, all
+def test_gradients_in_groups_are_summed_and_clipped_as_one_by_one(monkeypatch, numbers):
+    monkeypatch.setattr(groups, "NUMBERS", numbers)
+    original = groups.of
+    monkeypatch.setattr(groups, "of", lambda sizes, on_gpu: original(sizes, True))
+    generator = torch.Generator().manual_seed(0)
+    live = [torch.nn.Parameter(torch.randn(n, 8, generator=generator).bfloat16()) for n in (5, 20, 3, 9)]
+    held = [None, slice(2, 4), None, None]
+    masters = MasterWeights(live, held)
+    sums = [torch.zeros(p.shape) for p in live]
+    for _ in range(3):
+        for at, parameter in enumerate(live[:3]):  # the last has none
+            parameter.grad = torch.randn(parameter.shape, generator=generator).bfloat16()
+            gradient = parameter.grad.float()
+            if held[at] is not None:
+                gradient[held[at]] = 0
+            sums[at] += gradient
+        masters.take_gradients()
+        assert all(parameter.grad is None for parameter in live)
+    assert all(torch.equal(master.grad, total) for master, total in zip(masters.masters[:3], sums, strict=False))
+    assert masters.masters[3].grad is None
+    reference = [torch.nn.Parameter(torch.zeros(p.shape)) for p in live[:3]]
+    for parameter, total in zip(reference, sums, strict=False):
+        parameter.grad = total
+    norm = torch.nn.utils.clip_grad_norm_(reference, 1.0)
+    assert torch.equal(masters.clip_gradients(1.0), norm)
+    assert norm > 1
+    assert all(torch.equal(m.grad, p.grad) for m, p in zip(masters.masters, reference, strict=False))
+
+
+def test_groups_hold_every_tensor_once_and_no_more_than_they_may():
+    sizes = [groups.NUMBERS // 3] * 7 + [2 * groups.NUMBERS, 5]
+    slices = groups.of(sizes, on_gpu=True)
+    assert [at for part in slices for at in range(len(sizes))[part]] == list(range(len(sizes)))
+    assert [part.stop - part.start for part in slices] == [3, 3, 1, 1, 1]
+    assert len(groups.of(sizes, on_gpu=False)) == len(sizes)
+    assert groups.of([], on_gpu=True) == []

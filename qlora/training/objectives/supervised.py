@@ -1,6 +1,6 @@
 """The supervised objective: cross entropy of the trained tokens of a conversation, by trl's SFTTrainer.
 
-# B rows, T tokens
+# B rows, T tokens, N trained positions, V vocabulary
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from ... import data
 from ...data import IGNORE_INDEX
 from ...kernels import loss
+from ...system import devices
 from ..private_names import on_one_device
 from ..reliable_trainer import Reliable
 from . import Objective
@@ -26,8 +27,12 @@ from . import Objective
 
 @dataclass(frozen=True)
 class Supervised(Objective):
-    """tokenizer: pads. joined: a batch is one row without padding. lean: the loss by kernels.loss, on a CPU. tokens: a joined
-    batch is computed as micro-batches of at most so many."""
+    """tokenizer: pads. joined: a batch is one row without padding. lean: the loss by kernels.loss. tokens: a joined batch is
+    computed as micro-batches of at most so many.
+
+    A batch has what the host must know of it as arrays, which stay on the host: `trained` (B, T), whether a label is trained;
+    with padding `lengths` (B). To look for it on a GPU would make the host wait.
+    """
 
     tokenizer: Any
     joined: bool = False
@@ -58,7 +63,10 @@ class Supervised(Objective):
         joined: B = 1, with position_ids and segments. rows: their numbers."""
         numbers = [number for row in rows for number in row["rows"]]
         pad = DataCollatorForLanguageModeling(pad_token_id=self.tokenizer.pad_token_id)
-        return {**(join_rows if self.joined else pad)(_unbatched(rows)), "rows": numbers}
+        batch = {**(join_rows if self.joined else pad)(_unbatched(rows)), "rows": numbers}
+        if not self.joined:
+            batch["lengths"] = batch["attention_mask"].sum(1).numpy()
+        return {**batch, "trained": (batch["labels"] != IGNORE_INDEX).numpy()}
 
     def micro_batches(self, inputs, rows):
         """As few as best fit makes of at most `tokens`, each in the order of the batch."""
@@ -72,7 +80,7 @@ class Supervised(Objective):
         ends = np.cumsum(inputs["segments"])
         tokens = max(tokens, int(ends[0]))
         segments = np.diff(np.minimum(ends, tokens), prepend=0)
-        columns = {name: value[:, :tokens] for name, value in inputs.items() if torch.is_tensor(value)}
+        columns = {name: value[:, :tokens] for name, value in inputs.items() if _is_array(value)}
         return {**columns, "segments": segments[segments > 0].tolist()}
 
     def num_items(self, inputs):
@@ -80,11 +88,10 @@ class Supervised(Objective):
         return (inputs["labels"][:, 1:] != IGNORE_INDEX).sum()
 
     def num_tokens(self, inputs):
-        return inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).sum()
+        return sum(self.lengths(inputs))
 
     def lengths(self, inputs):
-        segments = inputs.get("segments")
-        return inputs["attention_mask"].cpu().sum(1).tolist() if segments is None else segments
+        return inputs["segments"] if "segments" in inputs else inputs["lengths"].tolist()
 
     def halves(self, inputs):
         segments = inputs.get("segments")
@@ -92,18 +99,20 @@ class Supervised(Objective):
         if many < 2:
             return ()
         dim, cut = (0, many // 2) if segments is None else (1, sum(segments[: many // 2]))
-        tensors = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+        arrays = {name: value for name, value in inputs.items() if _is_array(value)}
         first, second = (
-            {name: value.narrow(dim, start, size) for name, value in tensors.items()}
-            for start, size in ((0, cut), (cut, inputs["input_ids"].shape[dim] - cut))
+            {name: value[(slice(None),) * dim + (part,)] for name, value in arrays.items()}
+            for part in (slice(cut), slice(cut, None))
         )
         if segments is None:
             return first, second
         return first | {"segments": segments[: many // 2]}, second | {"segments": segments[many // 2 :]}
 
     def loss(self, model, inputs, num_items):
-        """On a GPU, trl's."""
-        if inputs["labels"].device.type != "cpu":
+        """On a GPU trl's where kernels.loss does not take the model."""
+        if inputs["labels"].device.type != "cpu" and loss.is_left_to_trl(model.get_base_model(), self.lean):
+            for name in _ON_THE_HOST:
+                inputs.pop(name, None)
             return None
         return loss_of_trained_positions(model, inputs, num_items, self.lean)
 
@@ -118,26 +127,45 @@ class Trainer(Reliable, SFTTrainer):
         self.model_accepts_loss_kwargs = True
 
 
+_ON_THE_HOST = ("trained", "lengths")  # of a batch, and not for the model
+
+
 def loss_of_trained_positions(model, inputs, num_items, lean=False):
     """Return the summed cross entropy of the trained tokens over `num_items` (their count if None).
 
     On a CPU trl 1.16 scores every position, masked ones too, three times over for its metrics. The head alone is a
-    fifth of SmolLM2-135M, and answers are under half of the tokens. Equality with trl's loss is a test.
-    lean: by kernels.loss.
+    fifth of SmolLM2-135M, and answers are under half of the tokens. On a GPU it waits eight times a micro-batch, for masks and
+    metrics. Equality with trl's loss is a test.
+    lean: by kernels.loss. inputs without `trained`: it is read from the labels.
     """
-    targets = inputs["labels"][:, 1:]
-    columns = (targets != IGNORE_INDEX).any(0).nonzero().flatten()
-    body = {key: value for key, value in inputs.items() if key != "labels"}
-    targets = targets[:, columns]
-    trained = targets != IGNORE_INDEX
+    labels, trained = inputs["labels"], inputs.get("trained")
+    trained = (labels != IGNORE_INDEX).cpu().numpy() if trained is None else trained
+    columns, at, places = _positions(trained, labels.device, "segments" in inputs)
+    body = {key: value for key, value in inputs.items() if key not in ("labels", *_ON_THE_HOST)}
     if lean:
-        base = model.get_base_model()
-        hidden = loss.hidden_states(model, base.get_output_embeddings(), columns, **body)[trained]
-        total = loss.cross_entropy(hidden, base.get_output_embeddings(), targets[trained])
+        head = model.get_base_model().get_output_embeddings()
+        scored = loss.hidden_states(model, head, columns, **body).flatten(0, 1)
     else:
-        logits = model(**body, use_cache=False, logits_to_keep=columns).logits
-        total = F.cross_entropy(logits[trained].float(), targets[trained], reduction="sum")
-    return total / (trained.sum() if num_items is None else num_items)
+        scored = model(**body, use_cache=False, logits_to_keep=columns).logits.flatten(0, 1)
+    scored = scored if at is None else scored.index_select(0, at)
+    targets = labels.flatten().index_select(0, places)
+    total = (
+        loss.cross_entropy(scored, head, targets) if lean else F.cross_entropy(scored.float(), targets, reduction="sum")
+    )
+    return total / (len(targets) if num_items is None else num_items)
+
+
+def _positions(trained_BT, device, joined):
+    """Return (columns, at, places) on `device`: before which labels a row has a trained one; which of (B * columns) positions
+    these are, (N), None for all of a joined row; where their labels are, (N) of B * T. One copy, for which nobody waits."""
+    rows, before = np.nonzero(trained_BT[:, 1:])
+    places = rows * trained_BT.shape[1] + before + 1
+    if joined:
+        columns, places = devices.sent(np.stack([before, places]), device)
+        return columns, None, places
+    columns, which = np.unique(before, return_inverse=True)
+    sent = devices.sent(np.concatenate([columns, rows * len(columns) + which, places]), device)
+    return sent.split([len(columns), len(rows), len(rows)])
 
 
 # ---- rows to batches -------------------------------------------------------------------------------------------------
@@ -186,13 +214,25 @@ def _unbatched(rows):
     ]
 
 
+def _is_array(value):
+    return isinstance(value, (torch.Tensor, np.ndarray))
+
+
 def _split(inputs, rows, part_of):
     """Yield (inputs, rows) of each part of joined rows. part_of: the number of the part that each row goes to."""
     segments = inputs["segments"]
-    columns = {name: value.split(segments, dim=1) for name, value in inputs.items() if torch.is_tensor(value)}
+    ends = np.cumsum(segments)
+    columns = {name: value for name, value in inputs.items() if _is_array(value)}
+    pieces = {
+        name: [value[:, end - length : end] for end, length in zip(ends, segments, strict=True)]
+        for name, value in columns.items()
+    }
     for part in range(int(part_of.max()) + 1):
         chosen = np.flatnonzero(part_of == part).tolist()
-        joined = {name: torch.cat([pieces[at] for at in chosen], dim=1) for name, pieces in columns.items()}
+        joined = {}
+        for name, value in columns.items():
+            join = torch.cat if torch.is_tensor(value) else np.concatenate
+            joined[name] = join([pieces[name][at] for at in chosen], 1)
         yield {**joined, "segments": [segments[at] for at in chosen]}, [rows[at] for at in chosen] if rows else rows
 
 

@@ -195,3 +195,26 @@ def test_an_evaluation_returns_losses_and_no_logits(fit, monkeypatch):
     fit(held_out=UNEVEN[:5], max_steps=2, eval_steps=1)
     assert len(returned) == 15  # after each of two steps, and at the end
     assert all(loss.numel() == 1 and logits is None and labels is None for loss, logits, labels in returned)
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_what_the_host_knows_of_a_batch_stays_true_in_its_parts(tokenizer, joined):
+    examples = [encode(tokenizer, messages(turns)) for turns in UNEVEN[:6]]
+    rows = [{"input_ids": e.input_ids, "labels": e.labels, "rows": [at]} for at, e in enumerate(examples)]
+    objective = supervised.Supervised(tokenizer, joined, tokens=max(len(e.input_ids) for e in examples))
+    batch = objective.collate(rows)
+    numbers = batch.pop("rows")
+    parts = [batch, *objective.halves(batch)]
+    if joined:
+        parts += [part for part, _ in objective.micro_batches(batch, numbers)] + [objective.cut(batch, 50)]
+        assert len(parts) > 5
+    for part in parts:
+        assert (part["trained"] == (part["labels"] != supervised.IGNORE_INDEX).numpy()).all()
+        given = part["segments"] if joined else part["attention_mask"].sum(1).tolist()
+        assert objective.lengths(part) == given
+        assert objective.num_tokens(part) == sum(given)
+        columns, at, places = supervised._positions(part["trained"], torch.device("cpu"), joined)
+        found = part["labels"].flatten()[places]
+        assert torch.equal(found, part["labels"][:, 1:][part["labels"][:, 1:] != supervised.IGNORE_INDEX])
+        before = part["input_ids"][:, columns].flatten() if at is None else part["input_ids"][:, columns].flatten()[at]
+        assert torch.equal(before, part["input_ids"].flatten()[places - 1])  # the position that says each of them

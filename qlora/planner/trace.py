@@ -38,7 +38,8 @@ _POINTS = (
     (256, 128, 64, 128, 192),
     (256, 128, 64, 256, 256),
 )
-_UNREAD = {"cpu": 4, "cuda": 5}  # the point and term that nothing grows with there: the head's buffer, blocks of a document
+# the point and term that nothing grows with there: the head's buffer, blocks of a document
+_UNREAD = {"cpu": 4, "cuda": 5}
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,8 @@ def load(checkpoint, section, quantization, device=None, dtype=None):
     elif quantization:
         bnb = _config_of(quantization, compute_dtype)
     try:
-        model = _read(checkpoint, section, config, bnb, device, dtype)
+        with memory.freed_at_once():
+            model = _read(checkpoint, section, config, bnb, device, dtype)
     except InputError:
         raise
     except Exception as error:  # an architecture computes with what its config says, as in on_meta

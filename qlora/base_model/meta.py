@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ def on_meta(config, trust_remote_code=False):
     try:
         with torch.device("meta"):
             auto = text_generation.auto_class()
+            config = copy.deepcopy(config)  # from_config writes the dtype into it
             model = auto.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
     except Exception as error:  # an architecture computes with what its config says: sizes below zero, function names
         raise InputError(

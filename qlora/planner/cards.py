@@ -32,6 +32,10 @@ class Card:
 # FLOPS and bandwidth are of the makers' sheets, without sparsity and with sums in float32, which is what torch computes. On
 # GeForce cards since 30xx that is half of the headline, and twice the FP32 of the sheet: [C] is computed so (59.5 = 2 x 29.8 for
 # the 3080, 165.2 = 2 x 82.6 for the 4090 are in NVIDIA's own tables).
+# Compared on 2026-11-26 with public copies and tables of the sheets, equal: T4, 3060, 4070 Ti Super, 4080, 4080 Super, 4090,
+# 5080, L4, L40S, A100, H100, H200; the bandwidth of A10G, V100 and 5090. No copy was found, but they follow from others: FLOPS of
+# the 2080 Ti (2 x 26.9 of FP16), 3090 (2 x 35.6) and A6000 (4 x 38.7, as of the A40). Not checked: FLOPS of A10G,
+# V100, H100 PCIe, 5070 Ti and 5090, all of the 4060 Ti, bandwidth of 2080 Ti, 3090, 5070 Ti and A6000, and cards not named here.
 # GiB are those of torch's messages, "GPU 0 has a total capacity of 23.64 GiB", in public reports: owner/name#number. [S]: no
 # report names the card; what another of the same size and generation has.
 CARDS = (

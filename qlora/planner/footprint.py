@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from .. import base_model, methods
 from ..kernels import groups
@@ -18,8 +20,9 @@ from .speed import Work
 # Assumed, not measured: what the CUDA driver and the libraries' kernels take beside torch's own allocations, and what
 # torch's allocator loses to rounding (blocks of 512 bytes and of 2 MiB) and to holes, as a share of a step's tensors.
 CONTEXT_BYTES, LOST_SHARE = 512 * 2**20, 0.03
-# Measured on SmolLM2-135M: 1.34 and 1.47 times the tensors of a step, in holes of the heap and buffers of oneDNN.
-LOST_SHARE_ON_CPU = 0.4
+# On a CPU: libraries and buffers; holes of the heap as a share of a step's tensors, and of what checkpointed layers would keep.
+# Fitted to scripts/measure_plan.py, docs/plan.md.
+_HELD_ON_CPU, LOST_SHARE_ON_CPU, _LOST_OF_CHECKPOINTED = 80 * 2**20, 0.35, 0.2
 _PAGED_FROM = 100_000  # numbers in a tensor whose states bitsandbytes 0.50.2 pages
 
 
@@ -86,7 +89,7 @@ class Usage:
 class Outline:
     """joins: rows are joined without padding. weights: bytes. trained: numbers in each trained tensor. trained_bytes: all
     of them, as the model holds them; layer_gradients: {kind of layer: bytes}. read_bytes: beside the weights while
-    the largest of them is read. work: for its speed.
+    the largest of them is read. work: for its speed. mapped: bytes of the weights that stay mapped files on a CPU.
     """
 
     device_kind: str
@@ -98,6 +101,7 @@ class Outline:
     read_bytes: int
     step: trace.Step
     work: Work
+    mapped: int = 0
 
     @property
     def num_layers(self):
@@ -139,7 +143,8 @@ def outline(config, model_section, quantization, lora, num_new_tokens, device_ki
 
 def _outline(config, model_section, quantization, lora, num_new_tokens, device_kind, packed, kernels):
     model = base_model.load_on_meta(config, model_section, quantization)
-    read_bytes = _read_bytes(model, config, num_new_tokens, device_kind)
+    mapped = _mapped_bytes(model, config, num_new_tokens) if device_kind == "cpu" else 0
+    read_bytes = _read_bytes(model, config, num_new_tokens, device_kind, mapped)
     linear = [model.get_submodule(name) for name in base_model.linear_names(model)]
     base = sum(base_model.numel(module.weight) for module in linear)
     head = model.get_output_embeddings().weight.numel()
@@ -160,18 +165,32 @@ def _outline(config, model_section, quantization, lora, num_new_tokens, device_k
         read_bytes,
         step,
         Work(base, sum(p.numel() for p in trained if p.dim() == 2), head, len(layers), width, bool(quantization)),
+        mapped,
     )
 
 
-def _read_bytes(model, config, num_new_tokens, device_kind):
-    """Return what the largest weight needs while it is read: bfloat16; quantized on a CPU float32 copies too, unless the files
-    hold codes. An embedding is not quantized.
+def _mapped_bytes(model, config, num_new_tokens):
+    """Return the bytes of weights that are left as the files have them, mapped: the system takes such pages back, so they are
+    not counted as held (memory.Peak); on macOS they are. These are all that is not quantized, where its dtype is the file's.
 
-    Anonymous memory of loading measured: 0.16 and 0.20 GiB, for tables of 262,144 x 640 (tied) and 2 x 128,256 x 1,024 that stay
-    mapped files, where weights and this are 0.64 and 0.79 (with float32 copies of the tables too: 2.83 and 2.50).
+    Not with biases: trainings of Qwen2.5's shape held 250 MiB more than their tensors, about their table; not understood.
+    """
+    stored = getattr(config.get_text_config(), "dtype", None) or getattr(config, "dtype", None)
+    if stored != torch.bfloat16 or num_new_tokens or sys.platform == "darwin" or base_model.stored_quantization(config):
+        return 0
+    modules = base_model.quantized_modules(model).values()
+    if any(module.bias is not None for module in modules):
+        return 0
+    quantized = {id(module.weight) for module in modules}
+    return _bytes(p for p in model.parameters() if id(p) not in quantized and p.dtype == stored)
+
+
+def _read_bytes(model, config, num_new_tokens, device_kind, mapped):
+    """Return what the largest weight needs while it is read: bfloat16; quantized on a CPU float32 copies too, unless the files
+    hold codes. An embedding is not quantized, and may stay a mapped file.
     """
     largest = max(map(base_model.numel, model.parameters()))
-    found = 2 * largest
+    found = 0 if mapped else 2 * largest
     if device_kind == "cpu":
         quantized = base_model.quantized_modules(model).values()
         if quantized and not base_model.stored_quantization(config):
@@ -198,7 +217,7 @@ def usage(model: Outline, load: Load, training, checkpointed, offload, eval_load
     largest = float(model.trained.max())
     accumulates = training.gradient_accumulation_steps > 1 if load.alone is None else not load.alone
     always = {
-        "weights": model.weights,
+        "weights": model.weights - model.mapped,
         "adapter": model.trained_bytes + 4 * numbers,  # and training.master_weights
         "optimizer": _optimizer_bytes(model.trained, training.optim),
     }
@@ -216,16 +235,16 @@ def usage(model: Outline, load: Load, training, checkpointed, offload, eval_load
     if eval_load is not None:
         moments.append(("evaluation", _evaluation(model, eval_load)))
     where, parts = max(moments, key=lambda moment: sum(moment[1].values()))
-    loading = model.weights + model.read_bytes
-    if loading > sum(always.values()) + sum(parts.values()):
-        where, always, parts = "loading", {"weights": model.weights}, {"buffers": loading - model.weights}
+    on_cuda = model.device_kind == "cuda"
+    worked = sum(parts.get(name, 0) for name in ("checkpoints", "layer_work", "loss_head", "buffers"))
+    lost = CONTEXT_BYTES + LOST_SHARE * worked if on_cuda else _lost_on_cpu(model, load, checkpointed, worked)
+    loading = always["weights"] + model.read_bytes
+    if loading > sum(always.values()) + sum(parts.values()) + (0 if on_cuda else lost):
+        where, always, parts = "loading", {"weights": always["weights"]}, {"buffers": model.read_bytes}
+        lost = CONTEXT_BYTES + LOST_SHARE * model.read_bytes if on_cuda else 0
     names = ("weights", "adapter", "gradients", "optimizer", "checkpoints", "layer_work", "loss_head", "buffers")
     found = {name: round(always.get(name, 0) + parts.get(name, 0)) for name in names}
-    on_cuda = model.device_kind == "cuda"
-    lost = (LOST_SHARE if on_cuda else LOST_SHARE_ON_CPU) * sum(
-        parts.get(name, 0) for name in ("checkpoints", "layer_work", "loss_head", "buffers")
-    )
-    found["context"] = round(CONTEXT_BYTES + lost if on_cuda else lost)
+    found["context"] = round(lost)
     kept = model.step.checkpointed[model.step.layers[-1]][0].rise_and_change(_growth(model, load))[1]
     host_bytes = round(kept) * checkpointed if offload else 0
     if on_cuda and offload:
@@ -236,6 +255,15 @@ def usage(model: Outline, load: Load, training, checkpointed, offload, eval_load
     paged = on_cuda and OPTIMIZERS[training.optim].paged and where != "loading"
     paged_bytes = round(_optimizer_bytes(large, training.optim)) if paged else 0
     return Usage(found, where, host_bytes, paged_bytes)
+
+
+def _lost_on_cpu(model, load, checkpointed, worked):
+    """Return what a step takes beside its tensors. worked: bytes of these that are no state."""
+    growth, step = _growth(model, load), model.step
+    again = step.layers[:checkpointed]
+    kept = sum(step.plain[kind][0].rise_and_change(growth)[1] for kind in again)
+    rise = step.checkpointed[again[-1]][1].rise_and_change(growth)[0] if again else 0.0
+    return _HELD_ON_CPU + LOST_SHARE_ON_CPU * worked + _LOST_OF_CHECKPOINTED * kept + rise
 
 
 def _growth(model, load):

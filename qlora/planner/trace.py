@@ -28,7 +28,7 @@ from ..system import memory
 
 _ATTENTION = "qlora_plan"
 VOCAB_CHUNK_SIZE = 32768  # of trl 1.16, whose trainer/utils.py is slow to import; tests/planner compares them
-# (T, N, C, longest document, tokens of a tile) to run at: as many as there are terms in `growth`
+# (T, N, C, longest document, tokens of a tile) to run at: as many as there are terms in `growth`, point and term in one order
 _POINTS = (
     (256, 128, 64, 256, 192),
     (512, 128, 64, 256, 192),
@@ -38,6 +38,8 @@ _POINTS = (
     (256, 128, 64, 128, 192),
     (256, 128, 64, 256, 256),
 )
+# the point and term that nothing grows with there: the head's buffer, blocks of a document
+_UNREAD = {"cpu": 4, "cuda": 5}
 
 
 @dataclass(frozen=True)
@@ -113,8 +115,9 @@ def trace(peft_model, device_kind, packed, setting="auto"):
         ways = []
         for number in (0, len(chosen)):
             with checkpointing.checkpointed(chosen, number):
-                runs = {point: _run(peft_model, chosen, device_kind, found, packed, point, shapes) for point in _POINTS}
-                ways.append(_fitted(runs))
+                points = [point for number, point in enumerate(_POINTS) if number != _UNREAD[device_kind]]
+                runs = {point: _run(peft_model, chosen, device_kind, found, packed, point, shapes) for point in points}
+                ways.append(_fitted(runs, _UNREAD[device_kind]))
     plain, checkpointed = (
         {number: (segments["forward", number], segments["backward", number]) for number in names.values()}
         | {"head": (segments["head forward"], segments["head"])}
@@ -241,15 +244,20 @@ def _is_new(made, args, kwargs):
     return address not in given and alike.untyped_storage().nbytes() == made.untyped_storage().nbytes()
 
 
-def _fitted(runs):
-    """Return {segment: Segment} from {point: run}, the same events in each: levels are exact, so a point a term will do."""
+def _fitted(runs, unread):
+    """Return {segment: Segment} from {point: run}, the same events in each: levels are exact, so a point a term will do.
+
+    unread: the term that has no point, and is 0.
+    """
     terms = np.array([growth(t, n, c, document) for t, n, c, document, _ in runs])
     terms[:, 6] = [tile for *_, tile in runs]
+    terms = np.delete(terms, unread, axis=1)
     segments = {}
     for name in next(iter(runs.values())):
         levels = [run[name] for run in runs.values()]
         assert len({len(run) for run in levels}) == 1, f"{name} allocates other tensors at other sizes"
-        segments[name] = Segment(np.round(np.linalg.solve(terms, np.stack(levels)).T, 6))
+        found = np.round(np.linalg.solve(terms, np.stack(levels)).T, 6)
+        segments[name] = Segment(np.insert(found, unread, 0.0, axis=1))
     return segments
 
 

@@ -76,9 +76,11 @@ class Measured:
         self.step(1, 64, 32, 0)  # the states of the optimizer
 
     def step(self, rows, length, trained, checkpointed, setting="auto"):
-        """Return the most bytes alive. trained: the last tokens of each row. setting: of the kernels."""
+        """Return the most bytes alive. trained: the last tokens of each row. setting: of the kernels.
+
+        The first micro-batch is there for the gradients that it leaves: 8 tokens do that as well as `length`.
+        """
         layers = base_model.decoder_layers(self.model)
-        ids, labels = [7] * length, [-100] * (length - trained) + [7] * trained
         with contextlib.ExitStack() as stack:
             found = stack.enter_context(kernels.installed(self.model, setting))
             stack.enter_context(checkpointing.checkpointed(layers, checkpointed))
@@ -86,13 +88,14 @@ class Measured:
                 stack.enter_context(kernels.attention.within_documents(self.model))
             stack.enter_context(self.live)
             self.live.peak = 0
-            for _ in range(2):
+            for num_tokens, num_trained in ((8, 4), (length, trained)):
+                ids, labels = [7] * num_tokens, [-100] * (num_tokens - num_trained) + [7] * num_trained
                 if found.joined:
                     inputs = supervised.join_rows([{"input_ids": ids, "labels": labels}] * rows)
                 else:
                     inputs = {"input_ids": torch.tensor([ids] * rows), "labels": torch.tensor([labels] * rows)}
                     inputs["attention_mask"] = torch.ones_like(inputs["labels"])
-                count = torch.tensor(rows * trained)
+                count = torch.tensor(rows * num_trained)
                 supervised.loss_of_trained_positions(self.model, inputs, count, found.loss).backward()
                 self.masters.take_gradients()
                 del inputs

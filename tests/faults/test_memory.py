@@ -55,7 +55,7 @@ def recipe_file(make_recipe, tmp_path):
     train = write_jsonl(tmp_path / "long.jsonl", rows)
     recipe = make_recipe(
         data={"train": str(train), "max_length": 512, "overlong": "truncate_prompt", "eval_fraction": 0.0},
-        training={"per_device_train_batch_size": 64, "max_steps": 3},
+        training={"per_device_train_batch_size": 64, "tokens_per_micro_batch": None, "max_steps": 3},
     )
     file = tmp_path / "recipe.yaml"
     file.write_text(recipe.to_yaml())

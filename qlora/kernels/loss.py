@@ -113,13 +113,13 @@ def takes(model):
     )
 
 
-def is_left_to_trl(model, taken):
-    """Return whether a model's loss is trl's on a GPU: experts have a loss of their own there, and it never has the logits
-    of all positions in memory where `taken` by nothing here. Rows of new tokens it cannot train."""
+def is_left_to_trl(model, taken, device_kind):
+    """Return whether a model's loss is trl's: experts have one for their balance beside it. On a GPU it also is where `taken`
+    by nothing here: trl never has the logits of all positions in memory. Rows of new tokens it cannot train."""
     config = model.config.get_text_config()
     if hasattr(config, "output_router_logits") and getattr(config, "router_aux_loss_coef", 0.0) != 0.0:
         return True
-    return not taken and token_rows.parts(model.get_output_embeddings())[1] is None
+    return device_kind != "cpu" and not taken and token_rows.parts(model.get_output_embeddings())[1] is None
 
 
 def hidden_states(model, head, columns, **inputs):

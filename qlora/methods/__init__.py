@@ -74,12 +74,12 @@ def trainable(model) -> Trainable:
 
 
 def refuse_unmoved(now, before):
-    """Raise TrainingFailed unless everything in `before` ({name: tensor}) differs from it `now`; names what does not.
+    """Raise TrainingFailed unless everything in `before` ({name: tensor}) is there `now` and differs; names what does not.
 
     B starts at zero (or small) and gets a gradient at the first step. One that stays is cut off from the loss (a repacked
     base weight, checkpointing without input gradients), and would be exported as if it had been trained.
     """
-    stuck = [name for name, tensor in before.items() if torch.equal(now[name], tensor)]
+    stuck = [name for name, tensor in before.items() if name not in now or torch.equal(now[name], tensor)]
     if stuck:
         raise TrainingFailed(
             f"{len(stuck)} of {len(before)} adapters did not move in the first step, so they are not being trained: "

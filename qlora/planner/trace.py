@@ -124,7 +124,7 @@ def trace(peft_model, device_kind, packed, setting="auto"):
         for segments in ways
     )
     head = None
-    if device_kind == "cpu" or not loss.is_left_to_trl(model, found.loss):
+    if device_kind == "cpu" or not loss.is_left_to_trl(model, found.loss, device_kind):
         weight = token_rows.parts(model.get_output_embeddings())[0]
         head = len(weight), weight.element_size(), device_kind
     step = Step(tuple(names[kind] for kind in kinds), ways[0]["embedding"], plain, checkpointed, head)
@@ -165,7 +165,7 @@ def _run(peft_model, layers, device_kind, installed, packed, point, shapes):
     live = _LiveShapes(shapes)
     joined = packed or installed.joined
     way = functools.partial(_loss_of_trained_positions, lean=installed.loss, joined=joined)
-    if device_kind == "cuda" and loss.is_left_to_trl(peft_model.get_base_model(), installed.loss):
+    if device_kind == "cuda" and loss.is_left_to_trl(peft_model.get_base_model(), installed.loss, device_kind):
         way = functools.partial(_trls_loss, chunk=chunk)
     at_once = chunk if device_kind == "cuda" else loss.POSITIONS
     attention = _way_of_attention(device_kind, installed.joined, packed, document)

@@ -143,14 +143,15 @@ def _did_you_mean(location, schema):
         f"{parent}.{field}": kind for parent in sections for field, kind in _fields(sections[parent]).items() if kind
     }
     elsewhere = {}
-    for parent, kind in [*reversed(inside.items()), *sections.items()]:  # what comes later is the likelier place
+    # what comes later is the likelier place, and the default method before the others
+    for parent, kind in [*reversed(inside.items()), *sections.items(), ("lora", sections["lora"])]:
         elsewhere |= {f"{parent}_{field}": f"{parent}.{field}" for field in kind.model_fields}
         elsewhere |= {field: f"{parent}.{field}" for field in kind.model_fields}
     known = elsewhere | _SYNONYMS
     if name in known:
         return f"; did you mean {known[name]}?"
     here |= {other: field for other, field in _SYNONYMS.items() if field in here.values()}
-    near = difflib.get_close_matches(name[:80], here, n=1, cutoff=0.4)
+    near = difflib.get_close_matches(name[:80], here, n=1, cutoff=0.45)
     return f"; did you mean {here[near[0]]}?" if near else f"; known here: {', '.join(section.model_fields)}"
 
 

@@ -46,13 +46,19 @@ class Trained:
         self.masters.give_weights()
         taken = any(master.grad is not None for master in self.masters.masters)
         if self.before is not None and taken:
-            methods.refuse_unmoved(self._named(), self.before)
+            methods.refuse_unmoved(self._arrived(), self.before)
             self.before = None
         if self.method.schedule.changes:
             with self.masters.in_the_model():
                 self.method.schedule.after_step(step)
             self.masters.give_weights()
         self.masters.clear_gradients()
+
+    def _arrived(self):
+        """Return {name: master} of `before` that the model has got: a small step may leave its 16-bit numbers as they were."""
+        live, masters = dict(self.model.named_parameters()), self._named()
+        names = [name for name in self.before or () if torch.equal(live[name], masters[name].to(live[name].dtype))]
+        return {name: masters[name] for name in names}
 
     def metrics(self):
         """Return {name: number} that the method adds to a logged step."""

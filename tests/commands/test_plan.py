@@ -60,7 +60,7 @@ def test_what_does_not_fit_exits_3_and_says_what_would(recipe_file):
     settings = ("memory.gradient_checkpointing=false", "training.tokens_per_micro_batch=null")
     done = forked.run("plan", recipe_file, *settings, "--vram", "550MiB")
     assert done.returncode == 0, done.stdout + done.stderr
-    done = forked.run("plan", recipe_file, *settings, "--vram", "513MiB")
+    done = forked.run("plan", recipe_file, *settings, "--vram", "512.5MiB")
     assert done.returncode == 3, done.stdout + done.stderr
     assert "DOES NOT FIT" in done.stdout
     assert "try       " in done.stdout

@@ -514,7 +514,7 @@ def test_our_loss_on_a_gpu_takes_no_more_memory_than_trls(monkeypatch, name):
     config = SEVEN_B[name][0]
     ours = outline_of(config, device_kind="cuda")
     assert ours.step.head == (config.vocab_size, 2, "cuda")
-    monkeypatch.setattr(loss, "is_left_to_trl", lambda model, taken: True)
+    monkeypatch.setattr(loss, "is_left_to_trl", lambda *_: True)
     trls = footprint.outline(config, SECTION, NF4, Lora(), 0, "cuda", False)  # not one that was made before
     assert trls.step.head is None
     rises = []

@@ -24,6 +24,7 @@ SLOW = {
     "benchmark_data.py": "--model MODEL --data ALPACA --rows 8 --repeats 1 --max-length 256",
     "benchmark_train.py": "--model MODEL --full-rows 32 --steps 4 --rounds 1 --batch 2 --json OUT",
     "benchmark_micro_batches.py": "--model MODEL --data ROWS --rows 4 --steps 4 --rounds 1 --tokens 128",
+    "measure_plan.py": "--tokenizer MODEL --smollm2 MODEL --only smollm2 --loads 128",
     "benchmark_export.py": "--shape tiny --tokenizer MODEL --folder OUT --rounds 1",
 }
 # downloads, and quickstart.sh runs it; those of test_gpu_check.py; no script of its own, tests/test_pretended.py uses it

@@ -109,8 +109,9 @@ class Supervised(Objective):
         return first | {"segments": segments[: many // 2]}, second | {"segments": segments[many // 2 :]}
 
     def loss(self, model, inputs, num_items):
-        """On a GPU trl's where kernels.loss does not take the model."""
-        if inputs["labels"].device.type != "cpu" and loss.is_left_to_trl(model.get_base_model(), self.lean):
+        """trl's where kernels.loss leaves the model to it."""
+        base = getattr(model, "get_base_model", lambda: model)()  # a method may train the model itself
+        if loss.is_left_to_trl(base, self.lean, inputs["labels"].device.type):
             for name in _ON_THE_HOST:
                 inputs.pop(name, None)
             return None

@@ -78,6 +78,7 @@ ADALORA = Adalora(lora_alpha=64, init_r=6, target_r=3, tinit=1, tfinal=2)
         ("llama", Lora(r=4, use_dora=True, modules_to_save=["embed_tokens", "lm_head"])),
         ("llama-tied", Lora(r=4, modules_to_save=["embed_tokens"], ensure_weight_tying=True)),
         ("phi", Lora(r=4, bias="all", modules_to_save=["lm_head"])),
+        ("mixtral", Lora(r=4)),  # with the loss that keeps experts in balance
     ],
 )
 def test_every_kind_has_the_gradients_of_trls_own_loss(fit, monkeypatch, family, lora):

@@ -17,7 +17,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from qlora import base_model, planner
+from qlora import base_model, methods, planner
 from qlora.data import masked_examples
 from qlora.data.conversation import Conversation
 from qlora.recipe import Model, Quantization, Recipe
@@ -249,7 +249,7 @@ def make_recipe(tiny_model, tmp_path):
             },
             "output_dir": str(tmp_path / "run"),
         }
-        if sections.keys() & {"adalora", "ia3", "oft", "hira", "full", "bottleneck", "prompt_tuning"}:
+        if sections.keys() & {*methods.names()} - {"lora"}:
             del values["lora"]
         for name, section in sections.items():
             values[name] = {**values.get(name, {}), **section} if isinstance(section, dict) else section

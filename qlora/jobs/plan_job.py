@@ -37,7 +37,7 @@ def budget_of(recipe, vram=None, card=None) -> Budget:
 
     chosen = None if card is None else planner.card_of(card)
     if torch.cuda.is_available() and chosen is None:
-        chosen = planner.cards.find(torch.cuda.get_device_name(), torch.cuda.mem_get_info(torch.device("cuda"))[1])
+        chosen = card_of_device(torch.device("cuda"))
     for name, text in (("--vram", vram), ("memory.budget", recipe.memory.budget)):
         if text is not None:
             try:
@@ -69,8 +69,15 @@ def budget_of_device(recipe, device) -> Budget:
 
     budget, card = recipe.memory.budget, None
     if device.type == "cuda" and torch.cuda.is_available():
-        card = planner.cards.find(torch.cuda.get_device_name(device), torch.cuda.mem_get_info(device)[1])
+        card = card_of_device(device)
     return Budget(free_bytes(device) if budget is None else parse_size(budget), card=card)
+
+
+def card_of_device(device):
+    """Return the planner.Card that a GPU is, None if it is not known."""
+    import torch
+
+    return planner.cards.find(torch.cuda.get_device_name(device), torch.cuda.mem_get_info(device)[1])
 
 
 def free_bytes(device):

@@ -16,6 +16,7 @@ from ..runs.checkpoints import Checkpoints, read_state
 from ..runs.folder import RunDir
 from ..system.errors import InputError
 from ..system.events import note
+from ..system.storage import sha256
 from . import started_from
 
 _LENGTH = ("training.max_steps", "training.num_train_epochs")
@@ -62,7 +63,7 @@ def of_recipe(recipe: Recipe, prepared) -> dict:
     found["chat_template"] = _digest(str(tokenizer.chat_template).encode())
     start = started_from.folder_of(recipe.model)
     if start is not None:
-        found["adapter"] = _digest((start / methods.WEIGHTS).read_bytes())
+        found["adapter"] = sha256(start / methods.WEIGHTS)
     return json.loads(json.dumps(found))
 
 

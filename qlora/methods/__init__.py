@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import types
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,14 @@ def attach(model, section, seed=0, token_ids=(), checkpoint=None, examples=(), s
         attached = of(section).attach(model, section.from_zero(), seed, token_ids)
         of(section).fill(attached, adapter, ends)
     attached.trained_by = section
-    return attached
+    return _with_base(attached)
+
+
+def _with_base(model):
+    """Return `model`, which answers to PEFT's question for the model inside it where it is that model itself."""
+    if not hasattr(model, "get_base_model"):
+        model.get_base_model = types.MethodType(lambda self: self, model)
+    return model
 
 
 def trainable(model) -> Trainable:
@@ -129,7 +137,7 @@ def load(model, folder, token_ids=()):
         InputError: as `read` does; or any tensor finds no place in the model, or the other way round.
     """
     adapter = read(folder)
-    return _of_folder(folder, adapter.config).load(model, adapter, token_ids)
+    return _with_base(_of_folder(folder, adapter.config).load(model, adapter, token_ids))
 
 
 def add(model, folder, name):

@@ -14,16 +14,18 @@ import types
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from .. import base_model
-from ..system.errors import InputError, TrainingFailed
+from ..recipe import Bottleneck as Section
+from ..system.errors import InputError
 from ..system.storage import write_json
+from . import targets
 from .adapter import Adapter, refuse_unknown_settings
 from .contract import Description, Trainable, one_group
-from .folder import CONFIG, WEIGHTS
-from .peft_model import dtype_of
+from .folder import CONFIG, WEIGHTS, refuse_not_finite, write_weights
+from .peft_model import dtype_of, refuse_misfit
 
 # H hidden size, R size of the bottleneck
 
@@ -37,10 +39,7 @@ _NAME = "bottleneck"  # of the module beside the block
 
 def attach(model, section, seed=0, token_ids=(), checkpoint=None, examples=()):
     """See contract.Method; nothing is read from checkpoint and examples."""
-    if token_ids:
-        raise InputError(
-            "model.new_tokens: bottleneck adapters train no rows of an embedding; take lora, or leave it out"
-        )
+    targets.refuse_token_rows(token_ids, "a bottleneck adapter")
     model.requires_grad_(False)
     torch.manual_seed(seed)
     for place in _places(model, section.where):
@@ -117,8 +116,7 @@ class _Behind:
 
 
 def _with_switches(model):
-    """Return `model` with what a PeftModel has: `get_base_model`, `disable_adapter`, and `activate`."""
-    model.get_base_model = types.MethodType(lambda self: self, model)
+    """Return `model` with `disable_adapter`, which a PeftModel has, and `activate`."""
     model.activate = types.MethodType(_activate, model)
     model.disable_adapter = types.MethodType(_disabled, model)
     model._hf_peft_config_loaded = True  # transformers' Trainer refuses a 4-bit model without adapters, and asks this
@@ -166,15 +164,12 @@ def save(model, folder, base_name, revision):
         if isinstance(module, Bottlenecks)
         for part, parameter in module.adapters["default"].named_parameters()
     }
-    broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
-    if broken:
-        raise TrainingFailed(f"{len(broken)} adapter tensors contain non-finite values ({broken[0]}); not saved")
+    refuse_not_finite(tensors)
     folder = Path(folder)
     folder.mkdir(exist_ok=True)
     config = {"peft_type": _NAME.upper(), "base_model_name_or_path": str(base_name), "revision": revision}
     write_json(folder / CONFIG, config | {key: getattr(model.trained_by, key) for key in _FIELDS})
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    (folder / WEIGHTS).chmod((folder / CONFIG).stat().st_mode)  # safetensors ignores the umask: 0600
+    write_weights(folder, tensors)
 
 
 def _block_of(name):
@@ -184,8 +179,6 @@ def _block_of(name):
 
 
 def read(folder, config):
-    from ..recipe import Bottleneck as Section
-
     refuse_unknown_settings(folder, config, _FIELDS)
     try:
         Section(**{key: config[key] for key in _FIELDS})
@@ -230,8 +223,6 @@ def _fill(model, adapter, name):
 
 
 def _section_of(adapter):
-    from ..recipe import Bottleneck as Section
-
     return Section(**{key: adapter.config[key] for key in _FIELDS})
 
 
@@ -239,16 +230,11 @@ def _refuse_misfit(model, adapter, section, places):
     size = model.config.get_text_config().hidden_size
     shapes = {"down.weight": (section.size, size), "down.bias": (section.size,),
               "up.weight": (size, section.size), "up.bias": (size,)}  # fmt: skip
-    expected = {f"{place}.{part}": shape for place in places for part, shape in shapes.items()}
-    problems = [f"{name}: not in the base" for name in sorted(adapter.own.keys() - expected.keys())]
-    problems += [f"{name}: missing" for name in sorted(expected.keys() - adapter.own.keys())]
-    problems += [
-        f"{name}: {tuple(adapter.own[name].shape)}, the base needs {shape}"
-        for name, shape in sorted(expected.items())
-        if name in adapter.own and tuple(adapter.own[name].shape) != shape
-    ]
-    if problems:
-        raise InputError.listing(f"adapter {adapter.folder}: made for another base; it", problems)
+    # on the meta device: of their shapes alone
+    expected = {
+        f"{place}.{part}": torch.empty(shape, device="meta") for place in places for part, shape in shapes.items()
+    }
+    refuse_misfit(adapter.folder, adapter.own, expected)
 
 
 def _give(model, adapter, places, name):

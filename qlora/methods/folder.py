@@ -8,9 +8,12 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import torch
+from safetensors.torch import save_file
+
 from .. import base_model
 from ..system import bounded, files
-from ..system.errors import InputError
+from ..system.errors import InputError, TrainingFailed
 from ..system.storage import listed, write_json
 
 WEIGHTS, CONFIG, MANIFEST = "adapter_model.safetensors", "adapter_config.json", "manifest.json"
@@ -42,6 +45,19 @@ def read_config(folder):
         raise InputError(f"adapter {folder}: no {WEIGHTS}; copy or download it again")
     base_model.tensor_names(weights)
     return config
+
+
+def refuse_not_finite(tensors, what="adapter tensors"):
+    """Raise TrainingFailed, before anything is written, if a number in {name: tensor} is not finite. what: they are, in words."""
+    broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if broken:
+        raise TrainingFailed(f"{len(broken)} {what} contain non-finite values ({broken[0]}); not saved")
+
+
+def write_weights(folder, tensors):
+    """Write {name: tensor} as the weights of an adapter folder whose config is there already."""
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    (folder / WEIGHTS).chmod((folder / CONFIG).stat().st_mode)  # safetensors ignores the umask: 0600
 
 
 def seal(folder, base):

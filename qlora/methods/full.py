@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file
 
 from .. import base_model
-from ..system.errors import InputError, TrainingFailed
+from ..system.errors import InputError
 from ..system.storage import write_json
 from .adapter import Adapter
 from .contract import Description, Trainable, one_group
-from .folder import WHOLE
+from .folder import WHOLE, refuse_not_finite
 
 _SHARD = "5GB"
 
@@ -33,7 +33,7 @@ def attach(model, section, seed=0, token_ids=(), checkpoint=None, examples=()):
     trained = _chosen(model, section)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trained)
-    return _itself(model)
+    return model
 
 
 def _chosen(model, section):
@@ -47,12 +47,6 @@ def _chosen(model, section):
         known = sorted({name.split(".")[-2] for name in every})
         raise InputError.listing("the recipe", absent, f"this model has: {', '.join(known)}")
     return {name for names in found.values() for name in names}
-
-
-def _itself(model):
-    """Return a model without a wrapper, which answers to PEFT's question for what is inside one."""
-    model.get_base_model = types.MethodType(lambda self: self, model)
-    return model
 
 
 def trainable(model, section):
@@ -73,9 +67,7 @@ def _smallest(named):
 
 def save(model, folder, base_name, revision):
     """Write an ordinary model folder; raises TrainingFailed before anything is written if a number is not finite."""
-    broken = [name for name, parameter in model.named_parameters() if not torch.isfinite(parameter).all()]
-    if broken:
-        raise TrainingFailed(f"{len(broken)} tensors contain non-finite values ({broken[0]}); not saved")
+    refuse_not_finite(dict(model.named_parameters()), "tensors")
     model.save_pretrained(folder, max_shard_size=_SHARD)
     config = {"peft_type": "FULL", "modules": model.trained_by.modules, "base_model_name_or_path": str(base_name),
               "revision": revision}  # fmt: skip
@@ -99,7 +91,7 @@ def load(model, adapter, token_ids=()):
 
     _give(trained)
     model.disable_adapter = types.MethodType(disable_adapter, model)
-    return _itself(model.requires_grad_(False).eval())
+    return model.requires_grad_(False).eval()
 
 
 @torch.no_grad()

@@ -11,7 +11,6 @@ from typing import ClassVar
 
 import torch
 
-from ..system.errors import InputError
 from . import low_rank, peft_model, targets
 from .adapter import Sorted, refuse_unknown_settings
 from .contract import Description, Trainable, Update, one_group
@@ -30,10 +29,7 @@ def attach(model, section, seed=0, token_ids=(), checkpoint=None, examples=()):
     """See contract.Method; nothing is read from checkpoint and examples."""
     from peft import HiraConfig
 
-    if token_ids:
-        raise InputError(
-            "model.new_tokens: PEFT's HiRA trains no rows of an embedding; take lora, or leave new_tokens out"
-        )
+    targets.refuse_token_rows(token_ids, "PEFT's HiRA")
     layers, whole = targets.chosen(model, section, token_ids)
     low_rank.refuse_ranks(model, dict.fromkeys(layers, ("hira.r", section.r)))
     torch.manual_seed(seed)

@@ -31,10 +31,7 @@ def attach(model, section, seed=0, token_ids=(), checkpoint=None, examples=()):
     """See contract.Method; every factor starts at 1, so nothing depends on the seed, checkpoint and examples."""
     from peft import IA3Config
 
-    if token_ids:
-        raise InputError(
-            "model.new_tokens: PEFT's (IA)3 trains no rows of an embedding; take lora, or leave new_tokens out"
-        )
+    targets.refuse_token_rows(token_ids, "PEFT's (IA)3")
     section = _with_defaults(model, section)
     layers, whole = targets.chosen(model, section, token_ids)
     config = IA3Config(**peft_model.settings(model, layers, whole), feedforward_modules=_by_inputs(section, layers))

@@ -37,10 +37,7 @@ def attach(model, section, seed=0, token_ids=(), checkpoint=None, examples=()):
     """See contract.Method; every rotation starts as 1, so nothing depends on the seed, checkpoint and examples."""
     from peft import OFTConfig
 
-    if token_ids:
-        raise InputError(
-            "model.new_tokens: PEFT's OFT trains no rows of an embedding; take lora, or leave new_tokens out"
-        )
+    targets.refuse_token_rows(token_ids, "PEFT's OFT")
     layers, whole = targets.chosen(model, section, token_ids)
     _refuse_blocks(model, section, layers)
     config = OFTConfig(

@@ -13,12 +13,12 @@ import warnings
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from .. import base_model
 from ..base_model import text_generation
-from ..system.errors import InputError, TrainingFailed
-from .folder import CONFIG, PREFIX, WEIGHTS
+from ..system.errors import InputError
+from .folder import PREFIX, WEIGHTS, refuse_not_finite, write_weights
 
 # ---- made ------------------------------------------------------------------------------------------------------------
 
@@ -101,9 +101,7 @@ def named(peft_model, part):
 
 def save(model, folder, base_name, revision):
     """Write PEFT's adapter folder; raises TrainingFailed before anything is written if a number is not finite."""
-    broken = [n for n, p in model.named_parameters() if p.requires_grad and not torch.isfinite(p).all()]
-    if broken:
-        raise TrainingFailed(f"{len(broken)} adapter tensors contain non-finite values ({broken[0]}); not saved")
+    refuse_not_finite({name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad})
     tensors = _tensors(model)  # first: AdaLoRA's config is made ready for saving there
     config = copy.copy(model.peft_config["default"])
     config.base_model_name_or_path, config.revision, config.inference_mode = str(base_name), revision, True
@@ -114,8 +112,7 @@ def save(model, folder, base_name, revision):
     tensors = {
         key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()
     }
-    save_file(tensors, Path(folder) / WEIGHTS, metadata={"format": "pt"})
-    (Path(folder) / WEIGHTS).chmod((Path(folder) / CONFIG).stat().st_mode)  # safetensors ignores the umask: 0600
+    write_weights(Path(folder), tensors)
 
 
 def _tensors(peft_model):
@@ -169,7 +166,7 @@ def fill(model, adapter, ends=()):
     expected = _tensors(model)
     for end in ends:
         expected |= {key: place for key, place in base.items() if place is end}
-    _refuse_misfit(folder, tensors, expected)
+    refuse_misfit(folder, tensors, expected)
     untrained = {place: place.detach().clone() for place in base.values()}
     left = set_peft_model_state_dict(model, tensors).unexpected_keys
     assert not left, f"PEFT found no place for {left}"
@@ -181,7 +178,7 @@ def fill(model, adapter, ends=()):
     return untrained
 
 
-def _refuse_misfit(folder, tensors, expected):
+def refuse_misfit(folder, tensors, expected):
     """Raise InputError unless the tensors of a folder are those that the model expects, {key: tensor}, in name and shape."""
     problems = [f"{_shown(key)}: not in the base" for key in sorted(tensors.keys() - expected.keys())]
     problems += [f"{_shown(key)}: missing" for key in sorted(expected.keys() - tensors.keys())]
@@ -256,11 +253,7 @@ def add(model, adapter, name):
         InputError: an adapter for another base; or a kind that cannot lie beside another.
     """
     adapter.refuse_more_than_low_rank("cannot be loaded beside another adapter; open it by itself")
-    kinds = {config.peft_type.value for config in model.peft_config.values()}
-    if kinds != {adapter.config["peft_type"]}:
-        raise InputError(
-            f"adapter {adapter.folder}: {adapter.kind} cannot be loaded beside {', '.join(kinds)}; open it by itself"
-        )
+    refuse_another_kind(model, adapter)
     adapter.refuse_mismatch(shapes(model.get_base_model()), {}, {}, ())
     assert name not in model.peft_config, name  # PEFT would load over it
     left = model.load_adapter(str(adapter.folder), adapter_name=name).unexpected_keys
@@ -270,6 +263,15 @@ def add(model, adapter, name):
         if name in key.split("."):
             parameter.data = parameter.data.to(dtype)
     model.requires_grad_(False).eval()
+
+
+def refuse_another_kind(model, adapter):
+    """Raise InputError if an Adapter is of another kind than those that the model has."""
+    kinds = {config.peft_type.value for config in model.peft_config.values()}
+    if kinds != {adapter.config["peft_type"]}:
+        raise InputError(
+            f"adapter {adapter.folder}: {adapter.kind} cannot be loaded beside {', '.join(kinds)}; open it by itself"
+        )
 
 
 def activate(peft_model, name):

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from ..system.errors import InputError
-from . import peft_model
+from . import peft_model, targets
 from .adapter import Adapter, refuse_unknown_settings
 from .contract import Description, Trainable, one_group
 from .folder import CONFIG, WEIGHTS
@@ -29,16 +29,13 @@ _SILENT = ("prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_p
 
 def attach(model, section, seed=0, token_ids=(), checkpoint=None, examples=()):
     """See contract.Method. checkpoint: whose tokenizer reads prompt_tuning_init_text; examples: nothing is read from them."""
-    if token_ids:
-        raise InputError("model.new_tokens: prompt tuning trains no rows of an embedding; take lora, or leave it out")
+    targets.refuse_token_rows(token_ids, "prompt tuning")
     torch.manual_seed(seed)
-    text = section.prompt_tuning_init_text
-    if model.get_input_embeddings().weight.is_meta or checkpoint is None:
-        text = None
-    how = {"prompt_tuning_init": "SAMPLE_VOCAB" if text is None else "TEXT", "prompt_tuning_init_text": text,
+    on_meta = model.get_input_embeddings().weight.is_meta
+    text = None if on_meta or checkpoint is None else section.prompt_tuning_init_text
+    how = {"prompt_tuning_init": "RANDOM" if on_meta else "SAMPLE_VOCAB" if text is None else "TEXT",
+           "prompt_tuning_init_text": text,
            "tokenizer_name_or_path": None if text is None else str(checkpoint.folder)}  # fmt: skip
-    if model.get_input_embeddings().weight.is_meta:
-        how["prompt_tuning_init"] = "RANDOM"
     attached = _made(model, section.num_virtual_tokens, **how)
     config = attached.peft_config["default"]
     # done; and the folder need not name a path of this machine
@@ -157,10 +154,7 @@ def fill(model, adapter, ends=()):
 def add(model, adapter, name):
     from peft import PromptTuningConfig
 
-    if set(model.peft_config) and any(config.peft_type != "PROMPT_TUNING" for config in model.peft_config.values()):
-        raise InputError(
-            f"adapter {adapter.folder}: {adapter.kind} cannot be loaded beside another kind; open it by itself"
-        )
+    peft_model.refuse_another_kind(model, adapter)
     _refuse_another(model, adapter)
     number = adapter.config["num_virtual_tokens"]
     config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=number, prompt_tuning_init="RANDOM")

@@ -8,6 +8,12 @@ from .. import base_model
 from ..system.errors import InputError
 
 
+def refuse_token_rows(token_ids, who):
+    """Raise InputError where rows of new tokens are to be trained by a method, called `who` in words, that trains none."""
+    if token_ids:
+        raise InputError(f"model.new_tokens: {who} trains no rows of an embedding; take lora, or leave new_tokens out")
+
+
 def chosen(model, section, token_ids):
     """Return (full names of the layers that the method changes, full names of the modules in modules_to_save).
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import io
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import ValidationError, model_validator
 from ruamel.yaml import YAML
@@ -22,9 +22,6 @@ __all__ = [
     "Adalora", "Bottleneck", "Data", "Export", "Format", "Full", "Hira", "Ia3", "Lora", "Memory", "Method", "Model", "Oft",
     "PromptTuning", "Quantization", "Recipe", "Section", "Source", "Training", "as_yaml", "parse_size",
 ]  # fmt: skip
-
-
-_METHODS = [section.key for section in (Lora, Adalora, Ia3, Oft, Hira, Full, Bottleneck, PromptTuning)]
 
 
 class Recipe(Section):
@@ -66,10 +63,18 @@ class Recipe(Section):
         sections = {name: getattr(self, name) for name in type(self).model_fields}
         return {name: section for name, section in sections.items() if isinstance(section, Method)}
 
+    @classmethod
+    def _names_of_methods(cls):
+        """Return the names of the fields that may be a Method, lora first."""
+        kinds = {name: get_args(field.annotation) for name, field in cls.model_fields.items()}
+        return [
+            name for name, found in kinds.items() if any(isinstance(k, type) and issubclass(k, Method) for k in found)
+        ]
+
     @model_validator(mode="before")
     @classmethod
     def _lora_by_default(cls, values):
-        given = isinstance(values, dict) and [name for name in _METHODS if values.get(name) is not None]
+        given = isinstance(values, dict) and [name for name in cls._names_of_methods() if values.get(name) is not None]
         return {**values, "lora": {}} if given == [] and "lora" not in values else values
 
     @model_validator(mode="after")
@@ -78,7 +83,7 @@ class Recipe(Section):
         if len(given) > 1:
             raise ValueError(f"{', '.join(given[:-1])} and {given[-1]} exclude each other; keep one")
         if not given:
-            others = " or ".join(name for name in _METHODS if name != "lora")
+            others = " or ".join(name for name in self._names_of_methods() if name != "lora")
             raise ValueError(f"lora: null leaves nothing to train; leave it out for the defaults, or give {others}")
         return self
 

@@ -21,16 +21,19 @@ def device():
     if torch.ones(8, device="cuda").sum().item() != 8:
         return False, "the GPU adds eight ones to something else", "restart the machine; the card may be broken"
     capability = ".".join(map(str, torch.cuda.get_device_capability()))
-    bf16 = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no bfloat16 of its own"
+    from ... import base_model
+
+    card = torch.device("cuda", torch.cuda.current_device())
+    bf16 = "bfloat16" if base_model.computer(card).has_bfloat16 else "no bfloat16 of its own"
     name, total = torch.cuda.get_device_name(), torch.cuda.mem_get_info()[1]
     found = [name, size(total), f"compute capability {capability}", bf16, f"driver {driver()}"]
-    return True, ", ".join([*found, _as_planned(name)]), devices.remark()
+    return True, ", ".join([*found, _as_planned(card)]), devices.remark()
 
 
-def _as_planned(name):
-    from ... import planner
+def _as_planned(card):
+    from ..plan_job import card_of_device
 
-    known = planner.cards.find(name)
+    known = card_of_device(card)
     return f"planned as {known.name}" if known else "no card that the planner knows: memory is planned, speed is not"
 
 

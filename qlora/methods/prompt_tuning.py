@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import types
-import warnings
 
 import torch
 from safetensors.torch import load_file
@@ -83,11 +82,19 @@ def _forward(model, input_ids=None, attention_mask=None, labels=None, logits_to_
     return found
 
 
-def _generate(model, *args, **kwargs):
-    with warnings.catch_warnings():
-        # those of the text alone: PEFT computes them with the trained embeddings before it
-        warnings.filterwarnings("ignore", message="Position ids are not supported for parameter efficient tuning")
-        return type(model).generate(model, *args, **kwargs)
+def _generate(model, input_ids, attention_mask, **kwargs):
+    """The base's generate with the trained embeddings before the first token of each row, wherever its padding on the left ends.
+
+    PEFT 0.21 puts them before the padding, so that rows of unlike length answer something else together than alone.
+    """
+    base = model.get_base_model()
+    embedded = base.get_input_embeddings()(input_ids)
+    prompt_NH = model.get_prompt(batch_size=1)[0].to(embedded.dtype)
+    pads = (attention_mask == 0).sum(1).tolist()
+    rows = [torch.cat([row[:pad], prompt_NH, row[pad:]]) for row, pad in zip(embedded, pads, strict=True)]
+    mask = torch.cat([attention_mask, attention_mask.new_ones(len(rows), len(prompt_NH))], dim=1)
+    answers = base.generate(inputs_embeds=torch.stack(rows), attention_mask=mask, **kwargs)
+    return torch.cat([input_ids, answers], dim=1)
 
 
 def _activate(model, name):

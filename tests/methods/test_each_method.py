@@ -5,7 +5,8 @@ import torch
 from peft import HiraConfig, IA3Config, OFTConfig, PeftModel, get_peft_model
 
 from qlora import base_model, methods
-from qlora.recipe import Hira, Ia3, Lora, Oft
+from qlora.evaluation.generate import answers
+from qlora.recipe import Bottleneck, Hira, Ia3, Lora, Oft, PromptTuning
 from qlora.system.errors import InputError
 
 IDS = torch.arange(4, 60)[None]
@@ -153,3 +154,20 @@ def test_rows_of_new_tokens_are_refused(load_model, section):
 def test_what_no_layer_can_have_is_refused(load_model, section, said):
     with pytest.raises(InputError, match=said):
         methods.attach(load_model("llama"), section)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize(
+    "section", [PromptTuning(num_virtual_tokens=4), Bottleneck(size=8), Hira(r=4)], ids=lambda section: section.key
+)
+def test_answers_of_many_at_once_are_those_of_each_by_itself(trained, tokenizer, family, section):
+    # padded on the left, a trained prompt must stand before the words, not before the padding (huggingface/peft#1093)
+    model, _ = trained(family, section, quantized=False)
+    base_model.to_float32(model)
+    prompts = [list(range(4, 4 + length)) for length in (5, 40, 17, 1)]
+    together = answers(model, tokenizer, prompts, set(), 8)
+    assert together == [answers(model, tokenizer, [prompt], set(), 8)[0] for prompt in prompts]
+    with torch.no_grad():  # and the first word is the one that training's own forward pass finds the likeliest
+        for prompt, text in zip(prompts, together, strict=True):
+            first = model(input_ids=torch.tensor([prompt])).logits[0, -1].argmax()
+            assert text.startswith(tokenizer.decode([first], skip_special_tokens=True))

@@ -38,6 +38,8 @@ _HOME = {
     "inspect_data": "commands.data",
     "evaluate": "commands.eval",
     "export": "commands.export",
+    "compare": "commands.compare",
+    "compare_runs": "commands.compare",
     "adapters": "commands.adapters",
     "chat": "commands.chat",
     "push": "commands.push",

@@ -8,7 +8,7 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -136,7 +136,7 @@ def inspect_data(
     _run("inspect_data", as_json, _load(recipe, overrides), row, tokens, html)
 
 
-@app.command("eval", epilog="Example:  qlora eval runs/mine --data test.jsonl --json")
+@app.command("eval", epilog="Example:  qlora eval runs/mine --data test.jsonl --require 'exact_match>=0.8'")
 def evaluate(
     target: Target,
     overrides: Overrides = None,
@@ -144,10 +144,36 @@ def evaluate(
         str | None, typer.Option(help="file of rows to evaluate on; default: the run's held-out rows")
     ] = None,
     max_rows: Annotated[int, typer.Option(min=1, help="use the first N rows")] = 100,
+    metric: Annotated[
+        list[str] | None, typer.Option(help="a further metric of the answers, such as f1_macro; may be repeated")
+    ] = None,
+    extract: Annotated[
+        str | None, typer.Option(help="compare this part of answers: a regular expression, or Jinja with {{ answer }}")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="answers that are made together; fewer take less memory")] = 25,
+    forgetting: Annotated[
+        str | None,
+        typer.Option(metavar="FILE|built-in", help="measure how much loss rose on text that was not trained on"),
+    ] = None,
+    latency: Annotated[bool, typer.Option("--latency", help="measure the time of an answer's token")] = False,
+    require: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME>=NUMBER", help="exit with code 4 unless it is so; may be repeated"),
+    ] = None,
+    max_forgetting: Annotated[
+        float | None, typer.Option(help="exit with code 4 if that loss rose by more, in nats a token")
+    ] = None,
     as_json: Json = False,
 ):
-    """Measure loss, perplexity and exact matches on held-out rows; for a run, before and after training."""
-    _run("evaluate", as_json, target, data, overrides or (), max_rows)
+    """Measure loss, perplexity and right answers on held-out rows; for a run, before and after training."""
+    asked: dict[str, Any] = {
+        "metrics": metric or (),
+        "extract": extract,
+        "batch_size": batch_size,
+        "forgetting": forgetting,
+    }
+    asked |= {"latency": latency, "require": require or (), "max_forgetting": max_forgetting}
+    _run("evaluate", as_json, target, data, overrides or (), max_rows, **asked)
 
 
 @app.command(epilog="Example:  qlora export runs/mine --out models/mine --dtype bfloat16")
@@ -222,6 +248,31 @@ def adapters(
 ):
     """List runs, checkpoints and adapters with what they were trained on and how good they are."""
     _run("adapters", as_json, folder)
+
+
+@app.command(epilog="Example:  qlora compare comparisons/methods.yaml --resume")
+def compare(
+    targets: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="COMPARISON|RUN RUN",
+            help="a YAML file of variants, then field=value to change it; or two finished runs",
+        ),
+    ],
+    resume: Annotated[bool, typer.Option("--resume", help="go on with the comparison in its output_dir")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="only plan: which fit, and how long it will take")] = False,
+    as_json: Json = False,
+):
+    """Train variants x settings x seeds of a recipe and put them into one table; or show two runs side by side."""
+    from .runs.folder import RunDir
+
+    first, *others = targets
+    if not RunDir.is_run(first):
+        _run("compare", as_json, first, others, resume, dry_run)
+    elif len(others) != 1 or resume or dry_run:
+        raise InputError("two runs are compared by themselves: qlora compare RUN RUN")
+    else:
+        _run("compare_runs", as_json, first, others[0])
 
 
 @app.command(epilog='Example:  qlora chat runs/mine --prompt "What can you do?"')

@@ -1,38 +1,46 @@
-"""qlora eval: loss, perplexity and task metrics on held-out rows; for a run, before and after training."""
+"""qlora eval: loss, perplexity and task metrics on held-out rows, with intervals; for a run, before and after training."""
 
 from __future__ import annotations
 
+import contextlib
+import json
 import shlex
 from pathlib import Path
 
 from .. import base_model, data
-from ..evaluation.scores import score
-from ..jobs.eval_rows import held_out_rows
+from ..data import masked_examples
+from ..evaluation import latency, scores
+from ..evaluation.asked import BATCH_SIZE, BUILT_IN, Asked
+from ..jobs.eval_rows import general_rows, held_out_rows
 from ..jobs.opened_model import open_subject
 from ..system import launched
 from ..system.devices import say_device
 from ..system.errors import InputError
-from ..system.storage import write_json
+from ..system.events import note
+from ..system.storage import write_json, write_text
 from ..terminal import shown
-from ..terminal.tables import table
+from ..terminal.evaluation import show_result
 
 MAX_ROWS = 100  # of the run's own score
 
 
 @shown()
-def evaluate(target, data_file=None, overrides=(), max_rows=MAX_ROWS) -> dict:
-    """Return {"loss", "perplexity", "tokens", "rows", "metrics", "before", "data"} of a run or a model on held-out rows.
+def evaluate(target, data_file=None, overrides=(), max_rows=MAX_ROWS, **asked) -> dict:
+    """Return {"loss", "loss_interval", "perplexity", "tokens", "rows", "metrics", "before", "change", "data"} of a run or a
+    model on held-out rows; with `forgetting` or `latency` those too.
 
     target: a run folder, a model folder or a hub name. data_file: rows to use; by default the first `max_rows` of those
-    that the run has held out, which it knows by their content. For a run, "before" has the same keys for its base without
-    the adapter, and the run's own score is written to eval.json; that of a `data_file` or of another number of rows goes
-    into evals/. "data": what it was measured on.
-    Loss is in nats a trained token; metrics are shares of greedy answers: `exact_match`, and `json_fields` where every
-    reference is a JSON object.
+    that the run has held out, which it knows by their content. asked: of evaluation.asked.Asked. For a run, "before" has the
+    same keys for its base without the adapter, "change" what differs; the run's own score is written to eval.json and its
+    answers to answers.jsonl; those of a `data_file`, or of another number of rows, into evals/. "data": what it is of.
+    Loss is in nats a trained token; metrics are {"value", "low", "high"} of greedy answers: `exact_match`, and `json_fields`
+    where every reference is a JSON object. Intervals are of 95 %, over rows.
 
     Raises:
         InputError: no such target, no rows to evaluate on, or held-out rows that are no longer in their file.
+        ProofFailed: what is required was not met; the result is written all the same.
     """
+    wanted = Asked(**asked)
     launched.refuse_several(f"qlora eval {target}")
     say_device()
     subject = open_subject(target, overrides)
@@ -43,46 +51,90 @@ def evaluate(target, data_file=None, overrides=(), max_rows=MAX_ROWS) -> dict:
         raise InputError(f"no rows left to evaluate on in {source}: all were dropped; `qlora data` shows why")
     base_model.refuse_rows(rows, subject.model.config)
     conversations = data.conversations(rows)
-    of = (subject.model, subject.tokenizer, subject.stops)
-    result = {"rows": len(conversations), **score(*of, rows, conversations)}
-    if subject.run is not None:
-        with subject.model.disable_adapter():
-            result["before"] = score(*of, rows, conversations, "answering without the adapter")
+    before, after = _measured(subject, rows, conversations, wanted)
+    result = {"rows": len(conversations), **after.to_json()}
+    if before is not None:
+        result |= {"before": before.to_json(), "change": after.since(before)}
+    result |= _beside(subject, conversations, wanted)
     result["data"] = {
         "files": [{"path": str(part.path), "sha256": part.digest} for part in rows.parts],
         "held_out": data_file is None,
         "rows": len(conversations),
         "rows_in_all": len(all_rows.one_each()),
-        "command": _command(target, data_file, overrides, max_rows),
+        "command": _command(target, data_file, overrides, max_rows, wanted),
     }
     if subject.run is not None:
-        place = _place(subject.run, result["data"], max_rows)
-        place.parent.mkdir(exist_ok=True)
-        write_json(place, result)
-    _show(target, result)
+        _write(subject.run, result, max_rows, _answers(conversations, before, after))
+    show_result(target, result)
+    wanted.check(result)
     return result
 
 
-def _place(run, measured, max_rows):
-    """Return the file for a score: eval.json for the run's own, else one in evals/ named after what it is of."""
+def _measured(subject, rows, conversations, wanted):
+    """Return the Scores (before, after) of a run; (None, Score) of a plain model."""
+    of = (subject.model, subject.tokenizer, subject.stops, rows, conversations, wanted)
+    after = scores.score(*of)
+    if subject.run is None:
+        return None, after
+    with subject.model.disable_adapter():
+        return scores.score(*of, what="answering without the adapter"), after
+
+
+def _beside(subject, conversations, wanted):
+    """Return {"forgetting": ...} and {"latency": ...}, where they are asked for."""
+    found = {}
+    if wanted.general_text is not None:
+        rows = general_rows(subject, wanted.general_text)
+        found["forgetting"] = scores.forgetting(subject.model, rows, subject.run is not None)
+        found["forgetting"]["data"] = BUILT_IN if wanted.forgetting in (None, BUILT_IN) else wanted.forgetting
+    asked = [conversation for conversation in conversations if conversation.messages] if wanted.latency else []
+    if asked:
+        prompt = masked_examples.encode_prompt(subject.tokenizer, asked[0].messages[:-1], asked[0].tools)
+        found["latency"] = latency.seconds_of(subject.model, subject.tokenizer, prompt)
+    elif wanted.latency:
+        note("no latency: the rows are plain text, to which there is no answer")
+    return found
+
+
+def _answers(conversations, before, after):
+    """Return a JSON object for each row: the prompt, what was expected and answered, and the parts of the metrics."""
+    found = []
+    for number, conversation in enumerate(conversations):
+        one = {"prompt": conversation.messages[:-1]} if after.answers else {"text": conversation.text}
+        if after.answers:
+            one["expected"] = after.references[number]
+        for name, score in (("before", before), ("after", after)):
+            if score is not None:
+                one[name] = {"answer": score.answers[number]} if score.answers else {}
+                one[name]["loss"] = score.loss_N2[number].tolist()
+                one[name] |= {key: parts[number].tolist() for key, parts in score.parts.items()}
+        found.append(one)
+    return found
+
+
+def _write(run, result, max_rows, answers):
+    """Write the run's own score to eval.json and its answers to answers.jsonl, others into evals/ under a name of their own."""
+    measured = result["data"]
     if measured["held_out"] and max_rows == MAX_ROWS:
-        return run.eval_file
-    first = measured["files"][0]
-    name = "held-out" if measured["held_out"] else f"{Path(first['path']).stem}-{first['sha256'][:8]}"
-    return run.evals / (f"{name}.json" if max_rows == MAX_ROWS else f"{name}-{max_rows}-rows.json")
+        place, beside = run.eval_file, run.answers_file
+    else:
+        first = measured["files"][0]
+        name = "held-out" if measured["held_out"] else f"{Path(first['path']).stem}-{first['sha256'][:8]}"
+        name = name if max_rows == MAX_ROWS else f"{name}-{max_rows}-rows"
+        place, beside = run.evals / f"{name}.json", run.evals / f"{name}-answers.jsonl"
+    place.parent.mkdir(exist_ok=True)
+    with contextlib.suppress(FileNotFoundError):
+        place.unlink()  # never a score beside answers of another
+    write_text(beside, "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in answers))
+    write_json(place, result)
 
 
-def _command(target, data_file, overrides, max_rows):
+def _command(target, data_file, overrides, max_rows, wanted):
     options = [] if data_file is None else ["--data", str(data_file)]
     options += [] if max_rows == MAX_ROWS else ["--max-rows", str(max_rows)]
+    options += [part for name in wanted.metrics for part in ("--metric", name)]
+    options += [] if wanted.extract is None else ["--extract", wanted.extract]
+    options += [] if wanted.batch_size == BATCH_SIZE else ["--batch-size", str(wanted.batch_size)]
+    options += [] if wanted.forgetting is None else ["--forgetting", str(wanted.forgetting)]
+    options += ["--latency"] if wanted.latency else []
     return shlex.join(["qlora", "eval", str(target), *overrides, *options])
-
-
-def _show(target, result):
-    before = result.get("before")
-    header = ["", "before", "after"] if before else ["", str(target)]
-    columns = [before, result] if before else [result]
-    rows = [[name, *(f"{column[name]:.4f}" for column in columns)] for name in ("loss", "perplexity")]
-    for name in result["metrics"]:
-        rows.append([name.replace("_", " "), *(f"{column['metrics'][name]:.1%}" for column in columns)])
-    table(f"{result['rows']} held-out rows, {result['tokens']} answer tokens", header, rows)

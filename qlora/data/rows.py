@@ -72,7 +72,7 @@ class Rows(Sequence):
         """The last trained token of each Example, as an array; -1 where none is trained."""
         return self.numbers("last")
 
-    def _row_numbers(self):
+    def row_numbers(self):
         """Return for each Example the number, from 0, of the row that it comes from; long rows may have several."""
         lines, parts = self.lines, self.part_of
         new = (lines[1:] != lines[:-1]) | (parts[1:] != parts[:-1])
@@ -80,11 +80,11 @@ class Rows(Sequence):
 
     def first_rows(self, count):
         """Return the Rows of the first `count` rows of the files."""
-        return self[self._row_numbers() < count]
+        return self[self.row_numbers() < count]
 
     def one_each(self):
         """Return the Rows without the second and later Examples of one row of a file."""
-        return self[np.diff(self._row_numbers(), prepend=-1) > 0]
+        return self[np.diff(self.row_numbers(), prepend=-1) > 0]
 
     def _gathered(self, column, dtype):
         out = np.empty(len(self), dtype)

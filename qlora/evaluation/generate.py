@@ -7,9 +7,10 @@ import torch
 from .. import base_model
 from ..system.errors import InputError, Interrupted
 from ..system.events import progress
+from .asked import BATCH_SIZE
 
 
-def answers(model, tokenizer, prompts, stops, max_new_tokens, batch_size=25, what="answering"):
+def answers(model, tokenizer, prompts, stops, max_new_tokens, batch_size=BATCH_SIZE, what="answering"):
     """Return the answer text to each prompt (lists of token ids), decoded greedily, in the order given.
 
     Prompts of like length share a batch (padded on the left), whatever their order. what: the progress is of.

@@ -1,8 +1,7 @@
-"""What is measured of a model: loss on held-out rows, distance between two models, and whether answers are right."""
+"""What is measured of a model: loss on held-out rows, and distance between two models. Answers: answer_metrics.py."""
 
 from __future__ import annotations
 
-import json
 import math
 
 import torch
@@ -15,59 +14,22 @@ from ..data import IGNORE_INDEX
 POSITIONS_AT_ONCE = 16  # where copies of (positions, V) are made
 
 
-def exact_match(answers, references):
-    """Return the share of answers equal to their reference, white space at the ends aside."""
-    return sum(a.strip() == r.strip() for a, r in zip(answers, references, strict=True)) / len(references)
-
-
-def json_fields(answers, references):
-    """Return the share of the references' fields that the answers have right, or None if a reference is no object.
-
-    Compared as JSON values, so the order of keys and white space do not matter; an answer that is not an object has
-    no field right.
-    """
-    expected = [_object(reference) for reference in references]
-    if not all(expected):
-        return None
-    right = total = 0
-    for answer, fields in zip(answers, expected, strict=True):
-        found = _object(answer)
-        right += sum(key in found and found[key] == value for key, value in fields.items())
-        total += len(fields)
-    return right / total
-
-
-def _object(text):
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-def task_metrics(answers, references):
-    """Return {name: value in 0..1} of the metrics that fit the references."""
-    found = {"exact_match": exact_match(answers, references), "json_fields": json_fields(answers, references)}
-    return {name: value for name, value in found.items() if value is not None}
-
-
 def perplexity(loss):
     """Return exp(loss), and infinity where that overflows a float."""
     return math.exp(loss) if loss < 700 else math.inf
 
 
 @torch.no_grad()
-def mean_loss(model, examples):
-    """Return (mean cross entropy in nats over the trained tokens, their count), one row at a time in float32."""
-    total, count = 0.0, 0
+def losses(model, examples):
+    """Return [(summed cross entropy in nats, trained tokens)] of each example, one at a time in float32."""
+    found = []
     for example in examples:
         labels = torch.tensor(example.labels[1:], device=model.device)
         columns = (labels != IGNORE_INDEX).nonzero().flatten()
         ids = torch.tensor([example.input_ids], device=model.device)
         logits_TV = model(input_ids=ids, use_cache=False, logits_to_keep=columns).logits[0].float()
-        total += F.cross_entropy(logits_TV, labels[columns], reduction="sum").item()
-        count += len(columns)
-    return total / count, count
+        found.append((F.cross_entropy(logits_TV, labels[columns], reduction="sum").item(), len(columns)))
+    return found
 
 
 @torch.no_grad()

@@ -1,33 +1,115 @@
-"""A model on held-out rows: its loss, its answers, and how many of them are right."""
+"""A model on held-out rows: its loss, its answers, how many of them are right, and how sure that is."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
 
 from .. import data
 from ..data import masked_examples
-from . import generate, metrics
+from ..system.errors import InputError
+from . import answer_metrics, generate, intervals, metrics
+from .answer_metrics import AnswerMetric
+from .asked import Asked
+from .intervals import with_interval
+
+LOSS = "loss"
 
 
-def score(model, tokenizer, stops, rows, conversations, what="answering") -> dict:
-    """Return {"loss", "perplexity", "tokens", "metrics"} of a model on `rows`, data.Rows.
+@dataclass(frozen=True)
+class Score:
+    """What was measured on N rows.
 
-    conversations: those that the rows come from, one each.
-    Loss is in nats a trained token; metrics are shares of greedy answers: `exact_match`, and `json_fields` where every
-    reference is a JSON object; none where a row is plain text. stops: ids that end an answer. what: the progress is of.
+    loss_N2: (nats, trained tokens) of each. answers, references: N texts, empty where rows are plain text. metrics: by name.
+    parts: {name of a metric: (N, K)}, see answer_metrics.
     """
-    loss, tokens = metrics.mean_loss(model, rows)
-    found = {}
-    if all(conversation.messages for conversation in conversations):  # plain text has no question
-        prompts = [
-            masked_examples.encode_prompt(tokenizer, conversation.messages[:-1], conversation.tools)
-            for conversation in conversations
-        ]
-        references = [_reference(tokenizer, conversation) for conversation in conversations]
-        longest = max(len(tokenizer(text, add_special_tokens=False).input_ids) for text in references)
-        answers = generate.answers(model, tokenizer, prompts, stops, max_new_tokens=longest + 16, what=what)
-        found = metrics.task_metrics(answers, references)
-    return {"loss": loss, "perplexity": metrics.perplexity(loss), "tokens": tokens, "metrics": found}
+
+    loss_N2: np.ndarray
+    answers: Sequence[str] = ()
+    references: Sequence[str] = ()
+    metrics: Mapping[str, AnswerMetric] = field(default_factory=dict)
+    parts: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+    def to_json(self) -> dict:
+        """Return {"loss", "loss_interval", "perplexity", "tokens", "metrics": {name: {"value", "low", "high"}}}."""
+        loss = mean(_summed(self.loss_N2))
+        return {
+            "loss": loss,
+            "loss_interval": list(intervals.interval(mean, self.loss_N2)),
+            "perplexity": metrics.perplexity(loss),
+            "tokens": int(self.loss_N2[:, 1].sum()),
+            "metrics": {
+                name: with_interval(
+                    metric.value(_summed(self.parts[name])), *intervals.interval(metric.value, self.parts[name])
+                )
+                for name, metric in self.metrics.items()
+            },
+        }
+
+    def since(self, before: Score) -> dict:
+        """Return {"loss" or a metric: {"value", "low", "high"}} of the change from `before`, which is of the same rows."""
+        of = {LOSS: (mean, before.loss_N2, self.loss_N2)}
+        of |= {name: (metric.value, before.parts[name], self.parts[name]) for name, metric in self.metrics.items()}
+        return {
+            name: with_interval(
+                value(_summed(then_now[1])) - value(_summed(then_now[0])), *intervals.difference(value, *then_now)
+            )
+            for name, (value, *then_now) in of.items()
+        }
+
+
+def mean(sums):
+    """Return the ratio of two sums: nats a token."""
+    return float(sums[0] / sums[1])
+
+
+def _summed(parts):
+    """Return the sums over rows, one row after another: what a loss was before there were parts, to the bit."""
+    return np.add.accumulate(parts)[-1]
+
+
+def score(model, tokenizer, stops, rows, conversations, asked=Asked(), what="answering") -> Score:  # noqa: B008 (frozen)
+    """Return the Score of a model on `rows`, data.Rows.
+
+    conversations: those that the rows come from, one each; plain text has no question, and so no answer. Loss is in nats a
+    trained token; answers are greedy. stops: ids that end an answer. what: the progress is of.
+    """
+    losses = np.zeros((len(conversations), 2))
+    np.add.at(losses, rows.row_numbers(), np.array(metrics.losses(model, rows)))
+    if not all(conversation.messages for conversation in conversations):
+        return Score(losses)
+    prompts = [
+        masked_examples.encode_prompt(tokenizer, conversation.messages[:-1], conversation.tools)
+        for conversation in conversations
+    ]
+    references = [_reference(tokenizer, conversation) for conversation in conversations]
+    longest = max(len(tokenizer(text, add_special_tokens=False).input_ids) for text in references)
+    answers = generate.answers(
+        model, tokenizer, prompts, stops, max_new_tokens=longest + 16, batch_size=asked.batch_size, what=what
+    )
+    cut = asked.cut
+    compared = [list(map(cut, texts)) if cut else texts for texts in (answers, references)]
+    if cut and not any(compared[1]):
+        raise InputError(f"--extract {asked.extract!r} finds nothing in any of the {len(references)} expected answers")
+    chosen = answer_metrics.fitting(compared[1])
+    chosen |= {name: answer_metrics.named(name, compared[1]) for name in asked.metrics}
+    parts = {name: answer_metrics.parts(metric, *compared) for name, metric in chosen.items()}
+    return Score(losses, answers, references, chosen, parts)
+
+
+def forgetting(model, rows, adapted) -> dict:
+    """Return {"after", "tokens"}: the loss on `rows` that were not trained on, nats a token; where a model is `adapted`, with
+    its loss "before", and the rise since then as {"value", "low", "high"}."""
+    after = np.array(metrics.losses(model, rows))
+    found = {"after": mean(_summed(after)), "tokens": int(after[:, 1].sum())}
+    if not adapted:
+        return found | with_interval(0.0, 0.0, 0.0)
+    with model.disable_adapter():
+        before = np.array(metrics.losses(model, rows))
+    found["before"] = mean(_summed(before))
+    return found | with_interval(found["after"] - found["before"], *intervals.difference(mean, before, after))
 
 
 def _reference(tokenizer, conversation):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .. import data
+from .. import base_model, data
 from ..recipe import Data
 from ..system.errors import InputError
 
@@ -37,3 +37,15 @@ def held_out_rows(subject, data_file=None):
             "on other rows. Restore the file, or evaluate on other rows with --data FILE"
         )
     return rows[np.isin(found, keys)]
+
+
+def general_rows(subject, file):
+    """Return the data.Rows of `file` that a Subject's forgetting is measured on; none longer than its own rows may be."""
+    recipe = subject.recipe
+    length = {"max_length": recipe.data.max_length} if recipe else {}
+    section = Data.of_file(file, {**length, "on_bad_row": "error"})
+    rows = data.Rows(data.load(section.train, subject.tokenizer, section, seed=0))
+    if not len(rows):
+        raise InputError(f"no rows to measure forgetting on in {file}")
+    base_model.refuse_rows(rows, subject.model.config)
+    return rows

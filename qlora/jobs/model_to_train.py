@@ -90,7 +90,9 @@ def open_trainable(prepared, fingerprint, resumed=None, tokens=None) -> ModelToT
             prepared.examples,
             started_from.folder_of(recipe.model),
         )
+    trainable, total = base_model.num_parameters(model)
     found = environment(model.device) | {
+        "parameters": {"trainable": trainable, "total": total},
         "base_model": {
             "name_or_path": checkpoint.name_or_path,
             "folder": str(checkpoint.folder.resolve()),

@@ -63,14 +63,13 @@ def _measured(run):
     held_out = [line.eval_loss for line in lines if isinstance(line, record.Evaluation)]
     rows = [["loss in training, first and last step", f"{losses[0]:.4f}", f"{losses[-1]:.4f}"]] if losses else []
     rows += [["held-out loss at the end", "", f"{held_out[-1]:.4f}"]] if held_out else []
-    if run.eval_file.is_file():
-        after = json.loads(run.eval_file.read_text(encoding="utf-8"))
+    if (after := run.scores()) is not None:
         before = after["before"]
         where = f" on {after['rows']} rows (qlora eval)"
         rows.append([f"loss{where}", f"{before['loss']:.4f}", f"{after['loss']:.4f}"])
         rows += [
-            [f"{name.replace('_', ' ')}{where}", f"{before['metrics'][name]:.1%}", f"{value:.1%}"]
-            for name, value in after["metrics"].items()
+            [f"{name.replace('_', ' ')}{where}", f"{before['metrics'][name]['value']:.1%}", f"{metric['value']:.1%}"]
+            for name, metric in after["metrics"].items()
         ]
     return rows
 

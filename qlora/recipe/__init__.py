@@ -64,7 +64,7 @@ class Recipe(Section):
         return {name: section for name, section in sections.items() if isinstance(section, Method)}
 
     @classmethod
-    def _names_of_methods(cls):
+    def names_of_methods(cls):
         """Return the names of the fields that may be a Method, lora first."""
         kinds = {name: get_args(field.annotation) for name, field in cls.model_fields.items()}
         return [
@@ -74,7 +74,7 @@ class Recipe(Section):
     @model_validator(mode="before")
     @classmethod
     def _lora_by_default(cls, values):
-        given = isinstance(values, dict) and [name for name in cls._names_of_methods() if values.get(name) is not None]
+        given = isinstance(values, dict) and [name for name in cls.names_of_methods() if values.get(name) is not None]
         return {**values, "lora": {}} if given == [] and "lora" not in values else values
 
     @model_validator(mode="after")
@@ -83,7 +83,7 @@ class Recipe(Section):
         if len(given) > 1:
             raise ValueError(f"{', '.join(given[:-1])} and {given[-1]} exclude each other; keep one")
         if not given:
-            others = " or ".join(name for name in self._names_of_methods() if name != "lora")
+            others = " or ".join(name for name in self.names_of_methods() if name != "lora")
             raise ValueError(f"lora: null leaves nothing to train; leave it out for the defaults, or give {others}")
         return self
 

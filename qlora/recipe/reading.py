@@ -14,21 +14,23 @@ _NO_SECRETS = (
 )
 
 
-def from_file(path, overrides):
+def from_file(path, overrides, what="recipe"):
     """Return (nested values, {place in them: line}) of the YAML file `path` with `section.field=value` strings laid over it.
 
-    A recipe that lies in a run folder means that folder, wherever it was moved or copied (moved.py).
+    what: the file is, for messages. A recipe that lies in a run folder means that folder, wherever it was moved or copied
+    (moved.py).
 
     Raises:
         InputError: it is not there, is no YAML mapping, or holds what no recipe may hold.
     """
     try:
-        text = files.read(path, "the recipe")
+        text = files.read(path, f"the {what}")
     except FileNotFoundError:
-        raise InputError(f"no recipe at {path}; give the path of a YAML file") from None
+        raise InputError(f"no {what} at {path}; give the path of a YAML file") from None
     values, lines = yaml_document.parse(text, path)
     if not isinstance(values, dict):
-        raise InputError(f"{path}: a recipe is one YAML mapping with sections model, data, output_dir, ...")
+        fields = "base, variants, output_dir, ..." if what == "comparison" else "sections model, data, output_dir, ..."
+        raise InputError(f"{path}: a {what} is one YAML mapping with {fields}")
     moved.settle(values, path)
     return with_overrides(path, values, lines, overrides)
 

@@ -13,6 +13,7 @@ metrics.jsonl     one JSON object a logged step; TensorBoard events in tensorboa
 proof_rows.json   token ids of the rows that export's proof uses, so that it needs no data file
 data_report.json
 eval.json         the score on the run's own held-out rows, and what they were
+answers.jsonl     its answers: an object a row, with what was asked and expected, and what each answer counts
 evals/            scores on other rows, never taken for the run's own
 """
 
@@ -41,6 +42,7 @@ class RunDir:
         self.data_report_file = self.path / "data_report.json"
         self.proof_rows_file = self.path / "proof_rows.json"
         self.eval_file = self.path / "eval.json"
+        self.answers_file = self.path / "answers.jsonl"
         self.evals = self.path / "evals"
         self.checkpoints = self.path / "checkpoints"
         self.lock_file = self.path / "lock"
@@ -137,6 +139,23 @@ class RunDir:
 
     def environment(self):
         return self._read(self.environment_file)
+
+    def scores(self):
+        """Return what eval.json says, metrics as {"value", "low", "high"}; None where there is none.
+
+        Older versions wrote a metric as a number, without its interval.
+        """
+        if not self.eval_file.is_file():
+            return None
+        found = self._read(self.eval_file)
+        try:
+            for one in filter(None, (found, found.get("before"))):
+                for name, metric in one["metrics"].items():
+                    if not isinstance(metric, dict):
+                        one["metrics"][name] = {"value": float(metric), "low": None, "high": None}
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise InputError(f"{self.eval_file}: {error!r}; the run folder is damaged") from None
+        return found
 
     def proof_rows(self):
         return self._read(self.proof_rows_file)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from .. import methods
@@ -54,8 +53,8 @@ def _of_run(folder):
             entry["steps"] = line.step
             entry["loss"] = getattr(line, "loss", entry["loss"])
             entry["eval_loss"] = getattr(line, "eval_loss", entry["eval_loss"])
-        if run.eval_file.is_file():
-            entry["metrics"] = json.loads(run.eval_file.read_text(encoding="utf-8"))["metrics"]
+        if (scores := run.scores()) is not None:
+            entry["metrics"] = scores["metrics"]
     except (OSError, ValueError, KeyError, QLoRAError) as error:
         if entry["state"] == "finished":
             entry["state"] = f"damaged: {str(error).splitlines()[0]}"

@@ -8,7 +8,9 @@ from qlora.commands.adapters import adapters
 from qlora.commands.eval import evaluate
 from qlora.commands.train import train
 from qlora.data.sources import File
-from qlora.system.errors import InputError
+from qlora.evaluation import generate
+from qlora.jobs import run_facts
+from qlora.system.errors import InputError, ProofFailed
 from tests.conftest import messages, write_jsonl
 
 
@@ -62,12 +64,123 @@ def test_other_rows_never_become_the_runs_own_score(make_recipe, tmp_path):
     found = evaluate(run.path, other)
     few = evaluate(run.path, max_rows=2)
     assert json.loads(run.eval_file.read_text()) == own
-    written = {path.name: json.loads(path.read_text()) for path in run.evals.iterdir()}
     digest = File(str(other), None).digest()
-    assert written == {f"other rows-{digest[:8]}.json": found, "held-out-2-rows.json": few}
+    expected = {f"other rows-{digest[:8]}": found, "held-out-2-rows": few}
+    assert {path.name for path in run.evals.iterdir()} == {
+        name + end for name in expected for end in (".json", "-answers.jsonl")
+    }
+    assert {name: json.loads((run.evals / f"{name}.json").read_text()) for name in expected} == expected
     assert found["data"]["held_out"] is False
     assert found["data"]["files"] == [{"path": str(other), "sha256": digest}]
     assert found["data"]["command"] == f"qlora eval {run.path} --data '{other}'"
     assert few["data"] | {"rows_in_all": 6, "rows": 2, "held_out": True} == few["data"]
     [listed] = [entry for entry in adapters(tmp_path) if entry["path"] == str(run.path)]
     assert listed["metrics"] == own["metrics"]
+
+
+def test_every_answer_is_kept_beside_the_score_with_what_it_counts(make_recipe):
+    run = train(make_recipe())
+    result = evaluate(run.path)
+    rows = [json.loads(line) for line in run.answers_file.read_text().splitlines()]
+    assert len(rows) == result["rows"] == 6
+    for row in rows:
+        [question] = row["prompt"]
+        assert question["role"] == "user"
+        assert row["expected"].startswith(question["content"][8:].split(" plus")[0])
+        assert row["after"]["exact_match"] == [float(row["after"]["answer"].strip() == row["expected"]), 1.0]
+    for name, score in (("before", result["before"]), ("after", result)):
+        nats, tokens = map(sum, zip(*(row[name]["loss"] for row in rows), strict=True))
+        assert score["loss"] == pytest.approx(nats / tokens, rel=1e-12)
+        assert score["tokens"] == tokens
+        low, high = score["loss_interval"]
+        assert low < score["loss"] < high
+    change = result["change"]["loss"]
+    assert change["value"] == pytest.approx(result["loss"] - result["before"]["loss"])
+    assert change["low"] < change["value"] < change["high"]
+    assert set(result["change"]) == {"loss", "exact_match"}
+
+
+def test_a_gate_fails_with_both_numbers_after_the_score_is_written(make_recipe):
+    run = train(make_recipe())
+    met = evaluate(run.path, require=["loss>0", "exact_match<=1"], max_forgetting=100.0)
+    run.eval_file.unlink()
+    with pytest.raises(ProofFailed) as failed:
+        evaluate(run.path, require=["loss > 100", "exact_match>=0.9", "perplexity>1"], max_forgetting=100)
+    assert str(failed.value).splitlines() == [
+        "the evaluation does not meet what is required:",
+        f"  loss is {met['loss']:.4f}, required is > 100",
+        "  exact_match is 0.0000, required is >= 0.9",
+    ]
+    assert failed.value.exit_code == 4
+    assert json.loads(run.eval_file.read_text())["loss"] == met["loss"]
+
+
+def test_forgetting_is_the_rise_of_the_loss_on_other_text(make_recipe, tmp_path):
+    run = train(make_recipe())
+    own = write_jsonl(tmp_path / "general.jsonl", [{"text": f"Some words about the number {n}."} for n in range(5)])
+    found = evaluate(run.path, forgetting=str(own), latency=True)
+    forgotten = found["forgetting"]
+    assert forgotten["value"] == forgotten["after"] - forgotten["before"] != 0
+    assert forgotten["low"] <= forgotten["value"] <= forgotten["high"]
+    assert forgotten["data"] == str(own)
+    assert evaluate(run.path, own)["loss"] == pytest.approx(
+        forgotten["after"], rel=1e-6
+    )  # the same rows, the same loss
+    assert 0 < found["latency"]["token"] < 10
+    assert 0 < found["latency"]["first_token"] < 10
+    assert evaluate(run.path, forgetting="built-in")["forgetting"]["tokens"] > 1000
+
+
+def test_a_part_of_the_answers_is_compared(make_recipe, tmp_path, monkeypatch):
+    rows = write_jsonl(
+        tmp_path / "rows.jsonl",
+        [{"messages": messages([("user", f"{n}?"), ("assistant", f"It is #### {n}")])} for n in range(3)],
+    )
+    run = train(make_recipe())
+    monkeypatch.setattr(generate, "answers", lambda *args, **kwargs: ["so #### 0", "#### 7 #### 1", "2"])
+    assert evaluate(run.path, rows)["metrics"]["exact_match"]["value"] == 0
+    for extract in (r"####\s*(\d+)", "{{ answer.split('####')[1:] | last }}"):
+        result = evaluate(run.path, rows, extract=extract, metrics=["f1_macro"])
+        assert result["metrics"]["exact_match"]["value"] == pytest.approx(2 / 3)
+        assert result["metrics"]["f1_macro"]["value"] == pytest.approx(2 / 3)
+    with pytest.raises(InputError, match=r"--extract 'nowhere': finds nothing in any of the 3 expected answers"):
+        evaluate(run.path, rows, extract="nowhere")
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"require": ["exact_match=0.8"]}, "--require 'exact_match=0.8' is not of the form NAME>=NUMBER"),
+        ({"require": ["loss<many"]}, "--require 'loss<many' is not of the form"),
+        ({"extract": "(a"}, r"--extract '\(a': not a regular expression"),
+        ({"extract": "(a)(b)"}, "has 2 groups; one says what to compare"),
+        ({"extract": "{{ answer"}, "not a Jinja template of `answer`"),
+        ({"extract": "{{ ''.__class__.__mro__ }}"}, "not a Jinja template of `answer`"),
+        ({"metrics": ["bleurt"]}, "no metric 'bleurt'"),
+        ({"batch_size": 0}, "batch_size 0"),
+        ({"max_forgetting": float("nan")}, "max_forgetting nan"),
+    ],
+)
+def test_what_is_asked_wrongly_is_refused_before_anything_is_loaded(asked, said):
+    with pytest.raises(InputError, match=said):
+        evaluate("there is no such run", **asked)
+
+
+def test_a_requirement_of_what_was_not_measured_is_refused(make_recipe):
+    run = train(make_recipe())
+    with pytest.raises(
+        InputError, match=r"--require json_fields: not measured on these rows; there are loss, perplexity, "
+    ):
+        evaluate(run.path, require=["json_fields>0.5"])
+
+
+def test_scores_of_older_versions_are_read(make_recipe, tmp_path):
+    """They have a metric as a number, without an interval."""
+    run = train(make_recipe())
+    result = evaluate(run.path)
+    old = result | {"metrics": {"exact_match": 0.25}, "before": result["before"] | {"metrics": {"exact_match": 0.0}}}
+    run.eval_file.write_text(json.dumps(old))
+    assert run.scores()["metrics"] == {"exact_match": {"value": 0.25, "low": None, "high": None}}
+    [listed] = [entry for entry in adapters(tmp_path) if entry["path"] == str(run.path)]
+    assert listed["metrics"]["exact_match"]["value"] == 0.25
+    assert ["exact match on 6 rows (qlora eval)", "0.0%", "25.0%"] in run_facts.origin_of(run).measured

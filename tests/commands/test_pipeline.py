@@ -200,7 +200,7 @@ def test_eval_measures_before_and_after_and_training_helped(make_recipe):
     assert json.loads(run.eval_file.read_text()) == result
     assert result["rows"] == 6
     assert result["loss"] < 0.7 * result["before"]["loss"]
-    assert result["before"].keys() == {"loss", "perplexity", "tokens", "metrics"}
+    assert result["before"].keys() == {"loss", "loss_interval", "perplexity", "tokens", "metrics"}
     assert set(result["metrics"]) == {"exact_match"}
 
 
@@ -232,8 +232,8 @@ def test_the_model_learns_to_answer_and_to_stop(make_recipe, tmp_path):
     )
     run = train(recipe)
     result = evaluate(run.path, rows)
-    assert result["metrics"]["exact_match"] == 1
-    assert result["before"]["metrics"]["exact_match"] == 0
+    assert result["metrics"]["exact_match"]["value"] == 1
+    assert result["before"]["metrics"]["exact_match"]["value"] == 0
     export(run.path, tmp_path / "out")
     assert chat(tmp_path / "out", CONVERSATIONS[7][0][1], max_new_tokens=60) == CONVERSATIONS[7][1][1]
 

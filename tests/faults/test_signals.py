@@ -49,7 +49,7 @@ STOPS = {
     ),
     "eval, loading": ("eval run", [("qlora.base_model:load", TERM)], 143, STOPPED),
     "eval, loading the adapter": ("eval run", [("qlora.methods:load", INT)], 130, STOPPED),
-    "eval, the loss": ("eval run", [("qlora.evaluation.metrics:mean_loss", INT)], 130, STOPPED),
+    "eval, the loss": ("eval run", [("qlora.evaluation.metrics:losses", INT)], 130, STOPPED),
     "eval, answering": ("eval run", [("qlora.evaluation.generate:_generate", TERM)], 143, STOPPED),
     "eval, writing": ("eval run", [("qlora.commands.eval:write_json", TERM)], 143, STOPPED),
     "chat, loading": ("chat run --prompt x", [("qlora.base_model:load", INT)], 130, STOPPED),

@@ -1,0 +1,195 @@
+"""qlora compare: variants x settings x seeds on one task, in one table; or two runs side by side."""
+
+from __future__ import annotations
+
+import json
+import time
+
+from .. import base_model
+from ..jobs import comparison_table, merged_latency
+from ..jobs.compared_runs import DONE, TO_DO, UNFINISHED, Folder, measured, row_of, train_one
+from ..jobs.planned_training import plan_training
+from ..jobs.prepared_data import prepare
+from ..pages import comparison as page
+from ..recipe.comparison import Comparison
+from ..runs.folder import RunDir
+from ..system import launched
+from ..system.errors import DoesNotFit
+from ..system.events import note
+from ..system.storage import locked, write_json, write_text
+from ..system.units import duration, size
+from ..terminal import shown
+from ..terminal.tables import show, table, text_table
+
+
+@shown()
+def compare(path, overrides=(), resume=False, dry_run=False) -> dict:
+    """Train and evaluate all that the comparison in the YAML file `path` names; return its comparison.json.
+
+    overrides: `field=value` laid over the comparison. resume: go on with the one in its output_dir, at any moment of which it may
+    have been ended. dry_run: only plan. What did not fit, diverged or failed is a row that says so.
+    Writes comparison.json, .csv, .md and .png into output_dir, anew after each training.
+
+    Raises:
+        InputError: the comparison or one of its recipes is wrong, or output_dir holds something else.
+        Interrupted: by a signal; `resume` goes on.
+    """
+    launched.refuse_several(f"qlora compare {path}")
+    folder = Folder(Comparison.load(path, overrides))
+    planned = _plan(folder)
+    if dry_run:
+        return {"planned": planned}
+    folder.refuse_used(resume)
+    folder.path.mkdir(parents=True, exist_ok=True)
+    with locked(folder.path / "lock", f"output_dir {folder.path}", "set output_dir=ANOTHER_FOLDER"):
+        folder.begin()
+        _train_all(folder, path, {one["name"]: one for one in planned})
+        found = _write(folder, path, last=True)
+    header, rows = page.table_of(found)
+    table(f"{found['name']}: {found['command']}", header, rows)
+    for line in found["notes"]:
+        show(line)
+    note(f"tables and pictures in {folder.path}: comparison.md, .csv, .json, .png")
+    return found
+
+
+def _plan(folder):
+    """Return [{"name", "variant", "fits", "peak_bytes", "hours", "message"}] of each training, and show them."""
+    found, known = [], {}
+    device = base_model.default_device()
+    for entry in folder.entries:
+        changed = {
+            "training": entry.recipe.training.model_copy(update={"seed": 0, "learning_rate": 1e-4}),
+            "output_dir": "x",
+        }
+        key = entry.recipe.model_copy(update=changed).to_yaml()
+        if key not in known:  # what a training costs does not depend on its seed or learning rate
+            try:
+                plan = plan_training(prepare(entry.recipe), device)
+                hours = plan.plan.hours if plan.plan else None
+                known[key] = {
+                    "fits": True,
+                    "peak_bytes": plan.predicted_bytes,
+                    "hours": hours,
+                    "message": plan.why_none,
+                }
+            except DoesNotFit as error:
+                known[key] = {"fits": False, "peak_bytes": None, "hours": None, "message": str(error)}
+        found.append({"name": entry.name, "variant": entry.variant, **known[key]})
+    rows = [
+        [one["name"], "?" if one["peak_bytes"] is None else size(one["peak_bytes"]), "yes" if one["fits"] else "no",
+         "" if one["hours"] is None else duration(3600 * one["hours"])] for one in found
+    ]  # fmt: skip
+    table(f"{len(found)} trainings", ["", "planned peak", "fits", "planned time"], rows)
+    if any(one["hours"] is None for one in found):
+        note("How long it takes on this device is known after the first training.")
+    return found
+
+
+def _train_all(folder, path, planned):
+    """Train what is to be trained, one after another; write the table after each."""
+    entries = [entry for entry in folder.entries if folder.state(entry)[0] in (TO_DO, UNFINISHED)]
+    done, begun = len(folder.entries) - len(entries), time.monotonic()
+    for number, entry in enumerate(entries):
+        plan = planned[entry.name]
+        if not plan["fits"]:
+            folder.failed(entry, "does not fit", plan["message"])
+            continue
+        left = ""
+        if number:
+            left = f", about {duration((time.monotonic() - begun) / number * (len(entries) - number))} left"
+        note(f"[{done + number + 1}/{len(folder.entries)}] {entry.name}{left}")
+        train_one(folder, entry)
+        _write(folder, path)
+
+
+def _write(folder, path, last=False):
+    """Write the table of what there is into the folder, and return it. last: nothing more will be trained."""
+    found = comparison_table.of_folder(folder, path)
+    runs = [RunDir(row["run"]) for row in found["rows"] if row["status"] == DONE]
+    if runs:
+        page.draw(folder.path / "comparison.png", found)
+    if runs and last and (asked := measured(runs[0]).rows[0])[1] is not None:
+        seconds = found["merged_latency_seconds"] = merged_latency.seconds_a_token(runs[0], asked[0])
+        if seconds is not None:
+            found["notes"].append(
+                f"Merged into a model in 16 bit, a token of an answer takes {seconds:.3f} s here, whatever the method."
+            )
+    write_text(folder.path / "comparison.csv", page.as_csv(found))
+    write_text(folder.path / "comparison.md", page.as_markdown(found))
+    write_json(folder.path / "comparison.json", found)
+    return found
+
+
+@shown()
+def compare_runs(one, other) -> dict:
+    """Return {"rows", "differences", "change"} of two finished runs, and show them side by side.
+
+    rows: as of a comparison. differences: of recipe, data, versions and base model: [name, of one, of the other]. change: of
+    each metric from one to the other, where both were measured on the same rows.
+
+    Raises:
+        InputError: one of them is no finished run, or its folder is damaged.
+    """
+    runs = [RunDir.open(path) for path in (one, other)]
+    rows, differences = [row_of(run) for run in runs], comparison_table.between(*runs)
+    change = comparison_table.paired(*runs)
+    for what, found in differences.items():
+        if found:
+            text_table(
+                f"{what}: what differs",
+                ["", str(one), str(other)],
+                [[name, _cell(a), _cell(b)] for name, a, b in found],
+            )
+    if not any(differences.values()):
+        show("recipe, data, versions and base model are the same")
+    header = ["", str(one), str(other), "change", "95 %"]
+    table("measured", header, [*_scores(rows, change), *_costs(rows)])
+    return {"rows": rows, "differences": differences, "change": change}
+
+
+def _cell(value):
+    text = (
+        "none"
+        if value is None
+        else json.dumps(value, ensure_ascii=False)
+        if isinstance(value, (dict, list))
+        else str(value)
+    )
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _scores(rows, change):
+    """Return a line for the loss and each metric of both runs, with what changed."""
+    lines = []
+    for name in ("loss", *dict.fromkeys(name for row in rows for name in row["metrics"])):
+        values = [row["loss"] if name == "loss" else row["metrics"].get(name, {}).get("value") for row in rows]
+        form, signed = (".4f", "+.4f") if name == "loss" else (".1%", "+.1%")
+        line = [name.replace("_", " "), *("" if value is None else format(value, form) for value in values)]
+        found = change.get(name)
+        line += (
+            ["", ""]
+            if found is None
+            else [format(found["value"], signed), f"{found['low']:{signed}} to {found['high']:{signed}}"]
+        )
+        lines.append(line)
+    return lines
+
+
+_COSTS = {
+    "training time": ("seconds", duration),
+    "peak memory": ("peak_bytes", size),
+    "trained parameters": ("trainable_parameters", "{:,}".format),
+    "saved": ("saved_bytes", size),
+    "seconds an answer's token": ("latency_seconds", "{:.4f}".format),
+    "forgetting": ("forgetting", "{:+.4f}".format),
+}
+
+
+def _costs(rows):
+    found = []
+    for what, (name, said) in _COSTS.items():
+        values = [row[name] for row in rows]
+        if any(value is not None for value in values):
+            found.append([what, *("" if value is None else said(value) for value in values), "", ""])
+    return found

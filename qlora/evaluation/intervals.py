@@ -1,0 +1,95 @@
+"""How sure a number is: 95 % intervals over rows.
+
+A metric is a function of sums over rows (right answers and answers, nats and tokens), so that each row has a few numbers, its
+parts, and a resampled metric costs a product of matrices. N rows, K parts, R resamples.
+
+Shares of rows have Wilson's interval (Wilson 1927), which is right at 0 % and 100 % too; all else the percentile bootstrap (Efron
+1979). Two things measured on the same rows are resampled together: what differs between rows and not between the two
+does not hide a difference.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+RESAMPLES = 2000
+_AT_ONCE = 2**22  # counts in memory: 32 MiB
+_Z = 1.959963984540054  # of 95 %, two-sided
+
+
+def wilson(right: float, total: int) -> tuple[float, float]:
+    """Return the interval of the share right / total."""
+    share, square = right / total, _Z * _Z
+    middle = (share + square / (2 * total)) / (1 + square / total)
+    half = _Z * math.sqrt(share * (1 - share) / total + square / (4 * total * total)) / (1 + square / total)
+    # exactly 0 and 1 at the ends, where rounding may leave them to the wrong side of the share
+    return (0.0 if right == 0 else middle - half), (1.0 if right == total else middle + half)
+
+
+def of_share(parts_N2: np.ndarray) -> bool:
+    """True if parts are (right or not, 1) for each row, so that Wilson's interval is that of their ratio."""
+    return parts_N2.shape[1] == 2 and bool((parts_N2[:, 1] == 1).all() and np.isin(parts_N2[:, 0], (0, 1)).all())
+
+
+def interval(value: Callable, parts_NK: np.ndarray) -> tuple[float, float]:
+    """Return (low, high) of `value`, a function of the K sums over rows."""
+    if of_share(parts_NK):
+        right, total = parts_NK.sum(0)
+        return wilson(right, int(total))
+    return percentiles([value(sums) for sums in resampled(parts_NK)])
+
+
+def difference(value: Callable, before_NK: np.ndarray, after_NK: np.ndarray) -> tuple[float, float]:
+    """Return (low, high) of value(after) - value(before), both on the same rows in the same order."""
+    num_parts = before_NK.shape[1]
+    both = resampled(np.concatenate([before_NK, after_NK], axis=1))
+    return percentiles([value(sums[num_parts:]) - value(sums[:num_parts]) for sums in both])
+
+
+def with_interval(value, low, high):
+    return {"value": value, "low": low, "high": high}
+
+
+def resampled(parts_NK: np.ndarray, seed: int = 0) -> Iterator[np.ndarray]:
+    """Yield RESAMPLES times the K sums over N rows that are drawn with replacement; the same draws for the same N."""
+    for counts in draws(len(parts_NK), seed):
+        yield from counts @ parts_NK
+
+
+def draws(num_rows: int, seed: int = 0) -> Iterator[np.ndarray]:
+    """Yield arrays (some, N) of how often each row is drawn, RESAMPLES in all."""
+    generator = np.random.default_rng(seed)
+    left, some = RESAMPLES, max(1, _AT_ONCE // num_rows)
+    while left > 0:
+        yield generator.multinomial(num_rows, np.full(num_rows, 1 / num_rows), size=min(some, left))
+        left -= some
+
+
+def percentiles(values) -> tuple[float, float]:
+    """Return the ends of the middle 95 % of `values`."""
+    low, high = np.percentile(np.asarray(values, float), (2.5, 97.5))
+    return float(low), float(high)
+
+
+# ---- several runs: S seeds, each measured on the same N rows ---------------------------------------------------------
+
+
+def of_runs(value: Callable, parts_SNK: np.ndarray) -> np.ndarray:
+    """Return (RESAMPLES, S): `value` of each seed's run on the same resampled rows."""
+    return np.array(
+        [
+            [value(sums) for sums in np.einsum("n,snk->sk", counts, parts_SNK)]
+            for some in draws(parts_SNK.shape[1])
+            for counts in some
+        ]
+    )
+
+
+def over_seeds(of_runs_RS: np.ndarray, seed: int = 0) -> np.ndarray:
+    """Return (RESAMPLES,): the mean over seeds drawn with replacement, a draw for each resample."""
+    num_resamples, num_seeds = of_runs_RS.shape
+    chosen = np.random.default_rng(seed).integers(num_seeds, size=(num_resamples, num_seeds))
+    return np.take_along_axis(of_runs_RS, chosen, axis=1).mean(axis=1)

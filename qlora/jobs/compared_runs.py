@@ -1,0 +1,247 @@
+"""The trainings of a comparison: which there are, what became of each, and what its run folder says of it.
+
+    runs/compare/
+      comparison.yaml    what is compared
+      recipes/NAME.yaml  the recipe of each training, as `qlora train` gets it
+      logs/NAME.txt      what training and evaluation printed
+      NAME/              an ordinary run folder each
+      failed/NAME.json   instead, or beside it: what became of a training that did not end well
+      comparison.json, .csv, .md, .png
+
+The folders are the state: whatever ends a comparison, what is there is read again, and the rest is trained. Training and
+evaluation are processes of their own, the commands that anybody would type, so that what one of them does to memory is not in the
+next one's numbers, and nothing ends them all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..evaluation import answer_metrics, scores
+from ..recipe import as_yaml
+from ..recipe.comparison import Comparison, Entry, entries
+from ..runs import record
+from ..runs.folder import RunDir
+from ..system import files
+from ..system.errors import DoesNotFit, InputError, Interrupted, TrainingFailed
+from ..system.events import note
+from ..system.storage import refuse_nonempty, write_json, write_text
+
+# of a row
+_NUMBERS = (
+    "loss", "perplexity", "forgetting", "seconds", "peak_bytes", "trainable_parameters", "trainable_share", "saved_bytes",
+    "latency_seconds",
+)  # fmt: skip
+DONE, FAILED, UNFINISHED, TO_DO = "done", "failed", "unfinished", "to do"
+LOWER_IS_BETTER = ("loss", "perplexity")
+
+
+class Folder:
+    """The folder of a comparison."""
+
+    def __init__(self, comparison: Comparison):
+        self.comparison = comparison
+        self.entries: list[Entry] = entries(comparison)
+        self.path = Path(comparison.output_dir)
+        self.file = self.path / "comparison.yaml"
+
+    def run(self, entry) -> RunDir:
+        return RunDir(entry.recipe.output_dir)
+
+    def recipe_file(self, entry) -> Path:
+        return self.path / "recipes" / f"{entry.name}.yaml"
+
+    def log_file(self, entry) -> Path:
+        return self.path / "logs" / f"{entry.name}.txt"
+
+    def failure_file(self, entry) -> Path:
+        return self.path / "failed" / f"{entry.name}.json"
+
+    def refuse_used(self, resume: bool):
+        """Raise InputError if the folder holds something that is not to be resumed, or nothing where that is asked for; or if a
+        training there had another recipe."""
+        if not resume:
+            if self.file.is_file():
+                raise InputError(
+                    f"output_dir {self.path} holds a comparison; go on with it by --resume, or set output_dir=ANOTHER_FOLDER"
+                )
+            refuse_nonempty(self.path, "output_dir")
+        elif not self.file.is_file():
+            raise InputError(f"output_dir {self.path} holds no comparison to resume; leave out --resume")
+        for entry in self.entries:
+            file = self.recipe_file(entry)
+            if file.is_file() and files.read(file, "the recipe") != entry.recipe.to_yaml():
+                raise InputError(
+                    f"{entry.name} was trained with another recipe ({file}); change it back, or remove "
+                    f"{self.run(entry).path} and {file} to train it anew"
+                )
+
+    def begin(self):
+        """Write what is compared into the folder."""
+        for name in ("recipes", "logs", "failed"):
+            (self.path / name).mkdir(parents=True, exist_ok=True)
+        for entry in self.entries:
+            write_text(self.recipe_file(entry), entry.recipe.to_yaml())
+        write_text(self.file, as_yaml(self.comparison.model_dump()))
+
+    def state(self, entry) -> tuple[str, str]:
+        """Return (status, message) of a training by what lies in its folder. Status: "done", "does not fit", "diverged",
+        "failed", "unfinished" or "to do"."""
+        failure, run = self.failure_file(entry), self.run(entry)
+        if run.adapter.is_dir() and run.eval_file.is_file() and run.answers_file.is_file():
+            return DONE, ""
+        if failure.is_file():
+            found = files.read_object(failure)
+            return str(found.get("status")), str(found.get("message"))
+        return (UNFINISHED, "") if run.recipe_file.is_file() else (TO_DO, "")
+
+    def failed(self, entry, status, message):
+        write_json(self.failure_file(entry), {"status": status, "message": message})
+
+
+def train_one(folder: Folder, entry: Entry) -> bool:
+    """Train and evaluate one training of a comparison, or go on with it; return whether that ended well.
+
+    Raises:
+        Interrupted: by a signal, which the process that trains got too.
+    """
+    run, wanted = folder.run(entry), folder.comparison
+    if not run.adapter.is_dir():
+        go_on = any(run.checkpoints.glob("step-*"))
+        if run.recipe_file.is_file() and not go_on:
+            _remove_unbegun(run)
+        recipe = str(folder.recipe_file(entry))
+        if not _ended_well(folder, entry, ["train", recipe, *(["--resume"] if go_on else [])]):
+            return False
+    options = ["--max-rows", str(wanted.max_rows), "--latency"]
+    options += [part for name in wanted.metrics for part in ("--metric", name)]
+    options += [] if wanted.extract is None else ["--extract", wanted.extract]
+    options += [] if wanted.forgetting is None else ["--forgetting", wanted.forgetting]
+    return _ended_well(folder, entry, ["eval", str(run.path), *options])
+
+
+def _remove_unbegun(run):
+    """Remove what a training left that was ended before its first checkpoint: there is nothing in it to go on from."""
+    import shutil
+
+    shutil.rmtree(run.path)
+
+
+def _ended_well(folder, entry, arguments):
+    code, said = launch(arguments, folder.log_file(entry))
+    if code == 0:
+        return True
+    if code in (130, 143):
+        raise Interrupted(code - 128)
+    status = {DoesNotFit.exit_code: "does not fit"}.get(code, FAILED)
+    if code == TrainingFailed.exit_code and "diverged" in said:
+        status = "diverged"
+    if code < 0:
+        said = f"ended by signal {-code}" + (": the system ran out of memory?" if code == -9 else "")
+    folder.failed(entry, status, said)
+    return False
+
+
+def launch(arguments, log) -> tuple[int, str]:
+    """Run `qlora` with these arguments in a process of its own; return its exit code and the message that it ended with.
+
+    What it prints goes to the file `log` and, indented, to stderr.
+    """
+    with (
+        open(log, "a", encoding="utf-8") as file,
+        subprocess.Popen(
+            [sys.executable, "-m", "qlora", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            encoding="utf-8",
+            errors="replace",
+        ) as process,
+    ):
+        lines = []
+        try:
+            for line in process.stdout or ():
+                file.write(line)
+                lines.append(line.rstrip("\n"))
+                note(f"  {lines[-1]}")
+        except (Interrupted, KeyboardInterrupt):
+            process.terminate()  # it saves a checkpoint first
+            for line in process.stdout or ():
+                file.write(line)
+            raise
+        code = process.wait()
+    last = next((number for number in range(len(lines) - 1, -1, -1) if lines[number].startswith("qlora: ")), None)
+    said = "\n".join(lines[-1:] if last is None else lines[last:]).removeprefix("qlora: ")
+    return code, said
+
+
+# ---- what run folders say --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the folder of a finished run says. result: of eval.json; parts: {metric: (N, K)} of its answers, loss too; rows:
+    what was asked, to see that two are of the same rows."""
+
+    result: dict
+    parts: dict[str, np.ndarray]
+    rows: list
+
+
+def measured(run: RunDir) -> Measured:
+    """Return what a finished run measured on its held-out rows.
+
+    Raises:
+        InputError: it was not evaluated, or its folder is damaged.
+    """
+    result = run.scores()
+    if result is None or not run.answers_file.is_file():
+        raise InputError(f"{run.path}: not evaluated yet (or by an older version); run:  qlora eval {run.path}")
+    try:
+        lines = [json.loads(line) for line in run.answers_file.read_text(encoding="utf-8").splitlines()]
+        names = [name for name in lines[0]["after"] if name != "answer"]
+        parts = {name: np.array([line["after"][name] for line in lines], float) for name in names}
+        rows = [(line.get("prompt", line.get("text")), line.get("expected")) for line in lines]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise InputError(f"{run.answers_file}: {error!r}; the run folder is damaged") from None
+    return Measured(result, parts, rows)
+
+
+def value_of(name, found: Measured):
+    """Return the function of sums of parts that the metric `name` is, such as intervals.py takes; None for a metric that is
+    not measured."""
+    if name == scores.LOSS:
+        return scores.mean
+    if name not in found.parts:
+        return None
+    expected = [row[1] for row in found.rows]
+    return answer_metrics.named(name, expected).value
+
+
+def row_of(run: RunDir, status="done", message="") -> dict[str, Any]:
+    """Return the numbers of a run as a comparison's row has them; None for what is not known."""
+    found: dict[str, Any] = {"run": str(run.path), "status": status, "message": message, "metrics": {}}
+    found |= dict.fromkeys(_NUMBERS)
+    if not run.adapter.is_dir():
+        return found
+    steps = [line for line in record.read(run) if isinstance(line, record.Step)]
+    found["seconds"] = steps[-1].time if steps else None
+    with contextlib.suppress(InputError):  # a run of an older version may not have it
+        found["peak_bytes"] = files.read_object(run.memory_file).get("peak_bytes")
+    counts = run.environment().get("parameters")
+    if counts:
+        found["trainable_parameters"] = counts["trainable"]
+        found["trainable_share"] = counts["trainable"] / counts["total"]
+    found["saved_bytes"] = sum(file.stat().st_size for file in run.adapter.glob("*.safetensors"))
+    if (result := run.scores()) is not None:
+        found |= {name: result[name] for name in ("metrics", "loss", "perplexity")}
+        found["forgetting"] = (result.get("forgetting") or {}).get("value")
+        found["latency_seconds"] = (result.get("latency") or {}).get("token")
+    return found

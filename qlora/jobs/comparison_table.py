@@ -1,0 +1,146 @@
+"""What came of a comparison: a row for each training, a summary over seeds, and what the words in it mean."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from statistics import mean
+
+import numpy as np
+
+from ..evaluation import comparing
+from ..system.errors import InputError
+from ..system.events import note
+from . import compared_runs
+from .compared_runs import DONE, LOWER_IS_BETTER, Folder
+
+# of a row, and of a summary as means over seeds
+_NUMBERS = (
+    "loss", "forgetting", "seconds", "peak_bytes", "trainable_parameters", "trainable_share", "saved_bytes", "latency_seconds",
+)  # fmt: skip
+
+
+def of_folder(folder: Folder, path) -> dict:
+    """Return comparison.json of a Folder. path: of the comparison's file, for the command that makes it.
+
+    Raises:
+        InputError: two trainings were measured on other rows, or what decides was not measured.
+    """
+    wanted = folder.comparison
+    rows, done = [], []
+    for entry in folder.entries:
+        status, message = folder.state(entry)
+        row = {"variant": entry.variant, "settings": dict(entry.settings), "seed": entry.seed}
+        rows.append(row | compared_runs.row_of(folder.run(entry), status, message))
+        if status == DONE:
+            done.append((entry, rows[-1], compared_runs.measured(folder.run(entry))))
+    return {
+        "name": Path(path).stem,
+        "metric": wanted.metric,
+        "lower_is_better": wanted.metric in LOWER_IS_BETTER,
+        "command": shlex.join(["qlora", "compare", str(path)]),
+        "rows": rows,
+        "summary": _summary(wanted.metric, done) if done else [],
+        "merged_latency_seconds": None,
+        "notes": _notes(wanted, rows),
+    }
+
+
+def _summary(metric, done):
+    first = done[0][2]
+    value = compared_runs.value_of(metric, first)
+    if value is None:
+        raise InputError(
+            f"metric: {metric} was not measured; there are {', '.join(['loss', *first.result['metrics']])}"
+        )
+    settings: dict = {}
+    for entry, row, found in done:
+        if found.rows != first.rows:
+            raise InputError(
+                f"{row['run']} was measured on other rows than {done[0][1]['run']}; evaluate both again: qlora eval RUN"
+            )
+        key = (entry.variant, json.dumps(dict(entry.settings), sort_keys=True))
+        settings.setdefault(key, []).append((entry, row, found))
+    runs = [
+        comparing.Runs(
+            group[0][0].variant, group[0][0].settings, np.stack([found.parts[metric] for *_, found in group])
+        )
+        for group in settings.values()
+    ]
+    found = comparing.summary(runs, value, metric in LOWER_IS_BETTER)
+    for one, group in zip(found, settings.values(), strict=True):
+        one |= {name: _mean([row[name] for _, row, _ in group]) for name in _NUMBERS}
+    return found
+
+
+def _mean(values):
+    there = [value for value in values if value is not None]
+    return mean(there) if there else None
+
+
+def _notes(wanted, rows):
+    """Return in words what the numbers mean, and what they do not say."""
+    seeds = {row["seed"] for row in rows}
+    notes = [
+        f"{wanted.metric.replace('_', ' ')}: mean over {len(seeds)} seed{'s' if len(seeds) > 1 else ''} on "
+        f"{wanted.max_rows} held-out rows at most, with the 95 % interval over rows and seeds; the spread is the standard "
+        "deviation over seeds.",
+        '"best" is ahead of every other variant by more than chance on the same rows; "no difference shown" is not proof that '
+        "there is none.",
+    ]
+    if any(row["settings"] for row in rows):
+        notes.append(
+            "The setting of a variant was chosen by the same rows that its score is of, which flatters all of them alike."
+        )
+    if len(seeds) == 1:
+        notes.append("With one seed, what differs from one training to the next is not in the intervals.")
+    notes.append(
+        "time: of the training, evaluations and checkpoints included, on this machine; s/token: of one answer, by itself."
+    )
+    return notes
+
+
+def between(one, other) -> dict[str, list]:
+    """Return {what: [[name, of one, of other]]} of what differs between two runs: recipe, data, versions."""
+    recipes = [_flat(run.recipe().model_dump(exclude={"output_dir"})) for run in (one, other)]
+    environments = [run.environment() for run in (one, other)]
+    files = [{Path(part["path"]).name: part["sha256"][:12] for part in found.get("data", ())} for found in environments]
+    versions = [found.get("versions", {}) | {"device": found.get("device")} for found in environments]
+    bases = [_flat(found.get("base_model", {}).get("sha256", {})) for found in environments]
+    parts = {"recipe": recipes, "data": files, "versions": versions, "base model": bases}
+    return {
+        what: [
+            [name, left.get(name), right.get(name)]
+            for name in sorted({*left, *right})
+            if left.get(name) != right.get(name)
+        ]
+        for what, (left, right) in parts.items()
+    }
+
+
+def _flat(values, before=""):
+    """Return {dotted name: value} of nested mappings."""
+    found: dict = {}
+    for name, value in values.items():
+        inner = isinstance(value, dict) and value
+        found |= _flat(value, f"{before}{name}.") if inner else {f"{before}{name}": value}
+    return found
+
+
+def paired(one, other) -> dict:
+    """Return {metric: {"value", "low", "high"}} of other minus one, where both runs were measured on the same rows; else {}."""
+    try:
+        left, right = compared_runs.measured(one), compared_runs.measured(other)
+    except InputError as error:
+        note(str(error))
+        return {}
+    if left.rows != right.rows:
+        note("measured on other rows each: no paired difference")
+        return {}
+    found = {}
+    for name in left.parts.keys() & right.parts.keys():
+        value = compared_runs.value_of(name, left)
+        if value is not None:
+            found[name] = comparing.change(value, left.parts[name], right.parts[name])
+    return found

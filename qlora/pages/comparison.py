@@ -1,0 +1,175 @@
+"""A comparison as files that others read: a table in Markdown and CSV, and two pictures in one PNG."""
+
+from __future__ import annotations
+
+import csv
+import io
+
+from ..system.errors import InputError
+from ..system.units import duration, size
+
+COLUMNS = (
+    "variant", "settings", "seed", "status", "loss", "perplexity", "forgetting", "seconds", "peak_bytes",
+    "trainable_parameters", "trainable_share", "saved_bytes", "latency_seconds", "run", "message",
+)  # fmt: skip
+
+
+def settings_text(settings):
+    """Return the settings of a sweep as a few words: the last part of each field, and its value."""
+    return ", ".join(f"{field.rpartition('.')[2]} {_number(value)}" for field, value in settings.items())
+
+
+def _number(value):
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def as_csv(found) -> str:
+    """Return a comparison's rows as CSV, one a training; metrics have a column each."""
+    names = sorted({name for row in found["rows"] for name in row["metrics"]})
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow([*COLUMNS[:4], *names, *COLUMNS[4:]])
+    for row in found["rows"]:
+        values = {
+            **row,
+            "settings": settings_text(row["settings"]),
+            "message": (row["message"] or "").replace("\n", " "),
+        }
+        metrics = [row["metrics"].get(name, {}).get("value") for name in names]
+        writer.writerow([*(values[name] for name in COLUMNS[:4]), *metrics, *(values[name] for name in COLUMNS[4:])])
+    return stream.getvalue()
+
+
+def table_of(found) -> tuple[list[str], list[list[str]]]:
+    """Return (header, rows) of a comparison: a row for each setting, its means over seeds, and what did not end well."""
+    percent = found["metric"] not in ("loss", "perplexity")
+    header = ["variant", "setting", found["metric"].replace("_", " "), "95 %", "spread", "loss", "forgetting", "time",
+              "peak", "trained", "saved", "s/token", ""]  # fmt: skip
+    lines = []
+    for one in found["summary"]:
+        number = (lambda value: f"{value:.1%}") if percent else (lambda value: f"{value:.4f}")
+        lines.append(
+            [
+                one["variant"],
+                settings_text(one["settings"]),
+                number(one["mean"]),
+                f"{number(one['low'])} to {number(one['high'])}",
+                "" if one["spread"] is None else number(one["spread"]),
+                _shown(one["loss"], ".4f"),
+                _shown(one["forgetting"], "+.4f"),
+                "" if one["seconds"] is None else duration(one["seconds"]),
+                "" if one["peak_bytes"] is None else size(one["peak_bytes"]),
+                _shown(one["trainable_share"], ".2%"),
+                "" if one["saved_bytes"] is None else size(one["saved_bytes"]),
+                _shown(one["latency_seconds"], ".3f"),
+                _verdict(one),
+            ]
+        )
+    for row in found["rows"]:
+        if row["status"] != "done":
+            where = f"{settings_text(row['settings'])} seed {row['seed']}".strip()
+            reason = (row["message"] or "").split("\n")[0]
+            lines.append([row["variant"], where, row["status"], *[""] * 9, reason[:120]])
+    return header, lines
+
+
+def _shown(value, form):
+    return "" if value is None else format(value, form)
+
+
+def _verdict(one):
+    if one["best"] is True:
+        return "best"
+    if one["best"]:
+        return str(one["best"])
+    return "" if one["chosen"] else "another setting is better"
+
+
+def as_markdown(found) -> str:
+    """Return the table of a comparison in Markdown, with the command that makes it and what its words mean."""
+    header, lines = table_of(found)
+    kept = [
+        number for number, name in enumerate(header) if number < 3 or any(line[number] for line in lines) or not name
+    ]
+    rows = [[line[number].replace("|", "\\|") for number in kept] for line in lines]
+    names = [header[number] for number in kept]
+    table = [f"| {' | '.join(row)} |" for row in (names, ["---"] * len(names), *rows)]
+    return "\n".join([f"# {found['name']}", "", f"    {found['command']}", "", *table, "", *found["notes"], ""])
+
+
+def draw(path, found):
+    """Draw the metric against peak memory, and by the first field of the sweep, into the PNG `path`.
+
+    Raises:
+        InputError: the picture cannot be written.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    fields = [field for one in found["summary"] for field, value in one["settings"].items() if _is_number(value)]
+    figure, axes = plt.subplots(1, 2 if fields else 1, figsize=(11 if fields else 6, 4.5), squeeze=False)
+    variants = list(dict.fromkeys(one["variant"] for one in found["summary"]))
+    colors = {name: plt.get_cmap("tab20")(number % 20) for number, name in enumerate(variants)}
+    _against_memory(axes[0][0], found, colors)
+    if fields:
+        _by_setting(axes[0][1], found, colors, fields[0])
+    for one in axes[0]:
+        one.spines[["top", "right"]].set_visible(False)
+        one.set_ylabel(found["metric"].replace("_", " "))
+        one.grid(alpha=0.25)
+    figure.suptitle(
+        f"{found['name']}: mean over seeds, 95 % intervals over rows and seeds", x=0.01, ha="left", fontsize=10
+    )
+    figure.tight_layout()
+    try:
+        figure.savefig(path, dpi=110)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}") from None
+    finally:
+        plt.close(figure)
+
+
+def _is_number(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _against_memory(axes, found, colors):
+    """One point a variant, with its best setting; on the line are those that nothing is better than with less memory."""
+    points = [one for one in found["summary"] if one["chosen"] and one["peak_bytes"] is not None]
+    for one in points:
+        x, middle = one["peak_bytes"] / 2**30, one["mean"]
+        axes.errorbar(x, middle, [[max(0, middle - one["low"])], [max(0, one["high"] - middle)]], fmt="o", capsize=2,
+                      color=colors[one["variant"]])  # fmt: skip
+        axes.annotate(one["variant"], (x, middle), xytext=(5, 5), textcoords="offset points", fontsize=8)
+    lower = found["lower_is_better"]
+    front, best = [], None
+    for one in sorted(points, key=lambda one: (one["peak_bytes"], one["mean"] if lower else -one["mean"])):
+        if best is None or (one["mean"] < best if lower else one["mean"] > best):
+            best = one["mean"]
+            front.append(one)
+    axes.step([one["peak_bytes"] / 2**30 for one in front], [one["mean"] for one in front], where="post", color="grey",
+              linewidth=1, linestyle="--", zorder=0)  # fmt: skip
+    axes.set_xlabel("peak memory of the training, GiB")
+    axes.margins(x=0.2)
+
+
+def _by_setting(axes, found, colors, field):
+    values: list = []
+    for name, color in colors.items():
+        points = sorted(
+            (one["settings"][field], one["mean"], one["low"], one["high"])
+            for one in found["summary"]
+            if one["variant"] == name and _is_number(one["settings"].get(field))
+        )
+        if not points:
+            continue
+        xs, means, lows, highs = zip(*points, strict=True)
+        values += xs
+        axes.plot(xs, means, "o-", color=color, label=name, markersize=4)
+        axes.fill_between(xs, lows, highs, color=color, alpha=0.12, linewidth=0)
+    if min(values) > 0 and max(values) > 5 * min(values):
+        axes.set_xscale("log")
+    axes.set_xlabel(field)
+    axes.legend(fontsize=8, frameon=False)

@@ -1,0 +1,160 @@
+"""A comparison: variants of a recipe, with settings and seeds; YAML in, one frozen value out, and the recipe of each training."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from ..system.errors import InputError
+from . import Recipe, error_messages, reading
+from .fields import Name, PathText, Positive, Section
+
+BUILT_IN = "built-in"
+_PLAIN = r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,60}"
+
+
+class Comparison(Section):
+    """variants: {name: what it changes in the recipe, dotted or nested}, with a `sweep` of its own where it has one."""
+
+    base: PathText
+    """a recipe; what it says holds wherever a variant says nothing else"""
+    variants: dict[Name, dict[Name, Any]] = Field(min_length=1)
+    """name: what it changes"""
+    sweep: dict[Name, list[Any]] = Field({})
+    """field: values; every variant is trained with each"""
+    seeds: list[int] | None = Field(None, min_length=1)
+    """values of training.seed, each for every training"""
+    metric: Name = "loss"
+    """what decides: loss, or a metric of qlora eval such as exact_match"""
+    metrics: list[Name] = Field([])
+    """further metrics to measure, see qlora eval --metric"""
+    extract: Name | None = None
+    """the part of answers that is compared, see qlora eval --extract"""
+    max_rows: Positive = 100
+    """held-out rows that are measured"""
+    forgetting: PathText | None = BUILT_IN
+    """rows that were not trained on, whose loss is measured before and after; null: not measured"""
+    output_dir: PathText
+    """a new or empty folder; the trainings are its subfolders"""
+
+    @field_validator("variants", mode="before")
+    @classmethod
+    def _nothing_changed(cls, variants):
+        """`name:` and no more is the recipe as it is."""
+        if isinstance(variants, dict):
+            return {name: {} if changes is None else changes for name, changes in variants.items()}
+        return variants
+
+    @model_validator(mode="after")
+    def _names(self):
+        for name, changes in self.variants.items():
+            if not re.fullmatch(_PLAIN, name):
+                raise ValueError(f"variants.{name}: a name of letters, digits, _ . + and -; a folder is called so")
+            own = changes.get("sweep", {})
+            if not (isinstance(own, dict) and all(isinstance(values, list) and values for values in own.values())):
+                raise ValueError(f"variants.{name}.sweep: should be fields with lists of values")
+        for field, values in self.sweep.items():
+            if not values:
+                raise ValueError(f"sweep.{field}: should be a list of values")
+        if self.seeds is not None and len(set(self.seeds)) < len(self.seeds):
+            raise ValueError("seeds: one of them stands there twice")
+        return self
+
+    @classmethod
+    def load(cls, path, overrides=()) -> Comparison:
+        """Return the comparison in the YAML file `path`, with `field=value` strings laid over it.
+
+        Raises:
+            InputError: all problems of the file together, each with its line, field and remedy.
+        """
+        values, lines = reading.from_file(path, overrides, what="comparison")
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise error_messages.refusal(path, error, values, lines, cls) from None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One training of a comparison. settings: {dotted field: value} of the sweep. name: of its folder."""
+
+    variant: str
+    settings: Mapping[str, Any]
+    seed: int
+    name: str
+    recipe: Recipe
+
+
+def entries(comparison: Comparison) -> list[Entry]:
+    """Return the trainings of a comparison, variant by variant; the seeds of a setting after one another.
+
+    Raises:
+        InputError: a variant is no valid recipe; says which, and what is wrong with it.
+    """
+    values, _ = reading.from_file(comparison.base, ())
+    found: dict[str, Entry] = {}
+    for variant, changes in comparison.variants.items():
+        sweep = changes.get("sweep", comparison.sweep)
+        for chosen in itertools.product(*sweep.values()):
+            settings = dict(zip(sweep, chosen, strict=True))
+            for seed in comparison.seeds or (None,):
+                entry = _entry(comparison, values, variant, settings, seed)
+                if entry.name in found:
+                    raise InputError(
+                        f"two trainings would be called {entry.name}; rename a variant, or a value of the sweep"
+                    )
+                found[entry.name] = entry
+    return list(found.values())
+
+
+def _entry(comparison, values, variant, settings, seed):
+    values = copy.deepcopy(values)
+    changes = {key: value for key, value in comparison.variants[variant].items() if key != "sweep"}
+    _leave_method(values, changes)
+    for key, value in [*changes.items(), *settings.items()]:
+        _set(values, key.split("."), value)
+    if seed is not None:
+        _set(values, ["training", "seed"], seed)
+    name = "-".join([variant, *(_word(key, value) for key, value in settings.items())])
+    name += "" if seed is None else f"-seed-{seed}"
+    values["output_dir"] = f"{comparison.output_dir.rstrip('/')}/{name}"
+    try:
+        recipe = Recipe.from_dict(values)
+    except InputError as error:
+        where = f"{comparison.base}, variant {variant}"
+        raise InputError(str(error).replace("the recipe has", f"{where}, has", 1)) from None
+    return Entry(variant, settings, recipe.training.seed, name, recipe)
+
+
+def _leave_method(values, changes):
+    """Take the base's method out of `values` where a variant names another: they exclude each other."""
+    methods = Recipe.names_of_methods()
+    named = {key.split(".")[0] for key, value in changes.items() if value is not None} & {*methods}
+    if named:
+        for name in {*methods} - named:
+            values.pop(name, None)
+
+
+def _set(values, parts, value):
+    """Set the field at `parts`; a mapping changes those fields alone that it names."""
+    *outer, last = parts
+    node = values
+    for part in outer:
+        if not isinstance(node.get(part), dict):
+            node[part] = {}
+        node = node[part]
+    if isinstance(value, dict) and isinstance(node.get(last), dict):
+        for key, inner in value.items():
+            _set(node[last], [key], inner)
+    else:
+        node[last] = copy.deepcopy(value)
+
+
+def _word(field, value):
+    return re.sub(r"[^A-Za-z0-9_.+-]+", "_", f"{field.rpartition('.')[2]}-{value}")[:80]

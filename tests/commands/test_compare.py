@@ -1,0 +1,250 @@
+"""qlora compare: every training a run folder of its own, whatever becomes of it; one table; the same after an interruption."""
+
+import csv
+import json
+import re
+import signal
+from pathlib import Path
+
+import pytest
+
+from qlora import cli
+from qlora.commands.adapters import adapters
+from qlora.commands.compare import compare, compare_runs
+from qlora.jobs import compared_runs
+from qlora.recipe import as_yaml
+from qlora.recipe.comparison import Comparison, entries
+from qlora.system.errors import InputError, Interrupted, QLoRAError
+
+
+@pytest.fixture
+def comparison(make_recipe, tmp_path):
+    """Return make(**fields) -> the path of a comparison whose base trains a tiny model for two steps."""
+
+    def make(**fields):
+        base = tmp_path / "base.yaml"
+        base.write_text(make_recipe(output_dir="unused").to_yaml())
+        values = {
+            "base": str(base),
+            "variants": {"lora": None},
+            "output_dir": str(tmp_path / "compared"),
+            "forgetting": None,
+        }
+        path = tmp_path / "comparison.yaml"
+        path.write_text(as_yaml(values | fields))
+        return path
+
+    return make
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """Train and evaluate in this process, 10 s less each; yields the commands. One test has processes of their own."""
+    commands = []
+
+    def launch(arguments, log):
+        commands.append(arguments)
+        try:
+            cli.app(arguments, standalone_mode=False)
+        except QLoRAError as error:
+            return error.exit_code, str(error)
+        except Interrupted as stopped:
+            return stopped.exit_code, ""
+        return 0, ""
+
+    monkeypatch.setattr(compared_runs, "launch", launch)
+    return commands
+
+
+def without_times(found):
+    """Return a comparison without what differs from one time to the next."""
+    moving = {"seconds", "latency_seconds", "peak_bytes", "merged_latency_seconds"}
+    text = json.dumps(found, default=str)
+    kept = json.loads(text, object_hook=lambda one: {key: value for key, value in one.items() if key not in moving})
+    return kept | {"notes": [line for line in found["notes"] if "16 bit" not in line]}
+
+
+VARIANTS = {
+    "lora": None,
+    "ia3": {"ia3": {}, "sweep": {"training.learning_rate": [1e-2]}},
+    # a float16 overflow at once: not finite
+    "diverging": {"training.learning_rate": 1e30, "sweep": {"training.max_steps": [12]}},
+    "large": {"memory.budget": "1MB", "sweep": {"training.learning_rate": [1e-3]}},
+}
+
+
+def test_all_of_a_comparison_is_one_table_and_an_interruption_changes_nothing(
+    comparison, in_process, tmp_path, monkeypatch
+):
+    path = comparison(variants=VARIANTS, sweep={"training.learning_rate": [1e-2, 1e-3]}, seeds=[1, 2])
+    whole = compare(path, [f"output_dir={tmp_path}/whole"])
+    rows = {Path(row["run"]).name: row for row in whole["rows"]}
+    assert len(rows) == 2 * 2 + 2 + 2 + 2
+    assert {name: row["status"] for name, row in rows.items() if row["status"] != "done"} == {
+        "diverging-max_steps-12-seed-1": "failed",
+        "diverging-max_steps-12-seed-2": "failed",
+        "large-learning_rate-0.001-seed-1": "does not fit",
+        "large-learning_rate-0.001-seed-2": "does not fit",
+    }
+    assert "does not fit: " in rows["large-learning_rate-0.001-seed-1"]["message"]
+    assert "not finite" in rows["diverging-max_steps-12-seed-1"]["message"]
+    one = rows["lora-learning_rate-0.01-seed-2"]
+    assert one["metrics"]["exact_match"]["value"] == 0
+    assert one["trainable_parameters"] == 8192
+    assert one["saved_bytes"] > 2 * 8192
+    assert min(one["seconds"], one["peak_bytes"], one["latency_seconds"], one["loss"]) > 0
+    assert [(one["variant"], one["seeds"], one["chosen"]) for one in whole["summary"]] == [
+        ("lora", 2, True),
+        ("lora", 2, False),
+        ("ia3", 2, True),
+    ]
+    [first] = [one for one in whole["summary"] if one["best"]]
+    assert first["variant"] == "lora"
+    assert first["mean"] == pytest.approx(
+        sum(rows[f"lora-learning_rate-0.01-seed-{seed}"]["loss"] for seed in (1, 2)) / 2
+    )
+
+    # ended in the third training after its first step, and while the fourth is evaluated
+    number_of = {"train": 0}
+    real = compared_runs.launch
+
+    def ended(arguments, log):
+        number_of[arguments[0]] = number_of.get(arguments[0], 0) + 1
+        if number_of[arguments[0]] == (4 if arguments[0] == "eval" else 3):
+            return 128 + signal.SIGTERM, ""
+        return real(arguments, log)
+
+    monkeypatch.setattr(compared_runs, "launch", ended)
+    again = [f"output_dir={tmp_path}/ended"]
+    for _ in range(2):
+        with pytest.raises(Interrupted):
+            compare(path, again, resume=number_of["train"] > 0)
+    found = compare(path, again, resume=True)
+    assert without_times(found) == json.loads(json.dumps(without_times(whole)).replace("/whole/", "/ended/"))
+    assert json.loads((tmp_path / "ended" / "comparison.json").read_text()) == found
+    _look_at_files(tmp_path / "whole", whole)
+
+
+def _look_at_files(folder, found):
+    table = list(csv.DictReader((folder / "comparison.csv").open()))
+    assert [row["variant"] for row in table] == [row["variant"] for row in found["rows"]]
+    assert float(table[0]["loss"]) == found["rows"][0]["loss"]
+    text = (folder / "comparison.md").read_text()
+    assert found["command"] in text
+    assert len(re.findall(r"^\| lora \|", text, re.MULTILINE)) == 2
+    assert "| large | learning_rate 0.001 seed 1 | does not fit |" in text
+    assert (folder / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    assert {Path(one["path"]).name for one in adapters(folder)} >= {
+        "lora-learning_rate-0.01-seed-1",
+        "ia3-learning_rate-0.01-seed-2",
+    }
+
+
+def test_each_training_is_a_process_whose_end_is_a_row(comparison, tmp_path):
+    """kill -9, which the system's own lack of memory is too, ends one training and not the comparison."""
+    path = comparison(variants={"killed": {"training.max_steps": 3}, "lora": None}, forgetting="built-in")
+    real, asked = compared_runs.subprocess.Popen, []
+
+    def popen(command, **options):
+        asked.append(command[3])
+        if len(asked) == 1:
+            command = [command[0], "-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"]
+        return real(command, **options)
+
+    compared_runs.subprocess.Popen = popen
+    try:
+        found = compare(path)
+    finally:
+        compared_runs.subprocess.Popen = real
+    assert asked == ["train", "train", "eval"]
+    killed, lora = found["rows"]
+    assert (killed["status"], killed["message"]) == ("failed", "ended by signal 9: the system ran out of memory?")
+    assert lora["status"] == "done"
+    assert lora["forgetting"] != 0
+    assert "trained 2 steps" in (tmp_path / "compared" / "logs" / "lora.txt").read_text()
+    assert found["merged_latency_seconds"] > 0
+
+
+def test_a_variant_names_another_method_and_the_bases_leaves(comparison):
+    path = comparison(
+        variants={
+            "full": {"full": {}, "quantization": None},
+            "nested": {"training": {"learning_rate": 0.5}, "lora": {"r": 2}},
+            "dotted": {"lora.use_dora": True},
+        }
+    )
+    by_name = {entry.name: entry.recipe for entry in entries(Comparison.load(path))}
+    assert by_name["full"].lora is None
+    assert by_name["full"].full is not None
+    assert (by_name["nested"].training.learning_rate, by_name["nested"].lora.r, by_name["nested"].lora.lora_alpha) == (
+        0.5,
+        2,
+        8,
+    )
+    assert (by_name["dotted"].lora.use_dora, by_name["dotted"].lora.r) == (True, 4)
+    assert by_name["nested"].training.max_steps == 2  # of the base, beside what the variant changes
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"variant": {}}, r"comparison\.yaml has 1 problem.*line \d+  variant: unknown field; did you mean variants\?"),
+        ({"variants": {}}, "variants: .* at least 1 item"),
+        ({"variants": {"a/b": None}}, "variants.a/b: a name of letters, digits"),
+        ({"variants": {"x": {"sweep": {"training.seed": 3}}}}, r"variants\.x\.sweep: should be fields with lists of values"),
+        ({"variants": {"x": {"lora.rank": 4}}}, r"base\.yaml, variant x, has 1 problem\s+lora\.rank: unknown field; did you mean"),
+        ({"variants": {"x": {"full": {}}}}, "variant x, .*full trains the weights themselves"),
+        ({"sweep": {"training.learning_rate": ["fast"]}}, r"variant lora, .*training\.learning_rate: .*found 'fast'"),
+        ({"sweep": {"training.learning_rate": []}}, r"sweep\.training\.learning_rate: should be a list of values"),
+        ({"seeds": [1, 1]}, "seeds: one of them stands there twice"),
+        ({"base": "nowhere.yaml"}, "no recipe at nowhere.yaml"),
+        ({"sweep": {"training.learning_rate": [1e-3, 0.001]}}, "two trainings would be called lora-learning_rate-0.001"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_a_comparison_is_said_before_anything_is_trained(comparison, fields, said, tmp_path):
+    with pytest.raises(InputError, match=f"(?s){said}"):
+        compare(comparison(**fields))
+    assert not (tmp_path / "compared").exists()
+
+
+def test_a_comparison_is_not_written_over_another_and_goes_on_only_as_it_was(comparison, in_process, tmp_path):
+    path = comparison()
+    with pytest.raises(InputError, match="holds no comparison to resume; leave out --resume"):
+        compare(path, resume=True)
+    planned = compare(path, dry_run=True)["planned"]
+    assert [(one["name"], one["fits"]) for one in planned] == [("lora", True)]
+    assert planned[0]["peak_bytes"] > 0
+    assert not (tmp_path / "compared").exists()
+    first = compare(path)
+    with pytest.raises(InputError, match="holds a comparison; go on with it by --resume"):
+        compare(path)
+    num_commands = len(in_process)
+    assert without_times(compare(path, resume=True)) == without_times(first)
+    assert len(in_process) == num_commands  # nothing is trained again
+    with pytest.raises(
+        InputError, match=r"lora was trained with another recipe .*compared/recipes/lora\.yaml\); change it back"
+    ):
+        compare(comparison(variants={"lora": {"lora.r": 2}}), resume=True)
+    more = compare(comparison(variants={"lora": None, "ia3": {"ia3": {}}}), resume=True)  # a variant more is welcome
+    assert [row["status"] for row in more["rows"]] == ["done", "done"]
+
+
+def test_two_runs_side_by_side(comparison, in_process, tmp_path, capsys):
+    compare(comparison(variants={"lora": None, "wide": {"lora.r": 8, "training.max_steps": 6}}))
+    one, other = tmp_path / "compared" / "lora", tmp_path / "compared" / "wide"
+    capsys.readouterr()
+    found = compare_runs(one, other)
+    assert found["differences"] == {
+        "recipe": [["lora.r", 4, 8], ["training.max_steps", 2, 6]],
+        "data": [],
+        "versions": [],
+        "base model": [],
+    }
+    change = found["change"]["loss"]
+    assert change["value"] == pytest.approx(found["rows"][1]["loss"] - found["rows"][0]["loss"])
+    assert change["low"] < change["value"] < change["high"] < 0
+    shown = capsys.readouterr().out
+    assert "lora.r" in shown
+    assert "training time" in shown
+    with pytest.raises(InputError, match="no run at"):
+        compare_runs(one, tmp_path / "nothing")

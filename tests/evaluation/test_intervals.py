@@ -1,0 +1,61 @@
+"""Intervals against closed forms, and against what they promise: the truth lies in 95 % of them."""
+
+import numpy as np
+import pytest
+
+from qlora.evaluation import intervals
+
+
+def ratio(sums):
+    return sums[0] / sums[1]
+
+
+def shares(right, total):
+    return np.array([[1.0, 1.0]] * right + [[0.0, 1.0]] * (total - right))
+
+
+@pytest.mark.parametrize(
+    ("right", "total", "low", "high"),
+    # Newcombe 1998, table I, method 3 (score, without continuity correction)
+    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0, 0.1611), (1, 29, 0.0061, 0.1718)],
+)
+def test_the_interval_of_a_share_is_wilsons(right, total, low, high):
+    assert intervals.interval(ratio, shares(right, total)) == pytest.approx((low, high), abs=5e-5)
+
+
+def test_a_share_of_all_reaches_one_and_no_further():
+    low, high = intervals.interval(ratio, shares(50, 50))
+    assert high == 1
+    assert 0.92 < low < 0.94
+
+
+def test_a_bootstrapped_mean_has_the_interval_of_the_normal_distribution():
+    values = np.random.default_rng(1).normal(3, 2, 400)
+    low, high = intervals.interval(ratio, np.stack([values, np.ones(400)], 1))
+    half = 1.96 * values.std(ddof=1) / 20
+    assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.08 * half)
+
+
+def test_the_truth_lies_in_about_95_of_100_intervals():
+    generator, inside = np.random.default_rng(2), 0
+    for _ in range(100):
+        values = generator.exponential(1.0, 80)
+        low, high = intervals.interval(ratio, np.stack([values, np.ones(80)], 1))
+        inside += low <= 1 <= high
+    assert 88 <= inside <= 99
+
+
+def test_what_differs_between_rows_alone_does_not_hide_a_difference():
+    generator = np.random.default_rng(3)
+    hard = generator.normal(0, 5, 60)  # rows differ much
+    before = np.stack([hard, np.ones(60)], 1)
+    after = np.stack([hard - 0.5 + generator.normal(0, 0.1, 60), np.ones(60)], 1)  # all a little better
+    low, high = intervals.difference(ratio, before, after)
+    assert -0.6 < low < high < -0.4
+    assert intervals.difference(ratio, before, before) == (0, 0)
+
+
+def test_resampling_many_rows_takes_little_memory_at_a_time():
+    sizes = [counts.shape for counts in intervals.draws(100_000)]
+    assert sum(rows for rows, _ in sizes) == intervals.RESAMPLES
+    assert max(rows * columns for rows, columns in sizes) <= 2**22

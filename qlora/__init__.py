@@ -35,6 +35,7 @@ _HOME = {
     "train": "commands.train",
     "plan": "commands.plan",
     "list_cards": "commands.plan",
+    "plan_methods": "commands.plan",
     "inspect_data": "commands.data",
     "evaluate": "commands.eval",
     "export": "commands.export",

@@ -110,6 +110,7 @@ def plan(
         str | None, typer.Option(help="plan for this card, such as 3060, 4090 or T4; `--card list` prints all")
     ] = None,
     plot: Annotated[str | None, typer.Option(help="draw memory by sequence length into this PNG or SVG")] = None,
+    methods: Annotated[bool, typer.Option("--methods", help="what each method would cost, and which to take")] = False,
     as_json: Json = False,
 ):
     """Say what training will cost and whether it fits, from config.json alone; exit code 3 if it does not."""
@@ -118,6 +119,13 @@ def plan(
         return
     if recipe is None:
         raise InputError("qlora plan needs a recipe: qlora plan RECIPE; see recipes/")
+    if methods:
+        if plot is not None:
+            raise InputError("--plot draws one method; leave out --methods")
+        every = _run("plan_methods", as_json, _load(recipe, overrides), vram, card)
+        if not any(one["fits"] for one in every["methods"]):
+            raise typer.Exit(DoesNotFit.exit_code)
+        return
     found = _run("plan", as_json, _load(recipe, overrides), vram, card, plot)
     if not found["fits"]:
         raise typer.Exit(DoesNotFit.exit_code)

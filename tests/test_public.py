@@ -3,6 +3,7 @@
 import inspect
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -13,12 +14,15 @@ from qlora import (
     RunDir,
     adapters,
     chat,
+    compare,
+    compare_runs,
     doctor,
     evaluate,
     export,
     inspect_data,
     list_cards,
     plan,
+    plan_methods,
     push,
     quiet,
     train,
@@ -30,8 +34,11 @@ SIGNATURES = {
     "train": "(recipe: 'Recipe', resume=False, allow_change=()) -> 'RunDir'",
     "plan": "(recipe: 'Recipe', vram=None, card=None, plot=None) -> 'dict'",
     "list_cards": "() -> 'dict'",
+    "plan_methods": "(recipe: 'Recipe', vram=None, card=None) -> 'dict'",
     "inspect_data": "(recipe: 'Recipe', row=None, tokens=False, html=None) -> 'dict'",
-    "evaluate": "(target, data_file=None, overrides=(), max_rows=100) -> 'dict'",
+    "evaluate": "(target, data_file=None, overrides=(), max_rows=100, **asked) -> 'dict'",
+    "compare": "(path, overrides=(), resume=False, dry_run=False) -> 'dict'",
+    "compare_runs": "(one, other) -> 'dict'",
     "export": "(target, out, dtype=None, overrides=(), *, model=None, data=None, compare_bases=False, gguf=None) -> 'dict'",
     "adapters": "(folder='runs') -> 'list'",
     "chat": "(target, prompt, system=None, max_new_tokens=512, overrides=(), on_text=None) -> 'str'",
@@ -48,10 +55,14 @@ def test_every_public_name_works_after_all_the_others(make_recipe, tmp_path, mon
     assert doctor()["checks"][0]["name"] == "python"
     assert inspect_data(recipe)["rows"] > 0
     assert plan(recipe, "24GiB")["fits"]
+    assert {one["method"] for one in plan_methods(recipe, "24GiB")["methods"]} >= {"lora", "full", "ia3"}
     assert {"RTX 4090", "T4"} <= {card["name"] for card in list_cards()["cards"]}
     run = train(recipe)
     assert isinstance(run, RunDir)
     assert set(evaluate(run.path)["metrics"]) == {"exact_match"}
+    Path("compared.yaml").write_text("base: mine.yaml\nvariants: {mine: }\noutput_dir: compared\n")
+    assert compare("compared.yaml", dry_run=True)["planned"][0]["fits"]
+    assert compare_runs(run.path, run.path)["change"]["loss"]["value"] == 0
     assert export(run.path, "models/mine")["verified"]
     assert isinstance(chat("models/mine", "What can you do?", max_new_tokens=4), str)
     assert [one["state"] for one in adapters(run.path)] == ["finished"]

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from .. import planner
+from ..jobs.method_plans import advice
+from ..jobs.method_plans import plan_methods as plans_of_methods
 from ..jobs.plan_job import budget_of, computer_of, job_of, without_data
 from ..jobs.prepared_data import prepared_if_there
 from ..pages.plan import draw
@@ -15,7 +18,7 @@ from ..system.units import size
 from ..terminal import shown
 from ..terminal.data import say_report
 from ..terminal.plan import say_plan
-from ..terminal.tables import table
+from ..terminal.tables import show, table
 
 
 @shown()
@@ -56,3 +59,45 @@ def plan(recipe: Recipe, vram=None, card=None, plot=None) -> dict:
         draw(plot, job, recipe.model.name_or_path)
         note(f"plot      {plot}")
     return dataclasses.asdict(found) | {"limits": limits, "suggestions": changes}
+
+
+@shown()
+def plan_methods(recipe: Recipe, vram=None, card=None) -> dict:
+    """Print what each method would cost on a card, and what to take; return {"methods": [...], "advice": [...]}.
+
+    Each method is {"method", "fits", "peak_bytes", "trainable_parameters", "checkpointed_layers", "tokens_per_second",
+    "message"}; what is not known is None. vram, card: as of `plan`.
+
+    Raises:
+        InputError: the recipe, the data, a size or a card is wrong.
+    """
+    budget, on = budget_of(recipe, vram, card), computer_of(card)
+    plans = plans_of_methods(recipe, budget, on)
+    prepared = prepared_if_there(recipe, on)
+    sentences = advice(plans, None if prepared is None else len(prepared.examples))
+    found: list[dict[str, Any]] = [
+        {
+            "method": one.name,
+            "fits": one.plan is not None and one.plan.fits,
+            "peak_bytes": one.plan and one.plan.peak_bytes,
+            "trainable_parameters": one.plan and one.trained,
+            "checkpointed_layers": one.plan and one.plan.checkpointed_layers,
+            "tokens_per_second": one.plan and one.plan.tokens_per_second,
+            "message": one.why_none,
+        }
+        for one in plans
+    ]
+    fastest = max((one["tokens_per_second"] or 0 for one in found if one["fits"]), default=0)
+    rows = [
+        [one["method"], "" if one["peak_bytes"] is None else size(one["peak_bytes"]),
+         "yes" if one["fits"] else "no" if one["peak_bytes"] else one["message"],
+         "" if one["trainable_parameters"] is None else f"{one['trainable_parameters']:,}",
+         "" if one["checkpointed_layers"] is None else str(one["checkpointed_layers"]),
+         f"{one['tokens_per_second'] / fastest:.2f}" if one["fits"] and one["tokens_per_second"] and fastest else ""]
+        for one in found
+    ]  # fmt: skip
+    header = ["", "peak", "fits", "trained parameters", "layers checkpointed", "speed at most"]
+    table(f"methods on {size(budget.num_bytes)} ({budget.why})", header, rows)
+    for sentence in sentences:
+        show(sentence)
+    return {"methods": found, "advice": sentences}

@@ -6,6 +6,7 @@ import csv
 import io
 
 from ..system.errors import InputError
+from ..system.events import note
 from ..system.units import duration, size
 
 COLUMNS = (
@@ -100,11 +101,16 @@ def as_markdown(found) -> str:
 def draw(path, found):
     """Draw the metric against peak memory, and by the first field of the sweep, into the PNG `path`.
 
+    Without matplotlib nothing is drawn, and a note says so.
+
     Raises:
         InputError: the picture cannot be written.
     """
-    import matplotlib
-
+    try:
+        import matplotlib
+    except ImportError:
+        note("no picture, which needs matplotlib: pip install matplotlib")
+        return
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 

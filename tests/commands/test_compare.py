@@ -192,7 +192,7 @@ def test_a_variant_names_another_method_and_the_bases_leaves(comparison):
         ({"variants": {}}, "variants: .* at least 1 item"),
         ({"variants": {"a/b": None}}, "variants.a/b: a name of letters, digits"),
         ({"variants": {"x": {"sweep": {"training.seed": 3}}}}, r"variants\.x\.sweep: should be fields with lists of values"),
-        ({"variants": {"x": {"lora.rank": 4}}}, r"base\.yaml, variant x, has 1 problem\s+lora\.rank: unknown field; did you mean"),
+        ({"variants": {"x": {"lora.rank": 4}}}, r"base\.yaml, variant x, has 1 problem\s+lora\.rank: unknown field; did"),
         ({"variants": {"x": {"full": {}}}}, "variant x, .*full trains the weights themselves"),
         ({"sweep": {"training.learning_rate": ["fast"]}}, r"variant lora, .*training\.learning_rate: .*found 'fast'"),
         ({"sweep": {"training.learning_rate": []}}, r"sweep\.training\.learning_rate: should be a list of values"),

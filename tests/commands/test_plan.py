@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 
-from qlora.commands.plan import plan
+from qlora import methods
+from qlora.commands.plan import plan, plan_methods
 from qlora.recipe import Recipe
 from qlora.system.errors import InputError
 from tests import forked
@@ -139,3 +140,32 @@ def test_a_plot_without_matplotlib_says_what_to_install(make_recipe, monkeypatch
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
     with pytest.raises(InputError, match="pip install matplotlib"):
         plan(make_recipe(), plot="memory.png")
+
+
+def test_each_method_is_planned_and_what_to_take_is_said_with_numbers(make_recipe, capsys):
+    recipe = make_recipe(lora={"r": 4})
+    found = plan_methods(recipe, "24GiB")
+    by_name = {one["method"]: one for one in found["methods"]}
+    assert [*by_name][0] == "lora"
+    assert by_name.keys() == {*methods.names(), "lora: {use_dora: true}", "lora, 16-bit base"}
+    assert all(one["fits"] for one in by_name.values()), by_name
+    alone = plan(recipe, "24GiB")
+    assert by_name["lora"]["peak_bytes"] == alone["peak_bytes"]
+    assert by_name["lora"]["trainable_parameters"] == 8192
+    assert by_name["full"]["trainable_parameters"] > 100_000  # all weights
+    assert by_name["full"]["peak_bytes"] > by_name["lora"]["peak_bytes"]
+    assert any("139,584 numbers to learn with, and 18 rows" in line for line in found["advice"]), found["advice"]
+    assert "speed at most" in capsys.readouterr().out
+
+
+def test_a_method_that_a_recipe_does_not_let_be_says_so_and_none_that_fits_exits_3(make_recipe, tmp_path):
+    recipe = make_recipe(data={"packing": True}, memory={"gradient_checkpointing": True})
+    by_name = {one["method"]: one for one in plan_methods(recipe, "24GiB")["methods"]}
+    assert by_name["lora"]["fits"]
+    assert "data.packing joins rows" in by_name["prompt_tuning"]["message"]
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe.to_yaml())
+    done = forked.run("plan", path, "--methods", "--vram", "600MiB")
+    assert done.returncode == 3
+    assert "No method fits" in done.stdout
+    assert forked.run("plan", path, "--methods", "--plot", tmp_path / "x.png").returncode == 2

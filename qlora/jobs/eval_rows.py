@@ -27,7 +27,7 @@ def held_out_rows(subject, data_file=None):
     recorded = run.environment().get("held_out")
     if not recorded:
         raise InputError(f"{run.environment_file}: does not say which rows were held out; give --data FILE")
-    rows = data.Rows(data.load(sources, tokenizer, section, recipe.training.seed))
+    rows = data.Rows(data.load(sources, tokenizer, section, recipe.seed_of_rows))
     keys, found = np.array([int(key, 16) for key in recorded], np.uint64), rows.keys
     missing = int((~np.isin(keys, found)).sum())
     if missing:
@@ -40,12 +40,14 @@ def held_out_rows(subject, data_file=None):
 
 
 def general_rows(subject, file):
-    """Return the data.Rows of `file` that a Subject's forgetting is measured on; none longer than its own rows may be."""
-    recipe = subject.recipe
-    length = {"max_length": recipe.data.max_length} if recipe else {}
-    section = Data.of_file(file, {**length, "on_bad_row": "error"})
+    """Return the data.Rows of `file` that a Subject's forgetting is measured on, cut after 2,048 tokens or the last position."""
+    positions = base_model.num_positions(subject.model.config) or _LONGEST
+    section = Data.of_file(file, {"max_length": min(positions, _LONGEST), "overlong": "truncate"})
     rows = data.Rows(data.load(section.train, subject.tokenizer, section, seed=0))
     if not len(rows):
         raise InputError(f"no rows to measure forgetting on in {file}")
     base_model.refuse_rows(rows, subject.model.config)
     return rows
+
+
+_LONGEST = 2048

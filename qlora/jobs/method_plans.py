@@ -89,8 +89,8 @@ def advice(found: list[MethodPlan], num_rows: int | None) -> list[str]:
         lines.append(f"Full fine-tuning does not fit; LoRA does ({_gib(lora)}), on a 4-bit base.")
     if lora is not None:
         lines.append(
-            f"Not sure: lora ({lora.trained:,} numbers). It merges into one model that every server loads, and is what others are "
-            "measured by."
+            f"Not sure: lora ({lora.trained:,} numbers). It merges into one model that every server loads, and is what others "
+            "are measured by."
         )
     small = [plans[name] for name in ("ia3", "prompt_tuning") if name in plans]
     if small and lora is not None:

@@ -50,7 +50,7 @@ def prepare(recipe: Recipe, weights=True, on=None) -> Prepared:
         checkpoint.folder, recipe.model, generation_config, recipe.data.chat_template, recipe.data.system_as_user
     )
 
-    seed = recipe.training.seed
+    seed = recipe.seed_of_rows
     parts = data.load(recipe.data.train, tokenizer, recipe.data, seed)
     eval_parts = data.load(recipe.data.eval or [], tokenizer, recipe.data, seed)
     rows = data.Rows(parts)
@@ -60,7 +60,7 @@ def prepare(recipe: Recipe, weights=True, on=None) -> Prepared:
         raise InputError(_nothing_left("evaluate", eval_parts))
     once, held_out = data.hold_out(rows, recipe.data.eval_fraction, seed)
     held_out = data.Rows(eval_parts) if eval_parts else held_out
-    examples = data.weighted(once, seed)
+    examples = data.weighted(once, recipe.training.seed)
     if not len(examples):
         raise InputError("no rows left to train on: the weights in data.train are too small")
     for some in (examples, held_out):

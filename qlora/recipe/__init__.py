@@ -58,6 +58,11 @@ class Recipe(Section):
         return next(iter(self._methods.values()))
 
     @property
+    def seed_of_rows(self):
+        """The seed of which rows are held out, and which are taken of a source with max_rows."""
+        return self.training.seed if self.data.seed is None else self.data.seed
+
+    @property
     def _methods(self):
         """{name: section} of the methods that are given."""
         sections = {name: getattr(self, name) for name in type(self).model_fields}

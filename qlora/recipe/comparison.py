@@ -119,7 +119,10 @@ def _entry(comparison, values, variant, settings, seed):
     _leave_method(values, changes)
     for key, value in [*changes.items(), *settings.items()]:
         _set(values, key.split("."), value)
-    if seed is not None:
+    if seed is not None:  # of the training alone: every seed is measured on the same rows
+        same = values.get("data", {}).get("seed")
+        default = Recipe.model_fields["training"].default.seed
+        _set(values, ["data", "seed"], values.get("training", {}).get("seed", default) if same is None else same)
         _set(values, ["training", "seed"], seed)
     name = "-".join([variant, *(_word(key, value) for key, value in settings.items())])
     name += "" if seed is None else f"-seed-{seed}"

@@ -144,7 +144,8 @@ def _did_you_mean(location, schema):
     }
     elsewhere = {}
     # what comes later is the likelier place, and the default method before the others
-    for parent, kind in [*reversed(inside.items()), *sections.items(), ("lora", sections["lora"])]:
+    default = [("lora", sections["lora"])] if "lora" in sections else []  # a comparison has no sections
+    for parent, kind in [*reversed(inside.items()), *sections.items(), *default]:
         elsewhere |= {f"{parent}_{field}": f"{parent}.{field}" for field in kind.model_fields}
         elsewhere |= {field: f"{parent}.{field}" for field in kind.model_fields}
     known = elsewhere | _SYNONYMS

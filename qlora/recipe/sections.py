@@ -126,6 +126,8 @@ class Data(Section):
     """where rows use other names: `{prompt: question, completion: answer}`; or Jinja templates of them"""
     eval_fraction: Share = 0.0
     """or a share of the training rows; duplicates of training rows are never held out"""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] | None = None
+    """of what is drawn: the rows of eval_fraction and of max_rows; null: training.seed"""
     max_length: Annotated[int, Field(ge=8, le=LARGEST)] = 2048
     """tokens"""
     overlong: Literal["error", "drop", "truncate_prompt", "truncate", "split"] = "error"

@@ -146,7 +146,7 @@ def test_each_method_is_planned_and_what_to_take_is_said_with_numbers(make_recip
     recipe = make_recipe(lora={"r": 4})
     found = plan_methods(recipe, "24GiB")
     by_name = {one["method"]: one for one in found["methods"]}
-    assert [*by_name][0] == "lora"
+    assert next(iter(by_name)) == "lora"
     assert by_name.keys() == {*methods.names(), "lora: {use_dora: true}", "lora, 16-bit base"}
     assert all(one["fits"] for one in by_name.values()), by_name
     alone = plan(recipe, "24GiB")

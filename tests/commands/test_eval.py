@@ -143,7 +143,7 @@ def test_a_part_of_the_answers_is_compared(make_recipe, tmp_path, monkeypatch):
         result = evaluate(run.path, rows, extract=extract, metrics=["f1_macro"])
         assert result["metrics"]["exact_match"]["value"] == pytest.approx(2 / 3)
         assert result["metrics"]["f1_macro"]["value"] == pytest.approx(2 / 3)
-    with pytest.raises(InputError, match=r"--extract 'nowhere': finds nothing in any of the 3 expected answers"):
+    with pytest.raises(InputError, match=r"--extract 'nowhere' finds nothing in any of the 3 expected answers"):
         evaluate(run.path, rows, extract="nowhere")
 
 

@@ -165,7 +165,7 @@ def test_a_method_that_a_recipe_does_not_let_be_says_so_and_none_that_fits_exits
     assert "data.packing joins rows" in by_name["prompt_tuning"]["message"]
     path = tmp_path / "recipe.yaml"
     path.write_text(recipe.to_yaml())
-    done = forked.run("plan", path, "--methods", "--vram", "600MiB")
+    done = forked.run("plan", path, "--methods", "--vram", "100MiB")
     assert done.returncode == 3
     assert "No method fits" in done.stdout
     assert forked.run("plan", path, "--methods", "--plot", tmp_path / "x.png").returncode == 2

@@ -24,6 +24,7 @@ class Settings:
     on_bad_row: str
     ignore_keys: tuple = ()
     thoughts: str = "keep"
+    folder: str = ""  # that of the data file, from which paths in rows start
 
 
 class TooLong(Exception):
@@ -49,13 +50,14 @@ class Encoder(Protocol):
     """Rows -> examples of one kind.
 
     ARRAYS: {name: dtype} of what lies on disk for each token of an example; the token ids are "tokens". NUMBERS: the same of
-    what lies there once for each example. COUNTS: names of what is counted of a file's rows. It is copied into the processes
-    that tokenize.
+    what lies there once for each example. COUNTS: names of what is counted of a file's rows. LENGTH: what each example counts
+    as; None: its tokens. It is copied into the processes that tokenize.
     """
 
     ARRAYS: ClassVar[Mapping[str, str]]
     NUMBERS: ClassVar[Mapping[str, str]]
     COUNTS: ClassVar[tuple[str, ...]]
+    LENGTH: ClassVar[int | None]
     settings: Settings
 
     def identity(self) -> Any:

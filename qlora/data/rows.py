@@ -31,8 +31,7 @@ class Rows(Sequence):
 
     def where(self, index):
         """Return the file and line of the row that the Example at `index` comes from."""
-        part = self.parts[self.part_of[index]]
-        return f"{part.path} {part.unit} {part.rows['line'][self._index_in[index]]}"
+        return self.parts[self.part_of[index]].where(self._index_in[index])
 
     @property
     def lengths(self):

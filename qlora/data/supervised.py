@@ -17,6 +17,7 @@ class Supervised:
 
     ARRAYS: ClassVar = {"tokens": "<i4", "trained": "?"}
     NUMBERS: ClassVar = {"trained": "<i4", "last": "<i4"}  # how many tokens are trained; the last of them, or -1
+    LENGTH = None
     COUNTS = (
         "rows_truncated",
         "rows_split",

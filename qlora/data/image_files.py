@@ -138,7 +138,7 @@ def _classes(root):
         InputError: it has no folders, an empty one, files beside them, or they are those of splits.
     """
     try:
-        names = sorted(entry.name for entry in os.scandir(root) if not _is_litter(entry.name))
+        names = sorted(name for name in os.listdir(root) if not _is_litter(name))
         folders = [name for name in names if (root / name).is_dir()]
         beside = [name for name in names if name not in set(folders)]
         files = {name: _files(root / name) for name in folders}
@@ -178,7 +178,7 @@ def _files(folder):
 def _refuse_splits(root, folders):
     """Raise InputError where the folders are those of splits, each with its own folders of classes."""
     splits = [name for name in folders if name.lower() in _SPLITS]
-    if splits and len(splits) == len(folders) and any(entry.is_dir() for entry in os.scandir(root / splits[0])):
+    if splits and len(splits) == len(folders) and any(path.is_dir() for path in (root / splits[0]).iterdir()):
         named = ", ".join(splits)
         train = next((name for name in splits if name.lower().startswith("train")), splits[0])
         raise InputError(

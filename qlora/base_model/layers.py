@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from . import text_generation
+from . import tasks
 from .quantized import quantized_modules
 
 
@@ -17,11 +17,15 @@ def is_conv1d(module):
 
 def linear_names(model):
     """Return the names of the linear layers that can carry an adapter: all but the head."""
-    head = text_generation.head(model)
+    head = {
+        name
+        for one in tasks.of_model(model).head_names(model)
+        for name, _ in model.get_submodule(one).named_modules(prefix=one)
+    }
     return [
         name
         for name, module in model.named_modules()
-        if (isinstance(module, torch.nn.Linear) or is_conv1d(module)) and module is not head
+        if (isinstance(module, torch.nn.Linear) or is_conv1d(module)) and name not in head
     ]
 
 

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from ..system.errors import InputError
 
+# whose positions begin behind the number of the pad token: 514 in config.json are 512 tokens
+_AFTER_PADDING = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-prelayernorm", "data2vec-text", "xmod", "mpnet",
+                  "longformer", "ibert", "esm")  # fmt: skip
+
 
 def num_positions(config):
     """Return how many tokens the model can take at once, as its config says; None where it sets no limit."""
     config = config.get_text_config()
     if getattr(config, "alibi", False):  # distances instead of positions, whatever else the config says
         return None
-    return getattr(config, "max_position_embeddings", None)
+    found = getattr(config, "max_position_embeddings", None)
+    if found is not None and config.model_type in _AFTER_PADDING:
+        return found - config.pad_token_id - 1
+    return found
 
 
 def refuse_rows(rows, config):

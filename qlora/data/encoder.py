@@ -24,6 +24,7 @@ class Settings:
     on_bad_row: str
     ignore_keys: tuple = ()
     thoughts: str = "keep"
+    labels: tuple = ()
 
 
 class TooLong(Exception):
@@ -57,6 +58,14 @@ class Encoder(Protocol):
     NUMBERS: ClassVar[Mapping[str, str]]
     COUNTS: ClassVar[tuple[str, ...]]
     settings: Settings
+
+    @staticmethod
+    def refuse_columns(mapped) -> None:
+        """Raise InputError if data.columns, {known name: column or template}, does not make rows of this kind."""
+
+    @staticmethod
+    def refuse_table(path, header, mapped, ignore) -> None:
+        """Raise InputError if a table's columns, `header`, lack what a row needs. mapped: data.columns or None; ignore: keys."""
 
     def identity(self) -> Any:
         """Return, as JSON, what examples depend on beside the row, the settings and this package's code."""

@@ -63,6 +63,9 @@ class File:
         reader = reader_of(self.suffix)
         return reader.header(self) if hasattr(reader, "header") else None
 
+    def names_of(self, column):
+        """Return None: a file does not name the classes of a column."""
+
     def rows(self) -> Iterator[Row]:
         """Yield the rows in order, malformed ones with their `problem`; blank lines are passed over.
 
@@ -114,6 +117,10 @@ class HubSplit:
 
     def header(self):
         return self.data.column_names
+
+    def names_of(self, column):
+        """Return the names of the classes whose numbers `column` holds, None where it is no `datasets.ClassLabel`."""
+        return getattr(self.data.features.get(column), "names", None)
 
     def rows(self) -> Iterator[Row]:
         """Yield the rows in order; raises InputError if the split cannot be had or is empty."""

@@ -29,6 +29,8 @@ class Supervised:
         "tokens_of_conversations",  # of the longest of each conversation
     )
 
+    refuse_columns, refuse_table = staticmethod(columns.refuse_bad), staticmethod(columns.refuse_table)
+
     def __init__(self, tokenizer, settings: Settings):
         self.tokenizer, self.settings = tokenizer, settings
 

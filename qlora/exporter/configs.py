@@ -6,6 +6,7 @@ without a word. So the base's own files are kept, and where a field has an old a
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 
@@ -40,15 +41,20 @@ def write(folder, checkpoint, section, config, tokenizer, dtype, generation=None
     raw = files.read_object(path)
     is_multimodal = base_model.whole_config(checkpoint.folder) is not None
     changed = model_config_of_whole if is_multimodal else model_config
-    _write_or_copy(folder / path.name, changed(raw, before, after, dtype), path)
-    _write_generation_config(folder, generation or checkpoint, config, tokenizer)
+    task = checkpoint.task.file
+    _write_or_copy(folder / path.name, changed(raw, before, after, dtype) | task.written_to_config(config), path)
+    if not task.HAS_CLASSES:
+        _write_generation_config(folder, generation or checkpoint, config, tokenizer)
     _write_tokenizer(folder, checkpoint.folder, base_model.load_tokenizer(checkpoint.folder, section), tokenizer)
+    if task.HAS_CLASSES:  # rows of unlike length go together in a pipeline, whatever the base's own files say
+        path = folder / "tokenizer_config.json"
+        write_json(path, files.read_object(path) | {"pad_token": str(tokenizer.pad_token)})
     for source in checkpoint.folder.glob("*processor_config.json") if is_multimodal else ():
         shutil.copyfile(source, folder / source.name)
     has_code = [path for path in folder.glob("*config.json") if files.read_object(path).get("auto_map")]
     for code in checkpoint.folder.glob("*.py") if has_code else []:
         shutil.copy(code, folder)
-    refuse_misread(folder, section, config, tokenizer)
+    refuse_misread(folder, section, config, tokenizer, checkpoint.task)
 
 
 def model_config(raw, before, after, dtype):
@@ -211,9 +217,13 @@ def _for_version_4(settings):
     return settings
 
 
-def refuse_misread(folder, section, config, tokenizer):
-    """Raise ProofFailed unless the files read as `config` and `tokenizer`, and say the same in both spellings."""
-    written = base_model.find(section.model_copy(update={"name_or_path": str(folder), "revision": None}), weights=False)
+def refuse_misread(folder, section, config, tokenizer, task=base_model.GENERATION):
+    """Raise ProofFailed unless the files read as `config` and `tokenizer`, and say the same in both spellings.
+
+    task: what the model is opened for, without the labels: they are to be read.
+    """
+    opened = section.model_copy(update={"name_or_path": str(folder), "revision": None})
+    written = base_model.find(opened, False, dataclasses.replace(task, labels=()))
     found, expected = _as_dict(base_model.read_config(written, section)), _as_dict(config)
     # the old spelling, where this version keeps it as it is and computes with rope_parameters
     old = {name for name, value in _rope(expected).items() if name not in expected and found.get(name) == value}

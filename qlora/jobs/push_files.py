@@ -14,6 +14,7 @@ from ..system.errors import InputError
 from ..system.events import note
 from ..system.files import read as read_text
 from ..system.files import read_object
+from .chosen_task import task_of
 from .run_facts import origin_of
 
 CARD = "README.md"
@@ -64,7 +65,7 @@ def _of_run(run, base, title):
     files = _there(run.adapter, [methods.WEIGHTS, *_TOKENIZER])
     files[methods.CONFIG] = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
     quantization = recipe.quantization and recipe.quantization.model_dump()
-    files[CARD] = adapter_card(title, named, read.config, quantization, origin)
+    files[CARD] = adapter_card(title, named, read.config, quantization, origin, task_of(recipe))
     return files
 
 

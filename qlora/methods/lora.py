@@ -178,7 +178,7 @@ def _refuse_biases(model, section, layers):
 
 def _refuse_tying(model, section, whole):
     ends = [model.get_input_embeddings(), model.get_output_embeddings()]
-    tied = ends[0].weight is ends[1].weight
+    tied = ends[1] is not None and ends[0].weight is ends[1].weight
     if section.ensure_weight_tying and not (tied and any(model.get_submodule(name) in ends for name in whole)):
         raise InputError(
             "lora.ensure_weight_tying: has no effect; it is for modules_to_save that name the embedding or the head of a "

@@ -84,8 +84,8 @@ def _refuse_unmatched(model, section, linear, leaves, targets):
 
 
 def _whole(model, section, layers, token_ids):
-    modules = dict(model.named_modules())
-    whole, problems = [], []
+    modules, task = dict(model.named_modules()), base_model.task_of(model)
+    whole, problems = [*(task.head_names(model) if task.HAS_CLASSES else ())], []
     for wanted in section.modules_to_save or ():
         found = [name for name in modules if name == wanted or name.endswith(f".{wanted}")]
         whole += found

@@ -16,11 +16,14 @@ _SHOWN = 20  # rows of a page, from all over the data
 
 
 def pieces(tokenizer, example, one_by_one=False):
-    """Return [(text, ids, trained, special), ...] of the row: its longest runs of one kind, or its tokens."""
+    """Return [(text, ids, trained, special), ...] of the row: its longest runs of one kind, or its tokens.
+
+    Of an example with one label no token is trained.
+    """
+    labels = getattr(example, "labels", None) or [IGNORE_INDEX] * len(example.input_ids)
     special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     tokens = [
-        (token, label != IGNORE_INDEX, token in special)
-        for token, label in zip(example.input_ids, example.labels, strict=True)
+        (token, label != IGNORE_INDEX, token in special) for token, label in zip(example.input_ids, labels, strict=True)
     ]
     if one_by_one:
         groups = [[token] for token in tokens]
@@ -51,18 +54,18 @@ def altered(source):
     lines = []
     if source["unused"]:
         lines.append("unused keys: " + ", ".join(f"{key} ({count:,} rows)" for key, count in source["unused"].items()))
-    if source["rows_merged"]:
+    if source.get("rows_merged"):
         lines.append(f"{source['rows_merged']:,} rows had consecutive assistant messages merged into one turn")
-    if source["rows_without_thoughts"]:
+    if source.get("rows_without_thoughts"):
         lines.append(f"{source['rows_without_thoughts']:,} rows had their thoughts removed (data.thoughts=drop)")
-    if source["conversations_by_answer"]:
+    if source.get("conversations_by_answer"):
         times = source["tokens_by_answer"] / source["tokens_of_conversations"]
         lines.append(
             f"{source['conversations_by_answer']:,} conversations became {source['answers_by_answer']:,} training rows, one per "
             f"answer ({times:.1f}x the tokens): the template shows earlier turns differently once later ones follow, or an "
             "answer's first characters would merge with the prompt; data.train_on=last_assistant trains on last answers only"
         )
-    if source["rows_with_nulls"]:
+    if source.get("rows_with_nulls"):
         lines.append(
             f"{source['rows_with_nulls']:,} rows had null fields removed from tool calls or tool schemas (to keep them, "
             "write arguments and tools as JSON strings)"
@@ -86,6 +89,11 @@ def page(title, template, report, bars, max_length, rows):
     )
 
 
+def _label(prepared, example):
+    """Return in words which class an example has, "" of one without."""
+    return f", label {prepared.recipe.data.labels[example.label]}" if prepared.recipe.data.labels else ""
+
+
 def write_page(file, prepared, row=None):
     """Write the page of Prepared data, with some of its rows, or the one numbered `row` (from 1), to `file`.
 
@@ -94,7 +102,10 @@ def write_page(file, prepared, row=None):
     """
     recipe, rows = prepared.recipe, prepared.examples
     numbers = {n * (len(rows) - 1) // (_SHOWN - 1) for n in range(_SHOWN)} if row is None else {row - 1}
-    shown = [(f"row {n + 1}: {rows.where(n)}", pieces(prepared.tokenizer, rows[n])) for n in sorted(numbers)]
+    shown = [
+        (f"row {n + 1}: {rows.where(n)}{_label(prepared, rows[n])}", pieces(prepared.tokenizer, rows[n]))
+        for n in sorted(numbers)
+    ]
     title = f"{recipe.model.name_or_path}, {recipe.output_dir}"
     bars = histogram(rows.lengths)
     content = page(title, prepared.template, prepared.report, bars, recipe.data.max_length, shown)

@@ -147,7 +147,8 @@ def _outline(config, model_section, quantization, lora, num_new_tokens, device_k
     read_bytes = _read_bytes(model, config, num_new_tokens, device_kind, mapped)
     linear = [model.get_submodule(name) for name in base_model.linear_names(model)]
     base = sum(base_model.numel(module.weight) for module in linear)
-    head = model.get_output_embeddings().weight.numel()
+    answering = model.get_output_embeddings()
+    head = 0 if answering is None else answering.weight.numel()
     peft_model = methods.attach(model, lora, token_ids=range(num_new_tokens))
     step, joins = trace.trace(peft_model, device_kind, packed, kernels)
     trained = [parameter for parameter in peft_model.parameters() if parameter.requires_grad]

@@ -11,6 +11,7 @@ import contextlib
 import functools
 import itertools
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -124,6 +125,8 @@ def trace(peft_model, device_kind, packed, setting="auto"):
         for segments in ways
     )
     head = None
+    if base_model.task_of(model).HAS_CLASSES:
+        return Step(tuple(names[kind] for kind in kinds), ways[0]["embedding"], plain, checkpointed), found.joined
     if device_kind == "cpu" or not loss.is_left_to_trl(model, found.loss, device_kind):
         weight = token_rows.parts(model.get_output_embeddings())[0]
         head = len(weight), weight.element_size(), device_kind
@@ -164,8 +167,10 @@ def _run(peft_model, layers, device_kind, installed, packed, point, shapes):
         handles.append(layer.register_forward_hook(end(number), with_kwargs=True))
     live = _LiveShapes(shapes)
     joined = packed or installed.joined
-    way = functools.partial(_loss_of_trained_positions, lean=installed.loss, joined=joined)
-    if device_kind == "cuda" and loss.is_left_to_trl(peft_model.get_base_model(), installed.loss, device_kind):
+    way: Any = functools.partial(_loss_of_trained_positions, lean=installed.loss, joined=joined)
+    if base_model.task_of(peft_model).HAS_CLASSES:
+        way = _loss_of_a_row
+    elif device_kind == "cuda" and loss.is_left_to_trl(peft_model.get_base_model(), installed.loss, device_kind):
         way = functools.partial(_trls_loss, chunk=chunk)
     at_once = chunk if device_kind == "cuda" else loss.POSITIONS
     attention = _way_of_attention(device_kind, installed.joined, packed, document)
@@ -287,6 +292,13 @@ def _loss_of_trained_positions(peft_model, num_tokens, num_scored, lean, joined)
     if lean:
         return loss.cross_entropy(found, head, targets) / num_scored
     return F.cross_entropy(found.float(), targets, reduction="sum") / num_scored
+
+
+def _loss_of_a_row(peft_model, num_tokens, num_scored):
+    """What classification.Classification computes of one row; further rows add tokens, and a few logits."""
+    ids, mask, _ = _inputs(num_tokens)
+    logits = peft_model(input_ids=ids, attention_mask=mask).logits.float()
+    return F.cross_entropy(logits, _positions(1), reduction="sum")
 
 
 def _trls_loss(peft_model, num_tokens, num_scored, chunk):

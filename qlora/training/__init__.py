@@ -76,10 +76,11 @@ class Result:
     rehearsed_bytes: int | None
 
 
-def train(model, tokenizer, rows: Rows, settings: Settings, run, saving=None) -> Result:
+def train(model, tokenizer, rows: Rows, settings: Settings, run, saving=None, objective=None) -> Result:
     """Train the adapters of `model`, a PeftModel whose adapters alone require gradients, in place.
 
-    run: a RunDir; gets metrics.jsonl, tensorboard/ and memory.json. saving: of checkpoints; None for none.
+    run: a RunDir; gets metrics.jsonl, tensorboard/ and memory.json. saving: of checkpoints; None for none. objective: an
+    objectives.Objective; None: the supervised one.
     Emits the events of runs/record.py.
 
     Raises:
@@ -91,7 +92,8 @@ def train(model, tokenizer, rows: Rows, settings: Settings, run, saving=None) ->
     """
     joined, section = settings.installed.joined or isinstance(rows.train, Packs), settings.training
     tokens = None if not joined or isinstance(rows.train, (Packs, Batches)) else settings.tokens_per_micro_batch
-    objective, economy = Supervised(tokenizer, joined, settings.installed.loss, tokens), _economy(model, settings)
+    objective = objective or Supervised(tokenizer, joined, settings.installed.loss, tokens)
+    economy = _economy(model, settings)
     trainer = _trainer(model, objective, rows, settings, run, saving or Saving(), economy)
     measured: dict[str, Any] = economy.said()
     measured |= {"predicted_bytes": settings.predicted_bytes, "tokens_per_micro_batch": tokens}

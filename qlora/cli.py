@@ -143,10 +143,13 @@ def evaluate(
     data: Annotated[
         str | None, typer.Option(help="file of rows to evaluate on; default: the run's held-out rows")
     ] = None,
-    max_rows: Annotated[int, typer.Option(min=1, help="use the first N rows")] = 100,
+    max_rows: Annotated[
+        int | None,
+        typer.Option(min=1, help="use the first N rows; default: 100, of a model that answers with classes all"),
+    ] = None,
     as_json: Json = False,
 ):
-    """Measure loss, perplexity and exact matches on held-out rows; for a run, before and after training."""
+    """Measure loss, and right answers or classes, on held-out rows; for a run, before and after training."""
     _run("evaluate", as_json, target, data, overrides or (), max_rows)
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 
+import torch
+
 from ..system import files
 from ..system.errors import InputError
 from .messages import said
@@ -45,14 +47,44 @@ def load_image_processor(folder, section):
     return processor
 
 
-def pixel_values(processor, images):
-    """Return what the model takes of Pillow `images` in RGB: (B, channels, height, width), float32."""
-    return processor(images=images, return_tensors="pt")["pixel_values"].float()
+def pixel_values(processor, images, dtype=None):
+    """Return what the model takes of Pillow `images` in RGB: (B, channels, height, width), in `dtype` (None: float32)."""
+    return processor(images=images, return_tensors="pt")["pixel_values"].to(dtype or torch.float32)
 
 
 def image_shape(processor):
     """Return (channels, height, width) of what the processor makes of any image."""
     return tuple(pixel_values(processor, [_blank(_SIZES[0])]).shape[1:])
+
+
+def refuse_other_shape(processor, config, folder):
+    """Raise InputError if the processor makes images of another size, or with other channels, than the model takes."""
+    made = image_shape(processor)
+    taken = shape_of(config)
+    if taken is not None and made != taken:
+        raise InputError(
+            f"{folder / FILE}: makes images of {_said(made)}, and config.json of the model is for {_said(taken)}; they do not "
+            "belong together. Take the files of one model, or correct size (or crop_size)"
+        )
+
+
+def shape_of(config):
+    """Return (channels, height, width) of the images that a model with this config takes; None where it does not say."""
+    size = getattr(config, "image_size", None)
+    if size is None:
+        return None
+    height, width = size if isinstance(size, (list, tuple)) else (size, size)
+    return getattr(config, "num_channels", 3), height, width
+
+
+def in_words(processor):
+    """Return what the processor does with an image, in words."""
+    return f"{_said(image_shape(processor))}, by the model's own {type(processor).__name__.removesuffix('Pil')}"
+
+
+def _said(shape):
+    channels, height, width = shape
+    return f"{width} x {height} pixels" + ("" if channels == 3 else f" in {channels} channels")
 
 
 def identity(processor):

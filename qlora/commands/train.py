@@ -7,7 +7,7 @@ import errno
 import shlex
 
 from .. import base_model, kernels, training
-from ..jobs import model_to_train, resumed_run
+from ..jobs import chosen_task, model_to_train, resumed_run
 from ..jobs.planned_training import plan_training
 from ..jobs.prepared_data import prepare
 from ..recipe import Recipe
@@ -99,6 +99,7 @@ def _train(recipe, resumed):
                         resume=resumed and resumed.checkpoint,
                         stop=stop,
                     ),
+                    chosen_task.objective_of(prepared, opened.model),
                 )
             model_to_train.save_adapter(run, prepared, opened)
     say_trained(result, planned, run)

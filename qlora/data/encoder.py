@@ -24,6 +24,7 @@ class Settings:
     on_bad_row: str
     ignore_keys: tuple = ()
     thoughts: str = "keep"
+    labels: tuple = ()
     folder: str = ""  # that of the data file, from which paths in rows start
 
 
@@ -59,6 +60,18 @@ class Encoder(Protocol):
     COUNTS: ClassVar[tuple[str, ...]]
     LENGTH: ClassVar[int | None]
     settings: Settings
+
+    @staticmethod
+    def open_source(source, mapped) -> list:
+        """Return the data files that one source of the recipe names, such as sources.File. mapped: data.columns, or None."""
+
+    @staticmethod
+    def refuse_columns(mapped) -> None:
+        """Raise InputError if data.columns, {known name: column or template}, does not make rows of this kind."""
+
+    @staticmethod
+    def refuse_table(path, header, mapped, ignore) -> None:
+        """Raise InputError if a table's columns, `header`, lack what a row needs. mapped: data.columns or None; ignore: keys."""
 
     def identity(self) -> Any:
         """Return, as JSON, what examples depend on beside the row, the settings and this package's code."""

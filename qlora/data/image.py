@@ -6,6 +6,7 @@ are asked for, which would be hours into a run.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import hashlib
 import io
@@ -144,6 +145,18 @@ def key(pixels):
     whole = hashlib.sha256(repr(pixels.size).encode())
     whole.update(pixels.tobytes())
     return int.from_bytes(whole.digest()[:8], "little")
+
+
+def as_jpeg(pixels, quality):
+    """Return a Pillow image as the bytes of a JPEG, in base64."""
+    stream = io.BytesIO()
+    pixels.save(stream, "JPEG", quality=quality)
+    return base64.b64encode(stream.getvalue()).decode()
+
+
+def of_jpeg(text):
+    """Return the Pillow image that as_jpeg made a text of; raises ValueError if it is none."""
+    return opened(base64.b64decode(text, validate=True), "image").pixels
 
 
 def same(path, digest):

@@ -84,11 +84,6 @@ class ImageTable(sources.File):
     column: str = IMAGE
     pool_from = 4096  # bytes, as above
 
-    @property
-    def folder(self):
-        """What the paths in its rows start from."""
-        return str(Path(self.path).parent)
-
     def stamp(self):
         return super().stamp(), _stamps(self._images())
 

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
+
 from ..system.errors import InputError
 from . import columns, image, image_files, labels
 from .encoder import Encoded, Settings
@@ -22,6 +24,7 @@ from .message import is_empty, kind_of
 
 _NAMES = (IMAGE, labels.COLUMN)
 _HASH = 32  # bytes of a sha256
+KEPT_SIDE = 256  # pixels
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,25 @@ class LabelledImage:
     def pixels(self):
         """Return the image in RGB, upright; raises InputError where the file is not what it was."""
         return image.same(self.path, self.digest)
+
+
+@dataclass(frozen=True)
+class KeptImage:
+    """An image that is kept in a run folder, without its file. jpeg: a small one, in base64. label: the number of the class."""
+
+    jpeg: str
+    label: int
+
+    @classmethod
+    def of(cls, example):
+        """Return that of a LabelledImage, no larger than KEPT_SIDE."""
+        pixels = example.pixels()
+        pixels.thumbnail((KEPT_SIDE, KEPT_SIDE))
+        return cls(image.as_jpeg(pixels, quality=90), example.label)
+
+    def pixels(self):
+        """Return the image in RGB."""
+        return image.of_jpeg(self.jpeg)
 
 
 @dataclass(frozen=True)
@@ -134,11 +156,22 @@ def _mapping(mapped):
     return {IMAGE: IMAGE, labels.COLUMN: labels.COLUMN, **(mapped or {})}
 
 
+def image_sizes(rows):
+    """Return {"width", "height"}: {"min", "p50", "max"} of the images of `rows` (data.Rows), in pixels."""
+    found = {}
+    for side in ("width", "height"):
+        pixels = np.sort(rows.numbers(side))
+        found[side] = {"min": int(pixels[0]), "p50": int(pixels[len(pixels) // 2]), "max": int(pixels[-1])}
+    return found
+
+
 class Pixels:
     """Examples -> a batch: pixel_values (B, channels, height, width), as the model's own image processor makes them.
 
     to_tensor: (Pillow images) -> that tensor. Files are read by all cores: Pillow decodes without Python's lock.
     """
+
+    counts = "images"
 
     def __init__(self, to_tensor):
         self.to_tensor = to_tensor

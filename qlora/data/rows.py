@@ -63,8 +63,9 @@ class Rows(Sequence):
 
     @property
     def num_trained(self):
-        """Trained tokens of each Example, as an array."""
-        return self.numbers("trained")
+        """Trained tokens of each Example, as an array; 1 of an Example with one label."""
+        known = self.parts and "trained" in self.parts[0].encoder.NUMBERS
+        return self.numbers("trained") if known else np.ones(len(self), np.int64)
 
     @property
     def last_trained(self):

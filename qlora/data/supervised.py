@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from . import columns, length, tokens, words
+from . import columns, length, sources, tokens, words
 from .encoder import Encoded, Settings
 from .masked_examples import IGNORE_INDEX, Example, encode
 
@@ -29,6 +29,9 @@ class Supervised:
         "tokens_by_answer",  # of all these rows
         "tokens_of_conversations",  # of the longest of each conversation
     )
+
+    open_source = staticmethod(sources.open_source)
+    refuse_columns, refuse_table = staticmethod(columns.refuse_bad), staticmethod(columns.refuse_table)
 
     def __init__(self, tokenizer, settings: Settings):
         self.tokenizer, self.settings = tokenizer, settings

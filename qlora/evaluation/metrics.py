@@ -51,6 +51,13 @@ def task_metrics(answers, references):
     return {name: value for name, value in found.items() if value is not None}
 
 
+def share(value, digits=1):
+    """Return a metric, a share of 1 or {"value", "low", "high"} of one, in words: 93.1%, or 93.1% (92.0% to 94.1%)."""
+    if not isinstance(value, dict):
+        return f"{value:.{digits}%}"
+    return f"{value['value']:.{digits}%} ({value['low']:.{digits}%} to {value['high']:.{digits}%})"
+
+
 def perplexity(loss):
     """Return exp(loss), and infinity where that overflows a float."""
     return math.exp(loss) if loss < 700 else math.inf

@@ -42,6 +42,9 @@ def _chosen(model, section):
     if section.modules is None:
         return set(every)
     found = {one: [name for name in every if f".{one}." in f".{name}"] for one in section.modules}
+    task = base_model.task_of(model)
+    if task.HAS_CLASSES:
+        found |= {one: [name for name in every if name.startswith(f"{one}.")] for one in task.head_names(model)}
     absent = [f"full.modules: {one!r} is no module of the model" for one, names in found.items() if not names]
     if absent:
         known = sorted({name.split(".")[-2] for name in every})

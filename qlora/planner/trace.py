@@ -11,6 +11,7 @@ import contextlib
 import functools
 import itertools
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,6 +39,8 @@ _POINTS = (
     (256, 128, 64, 128, 192),
     (256, 128, 64, 256, 256),
 )
+_USUAL_IMAGE = (3, 224, 224)  # where config.json does not say
+_IMAGES = (2, 3)  # numbers of images to run at: there is one term beside what does not grow
 # the point and term that nothing grows with there: the head's buffer, blocks of a document
 _UNREAD = {"cpu": 4, "cuda": 5}
 
@@ -115,20 +118,47 @@ def trace(peft_model, device_kind, packed, setting="auto"):
         ways = []
         for number in (0, len(chosen)):
             with checkpointing.checkpointed(chosen, number):
+                run = functools.partial(_run, peft_model, chosen, device_kind, found, packed, shapes=shapes)
+                if not base_model.task_of(model).HAS_TOKENS:
+                    ways.append(_fitted_to_images({number: run((number,) * 5) for number in _IMAGES}))
+                    continue
                 points = [point for number, point in enumerate(_POINTS) if number != _UNREAD[device_kind]]
-                runs = {point: _run(peft_model, chosen, device_kind, found, packed, point, shapes) for point in points}
-                ways.append(_fitted(runs, _UNREAD[device_kind]))
+                ways.append(_fitted({point: run(point) for point in points}, _UNREAD[device_kind]))
     plain, checkpointed = (
         {number: (segments["forward", number], segments["backward", number]) for number in names.values()}
         | {"head": (segments["head forward"], segments["head"])}
         for segments in ways
     )
     head = None
+    if base_model.task_of(model).HAS_CLASSES:
+        return Step(tuple(names[kind] for kind in kinds), ways[0]["embedding"], plain, checkpointed), found.joined
     if device_kind == "cpu" or not loss.is_left_to_trl(model, found.loss, device_kind):
         weight = token_rows.parts(model.get_output_embeddings())[0]
         head = len(weight), weight.element_size(), device_kind
     step = Step(tuple(names[kind] for kind in kinds), ways[0]["embedding"], plain, checkpointed, head)
     return step, found.joined
+
+
+def positions_of_an_image(model):
+    """Return how many positions of an image a weight of the model's linear layers meets, in the mean over all weights."""
+    met = [0.0, 0.0]
+
+    def count(module, args):
+        numbers = base_model.numel(module.weight)
+        met[0] += numbers * args[0][..., 0].numel()
+        met[1] += numbers
+
+    layers = [model.get_submodule(name) for name in base_model.linear_names(model)]
+    handles = [layer.register_forward_pre_hook(count) for layer in layers]
+    shape = base_model.image_processor.shape_of(model.config) or _USUAL_IMAGE
+    try:
+        with torch.no_grad():
+            dtype = next(model.get_input_embeddings().parameters()).dtype
+            model(pixel_values=torch.zeros(1, *shape, dtype=dtype, device="meta"))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return met[0] / met[1]
 
 
 def _kind(layer):
@@ -164,8 +194,13 @@ def _run(peft_model, layers, device_kind, installed, packed, point, shapes):
         handles.append(layer.register_forward_hook(end(number), with_kwargs=True))
     live = _LiveShapes(shapes)
     joined = packed or installed.joined
-    way = functools.partial(_loss_of_trained_positions, lean=installed.loss, joined=joined)
-    if device_kind == "cuda" and loss.is_left_to_trl(peft_model.get_base_model(), installed.loss, device_kind):
+    way: Any = functools.partial(_loss_of_trained_positions, lean=installed.loss, joined=joined)
+    task = base_model.task_of(peft_model)
+    if not task.HAS_TOKENS:
+        way = _loss_of_images
+    elif task.HAS_CLASSES:
+        way = _loss_of_a_row
+    elif device_kind == "cuda" and loss.is_left_to_trl(peft_model.get_base_model(), installed.loss, device_kind):
         way = functools.partial(_trls_loss, chunk=chunk)
     at_once = chunk if device_kind == "cuda" else loss.POSITIONS
     attention = _way_of_attention(device_kind, installed.joined, packed, document)
@@ -261,6 +296,19 @@ def _fitted(runs, unread):
     return segments
 
 
+def _fitted_to_images(runs):
+    """Return {segment: Segment} from {number of images: run}: what grows with T, where an image counts as one."""
+    (one, first), (other, second) = runs.items()
+    segments = {}
+    for name, low in first.items():
+        assert len(low) == len(second[name]), f"{name} allocates other tensors for more images"
+        each = (second[name] - low) / (other - one)
+        levels = np.zeros((len(low), len(_POINTS)))
+        levels[:, 0], levels[:, 1] = low - one * each, each
+        segments[name] = Segment(levels)
+    return segments
+
+
 # ---- the loss --------------------------------------------------------------------------------------------------------
 
 
@@ -287,6 +335,23 @@ def _loss_of_trained_positions(peft_model, num_tokens, num_scored, lean, joined)
     if lean:
         return loss.cross_entropy(found, head, targets) / num_scored
     return F.cross_entropy(found.float(), targets, reduction="sum") / num_scored
+
+
+def _loss_of_a_row(peft_model, num_tokens, num_scored):
+    """What classification.Classification computes of one row; further rows add tokens, and a few logits."""
+    ids, mask, _ = _inputs(num_tokens)
+    logits = peft_model(input_ids=ids, attention_mask=mask).logits.float()
+    return F.cross_entropy(logits, _positions(1), reduction="sum")
+
+
+def _loss_of_images(peft_model, num_images, num_scored):
+    """What classification.Classification computes of a micro-batch of images of the size that the model is for."""
+    model = peft_model.get_base_model()
+    dtype = next(model.get_input_embeddings().parameters()).dtype
+    shape = base_model.image_processor.shape_of(model.config) or _USUAL_IMAGE
+    pixels = torch.zeros(num_images, *shape, dtype=dtype, device="meta")
+    logits = peft_model(pixel_values=pixels).logits.float()
+    return F.cross_entropy(logits, _positions(num_images), reduction="sum")
 
 
 def _trls_loss(peft_model, num_tokens, num_scored, chunk):

@@ -55,9 +55,7 @@ def test_an_image_is_what_the_pipeline_sees(kind):
     assert np.array_equal(np.array(found.pixels), seen_by_pipeline(raw))
     assert found.rotated == (kind == "rotated")
     assert found.transparent == (kind in ("alpha", "transparent_palette"))
-    assert found.converted == (
-        kind in ("greyscale", "black_and_white", "palette", "transparent_palette", "cmyk")
-    )
+    assert found.converted == (kind in ("greyscale", "black_and_white", "palette", "transparent_palette", "cmyk"))
 
 
 def test_a_rotated_image_is_upright():

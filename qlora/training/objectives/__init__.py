@@ -10,7 +10,12 @@ class Objective:
 
     A trainer is built by `trainer` and asks the others. Where the class of trl or transformers that it builds on computes
     the loss, `loss` is left as it is here, and the objective says only what that loss is a mean of.
+
+    counts: what num_tokens is a number of. tokens: a batch is a whole step, which is computed as micro-batches of at most so many tokens; None: a batch is one.
     """
+
+    counts = "tokens"
+    tokens: int | None = None
 
     def trainer(self, model, rows, arguments, reliability) -> Any:
         """Return a reliable_trainer.Reliable of `model`: rows to columns, the collator and the Trainer class.

@@ -131,7 +131,7 @@ def _write(run, prepared, trainable, resumed):
         resumed.begin(prepared.recipe)
     held_out, proof = prepared.eval_examples, proof_of(prepared.checkpoint.task.file)
     rows = proof.proof_rows(
-        held_out if len(held_out) else prepared.examples, prepared.config.get_text_config().vocab_size
+        held_out if len(held_out) else prepared.examples, getattr(prepared.config.get_text_config(), "vocab_size", None)
     )
     write_json(run.data_report_file, prepared.report)
     write_json(run.proof_rows_file, proof.to_json(rows, "held-out rows" if len(held_out) else "training rows"))

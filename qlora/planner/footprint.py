@@ -158,6 +158,7 @@ def _outline(config, model_section, quantization, lora, num_new_tokens, device_k
     layers = base_model.decoder_layers(peft_model)
     text = config.get_text_config()
     heads = getattr(text, "num_attention_heads", 1)
+    heads = heads if isinstance(heads, int) else 1  # Swin has a number for each stage
     width = heads * (getattr(text, "head_dim", None) or text.hidden_size // heads)
     return Outline(
         device_kind,

@@ -31,11 +31,6 @@ class Classification(Objective):
     pad: Callable
     weights: tuple | None = None
 
-    @property
-    def counts(self):
-        """What num_tokens is a number of, by the `counts` of pad."""
-        return getattr(self.pad, "counts", "tokens")
-
     def trainer(self, model, rows, arguments, reliability):
         """rows: training.Rows of sequences of examples."""
         return Trainer(
@@ -47,6 +42,9 @@ class Classification(Objective):
             eval_dataset=Numbered(rows.held_out) if rows.held_out else None,
             data_collator=self.collate,
         )
+
+    def counts(self):
+        return getattr(self.pad, "counts", "tokens")
 
     def collate(self, rows):
         """Return a batch of Numbered rows: what `pad` makes, labels (B,), and their numbers."""

@@ -13,9 +13,9 @@ import numpy as np
 from .. import base_model, data
 from ..base_model import text_generation
 from ..exporter import class_proof, proof
+from ..runs.folder import RunDir
 from ..system.errors import InputError
 from ..system.events import note
-from ..training.objectives.classification import Classification
 
 _ENCODERS = {"text-generation": data.Supervised, "text-classification": data.LabelledText}
 
@@ -44,7 +44,9 @@ def settle_labels(recipe, checkpoint):
     labels = recipe.data.labels
     if labels is None:
         labels = data.labels.found(recipe.data.train, recipe.data)
-        own = base_model.own_labels(checkpoint, recipe.model)
+        start = recipe.model.adapter_name_or_path
+        of_run = RunDir(start).recipe().data.labels if start is not None and RunDir.is_run(start) else None
+        own = of_run or base_model.own_labels(checkpoint, recipe.model)
         if own and set(labels) <= set(own) and list(own) != labels:
             note(f"classes   of the model: {', '.join(own)}, and the training rows have {', '.join(labels)}")
             labels = list(own)
@@ -59,6 +61,8 @@ def proof_of(task):
 
 def objective_of(prepared, model):
     """Return the objective of Prepared data for a model to train; None for that of words, which training makes itself."""
+    from ..training.objectives.classification import Classification  # trl comes with it, which `data` and `plan` do without
+
     section = prepared.recipe.data
     if not prepared.checkpoint.task.file.HAS_CLASSES:
         return None
@@ -68,9 +72,10 @@ def objective_of(prepared, model):
 
 
 def pad_of(tokenizer, model):
-    """Return what makes a batch of examples for a model with classes: it gets token_type_ids where its forward names them."""
+    """Return what makes a batch of examples for a model with classes: token_type_ids where tokenizer and forward have them."""
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return data.Pad(tokenizer, "token_type_ids" in inspect.signature(type(model).forward).parameters)
+    takes = inspect.signature(type(model).forward).parameters
+    return data.Pad(tokenizer, "token_type_ids" in takes and "token_type_ids" in tokenizer.model_input_names)
 
 
 def refuse_classes(task, what, instead=""):

@@ -61,14 +61,20 @@ def proof_of(task):
 
 def objective_of(prepared, model):
     """Return the objective of Prepared data for a model to train; None for that of words, which training makes itself."""
-    from ..training.objectives.classification import Classification  # trl comes with it, which `data` and `plan` do without
+    from ..training.objectives.classification import (
+        Classification,
+    )  # trl comes with it, which `data` and `plan` do without
 
-    section = prepared.recipe.data
     if not prepared.checkpoint.task.file.HAS_CLASSES:
         return None
-    counts = np.bincount(prepared.examples.numbers(data.labels.COLUMN), minlength=len(section.labels)).tolist()
-    weights = data.labels.weights(section.class_weights, counts, section.labels)
+    weights = class_weights_of(prepared.recipe.data, prepared.examples)
     return Classification(pad_of(prepared.tokenizer, model), weights)
+
+
+def class_weights_of(section, examples):
+    """Return the weight of each class in the loss, by the recipe's section data and the training rows; see data.labels.weights."""
+    counts = np.bincount(examples.numbers(data.labels.COLUMN), minlength=len(section.labels)).tolist()
+    return data.labels.weights(section.class_weights, counts, section.labels)
 
 
 def pad_of(tokenizer, model):

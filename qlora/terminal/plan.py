@@ -10,8 +10,9 @@ from ..system.units import duration, size
 from .tables import show
 
 
-def say_plan(name, job, found, limits, changes, why):
-    """Print a plan: its components as bars, the verdict, the limits and what would help. why: the budget is what it is."""
+def say_plan(name, job, found, limits, changes, why, has_classes=False):
+    """Print a plan: its components as bars, the verdict, the limits and what would help. why: the budget is what it is.
+    has_classes: what is trained is a class a row, and no tokens."""
     load = job.load
     rows = f"{load.rows} row{'s' if load.rows > 1 else ''} of {load.length:,} tokens" + (
         ", packed" if load.packed else ""
@@ -19,7 +20,8 @@ def say_plan(name, job, found, limits, changes, why):
     if load.joins_steps:
         many = job.training.rows_per_step
         rows = f"{load.length:,} tokens of the {f'{many:,} rows' if many > 1 else 'one row'} of a step{', joined' * (many > 1)}"
-    note(f"plan      {name}: largest micro-batch is {rows}, {load.scored:,} tokens trained")
+    trained = "" if has_classes else f", {load.scored:,} tokens trained"
+    note(f"plan      {name}: largest micro-batch is {rows}{trained}")
     note(f"budget    {size(job.budget_bytes)} ({why})")
     show("")
     scale = 38 / max(job.budget_bytes, found.peak_bytes)

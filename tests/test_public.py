@@ -31,7 +31,7 @@ SIGNATURES = {
     "plan": "(recipe: 'Recipe', vram=None, card=None, plot=None) -> 'dict'",
     "list_cards": "() -> 'dict'",
     "inspect_data": "(recipe: 'Recipe', row=None, tokens=False, html=None) -> 'dict'",
-    "evaluate": "(target, data_file=None, overrides=(), max_rows=100) -> 'dict'",
+    "evaluate": "(target, data_file=None, overrides=(), max_rows=None) -> 'dict'",
     "export": "(target, out, dtype=None, overrides=(), *, model=None, data=None, compare_bases=False, gguf=None) -> 'dict'",
     "adapters": "(folder='runs') -> 'list'",
     "chat": "(target, prompt, system=None, max_new_tokens=512, overrides=(), on_text=None) -> 'str'",

@@ -8,12 +8,12 @@ buffers                                     as the architecture makes them (rota
 
 from __future__ import annotations
 
+from . import image_processor
 from .attention_choice import OF_TORCH
 from .compute_dtype import Computer, asked, computer, field, settle
 from .config import as_its_files_say, load_config, own_labels, read_config
 from .empty_weights import is_stand_in, replace_by_stand_ins, stand_in
 from .folder import Checkpoint, find, refuse_generation, tensor_names, weight_files
-from . import image_processor
 from .image_processor import load_image_processor, pixel_values
 from .layers import decoder_layers, is_conv1d, linear_names, num_parameters, numel, tensors, tied, token_ends
 from .limits import num_positions, refuse_rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 from ..system.errors import InputError
 from . import multimodal, prequantized, tasks
@@ -89,5 +90,23 @@ def own_labels(checkpoint, section):
 
 
 def _pad_token_id(checkpoint, section):
-    """Return the id of the token that fills up short rows, None where the tokenizer has none."""
-    return load_tokenizer(checkpoint.folder, section).pad_token_id
+    """Return the id of the token that fills up short rows, None where there is no tokenizer, which a plan does without.
+
+    Raises:
+        InputError: the tokenizer has none.
+    """
+    path = checkpoint.folder / "tokenizer_config.json"
+    if not path.is_file():
+        return None
+    found = _read_pad_token_id(checkpoint.folder, section, path.stat().st_mtime_ns)
+    if found is None:
+        raise InputError(
+            f"{path}: the tokenizer has no pad_token and no eos_token, so rows of unlike "
+            "length cannot go together; name a pad_token in that file"
+        )
+    return found
+
+
+@functools.lru_cache(maxsize=4)  # every verb reads the config some times, and a tokenizer takes up to a second
+def _read_pad_token_id(folder, section, stamp):
+    return load_tokenizer(folder, section).pad_token_id

@@ -6,8 +6,8 @@ from ..system.errors import InputError
 from . import tasks
 
 # whose positions begin behind the number of the pad token: 514 in config.json are 512 tokens
-_AFTER_PADDING = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-prelayernorm", "data2vec-text", "xmod", "mpnet",
-                  "longformer", "ibert", "esm")  # fmt: skip
+_AFTER_PADDING = ("camembert", "data2vec-text", "esm", "ibert", "longformer", "mpnet", "roberta", "roberta-prelayernorm",
+                  "xlm-roberta", "xlm-roberta-xl", "xmod")  # fmt: skip
 
 
 def num_positions(config):

@@ -26,13 +26,13 @@ def evaluate(target, data_file=None, overrides=(), max_rows=None) -> dict:
     """Return {"loss", "perplexity", "tokens", "rows", "metrics", "before", "data"} of a run or a model on held-out rows.
 
     target: a run folder, a model folder or a hub name. data_file: rows to use; by default those that the run has held out, which
-    it knows by their content. max_rows: the first of them; None: 100, of a model that answers with classes all. For a run, "before" has the same keys for its base without
-    the adapter, and the run's own score is written to eval.json; that of a `data_file` or of another number of rows goes
-    into evals/. "data": what it was measured on.
+    it knows by their content. max_rows: the first of them; None: 100, of a model that answers with classes all. For a run,
+    "before" has the same keys for its base without the adapter, and the run's own score is written to eval.json; that of a
+    `data_file` or of another number of rows goes into evals/. "data": what it was measured on.
     Loss is in nats a trained token; metrics are shares of greedy answers: `exact_match`, and `json_fields` where every
-    reference is a JSON object. Of a model with classes: {"loss", "rows", "metrics": {"accuracy", "macro_f1": {"value", "low",
-    "high"}}, "per_class", "confusion", "labels", "majority"}, loss in nats a row; "before" is the base under a new head, which
-    guesses; "majority" is the accuracy of always answering the class that most training rows have.
+    reference is a JSON object.
+    A model with classes has what jobs.class_scores returns instead: accuracy and macro F1 with intervals, and loss in nats a
+    row; "before" is its base under a new head, which guesses, and "majority" who always answers the most frequent class.
 
     Raises:
         InputError: no such target, no rows to evaluate on, or held-out rows that are no longer in their file.

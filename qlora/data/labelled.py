@@ -75,8 +75,8 @@ class LabelledText:
         missing = sorted(needed.difference(header))
         if missing:
             raise InputError(
-                f"{path} has no column {', '.join(map(repr, missing))}; it has {', '.join(header)}. Name those that hold text and "
-                f"class: data.columns={{text: {header[0]}, label: {header[-1]}}}"
+                f"{path} has no column {', '.join(map(repr, missing))}; it has {', '.join(header)}. Name those that hold text "
+                f"and class: data.columns={{text: {header[0]}, label: {header[-1]}}}"
             )
 
     def identity(self):

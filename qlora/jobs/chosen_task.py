@@ -14,9 +14,9 @@ import numpy as np
 from .. import base_model, data
 from ..base_model import text_generation
 from ..exporter import class_proof, proof
+from ..runs.folder import RunDir
 from ..system.errors import InputError
 from ..system.events import note
-from ..training.objectives.classification import Classification
 
 _ENCODERS = {
     "text-generation": data.Supervised,
@@ -49,7 +49,9 @@ def settle_labels(recipe, checkpoint):
     labels = recipe.data.labels
     if labels is None:
         labels = data.labels.found(recipe.data.train, recipe.data, encoder_of(recipe.task).open_source)
-        own = base_model.own_labels(checkpoint, recipe.model)
+        start = recipe.model.adapter_name_or_path
+        of_run = RunDir(start).recipe().data.labels if start is not None and RunDir.is_run(start) else None
+        own = of_run or base_model.own_labels(checkpoint, recipe.model)
         if own and set(labels) <= set(own) and list(own) != labels:
             note(f"classes   of the model: {', '.join(own)}, and the training rows have {', '.join(labels)}")
             labels = list(own)
@@ -64,16 +66,24 @@ def proof_of(task):
 
 def objective_of(prepared, model):
     """Return the objective of Prepared data for a model to train; None for that of words, which training makes itself."""
-    section = prepared.recipe.data
+    from ..training.objectives.classification import (
+        Classification,
+    )  # trl comes with it, which `data` and `plan` do without
+
     if not prepared.checkpoint.task.file.HAS_CLASSES:
         return None
-    counts = np.bincount(prepared.examples.numbers(data.labels.COLUMN), minlength=len(section.labels)).tolist()
-    weights = data.labels.weights(section.class_weights, counts, section.labels)
+    weights = class_weights_of(prepared.recipe.data, prepared.examples)
     return Classification(pad_of(prepared.tokenizer, model), weights)
 
 
+def class_weights_of(section, examples):
+    """Return the weight of each class in the loss, by the recipe's section data and the training rows; see data.labels.weights."""
+    counts = np.bincount(examples.numbers(data.labels.COLUMN), minlength=len(section.labels)).tolist()
+    return data.labels.weights(section.class_weights, counts, section.labels)
+
+
 def pad_of(tokenizer, model):
-    """Return what makes a batch of examples for a model with classes: it gets token_type_ids where its forward names them.
+    """Return what makes a batch of examples for a model with classes: token_type_ids where tokenizer and forward have them.
 
     tokenizer: or image processor.
     """
@@ -81,7 +91,8 @@ def pad_of(tokenizer, model):
     if not base_model.task_of(model).HAS_TOKENS:
         dtype = next(model.get_input_embeddings().parameters()).dtype
         return data.Pixels(functools.partial(base_model.pixel_values, tokenizer, dtype=dtype))
-    return data.Pad(tokenizer, "token_type_ids" in inspect.signature(type(model).forward).parameters)
+    takes = inspect.signature(type(model).forward).parameters
+    return data.Pad(tokenizer, "token_type_ids" in takes and "token_type_ids" in tokenizer.model_input_names)
 
 
 def refuse_classes(task, what, instead=""):

@@ -20,9 +20,11 @@ def held_out_rows(subject, data_file=None):
     encoder = encoder_of(task.NAME)
     if data_file is not None:
         settings = recipe.data.model_dump() if recipe else {"max_length": 2**30}
-        if task.HAS_CLASSES:
+        if task.HAS_CLASSES:  # a text that is cut has a class still
             settings["labels"] = list(task.labels_of(subject.model.config))
-        section = Data.of_file(data_file, {**settings, "overlong": "error"})
+        else:
+            settings["overlong"] = "error"
+        section = Data.of_file(data_file, settings)
         return data.Rows(data.load(section.train, tokenizer, section, seed=0, encoder=encoder))
     if recipe is None or not (recipe.data.eval or recipe.data.eval_fraction):
         raise InputError("no held-out rows: the recipe has neither data.eval nor data.eval_fraction; give --data FILE")

@@ -12,7 +12,7 @@ from ..recipe import Recipe
 from ..system.errors import InputError
 from ..system.events import note
 from . import started_from
-from .chosen_task import encoder_of, settle_labels, task_of
+from .chosen_task import class_weights_of, encoder_of, settle_labels, task_of
 from .opened_model import open_tokenizer, this_machine
 
 
@@ -83,6 +83,7 @@ def prepare(recipe: Recipe, weights=True, on=None) -> Prepared:
     report |= {"eval_rows": len(held_out), **data.copies(once, held_out)}
     if has_classes:
         report |= data.labels.balance(examples, held_out, recipe.data.labels)
+        class_weights_of(recipe.data, examples)  # what is wrong with them is said before a weight is read
     if not checkpoint.task.file.HAS_TOKENS:
         report["image_sizes"] = data.image_sizes(examples)
     parts = [*parts, *eval_parts]

@@ -10,8 +10,8 @@ import math
 
 import torch
 
-from ..system.errors import InputError
 from .. import base_model
+from ..system.errors import InputError
 from . import initial_weights, low_rank, peft_model, targets
 from .adapter import Sorted, refuse_unknown_settings
 from .contract import Description, Group, Trainable, one_group

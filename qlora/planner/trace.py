@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import itertools
 from dataclasses import dataclass
 from typing import Any
@@ -339,8 +340,11 @@ def _loss_of_trained_positions(peft_model, num_tokens, num_scored, lean, joined)
 
 def _loss_of_a_row(peft_model, num_tokens, num_scored):
     """What classification.Classification computes of one row; further rows add tokens, and a few logits."""
-    ids, mask, _ = _inputs(num_tokens)
-    logits = peft_model(input_ids=ids, attention_mask=mask).logits.float()
+    ids, mask, zeros = _inputs(num_tokens)
+    takes = inspect.signature(type(peft_model.get_base_model()).forward).parameters
+    # given, because those that a model has itself end at its last position
+    more = {name: zeros for name in ("position_ids", "token_type_ids") if name in takes}
+    logits = peft_model(input_ids=ids, attention_mask=mask, **more).logits.float()
     return F.cross_entropy(logits, _positions(1), reduction="sum")
 
 

@@ -10,8 +10,9 @@ from ..system.units import duration, size
 from .tables import show
 
 
-def say_plan(name, job, found, limits, changes, why):
-    """Print a plan: its components as bars, the verdict, the limits and what would help. why: the budget is what it is."""
+def say_plan(name, job, found, limits, changes, why, has_classes=False):
+    """Print a plan: its components as bars, the verdict, the limits and what would help. why: the budget is what it is.
+    has_classes: what is trained is a class a row, and no tokens."""
     load = job.load
     counts = job.outline.counts
     rows = f"{load.rows} row{'s' if load.rows > 1 else ''} of {load.length:,} tokens" + (
@@ -20,8 +21,9 @@ def say_plan(name, job, found, limits, changes, why):
     if load.joins_steps:
         many = job.training.rows_per_step
         rows = f"{load.length:,} tokens of the {f'{many:,} rows' if many > 1 else 'one row'} of a step{', joined' * (many > 1)}"
-    rows = f"{rows}, {load.scored:,} tokens trained" if counts == "tokens" else f"{load.rows:,} images"
-    note(f"plan      {name}: largest micro-batch is {rows}")
+    rows = rows if counts == "tokens" else f"{load.rows:,} images"
+    trained = "" if has_classes else f", {load.scored:,} tokens trained"
+    note(f"plan      {name}: largest micro-batch is {rows}{trained}")
     note(f"budget    {size(job.budget_bytes)} ({why})")
     show("")
     scale = 38 / max(job.budget_bytes, found.peak_bytes)

@@ -37,7 +37,8 @@ class Steps:
                 f"          step {event.step}  skipped: a gradient overflowed float16; loss scale now {event.loss_scale:,.0f}"
             )
         elif isinstance(event, record.Evaluation):
-            lines.say(f"          step {event.step}  held-out loss {event.eval_loss:.4f}")
+            more = "".join(f", {name} {value:.4f}" for name, value in event.metrics.items())
+            lines.say(f"          step {event.step}  held-out loss {event.eval_loss:.4f}{more}")
         elif isinstance(event, record.CheckpointSaved):
             now = time.monotonic()
             share = event.seconds / max(now - self.last_save, 1e-9)

@@ -9,7 +9,13 @@ from qlora.recipe import Recipe
 from tests.data.images import folder_of_classes
 
 _SHARED = {"image_size": 32, "num_channels": 3, "initializer_range": 0.1}
-_LAYERS = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128, "patch_size": 8}
+_LAYERS = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 128,
+    "patch_size": 8,
+}
 _SWIN = {"embed_dim": 64, "depths": [1, 2], "num_heads": [2, 4], "window_size": 4, "patch_size": 4}
 CONFIGS = {
     "vit": lambda: transformers.ViTConfig(**_SHARED, **_LAYERS),

@@ -204,7 +204,10 @@ def test_a_folder_without_its_image_processor_and_one_of_another_size(models, wh
     settings = json.loads(path.read_text())
     recipe = recipe_of(folder, where, tmp_path / "run")
     for change, said in (
-        ({"size": {"height": 48, "width": 48}}, "makes images of 48 x 48 pixels, and config.json of the model is for 32 x 32"),
+        (
+            {"size": {"height": 48, "width": 48}},
+            "makes images of 48 x 48 pixels, and config.json of the model is for 32 x 32",
+        ),
         ({"size": {"shortest_edge": 32}}, "a batch needs them alike"),
         ({"image_mean": [0.5]}, "no usable image processor"),
     ):
@@ -225,7 +228,10 @@ def test_the_second_head_of_deit_is_left_in_the_files(where, tmp_path):  # noqa:
     folder = model_folder(tmp_path, "deit", "ForImageClassificationWithTeacher")
     run = train(recipe_of(folder, where, tmp_path / "run", training={"max_steps": 2}))
     assert export(run.path, tmp_path / "out")["verified"]
-    assert {name for name in tensor_names(tmp_path / "out") if "classifier" in name} == {"classifier.weight", "classifier.bias"}
+    assert {name for name in tensor_names(tmp_path / "out") if "classifier" in name} == {
+        "classifier.weight",
+        "classifier.bias",
+    }
 
 
 def test_what_is_pushed_of_a_run_and_of_an_export(trained):

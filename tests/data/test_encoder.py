@@ -33,6 +33,12 @@ class Classification:
     def __init__(self, tokenizer, settings):
         self.tokenizer, self.settings = tokenizer, settings
 
+    @staticmethod
+    def refuse_columns(mapped):
+        pass
+
+    refuse_table = refuse_columns
+
     def identity(self):
         return [tokens.identity(self.tokenizer), CLASSES]
 

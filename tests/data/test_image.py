@@ -17,7 +17,7 @@ from .images import encoded, picture
 
 
 def refused(raw, name="a.png"):
-    with pytest.raises(ValueError, match="a.png") as caught:
+    with pytest.raises(ValueError, match=r"a\.png") as caught:
         image.opened(raw, name)
     return str(caught.value)
 

@@ -35,7 +35,10 @@ def test_an_example_is_the_image_and_its_class(root):
     assert np.array_equal(np.array(example.pixels()), np.array(picture((40, 200, 60), 1001)))
     assert rows.where(4) == f"{root} image 5 ({example.path})"
     assert rows.lengths.tolist() == [1] * 9
-    assert data.image_sizes(rows) == {"width": {"min": 40, "p50": 40, "max": 40}, "height": {"min": 32, "p50": 32, "max": 32}}
+    assert data.image_sizes(rows) == {
+        "width": {"min": 40, "p50": 40, "max": 40},
+        "height": {"min": 32, "p50": 32, "max": 32},
+    }
 
 
 def test_they_are_decoded_once_however_the_folder_is_called(root, monkeypatch):
@@ -50,7 +53,7 @@ def test_an_image_that_changed_is_decoded_again_and_one_that_changes_later_is_re
     rows = rows_of(train=str(root))
     path = root / "red" / "2.png"
     picture(seed=99).save(path)
-    with pytest.raises(InputError, match="2.png: changed since the data was read; restore it, or start a new run"):
+    with pytest.raises(InputError, match=r"2\.png: changed since the data was read; restore it, or start a new run"):
         rows[8].pixels()
     assert np.array_equal(np.array(rows_of(train=str(root))[8].pixels()), np.array(picture(seed=99)))
 
@@ -139,7 +142,7 @@ def test_bad_rows_of_a_table(root, tmp_path):
 def test_a_class_that_the_training_lacks_is_refused_with_its_place(root, tmp_path):
     held_out = folder_of_classes(tmp_path / "eval", 1, {"red": (220, 50, 40), "purple": (120, 0, 120)})
     section = Data(train=str(root), labels=["blue", "green", "red"])
-    with pytest.raises(InputError, match="image 1 .*'purple' is no class of the training: blue, green, red"):
+    with pytest.raises(InputError, match=r"image 1 .*'purple' is no class of the training: blue, green, red"):
         data.load(Data(train=str(held_out)).train, None, section, 0, data.LabelledImages)
 
 
@@ -155,7 +158,7 @@ def test_columns_that_images_do_not_have_are_refused(root):
         rows_of(train=str(root), columns={"text": "words", "label": "label"})
     table = root.parent / "list.csv"
     table.write_text("file,class\ntrain/red/0.png,red\n")
-    with pytest.raises(InputError, match="data.columns={image: file, label: class}"):
+    with pytest.raises(InputError, match=r"data\.columns=\{image: file, label: class\}"):
         data.load(Data(train=str(table)).train, None, Data(train="x", labels=["a", "b"]), 0, data.LabelledImages)
 
 

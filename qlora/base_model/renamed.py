@@ -1,6 +1,6 @@
 """Tensors that transformers calls otherwise than the files: it renames those of older architectures while it reads them.
 
-ViT's `vit.encoder.layer.0.attention.attention.query.weight` is `vit.layers.0.attention.q_proj.weight` in a model of transformers 5.
+In transformers 5, ViT's `vit.encoder.layer.0.attention.attention.query.weight` is `vit.layers.0.attention.q_proj.weight`.
 An export has the names of the files, which every version of transformers opens.
 """
 

@@ -133,9 +133,9 @@ def _classes(root):
         InputError: it has no folders, an empty one, files beside them, or they are those of splits.
     """
     try:
-        names = sorted(name for name in os.listdir(root) if not _is_litter(name))
-        folders = [name for name in names if (root / name).is_dir()]
-        beside = [name for name in names if name not in set(folders)]
+        there = sorted(path for path in root.iterdir() if not _is_litter(path.name))
+        folders = [path.name for path in there if path.is_dir()]
+        beside = [path.name for path in there if not path.is_dir()]
         files = {name: _files(root / name) for name in folders}
         _refuse_splits(root, folders)
     except OSError as error:

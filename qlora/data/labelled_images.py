@@ -1,4 +1,4 @@
-"""Rows of an image file and a label -> examples: where the file is, what it held, and a class. Pixels are read when they are needed.
+"""Rows of an image file and a label -> examples: where the file is, what it held, and a class; pixels are read when needed.
 
 Each image is decoded once before training, so that a broken one is a bad row with its file and line; from then on its hash says
 that it is still the same. What lies on disk is a path and a hash, not pixels: 224 x 224 of them are 150 KB.
@@ -29,7 +29,7 @@ KEPT_SIDE = 256  # pixels
 
 @dataclass(frozen=True)
 class LabelledImage:
-    """path: of the file. digest: its sha256, 32 bytes. size: (width, height) in pixels, upright. label: the number of the class."""
+    """path: of the file. digest: its sha256, 32 bytes. size: (width, height) in pixels, upright. label: number of the class."""
 
     path: str
     digest: bytes
@@ -100,8 +100,8 @@ class LabelledImages:
         missing = sorted(needed.difference(header))
         if missing:
             raise InputError(
-                f"{path} has no column {', '.join(map(repr, missing))}; it has {', '.join(header)}. Name those that hold the path "
-                f"of an image and its class: data.columns={{image: {header[0]}, label: {header[-1]}}}"
+                f"{path} has no column {', '.join(map(repr, missing))}; it has {', '.join(header)}. Name those that hold the "
+                f"path of an image and its class: data.columns={{image: {header[0]}, label: {header[-1]}}}"
             )
 
     def identity(self):

@@ -60,8 +60,8 @@ def number_of(name, labels):
 def found(source_list, section, open_source=sources.open_source):
     """Return the names of the classes that the training rows have, in order: numbers by size, names by the alphabet.
 
-    source_list: of the recipe's data.train; section: its data; open_source: the encoder's. A data set of the hub that names its classes decides itself.
-    Rows that say no class are passed over: they are refused with their lines when they are tokenized.
+    source_list: of the recipe's data.train; section: its data; open_source: the encoder's. A data set of the hub that names its
+    classes decides itself. Rows that say no class are passed over: they are refused with their lines when they are tokenized.
 
     Raises:
         InputError: there is one class only, or what is there are no classes.

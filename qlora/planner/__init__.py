@@ -204,7 +204,8 @@ def _steps(job):
 def backwards(job: Job) -> dict:
     """Return {"max_length", "micro_batch", "r"}: the largest of each that fits, all else as it is; 0 for none.
 
-    Of images there is no max_length. Where the rows of a step are joined, "tokens_per_micro_batch" is there instead of "micro_batch", which is in rows.
+    Where the rows of a step are joined, "tokens_per_micro_batch" is there instead of "micro_batch", which is in rows; of images
+    there is no max_length.
     """
     answers = {}
     if job.outline.counts == "tokens":

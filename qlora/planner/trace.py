@@ -25,6 +25,7 @@ from .. import base_model, kernels
 from ..data import IGNORE_INDEX
 from ..kernels import causal, checkpointing, loss, tiles, token_rows
 from ..system import memory
+from . import images
 
 # B batch (1), H heads, T tokens, D head dim, N scored positions, V vocabulary, C positions in a chunk of the head
 
@@ -40,8 +41,6 @@ _POINTS = (
     (256, 128, 64, 128, 192),
     (256, 128, 64, 256, 256),
 )
-_USUAL_IMAGE = (3, 224, 224)  # where config.json does not say
-_IMAGES = (2, 3)  # numbers of images to run at: there is one term beside what does not grow
 # the point and term that nothing grows with there: the head's buffer, blocks of a document
 _UNREAD = {"cpu": 4, "cuda": 5}
 
@@ -121,7 +120,8 @@ def trace(peft_model, device_kind, packed, setting="auto"):
             with checkpointing.checkpointed(chosen, number):
                 run = functools.partial(_run, peft_model, chosen, device_kind, found, packed, shapes=shapes)
                 if not base_model.task_of(model).HAS_TOKENS:
-                    ways.append(_fitted_to_images({number: run((number,) * 5) for number in _IMAGES}))
+                    fitted = images.fitted({number: run((number,) * 5) for number in images.NUMBERS}, len(_POINTS))
+                    ways.append({name: Segment(levels) for name, levels in fitted.items()})
                     continue
                 points = [point for number, point in enumerate(_POINTS) if number != _UNREAD[device_kind]]
                 ways.append(_fitted({point: run(point) for point in points}, _UNREAD[device_kind]))
@@ -138,28 +138,6 @@ def trace(peft_model, device_kind, packed, setting="auto"):
         head = len(weight), weight.element_size(), device_kind
     step = Step(tuple(names[kind] for kind in kinds), ways[0]["embedding"], plain, checkpointed, head)
     return step, found.joined
-
-
-def positions_of_an_image(model):
-    """Return how many positions of an image a weight of the model's linear layers meets, in the mean over all weights."""
-    met = [0.0, 0.0]
-
-    def count(module, args):
-        numbers = base_model.numel(module.weight)
-        met[0] += numbers * args[0][..., 0].numel()
-        met[1] += numbers
-
-    layers = [model.get_submodule(name) for name in base_model.linear_names(model)]
-    handles = [layer.register_forward_pre_hook(count) for layer in layers]
-    shape = base_model.image_processor.shape_of(model.config) or _USUAL_IMAGE
-    try:
-        with torch.no_grad():
-            dtype = next(model.get_input_embeddings().parameters()).dtype
-            model(pixel_values=torch.zeros(1, *shape, dtype=dtype, device="meta"))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return met[0] / met[1]
 
 
 def _kind(layer):
@@ -198,7 +176,7 @@ def _run(peft_model, layers, device_kind, installed, packed, point, shapes):
     way: Any = functools.partial(_loss_of_trained_positions, lean=installed.loss, joined=joined)
     task = base_model.task_of(peft_model)
     if not task.HAS_TOKENS:
-        way = _loss_of_images
+        way = images.loss
     elif task.HAS_CLASSES:
         way = _loss_of_a_row
     elif device_kind == "cuda" and loss.is_left_to_trl(peft_model.get_base_model(), installed.loss, device_kind):
@@ -297,19 +275,6 @@ def _fitted(runs, unread):
     return segments
 
 
-def _fitted_to_images(runs):
-    """Return {segment: Segment} from {number of images: run}: what grows with T, where an image counts as one."""
-    (one, first), (other, second) = runs.items()
-    segments = {}
-    for name, low in first.items():
-        assert len(low) == len(second[name]), f"{name} allocates other tensors for more images"
-        each = (second[name] - low) / (other - one)
-        levels = np.zeros((len(low), len(_POINTS)))
-        levels[:, 0], levels[:, 1] = low - one * each, each
-        segments[name] = Segment(levels)
-    return segments
-
-
 # ---- the loss --------------------------------------------------------------------------------------------------------
 
 
@@ -346,16 +311,6 @@ def _loss_of_a_row(peft_model, num_tokens, num_scored):
     more = {name: zeros for name in ("position_ids", "token_type_ids") if name in takes}
     logits = peft_model(input_ids=ids, attention_mask=mask, **more).logits.float()
     return F.cross_entropy(logits, _positions(1), reduction="sum")
-
-
-def _loss_of_images(peft_model, num_images, num_scored):
-    """What classification.Classification computes of a micro-batch of images of the size that the model is for."""
-    model = peft_model.get_base_model()
-    dtype = next(model.get_input_embeddings().parameters()).dtype
-    shape = base_model.image_processor.shape_of(model.config) or _USUAL_IMAGE
-    pixels = torch.zeros(num_images, *shape, dtype=dtype, device="meta")
-    logits = peft_model(pixel_values=pixels).logits.float()
-    return F.cross_entropy(logits, _positions(num_images), reduction="sum")
 
 
 def _trls_loss(peft_model, num_tokens, num_scored, chunk):

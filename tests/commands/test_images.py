@@ -1,4 +1,4 @@
-"""Image classification, all the way: folders of images -> a trained run -> scores -> a folder that transformers' pipeline opens."""
+"""Image classification, all the way: folders of images -> a trained run -> scores -> a folder that the pipeline opens."""
 
 import base64
 import json

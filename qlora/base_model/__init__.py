@@ -32,6 +32,7 @@ from .quantized import (
     restore_codes,
     to_float32,
 )
+from .renamed import written_names
 from .tasks import GENERATION, Task
 from .tasks import of_folder as task_of_folder
 from .tasks import of_model as task_of
@@ -45,4 +46,4 @@ __all__ = ["DTYPE_WHEN_QUANTIZED", "GENERATION", "OF_TORCH", "Checkpoint", "Comp
            "own_labels", "pixel_values", "quantized_modules", "read_config", "refuse_generation",
            "refuse_other_codes", "refuse_rows", "replace_by_stand_ins", "restore_codes", "settle", "stand_in",
            "stored_quantization", "task_of", "task_of_folder", "tensor_names", "tensors", "tied", "to_float32",
-           "token_ends", "token_modules", "weight_files", "whole_config"]  # fmt: skip
+           "token_ends", "token_modules", "weight_files", "whole_config", "written_names"]  # fmt: skip

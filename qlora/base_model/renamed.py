@@ -1,7 +1,7 @@
 """Tensors that transformers calls otherwise than the files: it renames those of older architectures while it reads them.
 
 In transformers 5, ViT's `vit.encoder.layer.0.attention.attention.query.weight` is `vit.layers.0.attention.q_proj.weight`.
-An export has the names of the files, which every version of transformers opens.
+An export has the names that transformers itself saves, which are those of the files: every version of it opens them.
 """
 
 from __future__ import annotations
@@ -24,3 +24,19 @@ def names_in_files(checkpoint):
         rename_source_key(name, renamings, [], model.base_model_prefix, state)[0]: name
         for name in sorted(checkpoint.files)
     }
+
+
+def written_names(model):
+    """Return {tensor of a model: its name where transformers saves it}, of those that differ."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import PrefixChange, WeightRenaming, apply_renamings
+
+    # of names that are only read, such as LayerNorm.gamma, the new ones are written
+    mapping = get_model_conversion_mapping(model, add_legacy=False)
+    back = [
+        one.reverse_transform()
+        for one in reversed(mapping)
+        if isinstance(one, WeightRenaming) and not isinstance(one, PrefixChange)
+    ]
+    found = {name: apply_renamings(name, back) for name in model.state_dict()}
+    return {name: written for name, written in found.items() if name != written}

@@ -121,8 +121,8 @@ def plan(checkpoint, config, dtype, trust_remote_code=False, adapter=None):
     _copy_the_rest(checkpoint, result, missing, dtype, model)
     if checkpoint.half:
         _keep_the_other_half(checkpoint, result)
-    elif task.HAS_CLASSES:  # as the files call them: transformers may have renamed them when it read them
-        result.names = {name: found for name, found in result.source.items() if found not in (None, name)}
+    elif task.HAS_CLASSES:
+        result.names = base_model.written_names(model)
     if adapter is not None:
         stays_tied = {name: result.parameters[tied[name]] for name in tied}
         adapter.refuse_mismatch(shapes, result.parameters | stays_tied, embeddings, checkpoint.new_tokens.values())

@@ -85,7 +85,7 @@ def plan(checkpoint, config, dtype, trust_remote_code=False, adapter=None):
     if adapter is not None and _change(config, model, adapter):
         model = base_model.on_meta(config, trust_remote_code)
     ends, task = _ends(model), base_model.task_of(model)
-    embedding, head = (ends[0], ends[-1]) if ends else (None, None)
+    embedding, head = (*ends, None)[0], (None, *ends)[-1]
     modules = base_model.token_modules(model) if checkpoint.new_tokens else []
     embeddings = {name: tuple(model.get_submodule(name).weight.shape) for name in modules}
     conv1d = {name for name in base_model.linear_names(model) if base_model.is_conv1d(model.get_submodule(name))}
@@ -105,12 +105,12 @@ def plan(checkpoint, config, dtype, trust_remote_code=False, adapter=None):
         found = checkpoint.in_files(name, model.base_model_prefix)
         if found is None and name == f"{head}.weight":  # untied by the adapter: it starts as the embedding
             found = checkpoint.in_files(f"{embedding}.weight", model.base_model_prefix)
-        is_new = task.is_of_head(model, name)
-        if found is None and name not in replaced and not is_new:
+        grows = task.is_of_head(model, name) or name in replaced
+        if found is None and not grows:
             missing.append(name)
             continue
         expected = tuple(tensor.shape)
-        grows = is_new or name in replaced or name.removesuffix(".weight") in embeddings
+        grows = grows or name.removesuffix(".weight") in embeddings
         has_codes = found is not None and prequantized.holds_codes(checkpoint, found)
         if found is not None and in_files[found] != expected and not (grows or has_codes):
             wrong.append(f"{name} is {in_files[found]} in the files, {expected} by config.json")
@@ -119,10 +119,9 @@ def plan(checkpoint, config, dtype, trust_remote_code=False, adapter=None):
     if wrong:
         raise InputError.listing(f"{checkpoint.folder}: config.json and the weights do not fit; the model", wrong)
     _copy_the_rest(checkpoint, result, missing, dtype, model)
+    result.names = base_model.written_names(model) if task.HAS_CLASSES else {}
     if checkpoint.half:
         _keep_the_other_half(checkpoint, result)
-    elif task.HAS_CLASSES:
-        result.names = base_model.written_names(model)
     if adapter is not None:
         stays_tied = {name: result.parameters[tied[name]] for name in tied}
         adapter.refuse_mismatch(shapes, result.parameters | stays_tied, embeddings, checkpoint.new_tokens.values())

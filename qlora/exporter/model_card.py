@@ -77,7 +77,7 @@ the two are.
     from transformers import pipeline
 
     classify = pipeline("{{ task }}", "{{ here }}")
-    print(classify({{ '"image.jpg"' if of_images else '"a text"' }}))
+    classify({{ '"image.jpg"' if of_images else '"a text"' }})
 
 Its {{ labels | length }} classes, in the order of the logits: {{ labels | join(", ") }}.
 {% else %}

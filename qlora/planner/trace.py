@@ -173,14 +173,7 @@ def _run(peft_model, layers, device_kind, installed, packed, point, shapes):
         handles.append(layer.register_forward_hook(end(number), with_kwargs=True))
     live = _LiveShapes(shapes)
     joined = packed or installed.joined
-    way: Any = functools.partial(_loss_of_trained_positions, lean=installed.loss, joined=joined)
-    task = base_model.task_of(peft_model)
-    if not task.HAS_TOKENS:
-        way = images.loss
-    elif task.HAS_CLASSES:
-        way = _loss_of_a_row
-    elif device_kind == "cuda" and loss.is_left_to_trl(peft_model.get_base_model(), installed.loss, device_kind):
-        way = functools.partial(_trls_loss, chunk=chunk)
+    way = _way_of_the_loss(peft_model, device_kind, installed, joined, chunk)
     at_once = chunk if device_kind == "cuda" else loss.POSITIONS
     attention = _way_of_attention(device_kind, installed.joined, packed, document)
     try:
@@ -207,6 +200,16 @@ def _run(peft_model, layers, device_kind, installed, packed, point, shapes):
         [found["head"], found.pop("loss") + (found["head"][-1] if len(found["head"]) else 0)]
     )
     return found
+
+
+def _way_of_the_loss(peft_model, device_kind, installed, joined, chunk) -> Any:
+    """Return (model, number of tokens, number of scored ones) -> loss. chunk: positions in a chunk of the head."""
+    task = base_model.task_of(peft_model)
+    if task.HAS_CLASSES:
+        return _loss_of_a_row if task.HAS_TOKENS else images.loss
+    if device_kind == "cuda" and loss.is_left_to_trl(peft_model.get_base_model(), installed.loss, device_kind):
+        return functools.partial(_trls_loss, chunk=chunk)
+    return functools.partial(_loss_of_trained_positions, lean=installed.loss, joined=joined)
 
 
 class _LiveShapes(memory.LiveTensors):

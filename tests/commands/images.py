@@ -41,11 +41,11 @@ def pictures(root):
     return root
 
 
-def recipe_of(model, where, out, **changes):
+def recipe_of(folder, where, out, **changes):
     """Return a recipe that learns the colours in a few steps; changes: of sections, or nested as dotted names are."""
     values = {
         "task": "image-classification",
-        "model": {"name_or_path": str(model)},
+        "model": {"name_or_path": str(folder)},
         "data": {"train": str(where / "train"), "eval": str(where / "eval")},
         "training": {
             "max_steps": 10,

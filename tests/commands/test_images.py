@@ -25,6 +25,8 @@ from tests.data.images import encoded, picture
 
 from .images import model_folder, models, recipe_of, where  # noqa: F401 (fixtures)
 
+_IA3 = {"target_modules": ["k_proj", "v_proj", "fc2"], "feedforward_modules": ["fc2"]}
+
 
 def tensor_names(folder):
     with safe_open(folder / "model.safetensors", "pt") as file:
@@ -34,7 +36,7 @@ def tensor_names(folder):
 def in_the_pipeline(folder, path):
     from transformers import pipeline
 
-    return pipeline("image-classification", str(folder), backend="pil")(str(path))
+    return pipeline("image-classification", str(folder))(str(path))
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +93,7 @@ def test_a_run_has_what_it_needs_and_no_tokenizer(trained):
         ("deit", {}),
         ("swin", {}),
         ("swin", {"quantization": None, "full": {}, "training": {"learning_rate": 1e-3}}),
-        ("vit", {"quantization": None, "ia3": {}, "training": {"learning_rate": 3e-2}}),
+        ("vit", {"ia3": _IA3, "training": {"learning_rate": 3e-2}}),
     ],
     ids=["deit", "swin", "swin-full", "vit-ia3"],
 )
@@ -173,18 +175,17 @@ REFUSED = {
     "training.tokens_per_micro_batch": {"training": {"tokens_per_micro_batch": 4096}},
     "training.neftune_noise_alpha": {"training": {"neftune_noise_alpha": 5.0}},
     "training.group_by_length": {"training": {"group_by_length": True}},
-    "model.new_tokens": {"model": {"new_tokens": ["<x>"]}},
-    "lora.init_lora_weights": {"lora": {"init_lora_weights": "eva"}},
+    "model.new_tokens": {"model": {"name_or_path": "m", "new_tokens": ["<x>"]}},
+    "lora.init_lora_weights eva": {"lora": {"init_lora_weights": "eva"}},
     "prompt_tuning": {"prompt_tuning": {}},
-    "export.verify": {"export": {"verify": "layers"}},
+    "export.verify layers": {"export": {"verify": "layers"}},
 }
 
 
 @pytest.mark.parametrize("field", REFUSED)
 def test_what_images_do_not_have_is_refused_by_name(where, field):  # noqa: F811
-    with pytest.raises(InputError, match=re.escape(field.rpartition(".")[2])) as caught:
+    with pytest.raises(InputError, match=re.escape(field)):
         recipe_of("m", where, "out", **REFUSED[field])
-    assert "image-classification" in str(caught.value)
 
 
 def test_words_and_servers_of_words_are_refused(trained, tmp_path):
@@ -216,9 +217,9 @@ def test_a_folder_without_its_image_processor_and_one_of_another_size(models, wh
         inspect_data(recipe)
 
 
-def test_a_model_of_words_is_refused_for_images(where, tmp_path, folders):  # noqa: F811
+def test_a_model_of_words_is_refused_for_images(where, tmp_path, tiny_model):  # noqa: F811
     with pytest.raises(InputError, match="ForImageClassification"):
-        inspect_data(recipe_of(folders["llama"], where, tmp_path / "run"))
+        inspect_data(recipe_of(tiny_model("llama"), where, tmp_path / "run"))
 
 
 def test_the_second_head_of_deit_is_left_in_the_files(where, tmp_path):  # noqa: F811

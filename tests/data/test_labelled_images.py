@@ -124,7 +124,7 @@ BAD = {
     '{"image": "train/red/0.png", "label": null}': "label is empty",
     '{"image": "train/red/0.png", "label": ["red"]}': "a row has one class",
     '{"picture": "train/red/0.png", "label": "red"}': "has no column 'image'",
-    '["train/red/0.png", "red"]': "needs rows with columns",
+    '["train/red/0.png", "red"]': "is an object with image and label, not a list",
 }
 
 

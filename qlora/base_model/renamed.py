@@ -6,6 +6,8 @@ An export has the names that transformers itself saves, which are those of the f
 
 from __future__ import annotations
 
+from ..system import files
+
 
 def names_in_files(checkpoint):
     """Return {tensor of the model for the checkpoint's task: its name in the files}, of those that are only renamed."""
@@ -14,6 +16,10 @@ def names_in_files(checkpoint):
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, rename_source_key
 
+    if files.read_object(checkpoint.folder / "config.json").get(
+        "auto_map"
+    ):  # code of its own, which nothing is known of
+        return {name: name for name in checkpoint.files}
     config, task = AutoConfig.from_pretrained(checkpoint.folder), checkpoint.task.file
     task.settle_config(config, checkpoint.task, checkpoint)
     with torch.device("meta"):

@@ -66,6 +66,10 @@ class Encoder(Protocol):
         """Return the data files that one source of the recipe names, such as sources.File. mapped: data.columns, or None."""
 
     @staticmethod
+    def not_read(source) -> list:
+        """Return the paths of files that a source of the recipe has, and that are no rows."""
+
+    @staticmethod
     def refuse_columns(mapped) -> None:
         """Raise InputError if data.columns, {known name: column or template}, does not make rows of this kind."""
 

@@ -21,6 +21,8 @@ from .readers import READERS
 from .readers.lines import Row
 
 IMAGE, LABEL = "image", "label"
+_IMAGES = {".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+_TABLES = {".csv", ".tsv", ".jsonl", ".parquet"}  # .txt and .json may say something of a folder of classes
 _LITTER = {"thumbs.db", "desktop.ini"}  # of file managers; those that begin with a dot too
 _SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval"}
 _BLOCK = 1 << 20
@@ -111,31 +113,50 @@ def open_source(source, mapped):
     column = (mapped or {}).get(IMAGE, IMAGE)
     if columns.is_template(column):
         raise InputError(f"data.columns.{IMAGE} {column!r}: a template; give the name of the column with the paths")
-    try:
-        paths = [source.path] if not glob.has_magic(source.path) or Path(source.path).exists() else None
-        folders = [path for path in paths or sorted(glob.glob(source.path)) if _is_of_classes(Path(path))]  # noqa: PTH207
-    except OSError as error:
-        raise InputError(f"cannot look for images at {source.path}: {error.strerror or error}") from None
+    folders = _folders_of_classes(source.path)
     if folders:
         return [ImageFolder(path, source) for path in folders]
     return [ImageTable(file.path, source, column=column) for file in sources.open_source(source)]
 
 
+def not_read(source):
+    """Return the files of the source that are no rows: those beside folders of classes, or what describes data sets."""
+    folders = _folders_of_classes(source.path)
+    if not folders:
+        return sources.not_read(source)
+    beside = [
+        path for folder in folders for path in Path(folder).iterdir() if path.is_file() and not _is_litter(path.name)
+    ]
+    return [str(path) for path in beside]
+
+
+def _folders_of_classes(path):
+    try:
+        paths = [path] if not glob.has_magic(path) or Path(path).exists() else sorted(glob.glob(path))  # noqa: PTH207
+        return [path for path in paths if _is_of_classes(Path(path))]
+    except OSError as error:
+        raise InputError(f"cannot look for images at {path}: {error.strerror or error}") from None
+
+
 def _is_of_classes(folder):
-    """True for a folder without data files in it."""
-    return folder.is_dir() and not any(path.suffix.lower() in READERS for path in folder.iterdir() if path.is_file())
+    """True for a folder with folders in it and no tables, or with neither."""
+    if not folder.is_dir():
+        return False
+    kinds = {path.suffix.lower() for path in folder.iterdir() if path.is_file() and not _is_litter(path.name)}
+    has_folders = any(path.is_dir() for path in folder.iterdir())
+    return not kinds & (_TABLES if has_folders else READERS.keys())
 
 
 def _classes(root):
     """Return [(path within `root`, class)] of all files in its folders, sorted by class and path.
 
     Raises:
-        InputError: it has no folders, an empty one, files beside them, or they are those of splits.
+        InputError: it has no folders, an empty one, images beside them, or they are those of splits.
     """
     try:
         there = sorted(path for path in root.iterdir() if not _is_litter(path.name))
         folders = [path.name for path in there if path.is_dir()]
-        beside = [path.name for path in there if not path.is_dir()]
+        beside = [path.name for path in there if not path.is_dir() and path.suffix.lower() in _IMAGES]
         files = {name: _files(root / name) for name in folders}
         _refuse_splits(root, folders)
     except OSError as error:
@@ -147,8 +168,8 @@ def _classes(root):
         )
     if beside:
         raise InputError(
-            f"the folder {root} has files beside the folders of classes, such as {beside[0]}; move {len(beside):,} of them "
-            "into the folder of their class, or away"
+            f"the folder {root} has images beside the folders of classes, such as {beside[0]}; move all {len(beside):,} of "
+            "them into the folder of their class, or away"
         )
     empty = [name for name in folders if not files[name]]
     if empty:

@@ -53,7 +53,7 @@ class LabelledText:
     COUNTS = ("rows_truncated", "rows_with_pairs")
     LENGTH = None
 
-    open_source = staticmethod(sources.open_source)
+    open_source, not_read = staticmethod(sources.open_source), staticmethod(sources.not_read)
 
     def __init__(self, tokenizer, settings: Settings):
         self.tokenizer, self.settings = tokenizer, settings

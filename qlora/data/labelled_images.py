@@ -77,7 +77,7 @@ class LabelledImages:
     COUNTS = ("images_rotated", "images_converted", "images_transparent")
     LENGTH = 1
 
-    open_source = staticmethod(image_files.open_source)
+    open_source, not_read = staticmethod(image_files.open_source), staticmethod(image_files.not_read)
 
     def __init__(self, processor, settings: Settings):
         """processor: what will make the model's input of the pixels; examples do not depend on it."""

@@ -30,7 +30,7 @@ class Supervised:
         "tokens_of_conversations",  # of the longest of each conversation
     )
 
-    open_source = staticmethod(sources.open_source)
+    open_source, not_read = staticmethod(sources.open_source), staticmethod(sources.not_read)
     refuse_columns, refuse_table = staticmethod(columns.refuse_bad), staticmethod(columns.refuse_table)
 
     def __init__(self, tokenizer, settings: Settings):

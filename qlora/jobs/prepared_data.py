@@ -79,7 +79,7 @@ def prepare(recipe: Recipe, weights=True, on=None) -> Prepared:
     )
     named = [*recipe.data.train, *(recipe.data.eval or [])]
     report["ignored_nothing"] = _ignored_nothing(recipe.data.ignore_keys, report)
-    report["not_read"] = sorted({path for source in named for path in data.not_read(source)})
+    report["not_read"] = sorted({path for source in named for path in encoder.not_read(source)})
     report |= {"eval_rows": len(held_out), **data.copies(once, held_out)}
     if has_classes:
         report |= data.labels.balance(examples, held_out, recipe.data.labels)

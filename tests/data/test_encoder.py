@@ -31,7 +31,7 @@ class Classification:
     COUNTS: ClassVar = tuple(f"rows_{name}" for name in CLASSES)
     LENGTH = None
 
-    open_source = staticmethod(sources.open_source)
+    open_source, not_read = staticmethod(sources.open_source), staticmethod(sources.not_read)
 
     def __init__(self, tokenizer, settings):
         self.tokenizer, self.settings = tokenizer, settings

@@ -84,6 +84,15 @@ def test_classes_may_be_called_train_and_test(tmp_path):
     assert [label for *_, label in rows_of(root)] == ["test", "train"]
 
 
+def test_what_lies_beside_the_classes_and_is_no_image_is_said(tmp_path):
+    root = folder_of_classes(tmp_path / "train", 1)
+    for name in ("README.md", "labels.txt", "dataset_info.json", ".DS_Store"):
+        (root / name).write_text("x")
+    assert len(rows_of(root)) == 3
+    said = sorted(Path(path).name for path in image_files.not_read(Source(path=str(root))))
+    assert said == ["README.md", "dataset_info.json", "labels.txt"]
+
+
 def test_several_folders_and_a_folder_of_tables(tmp_path):
     for name in ("a", "b"):
         folder_of_classes(tmp_path / name, 1)

@@ -50,6 +50,8 @@ def plan(recipe: Recipe, vram=None, card=None, plot=None) -> dict:
         raise InputError(
             f"{recipe.model.name_or_path}: this architecture is not supported by the planner ({error})"
         ) from None
+    if plot is not None and job.outline.counts == "images":
+        raise InputError("--plot draws memory by the length of rows, and images are alike; leave it out")
     found = planner.plan(job)
     limits, changes = planner.backwards(job), planner.suggestions(job)
     say_plan(recipe.model.name_or_path, job, found, limits, changes, budget.why, has_classes(recipe.task))

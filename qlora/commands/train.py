@@ -30,7 +30,8 @@ def train(recipe: Recipe, resume=False, allow_change=()) -> RunDir:
     folder has an `adapter/` only once training has ended well.
 
     resume: go on with the run in recipe.output_dir, from its newest checkpoint that verifies. allow_change: names of
-    recipe fields, or of data, rows, tokenizer, chat_template, base_model, that may differ from what it was begun with.
+    recipe fields, or of data, rows, tokenizer, chat_template, image_processor, base_model, that may differ from what it was
+    begun with.
 
     Raises:
         DoesNotFit: there is not enough memory; the run folder keeps what was measured until then.

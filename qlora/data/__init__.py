@@ -14,7 +14,6 @@ from .labelled_images import KeptImage, LabelledImage, LabelledImages, Pixels, i
 from .masked_examples import IGNORE_INDEX, Example
 from .packing import Batches, Packed, Packs, best_fit, pack
 from .rows import Rows, copies, hold_out, weighted
-from .sources import not_read
 from .supervised import Supervised
 
 __all__ = [
@@ -41,7 +40,6 @@ __all__ = [
     "image_sizes",
     "labels",
     "load",
-    "not_read",
     "pack",
     "report",
     "weighted",

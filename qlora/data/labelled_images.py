@@ -51,7 +51,8 @@ class KeptImage:
     @classmethod
     def of(cls, example):
         """Return that of a LabelledImage, no larger than KEPT_SIDE."""
-        pixels = example.pixels()
+        with image.quiet():
+            pixels = example.pixels()
         pixels.thumbnail((KEPT_SIDE, KEPT_SIDE))
         return cls(image.as_jpeg(pixels, quality=90), example.label)
 

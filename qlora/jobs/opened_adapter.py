@@ -195,7 +195,9 @@ def _of_run(run, overrides):
         adapter=trained,
         tokenizer=load_tokenizer(run, recipe.model, checkpoint),
         generation=checkpoint,
-        taken_from=_taken_from("adapter", "adapter", checkpoint.generation_config() and "base"),
+        taken_from=_taken_from("adapter", "adapter", checkpoint.generation_config() and "base")
+        if checkpoint.task.file.HAS_TOKENS
+        else {"image_processor": "base"},
         rows=rows,
         rows_from=rows_from,
         inputs=[run.path, checkpoint.folder],

@@ -163,6 +163,8 @@ def test_a_plan_counts_images(models, where, tmp_path):  # noqa: F811
     assert found["fits"]
     assert found["counts"] == "images"
     assert found["limits"].keys() == {"micro_batch", "r"}
+    with pytest.raises(InputError, match="--plot draws memory by the length of rows"):
+        plan(recipe, card="3060", plot=tmp_path / "plot.png")
     absent = recipe_of(models["vit"], tmp_path / "nowhere", tmp_path / "run")
     assert plan(absent, card="3060")["peak_bytes"] == pytest.approx(found["peak_bytes"], rel=0.01)
 

@@ -233,7 +233,8 @@ def _write(folder, results, encoder, tally, file):
     """Append each Chunk's arrays to the folder's files."""
     offset = read = 0
     unit = "bytes" if file.unit == "line" else "rows"
-    with contextlib.ExitStack() as stack, progress(f"tokenizing {file.path}", max(1, file.size), unit) as advance:
+    doing = "tokenizing" if encoder.LENGTH is None else "reading"
+    with contextlib.ExitStack() as stack, progress(f"{doing} {file.path}", max(1, file.size), unit) as advance:
         names = (*encoder.ARRAYS, "examples")
         opened = {name: stack.enter_context(open(folder / f"{name}.bin", "wb")) for name in names}
         for result in results:

@@ -30,10 +30,12 @@ _BLOCK = 1 << 20
 
 @dataclass
 class ImageFolder:
-    """A folder with a folder for each class, as a data file: rows {"image": path within it, "label": the class}."""
+    """A folder with a folder for each class, as a data file: rows of a path within it and the class. names: what these two are
+    called, as data.columns has it for tables beside it."""
 
     path: str
     source: Any
+    names: tuple = (IMAGE, LABEL)
     done: int = field(default=0, compare=False)
     unit = "image"
     pool_from = 64  # images under which starting workers costs more than it saves
@@ -76,7 +78,7 @@ class ImageFolder:
         """Yield the rows, numbered from 1."""
         for number, (name, label) in enumerate(self.found, start=1):
             self.done = number
-            yield Row(number, {IMAGE: name, LABEL: label})
+            yield Row(number, dict(zip(self.names, (name, label), strict=True)))
 
 
 @dataclass
@@ -110,13 +112,14 @@ def open_source(source, mapped):
             f"data set {source.name}: images of a data set on the hub are not read; save them as files, in a folder for each "
             "class, and give that folder as path"
         )
-    column = (mapped or {}).get(IMAGE, IMAGE)
-    if columns.is_template(column):
-        raise InputError(f"data.columns.{IMAGE} {column!r}: a template; give the name of the column with the paths")
+    names = tuple((mapped or {}).get(name, name) for name in (IMAGE, LABEL))
     folders = _folders_of_classes(source.path)
+    for name, column in zip((IMAGE, LABEL), names, strict=True):
+        if columns.is_template(column) and (folders or name == IMAGE):
+            raise InputError(f"data.columns.{name} {column!r}: a template; images need the name of a column here")
     if folders:
-        return [ImageFolder(path, source) for path in folders]
-    return [ImageTable(file.path, source, column=column) for file in sources.open_source(source)]
+        return [ImageFolder(path, source, names) for path in folders]
+    return [ImageTable(file.path, source, column=names[0]) for file in sources.open_source(source)]
 
 
 def not_read(source):

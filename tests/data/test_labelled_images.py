@@ -153,6 +153,13 @@ def test_a_held_out_folder_that_lacks_a_class_keeps_the_numbers_of_the_others(ro
     assert [rows[n].label for n in range(2)] == [1, 2]
 
 
+def test_a_folder_goes_with_the_columns_of_a_table(root, tmp_path):
+    table = tmp_path / "list.csv"
+    table.write_text("file,breed\ntrain/red/0.png,red\n")
+    rows = rows_of(train=[str(table), str(root)], columns={"image": "file", "label": "breed"})
+    assert [rows[n].label for n in range(len(rows))] == [2, 0, 0, 0, 1, 1, 1, 2, 2, 2]
+
+
 def test_columns_that_images_do_not_have_are_refused(root):
     with pytest.raises(InputError, match="rows of images have image, label, not text"):
         rows_of(train=str(root), columns={"text": "words", "label": "label"})

@@ -72,7 +72,10 @@ def save(model, folder, base_name, revision):
     """Write an ordinary model folder; raises TrainingFailed before anything is written if a number is not finite."""
     refuse_not_finite(dict(model.named_parameters()), "tensors")
     model.save_pretrained(folder, max_shard_size=_SHARD)
-    config = {"peft_type": "FULL", "modules": model.trained_by.modules, "base_model_name_or_path": str(base_name),
+    task, modules = base_model.task_of(model), model.trained_by.modules
+    if modules is not None and task.HAS_CLASSES:
+        modules = [*modules, *task.head_names(model)]
+    config = {"peft_type": "FULL", "modules": modules, "base_model_name_or_path": str(base_name),
               "revision": revision}  # fmt: skip
     write_json(Path(folder) / WHOLE, config)
 

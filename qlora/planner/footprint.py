@@ -268,7 +268,8 @@ def _lost_on_cpu(model, load, checkpointed, worked):
 
 
 def _growth(model, load):
-    return trace.growth(load.tokens, load.scored, model.step.at_once(load.scored), load.document or load.length)
+    document = load.document or load.length
+    return trace.growth(load.tokens, load.scored, model.step.at_once(load.scored), document, model.step.padded)
 
 
 def _step(model, load, checkpointed, offload, summed):

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from qlora.recipe import Recipe
 
@@ -40,19 +40,29 @@ DECODERS = {
 FAMILIES = ENCODERS | DECODERS
 
 
-def make_tokenizer():
+def make_tokenizer(has_types=True):
     """Return a tokenizer of words and single Chinese characters, with [CLS] text [SEP] pair [SEP]."""
-    backend = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    words = sorted(
+        {word for row in ROWS for word in row["text"].split()}
+        | {"is", "it", "a", "the", "review", ":", "word", "thing"}
+    )
+    letters = sorted({letter for word in words for letter in word} | set("abcdefghijklmnopqrstuvwxyz0123456789,.!"))
+    vocabulary = [
+        *SPECIAL,
+        *words,
+        *(one for one in letters if one not in words),
+        *(f"##{letter}" for letter in letters),
+    ]
+    backend = Tokenizer(models.WordPiece({token: number for number, token in enumerate(vocabulary)}, unk_token="[UNK]"))
     backend.normalizer = normalizers.BertNormalizer(lowercase=True)
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    trainer = trainers.WordPieceTrainer(vocab_size=300, special_tokens=SPECIAL, show_progress=False)
-    backend.train_from_iterator((row["text"] for row in ROWS), trainer)
     backend.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
+    names = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
+    inputs = ["input_ids", *(["token_type_ids"] if has_types else []), "attention_mask"]
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        **dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), SPECIAL, strict=True)),
+        tokenizer_object=backend, model_input_names=inputs, **dict(zip(names, SPECIAL, strict=True))
     )
 
 
@@ -72,10 +82,7 @@ def tiny_base(tmp_path_factory):
                         parameter.mul_(3)
             made[family] = tmp_path_factory.mktemp(family)
             model.save_pretrained(made[family])
-            tokenizer = make_tokenizer()
-            if family not in ("bert",):
-                tokenizer.model_input_names = ["input_ids", "attention_mask"]
-            tokenizer.save_pretrained(made[family])
+            make_tokenizer(has_types=family == "bert").save_pretrained(made[family])
         return made[family]
 
     return make

@@ -77,7 +77,7 @@ def objective_of(prepared, model):
 
 
 def class_weights_of(section, examples):
-    """Return the weight of each class in the loss, by the recipe's section data and the training rows."""
+    """Return the weight of each class in the loss, by the recipe's section data and the training rows (data.labels.weights)."""
     counts = np.bincount(examples.numbers(data.labels.COLUMN), minlength=len(section.labels)).tolist()
     return data.labels.weights(section.class_weights, counts, section.labels)
 

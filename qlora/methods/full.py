@@ -71,10 +71,12 @@ def _smallest(named):
 def save(model, folder, base_name, revision):
     """Write an ordinary model folder; raises TrainingFailed before anything is written if a number is not finite."""
     refuse_not_finite(dict(model.named_parameters()), "tensors")
+    task, modules = base_model.task_of(model), model.trained_by.modules
     # images: under the names that the model has in memory, which `read` gives back; the export has those of the files
-    original = base_model.task_of(model).HAS_TOKENS
-    model.save_pretrained(folder, max_shard_size=_SHARD, save_original_format=original)
-    config = {"peft_type": "FULL", "modules": model.trained_by.modules, "base_model_name_or_path": str(base_name),
+    model.save_pretrained(folder, max_shard_size=_SHARD, save_original_format=task.HAS_TOKENS)
+    if modules is not None and task.HAS_CLASSES:
+        modules = [*modules, *task.head_names(model)]
+    config = {"peft_type": "FULL", "modules": modules, "base_model_name_or_path": str(base_name),
               "revision": revision}  # fmt: skip
     write_json(Path(folder) / WHOLE, config)
 

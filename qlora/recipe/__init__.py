@@ -96,6 +96,11 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _what_the_task_has(self):
+        tasks.refuse(self)
+        return self
+
+    @model_validator(mode="after")
     def _full_weights(self):
         if self.full is not None and self.quantization is not None:
             raise ValueError(
@@ -159,11 +164,6 @@ class Recipe(Section):
                 "training.group_by_length is for whole rows, so many a step; leave it out with data.packing, or with a number "
                 "as training.tokens_per_micro_batch"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _what_the_task_has(self):
-        tasks.refuse(self)
         return self
 
     @classmethod

@@ -83,6 +83,8 @@ def test_a_label_is_a_name_or_a_number(label, name):
 def test_what_is_no_class_is_refused(tmp_path, label, wrong):
     with pytest.raises(ValueError, match=wrong):
         labels.said(label)
+    if label != label:  # no JSON; a column of numbers in Parquet has it where nothing stands
+        return
     path = write(tmp_path / "rows.jsonl", [*ROWS, ("odd", label)])
     with pytest.raises(InputError, match=f"line 6  .*{wrong}"):
         loaded(path)

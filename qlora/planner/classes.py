@@ -1,6 +1,10 @@
-"""What of a plan is other for images: a level grows with their number alone, as all are of the size that the model takes."""
+"""What of a plan is other for tasks with classes: the loss of a row; and images, whose levels grow with their number alone, as all
+are of the size that the model takes.
+"""
 
 from __future__ import annotations
+
+import inspect
 
 import numpy as np
 import torch
@@ -8,17 +12,31 @@ from torch.nn import functional as F
 
 from .. import base_model
 
-NUMBERS = (2, 3)  # of images to run at: there is one term beside what does not grow
+IMAGES = (2, 3)  # to run at: there is one term beside what does not grow
 _USUAL = (3, 224, 224)  # of an image, where config.json does not say
 
 
-def loss(peft_model, num_images, num_scored):
+def loss_of_a_row(peft_model, num_tokens, num_scored):
+    """What classification.Classification computes of one row; further rows add tokens, and a few logits."""
+    ids, mask, zeros = [_zeros(1, num_tokens) for _ in range(3)]
+    takes = inspect.signature(type(peft_model.get_base_model()).forward).parameters
+    # given, because those that a model has itself end at its last position
+    more = {name: zeros for name in ("position_ids", "token_type_ids") if name in takes}
+    logits = peft_model(input_ids=ids, attention_mask=mask, **more).logits.float()
+    return F.cross_entropy(logits, _zeros(1), reduction="sum")
+
+
+def loss_of_images(peft_model, num_images, num_scored):
     """What classification.Classification computes of a micro-batch of images, on the meta device."""
     logits = peft_model(pixel_values=_pixels(peft_model.get_base_model(), num_images)).logits.float()
-    return F.cross_entropy(logits, torch.zeros(num_images, dtype=torch.int64, device="meta"), reduction="sum")
+    return F.cross_entropy(logits, _zeros(num_images), reduction="sum")
 
 
-def fitted(runs, num_terms):
+def _zeros(*shape):
+    return torch.zeros(*shape, dtype=torch.int64, device="meta")
+
+
+def fitted_to_images(runs, num_terms):
     """Return {segment: levels (events, num_terms)} from {number of images: {segment: levels}}.
 
     The first term is what does not grow, the second what does with the number of images, each of which counts as a token.
@@ -33,7 +51,7 @@ def fitted(runs, num_terms):
     return found
 
 
-def positions(model):
+def positions_of_an_image(model):
     """Return how many positions of an image a weight of the model's linear layers meets, in the mean over all weights."""
     met = [0, 0]
 

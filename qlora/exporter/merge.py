@@ -85,14 +85,12 @@ def plan(checkpoint, config, dtype, trust_remote_code=False, adapter=None):
     if adapter is not None and _change(config, model, adapter):
         model = base_model.on_meta(config, trust_remote_code)
     ends, task = _ends(model), base_model.task_of(model)
-    embedding, head = (*ends, None)[0], (None, *ends)[-1]
+    embedding, head = (*ends, None)[0], (None, *ends)[-1]  # None of a model that reads no tokens
     modules = base_model.token_modules(model) if checkpoint.new_tokens else []
     embeddings = {name: tuple(model.get_submodule(name).weight.shape) for name in modules}
     conv1d = {name for name in base_model.linear_names(model) if base_model.is_conv1d(model.get_submodule(name))}
-    shapes = {}
-    for name in [*base_model.linear_names(model), *ends]:
-        shape = tuple(model.get_submodule(name).weight.shape)
-        shapes[name] = shape[::-1] if name in conv1d else shape
+    shapes = {name: tuple(model.get_submodule(name).weight.shape) for name in (*base_model.linear_names(model), *ends)}
+    shapes |= {name: shapes[name][::-1] for name in conv1d}
     result = Plan(config, [], {}, conv1d, shapes)
     replaced = adapter.replaced if adapter is not None else {}
     tied, missing, wrong, in_files = base_model.tied(model), [], [], checkpoint.shapes()
@@ -105,11 +103,10 @@ def plan(checkpoint, config, dtype, trust_remote_code=False, adapter=None):
         found = checkpoint.in_files(name, model.base_model_prefix)
         if found is None and name == f"{head}.weight":  # untied by the adapter: it starts as the embedding
             found = checkpoint.in_files(f"{embedding}.weight", model.base_model_prefix)
-        grows = task.is_of_head(model, name) or name in replaced
+        grows, expected = task.is_of_head(model, name) or name in replaced, tuple(tensor.shape)
         if found is None and not grows:
             missing.append(name)
             continue
-        expected = tuple(tensor.shape)
         grows = grows or name.removesuffix(".weight") in embeddings
         has_codes = found is not None and prequantized.holds_codes(checkpoint, found)
         if found is not None and in_files[found] != expected and not (grows or has_codes):
@@ -119,9 +116,10 @@ def plan(checkpoint, config, dtype, trust_remote_code=False, adapter=None):
     if wrong:
         raise InputError.listing(f"{checkpoint.folder}: config.json and the weights do not fit; the model", wrong)
     _copy_the_rest(checkpoint, result, missing, dtype, model)
-    result.names = base_model.written_names(model) if task.HAS_CLASSES else {}
     if checkpoint.half:
         _keep_the_other_half(checkpoint, result)
+    if task.HAS_CLASSES:
+        result.names = base_model.written_names(model)
     if adapter is not None:
         stays_tied = {name: result.parameters[tied[name]] for name in tied}
         adapter.refuse_mismatch(shapes, result.parameters | stays_tied, embeddings, checkpoint.new_tokens.values())

@@ -1,5 +1,5 @@
-"""What of a plan is other for tasks with classes: the loss of a row; and images, whose levels grow with their number alone, as all
-are of the size that the model takes.
+"""What of a plan is other for tasks with classes: the loss of a row, and attention in padded rows. And for images: levels grow with
+their number alone, as all are of the size that the model takes.
 """
 
 from __future__ import annotations
@@ -24,6 +24,24 @@ def loss_of_a_row(peft_model, num_tokens, num_scored):
     more = {name: zeros for name in ("position_ids", "token_type_ids") if name in takes}
     logits = peft_model(input_ids=ids, attention_mask=mask, **more).logits.float()
     return F.cross_entropy(logits, _zeros(1), reduction="sum")
+
+
+def way_of_padded_attention(device_kind, document, flash):
+    """Return an attention function for several rows of `document` tokens with a mask: keys and values are repeated for grouped
+    queries, and on a CPU dropout makes torch compute all scores. flash: trace._Flash.apply."""
+
+    def attend(module, query, key, value, attention_mask, dropout=0.0, **kwargs):
+        group = query.shape[1] // key.shape[1]
+        key, value = (x.repeat_interleave(group, dim=1) if group > 1 else x for x in (key, value))
+        if not dropout or device_kind == "cuda":
+            mask = query.new_empty(query.shape[2] * document)  # sdpa makes numbers of it in every layer, and keeps them
+            return flash(query, key, value, device_kind == "cuda", mask).transpose(1, 2).contiguous(), None
+        rows = [x.unflatten(2, (-1, document)).transpose(1, 2).flatten(0, 1) for x in (query, key, value)]
+        mask = torch.ones(1, dtype=torch.bool, device="meta").expand(len(rows[0]), 1, document, document)
+        found = F.scaled_dot_product_attention(*rows, attn_mask=mask, dropout_p=dropout)
+        return found.transpose(1, 2).reshape(1, query.shape[2], query.shape[1], -1), None
+
+    return attend
 
 
 def loss_of_images(peft_model, num_images, num_scored):

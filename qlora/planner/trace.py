@@ -213,7 +213,7 @@ def _ways(peft_model, device_kind, installed, packed, chunk, document) -> Any:
     if not task.HAS_TOKENS:
         return classes.loss_of_images, attention
     if task.HAS_CLASSES:
-        return classes.loss_of_a_row, _way_of_padded_attention(device_kind, document)
+        return classes.loss_of_a_row, classes.way_of_padded_attention(device_kind, document, _Flash.apply)
     if device_kind == "cuda" and loss.is_left_to_trl(peft_model.get_base_model(), installed.loss, device_kind):
         return functools.partial(_trls_loss, chunk=chunk), attention
     joined = packed or installed.joined
@@ -428,24 +428,6 @@ def _way_of_attention(device_kind, joined, packed, document):
             group = query.shape[1] // key.shape[1]
             key, value = (x.repeat_interleave(group, dim=1) if group > 1 else x for x in (key, value))
         return _Flash.apply(query, key, value, on_cuda).transpose(1, 2).contiguous(), None
-
-    return attend
-
-
-def _way_of_padded_attention(device_kind, document):
-    """Return an attention function for several rows of `document` tokens with a mask: keys and values are repeated for grouped
-    queries, and on a CPU dropout makes torch compute all scores."""
-
-    def attend(module, query, key, value, attention_mask, dropout=0.0, **kwargs):
-        group = query.shape[1] // key.shape[1]
-        key, value = (x.repeat_interleave(group, dim=1) if group > 1 else x for x in (key, value))
-        if not dropout or device_kind == "cuda":
-            mask = query.new_empty(query.shape[2] * document)  # sdpa makes numbers of it in every layer, and keeps them
-            return _Flash.apply(query, key, value, device_kind == "cuda", mask).transpose(1, 2).contiguous(), None
-        rows = [x.unflatten(2, (-1, document)).transpose(1, 2).flatten(0, 1) for x in (query, key, value)]
-        mask = torch.ones(1, dtype=torch.bool, device="meta").expand(len(rows[0]), 1, document, document)
-        found = F.scaled_dot_product_attention(*rows, attn_mask=mask, dropout_p=dropout)
-        return found.transpose(1, 2).reshape(1, query.shape[2], query.shape[1], -1), None
 
     return attend
 

@@ -1,5 +1,6 @@
-"""What of a plan is other for tasks with classes: the loss of a row, and attention in padded rows. And for images: levels grow with
-their number alone, as all are of the size that the model takes.
+"""What of a plan is other for tasks with classes: the loss of a row, and attention in padded rows.
+
+And for images: levels grow with their number alone, as all are of the size that the model takes.
 """
 
 from __future__ import annotations

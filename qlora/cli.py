@@ -151,9 +151,12 @@ def evaluate(
     data: Annotated[
         str | None, typer.Option(help="file of rows to evaluate on; default: the run's held-out rows")
     ] = None,
-    max_rows: Annotated[int, typer.Option(min=1, help="use the first N rows")] = 100,
+    max_rows: Annotated[
+        int | None,
+        typer.Option(min=1, help="use the first N rows; default: 100, of a model that answers with classes all"),
+    ] = None,
     metric: Annotated[
-        list[str] | None, typer.Option(help="a further metric of the answers, such as f1_macro; may be repeated")
+        list[str] | None, typer.Option(help="a further metric of the answers, such as macro_f1; may be repeated")
     ] = None,
     extract: Annotated[
         str | None, typer.Option(help="compare this part of answers: a regular expression, or Jinja with {{ answer }}")
@@ -173,7 +176,7 @@ def evaluate(
     ] = None,
     as_json: Json = False,
 ):
-    """Measure loss, perplexity and right answers on held-out rows; for a run, before and after training."""
+    """Measure loss, and right answers or classes, on held-out rows; for a run, before and after training."""
     asked: dict[str, Any] = {
         "metrics": metric or (),
         "extract": extract,

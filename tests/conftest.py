@@ -22,6 +22,7 @@ from qlora.data import masked_examples
 from qlora.data.conversation import Conversation
 from qlora.recipe import Model, Quantization, Recipe
 from tests import outlines
+from tests.classifiers import classify_recipe, tiny_base  # noqa: F401 (fixtures)
 
 TESTS = Path(__file__).parent
 

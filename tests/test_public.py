@@ -36,7 +36,7 @@ SIGNATURES = {
     "list_cards": "() -> 'dict'",
     "plan_methods": "(recipe: 'Recipe', vram=None, card=None) -> 'dict'",
     "inspect_data": "(recipe: 'Recipe', row=None, tokens=False, html=None) -> 'dict'",
-    "evaluate": "(target, data_file=None, overrides=(), max_rows=100, **asked) -> 'dict'",
+    "evaluate": "(target, data_file=None, overrides=(), max_rows=None, **asked) -> 'dict'",
     "compare": "(path, overrides=(), resume=False, dry_run=False) -> 'dict'",
     "compare_runs": "(one, other) -> 'dict'",
     "export": "(target, out, dtype=None, overrides=(), *, model=None, data=None, compare_bases=False, gguf=None) -> 'dict'",

@@ -44,12 +44,19 @@ def _left_in_the_files(checkpoint, section, keys):
     }
 
 
-def refuse_incomplete(checkpoint, info):
-    problems = [f"missing: {key} (it would be filled with random numbers)" for key in sorted(info["missing_keys"])]
-    problems += [f"not used by this architecture: {key}" for key in sorted(info["unexpected_keys"])]
+def refuse_incomplete(checkpoint, info, model, task):
+    """Raise InputError unless the files have every weight and no other, the head of a `task` with classes apart.
+
+    info: what transformers says of the loading. task: a file such as text_generation.py.
+    """
+    missing = [key for key in sorted(info["missing_keys"]) if not task.is_of_head(model, key)]
+    unused = [key for key in sorted(info["unexpected_keys"]) if not task.is_of_another_head(model, key)]
+    problems = [f"missing: {key} (it would be filled with random numbers)" for key in missing]
+    problems += [f"not used by this architecture: {key}" for key in unused]
     problems += [
         f"wrong shape: {key} is {tuple(found)} in the files, {tuple(expected)} by config.json"
         for key, found, expected in sorted(info["mismatched_keys"])
+        if not task.is_of_head(model, key)
     ]
     if problems:
         raise InputError.listing(f"{checkpoint.folder}: config.json and the weights do not fit; the model", problems)

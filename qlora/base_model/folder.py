@@ -13,9 +13,10 @@ from safetensors import SafetensorError, safe_open
 from ..system import files
 from ..system.errors import InputError
 from ..system.storage import sha256
-from . import file_hashes, multimodal
+from . import file_hashes, multimodal, renamed
 from .messages import said
 from .new_tokens import add_tokens
+from .tasks import GENERATION, Task
 from .tokenizer import load_tokenizer
 
 
@@ -24,7 +25,8 @@ class Checkpoint:
     """A model folder on disk whose safetensors headers have been read and found whole.
 
     files: {tensor name: file name}. revision: the hub commit, or None for a local folder.
-    new_tokens: {token: id} of model.new_tokens; added: those ids that the folder's own tokenizer does not have.
+    new_tokens: {token: id} of model.new_tokens; added: those ids that the folder's own tokenizer does not have. task: what it
+    is opened for.
     """
 
     name_or_path: str
@@ -33,6 +35,7 @@ class Checkpoint:
     files: dict = field(repr=False)
     new_tokens: dict = field(default_factory=dict)
     added: frozenset = frozenset()
+    task: Task = GENERATION
     _read: dict = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def facts(self, fully=False):
@@ -70,7 +73,9 @@ class Checkpoint:
     @cached_property
     def text_tensors(self):
         """{tensor of the text model: its name in the files}, which are one in a text-only checkpoint."""
-        return self.half.names if self.half else {name: name for name in self.files}
+        if self.half:
+            return self.half.names
+        return renamed.names_in_files(self) if self.task.file.HAS_CLASSES else {name: name for name in self.files}
 
     def in_files(self, name, prefix):
         """Return the name in the files of parameter `name` of the text model, None if it is not there.
@@ -98,10 +103,11 @@ def spellings(name, prefix):
     return name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"
 
 
-def find(section, weights=True):
+def find(section, weights=True, task=GENERATION):
     """Return the Checkpoint of recipe section `model`: a local folder, or a hub name (downloaded if need be).
 
-    weights: False if config and tokenizer will do: no weights are downloaded or looked at, and `files` is empty.
+    weights: False if config and tokenizer will do: no weights are downloaded or looked at, and `files` is empty. task: what the
+    model is opened for.
 
     Raises:
         InputError: no such folder or repository, no safetensors, an unsafe index, or a corrupt file.
@@ -117,12 +123,12 @@ def find(section, weights=True):
     _refuse_folder(folder)
     tensors = weight_files(folder) if weights else {}
     if not section.new_tokens:
-        return Checkpoint(section.name_or_path, folder, revision, tensors)
+        return Checkpoint(section.name_or_path, folder, revision, tensors, task=task)
     tokenizer = load_tokenizer(folder, section)
     known = set(tokenizer.get_vocab().values())
     new_tokens = add_tokens(tokenizer, section.new_tokens)
     added = frozenset(new_tokens.values()) - known
-    return Checkpoint(section.name_or_path, folder, revision, tensors, new_tokens, added)
+    return Checkpoint(section.name_or_path, folder, revision, tensors, new_tokens, added, task)
 
 
 def _snapshot(folder):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from . import text_generation
+from . import tasks
 from .quantized import quantized_modules
 
 
@@ -17,12 +17,23 @@ def is_conv1d(module):
 
 def linear_names(model):
     """Return the names of the linear layers that can carry an adapter: all but the head."""
-    head = text_generation.head(model)
+    head = {
+        name
+        for one in tasks.of_model(model).head_names(model)
+        for name, _ in model.get_submodule(one).named_modules(prefix=one)
+    }
     return [
         name
         for name, module in model.named_modules()
-        if (isinstance(module, torch.nn.Linear) or is_conv1d(module)) and module is not head
+        if (isinstance(module, torch.nn.Linear) or is_conv1d(module)) and name not in head
     ]
+
+
+def token_ends(model):
+    """Return the embedding of tokens and, where the model answers with words, the head; [] of a model that reads no tokens."""
+    if not tasks.of_model(model).HAS_TOKENS:
+        return []
+    return [end for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None]
 
 
 def tied(model):

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 from ..system.errors import InputError
+from . import tasks
+
+# whose positions begin behind the number of the pad token: 514 in config.json are 512 tokens
+_AFTER_PADDING = ("camembert", "data2vec-text", "esm", "ibert", "longformer", "mpnet", "roberta", "roberta-prelayernorm",
+                  "xlm-roberta", "xlm-roberta-xl", "xmod")  # fmt: skip
 
 
 def num_positions(config):
@@ -10,7 +15,10 @@ def num_positions(config):
     config = config.get_text_config()
     if getattr(config, "alibi", False):  # distances instead of positions, whatever else the config says
         return None
-    return getattr(config, "max_position_embeddings", None)
+    found = getattr(config, "max_position_embeddings", None)
+    if found is not None and config.model_type in _AFTER_PADDING:
+        return found - config.pad_token_id - 1
+    return found
 
 
 def refuse_rows(rows, config):
@@ -18,6 +26,8 @@ def refuse_rows(rows, config):
 
     Beyond its positions, a model with learned ones ends in an IndexError, and one with rotary ones answers rubbish.
     """
+    if not tasks.of_config(config).HAS_TOKENS:  # every image is made as large as the model takes it
+        return
     num_embeddings, largest = config.get_text_config().vocab_size, rows.largest_token
     if largest >= num_embeddings:
         raise InputError(

@@ -6,11 +6,11 @@ import torch
 
 from ..system import memory
 from ..system.errors import DoesNotFit, InputError
-from . import text_generation
+from . import tasks
 from .attention_choice import refuse_missing
 from .checks import refuse_incomplete, refuse_not_finite, refuse_rows_that_are_no_blocks
 from .compute_dtype import of_model
-from .config import load_config, read_config
+from .config import config_of_files, load_config, read_config
 from .messages import said
 from .meta import load_on_meta, on_meta
 from .new_tokens import add_rows
@@ -34,7 +34,9 @@ def load(checkpoint, section, quantization, device=None, dtype=None):
     device = torch.device(device or default_device())
     if device.type != "meta":
         refuse_missing(section.attn_implementation, device)
-    num_rows = load_config(checkpoint, section).get_text_config().vocab_size
+    num_rows = getattr(
+        load_config(checkpoint, section).get_text_config(), "vocab_size", None
+    )  # of images there is none
     config, bnb = read_config(checkpoint, section), None
     compute_dtype = of_model(section, quantization, config, device)
     is_given, dtype = dtype is not None, dtype or DTYPE_WHEN_QUANTIZED
@@ -45,7 +47,7 @@ def load(checkpoint, section, quantization, device=None, dtype=None):
             return load_on_meta(config, section, quantization, dtype, codes=False)
         config.quantization_config = stored | {"bnb_4bit_compute_dtype": compute_dtype}
     elif quantization:
-        bnb = _config_of(quantization, compute_dtype)
+        bnb = _config_of(quantization, compute_dtype, _kept_whole(config, section))
     try:
         with memory.freed_at_once():
             model = _read(checkpoint, section, config, bnb, device, dtype)
@@ -58,7 +60,7 @@ def load(checkpoint, section, quantization, device=None, dtype=None):
                 f"smaller model{'' if quantization else ', or leave out quantization: null'}"
             ) from None
         raise InputError(f"{checkpoint.folder}: cannot load the model: {said(error)}") from error
-    text_generation.accept_arguments(model)
+    tasks.of_model(model).accept_arguments(model)
     if stored:
         _settle_dtypes(model, dtype)
     if quantization or not is_given:
@@ -78,7 +80,14 @@ def load(checkpoint, section, quantization, device=None, dtype=None):
     return model.eval()
 
 
-def _config_of(quantization, compute_dtype):
+def _kept_whole(config, section):
+    """Return the names of the modules that are not quantized; None for those that transformers leaves out itself, which is the
+    head for words: of a classifier it knows the last layer alone."""
+    task = tasks.of_config(config)
+    return task.head_names(on_meta(config, section.trust_remote_code)) if task.HAS_CLASSES else None
+
+
+def _config_of(quantization, compute_dtype, kept):
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(
@@ -86,6 +95,7 @@ def _config_of(quantization, compute_dtype):
         bnb_4bit_quant_type=quantization.quant_type,
         bnb_4bit_use_double_quant=quantization.use_double_quant,
         bnb_4bit_compute_dtype=dtype_of(compute_dtype),
+        llm_int8_skip_modules=kept,
     )
 
 
@@ -108,13 +118,29 @@ def _read(checkpoint, section, config, bnb, device, dtype):
         ignore_mismatched_sizes=True,  # reported like the rest, below; nothing is let through
         output_loading_info=True,
     )
-    refuse_incomplete(checkpoint, info)
+    task = tasks.of_model(model)
+    refuse_incomplete(checkpoint, info, model, task)
+    if device.type != "meta":
+        task.begin_head(model, _new_head(checkpoint, section, info, model, task), checkpoint.task.seed)
     return model
+
+
+def _new_head(checkpoint, section, info, model, task):
+    """Return the names of the parameters that begin with random numbers: of a head that the files have none for, or one for
+    other classes."""
+    if not task.HAS_CLASSES:
+        return set()
+    labels = checkpoint.task.labels
+    found = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
+    if not labels or task.has_labels(config_of_files(checkpoint, section), labels):
+        return found
+    last = task.head_names(model)[-1]  # what stands before the logits is of use for other classes too
+    return found | {name for name, _ in model.named_parameters() if name.startswith(f"{last}.")}
 
 
 def _from_pretrained(checkpoint, config, **settings):
     """Return what from_pretrained of the task's class does; of a multimodal checkpoint, of its text half."""
-    auto, half = text_generation.auto_class(), checkpoint.half
+    auto, half = tasks.of_config(config).auto_class(), checkpoint.half
     if half is None:
         return auto.from_pretrained(checkpoint.folder, config=config, **settings)
     model_class = auto._model_mapping[type(config)]

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from ..system.errors import InputError
-from . import attention_choice, text_generation
+from . import attention_choice, tasks
 from .compute_dtype import of_model
 from .layers import is_conv1d
 from .messages import said
@@ -24,14 +24,15 @@ def on_meta(config, trust_remote_code=False):
     """
     try:
         with torch.device("meta"):
-            auto = text_generation.auto_class()
+            task = tasks.of_config(config)
+            auto = task.auto_class()
             config = copy.deepcopy(config)  # from_config writes the dtype into it
             model = auto.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
     except Exception as error:  # an architecture computes with what its config says: sizes below zero, function names
         raise InputError(
             f"{Path(config.name_or_path) / 'config.json'}: no model can be built of it: {said(error)}"
         ) from error
-    return text_generation.accept_arguments(model)
+    return task.accept_arguments(model)
 
 
 def names_to_quantize(config, section):

@@ -83,8 +83,8 @@ def whole_config(folder):
     return config if other_parts(config) else None
 
 
-def text_config(config, where):
-    """Return the config of the text half of a multimodal model, None of a text-only one.
+def text_config(config, where, task=text_generation.NAME):
+    """Return the config of the text half of a multimodal model, None of a text-only one. task: what it is opened for.
 
     Raises:
         InputError: the half cannot be trained by itself.
@@ -95,6 +95,8 @@ def text_config(config, where):
     if not others:
         return None
     what = f"{where}: a multimodal checkpoint ({config.model_type}, with {', '.join(others)})"
+    if task != text_generation.NAME:
+        raise InputError(f"{what}, which cannot be trained for {task}; take a text-only model of this family")
     if (
         config.model_type not in FAMILIES
         or type(config) not in text_generation.auto_class(multimodal=True)._model_mapping

@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 
 from ..system.errors import InputError
-from . import text_generation
+from . import tasks
 from .layers import is_conv1d, linear_names
 
 _BLOCKSIZE = 64
@@ -137,10 +137,10 @@ def refuse_other_codes(checkpoint, model):
     """Raise InputError where the files hold NF4 codes and those are not what `model`, on the meta device, has in 4 bit."""
     if not stored_quantization(model.config):
         return
-    head = next(name for name, module in model.named_modules() if module is text_generation.head(model))
-    if chosen(model, [head]):
+    head = chosen(model, tasks.of_model(model).head_names(model))
+    if head:
         raise InputError(
-            f"{checkpoint.folder}: the head ({head}) is in 4 bit, which is not supported: config.json does not name it in "
+            f"{checkpoint.folder}: the head ({head[0]}) is in 4 bit, which is not supported: config.json does not name it in "
             "llm_int8_skip_modules; give the 16-bit model it was made from"
         )
     expected = {}

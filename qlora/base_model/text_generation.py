@@ -4,9 +4,16 @@ What a task is to all other parts are the names in this file. Another task is an
 
 NAME                what transformers calls a pipeline for it
 PEFT_TYPE           what PEFT calls it
+CLASS               how the names of transformers' models for it end; tasks.py goes by that
+HAS_CLASSES         whether an answer is a class: see classification.py
+HAS_TOKENS          whether rows are token ids, made by a tokenizer; else an image processor makes pixels (image_processor.py)
 auto_name, auto_class  transformers' class that opens a folder for it
-is_known            whether a config has such a model
-head                the layer that makes the answer: never quantized, never a target of "all linear layers"
+settle_config       what the task writes into a config that was read; refused where there is no such model
+head_names          modules that make the answer: never quantized, never a target of "all linear layers"
+is_of_head          whether a parameter is of a head that training begins with random numbers, where the files have none
+is_of_another_head  whether a tensor of the files may be left there, because it is of a head for something else
+begin_head          those random numbers
+written_to_config   what of the task belongs into the config.json of an export
 accept_arguments    calls of `forward` that differ between architectures, made the same
 refuse_unsuitable   a model that would learn something else than the task
 
@@ -24,7 +31,8 @@ import torch
 
 from ..system.errors import InputError
 
-NAME, PEFT_TYPE = "text-generation", "CAUSAL_LM"
+NAME, PEFT_TYPE, CLASS = "text-generation", "CAUSAL_LM", "ForCausalLM"
+HAS_CLASSES, HAS_TOKENS = False, True
 
 # of a forward pass, with the values that mean nothing where a model does not know them
 _WITHOUT_EFFECT = {"use_cache", "return_dict", "output_attentions", "output_hidden_states"}
@@ -42,14 +50,33 @@ def auto_class(multimodal=False):
     return getattr(transformers, auto_name(multimodal))
 
 
-def is_known(config):
-    """True if transformers, or code that comes with the model, has a model for this task with this config."""
-    return type(config) in auto_class()._model_mapping or auto_name() in getattr(config, "auto_map", {})
+def settle_config(config, task, checkpoint, pad_token_id=None):
+    """Raise InputError if neither transformers nor code that comes with the model has a model for this task with this config."""
+    if type(config) not in auto_class()._model_mapping and auto_name() not in getattr(config, "auto_map", {}):
+        raise InputError(f"{checkpoint.folder / 'config.json'}: {config.model_type!r} is not a causal language model")
 
 
-def head(model):
-    """Return the module that makes the logits."""
-    return model.get_output_embeddings()
+def head_names(model):
+    """Return the name of the module that makes the logits, in a list."""
+    head = model.get_output_embeddings()
+    return [name for name, module in model.named_modules() if head is not None and module is head]
+
+
+def is_of_head(model, name):
+    """False: a head for words has been trained with the model."""
+    return False
+
+
+is_of_another_head = is_of_head
+
+
+def begin_head(model, missing, seed):
+    """Nothing is missing."""
+
+
+def written_to_config(config):
+    """Return {}: the base's own config.json says all."""
+    return {}
 
 
 def accept_arguments(model):

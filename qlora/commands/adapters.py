@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich.text import Text
 
+from ..evaluation.intervals import in_words
 from ..runs.listing import listed
 from ..system.errors import InputError
 from ..terminal import shown
@@ -40,7 +41,7 @@ def _show(folder, found):
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(one["time"]))
         trained = [(one["kind"] or "") + base, "" if one["steps"] is None else f"{one['steps']:,} steps", when]
         scores = [f"{name} {one[key]:.4f}" for name, key in _LOSSES.items() if one[key] is not None]
-        scores += [f"{name.replace('_', ' ')} {metric['value']:.0%}" for name, metric in (one["metrics"] or {}).items()]
+        scores += [f"{name.replace('_', ' ')} {in_words(metric, 0)}" for name, metric in (one["metrics"] or {}).items()]
         show("")
         show(Text(one["path"]))  # whole, to be pasted
         show(f"          {', '.join(filter(None, trained))}")

@@ -5,8 +5,12 @@ from __future__ import annotations
 import signal
 import sys
 
+from .. import base_model
 from ..data.masked_examples import encode_prompt
 from ..evaluation import generate
+from ..evaluation.intervals import in_words
+from ..jobs.chosen_task import refuse_classes, refuse_images
+from ..jobs.class_scores import classes_of_text
 from ..jobs.opened_model import open_subject, switch
 from ..system import signals
 from ..system.devices import say_device
@@ -17,12 +21,19 @@ from ..terminal import shown
 
 @shown()
 def chat(target, prompt, system=None, max_new_tokens=512, overrides=(), on_text=None) -> str:
-    """Return the greedy answer of a run or a model to one `prompt`.
+    """Return the greedy answer of a run or a model to one `prompt`; of a model with classes these, with their probabilities.
 
     target: a run folder, a model folder or a hub name. on_text(piece) is called with the text as it comes.
     """
     say_device()
     subject = open_subject(target, overrides)
+    if base_model.task_of(subject.model).HAS_CLASSES:
+        refuse_images(base_model.task_of(subject.model), "a prompt")
+        if system is not None:
+            raise InputError("--system is for models that answer with words; this one answers with classes")
+        answer = "\n".join(f"{label}  {in_words(value)}" for label, value in classes_of_text(subject, prompt).items())
+        (on_text or (lambda piece: None))(answer)
+        return answer
     return _answer(subject, [*_opening(system), {"role": "user", "content": prompt}], max_new_tokens, on_text)
 
 
@@ -35,6 +46,8 @@ def talk(target, system=None, max_new_tokens=512, overrides=()):
     """
     say_device()
     subject = open_subject(target, overrides)
+    refuse_images(base_model.task_of(subject.model), "a conversation")
+    refuse_classes(base_model.task_of(subject.model), "a conversation", "; classify a text with --prompt TEXT")
     messages = _opening(system)
     interactive = sys.stdin.isatty()
     if interactive:

@@ -109,8 +109,9 @@ def _write(folder, path, last=False):
     runs = [RunDir(row["run"]) for row in found["rows"] if row["status"] == DONE]
     if runs:
         page.draw(folder.path / "comparison.png", found)
-    if runs and last and (asked := measured(runs[0]).rows[0])[1] is not None:
-        seconds = found["merged_latency_seconds"] = merged_latency.seconds_a_token(runs[0], asked[0])
+    prompt = measured(runs[0]).rows[0][0].get("prompt") if runs and last else None
+    if prompt is not None:
+        seconds = found["merged_latency_seconds"] = merged_latency.seconds_a_token(runs[0], prompt)
         if seconds is not None:
             found["notes"].append(
                 f"Merged into a model in 16 bit, a token of an answer takes {seconds:.3f} s here, whatever the method."

@@ -8,7 +8,7 @@ from ..recipe import Recipe
 from ..system.errors import InputError
 from ..system.events import note
 from ..terminal import shown
-from ..terminal.data import say_report, show_lengths, show_row
+from ..terminal.data import say_report, show_classes, show_lengths, show_row
 
 
 @shown()
@@ -25,6 +25,7 @@ def inspect_data(recipe: Recipe, row=None, tokens=False, html=None) -> dict:
     if row is not None and not 1 <= row <= len(prepared.examples):
         raise InputError(f"--row {row}: no such row; the data has rows 1 to {len(prepared.examples)}")
     say_report(prepared)
+    show_classes(prepared)
     show_lengths(prepared)
     for number in range(1, min(2, len(prepared.examples)) + 1) if row is None else [row]:
         show_row(prepared, number, tokens)

@@ -9,8 +9,10 @@ from pathlib import Path
 
 from .. import base_model, data
 from ..data import masked_examples
-from ..evaluation import latency, scores
+from ..evaluation import answer_metrics, latency, scores
 from ..evaluation.asked import BATCH_SIZE, BUILT_IN, Asked
+from ..jobs import class_scores
+from ..jobs.class_scores import scores_of_classes
 from ..jobs.eval_rows import general_rows, held_out_rows
 from ..jobs.opened_model import open_subject
 from ..system import launched
@@ -21,20 +23,23 @@ from ..system.storage import write_json, write_text
 from ..terminal import shown
 from ..terminal.evaluation import show_result
 
-MAX_ROWS = 100  # of the run's own score
+MAX_ROWS = 100  # of the run's own score, where answers are words: a class is one forward pass, and all rows are taken
 
 
 @shown()
-def evaluate(target, data_file=None, overrides=(), max_rows=MAX_ROWS, **asked) -> dict:
+def evaluate(target, data_file=None, overrides=(), max_rows=None, **asked) -> dict:
     """Return {"loss", "loss_interval", "perplexity", "tokens", "rows", "metrics", "before", "change", "data"} of a run or a
     model on held-out rows; with `forgetting` or `latency` those too.
 
-    target: a run folder, a model folder or a hub name. data_file: rows to use; by default the first `max_rows` of those
-    that the run has held out, which it knows by their content. asked: of evaluation.asked.Asked. For a run, "before" has the
-    same keys for its base without the adapter, "change" what differs; the run's own score is written to eval.json and its
-    answers to answers.jsonl; those of a `data_file`, or of another number of rows, into evals/. "data": what it is of.
+    target: a run folder, a model folder or a hub name. data_file: rows to use; by default those that the run has held out,
+    which it knows by their content. max_rows: the first of them; None: 100, of a model that answers with classes all. asked: of
+    evaluation.asked.Asked. For a run, "before" has the same keys for its base without the adapter, "change" what differs; the
+    run's own score is written to eval.json and its answers to answers.jsonl; those of a `data_file`, or of another number of
+    rows, into evals/. "data": what it is of.
     Loss is in nats a trained token; metrics are {"value", "low", "high"} of greedy answers: `exact_match`, and `json_fields`
-    where every reference is a JSON object. Intervals are of 95 %, over rows.
+    where every reference is a JSON object. Of classes the loss is in nats a row, metrics are `accuracy` and `macro_f1`, and
+    there are "labels", "per_class", "confusion" and, of a run, "majority": always the most frequent class; "before" is the base
+    under a new head, which guesses. Intervals are of 95 %, over rows.
 
     Raises:
         InputError: no such target, no rows to evaluate on, or held-out rows that are no longer in their file.
@@ -44,33 +49,37 @@ def evaluate(target, data_file=None, overrides=(), max_rows=MAX_ROWS, **asked) -
     launched.refuse_several(f"qlora eval {target}")
     say_device()
     subject = open_subject(target, overrides)
+    has_classes = base_model.task_of(subject.model).HAS_CLASSES
+    wanted.refuse_what_words_have(has_classes)
+    usual = None if has_classes else MAX_ROWS
+    max_rows = usual if max_rows is None else max_rows
     all_rows = held_out_rows(subject, data_file)
-    rows = all_rows.first_rows(max_rows)
+    rows = all_rows if max_rows is None else all_rows.first_rows(max_rows)
     if not len(rows):
         source = data_file or "data.eval or data.eval_fraction of the recipe"
         raise InputError(f"no rows left to evaluate on in {source}: all were dropped; `qlora data` shows why")
     base_model.refuse_rows(rows, subject.model.config)
-    conversations = data.conversations(rows)
-    before, after = _measured(subject, rows, conversations, wanted)
-    result = {"rows": len(conversations), **after.to_json()}
+    said = data.conversations(rows)
+    before, after = scores_of_classes(subject, rows) if has_classes else _scores_of_words(subject, rows, said, wanted)
+    result = {"rows": len(said), **after.to_json()}
     if before is not None:
         result |= {"before": before.to_json(), "change": after.since(before)}
-    result |= _beside(subject, conversations, wanted)
+    result |= class_scores.details(subject, rows, after) if has_classes else _beside(subject, said, wanted)
     result["data"] = {
         "files": [{"path": str(part.path), "sha256": part.digest} for part in rows.parts],
         "held_out": data_file is None,
-        "rows": len(conversations),
+        "rows": len(said),
         "rows_in_all": len(all_rows.one_each()),
-        "command": _command(target, data_file, overrides, max_rows, wanted),
+        "command": _command(target, data_file, overrides, None if max_rows == usual else max_rows, wanted),
     }
     if subject.run is not None:
-        _write(subject.run, result, max_rows, _answers(conversations, before, after))
+        _write(subject.run, result, None if max_rows == usual else max_rows, _answers(said, before, after))
     show_result(target, result)
     wanted.check(result)
     return result
 
 
-def _measured(subject, rows, conversations, wanted):
+def _scores_of_words(subject, rows, conversations, wanted):
     """Return the Scores (before, after) of a run; (None, Score) of a plain model."""
     of = (subject.model, subject.tokenizer, subject.stops, rows, conversations, wanted)
     after = scores.score(*of)
@@ -96,31 +105,38 @@ def _beside(subject, conversations, wanted):
     return found
 
 
-def _answers(conversations, before, after):
-    """Return a JSON object for each row: the prompt, what was expected and answered, and the parts of the metrics."""
+def _asked(said):
+    """Return what a row asks, as JSON: the messages before its answer, its text or texts, or where its image is."""
+    if hasattr(said, "messages"):
+        return {"prompt": said.messages[:-1]} if said.messages else {"text": said.text}
+    return {name: value for name in ("text", "pair", "image") if (value := getattr(said, name, None)) is not None}
+
+
+def _answers(said, before, after):
+    """Return a JSON object for each row: what it asks, what was expected and answered, and the parts of the metrics."""
     found = []
-    for number, conversation in enumerate(conversations):
-        one = {"prompt": conversation.messages[:-1]} if after.answers else {"text": conversation.text}
+    for number, one in enumerate(map(_asked, said)):
         if after.answers:
             one["expected"] = after.references[number]
         for name, score in (("before", before), ("after", after)):
             if score is not None:
                 one[name] = {"answer": score.answers[number]} if score.answers else {}
                 one[name]["loss"] = score.loss_N2[number].tolist()
-                one[name] |= {key: parts[number].tolist() for key, parts in score.parts.items()}
+                one[name] |= {key: answer_metrics.to_json(parts[number]) for key, parts in score.parts.items()}
         found.append(one)
     return found
 
 
 def _write(run, result, max_rows, answers):
-    """Write the run's own score to eval.json and its answers to answers.jsonl, others into evals/ under a name of their own."""
+    """Write the run's own score to eval.json and its answers to answers.jsonl, others into evals/ under a name of their own.
+    max_rows: None for as many as the run's own score has."""
     measured = result["data"]
-    if measured["held_out"] and max_rows == MAX_ROWS:
+    if measured["held_out"] and max_rows is None:
         place, beside = run.eval_file, run.answers_file
     else:
         first = measured["files"][0]
         name = "held-out" if measured["held_out"] else f"{Path(first['path']).stem}-{first['sha256'][:8]}"
-        name = name if max_rows == MAX_ROWS else f"{name}-{max_rows}-rows"
+        name = name if max_rows is None else f"{name}-{max_rows}-rows"
         place, beside = run.evals / f"{name}.json", run.evals / f"{name}-answers.jsonl"
     place.parent.mkdir(exist_ok=True)
     with contextlib.suppress(FileNotFoundError):
@@ -131,7 +147,7 @@ def _write(run, result, max_rows, answers):
 
 def _command(target, data_file, overrides, max_rows, wanted):
     options = [] if data_file is None else ["--data", str(data_file)]
-    options += [] if max_rows == MAX_ROWS else ["--max-rows", str(max_rows)]
+    options += [] if max_rows is None else ["--max-rows", str(max_rows)]
     options += [part for name in wanted.metrics for part in ("--metric", name)]
     options += [] if wanted.extract is None else ["--extract", wanted.extract]
     options += [] if wanted.batch_size == BATCH_SIZE else ["--batch-size", str(wanted.batch_size)]

@@ -12,6 +12,7 @@ from ..jobs.plan_job import budget_of, computer_of, job_of, without_data
 from ..jobs.prepared_data import prepared_if_there
 from ..pages.plan import draw
 from ..recipe import Recipe
+from ..recipe.tasks import has_classes
 from ..system.errors import InputError
 from ..system.events import note
 from ..system.units import size
@@ -52,9 +53,11 @@ def plan(recipe: Recipe, vram=None, card=None, plot=None) -> dict:
         raise InputError(
             f"{recipe.model.name_or_path}: this architecture is not supported by the planner ({error})"
         ) from None
+    if plot is not None and job.outline.counts == "images":
+        raise InputError("--plot draws memory by the length of rows, and images are alike; leave it out")
     found = planner.plan(job)
     limits, changes = planner.backwards(job), planner.suggestions(job)
-    say_plan(recipe.model.name_or_path, job, found, limits, changes, budget.why)
+    say_plan(recipe.model.name_or_path, job, found, limits, changes, budget.why, has_classes(recipe.task))
     if plot is not None:
         draw(plot, job, recipe.model.name_or_path)
         note(f"plot      {plot}")

@@ -7,7 +7,7 @@ import errno
 import shlex
 
 from .. import base_model, kernels, training
-from ..jobs import model_to_train, resumed_run
+from ..jobs import chosen_task, model_to_train, resumed_run
 from ..jobs.planned_training import plan_training
 from ..jobs.prepared_data import prepare
 from ..recipe import Recipe
@@ -30,7 +30,8 @@ def train(recipe: Recipe, resume=False, allow_change=()) -> RunDir:
     folder has an `adapter/` only once training has ended well.
 
     resume: go on with the run in recipe.output_dir, from its newest checkpoint that verifies. allow_change: names of
-    recipe fields, or of data, rows, tokenizer, chat_template, base_model, that may differ from what it was begun with.
+    recipe fields, or of data, rows, tokenizer, chat_template, image_processor, base_model, that may differ from what it was
+    begun with.
 
     Raises:
         DoesNotFit: there is not enough memory; the run folder keeps what was measured until then.
@@ -99,6 +100,7 @@ def _train(recipe, resumed):
                         resume=resumed and resumed.checkpoint,
                         stop=stop,
                     ),
+                    chosen_task.objective_of(prepared, opened.model),
                 )
             model_to_train.save_adapter(run, prepared, opened)
     say_trained(result, planned, run)

@@ -7,27 +7,39 @@ import random
 import numpy as np
 
 from ..system.errors import InputError
-from . import columns, sources, tokenized
+from . import image, labels, tokenized
 from .encoder import Settings
+from .labelled import TEXT, Labelled, LabelledText, Pad
+from .labelled_images import KeptImage, LabelledImage, LabelledImages, Pixels, image_sizes
 from .masked_examples import IGNORE_INDEX, Example
 from .packing import Batches, Packed, Packs, best_fit, pack
 from .rows import Rows, copies, hold_out, weighted
-from .sources import not_read
 from .supervised import Supervised
 
 __all__ = [
     "IGNORE_INDEX",
+    "TEXT",
     "Batches",
     "Example",
+    "KeptImage",
+    "Labelled",
+    "LabelledImage",
+    "LabelledImages",
+    "LabelledText",
     "Packed",
     "Packs",
+    "Pad",
+    "Pixels",
     "Rows",
+    "Supervised",
     "best_fit",
     "conversations",
     "copies",
     "hold_out",
+    "image",
+    "image_sizes",
+    "labels",
     "load",
-    "not_read",
     "pack",
     "report",
     "weighted",
@@ -46,12 +58,12 @@ def load(source_list, tokenizer, section, seed, encoder=Supervised):
     parts = []
     for source in source_list:
         mapped, ignore = source.columns or section.columns, tuple(section.ignore_keys or ())
-        columns.refuse_bad(mapped or {})
-        files = sources.open_source(source)
+        encoder.refuse_columns(mapped or {})
+        files = encoder.open_source(source, mapped)
         for file in files:
             header = file.header()
             if header is not None:
-                columns.refuse_table(file.path, header, mapped, ignore)
+                encoder.refuse_table(file.path, header, mapped, ignore)
         for file, pick in zip(files, _picks(files, source.max_rows, seed), strict=True):
             settings = Settings(
                 source.format,
@@ -62,6 +74,8 @@ def load(source_list, tokenizer, section, seed, encoder=Supervised):
                 section.on_bad_row,
                 ignore,
                 section.thoughts,
+                tuple(section.labels or ()),
+                file.folder,
             )
             parts.append(tokenized.tokenize(file, encoder(tokenizer, settings), source.weight, pick, section.num_proc))
     return parts
@@ -106,10 +120,11 @@ def conversations(rows):
 def report(rows, parts, stops, batches, batches_per_step):
     """Return the contents of data_report.json for the training `rows`.
 
-    parts: the files, held-out ones too. stops: ids that generation stops at. batches: what a step takes batches_per_step
-    of: `rows` themselves, or the Packs or Batches that they were joined into.
+    parts: the files, held-out ones too. stops: ids that generation stops at; None for rows that teach no words. batches: what a
+    step takes batches_per_step of: `rows` themselves, or the Packs or Batches that they were joined into.
     """
-    lengths, trained = np.sort(rows.lengths), rows.num_trained
+    lengths = np.sort(rows.lengths)
+    words = {} if stops is None else {"ends_with_stop_token": float(np.isin(rows.last_trained, list(stops)).mean())}
     total = int(lengths.sum())
     return {
         "sources": [
@@ -122,13 +137,13 @@ def report(rows, parts, stops, batches, batches_per_step):
             for part in parts
         ],
         "rows": len(rows),
-        "tokens": {"total": total, "trained": int(trained.sum())},
+        "tokens": {"total": total} | ({} if stops is None else {"trained": int(rows.num_trained.sum())}),
         "length": {
             "p50": int(lengths[len(lengths) // 2]),
             "p95": int(lengths[int(len(lengths) * 0.95)]),
             "max": int(lengths[-1]),
         },
-        "ends_with_stop_token": float(np.isin(rows.last_trained, list(stops)).mean()),
+        **words,
         "packing_efficiency": batches.efficiency if isinstance(batches, Packs) else None,
         "steps_per_epoch": -(-len(batches) // batches_per_step),
     }

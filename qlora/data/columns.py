@@ -22,7 +22,7 @@ def read(value, columns=None, only="auto", ignore=()):
     name, conversation = formats.read(renamed(value, columns), only, ignore)
     if not columns:
         return name, conversation
-    mapped = set().union(*map(_mentioned, columns.values()))
+    mapped = set().union(*map(mentioned, columns.values()))
     rest = {key: inner for key, inner in value.items() if key not in mapped and not is_empty(inner)}
     said = {key: inner for key, inner in rest.items() if key not in ignore}
     if mapped.isdisjoint(formats.PREFERENCE):  # who maps `chosen` means to train on it
@@ -80,7 +80,7 @@ def compiled(column):
 
 
 @cache
-def _mentioned(column):
+def mentioned(column):
     """Return the names of the columns that the value `column` of data.columns reads."""
     from jinja2 import Environment, meta
 
@@ -90,13 +90,7 @@ def _mentioned(column):
 def refuse_bad(columns):
     """Raise InputError if a value of `columns` is meant as a Jinja template, and is none, or if no shape has use for all
     that is mapped."""
-    import jinja2
-
-    for name, column in columns.items():
-        try:
-            compiled(column) if is_template(column) else None
-        except jinja2.TemplateError as error:
-            raise InputError(f"data.columns.{name}: {column!r} is not a Jinja template: {error}") from None
+    refuse_no_template(columns)
     if not columns:
         return
     try:
@@ -114,9 +108,20 @@ def refuse_bad(columns):
         )
 
 
+def refuse_no_template(columns):
+    """Raise InputError if a value of `columns` is meant as a Jinja template, and is none."""
+    import jinja2
+
+    for name, column in columns.items():
+        try:
+            compiled(column) if is_template(column) else None
+        except jinja2.TemplateError as error:
+            raise InputError(f"data.columns.{name}: {column!r} is not a Jinja template: {error}") from None
+
+
 def refuse_table(path, header, columns, ignore):
     """Raise InputError if the table's columns, `header`, lack what data.columns names, or fit no shape."""
-    named = set().union(*(_mentioned(column) for column in (columns or {}).values() if _is_needed(column)))
+    named = set().union(*map(needed, (columns or {}).values()))
     missing = sorted(named.difference(header))
     if missing:
         raise InputError(
@@ -129,9 +134,11 @@ def refuse_table(path, header, columns, ignore):
             raise InputError(f"{path}: {error}") from None
 
 
-def _is_needed(column):
-    """False for a template that says what it does without a column."""
-    return not (is_template(column) and re.search(r"\bdefined\b|\bdefault\b", column))
+def needed(column):
+    """Return the columns without which a row has not what the value `column` asks for; none of a template that says what it
+    does without."""
+    says = is_template(column) and re.search(r"\bdefined\b|\bdefault\b", column)
+    return set() if says else mentioned(column)
 
 
 def _fill(column, value):

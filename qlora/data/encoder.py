@@ -24,6 +24,8 @@ class Settings:
     on_bad_row: str
     ignore_keys: tuple = ()
     thoughts: str = "keep"
+    labels: tuple = ()
+    folder: str = ""  # that of the data file, from which paths in rows start
 
 
 class TooLong(Exception):
@@ -49,14 +51,31 @@ class Encoder(Protocol):
     """Rows -> examples of one kind.
 
     ARRAYS: {name: dtype} of what lies on disk for each token of an example; the token ids are "tokens". NUMBERS: the same of
-    what lies there once for each example. COUNTS: names of what is counted of a file's rows. It is copied into the processes
-    that tokenize.
+    what lies there once for each example. COUNTS: names of what is counted of a file's rows. LENGTH: what each example counts
+    as; None: its tokens. It is copied into the processes that tokenize.
     """
 
     ARRAYS: ClassVar[Mapping[str, str]]
     NUMBERS: ClassVar[Mapping[str, str]]
     COUNTS: ClassVar[tuple[str, ...]]
+    LENGTH: ClassVar[int | None]
     settings: Settings
+
+    @staticmethod
+    def open_source(source, mapped) -> list:
+        """Return the data files that one source of the recipe names, such as sources.File. mapped: data.columns, or None."""
+
+    @staticmethod
+    def not_read(source) -> list:
+        """Return the paths of files that a source of the recipe has, and that are no rows."""
+
+    @staticmethod
+    def refuse_columns(mapped) -> None:
+        """Raise InputError if data.columns, {known name: column or template}, does not make rows of this kind."""
+
+    @staticmethod
+    def refuse_table(path, header, mapped, ignore) -> None:
+        """Raise InputError if a table's columns, `header`, lack what a row needs. mapped: data.columns or None; ignore: keys."""
 
     def identity(self) -> Any:
         """Return, as JSON, what examples depend on beside the row, the settings and this package's code."""

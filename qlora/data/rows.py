@@ -31,8 +31,7 @@ class Rows(Sequence):
 
     def where(self, index):
         """Return the file and line of the row that the Example at `index` comes from."""
-        part = self.parts[self.part_of[index]]
-        return f"{part.path} {part.unit} {part.rows['line'][self._index_in[index]]}"
+        return self.parts[self.part_of[index]].where(self._index_in[index])
 
     @property
     def lengths(self):
@@ -64,8 +63,9 @@ class Rows(Sequence):
 
     @property
     def num_trained(self):
-        """Trained tokens of each Example, as an array."""
-        return self.numbers("trained")
+        """Trained tokens of each Example, as an array; 1 of an Example with one label."""
+        known = self.parts and "trained" in self.parts[0].encoder.NUMBERS
+        return self.numbers("trained") if known else np.ones(len(self), np.int64)
 
     @property
     def last_trained(self):

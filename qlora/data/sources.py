@@ -27,6 +27,11 @@ class File:
     done: int = field(default=0, compare=False)
 
     @property
+    def folder(self):
+        """What paths in its rows start from."""
+        return str(Path(self.path).parent)
+
+    @property
     def unit(self):
         return "row" if self.suffix == ".parquet" else "line"
 
@@ -63,6 +68,9 @@ class File:
         reader = reader_of(self.suffix)
         return reader.header(self) if hasattr(reader, "header") else None
 
+    def names_of(self, column):
+        """Return None: a file does not name the classes of a column."""
+
     def rows(self) -> Iterator[Row]:
         """Yield the rows in order, malformed ones with their `problem`; blank lines are passed over.
 
@@ -88,7 +96,7 @@ class HubSplit:
 
     source: Any
     done: int = field(default=0, compare=False)
-    unit = "row"
+    unit, folder = "row", ""
 
     def __post_init__(self):
         subset = f"/{self.source.subset}" if self.source.subset else ""
@@ -115,6 +123,10 @@ class HubSplit:
     def header(self):
         return self.data.column_names
 
+    def names_of(self, column):
+        """Return the names of the classes whose numbers `column` holds, None where it is no `datasets.ClassLabel`."""
+        return getattr(self.data.features.get(column), "names", None)
+
     def rows(self) -> Iterator[Row]:
         """Yield the rows in order; raises InputError if the split cannot be had or is empty."""
         if not len(self.data):
@@ -135,8 +147,10 @@ def _load_hub(source, path):
         ) from error
 
 
-def open_source(source):
+def open_source(source, mapped=None):
     """Return the File or HubSplit objects that one source of the recipe names: a file, a glob, or a folder's data files.
+
+    mapped: data.columns, which makes no difference here.
 
     Raises:
         InputError: there is none.

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from . import columns, length, tokens, words
+from . import columns, length, sources, tokens, words
 from .encoder import Encoded, Settings
 from .masked_examples import IGNORE_INDEX, Example, encode
 
@@ -17,6 +17,7 @@ class Supervised:
 
     ARRAYS: ClassVar = {"tokens": "<i4", "trained": "?"}
     NUMBERS: ClassVar = {"trained": "<i4", "last": "<i4"}  # how many tokens are trained; the last of them, or -1
+    LENGTH = None
     COUNTS = (
         "rows_truncated",
         "rows_split",
@@ -28,6 +29,9 @@ class Supervised:
         "tokens_by_answer",  # of all these rows
         "tokens_of_conversations",  # of the longest of each conversation
     )
+
+    open_source, not_read = staticmethod(sources.open_source), staticmethod(sources.not_read)
+    refuse_columns, refuse_table = staticmethod(columns.refuse_bad), staticmethod(columns.refuse_table)
 
     def __init__(self, tokenizer, settings: Settings):
         self.tokenizer, self.settings = tokenizer, settings

@@ -42,7 +42,8 @@ class Tally:
         self.formats += result.formats
         self.unused += result.unused
         self.missing -= result.columns
-        self.largest_token = max(self.largest_token, int(result.arrays["tokens"].max(initial=0)))
+        if "tokens" in result.arrays:
+            self.largest_token = max(self.largest_token, int(result.arrays["tokens"].max(initial=0)))
         for line, text in result.bad:
             self._leave_out(line, text, _sort_of(text), self.refuses_bad)
         for line, text, reason in result.too_long:

@@ -28,8 +28,8 @@ from .encoder import Encoder, TooLong
 from .tally import Tally
 
 CHUNK = 256  # rows that a worker takes at a time
-_LONGEST_REASON = 400  # letters; a row may hold a role of a million
 _POOL_FROM = 1 << 20  # bytes (rows of a hub data set) under which starting workers costs more than it saves
+_LONGEST_REASON = 400  # letters; a row may hold a role of a million
 
 
 class Part:
@@ -50,10 +50,16 @@ class Part:
         self.ends = self.rows["end"]
         if any(len(array) != (self.ends[-1] if len(self.ends) else 0) for array in self._arrays):
             raise ValueError(f"{folder}: cut off")
-        self.lengths = np.diff(self.ends, prepend=0)
+        self._sizes = np.diff(self.ends, prepend=0)
+        self.lengths = self._sizes if encoder.LENGTH is None else np.full(len(self.rows), encoder.LENGTH, np.int64)
+
+    def where(self, index):
+        """Return the file and line of the row that the example at `index` comes from, and the file that it names."""
+        path = getattr(self.example(index), "path", None)
+        return f"{self.path} {self.unit} {self.rows['line'][index]}" + (f" ({path})" if path else "")
 
     def example(self, index):
-        span = slice(self.ends[index] - self.lengths[index], self.ends[index])
+        span = slice(self.ends[index] - self._sizes[index], self.ends[index])
         return self.encoder.restored([array[span] for array in self._arrays], self.rows[index])
 
 
@@ -129,19 +135,22 @@ def _unreadable(file, error):
 
 
 def _workers(file, num_proc):
-    if file.size < (_POOL_FROM if file.unit == "line" else 10_000):
+    least = getattr(file, "pool_from", _POOL_FROM if file.unit == "line" else 10_000)
+    if file.size < least:
         return 1
     return num_proc or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 def _key(file, digest, encoder, pick):
+    settings = asdict(encoder.settings)
+    del settings["folder"]  # a folder that was moved holds the same rows
     parts = [
         digest,
         Path(file.path).suffix.lower(),
         file.source.sample_by,
         type(encoder).__name__,
         encoder.identity(),
-        asdict(encoder.settings),
+        settings,
         None if pick is None else hashlib.sha256(np.sort(np.fromiter(pick, np.int64)).tobytes()).hexdigest(),
         _code_digest(),
     ]
@@ -224,13 +233,14 @@ def _write(folder, results, encoder, tally, file):
     """Append each Chunk's arrays to the folder's files."""
     offset = read = 0
     unit = "bytes" if file.unit == "line" else "rows"
-    with contextlib.ExitStack() as stack, progress(f"tokenizing {file.path}", max(1, file.size), unit) as advance:
+    doing = "tokenizing" if encoder.LENGTH is None else "reading"
+    with contextlib.ExitStack() as stack, progress(f"{doing} {file.path}", max(1, file.size), unit) as advance:
         names = (*encoder.ARRAYS, "examples")
         opened = {name: stack.enter_context(open(folder / f"{name}.bin", "wb")) for name in names}
         for result in results:
             tally.add(result)
             result.examples["end"] += offset
-            offset += len(result.arrays["tokens"])
+            offset += len(next(iter(result.arrays.values())))
             for name, array in {**result.arrays, "examples": result.examples}.items():
                 array.tofile(opened[name])
             done = min(file.done, file.size)

@@ -98,10 +98,27 @@ def named(name: str, references: Sequence[str]) -> AnswerMetric:
 _BY_NAME: dict[str, Callable[[Sequence[str]], AnswerMetric]] = {
     "exact_match": lambda references: ExactMatch(),
     "json_fields": lambda references: JsonFields(),
-    "f1_macro": MacroF1,
+    "macro_f1": MacroF1,
 }
 
 
 def parts(metric: AnswerMetric, answers: Sequence[str], references: Sequence[str]) -> np.ndarray:
     """Return the (N, K) parts of N answers."""
     return np.array([metric.row(*pair) for pair in zip(answers, references, strict=True)], float)
+
+
+def to_json(row) -> list | dict:
+    """Return the parts of one row as JSON: a list, or {"size", "at": {place: number}} where there are many, mostly 0."""
+    if len(row) <= 2:
+        return [float(number) for number in row]
+    return {"size": len(row), "at": {str(place): float(row[place]) for place in np.flatnonzero(row)}}
+
+
+def from_json(found) -> np.ndarray:
+    """Return the parts that `to_json` made that of."""
+    if isinstance(found, list):
+        return np.array(found, float)
+    row = np.zeros(found["size"])
+    for place, number in found["at"].items():
+        row[int(place)] = number
+    return row

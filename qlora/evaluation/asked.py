@@ -67,6 +67,14 @@ class Asked:
             return None
         return _template(self.extract) if "{{" in self.extract else _expression(self.extract)
 
+    def refuse_what_words_have(self, has_classes: bool):
+        """Raise InputError where a model `has_classes` and something is asked that only answers in words have."""
+        words = {"--metric": self.metrics, "--extract": self.extract, "--latency": self.latency}
+        words |= {"--forgetting": self.forgetting, "--max-forgetting": self.max_forgetting is not None}
+        for option, asked in words.items():
+            if has_classes and asked:
+                raise InputError(f"{option} is for answers in words, and this model answers with classes; leave it out")
+
     def check(self, result: dict):
         """Raise ProofFailed where a result of `evaluate` does not meet what is required, with both numbers of each.
 
@@ -90,7 +98,7 @@ class Asked:
 
 def values_of(result: dict) -> dict[str, float]:
     """Return {name: number} of what a result of `evaluate` has measured, "forgetting" too where it has."""
-    found = {name: result[name] for name in ("loss", "perplexity")}
+    found = {name: result[name] for name in ("loss", "perplexity") if name in result}
     found |= {name: metric["value"] for name, metric in result["metrics"].items()}
     return found | ({"forgetting": result["forgetting"]["value"]} if result.get("forgetting") else {})
 

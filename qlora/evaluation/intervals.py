@@ -53,6 +53,15 @@ def with_interval(value, low, high):
     return {"value": value, "low": low, "high": high}
 
 
+def in_words(metric, digits=1):
+    """Return a metric, a share of 1 or {"value", "low", "high"} of one, in words: 93.1%, or 93.1% (92.0% to 94.1%)."""
+    if not isinstance(metric, dict):
+        return f"{metric:.{digits}%}"
+    if metric["low"] is None:  # written by an older version
+        return in_words(metric["value"], digits)
+    return f"{metric['value']:.{digits}%} ({metric['low']:.{digits}%} to {metric['high']:.{digits}%})"
+
+
 def resampled(parts_NK: np.ndarray, seed: int = 0) -> Iterator[np.ndarray]:
     """Yield RESAMPLES times the K sums over N rows that are drawn with replacement; the same draws for the same N."""
     for counts in draws(len(parts_NK), seed):

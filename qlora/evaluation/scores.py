@@ -22,7 +22,8 @@ LOSS = "loss"
 class Score:
     """What was measured on N rows.
 
-    loss_N2: (nats, trained tokens) of each. answers, references: N texts, empty where rows are plain text. metrics: by name.
+    loss_N2: (nats, trained tokens) of each; without per_token (nats, 1). answers, references: N texts, empty where rows are
+    plain text. metrics: by name.
     parts: {name of a metric: (N, K)}, see answer_metrics.
     """
 
@@ -31,15 +32,17 @@ class Score:
     references: Sequence[str] = ()
     metrics: Mapping[str, AnswerMetric] = field(default_factory=dict)
     parts: Mapping[str, np.ndarray] = field(default_factory=dict)
+    per_token: bool = True
 
     def to_json(self) -> dict:
-        """Return {"loss", "loss_interval", "perplexity", "tokens", "metrics": {name: {"value", "low", "high"}}}."""
+        """Return {"loss", "loss_interval", "metrics": {name: {"value", "low", "high"}}}; of words "perplexity", "tokens" too."""
         loss = mean(_summed(self.loss_N2))
+        num_tokens = int(self.loss_N2[:, 1].sum())
+        of_words = {"perplexity": metrics.perplexity(loss), "tokens": num_tokens} if self.per_token else {}
         return {
             "loss": loss,
             "loss_interval": list(intervals.interval(mean, self.loss_N2)),
-            "perplexity": metrics.perplexity(loss),
-            "tokens": int(self.loss_N2[:, 1].sum()),
+            **of_words,
             "metrics": {
                 name: with_interval(
                     metric.value(_summed(self.parts[name])), *intervals.interval(metric.value, self.parts[name])

@@ -6,6 +6,7 @@ without a word. So the base's own files are kept, and where a field has an old a
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 
@@ -40,15 +41,25 @@ def write(folder, checkpoint, section, config, tokenizer, dtype, generation=None
     raw = files.read_object(path)
     is_multimodal = base_model.whole_config(checkpoint.folder) is not None
     changed = model_config_of_whole if is_multimodal else model_config
-    _write_or_copy(folder / path.name, changed(raw, before, after, dtype), path)
-    _write_generation_config(folder, generation or checkpoint, config, tokenizer)
-    _write_tokenizer(folder, checkpoint.folder, base_model.load_tokenizer(checkpoint.folder, section), tokenizer)
+    task = checkpoint.task.file
+    _write_or_copy(folder / path.name, changed(raw, before, after, dtype) | task.written_to_config(config), path)
+    if not task.HAS_CLASSES:
+        _write_generation_config(folder, generation or checkpoint, config, tokenizer)
+    if not task.HAS_TOKENS:
+        shutil.copyfile(checkpoint.folder / base_model.image_processor.FILE, folder / base_model.image_processor.FILE)
+    else:
+        _write_tokenizer(folder, checkpoint.folder, base_model.load_tokenizer(checkpoint.folder, section), tokenizer)
+    if (
+        task.HAS_CLASSES and task.HAS_TOKENS
+    ):  # rows of unlike length go together in a pipeline, whatever the base's own files say
+        path = folder / "tokenizer_config.json"
+        write_json(path, files.read_object(path) | {"pad_token": str(tokenizer.pad_token)})
     for source in checkpoint.folder.glob("*processor_config.json") if is_multimodal else ():
         shutil.copyfile(source, folder / source.name)
     has_code = [path for path in folder.glob("*config.json") if files.read_object(path).get("auto_map")]
     for code in checkpoint.folder.glob("*.py") if has_code else []:
         shutil.copy(code, folder)
-    refuse_misread(folder, section, config, tokenizer)
+    refuse_misread(folder, section, config, tokenizer, checkpoint.task)
 
 
 def model_config(raw, before, after, dtype):
@@ -211,9 +222,13 @@ def _for_version_4(settings):
     return settings
 
 
-def refuse_misread(folder, section, config, tokenizer):
-    """Raise ProofFailed unless the files read as `config` and `tokenizer`, and say the same in both spellings."""
-    written = base_model.find(section.model_copy(update={"name_or_path": str(folder), "revision": None}), weights=False)
+def refuse_misread(folder, section, config, tokenizer, task=base_model.GENERATION):
+    """Raise ProofFailed unless the files read as `config` and `tokenizer`, and say the same in both spellings.
+
+    task: what the model is opened for, without the labels: they are to be read.
+    """
+    opened = section.model_copy(update={"name_or_path": str(folder), "revision": None})
+    written = base_model.find(opened, False, dataclasses.replace(task, labels=()))
     found, expected = _as_dict(base_model.read_config(written, section)), _as_dict(config)
     # the old spelling, where this version keeps it as it is and computes with rope_parameters
     old = {name for name, value in _rope(expected).items() if name not in expected and found.get(name) == value}
@@ -227,19 +242,34 @@ def refuse_misread(folder, section, config, tokenizer):
     for name, value in _rope(expected).items() if base_model.whole_config(folder) is None else ():
         if name not in raw:
             problems.append(f"config.json: {name} is missing; one version of transformers reads it, as {value!r}")
-    read = base_model.load_tokenizer(folder, section)
-    if read.get_vocab() != tokenizer.get_vocab():
-        problems.append("tokenizer.json: other tokens than in training")
-    if read.chat_template != tokenizer.chat_template:
-        problems.append("the chat template differs from the one of the training")
-    if [row.input_ids for row in text_rows(read)] != [row.input_ids for row in text_rows(tokenizer)]:
-        problems.append("tokenizer.json: encodes text differently from the tokenizer of the training")
+    problems += (
+        _of_tokenizer(folder, section, tokenizer) if task.file.HAS_TOKENS else _of_processor(folder, section, tokenizer)
+    )
     if problems:
         raise ProofFailed(
             "\n  ".join(
                 [f"the config and tokenizer files of the export are wrong, {len(problems)} problems:", *problems]
             )
         )
+
+
+def _of_tokenizer(folder, section, tokenizer):
+    """Return in words how the tokenizer in a folder differs from that of the training."""
+    problems, read = [], base_model.load_tokenizer(folder, section)
+    if read.get_vocab() != tokenizer.get_vocab():
+        problems.append("tokenizer.json: other tokens than in training")
+    if read.chat_template != tokenizer.chat_template:
+        problems.append("the chat template differs from the one of the training")
+    if [row.input_ids for row in text_rows(read)] != [row.input_ids for row in text_rows(tokenizer)]:
+        problems.append("tokenizer.json: encodes text differently from the tokenizer of the training")
+    return problems
+
+
+def _of_processor(folder, section, processor):
+    """Return in words how the image processor in a folder differs from that of the training."""
+    read, identity = base_model.load_image_processor(folder, section), base_model.image_processor.identity
+    same = identity(read) == identity(processor)
+    return [] if same else [f"{base_model.image_processor.FILE}: another image processor than in training"]
 
 
 def _without_dtype(value):

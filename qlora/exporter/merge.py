@@ -84,14 +84,13 @@ def plan(checkpoint, config, dtype, trust_remote_code=False, adapter=None):
         adapter.refuse_unmergeable()
     if adapter is not None and _change(config, model, adapter):
         model = base_model.on_meta(config, trust_remote_code)
-    embedding, head = _name_of(model, model.get_input_embeddings()), _name_of(model, model.get_output_embeddings())
+    ends, task = _ends(model), base_model.task_of(model)
+    embedding, head = (*ends, None)[0], (None, *ends)[-1]  # None of a model that reads no tokens
     modules = base_model.token_modules(model) if checkpoint.new_tokens else []
     embeddings = {name: tuple(model.get_submodule(name).weight.shape) for name in modules}
     conv1d = {name for name in base_model.linear_names(model) if base_model.is_conv1d(model.get_submodule(name))}
-    shapes = {}
-    for name in [*base_model.linear_names(model), embedding, head]:
-        shape = tuple(model.get_submodule(name).weight.shape)
-        shapes[name] = shape[::-1] if name in conv1d else shape
+    shapes = {name: tuple(model.get_submodule(name).weight.shape) for name in (*base_model.linear_names(model), *ends)}
+    shapes |= {name: shapes[name][::-1] for name in conv1d}
     result = Plan(config, [], {}, conv1d, shapes)
     replaced = adapter.replaced if adapter is not None else {}
     tied, missing, wrong, in_files = base_model.tied(model), [], [], checkpoint.shapes()
@@ -104,11 +103,11 @@ def plan(checkpoint, config, dtype, trust_remote_code=False, adapter=None):
         found = checkpoint.in_files(name, model.base_model_prefix)
         if found is None and name == f"{head}.weight":  # untied by the adapter: it starts as the embedding
             found = checkpoint.in_files(f"{embedding}.weight", model.base_model_prefix)
-        if found is None and name not in replaced:
+        grows, expected = task.is_of_head(model, name) or name in replaced, tuple(tensor.shape)
+        if found is None and not grows:
             missing.append(name)
             continue
-        expected = tuple(tensor.shape)
-        grows = name in replaced or name.removesuffix(".weight") in embeddings
+        grows = grows or name.removesuffix(".weight") in embeddings
         has_codes = found is not None and prequantized.holds_codes(checkpoint, found)
         if found is not None and in_files[found] != expected and not (grows or has_codes):
             wrong.append(f"{name} is {in_files[found]} in the files, {expected} by config.json")
@@ -119,14 +118,18 @@ def plan(checkpoint, config, dtype, trust_remote_code=False, adapter=None):
     _copy_the_rest(checkpoint, result, missing, dtype, model)
     if checkpoint.half:
         _keep_the_other_half(checkpoint, result)
+    if task.HAS_CLASSES:
+        result.names = base_model.written_names(model)
     if adapter is not None:
         stays_tied = {name: result.parameters[tied[name]] for name in tied}
         adapter.refuse_mismatch(shapes, result.parameters | stays_tied, embeddings, checkpoint.new_tokens.values())
     return result
 
 
-def _name_of(model, wanted):
-    return next(name for name, module in model.named_modules() if module is wanted)
+def _ends(model):
+    """Return the names of the embedding and, where the model answers with words, of the head; [] of a model of images."""
+    names = {module: name for name, module in model.named_modules()}
+    return [names[end] for end in base_model.token_ends(model)]
 
 
 def _change(config, model, adapter):
@@ -136,12 +139,15 @@ def _change(config, model, adapter):
     the embedding can stay so only if both are the same after the merge.
     """
     text_config, changed = config.get_text_config(), False
-    embedding, head = (_name_of(model, end) for end in (model.get_input_embeddings(), model.get_output_embeddings()))
+    ends = _ends(model)
+    if not ends:
+        return False
+    embedding, head = ends[0], ends[-1]
     replaced = {name: adapter.replaced.get(f"{name}.weight") for name in (embedding, head)}
     for tensor in replaced.values():
         if tensor is not None and tensor.dim() == 2 and len(tensor) != text_config.vocab_size:
             text_config.vocab_size, changed = len(tensor), True
-    touched = [name for name in (embedding, head) if name in adapter.updates or replaced[name] is not None]
+    touched = [name for name in ends if name in adapter.updates or replaced[name] is not None]
     if not touched or f"{head}.weight" not in base_model.tied(model):
         return changed
     both = [tensor for tensor in replaced.values() if tensor is not None]

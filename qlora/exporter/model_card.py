@@ -8,7 +8,7 @@ from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
 
-from .. import methods
+from .. import base_model, methods
 from ..base_model import text_generation
 from ..system.errors import InputError
 
@@ -51,9 +51,14 @@ Unknown: the adapter does not record how its base was quantized in training. The
 model, measured
 {%- else -%}
 Yes, measured
-{%- endif %} ({{ report.verify }}) on {{ report.rows.count }} {{ report.rows.from }}, {{ report.rows.positions }} positions:
+{%- endif %} ({{ report.verify }}) on {{ report.rows.count }} {{ report.rows.from }}{% if not labels %}, \
+{{ report.rows.positions }} positions{% endif %}:
 
+{% if labels -%}
+| | loss | logits apart | KL to the trained model | same class |
+{% else -%}
 | | loss | perplexity | KL to the trained model | same top-1 |
+{% endif -%}
 |---|---|---|---|---|
 {% for row in rows -%}
 | {{ row | join(" | ") }} |
@@ -68,7 +73,14 @@ the two are.
 `export_report.json` has the numbers of every module.
 
 ## Use
+{% if labels %}
+    from transformers import pipeline
 
+    classify = pipeline("{{ task }}", "{{ here }}")
+    classify({{ '"image.jpg"' if of_images else '"a text"' }})
+
+Its {{ labels | length }} classes, in the order of the logits: {{ labels | join(", ") }}.
+{% else %}
     from transformers import {{ auto }}, AutoTokenizer
 
     model = {{ auto }}.from_pretrained("{{ here }}", dtype="auto", device_map="auto")
@@ -76,7 +88,7 @@ the two are.
 
 The chat template in this folder is the one of the training; the tokens that end an answer are in
 `generation_config.json`.
-"""
+{% endif %}"""
 
 _ADAPTER = """\
 A {{ kind }} adapter for `{{ base }}`, {% if quantized -%}
@@ -91,15 +103,15 @@ It belongs to the text half of a multimodal model, whose layers it names as a te
 {% else %}
     import torch
     from peft import PeftModel
-    from transformers import {{ auto }}, AutoTokenizer{% if four_bit %}, BitsAndBytesConfig{% endif %}
+    from transformers import {{ auto }}, {{ reader }}{% if four_bit %}, BitsAndBytesConfig{% endif %}
 
     {% if four_bit -%}
     four_bit = BitsAndBytesConfig({{ four_bit }})
     {% endif -%}
-    tokenizer = AutoTokenizer.from_pretrained("{{ here }}")
+    {{ "processor" if of_images else "tokenizer" }} = {{ reader }}.from_pretrained("{{ here }}")
     base = {{ auto }}.from_pretrained(
         "{{ base }}"{% if revision %}, revision="{{ revision }}"{% endif %}, dtype=torch.bfloat16{% if four_bit %}, \
-quantization_config=four_bit{% endif %}
+quantization_config=four_bit{% endif %}{% if labels %}, num_labels={{ labels | length }}{% endif %}
     )
 {%- if num_tokens %}
     num_rows = max({{ num_tokens }}, base.get_input_embeddings().num_embeddings)
@@ -107,7 +119,11 @@ quantization_config=four_bit{% endif %}
 {%- endif %}
     model = PeftModel.from_pretrained(base, "{{ here }}")
 {% endif %}
+{% if labels -%}
+Its {{ labels | length }} classes, in the order of the logits: {{ labels | join(", ") }}. The head is in the adapter.
+{%- else -%}
 The chat template in this folder is the one of the training.
+{%- endif %}
 """
 
 _ORIGIN = """
@@ -164,7 +180,7 @@ class Origin:
     device: str
 
 
-def card(title, base, adapter_config, report, quantized, rows, origins=()):
+def card(title, base, adapter_config, report, quantized, rows, origins=(), task=text_generation):
     """Return the text of README.md of an exported model; HERE stands where its folder or hub name belongs.
 
     base: what the base model was called; a path of this machine is cut to its last part. rows: the lines of the table
@@ -186,11 +202,14 @@ def card(title, base, adapter_config, report, quantized, rows, origins=()):
         report=report,
         rows=rows,
         kept_tensors=report.get("kept_tensors"),
-        auto=text_generation.auto_name(multimodal=bool(report.get("kept_tensors"))),
+        auto=task.auto_name(multimodal=bool(report.get("kept_tensors"))),
+        labels=report.get("labels"),
+        of_images=not task.HAS_TOKENS,
+        task=task.NAME,
     )
 
 
-def adapter_card(title, base, adapter_config, quantization, origin):
+def adapter_card(title, base, adapter_config, quantization, origin, task=base_model.GENERATION):
     """Return the text of README.md of an adapter, with HERE as `card` has it.
 
     quantization: {"quant_type", "use_double_quant", "compute_dtype"} or None.
@@ -204,6 +223,8 @@ def adapter_card(title, base, adapter_config, quantization, origin):
             f"bnb_4bit_use_double_quant={quantization['use_double_quant']}, "
             f"bnb_4bit_compute_dtype=torch.{quantization['compute_dtype']}"
         )
+        if task.labels:  # the head, which would be quantized otherwise
+            four_bit += f", llm_int8_skip_modules={sorted(adapter_config['modules_to_save'])}"
     return _rendered(
         _ADAPTER,
         title,
@@ -217,7 +238,11 @@ def adapter_card(title, base, adapter_config, quantization, origin):
         four_bit=four_bit,
         revision=origin.base["revision"],
         kept_tensors=origin.base.get("kept_tensors"),
-        auto=text_generation.auto_name(),
+        auto=task.file.auto_name(),
+        reader="AutoTokenizer" if task.file.HAS_TOKENS else "AutoImageProcessor",
+        of_images=not task.file.HAS_TOKENS,
+        labels=task.labels,
+        task=task.name,
         num_tokens=1 + max((max(some) for some in indices if some), default=-1),
     )
 
@@ -255,7 +280,6 @@ def _rendered(text, title, base, origins, **values):
     shown, hub_name = shown_name(base)
     datasets = sorted({name for origin in origins for name in origin.datasets})
     values |= {"title": title, "base": shown, "hub_name": hub_name, "datasets": datasets, "here": HERE}
-    values["task"] = text_generation.NAME
     parts = [_HEAD, text, *([_ORIGIN] * len(origins))]
     more = [{}, {}, *({"origin": origin, "several": len(origins) > 1} for origin in origins)]
     return "".join(

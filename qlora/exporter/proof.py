@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 
 from .. import base_model
-from ..base_model import text_generation
 from ..data import IGNORE_INDEX, Example
 from ..evaluation import metrics
 from ..system.errors import InputError, ProofFailed
@@ -212,7 +211,8 @@ def open_folder(folder, device, dtype="float32", trust_remote_code=False):
     Raises:
         ProofFailed: it does not take every tensor.
     """
-    auto = text_generation.auto_class(multimodal=base_model.whole_config(folder) is not None)
+    task = base_model.task_of_folder(folder)
+    auto = task.auto_class(multimodal=base_model.whole_config(folder) is not None)
     model, info = auto.from_pretrained(
         folder,
         dtype=dtype,
@@ -226,7 +226,7 @@ def open_folder(folder, device, dtype="float32", trust_remote_code=False):
         raise ProofFailed(
             f"tensors of the exported folder are missing, unused or of another shape: {', '.join(sorted(lost)[:5])}"
         )
-    return text_generation.accept_arguments(model).eval()
+    return task.accept_arguments(model).eval()
 
 
 def failures(live, merged, base, dtype):

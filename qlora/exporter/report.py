@@ -7,7 +7,13 @@ import math
 from ..evaluation import metrics
 from . import merge
 
-COLUMNS = ["", "loss", "perplexity", "KL to trained", "same top-1"]
+_COLUMNS = ["", "loss", "perplexity", "KL to trained", "same top-1"]
+_COLUMNS_OF_CLASSES = ["", "loss", "logits apart", "KL to trained", "same class"]
+
+
+def columns(report):
+    """Return the header of the table of `scores`."""
+    return _COLUMNS_OF_CLASSES if "labels" in report else _COLUMNS
 
 
 def of_merging(merging, num_quantized):
@@ -31,23 +37,24 @@ def of_merging(merging, num_quantized):
 
 
 def scores(report):
-    """Return the rows [name, loss, perplexity, KL, top-1] of the table that is shown and goes into the model card."""
+    """Return the rows of the table that is shown and goes into the model card, as `columns` has them."""
+    of_classes = "labels" in report
 
-    def row(name, loss, kl=None, top1=None):
-        cells = [f"{loss:.4f}", f"{metrics.perplexity(loss):.3f}"]
-        return [name, *cells, "" if kl is None else f"{kl:.1e}", "" if top1 is None else f"{top1:.2%}"]
+    def row(name, loss, kl=None, top1=None, logits=None):
+        second = ("" if logits is None else f"{logits:.1e}") if of_classes else f"{metrics.perplexity(loss):.3f}"
+        return [name, f"{loss:.4f}", second, "" if kl is None else f"{kl:.1e}", "" if top1 is None else f"{top1:.2%}"]
 
     quantized = "quantized" if report["quantized"]["modules"] else "base"
     written = f"{report['base']} base, {report['dtype']}"
     scored = [
         (f"exported ({report['dtype']}, {report['base']} base)", report["merged"]),
         *((one["model"], one) for one in report.get("comparison", ()) if one["model"] != written),
-        ("base, without the adapter", report["base_model"]),
+        ("base, under a new head" if of_classes else "base, without the adapter", report["base_model"]),
     ]
     return [
         row(
             f"{'assumed' if report['live_model'] == 'assumed' else 'trained'} ({quantized} + adapter, live)",
             report["live"]["loss"],
         ),
-        *(row(name, one["loss"], one["kl"], one["top1"]) for name, one in scored),
+        *(row(name, one["loss"], one["kl"], one["top1"], one.get("logits")) for name, one in scored),
     ]

@@ -121,10 +121,12 @@ def train_one(folder: Folder, entry: Entry) -> bool:
         recipe = str(folder.recipe_file(entry))
         if not _ended_well(folder, entry, ["train", recipe, *(["--resume"] if go_on else [])]):
             return False
-    options = ["--max-rows", str(wanted.max_rows), "--latency"]
-    options += [part for name in wanted.metrics for part in ("--metric", name)]
-    options += [] if wanted.extract is None else ["--extract", wanted.extract]
-    options += [] if wanted.forgetting is None else ["--forgetting", wanted.forgetting]
+    options = [] if wanted.max_rows is None else ["--max-rows", str(wanted.max_rows)]
+    if entry.recipe.task == "text-generation":
+        options += ["--latency"]
+        options += [part for name in wanted.metrics for part in ("--metric", name)]
+        options += [] if wanted.extract is None else ["--extract", wanted.extract]
+        options += [] if wanted.forgetting is None else ["--forgetting", wanted.forgetting]
     return _ended_well(folder, entry, ["eval", str(run.path), *options])
 
 
@@ -207,8 +209,11 @@ def measured(run: RunDir) -> Measured:
     try:
         lines = [json.loads(line) for line in run.answers_file.read_text(encoding="utf-8").splitlines()]
         names = [name for name in lines[0]["after"] if name != "answer"]
-        parts = {name: np.array([line["after"][name] for line in lines], float) for name in names}
-        rows = [(line.get("prompt", line.get("text")), line.get("expected")) for line in lines]
+        parts = {name: np.array([answer_metrics.from_json(line["after"][name]) for line in lines]) for name in names}
+        rows = [
+            ({key: line[key] for key in line.keys() - {"before", "after", "expected"}}, line.get("expected"))
+            for line in lines
+        ]
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise InputError(f"{run.answers_file}: {error!r}; the run folder is damaged") from None
     return Measured(result, parts, rows)
@@ -221,8 +226,9 @@ def value_of(name, found: Measured):
         return scores.mean
     if name not in found.parts:
         return None
-    expected = [row[1] for row in found.rows]
-    return answer_metrics.named(name, expected).value
+    if name == "accuracy":  # of classes
+        return scores.mean
+    return answer_metrics.named(name, [expected for _, expected in found.rows]).value
 
 
 def row_of(run: RunDir, status="done", message="") -> dict[str, Any]:
@@ -241,7 +247,7 @@ def row_of(run: RunDir, status="done", message="") -> dict[str, Any]:
         found["trainable_share"] = counts["trainable"] / counts["total"]
     found["saved_bytes"] = sum(file.stat().st_size for file in run.adapter.glob("*.safetensors"))
     if (result := run.scores()) is not None:
-        found |= {name: result[name] for name in ("metrics", "loss", "perplexity")}
+        found |= {name: result.get(name) for name in ("metrics", "loss", "perplexity")}
         found["forgetting"] = (result.get("forgetting") or {}).get("value")
         found["latency_seconds"] = (result.get("latency") or {}).get("token")
     return found

@@ -84,7 +84,7 @@ def _notes(wanted, rows):
     seeds = {row["seed"] for row in rows}
     notes = [
         f"{wanted.metric.replace('_', ' ')}: mean over {len(seeds)} seed{'s' if len(seeds) > 1 else ''} on "
-        f"{wanted.max_rows} held-out rows at most, with the 95 % interval over rows and seeds; the spread is the standard "
+        f"the same held-out rows, with the 95 % interval over rows and seeds; the spread is the standard "
         "deviation over seeds.",
         '"best" is ahead of every other variant by more than chance on the same rows; "no difference shown" is not proof that '
         "there is none.",

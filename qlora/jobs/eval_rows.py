@@ -7,6 +7,7 @@ import numpy as np
 from .. import base_model, data
 from ..recipe import Data
 from ..system.errors import InputError
+from .chosen_task import encoder_of
 
 
 def held_out_rows(subject, data_file=None):
@@ -15,11 +16,16 @@ def held_out_rows(subject, data_file=None):
     Raises:
         InputError: there are none, or some of those that the run has held out are no longer in their file.
     """
-    recipe, tokenizer = subject.recipe, subject.tokenizer
+    recipe, tokenizer, task = subject.recipe, subject.tokenizer, base_model.task_of(subject.model)
+    encoder = encoder_of(task.NAME)
     if data_file is not None:
         settings = recipe.data.model_dump() if recipe else {"max_length": 2**30}
-        section = Data.of_file(data_file, {**settings, "overlong": "error"})
-        return data.Rows(data.load(section.train, tokenizer, section, seed=0))
+        if task.HAS_CLASSES:  # a text that is cut has a class still
+            settings["labels"] = list(task.labels_of(subject.model.config))
+        else:
+            settings["overlong"] = "error"
+        section = Data.of_file(data_file, settings)
+        return data.Rows(data.load(section.train, tokenizer, section, seed=0, encoder=encoder))
     if recipe is None or not (recipe.data.eval or recipe.data.eval_fraction):
         raise InputError("no held-out rows: the recipe has neither data.eval nor data.eval_fraction; give --data FILE")
     section, run = recipe.data, subject.run
@@ -27,7 +33,7 @@ def held_out_rows(subject, data_file=None):
     recorded = run.environment().get("held_out")
     if not recorded:
         raise InputError(f"{run.environment_file}: does not say which rows were held out; give --data FILE")
-    rows = data.Rows(data.load(sources, tokenizer, section, recipe.seed_of_rows))
+    rows = data.Rows(data.load(sources, tokenizer, section, recipe.seed_of_rows, encoder))
     keys, found = np.array([int(key, 16) for key in recorded], np.uint64), rows.keys
     missing = int((~np.isin(keys, found)).sum())
     if missing:

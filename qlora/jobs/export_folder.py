@@ -13,6 +13,7 @@ from ..system.events import note
 from ..system.storage import free_disk_bytes, leftover_bytes, refuse_inside, refuse_nonempty, refuse_partial
 from ..system.units import size
 from . import export_gguf
+from .chosen_task import refuse_classes
 
 
 def plan_export(trained, out, inputs=(), compare_bases=False, gguf=None):
@@ -35,8 +36,10 @@ def plan_export(trained, out, inputs=(), compare_bases=False, gguf=None):
         trained.model.trust_remote_code,
         trained.adapter,
     )
-    _refuse_tokens_without_a_row(trained, plan.config.get_text_config().vocab_size)
+    if trained.checkpoint.task.file.HAS_TOKENS:
+        _refuse_tokens_without_a_row(trained, plan.config.get_text_config().vocab_size)
     if gguf:
+        refuse_classes(trained.checkpoint.task.file, f"--gguf {gguf}")
         export_gguf.refuse(trained, plan, gguf)
     more = export_gguf.num_bytes(gguf, plan) if gguf else 0
     _refuse_full_disk(out, plan.num_bytes + max(more, plan.num_bytes if compare_bases else 0))
@@ -116,6 +119,8 @@ def write_model(trained, plan, folder, base, device):
 
 def report_of(trained, plan, merging, seconds, peak_bytes) -> dict:
     """Return export_report.json of a folder that is written and not yet proven. seconds, peak_bytes: of the writing."""
+    task = trained.checkpoint.task
+    labels = {"labels": list(task.labels)} if task.file.HAS_CLASSES else {}
     return {
         "base": trained.export.base,
         "dtype": trained.export.dtype,
@@ -126,6 +131,7 @@ def report_of(trained, plan, merging, seconds, peak_bytes) -> dict:
         **report.of_merging(merging, len(trained.modules)),
         "new_tokens": trained.checkpoint.new_tokens,
         "kept_tensors": len(plan.kept),
+        **labels,
         "bytes": plan.num_bytes,
         "write_seconds": seconds,
         "peak_bytes": peak_bytes,
@@ -137,4 +143,5 @@ def card_of(trained, found, title) -> str:
     quantized = trained.quantization.quant_type.upper() if trained.quantization else None
     rows = report.scores(found) if "live" in found else []
     name = trained.checkpoint.name_or_path
-    return card(title, name, trained.adapter.config, found, quantized, rows, trained.origins)
+    task = trained.checkpoint.task.file
+    return card(title, name, trained.adapter.config, found, quantized, rows, trained.origins, task)

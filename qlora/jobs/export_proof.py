@@ -5,17 +5,19 @@ from __future__ import annotations
 import dataclasses
 import gc
 import math
+from typing import Any
 
 import torch
 
 from .. import base_model, methods
 from ..evaluation import metrics
-from ..exporter import proof, streamed
+from ..exporter import class_proof, proof, streamed
 from ..recipe import Model, Quantization
 from ..system import memory
 from ..system.errors import InputError
 from ..system.events import note, progress
 from ..system.units import size
+from .chosen_task import pad_of, proof_of
 
 
 class Prover:
@@ -35,7 +37,14 @@ class Prover:
             self.section.attn_implementation not in base_model.OF_TORCH
         ):  # flash attention is bfloat16 whatever it is given
             self.section = self.section.model_copy(update={"attn_implementation": "auto"})
-        self.num_rows = plan.config.get_text_config().vocab_size
+        self.task = trained.checkpoint.task.file
+        self.num_rows = _num_rows(plan.config)
+        self.proof = proof_of(self.task)
+        self.live = None
+        if self.task.HAS_CLASSES:
+            self.mode = "full"
+            note("proof     full: both models in memory, one after the other")
+            return
         self.need = streamed.need(
             plan.config,
             trained.rows,
@@ -46,7 +55,6 @@ class Prover:
             sum(math.prod(spec.shape) for spec in plan.specs if spec.name in plan.kept),
         )
         self.mode = self._mode(trained.export.verify)
-        self.live = None
 
     def _mode(self, asked):
         grown = self.num_rows != self.trained.config.get_text_config().vocab_size  # by another tool than new_tokens
@@ -76,8 +84,10 @@ class Prover:
                 # what was asked for is the adapter on the original weights, and that is what the folder has to be
                 judged = self._answers_of_live(original=True)
                 faithful = self._compare(judged, self._written(folder))
-        failures = proof.failures(judged.scores, faithful, judged.base_scores, dtype)
+        failures = self.proof.failures(judged.scores, faithful, judged.base_scores, dtype)
         limits = {"kl": proof.KL_LIMIT, "top1": proof.TOP1_LIMIT, "loss": proof.LOSS_LIMIT}
+        if self.task.HAS_CLASSES:
+            limits["logits"] = class_proof.LOGITS_LIMIT
         report = {
             "verify": self.mode,
             "verified": not failures,
@@ -139,11 +149,14 @@ class Prover:
             if quantization is None:
                 device = proof.device_for(2 * self.plan.num_bytes, device)
             model = base_model.load(checkpoint, self.section, quantization, device, dtype)
-            if self.num_rows != model.config.get_text_config().vocab_size:  # another tool grew it
+            if self.num_rows != _num_rows(model.config):  # another tool grew it
                 model.resize_token_embeddings(self.num_rows, mean_resizing=False)
         base_model.to_float32(model)  # before the adapter, which is then not rounded to bfloat16 where it is float32
         model = methods.load(model, trained.folder, checkpoint.new_tokens.values())
-        live = proof.Live(model, trained.rows, self.need.tokens_at_once if self.mode == "layers" else 0)
+        if self.task.HAS_CLASSES:
+            live: Any = class_proof.Live(model, trained.rows, pad_of(trained.tokenizer, model))
+        else:
+            live = proof.Live(model, trained.rows, self.need.tokens_at_once if self.mode == "layers" else 0)
         del model
         self._forget()
         return live
@@ -155,9 +168,14 @@ class Prover:
     def _served(self, folder, quantization):
         """Return the model in `folder` quantized again, as a server with little memory would load it."""
         section = Model(name_or_path=str(folder), trust_remote_code=self.section.trust_remote_code)
-        checkpoint = base_model.find(section)
+        checkpoint = base_model.find(section, task=self.trained.checkpoint.task)
         if self.mode == "layers":
             model = streamed.live(checkpoint, section, quantization, self.device, checkpoint.text_tensors)
         else:
             model = base_model.load(checkpoint, section, quantization, self.device)
         return base_model.to_float32(model)
+
+
+def _num_rows(config):
+    """Return how many rows the embedding of tokens has; None of a model that reads none."""
+    return getattr(config.get_text_config(), "vocab_size", None)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from typing import Any
 
 from .. import base_model, methods
-from ..base_model import text_generation
-from ..exporter import REPORT, merge, proof
+from ..exporter import REPORT, merge
 from ..kernels import attention
 from ..runs.environment import environment
 from ..runs.record import Begun
@@ -16,6 +16,7 @@ from ..system.errors import InputError
 from ..system.events import progress
 from ..system.storage import new_folder, write_json
 from . import resumed_run, started_from
+from .chosen_task import proof_of
 from .prepared_data import refuse_pointless
 
 
@@ -80,7 +81,7 @@ def open_trainable(prepared, fingerprint, resumed=None, tokens=None) -> ModelToT
         of_base = resumed_run.of_base(hashes, quantized)
         if resumed is not None:
             resumed.refuse_changes(of_base)
-        text_generation.refuse_unsuitable(model, checkpoint)
+        checkpoint.task.file.refuse_unsuitable(model, checkpoint)
         model = methods.attach(
             model,
             recipe.method,
@@ -130,9 +131,9 @@ def begins(run, prepared, trainable, resumed=None):
 def _write(run, prepared, trainable, resumed):
     if resumed is not None:
         resumed.begin(prepared.recipe)
-    held_out = prepared.eval_examples
+    held_out, proof = prepared.eval_examples, proof_of(prepared.checkpoint.task.file)
     rows = proof.proof_rows(
-        held_out if len(held_out) else prepared.examples, prepared.config.get_text_config().vocab_size
+        held_out if len(held_out) else prepared.examples, getattr(prepared.config.get_text_config(), "vocab_size", None)
     )
     write_json(run.data_report_file, prepared.report)
     write_json(run.proof_rows_file, proof.to_json(rows, "held-out rows" if len(held_out) else "training rows"))
@@ -144,7 +145,12 @@ def save_adapter(run, prepared, trainable):
     checkpoint = prepared.checkpoint
     with new_folder(run.path / prepared.recipe.method.saved_in) as folder:
         methods.save(trainable.model, folder, checkpoint.name_or_path, checkpoint.revision)
-        prepared.tokenizer.save_pretrained(folder)
+        if checkpoint.task.file.HAS_TOKENS:
+            prepared.tokenizer.save_pretrained(folder)
+        else:  # as it is: transformers would write it anew, with settings of its own version
+            shutil.copyfile(
+                checkpoint.folder / base_model.image_processor.FILE, folder / base_model.image_processor.FILE
+            )
         methods.seal(folder, trainable.environment["base_model"]["sha256"])
 
 

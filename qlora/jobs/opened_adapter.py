@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import base_model, data, methods
+from ..base_model import text_generation
 from ..exporter import proof
 from ..exporter.configs import TOKENIZER_FILES
 from ..methods.weighted_sum import combine
@@ -18,6 +19,7 @@ from ..recipe import Data, Export, Model, Quantization, Recipe
 from ..runs.folder import RunDir
 from ..system.errors import InputError
 from ..system.events import note
+from .chosen_task import encoder_of, proof_of, task_of
 from .opened_model import load_tokenizer, open_tokenizer, refuse_changed_base, refuse_other_base, this_machine
 from .run_facts import origin_of
 
@@ -79,11 +81,13 @@ def open_trained(targets, base=None, data_file=None, overrides=()) -> Trained:
     if data_file is not None:
         settings = {**trained.data, "eval": None, "overlong": "truncate"}
         section = Data.of_file(data_file, settings)
-        rows = data.Rows(data.load(section.train, trained.tokenizer, section, seed=0))
+        task = trained.checkpoint.task
+        rows = data.Rows(data.load(section.train, trained.tokenizer, section, seed=0, encoder=encoder_of(task.name)))
         if not len(rows):
             raise InputError(f"{data_file}: no rows left for the proof")
         base_model.refuse_rows(rows, trained.config)
-        trained.rows = proof.proof_rows(rows, trained.config.get_text_config().vocab_size)
+        num_rows = getattr(trained.config.get_text_config(), "vocab_size", None)
+        trained.rows = proof_of(task.file).proof_rows(rows, num_rows)
         trained.rows_from = f"rows of {Path(data_file).name}"
     return trained
 
@@ -173,14 +177,14 @@ def _of_run(run, overrides):
             raise InputError(
                 f"{name}: differs from what {run.path} was trained with; export uses the run's, so leave it out"
             )
-    checkpoint = base_model.find(recipe.model)
+    checkpoint = base_model.find(recipe.model, task=task_of(recipe))
     trained = methods.read(run.adapter)
     refuse_changed_base(run, checkpoint, fully=True)
     config = base_model.load_config(checkpoint, recipe.model)
     recipe = base_model.settle(recipe, config, checkpoint, this_machine())
     recorded = run.environment()["base_model"]
     digests = recorded.get("quantized_sha256", {})  # runs before 0.2 have none
-    rows, rows_from = proof.from_json(run.proof_rows())
+    rows, rows_from = proof_of(checkpoint.task.file).from_json(run.proof_rows())
     return Trained(
         name=str(run.path),
         checkpoint=checkpoint,
@@ -191,7 +195,9 @@ def _of_run(run, overrides):
         adapter=trained,
         tokenizer=load_tokenizer(run, recipe.model, checkpoint),
         generation=checkpoint,
-        taken_from=_taken_from("adapter", "adapter", checkpoint.generation_config() and "base"),
+        taken_from=_taken_from("adapter", "adapter", checkpoint.generation_config() and "base")
+        if checkpoint.task.file.HAS_TOKENS
+        else {"image_processor": "base"},
         rows=rows,
         rows_from=rows_from,
         inputs=[run.path, checkpoint.folder],
@@ -212,6 +218,7 @@ def _sections(recipe):
 
 def _of_adapter(folder, base, overrides):
     trained = methods.read(folder)
+    _refuse_classes(folder, trained.config)
     said = trained.config.get("base_model_name_or_path")
     if base is None:
         named = shlex.quote(str(said)) if said else "FOLDER"
@@ -255,6 +262,15 @@ def _of_adapter(folder, base, overrides):
         fitted=_is_fitted(folder),
         live_model="assumed" if assumed else "declared",
     )
+
+
+def _refuse_classes(folder, config):
+    """Raise InputError if an adapter is of a model with classes: their names are those of its run."""
+    kind = config.get("task_type")
+    if kind not in (None, text_generation.PEFT_TYPE):
+        raise InputError(
+            f"{folder}: an adapter for {kind}; its classes have names in the run alone, so export that: qlora export RUN"
+        )
 
 
 def _tokenizer_of_adapter(folder, checkpoint, recipe):

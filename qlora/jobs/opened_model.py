@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from .. import base_model
+from ..base_model import text_generation
 from ..data import chat
 from ..recipe import Model, Recipe
 from ..runs.folder import RunDir
 from ..system.errors import InputError
 from ..system.events import progress
+from .chosen_task import task_of
 
 
 @dataclass
@@ -47,12 +49,19 @@ def open_subject(target, overrides=()) -> Subject:
     if not Path(target).exists() and str(target).startswith(("runs/", ".", "/", "~")):
         raise InputError(f"neither a run nor a model at {target}; `qlora train RECIPE` makes a run")
     section = Model(name_or_path=str(target))
-    checkpoint = base_model.find(section)
+    checkpoint = base_model.as_its_files_say(base_model.find(section), section)
     base_model.load_config(checkpoint, section)  # what is wrong with config.json is said of that file
-    tokenizer, _ = open_tokenizer(checkpoint.folder, section, checkpoint.generation_config())
+    task = checkpoint.task.name
+    tokenizer, _ = open_tokenizer(checkpoint.folder, section, checkpoint.generation_config(), task=task)
     with progress(f"loading {target}"):
         model = base_model.load(checkpoint, section, None)
-    return Subject(model, tokenizer, chat.stop_token_ids(tokenizer, model.generation_config), None, None)
+    return Subject(model, tokenizer, _stops(model, tokenizer), None, None)
+
+
+def _stops(model, tokenizer):
+    """Return the ids at which an answer ends; none of a model that answers with classes."""
+    has_classes = base_model.task_of(model).HAS_CLASSES
+    return set() if has_classes else chat.stop_token_ids(tokenizer, model.generation_config)
 
 
 def this_machine():
@@ -60,14 +69,21 @@ def this_machine():
     return base_model.computer(base_model.default_device())
 
 
-def open_tokenizer(folder, section, generation_config, chat_template=None, system_as_user=False):
+def open_tokenizer(
+    folder, section, generation_config, chat_template=None, system_as_user=False, *, task=text_generation.NAME
+):
     """Return the tokenizer in `folder`, knowing what a conversation needs, and in words which chat template it has.
 
     It gets the new tokens of `section` (the recipe's `model`), the template `chat_template` (None: its own, or a built-in
     one; system_as_user: see `chat.set_template`) and the tokens at which generation ends by `generation_config` (None: the model
-    has none).
+    has none). task: of another than text-generation there is neither; of images it is the image processor instead.
     """
+    if not base_model.Task(task).file.HAS_TOKENS:
+        processor = base_model.load_image_processor(folder, section)
+        return processor, f"images of {base_model.image_processor.in_words(processor)}"
     tokenizer = base_model.load_tokenizer(folder, section)
+    if task != text_generation.NAME:
+        return tokenizer, "none: text as it is, with the tokenizer's own special tokens"
     new_tokens = section.new_tokens or []
     base_model.add_tokens(tokenizer, new_tokens, chat.template_text(tokenizer, chat_template, new_tokens))
     template = chat.set_template(tokenizer, chat_template, system_as_user)
@@ -80,14 +96,14 @@ def _open_run(run, overrides):
 
     recipe = Recipe.load(run.recipe_file, overrides)
     methods.read_config(run.adapter)  # what is wrong with it is said before the tokenizer in it is read
-    checkpoint = base_model.find(recipe.model)
+    checkpoint = base_model.find(recipe.model, task=task_of(recipe))
     refuse_changed_base(run, checkpoint)
     recipe = base_model.settle(recipe, base_model.load_config(checkpoint, recipe.model), checkpoint, this_machine())
     tokenizer = load_tokenizer(run, recipe.model, checkpoint)
     with progress(f"loading {checkpoint.name_or_path} and the adapter of {run.path}"):
         model = base_model.load(checkpoint, recipe.model, recipe.quantization)
         model = methods.load(model, run.adapter, checkpoint.new_tokens.values())
-    stops = chat.stop_token_ids(tokenizer, model.generation_config)
+    stops = _stops(model, tokenizer)
     voices = {str(run.path): ("default", tokenizer, stops), None: (None, tokenizer, stops)}
     return Subject(model, tokenizer, stops, recipe, run, voices, str(run.path))
 
@@ -137,8 +153,8 @@ def _refuse_other_tokens(name, tokenizer, subject):
 
 def load_tokenizer(run, section, checkpoint):
     """Return the run's tokenizer; raises InputError unless it has the checkpoint's new tokens under the same ids."""
-    tokenizer, _ = open_tokenizer(run.adapter, section, checkpoint.generation_config())
-    found = base_model.add_tokens(tokenizer, section.new_tokens)
+    tokenizer, _ = open_tokenizer(run.adapter, section, checkpoint.generation_config(), task=checkpoint.task.name)
+    found = base_model.add_tokens(tokenizer, section.new_tokens) if section.new_tokens else {}
     if found != checkpoint.new_tokens:
         raise InputError(
             f"{run.adapter}: its tokenizer has model.new_tokens with the ids {found}, that of {checkpoint.folder} gives "

@@ -13,6 +13,7 @@ from ..kernels import attention
 from ..recipe import parse_size
 from ..system import memory
 from ..system.errors import InputError
+from .chosen_task import task_of
 from .joined_steps import attended, joined_steps
 
 _USUAL_CARD = "4090"
@@ -124,7 +125,7 @@ def job_of(prepared, device_kind, budget: Budget, tokens=None):
         load = _load_of_batches(batches, examples, joins) if is_joined else _load(examples, rows, joins, device_kind)
         if training.joins_steps and joins:
             steps = joined_steps(examples.lengths, examples.num_trained, training.rows_per_step, tokens)
-        if attention.why_not(prepared.config) is None:
+        if not prepared.checkpoint.task.file.HAS_CLASSES and attention.why_not(prepared.config) is None:
             packs = data.pack(examples, training.filled_to or recipe.data.max_length)
             numbers |= {"packed_load": _packed_load(packs, examples, 1), "packed_micro_batches": len(packs)}
     if len(held_out):
@@ -180,10 +181,10 @@ def without_data(recipe, device_kind, budget: Budget, on):
 
     on: the base_model.Computer that is to train.
     """
-    checkpoint = base_model.find(recipe.model, weights=False)
+    checkpoint = base_model.find(recipe.model, weights=False, task=task_of(recipe))
     config = base_model.load_config(checkpoint, recipe.model)
     recipe = base_model.settle(recipe, config, checkpoint, on)
-    training, length = recipe.training, recipe.data.max_length
+    training, length = recipe.training, recipe.data.max_length if checkpoint.task.file.HAS_TOKENS else 1
     rows = training.filled_to // length if training.filled_to else training.per_device_train_batch_size
     remade = _outlines(recipe, config, len(checkpoint.new_tokens), device_kind)
     packed = recipe.data.packing

@@ -12,6 +12,7 @@ from ..recipe import Recipe
 from ..system.errors import InputError
 from ..system.events import note
 from . import started_from
+from .chosen_task import class_weights_of, encoder_of, settle_labels, task_of
 from .opened_model import open_tokenizer, this_machine
 
 
@@ -41,18 +42,21 @@ def prepare(recipe: Recipe, weights=True, on=None) -> Prepared:
 
     weights: False if the model's weights need not be there. on: the base_model.Computer that is to train; None: this machine.
     """
-    checkpoint = base_model.find(recipe.model, weights)
+    checkpoint = base_model.find(recipe.model, weights, task_of(recipe))
+    base_model.load_config(checkpoint, recipe.model)  # what is wrong with it is said before the data is read
+    recipe, checkpoint = settle_labels(recipe, checkpoint)
     config = base_model.load_config(checkpoint, recipe.model)
     recipe = base_model.settle(recipe, config, checkpoint, on or this_machine())
     recipe = started_from.settle(recipe, checkpoint)
-    generation_config = checkpoint.generation_config()
-    tokenizer, template = open_tokenizer(
-        checkpoint.folder, recipe.model, generation_config, recipe.data.chat_template, recipe.data.system_as_user
-    )
+    generation_config, has_classes = checkpoint.generation_config(), checkpoint.task.file.HAS_CLASSES
+    how = (recipe.data.chat_template, recipe.data.system_as_user)
+    tokenizer, template = open_tokenizer(checkpoint.folder, recipe.model, generation_config, *how, task=recipe.task)
+    if not checkpoint.task.file.HAS_TOKENS:
+        base_model.image_processor.refuse_other_shape(tokenizer, config, checkpoint.folder)
 
-    seed = recipe.seed_of_rows
-    parts = data.load(recipe.data.train, tokenizer, recipe.data, seed)
-    eval_parts = data.load(recipe.data.eval or [], tokenizer, recipe.data, seed)
+    seed, encoder = recipe.seed_of_rows, encoder_of(recipe.task)
+    parts = data.load(recipe.data.train, tokenizer, recipe.data, seed, encoder)
+    eval_parts = data.load(recipe.data.eval or [], tokenizer, recipe.data, seed, encoder)
     rows = data.Rows(parts)
     if not len(rows):
         raise InputError(_nothing_left("train", parts))
@@ -69,14 +73,19 @@ def prepare(recipe: Recipe, weights=True, on=None) -> Prepared:
     report = data.report(
         examples,
         [*parts, *eval_parts],
-        chat.stop_token_ids(tokenizer, generation_config),
+        None if has_classes else chat.stop_token_ids(tokenizer, generation_config),
         batches,
         recipe.training.per_device_train_batch_size * recipe.training.gradient_accumulation_steps,
     )
     named = [*recipe.data.train, *(recipe.data.eval or [])]
     report["ignored_nothing"] = _ignored_nothing(recipe.data.ignore_keys, report)
-    report["not_read"] = sorted({path for source in named for path in data.not_read(source)})
+    report["not_read"] = sorted({path for source in named for path in encoder.not_read(source)})
     report |= {"eval_rows": len(held_out), **data.copies(once, held_out)}
+    if has_classes:
+        report |= data.labels.balance(examples, held_out, recipe.data.labels)
+        class_weights_of(recipe.data, examples)  # what is wrong with them is said before a weight is read
+    if not checkpoint.task.file.HAS_TOKENS:
+        report["image_sizes"] = data.image_sizes(examples)
     parts = [*parts, *eval_parts]
     return Prepared(recipe, checkpoint, config, tokenizer, template, parts, examples, held_out, batches, report)
 
@@ -88,13 +97,16 @@ def prepared_if_there(recipe, on=None):
     """
     paths = [source.path for source in recipe.data.train if source.path is not None]
     absent = [path for path in paths if not any(letter in path for letter in "*?[") and not Path(path).exists()]
-    checkpoint = base_model.find(recipe.model, weights=False)
+    checkpoint = base_model.find(recipe.model, weights=False, task=task_of(recipe))
     if base_model.whole_config(checkpoint.folder) is not None:
         note("model     a multimodal checkpoint: planning the text half, which is what is trained")
-    if not absent and (checkpoint.folder / "tokenizer.json").is_file():
+    has_tokens = checkpoint.task.file.HAS_TOKENS
+    needed = "tokenizer.json" if has_tokens else base_model.image_processor.FILE
+    if not absent and (checkpoint.folder / needed).is_file():
         return prepare(recipe, weights=False, on=on)
-    why = f"no file at {absent[0]}" if absent else f"{checkpoint.folder} has no tokenizer.json"
-    note(f"data      {why}: assuming rows of data.max_length tokens, all of them trained")
+    why = f"no file at {absent[0]}" if absent else f"{checkpoint.folder} has no {needed}"
+    assumed = "rows of data.max_length tokens, all of them trained" if has_tokens else "images as the model takes them"
+    note(f"data      {why}: assuming {assumed}")
     return None
 
 
@@ -113,8 +125,11 @@ def _nothing_left(to, parts):
 
 
 def refuse_pointless(report):
-    """Raise InputError where training on the rows of `report` would teach the model never to stop."""
-    if report["ends_with_stop_token"] == 0:
+    """Raise InputError where training on the rows of `report` would teach the model never to stop, or one class only."""
+    trained = [one["label"] for one in report.get("classes", ()) if one["rows"]]
+    if len(trained) == 1:
+        raise InputError(f"every training row has the label {trained[0]!r}; there is nothing to tell apart")
+    if report.get("ends_with_stop_token") == 0:
         raise InputError(
             "no row ends with a stop token, because all are truncated, so the model would never learn to stop; "
             "raise data.max_length, or set data.overlong to truncate_prompt or drop"

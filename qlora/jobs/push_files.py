@@ -14,6 +14,7 @@ from ..system.errors import InputError
 from ..system.events import note
 from ..system.files import read as read_text
 from ..system.files import read_object
+from .chosen_task import task_of
 from .run_facts import origin_of
 
 CARD = "README.md"
@@ -61,10 +62,10 @@ def _of_run(run, base, title):
     recipe, origin = run.recipe(), origin_of(run)
     named = base or shown_name(origin.base["name_or_path"])[0]
     config = {**read.config, "base_model_name_or_path": named}
-    files = _there(run.adapter, [methods.WEIGHTS, *_TOKENIZER])
+    files = _there(run.adapter, [methods.WEIGHTS, *_TOKENIZER, base_model.image_processor.FILE])
     files[methods.CONFIG] = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
     quantization = recipe.quantization and recipe.quantization.model_dump()
-    files[CARD] = adapter_card(title, named, read.config, quantization, origin)
+    files[CARD] = adapter_card(title, named, read.config, quantization, origin, task_of(recipe))
     return files
 
 
@@ -88,7 +89,8 @@ def _of_model(folder):
     names = [*_OF_MODEL, *_TOKENIZER, *sorted(set(weights.values())), CARD]
     names += report["served"] + sorted(path.name for path in folder.glob("*processor_config.json"))
     files = _there(folder, [name for name in names if name])
-    for needed in ("config.json", "tokenizer.json", CARD):
+    reads = "tokenizer.json" if base_model.task_of_folder(folder).HAS_TOKENS else base_model.image_processor.FILE
+    for needed in ("config.json", reads, CARD):
         if needed not in files:
             raise InputError(f"{folder}: {needed} is missing; export it again")
     found = {name: read_object(path) for name, path in files.items() if path.suffix == ".json"}

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import methods
+from .. import base_model, data, methods
 from ..recipe import Recipe
 from ..runs import record
 from ..runs.checkpoints import Checkpoints, read_state
@@ -38,7 +38,7 @@ _FREE = {
     ),
     "training.per_device_eval_batch_size",
 }
-_DTYPE = "model.dtype"
+_DTYPE, _TASK = "model.dtype", "task"
 _PLACE = {"path", "name", "subset", "split", "revision"}
 
 
@@ -53,14 +53,20 @@ def of_recipe(recipe: Recipe, prepared) -> dict:
     found.pop(_DTYPE)
     if recipe.quantization is None:
         found[_DTYPE] = recipe.model.dtype
+    if found[_TASK] == Recipe.model_fields[_TASK].default:  # nor has a run of before there were others this one
+        del found[_TASK]
     for name in ("data.train", "data.eval"):
         found[name] = [{k: v for k, v in source.items() if k not in _PLACE} for source in found[name] or []]
     tokenizer, rows = prepared.tokenizer, prepared.examples
     found["data"] = [part.digest for part in prepared.parts]
-    found["rows"] = _digest(rows.lengths.tobytes(), rows.num_trained.tobytes(), rows.keys.tobytes())
-    special = json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str)
-    found["tokenizer"] = _digest(tokenizer.backend_tokenizer.to_str().encode(), special.encode())
-    found["chat_template"] = _digest(str(tokenizer.chat_template).encode())
+    taught = rows.numbers(data.labels.COLUMN) if prepared.checkpoint.task.file.HAS_CLASSES else rows.num_trained
+    found["rows"] = _digest(rows.lengths.tobytes(), taught.tobytes(), rows.keys.tobytes())
+    if prepared.checkpoint.task.file.HAS_TOKENS:
+        special = json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str)
+        found["tokenizer"] = _digest(tokenizer.backend_tokenizer.to_str().encode(), special.encode())
+        found["chat_template"] = _digest(str(tokenizer.chat_template).encode())
+    else:
+        found["image_processor"] = base_model.image_processor.identity(tokenizer)
     start = started_from.folder_of(recipe.model)
     if start is not None:
         found["adapter"] = sha256(start / methods.WEIGHTS)

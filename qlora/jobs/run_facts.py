@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from ..evaluation.intervals import in_words
 from ..exporter.model_card import Origin
 from ..recipe import as_yaml
 from ..runs import record
 from ..system.errors import InputError
+from .chosen_task import task_of
 
 _OF_DATA = {"max_length", "overlong", "on_bad_row", "packing", "train_on", "eval_fraction"}
+_OF_CLASSES = {"max_length", "overlong", "on_bad_row", "eval_fraction", "labels", "class_weights"}
 
 
 def origin_of(run) -> Origin:
@@ -50,9 +53,13 @@ def _shown(path, datasets):
 def _counts(run):
     report = json.loads(run.data_report_file.read_text(encoding="utf-8"))
     steps = max(line.step for line in record.read(run))
+    trained = report["tokens"].get("trained")
+    classes = ", ".join(f"{one['label']} {one['rows']:,}" for one in report.get("classes", ()))
     return (
-        f"{report['rows']:,} rows to train on, {report['eval_rows']:,} held out; {report['tokens']['total']:,} tokens, "
-        f"{report['tokens']['trained']:,} of them trained; {steps:,} steps."
+        f"{report['rows']:,} rows to train on, {report['eval_rows']:,} held out; {report['tokens']['total']:,} "
+        f"{'images' if 'image_sizes' in report else 'tokens'}"
+        f"{f', {trained:,} of them trained' if trained is not None else ''}; {steps:,} steps."
+        + (f" Rows a class: {classes}." if classes else "")
     )
 
 
@@ -68,7 +75,7 @@ def _measured(run):
         where = f" on {after['rows']} rows (qlora eval)"
         rows.append([f"loss{where}", f"{before['loss']:.4f}", f"{after['loss']:.4f}"])
         rows += [
-            [f"{name.replace('_', ' ')}{where}", f"{before['metrics'][name]['value']:.1%}", f"{metric['value']:.1%}"]
+            [f"{name.replace('_', ' ')}{where}", in_words(before["metrics"][name]), in_words(metric)]
             for name, metric in after["metrics"].items()
         ]
     return rows
@@ -77,5 +84,9 @@ def _measured(run):
 def _settings(recipe):
     """Return the sections that decide what is learned as YAML, without places and without what is not set."""
     values = recipe.model_dump(exclude_none=True, include={"quantization", recipe.method.key, "training"})
-    values["data"] = recipe.data.model_dump(include=_OF_DATA)
+    has_classes = task_of(recipe).file.HAS_CLASSES
+    fields = _OF_CLASSES if has_classes else _OF_DATA
+    fields = fields if task_of(recipe).file.HAS_TOKENS else fields - {"max_length", "overlong"}
+    values["data"] = recipe.data.model_dump(include=fields, exclude_none=has_classes)
+    values |= {"task": recipe.task} if has_classes else {}
     return as_yaml(values)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from .. import methods
+from ..base_model import text_generation
 from ..runs.folder import RunDir
 from ..system.errors import InputError
 from ..system.events import note
@@ -44,6 +45,12 @@ def settle(recipe, checkpoint):
     recorded = None if run is None else run.recipe()
     section = methods.section_of(folder, recorded and recorded.method)
     _refuse_changes(recipe.method, section, named)
+    if recorded is not None:
+        _refuse_other_task(recipe, recorded, named)
+    elif recipe.task != text_generation.NAME:
+        raise InputError(
+            f"model.adapter_name_or_path: {named} is an adapter alone; the names of its classes are in its run, so name that"
+        )
     if recorded is not None and _codes(recorded.quantization) != _codes(recipe.quantization):
         raise InputError(
             f"quantization: {_said(recipe.quantization)}, but {named} was trained on a base with {_said(recorded.quantization)}; "
@@ -58,6 +65,17 @@ def settle(recipe, checkpoint):
     free = {name: getattr(ours, name) for name in _FREE & ours.model_fields_set if name in type(section).model_fields}
     taken = {recipe.method.key: None, section.key: section.model_copy(update=free)}
     return recipe.model_copy(update=taken)
+
+
+def _refuse_other_task(ours, theirs, named):
+    """Raise InputError if an adapter was trained for another task than the recipe's, or for other classes."""
+    if ours.task != theirs.task:
+        raise InputError(f"task: {ours.task}, but {named} was trained for {theirs.task}")
+    if ours.data.labels != theirs.data.labels:
+        now, then = (", ".join(one.data.labels) for one in (ours, theirs))
+        raise InputError(
+            f"{named}: its classes are {then}, and those of this training {now}; train from the base instead"
+        )
 
 
 def _refuse_changes(ours, theirs, named):

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from .. import base_model
 from . import attention, liger, linear, loss, norm, swiglu
 
 # a SwiGLU block before the layers in it, a library's kernel before ours: a module has the first that takes it
@@ -46,7 +47,9 @@ def installed(peft_model, setting="auto"):
     model, patched = peft_model.get_base_model(), []
     by_torch = model.config._attn_implementation == "sdpa"  # else the recipe has asked for another one
     apart = getattr(getattr(peft_model, "active_peft_config", None), "is_prompt_learning", False)  # before each row
-    found = Installed(joined=by_torch and attention.joins(model) and not apart, loss=loss.takes(model))
+    words = not base_model.task_of(model).HAS_CLASSES  # a class is that of one row, whatever its tokens
+    joined = words and by_torch and attention.joins(model) and not apart
+    found = Installed(joined=joined, loss=words and loss.takes(model))
     try:
         _install(peft_model, found, patched)
         yield found

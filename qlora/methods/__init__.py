@@ -61,7 +61,7 @@ def attach(model, section, seed=0, token_ids=(), checkpoint=None, examples=(), s
     if start is None:
         attached = of(section).attach(model, section, seed, token_ids, checkpoint, examples)
     else:
-        adapter, ends = read(start), [model.get_input_embeddings().weight, model.get_output_embeddings().weight]
+        adapter, ends = read(start), peft_model.ends(model)
         adapter.refuse_other_tokens(base_model.token_modules(model) if token_ids else [], token_ids)
         attached = of(section).attach(model, section.from_zero(), seed, token_ids)
         of(section).fill(attached, adapter, ends)

@@ -42,6 +42,9 @@ def _chosen(model, section):
     if section.modules is None:
         return set(every)
     found = {one: [name for name in every if f".{one}." in f".{name}"] for one in section.modules}
+    task = base_model.task_of(model)
+    if task.HAS_CLASSES:
+        found |= {one: [name for name in every if name.startswith(f"{one}.")] for one in task.head_names(model)}
     absent = [f"full.modules: {one!r} is no module of the model" for one, names in found.items() if not names]
     if absent:
         known = sorted({name.split(".")[-2] for name in every})
@@ -68,8 +71,12 @@ def _smallest(named):
 def save(model, folder, base_name, revision):
     """Write an ordinary model folder; raises TrainingFailed before anything is written if a number is not finite."""
     refuse_not_finite(dict(model.named_parameters()), "tensors")
-    model.save_pretrained(folder, max_shard_size=_SHARD)
-    config = {"peft_type": "FULL", "modules": model.trained_by.modules, "base_model_name_or_path": str(base_name),
+    task, modules = base_model.task_of(model), model.trained_by.modules
+    # images: under the names that the model has in memory, which `read` gives back; the export has those of the files
+    model.save_pretrained(folder, max_shard_size=_SHARD, save_original_format=task.HAS_TOKENS)
+    if modules is not None and task.HAS_CLASSES:
+        modules = [*modules, *task.head_names(model)]
+    config = {"peft_type": "FULL", "modules": modules, "base_model_name_or_path": str(base_name),
               "revision": revision}  # fmt: skip
     write_json(Path(folder) / WHOLE, config)
 

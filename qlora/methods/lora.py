@@ -10,6 +10,7 @@ import math
 
 import torch
 
+from .. import base_model
 from ..system.errors import InputError
 from . import initial_weights, low_rank, peft_model, targets
 from .adapter import Sorted, refuse_unknown_settings
@@ -32,7 +33,7 @@ def attach(model, section, seed=0, token_ids=(), checkpoint=None, examples=()):
     low_rank.refuse_ranks(model, {name: _rank(section, name) for name in layers}, factor, note)
     _refuse_biases(model, section, layers)
     # made on the meta device at once, not moved there: at high ranks that is seconds and gigabytes
-    on_meta = model.get_input_embeddings().weight.is_meta
+    on_meta = next(model.parameters()).is_meta
     if not on_meta:
         initial_weights.refuse(model, section)
     torch.manual_seed(seed)
@@ -177,8 +178,8 @@ def _refuse_biases(model, section, layers):
 
 
 def _refuse_tying(model, section, whole):
-    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
-    tied = ends[0].weight is ends[1].weight
+    ends = base_model.token_ends(model)
+    tied = len(ends) == 2 and ends[0].weight is ends[1].weight
     if section.ensure_weight_tying and not (tied and any(model.get_submodule(name) in ends for name in whole)):
         raise InputError(
             "lora.ensure_weight_tying: has no effect; it is for modules_to_save that name the embedding or the head of a "

@@ -16,7 +16,6 @@ import torch
 from safetensors.torch import load_file
 
 from .. import base_model
-from ..base_model import text_generation
 from ..system.errors import InputError
 from .folder import PREFIX, WEIGHTS, refuse_not_finite, write_weights
 
@@ -32,11 +31,16 @@ def settings(model, targets, whole, token_ids=()):
         "target_modules": targets,
         "modules_to_save": whole or None,
         "fan_in_fan_out": any(map(base_model.is_conv1d, model.modules())),
-        "task_type": text_generation.PEFT_TYPE,
+        "task_type": base_model.task_of(model).PEFT_TYPE,
     }
     if token_ids:
         found["trainable_token_indices"] = {name: list(token_ids) for name in base_model.token_modules(model)}
     return found
+
+
+def ends(model):
+    """Return the weights of the embedding and, where the model answers with words, of the head."""
+    return [end.weight for end in base_model.token_ends(model)]
 
 
 def make(model, config):
@@ -63,6 +67,9 @@ def make(model, config):
             raise InputError(
                 f"{key}: PEFT refuses {type(model).__name__}: {error}\n  name such layers in {key}.exclude_modules"
             ) from None
+    if base_model.task_of(model).PEFT_TYPE == "SEQ_CLS" and hasattr(config, "modules_to_save"):
+        # PEFT adds `classifier` and `score`, whatever the model has
+        config.modules_to_save = config.modules_to_save[: len(config.modules_to_save) - 2]
     whole = [n for n, m in peft_model.get_base_model().named_modules() if isinstance(m, ModulesToSaveWrapper)]
     if getattr(config, "trainable_token_indices", None):
         ends = [model.get_input_embeddings(), model.get_output_embeddings()]
@@ -140,11 +147,10 @@ def load(model, adapter, token_ids, kind, followed):
     """
     adapter.refuse_other_tokens(base_model.token_modules(model) if token_ids else [], token_ids)
     said = {key: adapter.config[key] for key in followed if adapter.config.get(key) is not None}
-    ends = [end.weight for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None]
-    layers = shapes(model)
+    layers, found = shapes(model), ends(model)
     peft_model = make(model, kind(**said, **_saved_settings(model, adapter)))
     adapter.refuse_left_out(layers)
-    untrained = fill(peft_model, adapter, ends)
+    untrained = fill(peft_model, adapter, found)
     to_dtype(peft_model, dtype_of(model))
     return _frozen(peft_model, untrained)
 

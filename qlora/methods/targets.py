@@ -66,7 +66,7 @@ def _layers(model, section):
 
 def _refuse_unmatched(model, section, linear, leaves, targets):
     names = {module: name for name, module in model.named_modules()}
-    ends = [names[end] for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None]
+    ends = [names[end] for end in base_model.token_ends(model)]
     problems = []
     for field, wanted in (("target_modules", targets), ("exclude_modules", section.exclude_modules or [])):
         for one in _one_by_one(wanted):
@@ -84,8 +84,8 @@ def _refuse_unmatched(model, section, linear, leaves, targets):
 
 
 def _whole(model, section, layers, token_ids):
-    modules = dict(model.named_modules())
-    whole, problems = [], []
+    modules, task = dict(model.named_modules()), base_model.task_of(model)
+    whole, problems = [*(task.head_names(model) if task.HAS_CLASSES else ())], []
     for wanted in section.modules_to_save or ():
         found = [name for name in modules if name == wanted or name.endswith(f".{wanted}")]
         whole += found
@@ -104,7 +104,7 @@ def _whole(model, section, layers, token_ids):
 def _why_not_whole(model, section, module, name, layers, token_ids):
     """Return why a module cannot be trained whole, None if it can."""
     adapted = [layer for layer in layers if _is_within(layer, [name])]
-    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    ends = base_model.token_ends(model)
     if module is None:
         return "the model has no such module"
     if any(_is_within(layer, [name]) for layer in base_model.quantized_modules(model)):

@@ -10,17 +10,21 @@ import numpy as np
 
 from ..data.masked_examples import IGNORE_INDEX
 from ..system.errors import InputError
+from . import images
 
 BARS = 10
 _SHOWN = 20  # rows of a page, from all over the data
 
 
 def pieces(tokenizer, example, one_by_one=False):
-    """Return [(text, ids, trained, special), ...] of the row: its longest runs of one kind, or its tokens."""
+    """Return [(text, ids, trained, special), ...] of the row: its longest runs of one kind, or its tokens.
+
+    Of an example with one label no token is trained.
+    """
+    labels = getattr(example, "labels", None) or [IGNORE_INDEX] * len(example.input_ids)
     special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     tokens = [
-        (token, label != IGNORE_INDEX, token in special)
-        for token, label in zip(example.input_ids, example.labels, strict=True)
+        (token, label != IGNORE_INDEX, token in special) for token, label in zip(example.input_ids, labels, strict=True)
     ]
     if one_by_one:
         groups = [[token] for token in tokens]
@@ -51,27 +55,38 @@ def altered(source):
     lines = []
     if source["unused"]:
         lines.append("unused keys: " + ", ".join(f"{key} ({count:,} rows)" for key, count in source["unused"].items()))
-    if source["rows_merged"]:
+    if source.get("rows_merged"):
         lines.append(f"{source['rows_merged']:,} rows had consecutive assistant messages merged into one turn")
-    if source["rows_without_thoughts"]:
+    if source.get("rows_without_thoughts"):
         lines.append(f"{source['rows_without_thoughts']:,} rows had their thoughts removed (data.thoughts=drop)")
-    if source["conversations_by_answer"]:
+    if source.get("conversations_by_answer"):
         times = source["tokens_by_answer"] / source["tokens_of_conversations"]
         lines.append(
             f"{source['conversations_by_answer']:,} conversations became {source['answers_by_answer']:,} training rows, one per "
             f"answer ({times:.1f}x the tokens): the template shows earlier turns differently once later ones follow, or an "
             "answer's first characters would merge with the prompt; data.train_on=last_assistant trains on last answers only"
         )
-    if source["rows_with_nulls"]:
+    if source.get("rows_with_nulls"):
         lines.append(
             f"{source['rows_with_nulls']:,} rows had null fields removed from tool calls or tool schemas (to keep them, "
             "write arguments and tools as JSON strings)"
         )
+    for count, what in (
+        ("images_rotated", "were turned upright, as their EXIF orientation says"),
+        ("images_converted", "were converted to RGB from greyscale, a palette or CMYK"),
+        (
+            "images_transparent",
+            "have transparency, which is left out: the colours behind it show, as in transformers' pipeline",
+        ),
+    ):
+        if source.get(count):
+            lines.append(f"{source[count]:,} images {what}")
     return lines
 
 
-def page(title, template, report, bars, max_length, rows):
-    """Return the HTML of a report. rows: [(where, pieces of the row), ...] to show."""
+def page(title, template, report, bars, max_length, rows, pictures=()):
+    """Return the HTML of a report. rows: [(where, pieces of the row), ...] to show; pictures: [(where, label, address of a
+    small image), ...] instead, and the bars are not shown."""
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     source = Path(__file__).with_name("data.html").read_text(encoding="utf-8")
     return environment.from_string(source).render(
@@ -83,7 +98,14 @@ def page(title, template, report, bars, max_length, rows):
         tallest=max(count for *_, count in bars),
         max_length=max_length,
         rows=[(where, [(text, trained, special) for text, _, trained, special in row]) for where, row in rows],
+        pictures=pictures,
+        sizes=images.sizes_in_words(report["image_sizes"]) if "image_sizes" in report else "",
     )
+
+
+def _label(prepared, example):
+    """Return in words which class an example has, "" of one without."""
+    return f", label {prepared.recipe.data.labels[example.label]}" if prepared.recipe.data.labels else ""
 
 
 def write_page(file, prepared, row=None):
@@ -93,11 +115,24 @@ def write_page(file, prepared, row=None):
         InputError: it cannot be written.
     """
     recipe, rows = prepared.recipe, prepared.examples
-    numbers = {n * (len(rows) - 1) // (_SHOWN - 1) for n in range(_SHOWN)} if row is None else {row - 1}
-    shown = [(f"row {n + 1}: {rows.where(n)}", pieces(prepared.tokenizer, rows[n])) for n in sorted(numbers)]
+    of_images = not prepared.checkpoint.task.file.HAS_TOKENS
+    most = images.SHOWN if of_images else _SHOWN
+    numbers = {n * (len(rows) - 1) // (most - 1) for n in range(most)} if row is None else {row - 1}
+    pictures = [
+        (f"row {n + 1}: {rows[n].path}", recipe.data.labels[rows[n].label], images.thumbnail(rows[n]))
+        for n in sorted(numbers) if of_images
+    ]  # fmt: skip
+    shown = (
+        []
+        if of_images
+        else [
+            (f"row {n + 1}: {rows.where(n)}{_label(prepared, rows[n])}", pieces(prepared.tokenizer, rows[n]))
+            for n in sorted(numbers)
+        ]
+    )
     title = f"{recipe.model.name_or_path}, {recipe.output_dir}"
     bars = histogram(rows.lengths)
-    content = page(title, prepared.template, prepared.report, bars, recipe.data.max_length, shown)
+    content = page(title, prepared.template, prepared.report, bars, recipe.data.max_length, shown, pictures)
     try:
         Path(file).write_text(content, encoding="utf-8")
     except OSError as error:

@@ -69,7 +69,7 @@ class Plan:
     that, for checkpoints moved to the host; allocated_bytes: of the peak without a GPU's context; cuda_bytes: those that
     torch's counters on a GPU see. tokens_per_micro_batch: at most, where the rows of a step are joined. tokens_per_second: at
     most, padding not counted; steps and hours: of the whole training, at that speed; checkpoint_bytes: of one on the disk.
-    Numbers that are not known are None."""
+    counts: what tokens_per_second is a number of, tokens or images. Numbers that are not known are None."""
 
     components: dict
     peak_bytes: int
@@ -87,6 +87,7 @@ class Plan:
     steps: int | None
     hours: float | None
     checkpoint_bytes: int
+    counts: str
 
 
 def plan(job: Job) -> Plan:
@@ -119,6 +120,7 @@ def plan(job: Job) -> Plan:
         steps,
         hours,
         checkpoint_bytes(job.outline, job.training.optim),
+        job.outline.counts,
     )
 
 
@@ -202,9 +204,12 @@ def _steps(job):
 def backwards(job: Job) -> dict:
     """Return {"max_length", "micro_batch", "r"}: the largest of each that fits, all else as it is; 0 for none.
 
-    Where the rows of a step are joined, "tokens_per_micro_batch" is there instead of "micro_batch", which is in rows.
+    Where the rows of a step are joined, "tokens_per_micro_batch" is there instead of "micro_batch", which is in rows; of images
+    there is no max_length.
     """
-    answers = {"max_length": _largest(lambda length: at_length(job, length))}
+    answers = {}
+    if job.outline.counts == "tokens":
+        answers["max_length"] = _largest(lambda length: at_length(job, length))
     if job.load.joins_steps:
         answers["tokens_per_micro_batch"] = _largest(lambda tokens: _at_tokens(job, tokens))
     else:
@@ -335,7 +340,7 @@ def _changes(job, now):
 def _smaller(job):
     """Yield changes that give something up, for a job that does not fit."""
     load, lora = job.load, job.lora
-    length = _largest(lambda n: at_length(job, n)) // 64 * 64
+    length = _largest(lambda n: at_length(job, n)) // 64 * 64 if job.outline.counts == "tokens" else 0
     if 0 < length < load.longest:
         yield f"data.max_length={length}", at_length(job, length).but(num_tokens=None)
     ranks = _ranks(job)

@@ -14,7 +14,7 @@ from ..kernels import groups
 from ..kernels.checkpointing import PIECE
 from ..recipe.optimizers import OPTIMIZERS
 from ..system.errors import QLoRAError
-from . import trace
+from . import classes, trace
 from .speed import Work
 
 # Assumed, not measured: what the CUDA driver and the libraries' kernels take beside torch's own allocations, and what
@@ -89,7 +89,8 @@ class Usage:
 class Outline:
     """joins: rows are joined without padding. weights: bytes. trained: numbers in each trained tensor. trained_bytes: all
     of them, as the model holds them; layer_gradients: {kind of layer: bytes}. read_bytes: beside the weights while
-    the largest of them is read. work: for its speed. mapped: bytes of the weights that stay mapped files on a CPU.
+    the largest of them is read. work: for its speed. mapped: bytes of the weights that stay mapped files on a CPU. counts: what
+    a row's length is a number of, tokens or images.
     """
 
     device_kind: str
@@ -102,6 +103,7 @@ class Outline:
     step: trace.Step
     work: Work
     mapped: int = 0
+    counts: str = "tokens"
 
     @property
     def num_layers(self):
@@ -147,13 +149,17 @@ def _outline(config, model_section, quantization, lora, num_new_tokens, device_k
     read_bytes = _read_bytes(model, config, num_new_tokens, device_kind, mapped)
     linear = [model.get_submodule(name) for name in base_model.linear_names(model)]
     base = sum(base_model.numel(module.weight) for module in linear)
-    head = model.get_output_embeddings().weight.numel()
+    answering = model.get_output_embeddings()
+    head = 0 if answering is None else answering.weight.numel()
+    of_images = not base_model.task_of(model).HAS_TOKENS
+    positions = classes.positions_of_an_image(model) if of_images else 1.0
     peft_model = methods.attach(model, lora, token_ids=range(num_new_tokens))
     step, joins = trace.trace(peft_model, device_kind, packed, kernels)
     trained = [parameter for parameter in peft_model.parameters() if parameter.requires_grad]
     layers = base_model.decoder_layers(peft_model)
     text = config.get_text_config()
     heads = getattr(text, "num_attention_heads", 1)
+    heads = heads if isinstance(heads, int) else 1  # Swin has a number for each stage
     width = heads * (getattr(text, "head_dim", None) or text.hidden_size // heads)
     return Outline(
         device_kind,
@@ -164,8 +170,17 @@ def _outline(config, model_section, quantization, lora, num_new_tokens, device_k
         {kind: _bytes(p for p in layer.parameters() if p.requires_grad) for kind, layer in zip(step.layers, layers)},  # noqa: B905
         read_bytes,
         step,
-        Work(base, sum(p.numel() for p in trained if p.dim() == 2), head, len(layers), width, bool(quantization)),
+        Work(
+            base,
+            sum(p.numel() for p in trained if p.dim() == 2),
+            head,
+            len(layers),
+            width,
+            bool(quantization),
+            positions,
+        ),
         mapped,
+        "images" if of_images else "tokens",
     )
 
 
@@ -267,7 +282,8 @@ def _lost_on_cpu(model, load, checkpointed, worked):
 
 
 def _growth(model, load):
-    return trace.growth(load.tokens, load.scored, model.step.at_once(load.scored), load.document or load.length)
+    document = load.document or load.length
+    return trace.growth(load.tokens, load.scored, model.step.at_once(load.scored), document, model.step.padded)
 
 
 def _step(model, load, checkpointed, offload, summed):

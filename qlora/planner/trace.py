@@ -11,6 +11,7 @@ import contextlib
 import functools
 import itertools
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from .. import base_model, kernels
 from ..data import IGNORE_INDEX
 from ..kernels import causal, checkpointing, loss, tiles, token_rows
 from ..system import memory
+from . import classes
 
 # B batch (1), H heads, T tokens, D head dim, N scored positions, V vocabulary, C positions in a chunk of the head
 
@@ -58,11 +60,14 @@ class Segment:
         return Segment(self.levels + share * (other.levels - self.levels))
 
 
-def growth(num_tokens, num_scored, head, document):
+def growth(num_tokens, num_scored, head, document, padded=False):
     """Return what levels grow with: 1, T, T squared, N, rows of the head's buffer (Step.at_once), scores of a block of a
-    document, and tokens of a tile (kernels.tiles).
+    document (padded: of all documents, whole), and tokens of a tile (kernels.tiles).
     """
-    block, tile = min(document, causal.BLOCK) * document, max(part.stop - part.start for part in tiles.of(num_tokens))
+    block, tile = (
+        (num_tokens if padded else min(document, causal.BLOCK)) * document,
+        max(part.stop - part.start for part in tiles.of(num_tokens)),
+    )
     return np.array([1.0, num_tokens, num_tokens**2, num_scored, head, block, tile])
 
 
@@ -70,7 +75,7 @@ def growth(num_tokens, num_scored, head, document):
 class Step:
     """A step's segments. layers: the kind of each; plain, checkpointed: {kind of layer: (forward, backward)}, and under
     "head": (final norm and loss, these and back to the last layer). head: (V, bytes of a hidden number, device) as
-    loss.at_once takes them; None: the loss is trl's.
+    loss.at_once takes them; None: the loss is trl's. padded: rows are not joined, and `document` is as long as all of them.
     """
 
     layers: tuple
@@ -78,6 +83,7 @@ class Step:
     plain: dict
     checkpointed: dict
     head: tuple | None = None
+    padded: bool = False
 
     def at_once(self, num_scored):
         """Return of how many scored positions logits are in memory at a time."""
@@ -95,6 +101,7 @@ class Step:
             pairs(self.plain, other.plain),
             pairs(self.checkpointed, other.checkpointed),
             self.head,
+            self.padded,
         )
 
 
@@ -111,23 +118,28 @@ def trace(peft_model, device_kind, packed, setting="auto"):
     names = {kind: number for number, kind in enumerate(dict.fromkeys(kinds))}
     chosen = [layers[kinds.index(kind)] for kind in names]
     shapes: dict = {}
+    padded = base_model.task_of(model).HAS_CLASSES
     with _cut(model, layers, chosen), kernels.installed(peft_model, setting) as found, _training(peft_model):
         ways = []
         for number in (0, len(chosen)):
             with checkpointing.checkpointed(chosen, number):
+                run = functools.partial(_run, peft_model, chosen, device_kind, found, packed, shapes=shapes)
+                if not base_model.task_of(model).HAS_TOKENS:
+                    fitted = classes.fitted_to_images({many: run((many,) * 5) for many in classes.IMAGES}, len(_POINTS))
+                    ways.append({name: Segment(levels) for name, levels in fitted.items()})
+                    continue
                 points = [point for number, point in enumerate(_POINTS) if number != _UNREAD[device_kind]]
-                runs = {point: _run(peft_model, chosen, device_kind, found, packed, point, shapes) for point in points}
-                ways.append(_fitted(runs, _UNREAD[device_kind]))
+                ways.append(_fitted({point: run(point) for point in points}, _UNREAD[device_kind], padded))
     plain, checkpointed = (
         {number: (segments["forward", number], segments["backward", number]) for number in names.values()}
         | {"head": (segments["head forward"], segments["head"])}
         for segments in ways
     )
     head = None
-    if device_kind == "cpu" or not loss.is_left_to_trl(model, found.loss, device_kind):
+    if not padded and (device_kind == "cpu" or not loss.is_left_to_trl(model, found.loss, device_kind)):
         weight = token_rows.parts(model.get_output_embeddings())[0]
         head = len(weight), weight.element_size(), device_kind
-    step = Step(tuple(names[kind] for kind in kinds), ways[0]["embedding"], plain, checkpointed, head)
+    step = Step(tuple(names[kind] for kind in kinds), ways[0]["embedding"], plain, checkpointed, head, padded)
     return step, found.joined
 
 
@@ -164,11 +176,8 @@ def _run(peft_model, layers, device_kind, installed, packed, point, shapes):
         handles.append(layer.register_forward_hook(end(number), with_kwargs=True))
     live = _LiveShapes(shapes)
     joined = packed or installed.joined
-    way = functools.partial(_loss_of_trained_positions, lean=installed.loss, joined=joined)
-    if device_kind == "cuda" and loss.is_left_to_trl(peft_model.get_base_model(), installed.loss, device_kind):
-        way = functools.partial(_trls_loss, chunk=chunk)
+    way, attention = _ways(peft_model, device_kind, installed, packed, chunk, document)
     at_once = chunk if device_kind == "cuda" else loss.POSITIONS
-    attention = _way_of_attention(device_kind, installed.joined, packed, document)
     try:
         with _attention(peft_model.get_base_model(), attention, joined), _one_piece(tile, at_once), live:
             live.add(*base_model.tensors(peft_model))
@@ -193,6 +202,22 @@ def _run(peft_model, layers, device_kind, installed, packed, point, shapes):
         [found["head"], found.pop("loss") + (found["head"][-1] if len(found["head"]) else 0)]
     )
     return found
+
+
+def _ways(peft_model, device_kind, installed, packed, chunk, document) -> Any:
+    """Return ((model, number of tokens, number of scored ones) -> loss, attention function) of what is planned.
+
+    chunk: positions in a chunk of the head. document: the longest.
+    """
+    task, attention = base_model.task_of(peft_model), _way_of_attention(device_kind, installed.joined, packed, document)
+    if not task.HAS_TOKENS:
+        return classes.loss_of_images, attention
+    if task.HAS_CLASSES:
+        return classes.loss_of_a_row, classes.way_of_padded_attention(device_kind, document, _Flash.apply)
+    if device_kind == "cuda" and loss.is_left_to_trl(peft_model.get_base_model(), installed.loss, device_kind):
+        return functools.partial(_trls_loss, chunk=chunk), attention
+    joined = packed or installed.joined
+    return functools.partial(_loss_of_trained_positions, lean=installed.loss, joined=joined), attention
 
 
 class _LiveShapes(memory.LiveTensors):
@@ -244,12 +269,12 @@ def _is_new(made, args, kwargs):
     return address not in given and alike.untyped_storage().nbytes() == made.untyped_storage().nbytes()
 
 
-def _fitted(runs, unread):
+def _fitted(runs, unread, padded):
     """Return {segment: Segment} from {point: run}, the same events in each: levels are exact, so a point a term will do.
 
-    unread: the term that has no point, and is 0.
+    unread: the term that has no point, and is 0. padded: see `growth`.
     """
-    terms = np.array([growth(t, n, c, document) for t, n, c, document, _ in runs])
+    terms = np.array([growth(t, n, c, document, padded) for t, n, c, document, _ in runs])
     terms[:, 6] = [tile for *_, tile in runs]
     terms = np.delete(terms, unread, axis=1)
     segments = {}
@@ -445,16 +470,16 @@ class _Flash(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, query, key, value, scratch):
+    def forward(ctx, query, key, value, scratch, mask=None):
         output = torch.empty_like(query[..., : value.shape[-1]])  # its numbers in the query's order, as the kernels do
         lse = query.new_empty(query.shape[:3], dtype=torch.float32)
-        ctx.save_for_backward(query, key, value, output, lse)
+        ctx.save_for_backward(query, key, value, output, lse, *([] if mask is None else [mask]))
         ctx.scratch = scratch
         return output
 
     @staticmethod
     def backward(ctx, gradient):
-        query, key, value, _, lse = ctx.saved_tensors
+        query, key, value, _, lse, *_ = ctx.saved_tensors
         scratch = []
         if ctx.scratch:
             scratch = [torch.empty_like(lse), torch.empty_like(query, dtype=torch.float32)]
@@ -462,4 +487,4 @@ class _Flash(torch.autograd.Function):
                 scratch += [torch.empty_like(query), torch.empty_like(query)]
         gradients = [torch.empty_like(x) for x in (query, key, value)]
         del scratch
-        return *gradients, None
+        return *gradients, None, None

@@ -13,7 +13,7 @@ from typing import Literal, get_args
 from pydantic import ValidationError, model_validator
 from ruamel.yaml import YAML
 
-from . import error_messages, reading
+from . import error_messages, reading, tasks
 from .fields import PathText, Section, parse_size
 from .methods import Adalora, Bottleneck, Full, Hira, Ia3, Lora, Method, Oft, PromptTuning
 from .sections import Data, Export, Format, Memory, Model, Quantization, Source, Training
@@ -25,6 +25,9 @@ __all__ = [
 
 
 class Recipe(Section):
+    task: Literal["text-generation", "text-classification", "image-classification"] = "text-generation"
+    """what the model answers, as transformers calls its pipelines: text-classification, image-classification
+    ([tasks.md](tasks.md))"""
     model: Model
     quantization: Quantization | None = Quantization()
     lora: Lora | None = None
@@ -82,6 +85,11 @@ class Recipe(Section):
         given = isinstance(values, dict) and [name for name in cls.names_of_methods() if values.get(name) is not None]
         return {**values, "lora": {}} if given == [] and "lora" not in values else values
 
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_the_task(cls, values):
+        return tasks.with_defaults(values)
+
     @model_validator(mode="after")
     def _one_method(self):
         given = list(self._methods)
@@ -90,6 +98,11 @@ class Recipe(Section):
         if not given:
             others = " or ".join(name for name in self.names_of_methods() if name != "lora")
             raise ValueError(f"lora: null leaves nothing to train; leave it out for the defaults, or give {others}")
+        return self
+
+    @model_validator(mode="after")
+    def _what_the_task_has(self):
+        tasks.refuse(self)
         return self
 
     @model_validator(mode="after")

@@ -36,8 +36,8 @@ class Comparison(Section):
     """further metrics to measure, see qlora eval --metric"""
     extract: Name | None = None
     """the part of answers that is compared, see qlora eval --extract"""
-    max_rows: Positive = 100
-    """held-out rows that are measured"""
+    max_rows: Positive | None = None
+    """held-out rows that are measured; null: 100, of a model that answers with classes all"""
     forgetting: PathText | None = BUILT_IN
     """rows that were not trained on, whose loss is measured before and after; null: not measured"""
     output_dir: PathText

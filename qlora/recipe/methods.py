@@ -12,11 +12,12 @@ from .fields import Count, Expression, Names, Number, Positive, Section, Share
 class Method(Section):
     """A section that says what is trained. key: its name in the recipe, and of its module in methods/. fixed_length: what it
     changes while training goes by the number of steps, so that a run cannot be made longer. saved_in: the folder of a run that
-    gets what was trained."""
+    gets what was trained. trains_a_head: it can train the head of a task with classes whole, beside what it trains."""
 
     key: ClassVar[str]
     fixed_length: ClassVar[bool] = False
     saved_in: ClassVar[str] = "adapter"
+    trains_a_head: ClassVar[bool] = False
 
     def from_zero(self):
         """Return the section with a start that changes nothing, for numbers that come from elsewhere."""
@@ -30,6 +31,8 @@ class Method(Section):
 
 class _OnLayers(Method):
     """What methods that train something beside linear layers have in common."""
+
+    trains_a_head: ClassVar[bool] = True
 
     target_modules: Expression | Names = "all-linear"
     """every linear layer but the head; or a list of names, or a regular expression"""
@@ -184,6 +187,7 @@ class Full(Method):
 
     key: ClassVar[str] = "full"
     saved_in: ClassVar[str] = "model"
+    trains_a_head: ClassVar[bool] = True
 
     modules: Names | None = None
     """names of modules, such as [layers.31, lm_head]: only these; null: all. Needs `quantization: null`"""

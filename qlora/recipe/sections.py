@@ -69,6 +69,9 @@ Column = Literal[
     "completion",
     "text",
     "tools",
+    "text_pair",
+    "image",
+    "label",
 ]
 
 
@@ -146,6 +149,12 @@ class Data(Section):
     """a Jinja file, or chatml; null: the model's own, or a built-in one for base models"""
     system_as_user: bool = False
     """the system message becomes the beginning of the first question, for templates without that role"""
+    labels: Annotated[list[Name], Field(min_length=2)] | None = None
+    """of a task with classes: their names, in the order of their numbers; null: those of the training rows
+    ([tasks.md](tasks.md#classes))"""
+    class_weights: Literal["balanced"] | dict[Name, Annotated[float, Field(gt=0, le=1e6)]] | None = None
+    """of a task with classes: how much a row counts in the loss, by its class: `{rare: 5}`, others 1; balanced: each class as
+    much as any other"""
     num_proc: Positive | None = None
     """processes that tokenize; null: one per core"""
 
@@ -162,6 +171,14 @@ class Data(Section):
             raise InputError(
                 f"--data {error_messages.shown(str(path))}: {error_messages.said(error.errors(include_url=False)[0])}"
             ) from None
+
+    @field_validator("labels")
+    @classmethod
+    def _each_class_once(cls, labels):
+        twice = sorted({label for label in labels or () if labels.count(label) > 1})
+        if twice:
+            raise ValueError(f"{', '.join(twice)} is listed more than once")
+        return labels
 
     @model_validator(mode="after")
     def _one_eval_source(self):

@@ -156,12 +156,13 @@ class Begun:
     """The steps begin: all is loaded, restored and rehearsed. Until now nothing of a run that goes on has changed.
 
     step: the last one that was taken, 0 in a new run. total_steps: the number of the last. lines: of metrics.jsonl that are
-    of steps up to `step`; later ones will be computed again.
+    of steps up to `step`; later ones will be computed again. counts: what `tokens` of the steps are a number of.
     """
 
     step: int
     total_steps: int
     lines: int
+    counts: str = "tokens"
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ def read(path, what):
         raw = file.read(MAX_BYTES + 1)
     if len(raw) > MAX_BYTES:
         raise InputError(f"cannot read {what} {path}: it is larger than {MAX_BYTES:,} bytes; is it another file?")
-    found = _instead(raw[:512]) if raw else None
+    found = instead(raw[:512]) if raw else None
     if found is not None:
         raise InputError(f"{path} {found}")
     try:
@@ -59,7 +59,7 @@ def not_utf8(error):
     return f"not UTF-8 (byte 0x{error.object[error.start]:02x}); save the file as UTF-8"
 
 
-def _instead(head):
+def instead(head):
     """Return in words what a file that begins so is instead of what its name says, and the remedy; None if nothing tells."""
     start = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if not head:
@@ -79,7 +79,7 @@ def refuse_instead(path):
     """Raise InputError if the file is empty, a Git LFS pointer, a web page or zeros; says which."""
     try:
         with open(path, "rb") as file:
-            found = _instead(file.read(512))
+            found = instead(file.read(512))
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}; it cannot be read") from None
     if found is not None:

@@ -7,8 +7,11 @@ from rich.text import Text
 from .. import data
 from ..jobs.prepared_data import dropped_rows
 from ..pages.data import altered, histogram, pieces
+from ..pages.images import sizes_in_words
 from ..system.events import note
-from .tables import has_color, show
+from .tables import has_color, show, table
+
+_FEW_CLASSES = 8
 
 
 def say_report(prepared):
@@ -22,7 +25,7 @@ def say_report(prepared):
         changed = [
             f", {source[key]:,} {word}"
             for key, word in (("rows_truncated", "TRUNCATED"), ("rows_split", "split"))
-            if source[key]
+            if source.get(key)
         ]
         dropped = f", {dropped_rows(source)}" if source["rows_dropped"] else ""
         note(
@@ -33,13 +36,19 @@ def say_report(prepared):
     for key in report["ignored_nothing"]:
         note(f"          data.ignore_keys: {key}: no row has this key")
     for path in report["not_read"]:
-        note(f"          {path} describes data sets; not read as rows")
-    note(
-        f"          {report['rows']:,} rows to train on, {report['eval_rows']:,} held out; {tokens['total']:,} tokens, "
-        f"{tokens['trained'] / tokens['total']:.0%} trained; length p50 {length['p50']}, p95 {length['p95']}, "
-        f"max {length['max']}"
-    )
-    note(f"          {report['ends_with_stop_token']:.0%} of rows end with a stop token; {_copies(report)}")
+        what = "" if "image_sizes" in report else " describes data sets;"
+        note(f"          {path}{what} not read as rows")
+    trained = f"{tokens['trained'] / tokens['total']:.0%} trained; " if "trained" in tokens else ""
+    lengths = f"length p50 {length['p50']}, p95 {length['p95']}, max {length['max']}"
+    what = f"{tokens['total']:,} tokens, {trained}{lengths}"
+    if "image_sizes" in report:
+        what = f"images {sizes_in_words(report['image_sizes'])}"
+    note(f"          {report['rows']:,} rows to train on, {report['eval_rows']:,} held out; {what}")
+    if "classes" in report:
+        note(f"          {_copies(report)}")
+        _say_classes(report)
+    else:
+        note(f"          {report['ends_with_stop_token']:.0%} of rows end with a stop token; {_copies(report)}")
     batches = prepared.batches
     if isinstance(batches, data.Packs):
         note(
@@ -48,7 +57,7 @@ def say_report(prepared):
         )
     elif isinstance(batches, data.Batches):
         note(f"batches   {report['rows']:,} rows in {len(batches):,} micro-batches")
-    note(f"template  {prepared.template}")
+    note(f"{'input' if 'image_sizes' in report else 'template':<10}{prepared.template}")
 
 
 def _copies(report):
@@ -60,8 +69,36 @@ def _copies(report):
     return "; ".join(found)
 
 
+def _say_classes(report):
+    """Say how many rows each class has: of a few classes all, of many the largest and the smallest."""
+    classes = sorted(report["classes"], key=lambda one: -one["rows"])
+    said = [f"{one['label']} {one['rows']:,} ({one['share']:.1%})" for one in classes]
+    if len(said) > _FEW_CLASSES:
+        said = [said[0], "...", said[-1]]
+    note(
+        f"classes   {len(classes):,}: {', '.join(said)}; always the largest would be right for {classes[0]['share']:.1%}"
+    )
+    empty = [one["label"] for one in classes if not one["rows"]]
+    if empty:
+        note(f"          NO TRAINING ROW is {', '.join(empty[:10])}: nothing is learned of it")
+    if report["contradictory"]:
+        note(f"          {report['contradictory']:,} rows say the same as another row with ANOTHER LABEL")
+
+
+def show_classes(prepared):
+    """Show how many rows each class has, in the order of their numbers, where the task has classes."""
+    classes = prepared.report.get("classes")
+    if classes:
+        rows = [[one["label"], str(number), f"{one['rows']:,}", f"{one['share']:.1%}", f"{one['eval_rows']:,}"]
+                for number, one in enumerate(classes)]  # fmt: skip
+        table("classes", ["", "number", "rows", "share", "held out"], rows)
+
+
 def show_lengths(prepared):
-    """Draw how many rows have which length, up to the longest."""
+    """Draw how many rows have which length, up to the longest; of images, which are alike, nothing."""
+    if not prepared.checkpoint.task.file.HAS_TOKENS:
+        show(f"steps     {prepared.report['steps_per_epoch']:,} per epoch")
+        return
     bars = histogram(prepared.examples.lengths)
     tallest = max(count for *_, count in bars)
     show(f"lengths   of {prepared.report['rows']:,} rows; max_length is {prepared.recipe.data.max_length:,}")
@@ -72,9 +109,16 @@ def show_lengths(prepared):
 
 def show_row(prepared, number, with_ids=False):
     """Show a training row, counted from 1, as it is trained."""
-    marked = "trained tokens in green" if has_color() else "trained: [[...]]"
+    example = prepared.examples[number - 1]
+    if prepared.checkpoint.task.file.HAS_CLASSES:
+        marked = f"label {prepared.recipe.data.labels[example.label]}"
+    else:
+        marked = "trained tokens in green" if has_color() else "trained: [[...]]"
     show(f"\nrow {number} ({prepared.examples.where(number - 1)}); {marked}")
-    show(_rendered(pieces(prepared.tokenizer, prepared.examples[number - 1], with_ids), with_ids))
+    if not prepared.checkpoint.task.file.HAS_TOKENS:
+        show("{} x {} pixels; --html FILE shows images".format(*example.size))
+        return
+    show(_rendered(pieces(prepared.tokenizer, example, with_ids), with_ids))
 
 
 def _rendered(pieces, with_ids):

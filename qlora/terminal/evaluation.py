@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from .classes import show_classes
 from .tables import show, table
 
 
 def show_result(target, result):
     """Show what `evaluate` returns: before and after of a run, or a model's own."""
+    classes = result.get("labels")
     before = result.get("before")
     columns = [before, result] if before else [result]
-    header = ["", "before", "after", "change", "95 %"] if before else ["", str(target), "95 %"]
+    header = (
+        ["", "base under a new head" if classes else "before", "after", "change", "95 %"]
+        if before
+        else ["", str(target), "95 %"]
+    )
     rows = []
     for name in ("loss", *result["metrics"]):
         of_metric = name in result["metrics"]
@@ -28,11 +34,14 @@ def show_result(target, result):
             )
             row.append(f"{number(low)} to {number(high)}")
         rows.append(row)
-        if name == "loss":
+        if name == "loss" and not classes:
             rows.append(
                 ["perplexity", *(f"{column['perplexity']:.4f}" for column in columns), *[""] * (2 if before else 1)]
             )
-    table(f"{result['rows']} held-out rows, {result['tokens']} answer tokens", header, rows)
+    of = f"{len(classes)} classes" if classes else f"{result['tokens']} answer tokens"
+    table(f"{result['rows']:,} held-out rows, {of}", header, rows)
+    if classes:
+        show_classes(result)
     if found := result.get("forgetting"):
         rise = (
             f", {found['value']:+.4f} by the training ({found['low']:+.4f} to {found['high']:+.4f})" if before else ""

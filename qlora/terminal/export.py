@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..exporter.report import COLUMNS, scores
+from ..exporter.report import columns, scores
 from ..system.events import note
 from ..system.units import duration, size
 from .tables import table
@@ -12,13 +12,15 @@ _FEW_POSITIONS = 250  # at 250, a top-1 agreement of 99 % is 2 positions
 
 def show_proof(report):
     """Show the scores of an export_report.json that was compared with the live model."""
-    table(_title(report), COLUMNS, scores(report))
+    table(_title(report), columns(report), scores(report))
 
 
 def _title(report):
     count = report["rows"]
     few = "; too few to show small differences, --data FILE takes more rows"
     positions = count["positions"]
+    if "labels" in report:
+        return f"proof on {count['count']} {count['from']}, {len(report['labels'])} classes"
     return (
         f"proof on {count['count']} {count['from']}, {positions} positions{few if positions <= _FEW_POSITIONS else ''}"
     )

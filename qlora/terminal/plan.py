@@ -10,16 +10,20 @@ from ..system.units import duration, size
 from .tables import show
 
 
-def say_plan(name, job, found, limits, changes, why):
-    """Print a plan: its components as bars, the verdict, the limits and what would help. why: the budget is what it is."""
+def say_plan(name, job, found, limits, changes, why, has_classes=False):
+    """Print a plan: its components as bars, the verdict, the limits and what would help. why: the budget is what it is.
+    has_classes: what is trained is a class a row, and no tokens."""
     load = job.load
+    counts = job.outline.counts
     rows = f"{load.rows} row{'s' if load.rows > 1 else ''} of {load.length:,} tokens" + (
         ", packed" if load.packed else ""
     )
     if load.joins_steps:
         many = job.training.rows_per_step
         rows = f"{load.length:,} tokens of the {f'{many:,} rows' if many > 1 else 'one row'} of a step{', joined' * (many > 1)}"
-    note(f"plan      {name}: largest micro-batch is {rows}, {load.scored:,} tokens trained")
+    rows = rows if counts == "tokens" else f"{load.rows:,} images"
+    trained = "" if has_classes else f", {load.scored:,} tokens trained"
+    note(f"plan      {name}: largest micro-batch is {rows}{trained}")
     note(f"budget    {size(job.budget_bytes)} ({why})")
     show("")
     scale = 38 / max(job.budget_bytes, found.peak_bytes)
@@ -45,22 +49,22 @@ def say_plan(name, job, found, limits, changes, why):
         time = "" if found.hours is None else f"; {found.steps:,} steps"
         if found.hours is not None and 3600 * found.hours >= 1:
             time += f" in at least {duration(3600 * found.hours)}"
-        show(f"speed     at most {found.tokens_per_second:,.0f} tokens/s on {job.card.name}{time}")
+        show(f"speed     at most {found.tokens_per_second:,.0f} {counts}/s on {job.card.name}{time}")
     show(f"limits    {limits_in_words(limits)}")
     for index, change in enumerate(changes):
         speed = change["tokens_per_second"]
         fit = ", fits" if change["fits"] and not found.fits else ""
-        rate = "" if speed is None else f", at most {speed:,.0f} tokens/s"
+        rate = "" if speed is None else f", at most {speed:,.0f} {counts}/s"
         show(f"{'try' if index == 0 else '':<10}{change['set']}: {size(change['peak_bytes'])}{fit}{rate}")
 
 
 def limits_in_words(limits):
     """Return the limits of planner.backwards in words; where rows are joined, a row and a micro-batch may be as long."""
     if not any(limits.values()):
-        return "none: not even one token fits"
+        return "none: not even one token, or one image, fits"
     words = {"max_length": "rows up to {:,} tokens", "micro_batch": "{:,} rows per micro-batch", "r": "r up to {:,}",
              "tokens_per_micro_batch": "joined micro-batches up to {:,} tokens"}  # fmt: skip
-    if limits["max_length"] == limits.get("tokens_per_micro_batch"):
+    if "max_length" in limits and limits["max_length"] == limits.get("tokens_per_micro_batch"):
         limits = {name: limit for name, limit in limits.items() if name != "tokens_per_micro_batch"}
         words["max_length"] = "rows, or micro-batches of joined rows, up to {:,} tokens"
     return "; or ".join(words[name].format(limit) for name, limit in limits.items())

@@ -20,11 +20,11 @@ class Steps:
         self.bars = bars
         self.start = self.said = self.last_save = time.monotonic()
         self.first = None  # step that was logged here
-        self.total = 0
+        self.total, self.counts = 0, "tokens"
 
     def hear(self, event):
         if isinstance(event, record.Begun):
-            self.total, self.first = event.total_steps, None
+            self.total, self.first, self.counts = event.total_steps, None, event.counts
             self.start = self.said = self.last_save = time.monotonic()
         elif isinstance(event, record.Step):
             self._show(event)
@@ -37,7 +37,8 @@ class Steps:
                 f"          step {event.step}  skipped: a gradient overflowed float16; loss scale now {event.loss_scale:,.0f}"
             )
         elif isinstance(event, record.Evaluation):
-            lines.say(f"          step {event.step}  held-out loss {event.eval_loss:.4f}")
+            more = "".join(f", {name} {value:.4f}" for name, value in event.metrics.items())
+            lines.say(f"          step {event.step}  held-out loss {event.eval_loss:.4f}{more}")
         elif isinstance(event, record.CheckpointSaved):
             now = time.monotonic()
             share = event.seconds / max(now - self.last_save, 1e-9)
@@ -53,14 +54,14 @@ class Steps:
             self.first, self.start = step, time.monotonic()
         loss, rate = f"{event.loss:.4f}", f"{event.tokens_per_second:,.0f}"
         if lines.can_redraw():
-            self.bars.draw(Progress("training", step, total, "steps", f"loss {loss}  {rate} tokens/s"))
+            self.bars.draw(Progress("training", step, total, "steps", f"loss {loss}  {rate} {self.counts}/s"))
             return
         now = time.monotonic()
         if now - self.said > EVERY or step in (self.first, total):
             # the first step is slow (allocation, warm-up), so the pace is that of the steps after it
             done = step - self.first
             left = f"  {duration((now - self.start) / done * (total - step))} left" if done else ""
-            lines.say(f"training  step {step}/{total}  loss {loss}  {rate} tokens/s{left}")
+            lines.say(f"training  step {step}/{total}  loss {loss}  {rate} {self.counts}/s{left}")
             self.said = now
 
 
@@ -146,9 +147,10 @@ def say_trained(result, planned, run):
     """Say what came of the training of a run. result: a training.Result."""
     peak = f"peak {size(result.peak_bytes)}"
     peak += f" (predicted {size(planned.predicted_bytes)})" if planned.predicted_bytes else ""
+    counts = "tokens" if planned.plan is None else planned.plan.counts
     note(
-        f"trained {result.steps} steps, {result.tokens:,} tokens in {duration(result.seconds)}: "
-        f"{result.tokens / result.step_seconds:,.0f} tokens/s in the steps, {result.tokens / result.seconds:,.0f} including "
+        f"trained {result.steps} steps, {result.tokens:,} {counts} in {duration(result.seconds)}: "
+        f"{result.tokens / result.step_seconds:,.0f} {counts}/s in the steps, {result.tokens / result.seconds:,.0f} including "
         f"evaluations and checkpoints; {peak}; "
         f"loss {result.loss:.4f}" + ("" if result.eval_loss is None else f", held-out {result.eval_loss:.4f}")
     )

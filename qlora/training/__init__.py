@@ -19,6 +19,7 @@ from ..system.storage import write_json
 from .arguments import arguments_of
 from .less_memory import Economy
 from .neftune import noisy_embeddings
+from .objectives.classification import lengths_of
 from .objectives.supervised import Supervised
 from .out_of_memory import too_much, what_would_help
 from .reliable_trainer import Reliability
@@ -76,10 +77,11 @@ class Result:
     rehearsed_bytes: int | None
 
 
-def train(model, tokenizer, rows: Rows, settings: Settings, run, saving=None) -> Result:
+def train(model, tokenizer, rows: Rows, settings: Settings, run, saving=None, objective=None) -> Result:
     """Train the adapters of `model`, a PeftModel whose adapters alone require gradients, in place.
 
-    run: a RunDir; gets metrics.jsonl, tensorboard/ and memory.json. saving: of checkpoints; None for none.
+    run: a RunDir; gets metrics.jsonl, tensorboard/ and memory.json. saving: of checkpoints; None for none. objective: an
+    objectives.Objective; None: the supervised one.
     Emits the events of runs/record.py.
 
     Raises:
@@ -91,7 +93,8 @@ def train(model, tokenizer, rows: Rows, settings: Settings, run, saving=None) ->
     """
     joined, section = settings.installed.joined or isinstance(rows.train, Packs), settings.training
     tokens = None if not joined or isinstance(rows.train, (Packs, Batches)) else settings.tokens_per_micro_batch
-    objective, economy = Supervised(tokenizer, joined, settings.installed.loss, tokens), _economy(model, settings)
+    objective = objective or Supervised(tokenizer, joined, settings.installed.loss, tokens)
+    economy = _economy(model, settings)
     trainer = _trainer(model, objective, rows, settings, run, saving or Saving(), economy)
     measured: dict[str, Any] = economy.said()
     measured |= {"predicted_bytes": settings.predicted_bytes, "tokens_per_micro_batch": tokens}
@@ -104,7 +107,7 @@ def train(model, tokenizer, rows: Rows, settings: Settings, run, saving=None) ->
         measured |= economy.said()
         measured["out_of_memory"] = f"{trainer.moment.when}: {memory.refused(error)}"
         evaluates = trainer.moment.evaluates
-        longest = max(len(row.input_ids) for row in rows.held_out) if evaluates else max(trainer.reliability.lengths)
+        longest = max(lengths_of(rows.held_out)) if evaluates else max(trainer.reliability.lengths)
         changes = what_would_help(section, measured, model.device.type == "cuda", evaluates, longest)
         raise DoesNotFit(too_much(trainer, measured, changes)) from None
     finally:

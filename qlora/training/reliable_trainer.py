@@ -187,7 +187,7 @@ class Reliable(Hooks):
         if self.reliability.rehearse and len(self.reliability.lengths):
             rows, tokens = self.args.per_device_train_batch_size, self.reliability.tokens
             self.rehearse(largest_micro_batch(self.reliability.lengths, rows, tokens))
-        emit(Begun(self.state.global_step, self.state.max_steps, self.num_lines))
+        emit(Begun(self.state.global_step, self.state.max_steps, self.num_lines, self.objective.counts()))
         self.clock.begin()
         self.begun = True
         self.say_less_memory()

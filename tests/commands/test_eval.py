@@ -140,9 +140,9 @@ def test_a_part_of_the_answers_is_compared(make_recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(generate, "answers", lambda *args, **kwargs: ["so #### 0", "#### 7 #### 1", "2"])
     assert evaluate(run.path, rows)["metrics"]["exact_match"]["value"] == 0
     for extract in (r"####\s*(\d+)", "{{ answer.split('####')[1:] | last }}"):
-        result = evaluate(run.path, rows, extract=extract, metrics=["f1_macro"])
+        result = evaluate(run.path, rows, extract=extract, metrics=["macro_f1"])
         assert result["metrics"]["exact_match"]["value"] == pytest.approx(2 / 3)
-        assert result["metrics"]["f1_macro"]["value"] == pytest.approx(2 / 3)
+        assert result["metrics"]["macro_f1"]["value"] == pytest.approx(2 / 3)
     with pytest.raises(InputError, match=r"--extract 'nowhere' finds nothing in any of the 3 expected answers"):
         evaluate(run.path, rows, extract="nowhere")
 

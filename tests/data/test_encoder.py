@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from qlora import data
-from qlora.data import formats, tokens
+from qlora.data import formats, sources, tokens
 from qlora.data.encoder import Encoded, Encoder, TooLong
 from qlora.data.supervised import Supervised
 from qlora.recipe import Data
@@ -29,9 +29,18 @@ class Classification:
     ARRAYS: ClassVar = {"tokens": "<i4"}
     NUMBERS: ClassVar = {"label": "<i2"}
     COUNTS: ClassVar = tuple(f"rows_{name}" for name in CLASSES)
+    LENGTH = None
+
+    open_source, not_read = staticmethod(sources.open_source), staticmethod(sources.not_read)
 
     def __init__(self, tokenizer, settings):
         self.tokenizer, self.settings = tokenizer, settings
+
+    @staticmethod
+    def refuse_columns(mapped):
+        pass
+
+    refuse_table = refuse_columns
 
     def identity(self):
         return [tokens.identity(self.tokenizer), CLASSES]

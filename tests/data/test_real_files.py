@@ -10,6 +10,7 @@ from qlora import base_model, data
 from qlora.data import chat, formats, sources
 from qlora.recipe import Data, Model, Source
 from qlora.system.errors import InputError
+from tests.classifiers import make_tokenizer
 from tests.test_smollm2 import FOLDER, needs_model
 
 FILES = Path(__file__).parents[3] / "shared" / "data"
@@ -126,3 +127,16 @@ def test_parts_with_values_and_loss_weights_of_published_files_are_read():
         said = json.dumps(conversation.messages)
         for part in (part for message in row["messages"] for part in message["content"]):
             assert part["type"] == "tool_call" or json.dumps(part["value"])[1:-1] in said
+
+
+def test_sst2_has_two_classes_whatever_they_are_called():
+    columns = {"text": "sentence"}
+    for labels, expected in ((None, ["0", "1"]), (["negative", "positive"], ["negative", "positive"])):
+        section = Data(train=str(FILES / "sst2_dev.csv"), columns=columns, labels=labels, max_length=128)
+        names = labels or data.labels.found(section.train, section)
+        section = section.model_copy(update={"labels": names})
+        rows = data.Rows(data.load(section.train, make_tokenizer(), section, seed=0, encoder=data.LabelledText))
+        balance = data.labels.balance(rows, rows[:0], names)
+        assert [one["label"] for one in balance["classes"]] == expected
+        assert [one["rows"] for one in balance["classes"]] == [428, 444]  # as the GLUE benchmark has them
+        assert balance["contradictory"] == 0

@@ -1,5 +1,7 @@
 """Metrics of answers against closed forms."""
 
+import json
+
 import pytest
 
 from qlora.evaluation import answer_metrics
@@ -31,11 +33,19 @@ def test_macro_f1_is_the_mean_of_each_class_whatever_their_size():
     references = ["yes"] * 3 + ["no"]
     # yes: 2 right, 1 missed, 1 wrong: F1 = 4/6; no: 0 right
     answers = ["yes", "yes", "perhaps", "yes"]
-    metric = answer_metrics.named("f1_macro", references)
+    metric = answer_metrics.named("macro_f1", references)
     assert value(metric, answers, references) == pytest.approx((4 / 6 + 0) / 2)
     assert value(metric, references, references) == 1
 
 
 def test_an_unknown_metric_is_refused_with_those_there_are():
-    with pytest.raises(InputError, match=r"no metric 'f1'; there are exact_match, json_fields, f1_macro"):
+    with pytest.raises(InputError, match=r"no metric 'f1'; there are exact_match, json_fields, macro_f1"):
         answer_metrics.named("f1", [])
+
+
+def test_the_parts_of_a_row_are_kept_as_json_and_found_again():
+    metric = answer_metrics.named("macro_f1", [f"class {number}" for number in range(100)])
+    for row in (metric.row("class 3", "class 90"), metric.row("class 3", "class 3"), (1.0, 0.0)):
+        text = json.dumps(answer_metrics.to_json(row))
+        assert len(text) < 100
+        assert answer_metrics.from_json(json.loads(text)).tolist() == list(row)

@@ -10,7 +10,11 @@ class Objective:
 
     A trainer is built by `trainer` and asks the others. Where the class of trl or transformers that it builds on computes
     the loss, `loss` is left as it is here, and the objective says only what that loss is a mean of.
+
+    tokens: a batch is a whole step, which is computed as micro-batches of at most so many tokens; None: a batch is one.
     """
+
+    tokens: int | None = None
 
     def trainer(self, model, rows, arguments, reliability) -> Any:
         """Return a reliable_trainer.Reliable of `model`: rows to columns, the collator and the Trainer class.
@@ -19,6 +23,10 @@ class Objective:
         without the lengths of the rows, which the objective adds.
         """
         raise NotImplementedError
+
+    def counts(self) -> str:
+        """Return what num_tokens is a number of."""
+        return "tokens"
 
     def micro_batches(self, inputs, rows) -> list[tuple]:
         """Return [(inputs, rows)] of what a batch is computed as, one after another: most often the batch itself.

@@ -1,0 +1,239 @@
+"""Where labelled images are: a folder with a folder for each class, or a table that names image files. Both are data files here.
+
+Order and contents are the same on every machine: files are sorted by their names' code points, classes are names and not
+positions, and the hash of such a data file is that of its images too.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import glob
+import hashlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..system.errors import InputError
+from . import columns, sources
+from .readers import READERS
+from .readers.lines import Row
+
+IMAGE, LABEL = "image", "label"
+_IMAGES = {".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+_TABLES = {".csv", ".tsv", ".jsonl", ".parquet"}  # .txt and .json may say something of a folder of classes
+_LITTER = {"thumbs.db", "desktop.ini"}  # of file managers; those that begin with a dot too
+_SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval"}
+_BLOCK = 1 << 20
+
+
+@dataclass
+class ImageFolder:
+    """A folder with a folder for each class, as a data file: rows of a path within it and the class. names: what these two are
+    called, as data.columns has it for tables beside it."""
+
+    path: str
+    source: Any
+    names: tuple = (IMAGE, LABEL)
+    done: int = field(default=0, compare=False)
+    unit = "image"
+    pool_from = 64  # images under which starting workers costs more than it saves
+
+    def __post_init__(self):
+        self._found: Any = None
+
+    @property
+    def folder(self):
+        """What the paths in its rows start from."""
+        return self.path
+
+    @property
+    def found(self):
+        """[(path within the folder, class)], sorted."""
+        if self._found is None:
+            self._found = _classes(Path(self.path))
+        return self._found
+
+    @property
+    def size(self):
+        return len(self.found)
+
+    def stamp(self):
+        """Return what changes when an image is added, removed or written to."""
+        return _stamps([Path(self.path) / name for name, _ in _classes(Path(self.path))])
+
+    def digest(self):
+        """Return the sha256 of names and contents, in hex."""
+        names = [name for name, _ in self.found]
+        return _joined(names, _digests([Path(self.path) / name for name in names]))
+
+    def header(self):
+        return None
+
+    def names_of(self, column):
+        """Return None: the rows name their classes."""
+
+    def rows(self) -> Iterator[Row]:
+        """Yield the rows, numbered from 1."""
+        for number, (name, label) in enumerate(self.found, start=1):
+            self.done = number
+            yield Row(number, dict(zip(self.names, (name, label), strict=True)))
+
+
+@dataclass
+class ImageTable(sources.File):
+    """A data file whose rows name image files, relative to its own folder. column: where the name is."""
+
+    column: str = IMAGE
+    pool_from = 4096  # bytes, as above
+
+    def stamp(self):
+        return super().stamp(), _stamps(self._images())
+
+    def digest(self):
+        """Return the sha256 of the file and of all images that it names, in hex."""
+        images = self._images()
+        return _joined([super().digest()], _digests(images))
+
+    def _images(self):
+        named = (row.value.get(self.column) for row in self.rows() if isinstance(row.value, dict))
+        return [Path(self.folder) / name for name in named if isinstance(name, str)]
+
+
+def open_source(source, mapped):
+    """Return the ImageFolder or ImageTables that one source of the recipe names. mapped: data.columns, or None.
+
+    Raises:
+        InputError: there are none.
+    """
+    if source.name is not None:
+        raise InputError(
+            f"data set {source.name}: images of a data set on the hub are not read; save them as files, in a folder for each "
+            "class, and give that folder as path"
+        )
+    names = tuple((mapped or {}).get(name, name) for name in (IMAGE, LABEL))
+    folders = _folders_of_classes(source.path)
+    for name, column in zip((IMAGE, LABEL), names, strict=True):
+        if columns.is_template(column) and (folders or name == IMAGE):
+            raise InputError(f"data.columns.{name} {column!r}: a template; images need the name of a column here")
+    if folders:
+        return [ImageFolder(path, source, names) for path in folders]
+    return [ImageTable(file.path, source, column=names[0]) for file in sources.open_source(source)]
+
+
+def not_read(source):
+    """Return the files of the source that are no rows: those beside folders of classes, or what describes data sets."""
+    folders = _folders_of_classes(source.path)
+    if not folders:
+        return sources.not_read(source)
+    beside = [
+        path for folder in folders for path in Path(folder).iterdir() if path.is_file() and not _is_litter(path.name)
+    ]
+    return [str(path) for path in beside]
+
+
+def _folders_of_classes(path):
+    try:
+        paths = [path] if not glob.has_magic(path) or Path(path).exists() else sorted(glob.glob(path))  # noqa: PTH207
+        return [path for path in paths if _is_of_classes(Path(path))]
+    except OSError as error:
+        raise InputError(f"cannot look for images at {path}: {error.strerror or error}") from None
+
+
+def _is_of_classes(folder):
+    """True for a folder with folders in it and no tables, or with neither."""
+    if not folder.is_dir():
+        return False
+    kinds = {path.suffix.lower() for path in folder.iterdir() if path.is_file() and not _is_litter(path.name)}
+    has_folders = any(path.is_dir() for path in folder.iterdir())
+    return not kinds & (_TABLES if has_folders else READERS.keys())
+
+
+def _classes(root):
+    """Return [(path within `root`, class)] of all files in its folders, sorted by class and path.
+
+    Raises:
+        InputError: it has no folders, an empty one, images beside them, or they are those of splits.
+    """
+    try:
+        there = sorted(path for path in root.iterdir() if not _is_litter(path.name))
+        folders = [path.name for path in there if path.is_dir()]
+        beside = [path.name for path in there if not path.is_dir() and path.suffix.lower() in _IMAGES]
+        files = {name: _files(root / name) for name in folders}
+        _refuse_splits(root, folders)
+    except OSError as error:
+        raise InputError(f"cannot read the folder {root}: {error.strerror or error}") from None
+    if not folders:
+        raise InputError(
+            f"the folder {root} has no folders in it; put the images of each class into a folder with its name, or give a "
+            f"table with the columns {IMAGE} and {LABEL}"
+        )
+    if beside:
+        raise InputError(
+            f"the folder {root} has images beside the folders of classes, such as {beside[0]}; move all {len(beside):,} of "
+            "them into the folder of their class, or away"
+        )
+    empty = [name for name in folders if not files[name]]
+    if empty:
+        raise InputError(f"the folder {root} has no images of {', '.join(empty)}; put some there, or remove the folder")
+    return [(f"{name}/{path}", name) for name in folders for path in files[name]]
+
+
+def _is_litter(name):
+    return name.startswith(".") or name.lower() in _LITTER
+
+
+def _files(folder):
+    """Return the paths within `folder` of all files in it and in its folders, sorted, with / between folders."""
+    found = []
+    for place, inside, names in os.walk(folder):
+        inside[:] = [name for name in inside if not _is_litter(name)]
+        within = Path(place).relative_to(folder)
+        found += [(within / name).as_posix() for name in names if not _is_litter(name)]
+    return sorted(found)
+
+
+def _refuse_splits(root, folders):
+    """Raise InputError where the folders are those of splits, each with its own folders of classes."""
+    splits = [name for name in folders if name.lower() in _SPLITS]
+    if splits and len(splits) == len(folders) and any(path.is_dir() for path in (root / splits[0]).iterdir()):
+        named = ", ".join(splits)
+        train = next((name for name in splits if name.lower().startswith("train")), splits[0])
+        raise InputError(
+            f"the folder {root} has the folders {named}, which are no classes; give each by itself, such as "
+            f"data.train={root / train}"
+        )
+
+
+def _stamps(paths):
+    whole = hashlib.sha256()
+    for path in paths:
+        try:
+            now = path.stat()
+            whole.update(f"{path} {now.st_mtime_ns} {now.st_size} {now.st_ino}\n".encode(errors="surrogateescape"))
+        except (OSError, ValueError):
+            whole.update(f"{path}\n".encode(errors="surrogateescape"))
+    return whole.hexdigest()
+
+
+def _digests(paths):
+    """Return the sha256 of each file, in hex; "" where there is none. By all cores."""
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(_digest, paths))
+
+
+def _digest(path):
+    whole = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            while block := file.read(_BLOCK):
+                whole.update(block)
+    except (OSError, ValueError):  # ValueError: a name that holds U+0000
+        return ""
+    return whole.hexdigest()
+
+
+def _joined(names, digests):
+    lines = "\n".join([*names, *digests])
+    return hashlib.sha256(lines.encode(errors="surrogateescape")).hexdigest()

@@ -1,0 +1,82 @@
+"""The plan of a classifier against real training steps of real NF4 models."""
+
+import pytest
+import torch
+import transformers
+from bitsandbytes.optim import AdamW
+
+from qlora import base_model, data, kernels, methods, planner
+from qlora.kernels import checkpointing
+from qlora.recipe import Full, Lora, Model, Quantization, Training
+from qlora.system import memory
+from qlora.training.master_weights import MasterWeights
+from qlora.training.objectives.classification import Classification
+from tests.classifiers import make_tokenizer
+
+_SHAPE = {"vocab_size": 512, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 4,
+          "pad_token_id": 0}  # fmt: skip
+SHAPES = {
+    "bert": (transformers.AutoModelForMaskedLM, lambda: transformers.BertConfig(**_SHAPE, max_position_embeddings=512)),
+    "modernbert": (
+        transformers.AutoModelForMaskedLM,
+        lambda: transformers.ModernBertConfig(
+            **_SHAPE, max_position_embeddings=2048, cls_token_id=2, sep_token_id=3, bos_token_id=2, eos_token_id=3
+        ),
+    ),
+    "llama": (
+        transformers.AutoModelForCausalLM,
+        lambda: transformers.LlamaConfig(**_SHAPE, num_key_value_heads=2, max_position_embeddings=2048),
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "quantization"),
+    [("bert", Lora(r=16), Quantization()), ("modernbert", Lora(r=16), Quantization()), ("llama", Lora(r=16), Quantization()),
+     ("bert", Full(), None)],
+)  # fmt: skip
+def test_the_peak_is_that_of_real_training_steps(tmp_path, name, method, quantization):
+    auto, config = SHAPES[name]
+    torch.manual_seed(0)
+    auto.from_config(config(), dtype=torch.bfloat16).save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    section, task = Model(name_or_path=str(tmp_path)), base_model.Task("text-classification", ("a", "b", "c"))
+    checkpoint = base_model.find(section, task=task)
+    found = base_model.load_config(checkpoint, section)
+    outline = planner.outline(found, section, quantization, method, 0, "cpu", False, "auto")
+    assert not outline.joins
+    model = methods.attach(base_model.load(checkpoint, section, quantization), method).train()
+    masters = MasterWeights([p for p in model.parameters() if p.requires_grad])
+    assert outline.trained.sum() == sum(master.numel() for master in masters.masters)  # the head among them
+    optimizer = AdamW(masters.masters, lr=1e-4, optim_bits=8)
+    live = memory.LiveTensors(*base_model.tensors(model), *masters.masters)
+    objective = Classification(data.Pad(make_tokenizer(), name == "bert"))
+
+    def step(rows, length, checkpointed):
+        """Return the most bytes alive in a step of two micro-batches; one row is shorter, so that there is padding."""
+        layers = base_model.decoder_layers(model)
+        with kernels.installed(model, "auto"), checkpointing.checkpointed(layers, checkpointed), live:
+            live.peak = 0
+            for count in (1, rows):
+                examples = [
+                    data.Labelled([7] * (length if count == rows else 8), [0] * length, 1) for _ in range(count)
+                ]
+                if count > 1:
+                    examples[0] = data.Labelled([7] * (length - 1), [0] * (length - 1), 1)
+                batch = objective.collate(list(enumerate(examples)))
+                del batch["rows"]
+                objective.loss(model, batch, torch.tensor(float(rows))).backward()
+                masters.take_gradients()
+                del batch, examples
+            optimizer.step()
+            masters.give_weights()
+            masters.clear_gradients()
+        return live.peak
+
+    step(1, 64, 0)  # the states of the optimizer
+    for rows, length, checkpointed in ((2, 512, 0), (8, 128, 0), (8, 128, 2), (4, 512, 4)):
+        load = planner.Load(rows, length, rows, joined=False)
+        expected = planner.usage(
+            outline, load, Training(gradient_accumulation_steps=2), checkpointed, False
+        ).allocated_bytes
+        assert expected == pytest.approx(step(rows, length, checkpointed), rel=0.05), (rows, length, checkpointed)

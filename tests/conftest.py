@@ -9,6 +9,8 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # the suite needs no network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if "PYTEST_XDIST_WORKER" in os.environ:  # read when torch is imported: workers that share the cores wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a suite in the background; what it starts must not inherit that
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -195,6 +197,14 @@ def load_model(tiny_model):
 def cache_of_tokenized_rows(tmp_path_factory):
     """Keep the suite's tokenized rows out of the user's cache."""
     os.environ["QLORA_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def files_need_not_survive_a_power_cut():
+    """Tests end processes, not the machine; fsync waits 2 ms for the disk, some 30 times a training."""
+    original, os.fsync = os.fsync, lambda descriptor: None
+    yield
+    os.fsync = original
 
 
 frozen = {"modules": 0}

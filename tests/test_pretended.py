@@ -5,7 +5,7 @@ import os
 from tests import forked
 
 # the whole ways and what is particular to CUDA; all of the tier: -m "gpu and not real_gpu", 25 s
-CHOSEN = "nf4_codes or exports_proven or a_packed_run or stopped_and_resumed or are_paged or 64-16-2 or 128-None-8 or hot_path"
+CHOSEN = "nf4_codes or exports_proven or a_packed_run or stopped_and_resumed or 64-16-2 or 128-None-8 or hot_path"
 
 
 def test_the_gpu_tier_passes_on_a_pretended_device():

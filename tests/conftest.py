@@ -9,6 +9,8 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # the suite needs no network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if "PYTEST_XDIST_WORKER" in os.environ:  # read when torch is imported: workers that share the cores wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a suite in the background; what it starts must not inherit that
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -18,6 +20,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from qlora import base_model, methods, planner
+from qlora.commands.train import train
 from qlora.data import masked_examples
 from qlora.data.conversation import Conversation
 from qlora.recipe import Model, Quantization, Recipe
@@ -197,6 +200,14 @@ def cache_of_tokenized_rows(tmp_path_factory):
     os.environ["QLORA_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def files_need_not_survive_a_power_cut():
+    """Tests end processes, not the machine; fsync waits 2 ms for the disk, some 30 times a training."""
+    original, os.fsync = os.fsync, lambda descriptor: None
+    yield
+    os.fsync = original
+
+
 frozen = {"modules": 0}
 
 
@@ -222,38 +233,51 @@ def outlines_are_made_once(tmp_path_factory):
 @pytest.fixture
 def unplanned(monkeypatch):
     """Train as a model does that cannot be planned, where the plan is not what is tested: an outline takes 2 s and more."""
+    monkeypatch.setattr(planner, "outline", no_plan)
 
-    def outline(*args, **kwargs):
-        raise planner.NoPlan("this test is about something else")
 
-    monkeypatch.setattr(planner, "outline", outline)
+def no_plan(*args, **kwargs):
+    raise planner.NoPlan("this test is about something else")
 
 
 @pytest.fixture
 def make_recipe(tiny_model, tmp_path):
     """Return make(family="llama", **sections) -> a Recipe that trains a tiny model for two steps."""
+    return lambda family="llama", **sections: recipe_in(tmp_path, tiny_model(family), sections)
 
-    def make(family="llama", **sections):
-        train = tmp_path / "train.jsonl"
-        if not train.exists():
-            write_jsonl(train, [{"messages": messages(turns)} for turns in CONVERSATIONS])
-        values = {
-            "model": {"name_or_path": str(tiny_model(family))},
-            "lora": {"r": 4, "lora_alpha": 8},
-            "data": {"train": str(train), "max_length": 128, "eval_fraction": 0.25},
-            "training": {
-                "max_steps": 2,
-                "per_device_train_batch_size": 4,
-                "gradient_accumulation_steps": 1,
-                "learning_rate": 1e-2,
-                "warmup_ratio": 0.0,
-            },
-            "output_dir": str(tmp_path / "run"),
-        }
-        if sections.keys() & {*methods.names()} - {"lora"}:
-            del values["lora"]
-        for name, section in sections.items():
-            values[name] = {**values.get(name, {}), **section} if isinstance(section, dict) else section
-        return Recipe.from_dict(values)
 
-    return make
+@pytest.fixture(scope="session")
+def trained_once(tiny_model, tmp_path_factory):
+    """Return trained(family="llama") -> the finished RunDir of make_recipe(family); made once, do not write to it."""
+    made = {}
+
+    def trained(family="llama"):
+        if family not in made:
+            made[family] = train(recipe_in(tmp_path_factory.mktemp("trained"), tiny_model(family), {}))
+        return made[family]
+
+    return trained
+
+
+def recipe_in(folder, model, sections):
+    rows = folder / "train.jsonl"
+    if not rows.exists():
+        write_jsonl(rows, [{"messages": messages(turns)} for turns in CONVERSATIONS])
+    values = {
+        "model": {"name_or_path": str(model)},
+        "lora": {"r": 4, "lora_alpha": 8},
+        "data": {"train": str(rows), "max_length": 128, "eval_fraction": 0.25},
+        "training": {
+            "max_steps": 2,
+            "per_device_train_batch_size": 4,
+            "gradient_accumulation_steps": 1,
+            "learning_rate": 1e-2,
+            "warmup_ratio": 0.0,
+        },
+        "output_dir": str(folder / "run"),
+    }
+    if sections.keys() & {*methods.names()} - {"lora"}:
+        del values["lora"]
+    for name, section in sections.items():
+        values[name] = {**values.get(name, {}), **section} if isinstance(section, dict) else section
+    return Recipe.from_dict(values)

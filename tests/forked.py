@@ -21,9 +21,9 @@ from tests import outlines
 ROOT = Path(__file__).parents[1]
 _PROCESSES = multiprocessing.get_context("forkserver")
 _LIBRARIES = [
-    "bitsandbytes", "datasets", "peft", "psutil", "transformers", "transformers.models.auto.modeling_auto",
-    "transformers.models.llama.modeling_llama", "transformers.generation", "trl", "trl.trainer.sft_trainer", "qlora.planner",
-    "tests.forked",
+    "bitsandbytes", "datasets", "peft", "peft.tuners.lora.bnb", "psutil", "torch.utils.tensorboard", "transformers",
+    "transformers.models.auto.modeling_auto", "transformers.models.llama.modeling_llama", "transformers.generation", "trl",
+    "trl.trainer.sft_trainer", "qlora.planner", "tests.forked",
 ]  # fmt: skip
 
 

@@ -1,23 +1,20 @@
 """The gpu tier where there is no GPU: the CPU poses as cuda:0, and mixing devices raises."""
 
 import os
-import subprocess
-import sys
 
-from tests.test_layout import ROOT
+from tests import forked
 
 # the whole ways and what is particular to CUDA; all of the tier: -m "gpu and not real_gpu", 25 s
-CHOSEN = "nf4_codes or exports_proven or a_packed_run or stopped_and_resumed or are_paged or 64-16-2 or 128-None-8 or hot_path"
+CHOSEN = "nf4_codes or exports_proven or a_packed_run or stopped_and_resumed or 64-16-2 or 128-None-8 or hot_path"
 
 
 def test_the_gpu_tier_passes_on_a_pretended_device():
-    words = "-m pytest -q -p no:cacheprovider -p tests.pretended tests/test_gpu.py tests/test_hot_path.py".split()
-    chosen = ["-m", "gpu and not real_gpu", "-k", CHOSEN]
+    words = "-q -p no:cacheprovider -p tests.pretended tests/test_gpu.py tests/test_hot_path.py".split()
+    chosen = ["-m", "gpu and not real_gpu", "-k", CHOSEN, "-W", "ignore:Module already imported"]
     # transformers reads weights in threads, which do not share the mode that pretends
     environ = os.environ | {"HF_DEACTIVATE_ASYNC_LOAD": "1"}
-    done = subprocess.run(
-        [sys.executable, *words, *chosen], cwd=ROOT, env=environ, capture_output=True, text=True, check=False
-    )
+    code = "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"
+    done = forked.run("-c", code, *words, *chosen, cwd=forked.ROOT, environ=environ)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
     assert "skipped" not in done.stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import platform
 import subprocess
@@ -37,6 +38,7 @@ def environment(device) -> dict:
     }
 
 
+@functools.cache
 def _version(name):
     """Return the version of a package; of one that runs from its folder without being installed, as qlora may, "checkout"."""
     try:

@@ -1,6 +1,7 @@
 """The whole way on every family: recipe -> run folder -> proven model folder, opened by plain transformers."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -28,9 +29,9 @@ def logits(model, ids):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_exported_is_trained_and_not_base(make_recipe, tmp_path, family):
-    recipe = make_recipe(family)
-    run = train(recipe)
+def test_exported_is_trained_and_not_base(trained_once, tmp_path, family):
+    run = trained_once(family)
+    recipe = run.recipe()
     report = export(run.path, tmp_path / "out")
 
     # by the report ...
@@ -50,8 +51,8 @@ def test_exported_is_trained_and_not_base(make_recipe, tmp_path, family):
     assert from_base > 5 * difference
 
 
-def test_the_folder_is_an_ordinary_model(make_recipe, tmp_path):
-    run = train(make_recipe("llama-tied"))
+def test_the_folder_is_an_ordinary_model(trained_once, tmp_path):
+    run = trained_once("llama-tied")
     export(run.path, tmp_path / "out", dtype="bfloat16")
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
@@ -72,8 +73,8 @@ def test_the_folder_is_an_ordinary_model(make_recipe, tmp_path):
     )
 
 
-def test_a_sharded_export_loads_and_is_the_same(make_recipe, tmp_path):
-    run = train(make_recipe("llama"))
+def test_a_sharded_export_loads_and_is_the_same(trained_once, tmp_path):
+    run = trained_once()
     export(run.path, tmp_path / "one")
     export(run.path, tmp_path / "many", overrides=["export.max_shard_size=100KB"])
     assert len(list((tmp_path / "many").glob("*.safetensors"))) > 2
@@ -101,8 +102,8 @@ def test_rslora_and_named_modules_export_proven(make_recipe, tmp_path):
     assert len(report["modules"]) == 4
 
 
-def test_a_wrong_merge_leaves_nothing_and_is_a_failed_proof(make_recipe, tmp_path, monkeypatch):
-    run = train(make_recipe())
+def test_a_wrong_merge_leaves_nothing_and_is_a_failed_proof(trained_once, tmp_path, monkeypatch):
+    run = trained_once()
     monkeypatch.setattr(low_rank.LowRank, "merged", lambda self, base, rows=None: base)  # the adapter is lost
     with pytest.raises(ProofFailed, match="differs from the trained model"):
         export(run.path, tmp_path / "out")
@@ -110,9 +111,9 @@ def test_a_wrong_merge_leaves_nothing_and_is_a_failed_proof(make_recipe, tmp_pat
 
 
 def test_a_merge_killed_halfway_leaves_nothing_that_looks_whole_and_a_rerun_succeeds(
-    make_recipe, tmp_path, monkeypatch
+    trained_once, tmp_path, monkeypatch
 ):
-    run = train(make_recipe())
+    run = trained_once()
     original = merge.Merge.pieces
 
     def interrupted(self, name):
@@ -138,8 +139,8 @@ def test_export_needs_no_data_file(make_recipe, tmp_path):
         evaluate(run.path)
 
 
-def test_export_refuses_a_folder_in_use_and_a_full_disk(make_recipe, tmp_path, monkeypatch):
-    run = train(make_recipe())
+def test_export_refuses_a_folder_in_use_and_a_full_disk(trained_once, tmp_path, monkeypatch):
+    run = trained_once()
     with pytest.raises(InputError, match="not empty"):
         export(run.path, run.path)
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))
@@ -147,8 +148,8 @@ def test_export_refuses_a_folder_in_use_and_a_full_disk(make_recipe, tmp_path, m
         export(run.path, tmp_path / "out")
 
 
-def test_a_changed_base_is_refused_by_every_verb(make_recipe, tmp_path, tiny_model):
-    run = train(make_recipe("llama"))
+def test_a_changed_base_is_refused_by_every_verb(trained_once, tmp_path, tiny_model):
+    run = trained_once()
     other = [f"model.name_or_path={tiny_model('mistral')}"]
     for verb in (lambda: export(run.path, tmp_path / "out", overrides=other), lambda: evaluate(run.path, overrides=other),
                  lambda: chat(run.path, "hi", overrides=other)):  # fmt: skip
@@ -204,8 +205,8 @@ def test_eval_measures_before_and_after_and_training_helped(make_recipe):
     assert set(result["metrics"]) == {"exact_match"}
 
 
-def test_eval_of_an_exported_model_gives_the_runs_loss(make_recipe, tmp_path):
-    run = train(make_recipe())
+def test_eval_of_an_exported_model_gives_the_runs_loss(trained_once, tmp_path):
+    run = RunDir(shutil.copytree(trained_once().path, tmp_path / "run"))  # scores are kept in it
     export(run.path, tmp_path / "out", dtype="bfloat16")
     rows = write_jsonl(tmp_path / "held.jsonl", [{"messages": messages(turns)} for turns in CONVERSATIONS[:5]])
     ours, theirs = evaluate(run.path, rows), evaluate(tmp_path / "out", rows)
@@ -223,19 +224,19 @@ def test_eval_without_held_out_rows_says_so(make_recipe):
 
 @pytest.mark.usefixtures("unplanned")
 def test_the_model_learns_to_answer_and_to_stop(make_recipe, tmp_path):
-    # twelve questions by heart: the answers are exact only if every token, and the end, was trained
-    rows = write_jsonl(tmp_path / "train.jsonl", [{"messages": messages(turns)} for turns in CONVERSATIONS[:12]])
+    # six questions by heart: the answers are exact only if every token, and the end, was trained
+    rows = write_jsonl(tmp_path / "train.jsonl", [{"messages": messages(turns)} for turns in CONVERSATIONS[:6]])
     recipe = make_recipe(
         lora={"r": 32, "lora_alpha": 64},
         data={"eval_fraction": 0.0},
-        training={"max_steps": 120, "per_device_train_batch_size": 6, "learning_rate": 3e-3, "optim": "adamw_torch"},
+        training={"max_steps": 70, "per_device_train_batch_size": 6, "learning_rate": 3e-3, "optim": "adamw_torch"},
     )
     run = train(recipe)
     result = evaluate(run.path, rows)
     assert result["metrics"]["exact_match"]["value"] == 1
     assert result["before"]["metrics"]["exact_match"]["value"] == 0
     export(run.path, tmp_path / "out")
-    assert chat(tmp_path / "out", CONVERSATIONS[7][0][1], max_new_tokens=60) == CONVERSATIONS[7][1][1]
+    assert chat(tmp_path / "out", CONVERSATIONS[4][0][1], max_new_tokens=60) == CONVERSATIONS[4][1][1]
 
 
 @pytest.mark.parametrize(("memory", "layers", "said"), [
@@ -320,7 +321,7 @@ def test_kernels_change_no_loss_of_a_run(make_recipe, tmp_path, capsys, unplanne
                 family,
                 kernels=setting,
                 data={"packing": packing},
-                training={"max_steps": 10, "learning_rate": 1e-3},
+                training={"max_steps": 6, "learning_rate": 1e-3},
                 output_dir=str(tmp_path / setting),
             )
         )
@@ -328,17 +329,16 @@ def test_kernels_change_no_loss_of_a_run(make_recipe, tmp_path, capsys, unplanne
         losses[setting] = [record.get("loss", record.get("eval_loss")) for record in records]
         (said[setting],) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("kernels")]
     assert losses["auto"] == pytest.approx(losses["off"], rel=1e-2)
-    assert len(losses["auto"]) == 11
+    assert len(losses["auto"]) == 7
     assert said["off"] == "kernels   off"
     assert "8 LoRA layers" in said["auto"]
     assert ("batches without padding" in said["auto"]) == (family != "gemma2")
 
 
 @pytest.mark.usefixtures("unplanned")
-def test_an_export_that_4_bit_would_undo_is_no_base_for_4_bit(make_recipe, tmp_path):
+def test_an_export_that_4_bit_would_undo_is_no_base_for_4_bit(trained_once, make_recipe, tmp_path):
     """Quantizing a dequantized merge gives the codes of the base it was merged onto; the original base's merge does not."""
-    recipe = make_recipe()
-    run = train(recipe)
+    run = trained_once()
     for base in ("dequantized", "original"):
         export(run.path, tmp_path / base, overrides=[f"export.base={base}"])
     again = {"name_or_path": str(tmp_path / "dequantized")}

@@ -20,6 +20,7 @@ MMLU = {
     "prompt": "{{ question }}\n{% for choice in choices %}{{ 'ABCD'[loop.index0] }}. {{ choice }}\n{% endfor %}Answer:",
     "completion": "{{ 'ABCD'[answer] }}",
 }
+SST2 = {"columns": {"prompt": "sentence", "completion": "label"}}
 
 pytestmark = pytest.mark.skipif(not FILES.is_dir(), reason=f"no copies of public data sets in {FILES}")
 
@@ -40,9 +41,9 @@ pytestmark = pytest.mark.skipif(not FILES.is_dir(), reason=f"no copies of public
         ("oasst_zh_history.json", 519, "alpaca", {}),
         ("sgd_tool_dialogues.jsonl", 300, "messages", TOOLS),
         ("snips_json_dev.jsonl", 700, "messages", {}),
-        ("snips_json_train.jsonl", 12806, "messages", {}),
-        ("sst2_dev.csv", 872, "completion", {"columns": {"prompt": "sentence", "completion": "label"}}),
-        ("sst2_train.csv", 6917, "completion", {"columns": {"prompt": "sentence", "completion": "label"}}),
+        pytest.param("snips_json_train.jsonl", 12806, "messages", {}, marks=pytest.mark.slow),  # as the rows of dev
+        ("sst2_dev.csv", 872, "completion", SST2),
+        pytest.param("sst2_train.csv", 6917, "completion", SST2, marks=pytest.mark.slow),  # likewise
         ("tiny_shakespeare.txt", 1, "text", {}),
     ],
 )

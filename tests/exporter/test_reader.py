@@ -34,7 +34,7 @@ def checkpoint(request, tmp_path):
     save_file(TENSORS, path)
     if request.param == "past the cache":
         descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
+        os.fdatasync(descriptor)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(descriptor)
     yield Checkpoint("x", folder, None, dict.fromkeys(TENSORS, path.name))

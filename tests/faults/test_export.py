@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import pytest
 
 from qlora.commands.export import export
-from qlora.commands.train import train
 from qlora.system.errors import InputError
 from tests import forked
 
@@ -30,8 +29,8 @@ def kill(run, out, count, seed):
     return json.loads(done.stdout)
 
 
-def test_killed_at_any_moment_and_run_again_the_bytes_are_the_same(make_recipe, tmp_path):
-    run = train(make_recipe())
+def test_killed_at_any_moment_and_run_again_the_bytes_are_the_same(trained_once, tmp_path):
+    run = trained_once()
     result = kill(run, tmp_path / "out", 20, seed=1)
     assert result["done"]
     # what a killed export leaves is a folder that says so by its name, or nothing, or the whole
@@ -39,7 +38,7 @@ def test_killed_at_any_moment_and_run_again_the_bytes_are_the_same(make_recipe, 
     assert all(set(left) <= partial or set(left) - {"out.partial.lock"} == {"out"} for left in result["left"])
     assert sum("out.partial" in left for left in result["left"]) >= 3  # some were killed at work
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
-    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["out", "run", "whole"]
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["out", "whole"]
 
 
 @pytest.fixture
@@ -53,16 +52,16 @@ def small_disk(tmp_path):
     subprocess.run(["umount", disk], check=True)
 
 
-def test_a_disk_that_is_too_small_is_refused_ahead(make_recipe, small_disk):
-    run = train(make_recipe())
+def test_a_disk_that_is_too_small_is_refused_ahead(trained_once, small_disk):
+    run = trained_once()
     with pytest.raises(InputError, match=r"the model needs 64 MiB, and 2\d\d KiB are free on that disk"):
         export(run.path, small_disk / "out")
     assert not list(small_disk.iterdir())
 
 
 @pytest.mark.parametrize("max_shard_size", ["5GB", "60KB"])
-def test_a_disk_that_fills_up_on_the_way_leaves_nothing(make_recipe, small_disk, monkeypatch, max_shard_size):
-    run = train(make_recipe())
+def test_a_disk_that_fills_up_on_the_way_leaves_nothing(trained_once, small_disk, monkeypatch, max_shard_size):
+    run = trained_once()
     # it was free when the export began
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=2**40))
     with pytest.raises(

@@ -1,13 +1,15 @@
-"""What was trained is what is saved and loaded, for every kind of adapter and every start."""
+"""What was trained is what is saved, loaded and exported, for every kind of adapter and every start."""
 
 import json
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from qlora import base_model, methods
+from qlora.commands.export import export
 from qlora.commands.train import train
 from qlora.kernels import nf4
 from qlora.methods import initial_weights
@@ -163,14 +165,14 @@ KINDS = {
 
 @pytest.fixture
 def trained(make_recipe, unplanned):
-    """Return run(kind) -> (the model as training left it, recipe, run folder), after two real steps."""
+    """Return run(kind) -> (the model as training left it, recipe, run folder), after a few real steps."""
 
     def run(family, lora, sections):
         left = []
         with pytest.MonkeyPatch.context() as patch:
             original = methods.save
             patch.setattr(methods, "save", lambda model, *rest: left.append(model) or original(model, *rest))
-            sections = {"training": {"max_steps": 4 if "init_r" in lora else 2}} | sections
+            sections = {"training": {"max_steps": 4 if "init_r" in lora else 3}} | sections
             recipe = make_recipe(family, **{"adalora" if "init_r" in lora else "lora": lora}, **sections)
             done = train(recipe)
         return left[0].eval(), recipe, done
@@ -189,8 +191,12 @@ def logits(model):
         return model(input_ids=torch.arange(1, 65).reshape(2, 32) * 7 % 512).logits.float()
 
 
+# which of them are proven layer by layer, the others with the whole model
+LAYERS = ["dora", "dora-conv1d", "bias-all", "tied-head", "tied-as-one", "adalora", "dora-tokens", "loftq", "norms"]
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_computes_after_loading_what_was_trained(trained, kind):
+def test_every_kind_computes_after_loading_and_exporting_what_was_trained(trained, tmp_path, kind):
     model, recipe, run = trained(*KINDS[kind])
     expected = logits(model)
     base, ids = base_of(recipe)
@@ -204,6 +210,10 @@ def test_every_kind_computes_after_loading_what_was_trained(trained, kind):
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
     assert {p.dtype for p in loaded.parameters() if p.is_floating_point()} <= {torch.bfloat16, torch.float32}
     assert not loaded.training
+    if kind in TIED:
+        for one in (model, loaded):
+            assert_untied_unless_it_is_to_stay_tied(one, recipe, kind)
+    assert_exports_proven(run, kind, tmp_path / "out")
     assert_plain_peft_computes_what_was_trained(model, recipe, run)
 
 
@@ -221,19 +231,29 @@ def assert_plain_peft_computes_what_was_trained(model, recipe, run):
     )
 
 
-@pytest.mark.parametrize(
-    ("kind", "one_matrix"),
-    [("tied-head", False), ("tied-embedding", False), ("tied-both", False), ("tied-as-one", True)],
-)
-def test_what_is_trained_of_a_tied_pair_is_untied_unless_it_is_to_stay_tied(trained, kind, one_matrix):
-    model, recipe, run = trained(*KINDS[kind])
-    loaded = methods.load(base_of(recipe)[0], run.adapter)
+# is what is trained of a tied pair one matrix?
+TIED = {"tied-head": False, "tied-embedding": False, "tied-both": False, "tied-as-one": True}
+
+
+def assert_untied_unless_it_is_to_stay_tied(model, recipe, kind):
     base = base_of(recipe)[0].lm_head.weight
-    for one in (model, loaded):
-        embedding, head = one.get_input_embeddings().weight, one.get_output_embeddings().weight
-        assert torch.equal(embedding, head) == one_matrix
-        assert torch.equal(embedding, base) == (kind == "tied-head")
-        assert torch.equal(head, base) == (kind == "tied-embedding")
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    assert torch.equal(embedding, head) == TIED[kind]
+    assert torch.equal(embedding, base) == (kind == "tied-head")
+    assert torch.equal(head, base) == (kind == "tied-embedding")
+
+
+def assert_exports_proven(run, kind, out):
+    verify = "layers" if kind in LAYERS else "full"
+    report = export(run.path, out, "float32", [f"export.verify={verify}"])
+    assert (report["verify"], report["verified"]) == (verify, True)
+    assert report["merged"]["kl"] < 1e-6
+    assert report["base_model"]["kl"] > 30 * report["merged"]["kl"]
+    tied = json.loads((out / "config.json").read_text())["tie_word_embeddings"]
+    base = json.loads((run.recipe().model.name_or_path / Path("config.json")).read_text())
+    assert tied == (
+        base.get("tie_word_embeddings", True) and kind not in ("tied-head", "tied-embedding", "tied-both", "wte")
+    )
 
 
 # ---- starts ----------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from qlora import planner
 from qlora.commands.train import train
 from qlora.recipe import Recipe, Training
 from qlora.runs import checkpoints, record
@@ -22,21 +23,26 @@ from qlora.runs.folder import RunDir
 from qlora.system.errors import DoesNotFit, InputError, Interrupted, TrainingFailed
 from qlora.training.master_weights import MasterWeights
 from qlora.training.objectives.supervised import Trainer
-from tests.conftest import messages, write_jsonl
+from tests.conftest import messages, no_plan, write_jsonl
 
 pytestmark = pytest.mark.usefixtures("unplanned")
 
 # the tiny model's layers have 32 to 128 numbers a side: 32 ranks make some of them large enough for 8-bit states
 WIDE = {"lora_alpha": 32, "lora_dropout": 0.1}
+NINE_ROWS_A_STEP = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 3, "save_steps": None}
 
 
 @pytest.fixture
 def rows(tmp_path):
-    """Two files of rows of uneven length, 40 in all."""
+    return write_rows(tmp_path)
+
+
+def write_rows(folder):
+    """Return two files in `folder` with rows of uneven length, 40 in all."""
     files = []
     for name, numbers in (("a", range(25)), ("b", range(25, 40))):
         turns = [[("user", f"{n}?"), ("assistant", "ab " * (1 + n * 7 % 23))] for n in numbers]
-        files.append(str(write_jsonl(tmp_path / f"{name}.jsonl", [{"messages": messages(t)} for t in turns])))
+        files.append(str(write_jsonl(folder / f"{name}.jsonl", [{"messages": messages(t)} for t in turns])))
     return files
 
 
@@ -47,12 +53,7 @@ def recipe_of(make_recipe, rows, tmp_path):
 
     def recipe_of(name, lora=None, data=None, adalora=None, **training):
         method = {"lora": {"r": 32, **WIDE, **(lora or {})}} if adalora is None else {"adalora": {**WIDE, **adalora}}
-        defaults = {
-            "max_steps": 9,
-            "per_device_train_batch_size": 3,
-            "gradient_accumulation_steps": 3,
-            "save_steps": None,
-        }
+        defaults = {"max_steps": 9, **NINE_ROWS_A_STEP}
         if (data or {}).get("packing"):
             defaults |= {"per_device_train_batch_size": 1}
         return make_recipe(
@@ -116,13 +117,13 @@ def assert_same_run(one, other):
 ADALORA = {"init_r": 32, "target_r": 20, "tinit": 1, "tfinal": 3}
 LION = {"learning_rate": 1e-3, "optim": "paged_lion_8bit"}
 LOGS = {"eval_steps": 2, "logging_steps": 3}
-# an epoch has 4 steps of 9 of the 36 rows: 2 and 5 lie within one, 8 ends one
+# an epoch has 4 steps of 9 of the 36 rows: 2 and 5 lie within one, 4 and 8 end one
 CASES = {
-    "8 bit, dropout": ({}, (5, 8)),
+    "8 bit, dropout": ({}, (2, 4)),
     "packing, NEFTune, weights": ({"data": {"packing": True, "max_length": 128}, "neftune_noise_alpha": 5.0,
                                    "gradient_accumulation_steps": 2}, (5,)),
     "rows of like length, evaluations": ({"group_by_length": True, **LOGS}, (5,)),
-    "AdaLoRA": ({"adalora": ADALORA}, (1, 5)),  # before ranks shrink, and while
+    "AdaLoRA": ({"adalora": ADALORA}, (1, 2)),  # before ranks shrink, and while
 }  # fmt: skip
 MORE = {
     "torch, tokens in a micro-batch": ({"optim": "adamw_torch", "tokens_per_micro_batch": 128,
@@ -138,7 +139,8 @@ LONG = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_run_that_is_stopped_and_resumed_is_the_run_that_was_not(recipe_of, rows, monkeypatch, case):
-    assert_resumed_equals_whole(recipe_of, rows, monkeypatch, *CASES[case])
+    settings, steps = CASES[case]
+    assert_resumed_equals_whole(recipe_of, rows, monkeypatch, settings | {"max_steps": 6}, steps)
 
 
 def test_steps_that_are_not_taken_are_the_same_in_a_resumed_run(recipe_of, monkeypatch, capsys):
@@ -151,7 +153,13 @@ def test_steps_that_are_not_taken_are_the_same_in_a_resumed_run(recipe_of, monke
         return original(self, model, *args, **kwargs) * float("nan" if broken else 1)
 
     monkeypatch.setattr(Trainer, "compute_loss", overflowing)
-    settings = {"adalora": ADALORA, "eval_steps": 2, "logging_steps": 4, "watchdog_steps": 4}
+    settings = {
+        "adalora": ADALORA,
+        "eval_steps": 2,
+        "logging_steps": 4,
+        "watchdog_steps": 4,
+        "gradient_accumulation_steps": 1,
+    }
     whole = train(recipe_of("whole", **settings))
     watched = trainers[-1].watch.state()
     (said,) = re.findall(r" loss (\d.*), held-out", capsys.readouterr().err)
@@ -180,7 +188,7 @@ def assert_resumed_equals_whole(recipe_of, rows, monkeypatch, settings, steps):
 
 
 def test_another_seed_is_another_run(recipe_of):
-    one, other = (train(recipe_of(name, seed=seed)) for name, seed in (("one", 1), ("other", 2)))
+    one, other = (train(recipe_of(name, seed=seed, max_steps=2)) for name, seed in (("one", 1), ("other", 2)))
     with pytest.raises(AssertionError):
         assert_same_run(one, other)
 
@@ -425,13 +433,33 @@ def test_a_run_from_before_joined_steps_goes_on_as_it_was_begun(recipe_of, monke
     assert_same_run(train(recipe_of("whole", max_steps=4, tokens_per_micro_batch=None)), resumed)
 
 
-@pytest.fixture
-def stopped(recipe_of, monkeypatch):
-    """A recipe whose run was stopped in step 2."""
-    recipe = recipe_of("run", max_steps=4)
+@pytest.fixture(scope="module")
+def stopped_once(tiny_model, tmp_path_factory):
+    """(A recipe whose run was stopped in step 2, a copy of its folder with rows and run.) Made once."""
+    folder, monkeypatch = tmp_path_factory.mktemp("stopped") / "it", pytest.MonkeyPatch()
+    folder.mkdir()
+    monkeypatch.setattr(planner, "outline", no_plan)
+    recipe = Recipe.from_dict({
+        "model": {"name_or_path": str(tiny_model())},
+        "lora": {"r": 32, **WIDE},
+        "data": {"train": write_rows(folder), "max_length": 128, "eval_fraction": 0.1},
+        "training": {**NINE_ROWS_A_STEP, "max_steps": 4, "learning_rate": 1e-2, "warmup_ratio": 0.0},
+        "output_dir": str(folder / "run"),
+    })  # fmt: skip
     for _ in stop_at(monkeypatch, 2):
         with pytest.raises(Interrupted):
             train(recipe)
+    monkeypatch.undo()
+    return recipe, shutil.copytree(folder, folder.with_name("kept"))
+
+
+@pytest.fixture
+def stopped(stopped_once):
+    """A recipe whose run was stopped in step 2."""
+    recipe, kept = stopped_once
+    folder = Path(recipe.output_dir).parent
+    shutil.rmtree(folder)
+    shutil.copytree(kept, folder)
     return recipe
 
 
@@ -472,8 +500,8 @@ def test_a_change_that_is_allowed_takes_effect(stopped):
     assert run.recipe().training.learning_rate == 1e-3
 
 
-def test_other_rows_another_base_tokenizer_or_template_are_refused(stopped, rows, tmp_path, tiny_model):
-    begun = RunDir(stopped.output_dir).recipe()
+def test_other_rows_another_base_tokenizer_or_template_are_refused(stopped, tmp_path, tiny_model):
+    begun, rows = RunDir(stopped.output_dir).recipe(), [source.path for source in stopped.data.train]
     with open(rows[0], "a") as file:
         file.write(Path(rows[1]).read_text().splitlines()[0] + "\n")
     with pytest.raises(InputError, match=r"data: was .*, is .*"):
@@ -528,7 +556,7 @@ def test_without_resume_an_unfinished_run_is_refused_and_the_way_on_is_named(sto
         train(changed(stopped, f"output_dir={tmp_path / 'none'}"), resume=True)
     with pytest.raises(InputError, match="--allow-change is for --resume"):
         train(stopped, allow_change=["training.seed"])
-    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    shutil.rmtree(Path(stopped.output_dir) / "checkpoints")
     with pytest.raises(InputError, match="no checkpoint to resume from; remove the folder"):
         train(stopped, resume=True)
     with pytest.raises(InputError, match="contains an unfinished run; remove it or set"):
@@ -597,7 +625,7 @@ def test_ranks_that_shrink_by_the_number_of_steps_do_not_get_more_of_them(recipe
 
 
 def test_saves_every_so_many_steps_and_at_the_end_and_says_what_they_cost(recipe_of, capsys):
-    run = train(recipe_of("run", save_steps=2, save_total_limit=3))
+    run = train(recipe_of("run", save_steps=2, save_total_limit=3, gradient_accumulation_steps=1))
     assert sorted(path.name for path in run.checkpoints.iterdir()) == ["step-6", "step-8", "step-9"]
     said = re.findall(r"step (\d)  checkpoint of ([\d.]+) KiB in [\d.]+s, [\d.]+% of the time", capsys.readouterr().err)
     assert [step for step, _ in said] == ["2", "4", "6", "8", "9"]
@@ -607,7 +635,7 @@ def test_saves_every_so_many_steps_and_at_the_end_and_says_what_they_cost(recipe
 
 
 def test_no_saving_changes_a_number(recipe_of):
-    one, other = train(recipe_of("one", save_steps=1)), train(recipe_of("other"))
+    one, other = train(recipe_of("one", save_steps=1, max_steps=5)), train(recipe_of("other", max_steps=5))
     assert not other.checkpoints.exists()
     assert_same_run(one, other)
 
@@ -625,13 +653,13 @@ def test_numbers_that_are_not_finite_never_reach_a_checkpoint(recipe_of, monkeyp
 
     monkeypatch.setattr(MasterWeights, "clear_gradients", poison)
     with pytest.raises(TrainingFailed, match=r"weights/.* contains non-finite values after step 5"):
-        train(recipe_of("run", save_steps=1))
+        train(recipe_of("run", save_steps=1, gradient_accumulation_steps=1))
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["step-3", "step-4"]
 
 
 def test_an_evaluation_that_is_left_is_made_up_for(recipe_of, monkeypatch):
 
-    settings = {"eval_steps": 3, "max_steps": 6, "per_device_eval_batch_size": 1}
+    settings = {"eval_steps": 3, "max_steps": 6, "gradient_accumulation_steps": 1, "per_device_eval_batch_size": 1}
     whole, recipe = train(recipe_of("whole", **settings)), recipe_of("other", **settings)
     original = Trainer.prediction_step
     # 4 rows each: in the evaluation after step 3; the one after step 6, when the other was made up for; the last, likewise

@@ -81,8 +81,8 @@ def same_weights(one, other):
         {"lora": DROPOUT, "gradient_accumulation_steps": 2, "neftune_noise_alpha": 5.0},
         {"lora": DROPOUT, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
         {"lora": DROPOUT, "rehearse": True},
-        JOINED | {"lora": DROPOUT, "neftune_noise_alpha": 5.0, "group_by_length": True, "max_steps": 4},
-        JOINED | {"quantization": FLOAT16, "rehearse": True, "max_steps": 4},
+        JOINED | {"lora": DROPOUT, "neftune_noise_alpha": 5.0, "group_by_length": True, "max_steps": 3},
+        JOINED | {"quantization": FLOAT16, "rehearse": True, "max_steps": 3},
     ],
     ids=["accumulated", "batches", "rehearsed", "joined", "joined in float16"],
 )

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import shlex
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +16,27 @@ from ..system.events import progress
 
 @dataclass
 class Subject:
-    """A model ready to answer. `run` and `recipe` are None for a plain model.
-
-    voices: {run folder as it was named, None for the base alone: (PEFT's name of its adapter, tokenizer, stops)};
-    speaking: which of them answers.
-    """
+    """A model ready to answer. `run` and `recipe` are None for a plain model."""
 
     model: Any
     tokenizer: Any
     stops: set
     recipe: Recipe | None
     run: RunDir | None
-    voices: dict = field(default_factory=dict)
-    speaking: str | None = None
+
+
+@dataclass(frozen=True)
+class Base:
+    """What a run was trained on, before a weight is read. recipe: of the run, with what this machine decides."""
+
+    run: RunDir
+    recipe: Recipe
+    checkpoint: Any
+    tokenizer: Any
+
+    def load(self):
+        """Return the frozen base model."""
+        return base_model.load(self.checkpoint, self.recipe.model, self.recipe.quantization)
 
 
 def open_subject(target, overrides=()) -> Subject:
@@ -78,61 +85,27 @@ def open_tokenizer(folder, section, generation_config, chat_template=None, syste
 def _open_run(run, overrides):
     from .. import methods
 
+    base = base_of(run, overrides)
+    with progress(f"loading {base.checkpoint.name_or_path} and the adapter of {run.path}"):
+        model = methods.load(base.load(), run.adapter, base.checkpoint.new_tokens.values())
+    stops = chat.stop_token_ids(base.tokenizer, model.generation_config)
+    return Subject(model, base.tokenizer, stops, base.recipe, run)
+
+
+def base_of(run, overrides=()) -> Base:
+    """Return the Base of a finished run; overrides: `section.field=value` laid over its recipe.
+
+    Raises:
+        InputError: the base is no longer the one that was trained on, or what says so is damaged.
+    """
+    from .. import methods
+
     recipe = Recipe.load(run.recipe_file, overrides)
     methods.read_config(run.adapter)  # what is wrong with it is said before the tokenizer in it is read
     checkpoint = base_model.find(recipe.model)
     refuse_changed_base(run, checkpoint)
     recipe = base_model.settle(recipe, base_model.load_config(checkpoint, recipe.model), checkpoint, this_machine())
-    tokenizer = load_tokenizer(run, recipe.model, checkpoint)
-    with progress(f"loading {checkpoint.name_or_path} and the adapter of {run.path}"):
-        model = base_model.load(checkpoint, recipe.model, recipe.quantization)
-        model = methods.load(model, run.adapter, checkpoint.new_tokens.values())
-    stops = chat.stop_token_ids(tokenizer, model.generation_config)
-    voices = {str(run.path): ("default", tokenizer, stops), None: (None, tokenizer, stops)}
-    return Subject(model, tokenizer, stops, recipe, run, voices, str(run.path))
-
-
-def switch(subject, name):
-    """Let the adapter of run `name` answer, loading it if it is new; None: the base alone.
-
-    Raises:
-        InputError: not a finished run on the same base, or an adapter that cannot lie beside another. Nothing changes.
-    """
-    from .. import methods
-
-    if subject.run is None:
-        raise InputError("a plain model has no adapters; open a run: qlora chat RUN")
-    if name != str(subject.run.path):
-        methods.read(subject.run.adapter).refuse_more_than_low_rank(
-            "cannot be switched off; open the other run by itself"
-        )
-    if name not in subject.voices:
-        run = RunDir.open(name)
-        recipe = run.recipe()
-        ours, theirs = (one.environment()["base_model"] for one in (subject.run, run))
-        if recipe.quantization != subject.recipe.quantization or ours["sha256"] != theirs["sha256"]:
-            raise InputError(f"{name}: trained on another base than {subject.run.path}")
-        methods.read_config(run.adapter)  # what is wrong with it is said before the tokenizer in it is read
-        tokenizer, _ = open_tokenizer(run.adapter, recipe.model, subject.model.generation_config)
-        _refuse_other_tokens(name, tokenizer, subject)
-        own = f"voice{len(subject.voices)}"
-        methods.add(subject.model, run.adapter, own)
-        stops = chat.stop_token_ids(tokenizer, subject.model.generation_config)
-        subject.voices[name] = (own, tokenizer, stops)
-    chosen, subject.tokenizer, subject.stops = subject.voices[name]
-    methods.activate(subject.model, chosen)
-    subject.speaking = name
-
-
-def _refuse_other_tokens(name, tokenizer, subject):
-    """Raise InputError unless run `name` has the tokens of the run that was opened: the embedding has rows for those."""
-    ours, theirs = subject.voices[str(subject.run.path)][1].get_vocab().items(), tokenizer.get_vocab().items()
-    if ours != theirs:
-        token, number = min(ours ^ theirs, key=lambda one: (one[1], one[0]))
-        raise InputError(
-            f"{name}: its tokenizer has other tokens than that of {subject.run.path} ({len(ours ^ theirs)} differ, such as "
-            f"{token!r} with id {number}); open it by itself: qlora chat {shlex.quote(name)}"
-        )
+    return Base(run, recipe, checkpoint, load_tokenizer(run, recipe.model, checkpoint))
 
 
 def load_tokenizer(run, section, checkpoint):

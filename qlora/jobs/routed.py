@@ -193,8 +193,10 @@ class Routed:
         """Return the token ids that `name` is shown before it answers; raises InputError if it cannot answer."""
         if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
             raise InputError(f"max_new_tokens is {max_new_tokens!r}; give a number from 1")
-        messages = [] if system is None else [{"role": "system", "content": system}]
-        messages += [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        if not isinstance(messages, list) or not all(map(_is_message, messages)):
+            raise InputError('a prompt is a text, or a list of messages, {"role": "user", "content": "..."}')
+        messages = [*([] if system is None else [{"role": "system", "content": system}]), *messages]
         try:
             ids = encode_prompt(self._voices[name].tokenizer, messages)
         except ValueError as error:
@@ -295,3 +297,7 @@ def _loaded_as(run):
     if section is None:
         return {"quantization": None, "use_double_quant": None, "dtype": dtype}
     return {"quantization": section.quant_type, "use_double_quant": section.use_double_quant, "dtype": dtype}
+
+
+def _is_message(one):
+    return isinstance(one, dict) and isinstance(one.get("role"), str) and isinstance(one.get("content"), str)

@@ -11,6 +11,8 @@ import gc
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from ..system.errors import InputError
 from . import load, read
 
@@ -121,8 +123,15 @@ def _changes(before):
         (container, key, then.get(key, _ABSENT), container.get(key, _ABSENT))
         for container, then in before
         for key in {**then, **container}
-        if then.get(key, _ABSENT) is not container.get(key, _ABSENT)
+        if not _same(then.get(key, _ABSENT), container.get(key, _ABSENT))
     ]
+
+
+def _same(one, other):
+    """True of one value, and of two tensors with one memory: DoRA makes of each 4-bit weight another one, in every forward."""
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return one.data_ptr() == other.data_ptr()
+    return one is other
 
 
 def _put(changes, before=False):

@@ -22,7 +22,7 @@ from tests.conftest import CHATML, CONVERSATIONS, messages, write_jsonl
 
 pytestmark = pytest.mark.usefixtures("unplanned")
 
-QUESTION = "What is 1 plus 2?"
+QUESTION = "tell me more"
 # another template, without a system role: what is asked with it is another prompt
 SHOUTING = CHATML.replace(
     "{% for", "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}{% for", 1
@@ -43,7 +43,7 @@ def runs(tmp_path_factory, tiny_model):
                 "model": {"name_or_path": str(tiny_model(family))},
                 "data": {"train": str(rows), "max_length": 128} | (data or {}),
                 "training": {"max_steps": 2, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1,
-                             "learning_rate": 5e-2, "warmup_ratio": 0},
+                             "learning_rate": 1e-2, "warmup_ratio": 0},
                 "output_dir": str(folder / name),
             }  # fmt: skip
             made[name] = train(Recipe.from_dict(values | (sections or {"lora": {"r": 4}}))).path
@@ -75,7 +75,9 @@ def opened(four):
 @pytest.fixture(scope="module")
 def alone(four):
     """{name: what its run answers when it is opened alone}."""
-    return {name: chat(run, QUESTION, "Count.", 12) for name, run in four.items()}
+    found = {name: chat(run, QUESTION, "Count.", 12) for name, run in four.items()}
+    assert len({*found.values()}) == 4
+    return found
 
 
 def test_each_name_answers_as_its_run_alone(opened, alone):
@@ -140,12 +142,12 @@ def test_threads_that_ask_at_once_each_get_their_own_answer(opened, alone):
 def test_adapters_come_and_go_and_the_base_stays(four, alone, monkeypatch):
     model = open_routed(four["a"])
     monkeypatch.setattr(base_model, "load", lambda *args: pytest.fail("the base was loaded again"))
-    base = {id(parameter) for parameter in model._several.base.parameters()}
+    base = {parameter.data_ptr() for parameter in model._several.choose(None).parameters()}
     plain = model.answer(QUESTION, "base", "Count.", 12)
     for name in "bd":
         model.load(name, four[name])
         assert model.answer(QUESTION, name, "Count.", 12) == alone[name]
-        gone = [weakref.ref(p) for p in model._several.choose(name).parameters() if id(p) not in base]
+        gone = [weakref.ref(p) for p in model._several.choose(name).parameters() if p.data_ptr() not in base]
         assert gone
         model.unload(name)
         assert not [one for one in gone if one() is not None]
@@ -157,7 +159,7 @@ def test_adapters_come_and_go_and_the_base_stays(four, alone, monkeypatch):
     with pytest.raises(InputError, match="no adapter called 'a' is loaded; there are a again, base"):
         model.answer(QUESTION)
     assert model.answer(QUESTION, "base", "Count.", 12) == plain
-    assert {id(parameter) for parameter in model._several.base.parameters()} == base
+    assert {parameter.data_ptr() for parameter in model._several.choose(None).parameters()} == base
 
 
 def test_a_closed_one_frees_the_base_and_says_so(four):
@@ -227,7 +229,7 @@ def test_what_is_asked_wrongly_is_refused_and_nothing_is_computed(opened, monkey
         (lambda: opened.answers(["x", "y"], ["a", "z"]), "no adapter called 'z'"),
         (lambda: opened.answers(["x", "y " * 600], ["a", "b"]), "the prompt is too long"),
         (lambda: opened.answer("x", max_new_tokens=0), "max_new_tokens is 0; give a number from 1"),
-        (lambda: opened.answer([{"role": "user", "content": 3}]), "3"),
+        (lambda: opened.answer([{"role": "user", "content": 3}]), "a prompt is a text, or a list of messages"),
         (lambda: opened.unload("base"), "the base cannot be unloaded"),
         (lambda: opened.unload("z"), "no adapter called 'z'"),
     ):
@@ -247,7 +249,7 @@ def test_a_run_that_does_not_belong_on_the_base_changes_nothing(runs, opened, al
     for path, expected in (
         (grown, r"grown: its tokenizer has other tokens than that of .* \(1 differ, such as '<city>' with id"),
         (runs("sql", model=sql, lora=lora), r"other tokens .* such as '<sql>'"),
-        (runs("mistral", "mistral"), r"trained on another base than .*config.json, model.safetensors"),
+        (runs("mistral", "mistral"), r"trained on another base than .*config.json"),
         (runs("plain", lora=lora, quantization=None), "quantization is None, not nf4"),
         (runs("single", lora=lora, quantization={"use_double_quant": False}), "use_double_quant is False, not True"),
         (runs("full", full={}, quantization=None), "open it by itself: qlora chat"),

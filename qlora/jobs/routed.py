@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import shlex
 import threading
@@ -44,7 +45,7 @@ class Routed:
         self.name, self.default = str(name), default
         self._several: Any = Several(model)
         self._voices, self._token_ids = voices, list(token_ids)
-        self._lock = threading.RLock()
+        self._lock, self._busy = threading.Lock(), None
 
     @property
     def adapters(self):
@@ -60,7 +61,7 @@ class Routed:
         Raises:
             InputError: no such adapter, a conversation that its chat template refuses, or one that is too long.
         """
-        with self._lock:
+        with self._alone():
             name = self._named(adapter)
             ids = self._encoded(name, prompt, system, max_new_tokens)
             return generate.stream(
@@ -90,7 +91,7 @@ class Routed:
             raise InputError(
                 f"{len(prompts)} prompts and {len(names)} names of adapters; give one for each, or one for all"
             )
-        with self._lock:
+        with self._alone():
             places_of: dict = {}
             for place, name in enumerate(names):
                 places_of.setdefault(self._named(name), []).append(place)
@@ -111,7 +112,7 @@ class Routed:
         Raises:
             InputError: nothing of that name is loaded; or the base's own weights are changed, so that it cannot answer alone.
         """
-        with self._lock:
+        with self._alone():
             name = self._named(name)
             self._model(name)
             self.default = name
@@ -123,7 +124,7 @@ class Routed:
             InputError: the name is taken; no finished run on the same base with the same tokens, or an adapter that cannot
                 lie beside others. Nothing has changed then.
         """
-        with self._lock:
+        with self._alone():
             self._refuse_closed()
             _refuse_name(name, self._voices)
             first = self._voices[BASE].run
@@ -159,7 +160,7 @@ class Routed:
         Raises:
             InputError: none of that name; or it has changed the base's own weights, so that it cannot be taken out.
         """
-        with self._lock:
+        with self._alone():
             if self._named(name) == BASE:
                 raise InputError("the base cannot be unloaded, only adapters; close() frees all of it")
             self._several.unload(name)
@@ -172,7 +173,7 @@ class Routed:
 
     def close(self):
         """Free the base and all adapters; nothing can be asked any more."""
-        with self._lock:
+        with self._alone():
             self._several, self._voices = None, {}
         gc.collect()
 
@@ -184,6 +185,22 @@ class Routed:
 
     def __repr__(self):
         return f"<{self.name}: {', '.join([*self.adapters, BASE]) if self._several else 'closed'}>"
+
+    @contextlib.contextmanager
+    def _alone(self):
+        """Have the model for this thread while the block runs.
+
+        Raises:
+            InputError: this thread has it already: it is called with a piece of an answer.
+        """
+        if self._busy == threading.get_ident():
+            raise InputError(f"{self.name} is answering; on_text cannot use it before that is done")
+        with self._lock:
+            self._busy = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._busy = None
 
     def _model(self, name):
         """Return the model that answers as `name`."""

@@ -9,9 +9,10 @@ import weakref
 import pytest
 import torch
 import transformers
+from typer.testing import CliRunner
 
 import qlora
-from qlora import base_model
+from qlora import base_model, cli
 from qlora.commands.chat import chat, talk
 from qlora.commands.train import train
 from qlora.jobs.routed import open_routed
@@ -137,6 +138,17 @@ def test_threads_that_ask_at_once_each_get_their_own_answer(opened, alone):
     for thread in threads:
         thread.join()
     assert found == {(name, turn): alone[name] for name in "abd" for turn in range(3)}
+
+
+def test_what_is_called_with_a_piece_of_an_answer_cannot_change_who_answers(opened, alone):
+    def interfere(piece):
+        with pytest.raises(InputError, match="is answering; on_text cannot use it before that is done"):
+            opened.answer(QUESTION, "a")
+        pieces.append(piece)
+
+    pieces: list = []
+    assert opened.answer(QUESTION, "b", "Count.", 12, interfere) == alone["b"]
+    assert pieces
 
 
 def test_adapters_come_and_go_and_the_base_stays(four, alone, monkeypatch):
@@ -285,6 +297,23 @@ def test_a_plain_model_has_no_adapters(four, tiny_model):
                 InputError, match="a model by itself has no adapters; open a run, and the others beside it"
             ):
                 call()
+
+
+def test_adapters_on_the_command_line_are_named_runs(monkeypatch):
+    passed: list = []
+    monkeypatch.setattr(qlora, "chat", lambda *args, **routing: passed.append(routing) or "yes", raising=False)
+    words = ["chat", "runs/a", "--prompt", "x", "--use", "b", "--adapter", "b=runs/b", "--adapter", "c=x=y"]
+    assert CliRunner().invoke(cli.app, words).exit_code == 0
+    assert passed == [{"adapters": {"b": "runs/b", "c": "x=y"}, "adapter": "b"}]
+    for pair, expected in (
+        ("b", "write NAME=RUN"),
+        ("=runs/b", "write NAME=RUN"),
+        ("c=", "write NAME=RUN"),
+        ("b=z", "twice"),
+    ):
+        found = CliRunner().invoke(cli.app, [*words, "--adapter", pair])
+        assert isinstance(found.exception, InputError)
+        assert expected in str(found.exception)
 
 
 def test_importing_everything_leaves_pythons_open_alone():

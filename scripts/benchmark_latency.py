@@ -25,7 +25,7 @@ from qlora.recipe import Adalora, Bottleneck, Hira, Ia3, Lora, Model, Oft, Promp
 SECTIONS = {
     "lora": lambda rank: Lora(r=rank),
     "dora": lambda rank: Lora(r=rank, use_dora=True),
-    "adalora": lambda rank: Adalora(init_r=rank, target_r=rank),
+    "adalora": lambda rank: Adalora(init_r=rank, target_r=rank // 2),
     "ia3": lambda rank: Ia3(),
     "oft": lambda rank: Oft(),
     "hira": lambda rank: Hira(r=rank),

@@ -7,6 +7,9 @@
     report = export(run.path, "out/model")
     answer = chat("out/model", "Hello!")
 
+    with qlora.open(run.path, adapters={"b": "runs/b"}) as model:  # stays in memory, several adapters on one base
+        answer = model.answer("Hello!", adapter="b")
+
 They print as the command line does, and nothing in a block `with qlora.quiet():`. Names are imported when first used,
 so that `import qlora` and `qlora --help` stay fast.
 """
@@ -43,10 +46,11 @@ _HOME = {
     "compare_runs": "commands.compare",
     "adapters": "commands.adapters",
     "chat": "commands.chat",
+    "open": "commands.open",
     "push": "commands.push",
     "quiet": "terminal",
 }
-__all__ = list(_HOME)
+__all__ = [name for name in _HOME if name != "open"]  # `from qlora import *` leaves Python's own open alone
 
 
 def __getattr__(name):

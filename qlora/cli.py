@@ -295,21 +295,42 @@ def chat(
     ] = None,
     system: Annotated[str | None, typer.Option(help="a system message")] = None,
     max_new_tokens: MaxNewTokens = 512,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=RUN", help="load the adapter of another run on the same base too; may be repeated"),
+    ] = None,
+    use: Annotated[
+        str | None, typer.Option(metavar="NAME", help="the adapter that answers; base: none. Default: that of RUN")
+    ] = None,
     as_json: Json = False,
 ):
-    """Chat with a run or a model; greedy decoding, streamed."""
+    """Chat with a run or a model; greedy decoding, streamed. /adapter NAME switches between adapters."""
+    routing = {"adapters": _named_runs(adapter or ()), "adapter": use}
     if prompt is None:
         hush_libraries()
         from .commands.chat import talk
 
-        talk(target, system, max_new_tokens, overrides or ())
+        talk(target, system, max_new_tokens, overrides or (), **routing)
         return
     on_text = None if as_json else lambda piece: print(piece, end="", flush=True)
-    answer = _run("chat", False, target, prompt, system, max_new_tokens, overrides or (), on_text)
+    answer = _run("chat", False, target, prompt, system, max_new_tokens, overrides or (), on_text, **routing)
     if as_json:
         _print_json({"answer": answer})
     else:
         print()
+
+
+def _named_runs(pairs):
+    """Return {name: run folder} of NAME=RUN words."""
+    found: dict = {}
+    for pair in pairs:
+        name, equals, run = pair.partition("=")
+        if not (name and equals and run):
+            raise InputError(f"--adapter {pair}: write NAME=RUN, such as --adapter b=runs/b")
+        if name in found:
+            raise InputError(f"--adapter {name}: given twice, for {found[name]} and {run}")
+        found[name] = run
+    return found
 
 
 def main():

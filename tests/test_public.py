@@ -41,7 +41,9 @@ SIGNATURES = {
     "compare_runs": "(one, other) -> 'dict'",
     "export": "(target, out, dtype=None, overrides=(), *, model=None, data=None, compare_bases=False, gguf=None) -> 'dict'",
     "adapters": "(folder='runs') -> 'list'",
-    "chat": "(target, prompt, system=None, max_new_tokens=512, overrides=(), on_text=None) -> 'str'",
+    "chat": "(target, prompt, system=None, max_new_tokens=512, overrides=(), on_text=None, *, adapters=None, adapter=None)"
+    " -> 'str'",
+    "open": "(target, adapters=None, adapter=None, overrides=()) -> 'Routed'",
     "push": "(target, repo, *, public=False, base=None, license=None, dry_run=False) -> 'dict'",
     "quiet": "()",
 }
@@ -65,6 +67,8 @@ def test_every_public_name_works_after_all_the_others(make_recipe, tmp_path, mon
     assert compare_runs(run.path, run.path)["change"]["loss"]["value"] == 0
     assert export(run.path, "models/mine")["verified"]
     assert isinstance(chat("models/mine", "What can you do?", max_new_tokens=4), str)
+    with qlora.open(run.path, adapters={"again": run.path}) as model:
+        assert model.answer("Hello!", max_new_tokens=4) == model.answers(["Hello!"], "again", max_new_tokens=4)[0]
     assert [one["state"] for one in adapters(run.path)] == ["finished"]
     with quiet():
         assert push(run.path, "me/mine", base="me/base", dry_run=True)["url"] is None
@@ -82,7 +86,8 @@ ERRORS = {"QLoRAError", "DoesNotFit", "ProofFailed", "TrainingFailed", "Interrup
 
 
 def test_every_public_function_is_documented_and_has_the_arguments_that_scripts_rely_on():
-    functions = {name: getattr(qlora, name) for name in qlora.__all__ if inspect.isfunction(getattr(qlora, name))}
+    public = {name: getattr(qlora, name) for name in [*qlora.__all__, "open"]}
+    functions = {name: one for name, one in public.items() if inspect.isfunction(one)}
     assert {name: str(inspect.signature(function)) for name, function in functions.items()} == SIGNATURES
     for name, function in functions.items():
         assert len(inspect.getdoc(function)) > 80, name

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import shlex
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +18,27 @@ from .chosen_task import task_of
 
 @dataclass
 class Subject:
-    """A model ready to answer. `run` and `recipe` are None for a plain model.
-
-    voices: {run folder as it was named, None for the base alone: (PEFT's name of its adapter, tokenizer, stops)};
-    speaking: which of them answers.
-    """
+    """A model ready to answer. `run` and `recipe` are None for a plain model."""
 
     model: Any
     tokenizer: Any
     stops: set
     recipe: Recipe | None
     run: RunDir | None
-    voices: dict = field(default_factory=dict)
-    speaking: str | None = None
+
+
+@dataclass(frozen=True)
+class Base:
+    """What a run was trained on, before a weight is read. recipe: of the run, with what this machine decides."""
+
+    run: RunDir
+    recipe: Recipe
+    checkpoint: Any
+    tokenizer: Any
+
+    def load(self):
+        """Return the frozen base model."""
+        return base_model.load(self.checkpoint, self.recipe.model, self.recipe.quantization)
 
 
 def open_subject(target, overrides=()) -> Subject:
@@ -46,16 +53,28 @@ def open_subject(target, overrides=()) -> Subject:
         return _open_run(RunDir.open(target), overrides)
     if overrides:
         raise InputError(f"{target} is not a run folder, so there is no recipe for {overrides[0]!r} to change")
-    if not Path(target).exists() and str(target).startswith(("runs/", ".", "/", "~")):
-        raise InputError(f"neither a run nor a model at {target}; `qlora train RECIPE` makes a run")
-    section = Model(name_or_path=str(target))
-    checkpoint = base_model.as_its_files_say(base_model.find(section), section)
+    section, checkpoint = _of_model(target)
     base_model.load_config(checkpoint, section)  # what is wrong with config.json is said of that file
     task = checkpoint.task.name
     tokenizer, _ = open_tokenizer(checkpoint.folder, section, checkpoint.generation_config(), task=task)
     with progress(f"loading {target}"):
         model = base_model.load(checkpoint, section, None)
     return Subject(model, tokenizer, _stops(model, tokenizer), None, None)
+
+
+def task_of_target(target):
+    """Return the task of a run folder or a model, a file of base_model/, before a weight is read; raises like open_subject."""
+    if RunDir.is_run(target):
+        return task_of(RunDir.open(target).recipe()).file
+    return _of_model(target)[1].task.file
+
+
+def _of_model(target):
+    """Return (section, checkpoint) of a model folder or hub name."""
+    if not Path(target).exists() and str(target).startswith(("runs/", ".", "/", "~")):
+        raise InputError(f"neither a run nor a model at {target}; `qlora train RECIPE` makes a run")
+    section = Model(name_or_path=str(target))
+    return section, base_model.as_its_files_say(base_model.find(section), section)
 
 
 def _stops(model, tokenizer):
@@ -94,61 +113,26 @@ def open_tokenizer(
 def _open_run(run, overrides):
     from .. import methods
 
+    base = base_of(run, overrides)
+    with progress(f"loading {base.checkpoint.name_or_path} and the adapter of {run.path}"):
+        model = methods.load(base.load(), run.adapter, base.checkpoint.new_tokens.values())
+    return Subject(model, base.tokenizer, _stops(model, base.tokenizer), base.recipe, run)
+
+
+def base_of(run, overrides=()) -> Base:
+    """Return the Base of a finished run; overrides: `section.field=value` laid over its recipe.
+
+    Raises:
+        InputError: the base is no longer the one that was trained on, or what says so is damaged.
+    """
+    from .. import methods
+
     recipe = Recipe.load(run.recipe_file, overrides)
     methods.read_config(run.adapter)  # what is wrong with it is said before the tokenizer in it is read
     checkpoint = base_model.find(recipe.model, task=task_of(recipe))
     refuse_changed_base(run, checkpoint)
     recipe = base_model.settle(recipe, base_model.load_config(checkpoint, recipe.model), checkpoint, this_machine())
-    tokenizer = load_tokenizer(run, recipe.model, checkpoint)
-    with progress(f"loading {checkpoint.name_or_path} and the adapter of {run.path}"):
-        model = base_model.load(checkpoint, recipe.model, recipe.quantization)
-        model = methods.load(model, run.adapter, checkpoint.new_tokens.values())
-    stops = _stops(model, tokenizer)
-    voices = {str(run.path): ("default", tokenizer, stops), None: (None, tokenizer, stops)}
-    return Subject(model, tokenizer, stops, recipe, run, voices, str(run.path))
-
-
-def switch(subject, name):
-    """Let the adapter of run `name` answer, loading it if it is new; None: the base alone.
-
-    Raises:
-        InputError: not a finished run on the same base, or an adapter that cannot lie beside another. Nothing changes.
-    """
-    from .. import methods
-
-    if subject.run is None:
-        raise InputError("a plain model has no adapters; open a run: qlora chat RUN")
-    if name != str(subject.run.path):
-        methods.read(subject.run.adapter).refuse_more_than_low_rank(
-            "cannot be switched off; open the other run by itself"
-        )
-    if name not in subject.voices:
-        run = RunDir.open(name)
-        recipe = run.recipe()
-        ours, theirs = (one.environment()["base_model"] for one in (subject.run, run))
-        if recipe.quantization != subject.recipe.quantization or ours["sha256"] != theirs["sha256"]:
-            raise InputError(f"{name}: trained on another base than {subject.run.path}")
-        methods.read_config(run.adapter)  # what is wrong with it is said before the tokenizer in it is read
-        tokenizer, _ = open_tokenizer(run.adapter, recipe.model, subject.model.generation_config)
-        _refuse_other_tokens(name, tokenizer, subject)
-        own = f"voice{len(subject.voices)}"
-        methods.add(subject.model, run.adapter, own)
-        stops = chat.stop_token_ids(tokenizer, subject.model.generation_config)
-        subject.voices[name] = (own, tokenizer, stops)
-    chosen, subject.tokenizer, subject.stops = subject.voices[name]
-    methods.activate(subject.model, chosen)
-    subject.speaking = name
-
-
-def _refuse_other_tokens(name, tokenizer, subject):
-    """Raise InputError unless run `name` has the tokens of the run that was opened: the embedding has rows for those."""
-    ours, theirs = subject.voices[str(subject.run.path)][1].get_vocab().items(), tokenizer.get_vocab().items()
-    if ours != theirs:
-        token, number = min(ours ^ theirs, key=lambda one: (one[1], one[0]))
-        raise InputError(
-            f"{name}: its tokenizer has other tokens than that of {subject.run.path} ({len(ours ^ theirs)} differ, such as "
-            f"{token!r} with id {number}); open it by itself: qlora chat {shlex.quote(name)}"
-        )
+    return Base(run, recipe, checkpoint, load_tokenizer(run, recipe.model, checkpoint))
 
 
 def load_tokenizer(run, section, checkpoint):

@@ -131,13 +131,13 @@ def read(folder) -> Adapter:
 def load(model, folder, token_ids=()):
     """Return `model` with the adapter in `folder`, frozen, in eval mode; `disable_adapter()` gives the base.
 
-    token_ids: the tokens whose rows were trained.
+    folder: or what `read` has read of it. token_ids: the tokens whose rows were trained.
 
     Raises:
         InputError: as `read` does; or any tensor finds no place in the model, or the other way round.
     """
-    adapter = read(folder)
-    return _with_base(_of_folder(folder, adapter.config).load(model, adapter, token_ids))
+    adapter = folder if isinstance(folder, Adapter) else read(folder)
+    return _with_base(_of_folder(adapter.folder, adapter.config).load(model, adapter, token_ids))
 
 
 def add(model, folder, name):

@@ -77,6 +77,13 @@ class Adapter:
                 "base does; it was never trained"
             )
 
+    @property
+    def replaces_weights(self):
+        """In words, which of the base's own weights it changes in place; empty where all that it adds are modules."""
+        modules = tuple(f".{name}" for name in self.config.get("modules_to_save") or ())
+        inside = [name for name in self.replaced if not f".{name.rpartition('.')[0]}".endswith(modules)]
+        return "trained biases or weights" if inside else ""
+
     def refuse_more_than_low_rank(self, why):
         """Raise InputError, which ends with `why`, if the adapter is more than LoRA or DoRA updates."""
         others = {self.kind: not self.beside, "new tokens": self.rows,

@@ -190,7 +190,7 @@ def read(folder, config):
         raise InputError.listing(f"adapter {folder}", broken or ["no tensors"])
     why = (
         "adapters have a nonlinearity, so no weight of the base can take them up. Serve them beside the base: `qlora chat RUN`, "
-        "or qlora.jobs.opened_model.open_subject in Python"
+        "or qlora.open in Python"
     )
     return Adapter(folder, config, "Bottleneck", {}, own=tensors, unmergeable=why, beside=True)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import types
 
 import torch
 
@@ -82,8 +83,35 @@ def _groups(model, ratio):
 
 def load(model, adapter, token_ids=()):
     from peft import LoraConfig
+    from peft.tuners.lora.dora import DoraLinearLayer
 
-    return peft_model.load(model, adapter, token_ids, LoraConfig, _FIELDS)
+    loaded = peft_model.load(model, adapter, token_ids, LoraConfig, _FIELDS)
+    for module in loaded.modules():
+        if type(module) is DoraLinearLayer:
+            module.forward = types.MethodType(_frozen_dora, module)
+    return loaded
+
+
+def _frozen_dora(layer, x, **places):
+    """DoraLinearLayer.forward of weights that no longer change, to the same bits: m / |W + s B A| is computed once.
+
+    PEFT 0.21 dequantizes W and multiplies B A out for each token; its DoraCaching keeps B A, a copy of the model in 16 bit.
+    places: its other arguments.
+    """
+    from peft.tuners.lora.dora import DoraLinearLayer
+    from peft.utils.integrations import dequantize_module_weight
+
+    base_result, bias = places.get("base_result"), places["base_layer"].bias
+    if base_result is None:
+        return DoraLinearLayer.forward(layer, x, **places)
+    kept, key = vars(layer).setdefault("scales", {}), (x.dtype, layer.weight.dtype, x.device)
+    if key not in kept:
+        B_A = layer.get_lora_weight(lora_A=places["lora_A"], lora_B=places["lora_B"]).to(x.dtype)
+        weight = dequantize_module_weight(places["base_layer"]).to(x.dtype)
+        kept[key] = (layer.weight / layer.get_weight_norm(weight, B_A, places["scaling"])).view(1, -1)
+    scale = kept[key]
+    base_result = base_result if bias is None else base_result - bias
+    return (scale - 1) * base_result + scale * places["lora_B"](places["lora_A"](x)) * places["scaling"]
 
 
 def section_of(folder, config, recorded):

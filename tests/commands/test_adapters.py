@@ -1,20 +1,17 @@
-"""Adapters as such: listed with their scores, added up with weights, and switched while talking."""
+"""Adapters as such: listed with their scores, added up with weights."""
 
 import json
 import shutil
 
 import pytest
 import torch
-import transformers
 
 from qlora import base_model, methods
-from qlora.commands import chat as chat_verb
 from qlora.commands.adapters import adapters
 from qlora.commands.eval import evaluate
 from qlora.commands.export import export
 from qlora.commands.train import train
 from qlora.jobs.opened_adapter import parse_weighted
-from qlora.jobs.opened_model import open_subject, switch
 from qlora.recipe import Recipe
 from qlora.system.errors import InputError, ProofFailed
 from tests.conftest import CONVERSATIONS, messages, write_jsonl
@@ -155,34 +152,6 @@ def test_only_low_rank_updates_on_one_base_add_up(runs, two, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-# ---- switched --------------------------------------------------------------------------------------------------------
-
-
-def test_switching_computes_what_each_run_computes_alone(two, runs):
-    one, other = (str(run.path) for run in two)
-    dora = str(runs("dora", lora={"r": 4, "use_dora": True}).path)
-    alone = {name: logits(open_subject(name).model) for name in (one, other, dora)}
-    subject = open_subject(one)
-    with subject.model.disable_adapter():
-        alone[None] = logits(subject.model)
-    for name in (other, one, None, dora, None, other):
-        switch(subject, name)
-        assert subject.speaking == name
-        assert torch.equal(logits(subject.model), alone[name]), name
-    found = list(alone.values())
-    assert all(not torch.equal(a, b) for i, a in enumerate(found) for b in found[:i])
-
-
-def test_runs_of_like_names_are_different_voices(two, tmp_path):
-    one, other = (shutil.copytree(run.path, tmp_path / name) for run, name in zip(two, ("v1.0", "v1-0"), strict=True))
-    default = shutil.copytree(two[0].path, tmp_path / "default")
-    subject = open_subject(other)
-    alone = {str(path): logits(open_subject(path).model) for path in (one, other, default)}
-    for name in (one, other, default, other, one):
-        switch(subject, str(name))
-        assert torch.equal(logits(subject.model), alone[str(name)]), name
-
-
 def test_a_sum_that_is_another_one_is_noticed(two, tmp_path, monkeypatch):
     from peft.tuners.lora import LoraModel
 
@@ -195,46 +164,3 @@ def test_a_sum_that_is_another_one_is_noticed(two, tmp_path, monkeypatch):
     with pytest.raises(ProofFailed, match="PEFT combined the adapters wrongly in"):
         export([f"{two[0].path}:0.7", f"{two[1].path}:0.3"], tmp_path / "out")
     assert not list(tmp_path.iterdir())
-
-
-def test_a_run_that_cannot_be_switched_to_changes_nothing(two, runs, tiny_model, tmp_path):
-    subject = open_subject(two[0].path)
-    before = logits(subject.model)
-    grown = shutil.copytree(two[1].path, tmp_path / "grown")
-    (grown / "adapter" / "manifest.json").unlink()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(grown / "adapter")
-    tokenizer.add_tokens(["<city>"])
-    tokenizer.save_pretrained(grown / "adapter")
-    for name, expected in (
-        (str(grown), r"grown: its tokenizer has other tokens than that of .* \(1 differ, such as '<city>' with id"),
-        (
-            str(runs("tokens", model={"name_or_path": str(tiny_model("llama")), "new_tokens": ["<sql>"]}).path),
-            r"other tokens .* such as '<sql>'",
-        ),
-        ("nowhere", "no run at nowhere"),
-        (str(runs("mistral", family="mistral").path), "trained on another base"),
-        (str(runs("head", lora={"r": 4, "modules_to_save": ["lm_head"]}).path), "cannot be loaded beside another"),
-    ):
-        with pytest.raises(InputError, match=expected):
-            switch(subject, name)
-        assert subject.speaking == str(two[0].path)
-        assert torch.equal(logits(subject.model), before)
-
-
-def test_the_command_in_a_conversation(two, monkeypatch, capsys):
-    lines = iter(
-        ["hello", f"/adapter {two[1].path}", "hello", "/adapter", "/adapter nowhere", "/adapter none", "hello"]
-    )
-
-    def read(prompt):
-        try:
-            return next(lines)
-        except StopIteration:
-            raise EOFError from None
-
-    monkeypatch.setattr("builtins.input", read)
-    chat_verb.talk(two[0].path, max_new_tokens=4)
-    said = capsys.readouterr().err
-    assert f"answering with {two[1].path}" in said
-    assert "qlora: no run at nowhere" in said
-    assert "answering with the base model alone" in said

@@ -16,7 +16,7 @@ from qlora.commands.eval import evaluate
 from qlora.commands.export import export
 from qlora.commands.train import train
 from qlora.jobs.opened_adapter import open_trained
-from qlora.jobs.opened_model import open_subject, switch
+from qlora.jobs.routed import open_routed
 from qlora.system import bounded
 from qlora.system.errors import InputError
 from tests.conftest import CONVERSATIONS, messages, write_jsonl
@@ -50,9 +50,9 @@ def trained(tiny_model, rows, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def subject(trained):
+def routed(trained):
     """A run that is open, for what is to be laid beside its adapter."""
-    return open_subject(trained)
+    return open_routed(trained)
 
 
 @pytest.fixture
@@ -69,12 +69,12 @@ def broken(trained, tmp_path):
     return make
 
 
-def switching(run, subject, **_):
-    before = subject.speaking, len(subject.voices)
+def loading(run, routed, **_):
+    before = routed.default, routed.adapters
     try:
-        switch(subject, str(run))
+        routed.load("other", run)
     finally:
-        assert (subject.speaking, len(subject.voices)) == before, "something changed"
+        assert (routed.default, routed.adapters) == before, "something changed"
 
 
 VERBS = {
@@ -83,7 +83,7 @@ VERBS = {
     "export": lambda run, out, **_: export(run, out),
     "export of the folder": lambda run, out, model, **_: export(run / "adapter", out, model=model),
     "export of a sum": lambda run, out, trained, **_: export([f"{trained}:0.5", f"{run}:0.5"], out),
-    "switch": switching,
+    "load": loading,
 }
 
 
@@ -180,18 +180,18 @@ BROKEN = {
 
 
 # the three readers: of a run, of a folder, and beside an adapter that is there; the other verbs where one of them differs
-READERS = ["chat", "export of the folder", "switch"]
+READERS = ["chat", "export of the folder", "load"]
 EVERYWHERE = ["weights a pointer", "NaN", "one layer gone", "another shape", "a pattern that is none", "infinite alpha"]
 CASES = [(how, verb) for how in BROKEN for verb in (VERBS if how in EVERYWHERE else READERS)]
 
 
 @pytest.mark.parametrize(("how", "verb"), CASES, ids=[f"{how}, {verb}" for how, verb in CASES])
-def test_a_broken_adapter_is_refused(broken, trained, subject, tiny_model, tmp_path, monkeypatch, how, verb):
+def test_a_broken_adapter_is_refused(broken, trained, routed, tiny_model, tmp_path, monkeypatch, how, verb):
     monkeypatch.setattr(bounded, "SECONDS", 0.1)
     change, expected = BROKEN[how]
     run, model = broken(change), tiny_model("llama")
     with refused(f"(?s){expected}", [run, trained, model], [tmp_path / "out"], tmp_path / "canary"):
-        VERBS[verb](run=run, out=tmp_path / "out", trained=trained, model=model, subject=subject)
+        VERBS[verb](run=run, out=tmp_path / "out", trained=trained, model=model, routed=routed)
 
 
 @pytest.mark.parametrize("how", ["no weights", "weights cut", "weights a pointer", "a pickle only", "config cut"])
@@ -213,7 +213,7 @@ CHANGED = {
 @pytest.mark.parametrize("verb", VERBS)
 @pytest.mark.parametrize("how", CHANGED)
 def test_an_adapter_that_was_changed_after_its_training_is_refused(
-    broken, trained, subject, tiny_model, tmp_path, how, verb
+    broken, trained, routed, tiny_model, tmp_path, how, verb
 ):
     change, name = CHANGED[how]
     run = broken(change, sealed=True)
@@ -223,7 +223,7 @@ def test_an_adapter_that_was_changed_after_its_training_is_refused(
         [tmp_path / "out"],
         tmp_path / "canary",
     ):
-        VERBS[verb](run=run, out=tmp_path / "out", trained=trained, model=tiny_model("llama"), subject=subject)
+        VERBS[verb](run=run, out=tmp_path / "out", trained=trained, model=tiny_model("llama"), routed=routed)
 
 
 def test_a_change_on_purpose_is_taken_once_the_seal_is_removed(broken, trained, tmp_path):
@@ -295,7 +295,7 @@ def test_swapped_arguments_are_refused(trained, tiny_model, tmp_path, which):
         call()
 
 
-def test_an_adapter_of_another_base_is_refused(trained, tiny_model, rows, subject, tmp_path):
+def test_an_adapter_of_another_base_is_refused(trained, tiny_model, rows, routed, tmp_path):
     other = tiny_model("qwen3")
     differs = r"not the base that .* was trained on \(config.json, model.safetensors differ\)"
     remedy = r".* with --model, or, if it was changed on purpose, remove .*manifest.json"
@@ -305,7 +305,7 @@ def test_an_adapter_of_another_base_is_refused(trained, tiny_model, rows, subjec
         chat(trained, "x", overrides=[f"model.name_or_path={other}"])
     run = train(recipe_of(other, rows, tmp_path / "run"))
     with pytest.raises(InputError, match="trained on another base than"):
-        switch(subject, str(run.path))
+        routed.load("other", run.path)
 
 
 def test_an_adapter_of_another_tool_for_a_base_of_other_shapes_is_refused(broken, tiny_model, tmp_path):

@@ -1,4 +1,4 @@
-"""What holds for each method through PEFT but LoRA: it computes what PEFT does, loads, switches, and merges into one layer."""
+"""What holds for each method through PEFT but LoRA: it computes what PEFT does, loads, and merges into one layer."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from peft import HiraConfig, IA3Config, OFTConfig, PeftModel, get_peft_model
 
 from qlora import base_model, methods
 from qlora.evaluation.generate import answers
-from qlora.recipe import Bottleneck, Hira, Ia3, Lora, Oft, PromptTuning
+from qlora.recipe import Bottleneck, Hira, Ia3, Oft, PromptTuning
 from qlora.system.errors import InputError
 
 IDS = torch.arange(4, 60)[None]
@@ -115,26 +115,6 @@ def test_untrained_it_is_zero_and_the_base(load_model, tmp_path, section):
     methods.save(model, tmp_path / "adapter", "base", None)
     with pytest.raises(InputError, match="its update is zero in all"):
         methods.read(tmp_path / "adapter").refuse_untrained()
-
-
-@each_section
-def test_several_lie_on_one_base_and_lora_does_not_lie_beside_them(trained, saved, load_model, tmp_path, section):
-    _, folder = trained("llama", section)
-    model = methods.load(load_model("llama"), folder)
-    one = logits(model)
-    narrow = {"target_modules": ["q_proj"]} | ({"feedforward_modules": ["q_proj"]} if section.key == "ia3" else {})
-    other = shake(methods.attach(load_model("llama"), section.model_copy(update=narrow)))
-    methods.save(other, tmp_path / "other", "base", None)
-    methods.add(model, tmp_path / "other", "other")
-    methods.activate(model, "other")
-    assert torch.equal(logits(model), logits(other))
-    methods.activate(model, None)
-    assert torch.equal(logits(model), logits(load_model("llama")))
-    methods.activate(model, "default")
-    assert torch.equal(logits(model), one)
-    _, lora = saved("llama-tied", Lora(r=4))
-    with pytest.raises(InputError, match=f"LoRA cannot be loaded beside {section.key.upper()}; open it by itself"):
-        methods.add(model, lora, "lora")
 
 
 @each_section

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft.tuners.lora import dora
 from safetensors.torch import load_file
 
 from qlora import base_model, methods
@@ -107,3 +108,36 @@ def test_b_learns_so_many_times_faster_than_a(make_recipe, tmp_path, unplanned):
     one, plus = (steps[ratio][name.format("B")].float().abs().median() for ratio in (None, 8))
     assert plus.item() == pytest.approx(8 * one.item(), rel=0.05)
     assert torch.equal(steps[None][name.format("A")], steps[8][name.format("A")])
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
+def test_the_norms_of_a_loaded_dora_are_computed_once_to_the_same_bits(saved, load_model, monkeypatch, family):
+    _, folder = saved(family, Lora(r=4, use_dora=True))
+    loaded = methods.load(load_model(family), folder)
+    norms = [module for module in loaded.modules() if type(module) is dora.DoraLinearLayer]
+    assert norms
+    rows = torch.arange(4, 60)[None]
+
+    def outputs():
+        with torch.no_grad():
+            return [loaded(input_ids=rows[:, :tokens]).logits for tokens in (1, 56, 1)]
+
+    def pefts():
+        own = [vars(layer).pop("forward") for layer in norms]
+        found = outputs()
+        for layer, forward in zip(norms, own, strict=True):
+            layer.forward = forward
+        return found
+
+    for change in (lambda model: model, base_model.to_float32):  # the norms are of the dtype that is computed in
+        change(loaded)
+        expected = pefts()
+        assert all(torch.equal(one, other) for one, other in zip(outputs(), expected, strict=True))
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                dora.DoraLinearLayer, "get_weight_norm", lambda *args, **kwargs: pytest.fail("computed again")
+            )
+            patch.setattr(
+                dora.DoraLinearLayer, "get_lora_weight", lambda *args, **kwargs: pytest.fail("computed again")
+            )
+            assert torch.equal(outputs()[1], expected[1])

@@ -14,6 +14,7 @@ QUICK = {
     "benchmark_kernels.py": "--model MODEL --tokens 32 --rounds 1 --json OUT",
     "benchmark_counts.py": "--model MODEL --data ROWS --micro-batches 2",
     "longest_rows.py": "--layers 2",
+    "benchmark_latency.py": "--model MODEL --methods dora,bottleneck,prompt_tuning --rank 4 --prompt 8 --tokens 3 --rounds 1",
     "benchmark_load.py": "--gib 0.02 --shards 2 --rounds 1",
     "random_model.py": "--shape tiny --tokenizer MODEL --out OUT",
     "quickstart_data.py": "OUT --train-rows 4 --test-rows 2",

@@ -143,12 +143,12 @@ def _look_at_files(folder, found):
     }
 
 
-def test_a_command_is_a_process_whose_end_and_words_are_known(tmp_path, monkeypatch):
+def test_a_command_is_a_process_whose_end_and_words_are_known(tmp_path):
     log = tmp_path / "log.txt"
-    assert compared_runs.launch(["adapters", str(tmp_path)], log) == (0, f"0 in {tmp_path}")
-    code, said = compared_runs.launch(["adapters", str(tmp_path / "nothing")], log)
-    assert (code, said.split(";")[0]) == (2, f"no folder {tmp_path / 'nothing'}")
-    assert log.read_text().startswith(f"0 in {tmp_path}\nqlora: no folder ")
+    assert compared_runs.launch(["plan", "--help"], log)[0] == 0
+    assert compared_runs.launch(["plan"], log) == (2, "qlora plan needs a recipe: qlora plan RECIPE; see recipes/")
+    assert "Say what training will cost" in log.read_text()
+    assert log.read_text().endswith("qlora: qlora plan needs a recipe: qlora plan RECIPE; see recipes/\n")
 
 
 def test_what_ends_a_process_is_a_row_and_not_the_end_of_the_comparison(comparison, in_process, tmp_path, monkeypatch):

@@ -112,6 +112,11 @@ def open_source(source, mapped):
             f"data set {source.name}: images of a data set on the hub are not read; save them as files, in a folder for each "
             "class, and give that folder as path"
         )
+    if Path(source.path).suffix.lower() in _IMAGES and Path(source.path).is_file():
+        raise InputError(
+            f"{source.path} is one image; give the folder that has a folder for each class, or a table with the columns {IMAGE} "
+            f"and {LABEL}"
+        )
     names = tuple((mapped or {}).get(name, name) for name in (IMAGE, LABEL))
     folders = _folders_of_classes(source.path)
     for name, column in zip((IMAGE, LABEL), names, strict=True):
@@ -195,15 +200,20 @@ def _files(folder):
 
 
 def _refuse_splits(root, folders):
-    """Raise InputError where the folders are those of splits, each with its own folders of classes."""
-    splits = [name for name in folders if name.lower() in _SPLITS]
-    if splits and len(splits) == len(folders) and any(path.is_dir() for path in (root / splits[0]).iterdir()):
+    """Raise InputError where folders are those of splits, each with its own folders of classes."""
+    splits = [name for name in folders if name.lower() in _SPLITS and _has_folders_only(root / name)]
+    if len(splits) > 1 or (splits and len(splits) == len(folders)):
         named = ", ".join(splits)
         train = next((name for name in splits if name.lower().startswith("train")), splits[0])
         raise InputError(
             f"the folder {root} has the folders {named}, which are no classes; give each by itself, such as "
             f"data.train={root / train}"
         )
+
+
+def _has_folders_only(folder):
+    there = [path for path in folder.iterdir() if not _is_litter(path.name)]
+    return bool(there) and all(path.is_dir() for path in there)
 
 
 def _stamps(paths):

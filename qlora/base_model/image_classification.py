@@ -10,7 +10,7 @@ import torch
 
 from ..system import memory
 from ..system.errors import InputError
-from . import compute_dtype, image_processor, quantized
+from . import image_processor, quantized
 from .classification import (
     begin_head,
     has_labels,
@@ -32,7 +32,7 @@ HAS_CLASSES, HAS_TOKENS = True, False
 
 
 def kept_names(model):
-    """Return the names of the modules that stay as they are: the head, and what makes Swin v2's position biases of two numbers."""
+    """Return the names of the modules that stay as they are: the head, and what makes Swin v2's position biases."""
     biases = [name for name, _ in model.named_modules() if name.endswith("position_bias_mlp")]
     return [*head_names(model), *biases]
 
@@ -77,7 +77,7 @@ def accept_arguments(model):
 
 @torch.no_grad()
 def refuse_unsuitable(model, checkpoint):
-    """Raise InputError if the model cannot compute in its dtype, as Swin v2 cannot in bfloat16: it fails on the first image then."""
+    """Raise InputError if the model cannot compute in its dtype, as Swin v2 cannot in bfloat16, before the first step does."""
     shape, dtype = image_processor.shape_of(model.config), quantized.floating_dtype(model)
     if shape is None:
         return
@@ -88,5 +88,5 @@ def refuse_unsuitable(model, checkpoint):
             raise
         raise InputError(
             f"{checkpoint.folder}: {type(model).__name__} does not compute in {str(dtype)[6:]}: {said(error)}; set "
-            f"{compute_dtype.field(quantized.quantized_modules(model) or None)}=float32"
+            "quantization.compute_dtype=float32, or with quantization: null model.dtype=float32"
         ) from None

@@ -98,6 +98,8 @@ def test_several_folders_and_a_folder_of_tables(tmp_path):
     for name in ("a", "b"):
         folder_of_classes(tmp_path / name, 1)
     assert [file.path for file in opened(tmp_path / "?")] == [str(tmp_path / "a"), str(tmp_path / "b")]
+    (tmp_path / "c").write_text('{"image": "a/blue/0.png", "label": "blue"}\n')
+    assert [type(file).__name__ for file in opened(tmp_path / "?")] == ["ImageFolder", "ImageFolder", "ImageTable"]
     (tmp_path / "a" / "list.csv").write_text("image,label\nblue/0.png,blue\n")
     [table] = opened(tmp_path / "a")
     assert table.folder == str(tmp_path / "a")

@@ -28,6 +28,7 @@ from .quantized import (
     digest,
     digests,
     dtype_of,
+    floating_dtype,
     quantized_modules,
     restore_codes,
     to_float32,
@@ -40,10 +41,11 @@ from .tokenizer import load_tokenizer
 
 __all__ = ["DTYPE_WHEN_QUANTIZED", "GENERATION", "OF_TORCH", "Checkpoint", "Computer", "Task", "add_rows",
            "add_tokens", "as_its_files_say", "as_recorded", "asked", "computer", "decoder_layers",
-           "default_device", "digest", "digests", "dtype_of", "field", "find", "image_processor", "is_conv1d",
-           "is_stand_in", "linear_names", "load", "load_config", "load_image_processor", "load_on_meta",
-           "load_tokenizer", "names_to_quantize", "num_parameters", "num_positions", "numel", "on_meta",
-           "own_labels", "pixel_values", "quantized_modules", "read_config", "refuse_generation",
-           "refuse_other_codes", "refuse_rows", "replace_by_stand_ins", "restore_codes", "settle", "stand_in",
-           "stored_quantization", "task_of", "task_of_folder", "tensor_names", "tensors", "tied", "to_float32",
-           "token_ends", "token_modules", "weight_files", "whole_config", "written_names"]  # fmt: skip
+           "default_device", "digest", "digests", "dtype_of", "field", "find", "floating_dtype",
+           "image_processor", "is_conv1d", "is_stand_in", "linear_names", "load", "load_config",
+           "load_image_processor", "load_on_meta", "load_tokenizer", "names_to_quantize", "num_parameters",
+           "num_positions", "numel", "on_meta", "own_labels", "pixel_values", "quantized_modules",
+           "read_config", "refuse_generation", "refuse_other_codes", "refuse_rows", "replace_by_stand_ins",
+           "restore_codes", "settle", "stand_in", "stored_quantization", "task_of", "task_of_folder",
+           "tensor_names", "tensors", "tied", "to_float32", "token_ends", "token_modules", "weight_files",
+           "whole_config", "written_names"]  # fmt: skip

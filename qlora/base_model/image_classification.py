@@ -6,7 +6,11 @@ width) of images (image_processor.py). Logits are (B, C); the label of a row is 
 
 from __future__ import annotations
 
+import torch
+
+from ..system import memory
 from ..system.errors import InputError
+from . import image_processor, quantized
 from .classification import (
     begin_head,
     has_labels,
@@ -18,12 +22,19 @@ from .classification import (
     set_labels,
 )
 from .classification import written_to_config as of_classes
+from .messages import said
 
 __all__ = ["begin_head", "has_labels", "head_names", "is_of_another_head", "is_of_head", "labels_of"]
 
 # PEFT has no name for it, and takes any model then as it is called
 NAME, PEFT_TYPE, CLASS = "image-classification", None, "ForImageClassification"
 HAS_CLASSES, HAS_TOKENS = True, False
+
+
+def kept_names(model):
+    """Return the names of the modules that stay as they are: the head, and what makes Swin v2's position biases."""
+    biases = [name for name, _ in model.named_modules() if name.endswith("position_bias_mlp")]
+    return [*head_names(model), *biases]
 
 
 def auto_name(multimodal=False):
@@ -64,5 +75,18 @@ def accept_arguments(model):
     return model
 
 
+@torch.no_grad()
 def refuse_unsuitable(model, checkpoint):
-    """Nothing is refused: logits may depend on every pixel."""
+    """Raise InputError if the model cannot compute in its dtype, as Swin v2 cannot in bfloat16, before the first step does."""
+    shape, dtype = image_processor.shape_of(model.config), quantized.floating_dtype(model)
+    if shape is None:
+        return
+    try:
+        model(pixel_values=torch.zeros(1, *shape, dtype=dtype, device=model.device))
+    except (RuntimeError, ValueError) as error:
+        if memory.is_refusal(error):
+            raise
+        raise InputError(
+            f"{checkpoint.folder}: {type(model).__name__} does not compute in {str(dtype)[6:]}: {said(error)}; set "
+            "quantization.compute_dtype=float32, or with quantization: null model.dtype=float32"
+        ) from None

@@ -19,7 +19,7 @@ def linear_names(model):
     """Return the names of the linear layers that can carry an adapter: all but the head."""
     head = {
         name
-        for one in tasks.of_model(model).head_names(model)
+        for one in tasks.of_model(model).kept_names(model)
         for name, _ in model.get_submodule(one).named_modules(prefix=one)
     }
     return [

@@ -84,7 +84,7 @@ def _kept_whole(config, section):
     """Return the names of the modules that are not quantized; None for those that transformers leaves out itself, which is the
     head for words: of a classifier it knows the last layer alone."""
     task = tasks.of_config(config)
-    return task.head_names(on_meta(config, section.trust_remote_code)) if task.HAS_CLASSES else None
+    return task.kept_names(on_meta(config, section.trust_remote_code)) if task.HAS_CLASSES else None
 
 
 def _config_of(quantization, compute_dtype, kept):

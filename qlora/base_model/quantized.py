@@ -19,6 +19,11 @@ def dtype_of(name):
     return getattr(torch, name)
 
 
+def floating_dtype(model):
+    """Return the dtype of a model's numbers that are not in 4 bit."""
+    return next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+
+
 def quantized_modules(model):
     """Return {name: module} of the 4-bit linear layers of a plain or PEFT model."""
     from bitsandbytes.nn import Linear4bit

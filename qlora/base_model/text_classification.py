@@ -31,6 +31,7 @@ __all__ = [
 
 NAME, PEFT_TYPE, CLASS = "text-classification", "SEQ_CLS", "ForSequenceClassification"
 HAS_CLASSES, HAS_TOKENS = True, True
+kept_names = head_names
 
 
 def auto_name(multimodal=False):

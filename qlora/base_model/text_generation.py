@@ -9,7 +9,8 @@ HAS_CLASSES         whether an answer is a class: see classification.py
 HAS_TOKENS          whether rows are token ids, made by a tokenizer; else an image processor makes pixels (image_processor.py)
 auto_name, auto_class  transformers' class that opens a folder for it
 settle_config       what the task writes into a config that was read; refused where there is no such model
-head_names          modules that make the answer: never quantized, never a target of "all linear layers"
+head_names          modules that make the answer
+kept_names          modules that are never quantized, and never a target of "all linear layers": these, and maybe more
 is_of_head          whether a parameter is of a head that training begins with random numbers, where the files have none
 is_of_another_head  whether a tensor of the files may be left there, because it is of a head for something else
 begin_head          those random numbers
@@ -60,6 +61,9 @@ def head_names(model):
     """Return the name of the module that makes the logits, in a list."""
     head = model.get_output_embeddings()
     return [name for name, module in model.named_modules() if head is not None and module is head]
+
+
+kept_names = head_names
 
 
 def is_of_head(model, name):

@@ -112,42 +112,48 @@ def open_source(source, mapped):
             f"data set {source.name}: images of a data set on the hub are not read; save them as files, in a folder for each "
             "class, and give that folder as path"
         )
+    if Path(source.path).suffix.lower() in _IMAGES and Path(source.path).is_file():
+        raise InputError(
+            f"{source.path} is one image; give the folder that has a folder for each class, or a table with the columns {IMAGE} "
+            f"and {LABEL}"
+        )
     names = tuple((mapped or {}).get(name, name) for name in (IMAGE, LABEL))
-    folders = _folders_of_classes(source.path)
+    paths = _paths(source.path)
+    folders = [path for path in paths if _is_of_classes(path)]
     for name, column in zip((IMAGE, LABEL), names, strict=True):
         if columns.is_template(column) and (folders or name == IMAGE):
             raise InputError(f"data.columns.{name} {column!r}: a template; images need the name of a column here")
     if folders:
-        return [ImageFolder(path, source, names) for path in folders]
+        return [
+            ImageFolder(str(path), source, names) if path in folders else ImageTable(str(path), source, column=names[0])
+            for path in paths
+        ]
     return [ImageTable(file.path, source, column=names[0]) for file in sources.open_source(source)]
 
 
 def not_read(source):
     """Return the files of the source that are no rows: those beside folders of classes, or what describes data sets."""
-    folders = _folders_of_classes(source.path)
-    if not folders:
-        return sources.not_read(source)
-    beside = [
-        path for folder in folders for path in Path(folder).iterdir() if path.is_file() and not _is_litter(path.name)
-    ]
-    return [str(path) for path in beside]
+    folders = [path for path in _paths(source.path) if _is_of_classes(path)]
+    beside = [path for folder in folders for path in folder.iterdir() if path.is_file() and not _is_litter(path.name)]
+    return [str(path) for path in beside] if folders else sources.not_read(source)
 
 
-def _folders_of_classes(path):
-    try:
-        paths = [path] if not glob.has_magic(path) or Path(path).exists() else sorted(glob.glob(path))  # noqa: PTH207
-        return [path for path in paths if _is_of_classes(Path(path))]
-    except OSError as error:
-        raise InputError(f"cannot look for images at {path}: {error.strerror or error}") from None
+def _paths(path):
+    """Return what a path or a glob leads to, sorted."""
+    found = [path] if not glob.has_magic(path) or Path(path).exists() else sorted(glob.glob(path))  # noqa: PTH207
+    return [Path(one) for one in found]
 
 
 def _is_of_classes(folder):
     """True for a folder with folders in it and no tables, or with neither."""
-    if not folder.is_dir():
-        return False
-    kinds = {path.suffix.lower() for path in folder.iterdir() if path.is_file() and not _is_litter(path.name)}
-    has_folders = any(path.is_dir() for path in folder.iterdir())
-    return not kinds & (_TABLES if has_folders else READERS.keys())
+    try:
+        if not folder.is_dir():
+            return False
+        there = [path for path in folder.iterdir() if not _is_litter(path.name)]
+    except OSError as error:
+        raise InputError(f"cannot look for images in {folder}: {error.strerror or error}") from None
+    kinds = {path.suffix.lower() for path in there if path.is_file()}
+    return not kinds & (_TABLES if any(path.is_dir() for path in there) else READERS.keys())
 
 
 def _classes(root):
@@ -195,15 +201,20 @@ def _files(folder):
 
 
 def _refuse_splits(root, folders):
-    """Raise InputError where the folders are those of splits, each with its own folders of classes."""
-    splits = [name for name in folders if name.lower() in _SPLITS]
-    if splits and len(splits) == len(folders) and any(path.is_dir() for path in (root / splits[0]).iterdir()):
+    """Raise InputError where folders are those of splits, each with its own folders of classes."""
+    splits = [name for name in folders if name.lower() in _SPLITS and _has_folders_only(root / name)]
+    if len(splits) > 1 or (splits and len(splits) == len(folders)):
         named = ", ".join(splits)
         train = next((name for name in splits if name.lower().startswith("train")), splits[0])
         raise InputError(
             f"the folder {root} has the folders {named}, which are no classes; give each by itself, such as "
             f"data.train={root / train}"
         )
+
+
+def _has_folders_only(folder):
+    there = [path for path in folder.iterdir() if not _is_litter(path.name)]
+    return bool(there) and all(path.is_dir() for path in there)
 
 
 def _stamps(paths):

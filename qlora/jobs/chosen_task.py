@@ -89,8 +89,9 @@ def pad_of(tokenizer, model):
     """
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     if not base_model.task_of(model).HAS_TOKENS:
-        dtype = next(model.get_input_embeddings().parameters()).dtype
-        return data.Pixels(functools.partial(base_model.pixel_values, tokenizer, dtype=dtype))
+        return data.Pixels(
+            functools.partial(base_model.pixel_values, tokenizer, dtype=base_model.floating_dtype(model))
+        )
     takes = inspect.signature(type(model).forward).parameters
     return data.Pad(tokenizer, "token_type_ids" in takes and "token_type_ids" in tokenizer.model_input_names)
 

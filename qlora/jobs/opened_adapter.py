@@ -267,6 +267,8 @@ def _of_adapter(folder, base, overrides):
 def _refuse_classes(folder, config):
     """Raise InputError if an adapter is of a model with classes: their names are those of its run."""
     kind = config.get("task_type")
+    if (folder / base_model.image_processor.FILE).is_file() and not (folder / "tokenizer_config.json").is_file():
+        kind = "image classification"  # PEFT has no name for it
     if kind not in (None, text_generation.PEFT_TYPE):
         raise InputError(
             f"{folder}: an adapter for {kind}; its classes have names in the run alone, so export that: qlora export RUN"

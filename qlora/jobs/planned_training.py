@@ -51,7 +51,7 @@ def plan_training(prepared, device, tokens=None) -> Planned:
     try:
         job = job_of(prepared, device.type, budget, tokens)
     except planner.NoPlan as error:
-        num_layers = prepared.config.get_text_config().num_hidden_layers
+        num_layers = getattr(prepared.config.get_text_config(), "num_hidden_layers", 0)
         refuse_layers(recipe.memory, num_layers)
         setting = recipe.memory.gradient_checkpointing
         setting = device.type == "cuda" if setting == "auto" else setting

@@ -94,6 +94,8 @@ def to_dtype(peft_model, dtype):
 
 def dtype_of(model):
     """Return the dtype that a model computes in."""
+    if not base_model.task_of(model).HAS_TOKENS:
+        return base_model.floating_dtype(model)
     # not .weight: with rows of new tokens that is a copy of the table
     return next(model.get_input_embeddings().parameters()).dtype
 

@@ -46,6 +46,10 @@ def _said(entry):
 
 def _layers(model, section):
     linear = base_model.linear_names(model)
+    if not linear:
+        raise InputError(
+            f"{section.key}: {type(model).__name__} has no linear layer that could have an adapter; take full"
+        )
     leaves = sorted({name.rpartition(".")[2] for name in linear})
     targets = leaves if section.target_modules == "all-linear" else section.target_modules
     _refuse_unmatched(model, section, linear, leaves, targets)

@@ -91,6 +91,5 @@ def positions_of_an_image(model):
 
 
 def _pixels(model, num_images):
-    dtype = next(model.get_input_embeddings().parameters()).dtype
     shape = base_model.image_processor.shape_of(model.config) or _USUAL
-    return torch.zeros(num_images, *shape, dtype=dtype, device="meta")
+    return torch.zeros(num_images, *shape, dtype=base_model.floating_dtype(model), device="meta")

@@ -21,7 +21,8 @@ def say_report(prepared):
     for source in report["sources"]:
         weight = f", weight {source['weight']:g}" if source["weight"] != 1 else ""
         if 0 < source["tokens_an_epoch"] < tokens["total"]:
-            weight += f", {source['tokens_an_epoch'] / tokens['total']:.0%} of the tokens"
+            counts = "images" if "image_sizes" in report else "tokens"
+            weight += f", {source['tokens_an_epoch'] / tokens['total']:.0%} of the {counts}"
         changed = [
             f", {source[key]:,} {word}"
             for key, word in (("rows_truncated", "TRUNCATED"), ("rows_split", "split"))

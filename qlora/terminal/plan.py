@@ -50,7 +50,7 @@ def say_plan(name, job, found, limits, changes, why, has_classes=False):
         if found.hours is not None and 3600 * found.hours >= 1:
             time += f" in at least {duration(3600 * found.hours)}"
         show(f"speed     at most {found.tokens_per_second:,.0f} {counts}/s on {job.card.name}{time}")
-    show(f"limits    {limits_in_words(limits)}")
+    show(f"limits    {limits_in_words(limits, 'rows' if counts == 'tokens' else counts)}")
     for index, change in enumerate(changes):
         speed = change["tokens_per_second"]
         fit = ", fits" if change["fits"] and not found.fits else ""
@@ -58,11 +58,14 @@ def say_plan(name, job, found, limits, changes, why, has_classes=False):
         show(f"{'try' if index == 0 else '':<10}{change['set']}: {size(change['peak_bytes'])}{fit}{rate}")
 
 
-def limits_in_words(limits):
-    """Return the limits of planner.backwards in words; where rows are joined, a row and a micro-batch may be as long."""
+def limits_in_words(limits, rows="rows"):
+    """Return the limits of planner.backwards in words; where rows are joined, a row and a micro-batch may be as long.
+
+    rows: what they are called.
+    """
     if not any(limits.values()):
-        return "none: not even one token, or one image, fits"
-    words = {"max_length": "rows up to {:,} tokens", "micro_batch": "{:,} rows per micro-batch", "r": "r up to {:,}",
+        return f"none: not even one {'token' if rows == 'rows' else rows.removesuffix('s')} fits"
+    words = {"max_length": "rows up to {:,} tokens", "micro_batch": f"{{:,}} {rows} per micro-batch", "r": "r up to {:,}",
              "tokens_per_micro_batch": "joined micro-batches up to {:,} tokens"}  # fmt: skip
     if "max_length" in limits and limits["max_length"] == limits.get("tokens_per_micro_batch"):
         limits = {name: limit for name, limit in limits.items() if name != "tokens_per_micro_batch"}

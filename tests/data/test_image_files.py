@@ -68,8 +68,9 @@ def test_a_file_of_another_kind_is_a_row_so_that_it_is_not_passed_over(tmp_path)
         (lambda root: [folder_of_classes(root, 1), (root / "x.png").write_bytes(b"x")], "such as x.png"),
         (lambda root: [folder_of_classes(root, 1), (root / "cow").mkdir()], "no images of cow"),
         (lambda root: [folder_of_classes(root / split, 1) for split in ("train", "test")], "data.train=.*train"),
+        (lambda root: [folder_of_classes(root / name, 1) for name in ("train", "val", "model")], "train, val, which"),
     ],
-    ids=["empty", "no_folders", "file_beside", "empty_class", "splits"],
+    ids=["empty", "no_folders", "file_beside", "empty_class", "splits", "splits_and_more"],
 )
 def test_a_folder_that_is_none_by_class_is_refused(tmp_path, make, said):
     root = tmp_path / "data"
@@ -97,6 +98,8 @@ def test_several_folders_and_a_folder_of_tables(tmp_path):
     for name in ("a", "b"):
         folder_of_classes(tmp_path / name, 1)
     assert [file.path for file in opened(tmp_path / "?")] == [str(tmp_path / "a"), str(tmp_path / "b")]
+    (tmp_path / "c").write_text('{"image": "a/blue/0.png", "label": "blue"}\n')
+    assert [type(file).__name__ for file in opened(tmp_path / "?")] == ["ImageFolder", "ImageFolder", "ImageTable"]
     (tmp_path / "a" / "list.csv").write_text("image,label\nblue/0.png,blue\n")
     [table] = opened(tmp_path / "a")
     assert table.folder == str(tmp_path / "a")
@@ -135,11 +138,14 @@ def test_a_stamp_changes_while_images_are_written(tmp_path):
     assert file.stamp() != before
 
 
-def test_what_is_no_place_of_images_is_refused():
+def test_what_is_no_place_of_images_is_refused(tmp_path):
     with pytest.raises(InputError, match="images of a data set on the hub are not read"):
         image_files.open_source(Source(name="beans"), None)
     with pytest.raises(InputError, match="a template"):
         image_files.open_source(Source(path="x.csv"), {"image": "images/{{ id }}.png"})
+    picture().save(tmp_path / "one.png")
+    with pytest.raises(InputError, match=r"one\.png is one image; give the folder"):
+        opened(tmp_path / "one.png")
     [file] = opened(Path("no-such-folder"))
     with pytest.raises(InputError, match="no data file at no-such-folder"):
         list(file.rows())

@@ -14,7 +14,7 @@ from .config import load_config, read_config
 from .empty_weights import is_stand_in, replace_by_stand_ins, stand_in
 from .folder import Checkpoint, find, refuse_generation, tensor_names, weight_files
 from .layers import decoder_layers, is_conv1d, linear_names, num_parameters, numel, tensors, tied
-from .limits import num_positions, refuse_rows
+from .limits import num_positions, refuse_rows, said_of_positions
 from .loading import default_device, load
 from .meta import load_on_meta, names_to_quantize, on_meta
 from .multimodal import whole_config
@@ -36,6 +36,6 @@ __all__ = ["DTYPE_WHEN_QUANTIZED", "OF_TORCH", "Checkpoint", "Computer", "add_ro
            "computer", "decoder_layers", "default_device", "digest", "digests", "dtype_of", "field",
            "find", "is_conv1d", "is_stand_in", "linear_names", "load", "load_config", "load_on_meta", "load_tokenizer",
            "names_to_quantize", "num_parameters", "num_positions", "numel", "on_meta", "quantized_modules", "read_config",
-           "refuse_generation", "refuse_other_codes", "refuse_rows", "replace_by_stand_ins", "restore_codes", "settle",
-           "stand_in", "stored_quantization", "tensor_names", "tensors", "tied", "to_float32", "token_modules",
-           "weight_files", "whole_config"]  # fmt: skip
+           "refuse_generation", "refuse_other_codes", "refuse_rows", "replace_by_stand_ins", "restore_codes", "said_of_positions",
+           "settle", "stand_in", "stored_quantization", "tensor_names", "tensors", "tied", "to_float32",
+           "token_modules", "weight_files", "whole_config"]  # fmt: skip

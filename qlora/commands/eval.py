@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from .. import base_model, data
+from .. import base_model, data, methods
 from ..evaluation.scores import score
 from ..jobs.eval_rows import held_out_rows
 from ..jobs.opened_model import open_subject
@@ -41,7 +41,7 @@ def evaluate(target, data_file=None, overrides=(), max_rows=MAX_ROWS) -> dict:
     if not len(rows):
         source = data_file or "data.eval or data.eval_fraction of the recipe"
         raise InputError(f"no rows left to evaluate on in {source}: all were dropped; `qlora data` shows why")
-    base_model.refuse_rows(rows, subject.model.config)
+    base_model.refuse_rows(rows, subject.model.config, methods.num_positions(subject.model))
     conversations = data.conversations(rows)
     of = (subject.model, subject.tokenizer, subject.stops)
     result = {"rows": len(conversations), **score(*of, rows, conversations)}

@@ -30,13 +30,27 @@ def of_merging(merging, num_quantized):
     }
 
 
+def _row(name, loss, kl=None, top1=None):
+    cells = [f"{loss:.4f}", f"{metrics.perplexity(loss):.3f}"]
+    return [name, *cells, "" if kl is None else f"{kl:.1e}", "" if top1 is None else f"{top1:.2%}"]
+
+
+def scores_beside(report):
+    """Return what `scores` does, of an adapter that stays beside its base."""
+    live, kind = report["live_model"], (report["serve_with"]["quantization"] or {}).get("quant_type", "16 bit")
+    scored = [
+        (f"exported, beside the base in {kind}", report["beside"]),
+        ("exported, beside the base in 16 bit", report["beside_original"]),
+        ("base, without the adapter", report["base_model"]),
+    ]
+    return [
+        _row(f"{'assumed' if live == 'assumed' else 'trained'} (base in {kind}, live)", report["live"]["loss"]),
+        *(_row(name, one["loss"], one["kl"], one["top1"]) for name, one in scored if one),
+    ]
+
+
 def scores(report):
     """Return the rows [name, loss, perplexity, KL, top-1] of the table that is shown and goes into the model card."""
-
-    def row(name, loss, kl=None, top1=None):
-        cells = [f"{loss:.4f}", f"{metrics.perplexity(loss):.3f}"]
-        return [name, *cells, "" if kl is None else f"{kl:.1e}", "" if top1 is None else f"{top1:.2%}"]
-
     quantized = "quantized" if report["quantized"]["modules"] else "base"
     written = f"{report['base']} base, {report['dtype']}"
     scored = [
@@ -45,9 +59,9 @@ def scores(report):
         ("base, without the adapter", report["base_model"]),
     ]
     return [
-        row(
+        _row(
             f"{'assumed' if report['live_model'] == 'assumed' else 'trained'} ({quantized} + adapter, live)",
             report["live"]["loss"],
         ),
-        *(row(name, one["loss"], one["kl"], one["top1"]) for name, one in scored),
+        *(_row(name, one["loss"], one["kl"], one["top1"]) for name, one in scored),
     ]

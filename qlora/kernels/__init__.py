@@ -45,8 +45,8 @@ def installed(peft_model, setting="auto"):
         return
     model, patched = peft_model.get_base_model(), []
     by_torch = model.config._attn_implementation == "sdpa"  # else the recipe has asked for another one
-    apart = getattr(getattr(peft_model, "active_peft_config", None), "is_prompt_learning", False)  # before each row
-    found = Installed(joined=by_torch and attention.joins(model) and not apart, loss=loss.takes(model))
+    apart = loss.is_behind_virtual_tokens(peft_model)
+    found = Installed(joined=by_torch and not apart and attention.joins(model), loss=loss.takes(model))
     try:
         _install(peft_model, found, patched)
         yield found

@@ -60,9 +60,8 @@ def make(model, config):
             peft_model = get_peft_model(model, config)
         except ValueError as error:  # layers whose forward the model never calls, as in state-space blocks
             key = str(config.peft_type.value).lower()
-            raise InputError(
-                f"{key}: PEFT refuses {type(model).__name__}: {error}\n  name such layers in {key}.exclude_modules"
-            ) from None
+            remedy = "take lora" if config.is_prompt_learning else f"name such layers in {key}.exclude_modules"
+            raise InputError(f"{key}: PEFT refuses {type(model).__name__}: {error}\n  {remedy}") from None
     whole = [n for n, m in peft_model.get_base_model().named_modules() if isinstance(m, ModulesToSaveWrapper)]
     if getattr(config, "trainable_token_indices", None):
         ends = [model.get_input_embeddings(), model.get_output_embeddings()]

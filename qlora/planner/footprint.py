@@ -89,7 +89,8 @@ class Usage:
 class Outline:
     """joins: rows are joined without padding. weights: bytes. trained: numbers in each trained tensor. trained_bytes: all
     of them, as the model holds them; layer_gradients: {kind of layer: bytes}. read_bytes: beside the weights while
-    the largest of them is read. work: for its speed. mapped: bytes of the weights that stay mapped files on a CPU.
+    the largest of them is read. work: for its speed. mapped: bytes of the weights that stay mapped files on a CPU. embedded:
+    virtual tokens before each row.
     """
 
     device_kind: str
@@ -102,6 +103,7 @@ class Outline:
     step: trace.Step
     work: Work
     mapped: int = 0
+    embedded: int = 0
 
     @property
     def num_layers(self):
@@ -166,6 +168,7 @@ def _outline(config, model_section, quantization, lora, num_new_tokens, device_k
         step,
         Work(base, sum(p.numel() for p in trained if p.dim() == 2), head, len(layers), width, bool(quantization)),
         mapped,
+        lora.num_embedded,
     )
 
 
@@ -267,7 +270,12 @@ def _lost_on_cpu(model, load, checkpointed, worked):
 
 
 def _growth(model, load):
-    return trace.growth(load.tokens, load.scored, model.step.at_once(load.scored), load.document or load.length)
+    apart = not (load.packed or load.joined)
+    # the trace has those before one row
+    tokens = load.tokens + (load.rows - 1) * model.embedded if apart else load.tokens
+    squared = tokens * load.length if apart else tokens**2
+    head = model.step.at_once(load.scored)
+    return trace.growth(tokens, load.scored, head, load.document or load.length, squared)
 
 
 def _step(model, load, checkpointed, offload, summed):
@@ -279,7 +287,7 @@ def _step(model, load, checkpointed, offload, summed):
     ]
     ways = [each[index < checkpointed][kind] for index, kind in enumerate(step.layers)]
     rise, buffers = step.embedding.rise_and_change(growth)
-    mask = load.mask_bytes
+    mask = 0 if step.masked else load.mask_bytes
     level, checkpoints, gradients = buffers, 0.0, 0.0
     one = ways[checkpointed - 1][0][1] if checkpointed else 0.0
 

@@ -227,7 +227,7 @@ def adapter_card(title, base, adapter_config, quantization, origin, rows=()):
         [origin],
         library="peft" if described.peft else "qlora",
         relation="adapter",
-        tags="qlora, lora",
+        tags=f"qlora, {adapter_config['peft_type'].lower()}",
         kind=described.kind,
         peft=described.peft,
         rows=rows,

@@ -31,7 +31,7 @@ def plan_beside(trained, out, inputs, unused):
     refuse_nonempty(out, "export")
     refuse_partial(out, [*trained.inputs, *inputs])
     refuse_inside(out, [trained.folder, trained.checkpoint.folder])
-    return merge.plan(trained.checkpoint, trained.config, torch.float32, trained.model.trust_remote_code)
+    return merge.plan(trained.checkpoint, trained.config, torch.bfloat16, trained.model.trust_remote_code)
 
 
 def write_beside(trained, folder):

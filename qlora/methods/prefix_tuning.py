@@ -93,9 +93,9 @@ def _forward(model, input_ids=None, attention_mask=None, position_ids=None, **kw
         attention_mask = virtual_tokens.with_mask(attention_mask, number)
     if position_ids is not None:
         position_ids = position_ids + number
-    kwargs |= {"use_cache": False} | (
-        {"output_router_logits": False} if hasattr(config, "output_router_logits") else {}
-    )
+    kwargs["use_cache"] = False
+    if hasattr(config, "output_router_logits"):
+        kwargs["output_router_logits"] = False  # their balance is counted with the mask, which is longer than the row
     return model.get_base_model()(
         input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=cache, **kwargs
     )
@@ -152,8 +152,12 @@ def _refuse_unread(model):
     try:
         base.eval()(input_ids=ids, past_key_values=Cache(layers=layers), use_cache=False)
         why = "has layers without attention, or whose attention takes none"
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, NotImplementedError) as error:
-        why = str(error).splitlines()[0]  # of any architecture's own code; what it cannot do is an answer
+        why = (str(error).splitlines() or [type(error).__name__])[
+            0
+        ]  # of any architecture's own code; what it cannot do is an answer
     finally:
         base.train(was)
     if not all(layer.seen for layer in layers):

@@ -69,7 +69,7 @@ def test_virtual_tokens_take_positions_from_rows_prompts_and_answers(make_recipe
     said = "the model has 512 positions, 100 of them for virtual tokens"
     with pytest.raises(InputError, match=rf"near.jsonl line 2: 4\d\d tokens, {said}\n.*data.max_length=412"):
         train(make_recipe("gpt2", **section, data={"train": str(rows), "eval_fraction": 0, "max_length": 512}))
-    run = train(make_recipe("gpt2", **section, training={"max_steps": 1}))
+    run = train(make_recipe("gpt2", **section, data={"max_length": 512}, training={"max_steps": 1}))
     with pytest.raises(InputError, match=rf"near.jsonl line 2: 4\d\d tokens, {said}"):
         evaluate(run.path, rows)
     with pytest.raises(InputError, match=rf"the prompt is too long: 4\d\d tokens, and {said}"):

@@ -164,7 +164,7 @@ def test_new_tokens_are_texts_that_stand_once(tmp_path, tokens, expected):
         (["lora.use_dora=true", "lora.init_lora_weights=loftq"], "use_dora and init_lora_weights loftq exclude each"),
         (["lora.init_lora_weights=orthogonal", "lora.r=5"], "init_lora_weights orthogonal needs even ranks"),
         (["lora.init_lora_weights=orthogonal", "lora.rank_pattern={q_proj: 3}"], "needs even ranks"),
-        (["lora.init_lora_weights=corda"], "lora.init_lora_weights: 'corda' is not one of True, 'gaussian'"),
+        (["lora.init_lora_weights=mica"], "lora.init_lora_weights: 'mica' is not one of True, 'gaussian'"),
         (["lora.init_lora_weights=false"], "lora.init_lora_weights: False is not one of True"),
         (["lora.init_lora_weights=pissa"], "lora.init_lora_weights pissa needs a 16-bit base"),
         (

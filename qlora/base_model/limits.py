@@ -21,8 +21,15 @@ def num_positions(config):
     return found
 
 
-def refuse_rows(rows, config):
+def said_of_positions(limit, taken):
+    """Return in words how many positions a model has, of which virtual tokens take the first `taken`."""
+    return f"the model has {limit:,} positions" + (f", {taken:,} of them for virtual tokens" if taken else "")
+
+
+def refuse_rows(rows, config, taken=0):
     """Raise InputError if the model cannot take one of `rows` (data.Rows): too many tokens, or one that it does not have.
+
+    taken: positions that the method takes before each row.
 
     Beyond its positions, a model with learned ones ends in an IndexError, and one with rotary ones answers rubbish.
     """
@@ -36,11 +43,14 @@ def refuse_rows(rows, config):
         )
     limit = num_positions(config)
     lengths = rows.lengths
-    too_long = (lengths > limit).nonzero()[0] if limit is not None else ()
+    too_long = (lengths + taken > limit).nonzero()[0] if limit is not None else ()
     if len(too_long):
+        said = said_of_positions(limit, taken)
         raise InputError.listing(
             "the data",
-            [f"{rows.where(at)}: {lengths[at]:,} tokens, the model has {limit:,} positions" for at in too_long[:20]],
-            f"shorten these rows or leave them out, or set data.max_length={limit} (and data.overlong)",
+            [f"{rows.where(at)}: {lengths[at]:,} tokens, {said}" for at in too_long[:20]],
+            f"shorten these rows or leave them out, or set data.max_length={limit - taken} (and data.overlong)"
+            if limit - taken > 0
+            else "take fewer virtual tokens",
             total=len(too_long),
         )

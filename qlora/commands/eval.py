@@ -7,7 +7,7 @@ import json
 import shlex
 from pathlib import Path
 
-from .. import base_model, data
+from .. import base_model, data, methods
 from ..data import masked_examples
 from ..evaluation import answer_metrics, latency, scores
 from ..evaluation.asked import BATCH_SIZE, BUILT_IN, Asked
@@ -58,7 +58,7 @@ def evaluate(target, data_file=None, overrides=(), max_rows=None, **asked) -> di
     if not len(rows):
         source = data_file or "data.eval or data.eval_fraction of the recipe"
         raise InputError(f"no rows left to evaluate on in {source}: all were dropped; `qlora data` shows why")
-    base_model.refuse_rows(rows, subject.model.config)
+    base_model.refuse_rows(rows, subject.model.config, methods.num_positions(subject.model))
     said = data.conversations(rows)
     before, after = scores_of_classes(subject, rows) if has_classes else _scores_of_words(subject, rows, said, wanted)
     result = {"rows": len(said), **after.to_json()}

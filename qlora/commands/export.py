@@ -8,6 +8,7 @@ from pathlib import Path
 from .. import base_model
 from ..exporter import REPORT
 from ..exporter.proof import refuse_unproven
+from ..jobs.export_beside import card_beside, plan_beside, report_beside, write_beside
 from ..jobs.export_folder import card_of, plan_export, report_of, write_model
 from ..jobs.export_gguf import add_gguf
 from ..jobs.export_proof import Prover
@@ -15,6 +16,7 @@ from ..jobs.opened_adapter import open_trained
 from ..system import launched, memory
 from ..system.devices import say_device
 from ..system.errors import Interrupted
+from ..system.events import note
 from ..system.storage import alone, new_folder, scratch_folder, write_json
 from ..terminal import shown
 from ..terminal.export import advise, say_done, show_proof, warn
@@ -29,7 +31,8 @@ def export(target, out, dtype=None, overrides=(), *, model=None, data=None, comp
     ("float16", "bfloat16", "float32"; the recipe's export.dtype by default). The folder is written beside `out`, compared
     with the live model on rows (of file `data`, or those that the run held out), and renamed to `out` only if it agrees.
     export.base=original adds to the weights of the files instead. compare_bases: measure both, as they are and as served
-    in 4 bit. gguf: "f16", "q8_0" or "q4_k_m", to add a GGUF file and an Ollama Modelfile.
+    in 4 bit. gguf: "f16", "q8_0" or "q4_k_m", to add a GGUF file and an Ollama Modelfile. What cannot become one with its base
+    is written as an adapter alone, proven beside the base that it was trained on.
 
     Raises:
         InputError: nothing that was trained, another base, `out` is not empty, too little disk, a weight too large for
@@ -45,7 +48,12 @@ def export(target, out, dtype=None, overrides=(), *, model=None, data=None, comp
     targets = [target] if isinstance(target, (str, Path)) else list(target)
     try:
         with open_trained(targets, model, data, overrides) as trained:
-            plan = plan_export(trained, out, [] if data is None else [Path(data)], compare_bases, gguf)
+            inputs = [] if data is None else [Path(data)]
+            if trained.adapter.unmergeable:
+                unused = {"--dtype": dtype, "--gguf": gguf, "--compare-bases": compare_bases,
+                          "export.base": trained.export.base == "original"}  # fmt: skip
+                return _export_beside(trained, plan_beside(trained, out, inputs, unused), out, start)
+            plan = plan_export(trained, out, inputs, compare_bases, gguf)
             return _export(trained, plan, out, compare_bases, gguf, start)
     except Interrupted as stopped:
         left = f"the model in {out} is complete" if (out / REPORT).exists() else f"nothing was left at {out}"
@@ -76,5 +84,24 @@ def _export(trained, plan, out, compare_bases, gguf, start):
         report["seconds"] = time.monotonic() - start
         write_json(folder / REPORT, report)
         (folder / "README.md").write_text(card_of(trained, report, out.name), encoding="utf-8")
+    say_done(report, out)
+    return report
+
+
+def _export_beside(trained, plan, out, start):
+    """What `_export` does for an adapter that stays one. plan: of its base."""
+    note(f"WARNING   {trained.adapter.kind} {trained.adapter.unmergeable}. The adapter is exported alone")
+    prover = None if trained.export.verify == "off" else Prover(trained, plan, base_model.default_device())
+    with alone(out, "export"), new_folder(out) as folder:
+        write_beside(trained, folder)
+        report = report_beside(trained, folder)
+        if prover:
+            report |= prover.prove_beside(folder)
+            show_proof(report)
+            refuse_unproven(report, out)
+        report["seconds"] = time.monotonic() - start
+        write_json(folder / REPORT, report)
+        if text := card_beside(trained, report, out.name):
+            (folder / "README.md").write_text(text, encoding="utf-8")
     say_done(report, out)
     return report

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .. import base_model
+from .. import base_model, methods
 from ..system.errors import InputError, Interrupted
 from ..system.events import progress
 from .asked import BATCH_SIZE
@@ -51,12 +51,13 @@ def limit_of(model, prompt, max_new_tokens):
     positions = base_model.num_positions(model.config)
     if positions is None:
         return max_new_tokens
-    if len(prompt) >= positions:
+    taken = methods.num_positions(model)
+    if taken + len(prompt) >= positions:
         raise InputError(
-            f"the prompt is too long: {len(prompt):,} tokens, and the model has {positions:,} positions for prompt and "
-            "answer; shorten it"
+            f"the prompt is too long: {len(prompt):,} tokens, and {base_model.said_of_positions(positions, taken)} for prompt "
+            "and answer; shorten it"
         )
-    return min(max_new_tokens, positions - len(prompt))
+    return min(max_new_tokens, positions - taken - len(prompt))
 
 
 def stream(model, tokenizer, prompt, stops, max_new_tokens, on_text, on_limit=None):
@@ -85,7 +86,7 @@ def stream(model, tokenizer, prompt, stops, max_new_tokens, on_text, on_limit=No
     found = output[0, len(prompt) :].tolist()
     kept = _until_stop(found, stops)
     if on_limit is not None and limit < max_new_tokens and len(kept) == limit:
-        on_limit(len(prompt) + limit)
+        on_limit(methods.num_positions(model) + len(prompt) + limit)
     return tokenizer.decode(kept, skip_special_tokens=True)
 
 

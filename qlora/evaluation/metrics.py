@@ -46,7 +46,10 @@ def log_probabilities(model, examples, columns):
         ids_BT[row, : lengths[row]] = torch.tensor(example.input_ids)
         wanted_BT[row, positions.start : positions.stop] = True
     ids_BT, wanted_BT = ids_BT.to(model.device), wanted_BT.to(model.device)
-    hook = model.get_output_embeddings().register_forward_pre_hook(lambda module, args: args[0][wanted_BT][None])
+    head, width = model.get_output_embeddings(), ids_BT.shape[1]
+    hook = head.register_forward_pre_hook(
+        lambda module, args: args[0][:, -width:][wanted_BT][None]
+    )  # behind virtual tokens
     try:
         logits_NV = model(input_ids=ids_BT, use_cache=False).logits[0].float()
     finally:

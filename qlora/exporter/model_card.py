@@ -94,9 +94,24 @@ _ADAPTER = """\
 A {{ kind }} adapter for `{{ base }}`, {% if quantized -%}
 trained on its weights in 4 bit ({{ quantized }}): on the original weights it answers otherwise.
 {%- else %}trained on its 16-bit weights.{% endif %}
-
+{% if rows %}
+| | loss | perplexity | KL to the trained model | same top-1 |
+|---|---|---|---|---|
+{% for row in rows -%}
+| {{ row | join(" | ") }} |
+{% endfor %}
+{% endif %}
 ## Use
-{% if kept_tensors %}
+{% if not peft %}
+PEFT has no such adapters, qlora loads them:
+
+    from qlora import methods
+    from transformers import {{ auto }}, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained("{{ here }}")
+    base = {{ auto }}.from_pretrained("{{ base }}"{% if revision %}, revision="{{ revision }}"{% endif %}, dtype="auto")
+    model = methods.load(base, "{{ here }}")
+{% elif kept_tensors %}
 It belongs to the text half of a multimodal model, whose layers it names as a text-only model has them. Merge it:
 
     qlora export THIS_FOLDER --model {{ base }} --out MERGED
@@ -209,11 +224,12 @@ def card(title, base, adapter_config, report, quantized, rows, origins=(), task=
     )
 
 
-def adapter_card(title, base, adapter_config, quantization, origin, task=base_model.GENERATION):
+def adapter_card(title, base, adapter_config, quantization, origin, task=base_model.GENERATION, rows=()):
     """Return the text of README.md of an adapter, with HERE as `card` has it.
 
-    quantization: {"quant_type", "use_double_quant", "compute_dtype"} or None.
+    quantization: {"quant_type", "use_double_quant", "compute_dtype"} or None. rows: as `card` has it.
     """
+    described = methods.describe(adapter_config)
     trained_tokens = adapter_config.get("trainable_token_indices") or {}
     indices = trained_tokens.values() if isinstance(trained_tokens, dict) else [trained_tokens]
     four_bit = None
@@ -230,10 +246,12 @@ def adapter_card(title, base, adapter_config, quantization, origin, task=base_mo
         title,
         base,
         [origin],
-        library="peft",
+        library="peft" if described.peft else "qlora",
         relation="adapter",
-        tags="qlora, lora",
-        kind=methods.describe(adapter_config).kind,
+        tags=f"qlora, {adapter_config['peft_type'].lower()}",
+        kind=described.kind,
+        peft=described.peft,
+        rows=rows,
         quantized=quantization and quantization["quant_type"].upper(),
         four_bit=four_bit,
         revision=origin.base["revision"],

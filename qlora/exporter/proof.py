@@ -260,7 +260,7 @@ def failures(live, merged, base, dtype):
 def refuse_unproven(report, out):
     """Raise ProofFailed, with all that was found, unless the export to `out` that `report` is of was verified."""
     if not report["verified"]:
-        what = "the trained model" if report["base"] == "dequantized" else "the adapter on the original base"
+        what = "the adapter on the original base" if report["base"] == "original" else "the trained model"
         raise ProofFailed(
             "\n  ".join([f"the export differs from {what}; nothing was left at {out}:", *report["failures"]])
         )

@@ -36,14 +36,28 @@ def of_merging(merging, num_quantized):
     }
 
 
+def _row(name, loss, kl=None, top1=None, logits=None, of_classes=False):
+    second = ("" if logits is None else f"{logits:.1e}") if of_classes else f"{metrics.perplexity(loss):.3f}"
+    return [name, f"{loss:.4f}", second, "" if kl is None else f"{kl:.1e}", "" if top1 is None else f"{top1:.2%}"]
+
+
+def scores_beside(report):
+    """Return what `scores` does, of an adapter that stays beside its base."""
+    live, kind = report["live_model"], (report["serve_with"]["quantization"] or {}).get("quant_type", "16 bit")
+    scored = [
+        (f"exported, beside the base in {kind}", report["beside"]),
+        ("exported, beside the base in 16 bit", report["beside_original"]),
+        ("base, without the adapter", report["base_model"]),
+    ]
+    return [
+        _row(f"{'assumed' if live == 'assumed' else 'trained'} (base in {kind}, live)", report["live"]["loss"]),
+        *(_row(name, one["loss"], one["kl"], one["top1"]) for name, one in scored if one),
+    ]
+
+
 def scores(report):
     """Return the rows of the table that is shown and goes into the model card, as `columns` has them."""
     of_classes = "labels" in report
-
-    def row(name, loss, kl=None, top1=None, logits=None):
-        second = ("" if logits is None else f"{logits:.1e}") if of_classes else f"{metrics.perplexity(loss):.3f}"
-        return [name, f"{loss:.4f}", second, "" if kl is None else f"{kl:.1e}", "" if top1 is None else f"{top1:.2%}"]
-
     quantized = "quantized" if report["quantized"]["modules"] else "base"
     written = f"{report['base']} base, {report['dtype']}"
     scored = [
@@ -52,9 +66,10 @@ def scores(report):
         ("base, under a new head" if of_classes else "base, without the adapter", report["base_model"]),
     ]
     return [
-        row(
+        _row(
             f"{'assumed' if report['live_model'] == 'assumed' else 'trained'} ({quantized} + adapter, live)",
             report["live"]["loss"],
+            of_classes=of_classes,
         ),
-        *(row(name, one["loss"], one["kl"], one["top1"], one.get("logits")) for name, one in scored),
+        *(_row(name, one["loss"], one["kl"], one["top1"], one.get("logits"), of_classes) for name, one in scored),
     ]

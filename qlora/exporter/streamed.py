@@ -77,11 +77,11 @@ class Need:
     num_passes: int
 
 
-def need(config, rows, quantized, num_adapter_parameters=0, new_tokens=False, trust_remote_code=False, num_kept=0):
+def need(config, rows, quantized, adapter=None, new_tokens=False, trust_remote_code=False, num_kept=0):
     """Return the Need of a proof on `rows`, from shapes alone.
 
-    config: of the model, with the rows of new tokens. quantized: names of the layers in NF4. num_kept: numbers in the part
-    of a multimodal model that is not text, which is held whole in the exported one.
+    config: of the model, with the rows of new tokens. quantized: names of the layers in NF4. adapter: a methods.Adapter, or
+    None. num_kept: numbers in the part of a multimodal model that is not text, which is held whole in the exported one.
     """
     model = base_model.on_meta(config, trust_remote_code)
     nf4 = {model.get_submodule(name).weight for name in quantized}
@@ -111,19 +111,20 @@ def need(config, rows, quantized, num_adapter_parameters=0, new_tokens=False, tr
 
     computing = 4 * largest + num_tokens * per_token  # a layer in float32 for the time that it is used
     quantizing = _QUANTIZING_BYTES * largest if nf4 else 0
-    adapter = 8 * num_adapter_parameters + (4 * head.numel() if new_tokens else 0)  # ... and the rows in a copy
+    more = 8 * adapter.num_parameters if adapter else 0
+    more += 4 * head.numel() if new_tokens else 0  # ... and the rows in a copy
     head_alone, head_together = (
         of_head(max(sum(len(columns[number]) for number in batch) for batch in some))
         for some in (proof.batches(rows, 0), batches)
     )
     kept = 4 * len(head) * sum(map(len, columns))
     whole = max(
-        live(total) + adapter + max(quantizing, 4 * largest + longest * per_token, head_alone),
+        live(total) + more + max(quantizing, 4 * largest + longest * per_token, head_alone),
         exported(total) + 4 * num_kept + max(longest * per_token, head_alone),
     )
     streamed = max(
         live(apart | ends if new_tokens else apart)
-        + adapter
+        + (0 if adapter and adapter.is_whole else more)  # which is read like the base
         + int(_NF4_BYTES * largest)  # stand-ins
         + max(max(map(live, layers)) + max(quantizing, computing), head_together),
         exported(apart) + 4 * num_kept + max(max(map(exported, layers)) + computing, head_together),
@@ -143,13 +144,17 @@ def _activation_bytes(model, num_tokens):
 
 
 class _Weights:
-    """The files of a model that is on the meta device: its tensors by parameter name, in the dtype it has them in."""
+    """The files of a model that is on the meta device: its tensors by parameter name, in the dtype it has them in.
+
+    instead: {parameter: tensor} that take the place of those in the files.
+    """
 
     def __init__(self, model, checkpoint, source):
         from transformers.core_model_loading import WeightConverter
 
-        tied = base_model.tied(model)
-        self.source = {**{name: source[other] for name, other in tied.items() if other in source}, **source}
+        self.tied, self.instead = base_model.tied(model), {}
+        tied = {name: source[other] for name, other in self.tied.items() if other in source}
+        self.source = {**tied, **source}
         self.checkpoint, folder, files = checkpoint, checkpoint.folder, checkpoint.files
         self.dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
         converts = any(isinstance(one, WeightConverter) for one in getattr(model, "_weight_conversions", None) or ())
@@ -161,6 +166,9 @@ class _Weights:
 
     def read(self, name, device, rows=slice(None)):
         """Return tensor `name`, or some rows of it; files are mapped, so that nothing else is read."""
+        given = self.instead.get(self.tied.get(name, name))
+        if given is not None:
+            return given[rows].to(device)
         stored = self.source[name]
         with safe_open(self.checkpoint.folder / self.checkpoint.files[stored], "pt") as file:
             return file.get_tensor(stored)[rows].to(device).to(self.dtypes[name])
@@ -169,9 +177,11 @@ class _Weights:
 def _stream(model, weights, device, whole_ends=False):
     """Make `model`, which is on the meta device, one on `device` that reads layers, embedding and head from `weights`.
 
-    Stand-ins (base_model.stand_in) take their places meanwhile; what is put in the place of a stand-in stays.
+    Stand-ins (base_model.stand_in) take their places meanwhile; what is put in the place of a stand-in stays. What is put
+    into `read_instead` of the model is read instead.
     whole_ends: hold embedding and head in memory, like everything else that is in no layer.
     """
+    model.read_instead = weights.instead
     prefixes = {module: f"{name}." if name else "" for name, module in model.named_modules()}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     ends = {embedding, head} if not whole_ends and type(head) is torch.nn.Linear else set()

@@ -49,7 +49,7 @@ class Prover:
             plan.config,
             trained.rows,
             trained.modules if trained.quantization else (),
-            trained.adapter.num_parameters,
+            trained.adapter,
             bool(trained.checkpoint.new_tokens),
             self.section.trust_remote_code,
             sum(math.prod(spec.shape) for spec in plan.specs if spec.name in plan.kept),
@@ -88,20 +88,41 @@ class Prover:
         limits = {"kl": proof.KL_LIMIT, "top1": proof.TOP1_LIMIT, "loss": proof.LOSS_LIMIT}
         if self.task.HAS_CLASSES:
             limits["logits"] = class_proof.LOGITS_LIMIT
-        report = {
+        report = self._measured(live, failures, peak) | {
+            "merged": dataclasses.asdict(self.merged),
+            "limits": {name: limit[dtype] for name, limit in limits.items()},
+        }
+        if judged is not live:
+            report["to_original"] = dataclasses.asdict(faithful)
+        return report
+
+    def prove_beside(self, folder):
+        """Return the part of the report that compares the adapter in the written `folder`, beside its base, with the live model.
+
+        With the base as it was in training it is to be the same; how far it is from that on the weights of the files, where
+        these were quantized, is told.
+        """
+        with progress("proof: comparing the trained model with the adapter in its folder"), memory.Peak() as peak:
+            live = self._answers_of_live()
+            beside = self._compare(live, self._adapted(folder))
+            quantized = self.trained.quantization and base_model.stored_quantization(self.trained.config) is None
+            original = self._compare(live, self._adapted(folder, original=True)) if quantized else None
+        failures = self.proof.failures(live.scores, beside, live.base_scores, "float32")
+        return self._measured(live, failures, peak) | {
+            "beside": dataclasses.asdict(beside),
+            "beside_original": original and dataclasses.asdict(original),
+        }
+
+    def _measured(self, live, failures, peak):
+        return {
             "verify": self.mode,
             "verified": not failures,
             "failures": failures,
             "rows": {"count": len(self.trained.rows), "from": self.trained.rows_from, "positions": live.num_positions},
             "live": {"loss": live.scores.loss, "compute_dtype": "float32"},
-            "merged": dataclasses.asdict(self.merged),
             "base_model": dataclasses.asdict(live.base_scores),
-            "limits": {name: limit[dtype] for name, limit in limits.items()},
             "proof_peak_bytes": peak.bytes,
         }
-        if judged is not live:
-            report["to_original"] = dataclasses.asdict(faithful)
-        return report
 
     def compare(self, folders):
         """Return [{"model", "loss", "perplexity", "kl", "top1"}] of merges ({base: folder}), and of them in 4 bit again.
@@ -137,6 +158,17 @@ class Prover:
 
     def _answers_of_live(self, original=False):
         """Return the proof.Live of the adapter on the base that it was trained on, or on the weights of the files."""
+        model = self._adapted(self.trained.folder, original)
+        if self.task.HAS_CLASSES:
+            live: Any = class_proof.Live(model, self.trained.rows, pad_of(self.trained.tokenizer, model))
+        else:
+            live = proof.Live(model, self.trained.rows, self.need.tokens_at_once if self.mode == "layers" else 0)
+        del model
+        self._forget()
+        return live
+
+    def _adapted(self, folder, original=False):
+        """Return the base that was trained on, or that of the files, with the adapter in `folder`, in float32."""
         trained, checkpoint = self.trained, self.trained.checkpoint
         quantization = None if original else trained.quantization
         if quantization:  # all numbers as they were before they were cast to what training computed in
@@ -152,14 +184,7 @@ class Prover:
             if self.num_rows != _num_rows(model.config):  # another tool grew it
                 model.resize_token_embeddings(self.num_rows, mean_resizing=False)
         base_model.to_float32(model)  # before the adapter, which is then not rounded to bfloat16 where it is float32
-        model = methods.load(model, trained.folder, checkpoint.new_tokens.values())
-        if self.task.HAS_CLASSES:
-            live: Any = class_proof.Live(model, trained.rows, pad_of(trained.tokenizer, model))
-        else:
-            live = proof.Live(model, trained.rows, self.need.tokens_at_once if self.mode == "layers" else 0)
-        del model
-        self._forget()
-        return live
+        return methods.load(model, folder, checkpoint.new_tokens.values())
 
     def _written(self, folder):
         open_ = streamed.exported if self.mode == "layers" else proof.reload

@@ -85,7 +85,7 @@ def open_trained(targets, base=None, data_file=None, overrides=()) -> Trained:
         rows = data.Rows(data.load(section.train, trained.tokenizer, section, seed=0, encoder=encoder_of(task.name)))
         if not len(rows):
             raise InputError(f"{data_file}: no rows left for the proof")
-        base_model.refuse_rows(rows, trained.config)
+        base_model.refuse_rows(rows, trained.config, trained.adapter.config.get("num_virtual_tokens") or 0)
         num_rows = getattr(trained.config.get_text_config(), "vocab_size", None)
         trained.rows = proof_of(task.file).proof_rows(rows, num_rows)
         trained.rows_from = f"rows of {Path(data_file).name}"

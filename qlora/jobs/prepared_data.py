@@ -68,7 +68,7 @@ def prepare(recipe: Recipe, weights=True, on=None) -> Prepared:
     if not len(examples):
         raise InputError("no rows left to train on: the weights in data.train are too small")
     for some in (examples, held_out):
-        base_model.refuse_rows(some, config)
+        base_model.refuse_rows(some, config, recipe.method.num_positions)
     batches = _batches(examples, recipe)
     report = data.report(
         examples,

@@ -46,9 +46,9 @@ def installed(peft_model, setting="auto"):
         return
     model, patched = peft_model.get_base_model(), []
     by_torch = model.config._attn_implementation == "sdpa"  # else the recipe has asked for another one
-    apart = getattr(getattr(peft_model, "active_peft_config", None), "is_prompt_learning", False)  # before each row
+    apart = loss.is_behind_virtual_tokens(peft_model)
     words = not base_model.task_of(model).HAS_CLASSES  # a class is that of one row, whatever its tokens
-    joined = words and by_torch and attention.joins(model) and not apart
+    joined = words and by_torch and not apart and attention.joins(model)
     found = Installed(joined=joined, loss=words and loss.takes(model))
     try:
         _install(peft_model, found, patched)

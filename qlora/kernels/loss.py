@@ -113,9 +113,18 @@ def takes(model):
     )
 
 
-def is_left_to_trl(model, taken, device_kind):
+def is_behind_virtual_tokens(peft_model):
+    """Return whether the method puts something before each row, so that its positions are not the model's."""
+    return getattr(getattr(peft_model, "active_peft_config", None), "is_prompt_learning", False)
+
+
+def is_left_to_trl(peft_model, taken, device_kind):
     """Return whether a model's loss is trl's: experts have one for their balance beside it. On a GPU it also is where `taken`
-    by nothing here: trl never has the logits of all positions in memory. Rows of new tokens it cannot train."""
+    by nothing here: trl never has the logits of all positions in memory. Rows of new tokens it cannot train, and behind virtual
+    tokens it takes the wrong positions."""
+    if is_behind_virtual_tokens(peft_model):
+        return False
+    model = peft_model.get_base_model()
     config = model.config.get_text_config()
     if hasattr(config, "output_router_logits") and getattr(config, "router_aux_loss_coef", 0.0) != 0.0:
         return True

@@ -21,8 +21,8 @@ from .folder import CONFIG, MANIFEST, WEIGHTS, base_of, read_config, seal
 from .peft_model import shapes
 
 __all__ = ["CONFIG", "MANIFEST", "WEIGHTS", "Adapter", "Description", "Group", "Method", "Schedule", "Trainable", "activate",
-           "add", "attach", "base_of", "describe", "load", "names", "of", "read", "read_config", "refuse_unmoved", "save",
-           "seal", "shapes", "trainable"]  # fmt: skip
+           "add", "attach", "base_of", "describe", "load", "names", "num_positions", "of", "read", "read_config",
+           "refuse_unmoved", "save", "seal", "shapes", "trainable"]  # fmt: skip
 
 
 def of(section) -> Method:
@@ -79,6 +79,11 @@ def _with_base(model):
 def trainable(model) -> Trainable:
     """Return the Trainable of a model that `attach` has returned."""
     return of(model.trained_by).trainable(model, model.trained_by)
+
+
+def num_positions(model):
+    """Return how many of its positions a model with a method in it takes before each text, as it is switched now."""
+    return getattr(model, "num_virtual_tokens", 0)
 
 
 def refuse_unmoved(now, before):

@@ -62,6 +62,11 @@ class Adapter:
         ]
         return sum(tensor.numel() for tensor in tensors) + sum(one.num_parameters for one in self.updates.values())
 
+    @property
+    def is_whole(self):
+        """True if it is nothing but weights in the place of the base's, as full fine-tuning leaves them."""
+        return not (self.updates or self.own or self.rows or self.bias_deltas)
+
     def refuse_unmergeable(self):
         """Raise InputError if the adapter cannot become one with its base."""
         if self.unmergeable:

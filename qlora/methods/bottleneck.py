@@ -247,5 +247,5 @@ def _give(model, adapter, places, name):
 
 def describe(config):
     return Description(
-        "Bottleneck", f"size {config.get('size')}, {config.get('where')}", "{W}, and h + U f(D h) behind it"
+        "Bottleneck", f"size {config.get('size')}, {config.get('where')}", "{W}, and h + U f(D h) behind it", peft=False
     )

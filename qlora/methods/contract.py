@@ -198,9 +198,10 @@ class Update:
 class Description:
     """An adapter in words, for lists and model cards.
 
-    kind: as the field calls it. size: such as r=16. formula: what takes the place of the weight {W}.
+    kind: as the field calls it. size: such as r=16. formula: what takes the place of the weight {W}. peft: PEFT loads it too.
     """
 
     kind: str
     size: str
     formula: str = "{W}"
+    peft: bool = True

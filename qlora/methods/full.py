@@ -82,29 +82,34 @@ def save(model, folder, base_name, revision):
 
 
 def load(model, adapter, token_ids=()):
-    """See contract.Method; the base's own numbers stay on the host."""
+    """See contract.Method; the base's own numbers stay on the host, or, where its weights are not held, in its files."""
     named = dict(model.named_parameters())
     adapter.refuse_mismatch({}, {name: parameter.shape for name, parameter in named.items()}, {}, token_ids)
-    untrained = {named[name]: named[name].detach().to("cpu", copy=True) for name in adapter.replaced}
-    trained = {named[name]: tensor for name, tensor in adapter.replaced.items()}
+    away = {name: tensor for name, tensor in adapter.replaced.items() if base_model.is_stand_in(named[name])}
+    trained = {named[name]: tensor for name, tensor in adapter.replaced.items() if name not in away}
+    untrained = {parameter: parameter.detach().to("cpu", copy=True) for parameter in trained}
 
     @contextlib.contextmanager
     def disable_adapter(self):
-        _give(untrained)
+        _give(self, untrained, {})
         try:
             yield
         finally:
-            _give(trained)
+            _give(self, trained, away)
 
-    _give(trained)
+    _give(model, trained, away)
     model.disable_adapter = types.MethodType(disable_adapter, model)
     return model.requires_grad_(False).eval()
 
 
 @torch.no_grad()
-def _give(values):
+def _give(model, values, away):
+    """values: {parameter: its numbers}. away: {name: those of a parameter that is read when it is needed, exporter.streamed}."""
     for parameter, value in values.items():
         parameter.copy_(value)
+    if hasattr(model, "read_instead"):
+        model.read_instead.clear()
+        model.read_instead.update(away)
 
 
 def fill(model, adapter, ends=()):

@@ -4,6 +4,7 @@ loftq           s B A is the best approximation of what quantization has lost, W
 eva             A spans what the layer's inputs vary in most; ranks go to the layers where that explains most
 orthogonal      A and B random, B A = 0
 pissa, olora    s B A is the main part of W, and W is trained without that part: y = W x + s (B A - B0 A0) x
+corda, lora_ga  the same with a B0 A0 that is made of training rows, calibrated.py; W may be quantized
 """
 
 from __future__ import annotations
@@ -16,9 +17,13 @@ import torch
 from .. import base_model
 from ..data import IGNORE_INDEX
 from ..system.errors import InputError
+from . import calibrated
 from .folder import PREFIX
 
-_SPLIT = ("pissa", "olora")
+_OF_WEIGHTS, _OF_ROWS = ("pissa", "olora"), ("corda", "lora_ga")
+_SPLIT = (*_OF_WEIGHTS, *_OF_ROWS)
+_DAMPING = 0.01  # of CorDA's C, a share of the mean of its diagonal, as in the authors' code
+_GAMMA = 16  # of LoRA-GA, as in PEFT
 _EVA_TOKENS = 16  # trained tokens a batch and principal component: fewer make the components those of the batch
 _EVA_BATCHES, _EVA_PASSES = 64, 50
 
@@ -44,7 +49,7 @@ def refuse(model, section):
     """Raise InputError if the initialization of `section` is impossible for the model."""
     chosen, quantized = section.init_lora_weights, base_model.quantized_modules(model)
     where = f"lora.init_lora_weights {chosen}"
-    if chosen in _SPLIT and quantized:
+    if chosen in _OF_WEIGHTS and quantized:
         raise InputError(
             f"{where}: needs a 16-bit base; use loftq, which starts from the quantization error, or set quantization: null"
         )
@@ -61,7 +66,7 @@ def initialize(peft_model, section, checkpoint, examples):
     elif section.init_lora_weights == "eva":
         _span_the_inputs(peft_model, examples)
     elif section.init_lora_weights in _SPLIT:
-        _split_off(peft_model, section.init_lora_weights)
+        _split_off(peft_model, section.init_lora_weights, examples)
     config = peft_model.peft_config["default"]
     config.init_lora_weights, config.eva_config = True, None
 
@@ -206,8 +211,8 @@ def _pad(rows):
 
 
 @torch.no_grad()
-def _split_off(peft_model, kind):
-    """Set A = [A0; A0], B = [B0, -B0] with s B0 A0 the main part of W, and train the first half of each.
+def _split_off(peft_model, kind, examples):
+    """Set A = [A0; A0], B = [B0, -B0] with s B0 A0 a part of W, and train the first half of each.
 
     That is W - s B0 A0 + s B A, the model PiSSA and OLoRA train, with W left alone: PEFT subtracts s B0 A0 from W, where
     rounding to bfloat16 makes another base of it, and what is saved fits no other.
@@ -215,14 +220,71 @@ def _split_off(peft_model, kind):
     Source: Meng et al., PiSSA: Principal Singular Values and Singular Vectors Adaptation of LLMs, 2024
     (arXiv:2404.02948); Bueyuekakyuez, OLoRA: Orthonormal Low-Rank Adaptation of LLMs, 2024 (arXiv:2406.01775).
     """
-    for _, layer in _layers(peft_model):
-        rank, A, B = layer.r["default"] // 2, layer.lora_A["default"].weight, layer.lora_B["default"].weight
-        W_OI = layer.get_base_layer().weight.float()
-        W_OI = W_OI.T if layer.fan_in_fan_out else W_OI
-        if kind == "pissa":
-            A0, B0 = (factor * layer.scaling["default"] ** -0.5 for factor in low_rank(W_OI, rank))
-        else:
-            Q, R = torch.linalg.qr(W_OI)
-            A0, B0 = R[:rank], Q[:, :rank]
-        A.copy_(torch.cat([A0, A0]))
-        B.copy_(torch.cat([B0, -B0], dim=1))
+    for layer, A0, B0 in _parts(peft_model, kind, examples):
+        layer.lora_A["default"].weight.copy_(torch.cat([A0, A0]))
+        layer.lora_B["default"].weight.copy_(torch.cat([B0, -B0], dim=1))
+
+
+def _parts(peft_model, kind, examples):
+    """Yield (layer, A0 (R, I), B0 (O, R)), float32, of each LoRA layer."""
+    layers = [layer for _, layer in _layers(peft_model)]
+    if kind == "pissa":
+        for layer in layers:
+            yield layer, *_scaled(layer, *low_rank(_weight_of(layer), layer.r["default"] // 2))
+    elif kind == "olora":
+        for layer in layers:
+            Q, R = torch.linalg.qr(_weight_of(layer))
+            yield layer, R[: layer.r["default"] // 2], Q[:, : layer.r["default"] // 2]
+    elif kind == "corda":
+        for layer, C_II in calibrated.moments(
+            peft_model, layers, calibrated.rows_of(kind, examples, peft_model.device)
+        ):
+            yield layer, *_scaled(layer, *_corda(layer, C_II))
+    else:
+        for layer, G_OI in calibrated.gradients(
+            peft_model, layers, calibrated.rows_of(kind, examples, peft_model.device)
+        ):
+            yield layer, *_lora_ga(layer, G_OI)
+
+
+def _scaled(layer, A_RI, B_OR):
+    """Return the factors of a product that s B A is to be."""
+    root = layer.scaling["default"] ** -0.5
+    return A_RI * root, B_OR * root
+
+
+def _corda(layer, C_II):
+    """Return the factors of U S V' C^-1, U S V' the main components of W C: of W, what counts for inputs of moment C.
+
+    This is the authors' "instruction-previewed" mode: rows of what is to be learned are looked at, not of what is to be kept.
+
+    Source: Yang et al., CorDA: Context-Oriented Decomposition Adaptation, 2024 (arXiv:2406.05223).
+    """
+    C_II = C_II + _DAMPING * C_II.diagonal().mean() * torch.eye(len(C_II), device=C_II.device)
+    A_RI, B_OR = low_rank(_weight_of(layer) @ C_II, layer.r["default"] // 2)
+    return torch.linalg.solve(C_II, A_RI.T).T, B_OR
+
+
+def _lora_ga(layer, G_OI):
+    """Return A0 and B0 with which the first step of A and B is the nearest to that of W: A0 the first R right singular vectors of
+    its gradient, B0 the next R left ones, of the size that keeps outputs stable.
+
+    The paper's; PEFT 0.21 has B0 times the singular values of the gradient too, which makes it nearly nothing.
+
+    Source: Wang et al., LoRA-GA: Low-Rank Adaptation with Gradient Approximation, 2024 (arXiv:2407.05000).
+    """
+    rank, normal = layer.r["default"] // 2, torch.nn.functional.normalize
+    A, B = low_rank(G_OI, 2 * rank)  # from the smallest of these components to the largest
+    size = len(G_OI) ** 0.25 / _GAMMA**0.5
+    return normal(A[rank:], dim=1) * size, normal(B[:, :rank], dim=0) * size
+
+
+def _weight_of(layer):
+    """Return the weight (O, I) that a LoRA layer adapts, float32: of 4-bit codes what they stand for."""
+    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.nn import Linear4bit
+
+    base = layer.get_base_layer()
+    if isinstance(base, Linear4bit):
+        return dequantize_4bit(base.weight.data, base.weight.quant_state).float()
+    return base.weight.float().T if layer.fan_in_fan_out else base.weight.float()

@@ -30,7 +30,9 @@ def attach(model, section, seed=0, token_ids=(), checkpoint=None, examples=()):
     _refuse_tying(model, section, whole)
     _refuse_patterns(section, layers)
     # EVA may give a layer up to twice the rank, from others that need less
-    factor, note = (2, " (EVA: up to twice that)") if section.init_lora_weights == "eva" else (1, "")
+    factor, note = {"eva": (2, " (EVA: up to twice that)"), "lora_ga": (2, " (LoRA-GA takes twice that)")}.get(
+        section.init_lora_weights, (1, "")
+    )
     low_rank.refuse_ranks(model, {name: _rank(section, name) for name in layers}, factor, note)
     _refuse_biases(model, section, layers)
     # made on the meta device at once, not moved there: at high ranks that is seconds and gigabytes

@@ -64,9 +64,8 @@ def make(model, config):
             peft_model = get_peft_model(model, config)
         except ValueError as error:  # layers whose forward the model never calls, as in state-space blocks
             key = str(config.peft_type.value).lower()
-            raise InputError(
-                f"{key}: PEFT refuses {type(model).__name__}: {error}\n  name such layers in {key}.exclude_modules"
-            ) from None
+            remedy = "take lora" if config.is_prompt_learning else f"name such layers in {key}.exclude_modules"
+            raise InputError(f"{key}: PEFT refuses {type(model).__name__}: {error}\n  {remedy}") from None
     if base_model.task_of(model).PEFT_TYPE == "SEQ_CLS" and hasattr(config, "modules_to_save"):
         # PEFT adds `classifier` and `score`, whatever the model has
         config.modules_to_save = config.modules_to_save[: len(config.modules_to_save) - 2]

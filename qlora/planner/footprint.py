@@ -90,7 +90,7 @@ class Outline:
     """joins: rows are joined without padding. weights: bytes. trained: numbers in each trained tensor. trained_bytes: all
     of them, as the model holds them; layer_gradients: {kind of layer: bytes}. read_bytes: beside the weights while
     the largest of them is read. work: for its speed. mapped: bytes of the weights that stay mapped files on a CPU. counts: what
-    a row's length is a number of, tokens or images.
+    a row's length is a number of, tokens or images. embedded: virtual tokens before each row.
     """
 
     device_kind: str
@@ -104,6 +104,7 @@ class Outline:
     work: Work
     mapped: int = 0
     counts: str = "tokens"
+    embedded: int = 0
 
     @property
     def num_layers(self):
@@ -181,6 +182,7 @@ def _outline(config, model_section, quantization, lora, num_new_tokens, device_k
         ),
         mapped,
         "images" if of_images else "tokens",
+        lora.num_embedded,
     )
 
 
@@ -282,8 +284,12 @@ def _lost_on_cpu(model, load, checkpointed, worked):
 
 
 def _growth(model, load):
-    document = load.document or load.length
-    return trace.growth(load.tokens, load.scored, model.step.at_once(load.scored), document, model.step.padded)
+    apart, padded = not (load.packed or load.joined), model.step.padded
+    # the trace has those before one row
+    tokens = load.tokens + (load.rows - 1) * model.embedded if apart else load.tokens
+    squared = tokens * load.length if apart and not padded else tokens**2
+    head = model.step.at_once(load.scored)
+    return trace.growth(tokens, load.scored, head, load.document or load.length, padded, squared)
 
 
 def _step(model, load, checkpointed, offload, summed):
@@ -295,7 +301,7 @@ def _step(model, load, checkpointed, offload, summed):
     ]
     ways = [each[index < checkpointed][kind] for index, kind in enumerate(step.layers)]
     rise, buffers = step.embedding.rise_and_change(growth)
-    mask = load.mask_bytes
+    mask = 0 if step.masked else load.mask_bytes
     level, checkpoints, gradients = buffers, 0.0, 0.0
     one = ways[checkpointed - 1][0][1] if checkpointed else 0.0
 

@@ -60,15 +60,18 @@ class Segment:
         return Segment(self.levels + share * (other.levels - self.levels))
 
 
-def growth(num_tokens, num_scored, head, document, padded=False):
+def growth(num_tokens, num_scored, head, document, padded=False, squared=None):
     """Return what levels grow with: 1, T, T squared, N, rows of the head's buffer (Step.at_once), scores of a block of a
     document (padded: of all documents, whole), and tokens of a tile (kernels.tiles).
+
+    squared: the sum of the squares of several rows, where they are apart; None: T is one row.
     """
+    squared = num_tokens**2 if squared is None else squared
     block, tile = (
         (num_tokens if padded else min(document, causal.BLOCK)) * document,
         max(part.stop - part.start for part in tiles.of(num_tokens)),
     )
-    return np.array([1.0, num_tokens, num_tokens**2, num_scored, head, block, tile])
+    return np.array([1.0, num_tokens, squared, num_scored, head, block, tile])
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,11 @@ class Step:
     checkpointed: dict
     head: tuple | None = None
     padded: bool = False
+
+    @property
+    def masked(self):
+        """Whether attention has a mask of T x T numbers whatever the rows."""
+        return bool(self.embedding.levels[:, 2].any())
 
     def at_once(self, num_scored):
         """Return of how many scored positions logits are in memory at a time."""
@@ -136,7 +144,7 @@ def trace(peft_model, device_kind, packed, setting="auto"):
         for segments in ways
     )
     head = None
-    if not padded and (device_kind == "cpu" or not loss.is_left_to_trl(model, found.loss, device_kind)):
+    if not padded and (device_kind == "cpu" or not loss.is_left_to_trl(peft_model, found.loss, device_kind)):
         weight = token_rows.parts(model.get_output_embeddings())[0]
         head = len(weight), weight.element_size(), device_kind
     step = Step(tuple(names[kind] for kind in kinds), ways[0]["embedding"], plain, checkpointed, head, padded)
@@ -214,7 +222,7 @@ def _ways(peft_model, device_kind, installed, packed, chunk, document) -> Any:
         return classes.loss_of_images, attention
     if task.HAS_CLASSES:
         return classes.loss_of_a_row, classes.way_of_padded_attention(device_kind, document, _Flash.apply)
-    if device_kind == "cuda" and loss.is_left_to_trl(peft_model.get_base_model(), installed.loss, device_kind):
+    if device_kind == "cuda" and loss.is_left_to_trl(peft_model, installed.loss, device_kind):
         return functools.partial(_trls_loss, chunk=chunk), attention
     joined = packed or installed.joined
     return functools.partial(_loss_of_trained_positions, lean=installed.loss, joined=joined), attention
@@ -387,12 +395,18 @@ def _training(peft_model):
 @contextlib.contextmanager
 def _attention(model, function, joined):
     """Count attention as the kernels do it that will be chosen; on the meta device sdpa builds S x S scores."""
+
+    def mask(batch_size, q_length, kv_length, device, **kwargs):
+        if q_length == kv_length:
+            return None
+        return torch.empty(batch_size, 1, q_length, kv_length, dtype=torch.bool, device=device)
+
     before = model.config._attn_implementation
     if before == "eager" and not joined:
         yield
         return
     AttentionInterface.register(_ATTENTION, function)
-    AttentionMaskInterface.register(_ATTENTION, lambda *args, **kwargs: None)
+    AttentionMaskInterface.register(_ATTENTION, mask)
     model.set_attn_implementation(_ATTENTION)
     try:
         yield
@@ -418,6 +432,11 @@ def _way_of_attention(device_kind, joined, packed, document):
     on_cuda = device_kind == "cuda"
 
     def attend(module, query, key, value, attention_mask, **kwargs):
+        if attention_mask is not None:  # transformers repeats keys and values then, and torch has the mask as numbers
+            group = query.shape[1] // key.shape[1]
+            key, value = (x.repeat_interleave(group, dim=1) if group > 1 else x for x in (key, value))
+            numbers = torch.zeros_like(attention_mask, dtype=query.dtype)
+            return _Masked.apply(query, key, value, numbers).transpose(1, 2).contiguous(), None
         if joined and not on_cuda:
             return _InBlocks.apply(query, key, value, document).transpose(1, 2).contiguous(), None
         if packed and not on_cuda:  # document by document: kernels.attention.one_by_one
@@ -459,6 +478,22 @@ class _InBlocks(torch.autograd.Function):
 def _block(query, document, dtype):
     """Return the scores of a block of queries and all keys of a document."""
     return query.new_empty(query.shape[1], min(causal.BLOCK, document), document, dtype=dtype)
+
+
+class _Masked(torch.autograd.Function):
+    """Tensors as attention with a mask (B, 1, T, S) makes them, which it keeps for the backward pass."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, mask):
+        output = torch.empty_like(query[..., : value.shape[-1]])
+        lse = query.new_empty(query.shape[:3], dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, mask, output, lse)
+        return output
+
+    @staticmethod
+    def backward(ctx, gradient):
+        query, key, value, _, _, _ = ctx.saved_tensors
+        return *(torch.empty_like(x) for x in (query, key, value)), None
 
 
 class _Flash(torch.autograd.Function):

@@ -15,12 +15,12 @@ from ruamel.yaml import YAML
 
 from . import error_messages, reading, tasks
 from .fields import PathText, Section, parse_size
-from .methods import Adalora, Bottleneck, Full, Hira, Ia3, Lora, Method, Oft, PromptTuning
+from .methods import Adalora, Bottleneck, Full, Hira, Ia3, Lora, Method, Oft, PrefixTuning, PromptTuning
 from .sections import Data, Export, Format, Memory, Model, Quantization, Source, Training
 
 __all__ = [
     "Adalora", "Bottleneck", "Data", "Export", "Format", "Full", "Hira", "Ia3", "Lora", "Memory", "Method", "Model", "Oft",
-    "PromptTuning", "Quantization", "Recipe", "Section", "Source", "Training", "as_yaml", "parse_size",
+    "PrefixTuning", "PromptTuning", "Quantization", "Recipe", "Section", "Source", "Training", "as_yaml", "parse_size",
 ]  # fmt: skip
 
 
@@ -44,6 +44,8 @@ class Recipe(Section):
     """instead of lora: the weights themselves are trained"""
     bottleneck: Bottleneck | None = None
     """instead of lora: a small network behind the blocks of each layer"""
+    prefix_tuning: PrefixTuning | None = None
+    """instead of lora: keys and values before each text"""
     prompt_tuning: PromptTuning | None = None
     """instead of lora: embeddings before each text"""
     data: Data
@@ -115,9 +117,10 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _rows_that_can_be_joined(self):
-        if self.prompt_tuning is not None and self.data.packing:
+        before = [name for name, section in self._methods.items() if section.num_positions]
+        if before and self.data.packing:
             raise ValueError(
-                "data.packing joins rows, and prompt_tuning puts something before each: set data.packing: false"
+                f"data.packing joins rows, and {before[0]} puts something before each: set data.packing: false"
             )
         return self
 

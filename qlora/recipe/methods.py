@@ -19,6 +19,16 @@ class Method(Section):
     saved_in: ClassVar[str] = "adapter"
     trains_a_head: ClassVar[bool] = False
 
+    @property
+    def num_positions(self):
+        """How many of the model's positions it takes before each text."""
+        return 0
+
+    @property
+    def num_embedded(self):
+        """How many of these go through the layers as tokens do."""
+        return 0
+
     def from_zero(self):
         """Return the section with a start that changes nothing, for numbers that come from elsewhere."""
         return self
@@ -84,8 +94,10 @@ class Lora(_LowRank):
     """scaling = lora_alpha / sqrt(r)"""
     use_dora: bool = False
     """DoRA: the length of each row of W + scaling * B A is trained apart from its direction"""
-    init_lora_weights: Literal[True, "gaussian", "orthogonal", "loftq", "eva", "pissa", "olora"] = True
-    """gaussian, orthogonal, loftq, eva, pissa, olora ([below](#starts))"""
+    init_lora_weights: Literal[True, "gaussian", "orthogonal", "loftq", "eva", "pissa", "olora", "corda", "lora_ga"] = (
+        True
+    )
+    """gaussian, orthogonal, loftq, eva, pissa, olora, corda, lora_ga ([below](#starts))"""
     loraplus_lr_ratio: Annotated[float, Field(ge=1, le=1e4)] | None = None
     """LoRA+: B learns this many times faster than A; 16 in the paper, with a learning_rate lower by about half of that"""
     lora_bias: bool = False
@@ -208,12 +220,44 @@ class Bottleneck(Method):
     """dropout of the adapters' input"""
 
 
-class PromptTuning(Method):
+class _VirtualTokens(Method):
+    """What methods that put something before each text have in common."""
+
+    num_virtual_tokens: Annotated[int, Field(ge=1, le=4096)] = 20
+    """how many; each takes one of the model's positions"""
+
+    @property
+    def num_positions(self):
+        return self.num_virtual_tokens
+
+
+class PrefixTuning(_VirtualTokens):
+    """Prefix tuning: keys and values before each text are trained, in every layer."""
+
+    key: ClassVar[str] = "prefix_tuning"
+
+    prefix_projection: bool = False
+    """they are made by a small network while training, which is trained in their place; what it makes is saved"""
+    encoder_hidden_size: Positive | None = None
+    """numbers in the middle of that network; null: the model's hidden size"""
+    init_weights: Literal["zero"] | None = None
+    """null: random numbers; zero: all keys and values are 0 (not what the model does without them)"""
+
+    @model_validator(mode="after")
+    def _a_network_to_size(self):
+        if self.encoder_hidden_size is not None and not self.prefix_projection:
+            raise ValueError("encoder_hidden_size is for prefix_projection: true; set that, or leave it out")
+        return self
+
+
+class PromptTuning(_VirtualTokens):
     """Prompt tuning: embeddings before each text are trained."""
 
     key: ClassVar[str] = "prompt_tuning"
 
-    num_virtual_tokens: Annotated[int, Field(ge=1, le=4096)] = 20
-    """how many"""
+    @property
+    def num_embedded(self):
+        return self.num_virtual_tokens
+
     prompt_tuning_init_text: Annotated[str, Field(min_length=1)] | None = None
     """a text whose embeddings they start as, repeated or cut to their number; null: those of random tokens"""

@@ -58,6 +58,9 @@ def refuse(recipe):
         raise ValueError(
             f"export.verify layers is for text-generation; task {task} has full, which holds both models in memory"
         )
+    start = recipe.lora and recipe.lora.init_lora_weights
+    if start in ("corda", "lora_ga"):
+        raise ValueError(f"lora.init_lora_weights {start} is for text-generation: it reads conversations; leave it out")
     method = recipe.method
     if not method.trains_a_head:
         raise ValueError(f"{method.key} is for text-generation: it does not train a head for classes; take lora")

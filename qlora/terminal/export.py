@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..exporter.report import columns, scores
+from ..exporter.report import columns, scores, scores_beside
 from ..system.events import note
 from ..system.units import duration, size
 from .tables import table
@@ -12,7 +12,7 @@ _FEW_POSITIONS = 250  # at 250, a top-1 agreement of 99 % is 2 positions
 
 def show_proof(report):
     """Show the scores of an export_report.json that was compared with the live model."""
-    table(_title(report), columns(report), scores(report))
+    table(_title(report), columns(report), scores_beside(report) if "beside" in report else scores(report))
 
 
 def _title(report):
@@ -63,4 +63,5 @@ def say_done(report, out):
     verdict = "proven" if report["verified"] else "NOT VERIFIED (export.verify: off)"
     if report["verified"] and report["live_model"] == "assumed":
         verdict = "matches the assumed model; what the adapter was really trained on is not recorded"
-    note(f"{verdict}; the model is in {out}: {size(report['bytes'])}, {duration(report['seconds'])}")
+    what = "the adapter alone, to serve beside its base," if report["base"] == "beside" else "the model"
+    note(f"{verdict}; {what} is in {out}: {size(report['bytes'])}, {duration(report['seconds'])}")

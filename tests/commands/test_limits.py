@@ -62,6 +62,22 @@ def test_answers_to_rows_that_just_fit_are_counted(with_positions, tmp_path):
     assert evaluate(model, rows)["rows"] == 2
 
 
+@pytest.mark.parametrize("method", ["prompt_tuning", "prefix_tuning"])
+def test_virtual_tokens_take_positions_from_rows_prompts_and_answers(make_recipe, tmp_path, unplanned, capsys, method):
+    near = {"messages": messages([("user", "x " * 220), ("assistant", "x")])}  # fits 512 positions, but not 412
+    rows, section = write_jsonl(tmp_path / "near.jsonl", [SHORT, near]), {method: {"num_virtual_tokens": 100}}
+    said = "the model has 512 positions, 100 of them for virtual tokens"
+    with pytest.raises(InputError, match=rf"near.jsonl line 2: 4\d\d tokens, {said}\n.*data.max_length=412"):
+        train(make_recipe("gpt2", **section, data={"train": str(rows), "eval_fraction": 0, "max_length": 512}))
+    run = train(make_recipe("gpt2", **section, data={"max_length": 512}, training={"max_steps": 1}))
+    with pytest.raises(InputError, match=rf"near.jsonl line 2: 4\d\d tokens, {said}"):
+        evaluate(run.path, rows)
+    with pytest.raises(InputError, match=rf"the prompt is too long: 4\d\d tokens, and {said}"):
+        chat(run.path, "x " * 220)
+    chat(run.path, "x " * 180, max_new_tokens=200)  # an index of 512 would be an error
+    assert "answer cut off: all 512 positions of the model are used" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_proof_rows_beyond_the_positions_are_refused_by_export(make_recipe, tmp_path, family):
     run = train(make_recipe(family, data={"max_length": 4096}))

@@ -48,9 +48,26 @@ def test_it_trains_scores_and_exports_proven(make_recipe, tmp_path, case):
     assert planned["components"]["adapter"] > 0
 
 
+@pytest.mark.parametrize("case", ["full", "full of a tied model", "full of some modules"])
+def test_trained_weights_are_proven_layer_by_layer_as_they_are_whole(make_recipe, tmp_path, unplanned, case):
+    family, sections = WHOLE_WAY[case]
+    run = train(make_recipe(family, **sections, training={"max_steps": 2, "learning_rate": 3e-2}))
+    reports = [export(run.path, tmp_path / way, overrides=[f"export.verify={way}"]) for way in ("full", "layers")]
+    assert [report["verify"] for report in reports] == ["full", "layers"]
+    for name in ("live", "merged", "base_model"):
+        whole, layers = (report[name] for report in reports)
+        assert layers["loss"] == pytest.approx(whole["loss"], abs=1e-5)
+        assert layers.get("kl", 0) == pytest.approx(whole.get("kl", 0), rel=1e-2, abs=1e-6)
+    assert reports[1]["base_model"]["kl"] > 100 * reports[1]["merged"]["kl"]
+
+
 UNMERGEABLE = {
     "pfeiffer": ("llama", {"bottleneck": {"size": 16}}),
     "prompt tuning": ("llama", {"prompt_tuning": {"prompt_tuning_init_text": "plus is"}}),
+    "prefix tuning": ("qwen2", {"prefix_tuning": {"num_virtual_tokens": 4, "prefix_projection": True}}),
+    "prefix tuning of GPT-2": ("gpt2", {"prefix_tuning": {"num_virtual_tokens": 4}}),
+    "prefix tuning of experts": ("qwen3-moe", {"prefix_tuning": {"num_virtual_tokens": 4, "init_weights": "zero"}}),
+    "prompt tuning of experts": ("qwen3-moe", {"prompt_tuning": {"num_virtual_tokens": 4}}),
     "prompt tuning of GPT-2": ("gpt2", {"prompt_tuning": {"num_virtual_tokens": 4}}),
     "houlsby of GPT-2": ("gpt2", {"bottleneck": {"size": 16, "where": "houlsby"}}),
 }
@@ -62,9 +79,17 @@ def test_what_cannot_be_merged_trains_scores_answers_and_says_what_to_do_instead
     run = train(make_recipe(family, **sections, training={"max_steps": 4, "learning_rate": 3e-2}))
     scores = evaluate(run.path)
     assert scores["loss"] < scores["before"]["loss"]
-    with pytest.raises(InputError, match=r"Serve (them|it) beside the base: .qlora chat RUN"):
-        export(run.path, tmp_path / "out")
+    for option in ({"dtype": "float16"}, {"gguf": "f16"}, {"overrides": ["export.base=original"]}):
+        with pytest.raises(
+            InputError, match=r"Serve (them|it) beside the base: .qlora chat RUN.*\. The adapter is exported"
+        ):
+            export(run.path, tmp_path / "out", **option)
     assert not (tmp_path / "out").exists()
+    report = export(run.path, tmp_path / "out", overrides=["export.verify=layers"] if family == "llama" else [])
+    assert report["verified"]
+    assert f"{report['beside']['loss']:.4f}" in (tmp_path / "out" / "README.md").read_text()
+    assert report["beside"]["kl"] < 1e-6 < report["base_model"]["kl"]
+    assert 1e-6 < report["beside_original"]["kl"] < report["base_model"]["kl"]  # of the base in 16 bit
     ids = torch.arange(4, 60)[None]
     subject = open_subject(run.path)
     with torch.no_grad():

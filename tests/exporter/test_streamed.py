@@ -311,7 +311,7 @@ def measure(folder, rows):
     methods.save(attached, folder / "adapter", "x", None)
     quantized = [name.removesuffix(".base_layer") for name in base_model.quantized_modules(attached.get_base_model())]
     config = base_model.load_config(checkpoint, section)
-    need = streamed.need(config, rows, quantized, base_model.num_parameters(attached)[0])
+    need = streamed.need(config, rows, quantized, methods.read(folder / "adapter"))
     source = source_of(checkpoint, section)
     del attached
     with Peak() as layers:

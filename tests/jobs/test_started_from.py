@@ -20,6 +20,7 @@ CASES = {
     "oft": {"oft": {}},
     "hira": {"hira": {"r": 4}},
     "prompt tuning": {"prompt_tuning": {"num_virtual_tokens": 4}},
+    "prefix tuning": {"prefix_tuning": {"num_virtual_tokens": 4}},
     "bottleneck": {"bottleneck": {"size": 8}},
 }
 

@@ -23,7 +23,7 @@ from tests.methods.test_methods import logits
         (lambda f: edit_tensors(f, lambda t: t.clear()), "no LoRA tensors"),
         (
             lambda f: edit_config(f, peft_type="LOHA"),
-            "'LOHA' is not ADALORA, BOTTLENECK, FULL, HIRA, IA3, LORA, OFT or PROMPT_TUNING",
+            "'LOHA' is not ADALORA, BOTTLENECK, FULL, HIRA, IA3, LORA, OFT, PREFIX_TUNING or PROMPT_TUNING",
         ),
         (lambda f: edit_config(f, use_dora=True), "not its partner lora_magnitude_vector"),
         (lambda f: edit_config(f, layer_replication=[[0, 2]]), "uses layer_replication"),

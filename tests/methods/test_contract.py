@@ -11,7 +11,20 @@ import torch
 from qlora import base_model, methods, training
 from qlora.exporter import merge
 from qlora.methods import contract
-from qlora.recipe import Adalora, Bottleneck, Full, Hira, Ia3, Lora, Model, Oft, PromptTuning, Quantization, Training
+from qlora.recipe import (
+    Adalora,
+    Bottleneck,
+    Full,
+    Hira,
+    Ia3,
+    Lora,
+    Model,
+    Oft,
+    PrefixTuning,
+    PromptTuning,
+    Quantization,
+    Training,
+)
 from qlora.recipe.methods import Method
 from qlora.runs import record
 from qlora.runs.checkpoints import Checkpoints
@@ -30,9 +43,9 @@ def test_a_method_has_every_function_of_the_contract(name):
 
 
 def test_each_section_of_the_recipe_that_is_a_method_has_its_file():
-    assert {section.key for section in (Lora, Adalora, Ia3, Oft, Hira, Full, Bottleneck, PromptTuning)} == set(
-        methods.names()
-    )
+    assert {
+        section.key for section in (Lora, Adalora, Ia3, Oft, Hira, Full, Bottleneck, PrefixTuning, PromptTuning)
+    } == set(methods.names())
 
 
 # ---- a third method: the gains of all norms, in two groups of parameters, and a count of steps ------------------------
@@ -151,7 +164,18 @@ def fit(load_model, tokenizer, tmp_path):
 
 
 def test_a_new_file_is_a_new_method(gains, load_model):
-    assert methods.names() == ["adalora", "bottleneck", "full", "gains", "hira", "ia3", "lora", "oft", "prompt_tuning"]
+    assert methods.names() == [
+        "adalora",
+        "bottleneck",
+        "full",
+        "gains",
+        "hira",
+        "ia3",
+        "lora",
+        "oft",
+        "prefix_tuning",
+        "prompt_tuning",
+    ]
     model = methods.attach(load_model("llama", None), gains)
     assert methods.trainable(model).summary == "gains of norms"
     assert methods.describe({"peft_type": "GAINS"}).kind == "Gains"
@@ -190,6 +214,7 @@ def test_several_groups_and_a_schedule_resume_to_the_bit(gains, fit, optim):
         Hira(hira_dropout=0.1),
         Full(modules=["mlp", "lm_head"]),
         Bottleneck(dropout=0.1),
+        PrefixTuning(prefix_projection=True),
         PromptTuning(),
     ],
     ids=lambda section: section.key,
@@ -251,6 +276,7 @@ def test_no_other_file_knows_a_method_by_its_name():
         (Oft(), Quantization()),
         (Full(), None),
         (Bottleneck(where="houlsby"), Quantization()),
+        (PrefixTuning(prefix_projection=True, encoder_hidden_size=32), Quantization()),
         (PromptTuning(), Quantization()),
         (Hira(), Quantization()),
     ],

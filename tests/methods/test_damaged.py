@@ -7,10 +7,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qlora import methods
-from qlora.recipe import Bottleneck, Full, Hira, Ia3, Oft, PromptTuning
+from qlora.recipe import Bottleneck, Full, Hira, Ia3, Oft, PrefixTuning, PromptTuning
 from qlora.system.errors import InputError
 
-SECTIONS = [Ia3(), Oft(), Hira(r=4), Bottleneck(size=8), PromptTuning(num_virtual_tokens=4)]
+SECTIONS = [Ia3(), Oft(), Hira(r=4), Bottleneck(size=8), PrefixTuning(), PromptTuning(num_virtual_tokens=4)]
 each = pytest.mark.parametrize("section", [*SECTIONS, Full()], ids=lambda section: section.key)
 
 
@@ -68,7 +68,7 @@ def test_a_tensor_too_many(folder, load_model, section):
 
 
 @pytest.mark.parametrize(
-    "section", [Bottleneck(size=8), Hira(r=4), PromptTuning(), Oft(), Ia3()], ids=lambda one: one.key
+    "section", [Bottleneck(size=8), Hira(r=4), PrefixTuning(), PromptTuning(), Oft(), Ia3()], ids=lambda one: one.key
 )
 def test_a_tensor_too_few(folder, load_model, section):
     saved = folder(section)
@@ -98,7 +98,9 @@ def test_a_config_without_its_size(folder, load_model, section):
 @pytest.mark.parametrize("section", [*SECTIONS[:-1], Full()], ids=lambda section: section.key)
 def test_another_base(folder, load_model, section):
     saved = folder(section)
-    assert str(saved) in refused(load_model, saved, "gpt2" if section.key == "bottleneck" else "wide")
+    assert str(saved) in refused(
+        load_model, saved, "gpt2" if section.key in ("bottleneck", "prefix_tuning") else "wide"
+    )
 
 
 def test_prompts_of_another_width(folder, load_model):

@@ -6,7 +6,7 @@ from peft import HiraConfig, IA3Config, OFTConfig, PeftModel, get_peft_model
 
 from qlora import base_model, methods
 from qlora.evaluation.generate import answers
-from qlora.recipe import Bottleneck, Hira, Ia3, Oft, PromptTuning
+from qlora.recipe import Bottleneck, Hira, Ia3, Oft, PrefixTuning, PromptTuning
 from qlora.system.errors import InputError
 
 IDS = torch.arange(4, 60)[None]
@@ -138,7 +138,9 @@ def test_what_no_layer_can_have_is_refused(load_model, section, said):
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize(
-    "section", [PromptTuning(num_virtual_tokens=4), Bottleneck(size=8), Hira(r=4)], ids=lambda section: section.key
+    "section",
+    [PrefixTuning(num_virtual_tokens=4), PromptTuning(num_virtual_tokens=4), Bottleneck(size=8), Hira(r=4)],
+    ids=lambda section: section.key,
 )
 def test_answers_of_many_at_once_are_those_of_each_by_itself(trained, tokenizer, family, section):
     # padded on the left, a trained prompt must stand before the words, not before the padding (huggingface/peft#1093)

@@ -160,6 +160,8 @@ KINDS = {
     "eva": ("llama", {"init_lora_weights": "eva"}, {}),
     "eva-dora-rslora": ("qwen2", {"init_lora_weights": "eva", "use_dora": True, "use_rslora": True}, {}),
     "eva-conv1d": ("gpt2", {"init_lora_weights": "eva"}, {}),
+    "corda": ("qwen2", {"init_lora_weights": "corda"}, {}),
+    "lora-ga-rslora": ("llama", {"init_lora_weights": "lora_ga", "use_rslora": True}, {}),
 }  # fmt: skip
 
 

@@ -12,7 +12,20 @@ from bitsandbytes.optim import AdamW
 from qlora import base_model, kernels, methods, planner
 from qlora.kernels import checkpointing, loss
 from qlora.planner import cards, footprint, trace
-from qlora.recipe import Adalora, Bottleneck, Full, Hira, Ia3, Lora, Model, Oft, Quantization, Training
+from qlora.recipe import (
+    Adalora,
+    Bottleneck,
+    Full,
+    Hira,
+    Ia3,
+    Lora,
+    Model,
+    Oft,
+    PrefixTuning,
+    PromptTuning,
+    Quantization,
+    Training,
+)
 from qlora.system import memory
 from qlora.system.errors import InputError
 from qlora.training.master_weights import MasterWeights
@@ -159,6 +172,8 @@ def test_with_kernels_off_the_peak_is_that_of_real_training_steps(load_shape):
         (Oft(), ()),
         (Hira(), ()),
         (Bottleneck(where="houlsby"), ()),
+        (PrefixTuning(num_virtual_tokens=64), ()),
+        (PromptTuning(num_virtual_tokens=64), ()),
         (Lora(), range(4)),
     ],
     ids=[
@@ -172,6 +187,8 @@ def test_with_kernels_off_the_peak_is_that_of_real_training_steps(load_shape):
         "oft",
         "hira",
         "bottleneck",
+        "prefix_tuning",
+        "prompt_tuning",
         "new tokens",
     ],
 )
@@ -201,6 +218,16 @@ def test_the_peak_of_several_rows_is_that_of_real_steps(load_shape):
     padded = predicted(outline_of(SHAPES["gemma"](), kernels="off"), 4, 256, 128, 0, joined=False).allocated_bytes
     without_mask = padded - planner.Load(4, 256, 512).mask_bytes  # these rows are of one length: no mask
     assert without_mask == pytest.approx(real.step(4, 256, 128, 0, "off"), rel=0.01)
+
+
+@pytest.mark.parametrize("section", [PrefixTuning(num_virtual_tokens=64), PromptTuning(num_virtual_tokens=64)],
+                         ids=lambda section: section.key)  # fmt: skip
+def test_the_peak_of_several_rows_behind_virtual_tokens_is_that_of_real_steps(load_shape, section):
+    outline = outline_of(SHAPES["qwen2"](), section)
+    found = predicted(outline, 4, 256, 128, 0, joined=False).allocated_bytes
+    if not outline.step.masked:
+        found -= planner.Load(4, 256, 512).mask_bytes  # these rows are of one length: no mask
+    assert found == pytest.approx(Measured(load_shape("qwen2", section)).step(4, 256, 128, 0), rel=0.05)
 
 
 def test_the_count_of_living_tensors_is_the_sum_of_their_bytes():

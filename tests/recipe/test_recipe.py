@@ -17,6 +17,7 @@ from qlora.recipe import (
     Hira,
     Ia3,
     Oft,
+    PrefixTuning,
     PromptTuning,
     Recipe,
     documentation,
@@ -163,7 +164,7 @@ def test_new_tokens_are_texts_that_stand_once(tmp_path, tokens, expected):
         (["lora.use_dora=true", "lora.init_lora_weights=loftq"], "use_dora and init_lora_weights loftq exclude each"),
         (["lora.init_lora_weights=orthogonal", "lora.r=5"], "init_lora_weights orthogonal needs even ranks"),
         (["lora.init_lora_weights=orthogonal", "lora.rank_pattern={q_proj: 3}"], "needs even ranks"),
-        (["lora.init_lora_weights=corda"], "lora.init_lora_weights: 'corda' is not one of True, 'gaussian'"),
+        (["lora.init_lora_weights=mica"], "lora.init_lora_weights: 'mica' is not one of True, 'gaussian'"),
         (["lora.init_lora_weights=false"], "lora.init_lora_weights: False is not one of True"),
         (["lora.init_lora_weights=pissa"], "lora.init_lora_weights pissa needs a 16-bit base"),
         (
@@ -243,7 +244,7 @@ def test_every_field_is_documented_with_its_default():
     assert all(words.strip() for *_, words in rows)
     recipe = Recipe.from_dict({"model": {"name_or_path": "m"}, "data": {"train": "d"}, "output_dir": "o"}).model_dump()
     fields = {name: value for name, value in recipe.items() if not isinstance(value, dict)}
-    others = [Adalora, Ia3, Oft, Hira, Full, Bottleneck, PromptTuning]
+    others = [Adalora, Ia3, Oft, Hira, Full, Bottleneck, PrefixTuning, PromptTuning]
     recipe |= {section.key: section().model_dump() for section in others}
     fields = {name: value for name, value in fields.items() if name not in {section.key for section in others}}
     fields |= {f"{name}.{field}": value for name, section in recipe.items() if isinstance(section, dict)

@@ -110,7 +110,7 @@ class Supervised(Objective):
 
     def loss(self, model, inputs, num_items):
         """trl's where kernels.loss leaves the model to it."""
-        if loss.is_left_to_trl(model.get_base_model(), self.lean, inputs["labels"].device.type):
+        if loss.is_left_to_trl(model, self.lean, inputs["labels"].device.type):
             for name in _ON_THE_HOST:
                 inputs.pop(name, None)
             return None

@@ -1,0 +1,100 @@
+"""What prompt and prefix tuning share: N trained vectors that stand before each text, in PEFT's own folder.
+
+PEFT's forward and generate are not used: see the methods' own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import types
+
+import torch
+from safetensors.torch import load_file
+
+from ..system.errors import InputError
+from . import peft_model
+from .adapter import Adapter, refuse_unknown_settings
+from .folder import CONFIG, WEIGHTS
+
+# N virtual tokens, W numbers that each of them has
+
+SHAPE = ("num_virtual_tokens", "token_dim", "num_transformer_submodules", "num_attention_heads", "num_layers")
+_KEY = "prompt_embeddings"
+
+
+def attached(model, config, forward, generate):
+    """Return the PeftModel of a config, in the model's dtype, which computes and answers with these functions of it.
+
+    forward, generate: as those of the model inside, with the PeftModel before their arguments.
+    """
+    found = peft_model.make(model, config)
+    found.prompt_encoder.to(model.get_input_embeddings().weight.device)
+    peft_model.to_dtype(found, peft_model.dtype_of(model))
+
+    def activate(self, name):
+        base = self.get_base_model()
+        if name is None:
+            self.forward, self.generate = base.forward, base.generate
+        else:
+            self.forward, self.generate = types.MethodType(forward, self), types.MethodType(generate, self)
+            self.set_adapter(name)
+            self.requires_grad_(False)
+        self.num_virtual_tokens = 0 if name is None else self.peft_config[name].num_virtual_tokens
+
+    found.forward, found.generate = types.MethodType(forward, found), types.MethodType(generate, found)
+    found.activate = types.MethodType(activate, found)
+    found.disable_adapter = types.MethodType(_disabled, found)
+    found.num_virtual_tokens = config.num_virtual_tokens
+    return found
+
+
+@contextlib.contextmanager
+def _disabled(model):
+    name, trained = model.active_adapter, [p for p in model.parameters() if p.requires_grad]
+    model.activate(None)
+    try:
+        yield
+    finally:
+        model.activate(name)
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+def with_mask(attention_mask, number):
+    """Return the mask (B, T) of tokens as that of `number` virtual tokens and these, (B, number + T)."""
+    return torch.cat([attention_mask.new_ones(len(attention_mask), number), attention_mask], dim=1)
+
+
+# ---- saved and loaded ------------------------------------------------------------------------------------------------
+
+
+def read(folder, config, kind, width, followed, why):
+    """Return the Adapter of a folder with N vectors of `width` numbers; None where the config lacks what that is made of.
+
+    kind: as the field calls it. followed: settings that may be on beside SHAPE. why: it cannot be merged, and what to do instead.
+    """
+    refuse_unknown_settings(folder, config, {*SHAPE, *followed})
+    tensors, shape = load_file(folder / WEIGHTS), (config.get("num_virtual_tokens"), width)
+    if tensors.keys() != {_KEY} or tuple(tensors[_KEY].shape) != shape:
+        raise InputError(f"adapter {folder}: {WEIGHTS} does not hold the {shape} embeddings that {CONFIG} speaks of")
+    if not torch.isfinite(tensors[_KEY]).all():
+        raise InputError(f"adapter {folder}: {_KEY}: contains non-finite values")
+    return Adapter(folder, config, kind, {}, own=tensors, unmergeable=why, beside=True)
+
+
+def fill(model, adapter, name="default"):
+    """Give the virtual tokens called `name` the numbers of an Adapter."""
+    weight, found = model.prompt_encoder[name].embedding.weight, adapter.own[_KEY]
+    if weight.shape != found.shape:
+        raise InputError(f"adapter {adapter.folder}: has {len(found)} embeddings, the recipe {len(weight)}")
+    with torch.no_grad():
+        weight.copy_(found)
+
+
+def add(model, adapter, name, config):
+    """Load an Adapter beside the others, as contract.Method has it. config: PEFT's, of its shape."""
+    peft_model.refuse_another_kind(model, adapter)
+    model.add_adapter(name, config)
+    fill(model, adapter, name)
+    model.prompt_encoder.to(model.get_input_embeddings().weight.device, peft_model.dtype_of(model.get_base_model()))
+    model.requires_grad_(False).eval()

@@ -247,7 +247,7 @@ def open_routed(target, adapters=None, adapter=None, overrides=()) -> Routed:
     adapters = adapters or {}
     if not isinstance(adapters, Mapping):
         raise InputError("adapters: takes names and run folders, {name: run folder}")
-    refuse_classes(task_of_target(target), "a conversation", "; classify a text with qlora chat --prompt TEXT")
+    refuse_classes(task_of_target(target), "a conversation", "; classify a text with --prompt TEXT")
     if not RunDir.is_run(target):
         if adapters or adapter not in (None, BASE):
             raise InputError(f"{target}: {_NO_RUN}")

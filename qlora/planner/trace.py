@@ -124,6 +124,8 @@ def trace(peft_model, device_kind, packed, setting="auto"):
         for number in (0, len(chosen)):
             with checkpointing.checkpointed(chosen, number):
                 points = [point for number, point in enumerate(_POINTS) if number != _UNREAD[device_kind]]
+                if padded:  # several rows at each point
+                    points = [(t, n, c, document // 2, tile) for t, n, c, document, tile in points]
                 runs = {point: _run(peft_model, chosen, device_kind, found, packed, point, shapes) for point in points}
                 ways.append(_fitted(runs, _UNREAD[device_kind], padded))
     plain, checkpointed = (
@@ -442,7 +444,7 @@ def _way_of_padded_attention(device_kind, document):
         rows = [x.unflatten(2, (-1, document)).transpose(1, 2).flatten(0, 1) for x in (query, key, value)]
         mask = torch.ones(1, dtype=torch.bool, device="meta").expand(len(rows[0]), 1, document, document)
         found = F.scaled_dot_product_attention(*rows, attn_mask=mask, dropout_p=dropout)
-        return found.transpose(1, 2).reshape(1, query.shape[2], query.shape[1], -1), None
+        return found.transpose(1, 2).contiguous().view(1, query.shape[2], query.shape[1], -1), None
 
     return attend
 

@@ -40,7 +40,7 @@ def way_of_padded_attention(device_kind, document, flash):
         rows = [x.unflatten(2, (-1, document)).transpose(1, 2).flatten(0, 1) for x in (query, key, value)]
         mask = torch.ones(1, dtype=torch.bool, device="meta").expand(len(rows[0]), 1, document, document)
         found = F.scaled_dot_product_attention(*rows, attn_mask=mask, dropout_p=dropout)
-        return found.transpose(1, 2).reshape(1, query.shape[2], query.shape[1], -1), None
+        return found.transpose(1, 2).contiguous().view(1, query.shape[2], query.shape[1], -1), None
 
     return attend
 

@@ -286,6 +286,11 @@ def _growth(model, load):
     return trace.growth(load.tokens, load.scored, model.step.at_once(load.scored), document, model.step.padded)
 
 
+def _mask_bytes(model, load):
+    """Return the bytes of the mask of rows of unlike length; what layers make of it is in the trace of padded rows."""
+    return load.mask_bytes // 3 if model.step.padded else load.mask_bytes
+
+
 def _step(model, load, checkpointed, offload, summed):
     """Yield (where, parts) of the highest moment in each segment of a forward and backward pass."""
     growth, step, num = _growth(model, load), model.step, model.num_layers
@@ -295,7 +300,7 @@ def _step(model, load, checkpointed, offload, summed):
     ]
     ways = [each[index < checkpointed][kind] for index, kind in enumerate(step.layers)]
     rise, buffers = step.embedding.rise_and_change(growth)
-    mask = load.mask_bytes
+    mask = _mask_bytes(model, load)
     level, checkpoints, gradients = buffers, 0.0, 0.0
     one = ways[checkpointed - 1][0][1] if checkpointed else 0.0
 
@@ -334,7 +339,7 @@ def _evaluation(model, load):
     )
     head = step.checkpointed["head"][0].rise_and_change(growth)[0] + hidden
     work = {"loss_head": head} if head > layer else {"layer_work": layer}
-    return {"buffers": buffers + load.mask_bytes} | work
+    return {"buffers": buffers + _mask_bytes(model, load)} | work
 
 
 def _optimizer_bytes(trained, optim):

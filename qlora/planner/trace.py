@@ -129,6 +129,8 @@ def trace(peft_model, device_kind, packed, setting="auto"):
                     ways.append({name: Segment(levels) for name, levels in fitted.items()})
                     continue
                 points = [point for number, point in enumerate(_POINTS) if number != _UNREAD[device_kind]]
+                if padded:  # several rows at each point
+                    points = [(t, n, c, document // 2, tile) for t, n, c, document, tile in points]
                 ways.append(_fitted({point: run(point) for point in points}, _UNREAD[device_kind], padded))
     plain, checkpointed = (
         {number: (segments["forward", number], segments["backward", number]) for number in names.values()}

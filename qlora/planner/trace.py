@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 import itertools
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +24,7 @@ from .. import base_model, kernels
 from ..data import IGNORE_INDEX
 from ..kernels import causal, checkpointing, loss, tiles, token_rows
 from ..system import memory
+from . import rows
 
 # B batch (1), H heads, T tokens, D head dim, N scored positions, V vocabulary, C positions in a chunk of the head
 
@@ -124,8 +124,7 @@ def trace(peft_model, device_kind, packed, setting="auto"):
         for number in (0, len(chosen)):
             with checkpointing.checkpointed(chosen, number):
                 points = [point for number, point in enumerate(_POINTS) if number != _UNREAD[device_kind]]
-                if padded:  # several rows at each point
-                    points = [(t, n, c, document // 2, tile) for t, n, c, document, tile in points]
+                points = rows.points(points) if padded else points
                 runs = {point: _run(peft_model, chosen, device_kind, found, packed, point, shapes) for point in points}
                 ways.append(_fitted(runs, _UNREAD[device_kind], padded))
     plain, checkpointed = (
@@ -176,13 +175,13 @@ def _run(peft_model, layers, device_kind, installed, packed, point, shapes):
     joined = packed or installed.joined
     way: Any = functools.partial(_loss_of_trained_positions, lean=installed.loss, joined=joined)
     if base_model.task_of(peft_model).HAS_CLASSES:
-        way = _loss_of_a_row
+        way = rows.loss
     elif device_kind == "cuda" and loss.is_left_to_trl(peft_model.get_base_model(), installed.loss, device_kind):
         way = functools.partial(_trls_loss, chunk=chunk)
     at_once = chunk if device_kind == "cuda" else loss.POSITIONS
     attention = _way_of_attention(device_kind, installed.joined, packed, document)
     if base_model.task_of(peft_model).HAS_CLASSES:
-        attention = _way_of_padded_attention(device_kind, document)
+        attention = rows.way_of_attention(device_kind, document, _Flash.apply)
     try:
         with _attention(peft_model.get_base_model(), attention, joined), _one_piece(tile, at_once), live:
             live.add(*base_model.tensors(peft_model))
@@ -303,16 +302,6 @@ def _loss_of_trained_positions(peft_model, num_tokens, num_scored, lean, joined)
     return F.cross_entropy(found.float(), targets, reduction="sum") / num_scored
 
 
-def _loss_of_a_row(peft_model, num_tokens, num_scored):
-    """What classification.Classification computes of one row; further rows add tokens, and a few logits."""
-    ids, mask, zeros = _inputs(num_tokens)
-    takes = inspect.signature(type(peft_model.get_base_model()).forward).parameters
-    # given, because those that a model has itself end at its last position
-    more = {name: zeros for name in ("position_ids", "token_type_ids") if name in takes}
-    logits = peft_model(input_ids=ids, attention_mask=mask, **more).logits.float()
-    return F.cross_entropy(logits, _positions(1), reduction="sum")
-
-
 def _trls_loss(peft_model, num_tokens, num_scored, chunk):
     """What trl 1.16 computes on a GPU: trainer/utils.py add_fused_lm_head, then SFTTrainer.compute_loss."""
     ids, mask, labels = _inputs(num_tokens)
@@ -427,24 +416,6 @@ def _way_of_attention(device_kind, joined, packed, document):
             group = query.shape[1] // key.shape[1]
             key, value = (x.repeat_interleave(group, dim=1) if group > 1 else x for x in (key, value))
         return _Flash.apply(query, key, value, on_cuda).transpose(1, 2).contiguous(), None
-
-    return attend
-
-
-def _way_of_padded_attention(device_kind, document):
-    """Return an attention function for several rows of `document` tokens with a mask: keys and values are repeated for grouped
-    queries, and on a CPU dropout makes torch compute all scores."""
-
-    def attend(module, query, key, value, attention_mask, dropout=0.0, **kwargs):
-        group = query.shape[1] // key.shape[1]
-        key, value = (x.repeat_interleave(group, dim=1) if group > 1 else x for x in (key, value))
-        if not dropout or device_kind == "cuda":
-            mask = query.new_empty(query.shape[2] * document)  # sdpa makes numbers of it in every layer, and keeps them
-            return _Flash.apply(query, key, value, device_kind == "cuda", mask).transpose(1, 2).contiguous(), None
-        rows = [x.unflatten(2, (-1, document)).transpose(1, 2).flatten(0, 1) for x in (query, key, value)]
-        mask = torch.ones(1, dtype=torch.bool, device="meta").expand(len(rows[0]), 1, document, document)
-        found = F.scaled_dot_product_attention(*rows, attn_mask=mask, dropout_p=dropout)
-        return found.transpose(1, 2).contiguous().view(1, query.shape[2], query.shape[1], -1), None
 
     return attend
 

@@ -169,6 +169,15 @@ class Data(Section):
                 f"--data {error_messages.shown(str(path))}: {error_messages.said(error.errors(include_url=False)[0])}"
             ) from None
 
+    @field_validator("labels", "class_weights", mode="before")
+    @classmethod
+    def _numbers_are_names(cls, values):
+        """YAML reads 0 and 1 as numbers, and a class may be called that."""
+        named = lambda value: str(value) if type(value) is int else value  # noqa: E731
+        if isinstance(values, dict):
+            return {named(key): value for key, value in values.items()}
+        return [named(value) for value in values] if isinstance(values, list) else values
+
     @field_validator("labels")
     @classmethod
     def _each_class_once(cls, labels):

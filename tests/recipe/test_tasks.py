@@ -25,6 +25,14 @@ def test_a_task_with_classes_has_defaults_that_suit_it():
     assert not again.training.group_by_length  # a resolved recipe stays as it is
 
 
+def test_classes_that_are_called_like_numbers_may_be_written_as_numbers(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text("task: text-classification\nmodel: {name_or_path: m}\ndata: {train: d.csv, labels: [0, 1], "
+                    "class_weights: {1: 5.0}}\noutput_dir: o\n")  # fmt: skip
+    data = Recipe.load(file).data
+    assert (data.labels, data.class_weights) == (["0", "1"], {"1": 5.0})
+
+
 @pytest.mark.parametrize(
     ("override", "wrong"),
     [("data.packing=true", "data.packing is for text-generation"),

@@ -169,6 +169,14 @@ class Data(Section):
                 f"--data {error_messages.shown(str(path))}: {error_messages.said(error.errors(include_url=False)[0])}"
             ) from None
 
+    @field_validator("class_weights", mode="before")
+    @classmethod
+    def _balanced_or_by_name(cls, values):
+        """One message for what would be two, one for each type."""
+        if not (values is None or values == "balanced" or isinstance(values, dict)):
+            raise ValueError("should be balanced, null or {class: weight, ...}")
+        return values
+
     @field_validator("labels", "class_weights", mode="before")
     @classmethod
     def _numbers_are_names(cls, values):

@@ -175,6 +175,9 @@ class Data(Section):
         """One message for what would be two, one for each type."""
         if not (values is None or values == "balanced" or isinstance(values, dict)):
             raise ValueError("should be balanced, null or {class: weight, ...}")
+        for name, weight in values.items() if isinstance(values, dict) else ():
+            if type(weight) not in (int, float) or not 0 < weight <= 1e6:
+                raise ValueError(f"the weight of {name} should be a number above 0")
         return values
 
     @field_validator("labels", "class_weights", mode="before")

@@ -14,7 +14,7 @@ from ..kernels import groups
 from ..kernels.checkpointing import PIECE
 from ..recipe.optimizers import OPTIMIZERS
 from ..system.errors import QLoRAError
-from . import classes, trace
+from . import images, trace
 from .speed import Work
 
 # Assumed, not measured: what the CUDA driver and the libraries' kernels take beside torch's own allocations, and what
@@ -152,7 +152,7 @@ def _outline(config, model_section, quantization, lora, num_new_tokens, device_k
     answering = model.get_output_embeddings()
     head = 0 if answering is None else answering.weight.numel()
     of_images = not base_model.task_of(model).HAS_TOKENS
-    positions = classes.positions_of_an_image(model) if of_images else 1.0
+    positions = images.positions(model) if of_images else 1.0
     peft_model = methods.attach(model, lora, token_ids=range(num_new_tokens))
     step, joins = trace.trace(peft_model, device_kind, packed, kernels)
     trained = [parameter for parameter in peft_model.parameters() if parameter.requires_grad]

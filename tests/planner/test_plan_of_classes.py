@@ -89,7 +89,7 @@ def test_the_plan_of_a_recipe_counts_rows_that_are_padded_and_offers_no_packing(
     with heard_by(said.append):
         found = plan(recipe, "24GiB")
     [line] = [one.text for one in said if str(getattr(one, "text", "")).startswith("plan ")]
-    assert line.endswith("largest micro-batch is 16 rows of 9 tokens")
+    assert line.endswith("largest micro-batch is 16 rows of 8 tokens")
     assert found["fits"]
     assert found["components"]["adapter"] > 0
     assert not [change for change in found["suggestions"] if "packing" in change["set"]]

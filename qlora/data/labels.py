@@ -36,7 +36,7 @@ def said(value):
     if isinstance(value, float):
         raise ValueError(f"label is {value}, a number that is no class; round it, or name ranges")
     name = str(value)
-    if name.lstrip("-").isdigit() and int(name) < 0:
+    if name.lstrip("-").isdecimal() and int(name) < 0:
         raise ValueError(
             f"label is {name}, which marks rows without a class, as in the test sets of GLUE; leave them out"
         )
@@ -51,7 +51,7 @@ def number_of(name, labels):
     """
     if name in labels:
         return labels.index(name)
-    if name.isdigit() and int(name) < len(labels) and not any(label.isdigit() for label in labels):
+    if name.isdecimal() and int(name) < len(labels) and not any(label.isdecimal() for label in labels):
         return int(name)
     known = ", ".join(labels[:10]) + (f" and {len(labels) - 10:,} more" if len(labels) > 10 else "")
     raise ValueError(f"label {name!r} is no class of the training: {known}")
@@ -76,7 +76,18 @@ def found(source_list, section, open_source=sources.open_source):
                 return list(names)
             counts.update(_labels_in(file, mapped))
     where = ", ".join(str(source.path or source.name) for source in source_list)
+    if not counts:
+        raise InputError(f"{where}: no row has a label; {_remedy(source_list, section)}")
     return _in_order(counts, where)
+
+
+def _remedy(source_list, section):
+    """Return in words which columns there are, and where the recipe names that of the label."""
+    [first, *_] = sources.open_source(source_list[0])
+    value = next(first.rows()).value
+    there = f"the first row has {', '.join(map(str, value))}; " if isinstance(value, dict) else ""
+    column = (source_list[0].columns or section.columns or {}).get(COLUMN, COLUMN)
+    return f"{there}it is looked for in {column!r}, and data.columns={{label: NAME}} names another column"
 
 
 def _labels_in(file, mapped):
@@ -89,8 +100,6 @@ def _labels_in(file, mapped):
 
 def _in_order(counts, where):
     names = list(counts)
-    if not names:
-        raise InputError(f"{where}: no row has a label; data.columns.label names the column that holds it")
     if len(names) > _FEW and len(names) > sum(counts.values()) / 2:
         raise InputError(
             f"{where}: {len(names):,} different labels in {sum(counts.values()):,} rows, so these are no classes; is "
@@ -98,7 +107,7 @@ def _in_order(counts, where):
         )
     refuse_one(names, where)
     refuse_alike(names, where)
-    return sorted(names, key=int) if all(name.isdigit() for name in names) else sorted(names)
+    return sorted(names, key=int) if all(name.isdecimal() for name in names) else sorted(names)
 
 
 def refuse_one(names, where):

@@ -14,7 +14,7 @@ from ..kernels import groups
 from ..kernels.checkpointing import PIECE
 from ..recipe.optimizers import OPTIMIZERS
 from ..system.errors import QLoRAError
-from . import classes, trace
+from . import images, trace
 from .speed import Work
 
 # Assumed, not measured: what the CUDA driver and the libraries' kernels take beside torch's own allocations, and what
@@ -153,7 +153,7 @@ def _outline(config, model_section, quantization, lora, num_new_tokens, device_k
     answering = model.get_output_embeddings()
     head = 0 if answering is None else answering.weight.numel()
     of_images = not base_model.task_of(model).HAS_TOKENS
-    positions = classes.positions_of_an_image(model) if of_images else 1.0
+    positions = images.positions(model) if of_images else 1.0
     peft_model = methods.attach(model, lora, token_ids=range(num_new_tokens))
     step, joins = trace.trace(peft_model, device_kind, packed, kernels)
     trained = [parameter for parameter in peft_model.parameters() if parameter.requires_grad]
@@ -292,6 +292,13 @@ def _growth(model, load):
     return trace.growth(tokens, load.scored, head, load.document or load.length, padded, squared)
 
 
+def _mask_bytes(model, load):
+    """Return the bytes of the mask of rows of unlike length, beside what the trace has of one."""
+    if model.step.padded:  # what layers make of it is in the trace of padded rows
+        return load.mask_bytes // 3
+    return 0 if model.step.masked else load.mask_bytes
+
+
 def _step(model, load, checkpointed, offload, summed):
     """Yield (where, parts) of the highest moment in each segment of a forward and backward pass."""
     growth, step, num = _growth(model, load), model.step, model.num_layers
@@ -301,7 +308,7 @@ def _step(model, load, checkpointed, offload, summed):
     ]
     ways = [each[index < checkpointed][kind] for index, kind in enumerate(step.layers)]
     rise, buffers = step.embedding.rise_and_change(growth)
-    mask = 0 if step.masked else load.mask_bytes
+    mask = _mask_bytes(model, load)
     level, checkpoints, gradients = buffers, 0.0, 0.0
     one = ways[checkpointed - 1][0][1] if checkpointed else 0.0
 
@@ -340,7 +347,7 @@ def _evaluation(model, load):
     )
     head = step.checkpointed["head"][0].rise_and_change(growth)[0] + hidden
     work = {"loss_head": head} if head > layer else {"layer_work": layer}
-    return {"buffers": buffers + load.mask_bytes} | work
+    return {"buffers": buffers + _mask_bytes(model, load)} | work
 
 
 def _optimizer_bytes(trained, optim):

@@ -24,7 +24,7 @@ from .. import base_model, kernels
 from ..data import IGNORE_INDEX
 from ..kernels import causal, checkpointing, loss, tiles, token_rows
 from ..system import memory
-from . import classes
+from . import images, rows
 
 # B batch (1), H heads, T tokens, D head dim, N scored positions, V vocabulary, C positions in a chunk of the head
 
@@ -133,10 +133,11 @@ def trace(peft_model, device_kind, packed, setting="auto"):
             with checkpointing.checkpointed(chosen, number):
                 run = functools.partial(_run, peft_model, chosen, device_kind, found, packed, shapes=shapes)
                 if not base_model.task_of(model).HAS_TOKENS:
-                    fitted = classes.fitted_to_images({many: run((many,) * 5) for many in classes.IMAGES}, len(_POINTS))
+                    fitted = images.fitted({many: run((many,) * 5) for many in images.NUMBERS}, len(_POINTS))
                     ways.append({name: Segment(levels) for name, levels in fitted.items()})
                     continue
                 points = [point for number, point in enumerate(_POINTS) if number != _UNREAD[device_kind]]
+                points = rows.points(points) if padded else points
                 ways.append(_fitted({point: run(point) for point in points}, _UNREAD[device_kind], padded))
     plain, checkpointed = (
         {number: (segments["forward", number], segments["backward", number]) for number in names.values()}
@@ -219,9 +220,9 @@ def _ways(peft_model, device_kind, installed, packed, chunk, document) -> Any:
     """
     task, attention = base_model.task_of(peft_model), _way_of_attention(device_kind, installed.joined, packed, document)
     if not task.HAS_TOKENS:
-        return classes.loss_of_images, attention
+        return images.loss, attention
     if task.HAS_CLASSES:
-        return classes.loss_of_a_row, classes.way_of_padded_attention(device_kind, document, _Flash.apply)
+        return rows.loss, rows.way_of_attention(device_kind, document, _Flash.apply)
     if device_kind == "cuda" and loss.is_left_to_trl(peft_model, installed.loss, device_kind):
         return functools.partial(_trls_loss, chunk=chunk), attention
     joined = packed or installed.joined

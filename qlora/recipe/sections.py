@@ -172,6 +172,26 @@ class Data(Section):
                 f"--data {error_messages.shown(str(path))}: {error_messages.said(error.errors(include_url=False)[0])}"
             ) from None
 
+    @field_validator("class_weights", mode="before")
+    @classmethod
+    def _balanced_or_by_name(cls, values):
+        """One message for what would be two, one for each type."""
+        if not (values is None or values == "balanced" or isinstance(values, dict)):
+            raise ValueError("should be balanced, null or {class: weight, ...}")
+        for name, weight in values.items() if isinstance(values, dict) else ():
+            if type(weight) not in (int, float) or not 0 < weight <= 1e6:
+                raise ValueError(f"the weight of {name} should be a number above 0")
+        return values
+
+    @field_validator("labels", "class_weights", mode="before")
+    @classmethod
+    def _numbers_are_names(cls, values):
+        """YAML reads 0 and 1 as numbers, and a class may be called that."""
+        named = lambda value: str(value) if type(value) is int else value  # noqa: E731
+        if isinstance(values, dict):
+            return {named(key): value for key, value in values.items()}
+        return [named(value) for value in values] if isinstance(values, list) else values
+
     @field_validator("labels")
     @classmethod
     def _each_class_once(cls, labels):

@@ -133,7 +133,7 @@ def test_parts_with_values_and_loss_weights_of_published_files_are_read():
 def test_sst2_has_two_classes_whatever_they_are_called():
     columns = {"text": "sentence"}
     for labels, expected in ((None, ["0", "1"]), (["negative", "positive"], ["negative", "positive"])):
-        section = Data(train=str(FILES / "sst2_dev.csv"), columns=columns, labels=labels, max_length=128)
+        section = Data(train=str(FILES / "sst2_dev.csv"), columns=columns, labels=labels, overlong="truncate")
         names = labels or data.labels.found(section.train, section)
         section = section.model_copy(update={"labels": names})
         rows = data.Rows(data.load(section.train, make_tokenizer(), section, seed=0, encoder=data.LabelledText))

@@ -8,7 +8,7 @@ import torch
 from qlora import methods
 from qlora.methods import peft_model
 from qlora.methods.several import Several
-from qlora.recipe import Adalora, Bottleneck, Full, Hira, Ia3, Lora, Oft, PromptTuning
+from qlora.recipe import Adalora, Bottleneck, Full, Hira, Ia3, Lora, Oft, PrefixTuning, PromptTuning
 from qlora.system.errors import InputError
 from tests.methods.test_each_method import logits, shake
 
@@ -24,6 +24,7 @@ KINDS = {
     "bottleneck": Bottleneck(size=8, where="houlsby"),
     "bottleneck of one block": Bottleneck(size=4),
     "prompt": PromptTuning(num_virtual_tokens=4),
+    "prefix": PrefixTuning(num_virtual_tokens=4),
 }
 GPT2 = {"lora": Lora(r=4), "dora": Lora(r=4, use_dora=True), "ia3": Ia3(), "bottleneck": Bottleneck(size=8),
         "prompt": PromptTuning(num_virtual_tokens=4)}  # fmt: skip

@@ -9,7 +9,7 @@ from bitsandbytes.optim import AdamW
 
 from qlora import base_model, kernels, methods, planner
 from qlora.kernels import checkpointing
-from qlora.planner import classes
+from qlora.planner import images
 from qlora.recipe import Full, Lora, Model, Quantization, Training
 from qlora.system import memory
 from qlora.training.master_weights import MasterWeights
@@ -86,7 +86,7 @@ def test_the_work_of_an_image_is_that_of_its_positions():
     config = CONFIGS["vit"]()
     with torch.device("meta"):
         model = transformers.ViTForImageClassification(config)
-    assert classes.positions_of_an_image(model) == 65
+    assert images.positions(model) == 65
     work = outline_of("vit", Lora(), Quantization()).work
     assert work.positions == 65
     card = planner.card_of("3060")

@@ -6,9 +6,11 @@ import transformers
 from bitsandbytes.optim import AdamW
 
 from qlora import base_model, data, kernels, methods, planner
+from qlora.commands.plan import plan
 from qlora.kernels import checkpointing
 from qlora.recipe import Full, Lora, Model, Quantization, Training
 from qlora.system import memory
+from qlora.system.events import heard_by
 from qlora.training.master_weights import MasterWeights
 from qlora.training.objectives.classification import Classification
 from tests.classifiers import make_tokenizer
@@ -80,3 +82,16 @@ def test_the_peak_is_that_of_real_training_steps(tmp_path, name, method, quantiz
             outline, load, Training(gradient_accumulation_steps=2), checkpointed, False
         ).allocated_bytes
         assert expected == pytest.approx(step(rows, length, checkpointed), rel=0.05), (rows, length, checkpointed)
+
+
+def test_the_plan_of_a_recipe_counts_rows_that_are_padded_and_offers_no_packing(classify_recipe):
+    recipe, said = classify_recipe("bert"), []
+    with heard_by(said.append):
+        found = plan(recipe, "24GiB")
+    [line] = [one.text for one in said if str(getattr(one, "text", "")).startswith("plan ")]
+    assert line.endswith("largest micro-batch is 16 rows of 8 tokens")
+    assert found["fits"]
+    assert found["components"]["adapter"] > 0
+    assert not [change for change in found["suggestions"] if "packing" in change["set"]]
+    twice = plan(classify_recipe("bert", training={"per_device_train_batch_size": 32}), "24GiB")
+    assert twice["peak_bytes"] > found["peak_bytes"]

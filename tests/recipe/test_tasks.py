@@ -25,6 +25,14 @@ def test_a_task_with_classes_has_defaults_that_suit_it():
     assert not again.training.group_by_length  # a resolved recipe stays as it is
 
 
+def test_classes_that_are_called_like_numbers_may_be_written_as_numbers(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text("task: text-classification\nmodel: {name_or_path: m}\ndata: {train: d.csv, labels: [0, 1], "
+                    "class_weights: {1: 5.0}}\noutput_dir: o\n")  # fmt: skip
+    data = Recipe.load(file).data
+    assert (data.labels, data.class_weights) == (["0", "1"], {"1": 5.0})
+
+
 @pytest.mark.parametrize(
     ("override", "wrong"),
     [("data.packing=true", "data.packing is for text-generation"),
@@ -40,7 +48,8 @@ def test_a_task_with_classes_has_defaults_that_suit_it():
      ("bottleneck={}", "bottleneck is for text-generation: it does not train a head"),
      ("data.labels=[a, a]", "a is listed more than once"),
      ("data.class_weights={c: 2}", "c is not in data.labels"),
-     ("data.class_weights={a: 0}", "class_weights"),
+     ("data.class_weights={a: 0}", "the weight of a should be a number above 0"),
+     ("data.class_weights=none", r"should be balanced, null or \{class: weight, \.\.\.\}"),
      ("task=text_classification", "is not one of 'text-generation', 'text-classification'")],
 )  # fmt: skip
 def test_what_a_task_with_classes_does_not_have_is_refused_by_name(override, wrong):

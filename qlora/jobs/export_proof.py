@@ -76,8 +76,9 @@ class Prover:
                 # what was asked for is the adapter on the original weights, and that is what the folder has to be
                 judged = self._answers_of_live(original=True)
                 faithful = self._compare(judged, self._written(folder))
-        failures = proof.failures(judged.scores, faithful, judged.base_scores, dtype)
-        limits = {"kl": proof.KL_LIMIT, "top1": proof.TOP1_LIMIT, "loss": proof.LOSS_LIMIT}
+        failures = proof.failures(judged.scores, faithful, judged.base_scores, dtype, judged.num_trained)
+        limits = {"kl": proof.KL_LIMIT[dtype], "top1": proof.TOP1_LIMIT[dtype]}
+        limits["loss"] = proof.loss_limit(dtype, judged.num_trained)
         report = {
             "verify": self.mode,
             "verified": not failures,
@@ -86,7 +87,7 @@ class Prover:
             "live": {"loss": live.scores.loss, "compute_dtype": "float32"},
             "merged": dataclasses.asdict(self.merged),
             "base_model": dataclasses.asdict(live.base_scores),
-            "limits": {name: limit[dtype] for name, limit in limits.items()},
+            "limits": limits,
             "proof_peak_bytes": peak.bytes,
         }
         if judged is not live:

@@ -47,8 +47,8 @@ def measure(settings):
     was, planned_was = model_to_train.open_trainable, sys.modules["qlora.commands.train"].plan_training
 
     def planning(*args):
-        seen["before"] = memory.anonymous_bytes()
         found = planned_was(*args)
+        seen["before"] = memory.anonymous_bytes()  # what the plan itself has left is in predicted_bytes too
         seen.update(predicted=found.predicted_bytes, planned=found.plan.peak_bytes, where=found.plan.where,
                     components=found.plan.components)  # fmt: skip
         return found

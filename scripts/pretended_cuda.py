@@ -291,8 +291,9 @@ def _cuda():
     constant = {
         "is_available": True, "is_initialized": True, "device_count": 1, "current_device": 0, "get_device_name": properties.name,
         "get_device_capability": CAPABILITY, "get_device_properties": properties, "memory_allocated": 0, "memory_reserved": 0,
-        "max_memory_allocated": 1, "mem_get_info": (TOTAL_BYTES - 2**30, TOTAL_BYTES), "current_stream": stream,
-        "default_stream": stream, "is_bf16_supported": True, "_is_in_bad_fork": False, "memory_stats": {},
+        "max_memory_allocated": 1, "max_memory_reserved": 1, "mem_get_info": (TOTAL_BYTES - 2**30, TOTAL_BYTES),
+        "current_stream": stream, "default_stream": stream, "is_bf16_supported": True, "_is_in_bad_fork": False,
+        "memory_stats": {},
     }  # fmt: skip
     nothing = (
         "init _lazy_init set_device reset_peak_memory_stats reset_max_memory_allocated empty_cache manual_seed manual_seed_all "

@@ -15,7 +15,7 @@ from ..runs.checkpoints import Checkpoints
 from ..runs.folder import RunDir
 from ..system import launched, signals
 from ..system.devices import say_device
-from ..system.errors import InputError, Interrupted, TrainingFailed
+from ..system.errors import DoesNotFit, InputError, Interrupted, TrainingFailed
 from ..system.events import heard_by, progress
 from ..terminal import shown
 from ..terminal.data import say_report
@@ -88,6 +88,7 @@ def _train(recipe, resumed):
                         planned.offload,
                         recipe.memory.gradient_checkpointing != "auto",
                         planned.predicted_bytes,
+                        planned.limit_bytes,
                         planned.tokens_per_micro_batch,
                         installed=installed,
                     ),
@@ -118,6 +119,9 @@ def _saying_how_to_go_on(run):
         raise InputError(f"output_dir {run.path}: {error.strerror}; free some space{_how_to_go_on(run)}") from None
     except Interrupted as stopped:
         raise Interrupted(stopped.number, f"stopped{_how_to_go_on(run) or ' before the first step'}") from None
+    except DoesNotFit as error:
+        how = _how_to_go_on(run) if any(run.checkpoints.glob("step-*")) else ""
+        raise DoesNotFit(f"{error}{how.replace('; ', chr(10) + '  ', 1)}") from None
     except TrainingFailed as failed:
         lower = " training.learning_rate=LOWER --allow-change training.learning_rate"
         change = lower if "lower training.learning_rate" in str(failed).lower() else ""

@@ -17,7 +17,7 @@ from .. import base_model
 from ..data import KeptImage, Labelled, LabelledImage
 from ..evaluation import classes, metrics
 from ..system.errors import InputError
-from .proof import BASE_FACTOR, KL_LIMIT, LOSS_LIMIT, TOP1_LIMIT
+from .proof import BASE_FACTOR, KL_LIMIT, TOP1_LIMIT, loss_limit
 
 MOST_ROWS = 64
 # |logits - live| / |live|, as norms over all rows. MEASURED
@@ -76,6 +76,11 @@ class Live:
     def num_positions(self):
         return len(self.rows)
 
+    @property
+    def num_trained(self):
+        """How many rows the losses are means over."""
+        return len(self.rows)
+
     def _logits(self, model):
         return classes.logits_of(model, self.pad, self.rows, "proof: classifying")
 
@@ -91,8 +96,8 @@ class Live:
         )
 
 
-def failures(live, merged, base, dtype):
-    """Return what is wrong, as sentences; none means proven."""
+def failures(live, merged, base, dtype, num_trained):
+    """Return what is wrong, as sentences; none means proven. num_trained: rows that the losses are means over."""
     if not all(map(math.isfinite, (merged.loss, merged.kl, merged.logits))):
         return [f"its logits are not finite in {dtype}; export with --dtype bfloat16 or float32"]
     found = []
@@ -104,7 +109,7 @@ def failures(live, merged, base, dtype):
         )
     if merged.top1 < TOP1_LIMIT[dtype]:
         found.append(f"{merged.top1:.2%} of rows get the same class, the limit for {dtype} is {TOP1_LIMIT[dtype]:.0%}")
-    if abs(merged.loss - live.loss) > LOSS_LIMIT[dtype]:
+    if abs(merged.loss - live.loss) > loss_limit(dtype, num_trained):
         found.append(f"the loss is {merged.loss:.4f}, the trained model's {live.loss:.4f}")
     if not base.logits > BASE_FACTOR * merged.logits:
         found.append(

@@ -84,14 +84,12 @@ class Prover:
                 # what was asked for is the adapter on the original weights, and that is what the folder has to be
                 judged = self._answers_of_live(original=True)
                 faithful = self._compare(judged, self._written(folder))
-        failures = self.proof.failures(judged.scores, faithful, judged.base_scores, dtype)
-        limits = {"kl": proof.KL_LIMIT, "top1": proof.TOP1_LIMIT, "loss": proof.LOSS_LIMIT}
+        failures = self.proof.failures(judged.scores, faithful, judged.base_scores, dtype, judged.num_trained)
+        limits = {"kl": proof.KL_LIMIT[dtype], "top1": proof.TOP1_LIMIT[dtype]}
+        limits["loss"] = proof.loss_limit(dtype, judged.num_trained)
         if self.task.HAS_CLASSES:
-            limits["logits"] = class_proof.LOGITS_LIMIT
-        report = self._measured(live, failures, peak) | {
-            "merged": dataclasses.asdict(self.merged),
-            "limits": {name: limit[dtype] for name, limit in limits.items()},
-        }
+            limits["logits"] = class_proof.LOGITS_LIMIT[dtype]
+        report = self._measured(live, failures, peak) | {"merged": dataclasses.asdict(self.merged), "limits": limits}
         if judged is not live:
             report["to_original"] = dataclasses.asdict(faithful)
         return report
@@ -107,7 +105,7 @@ class Prover:
             beside = self._compare(live, self._adapted(folder))
             quantized = self.trained.quantization and base_model.stored_quantization(self.trained.config) is None
             original = self._compare(live, self._adapted(folder, original=True)) if quantized else None
-        failures = self.proof.failures(live.scores, beside, live.base_scores, "float32")
+        failures = self.proof.failures(live.scores, beside, live.base_scores, "float32", live.num_trained)
         return self._measured(live, failures, peak) | {
             "beside": dataclasses.asdict(beside),
             "beside_original": original and dataclasses.asdict(original),

@@ -22,7 +22,8 @@ _WORTH_SAYING = 2**30  # bytes of a GPU; a desktop takes less
 class Planned:
     """How the layers are checkpointed, and the peak that is expected, in bytes, in the terms of memory.Peak.
 
-    Without a plan, which is None then, why_none says why, predicted_bytes is None, and the rehearsal finds what does not fit.
+    limit_bytes: what there is, in the same terms. Without a plan, which is None then, why_none says why, these are None, and the
+    rehearsal finds what does not fit.
     tokens_before: the tokens_per_micro_batch of a resumed run, where the memory no longer allows them.
     """
 
@@ -32,6 +33,7 @@ class Planned:
     plan: planner.Plan | None = None
     why_none: str = ""
     tokens_before: int | None = None
+    limit_bytes: int | None = None
 
     @property
     def tokens_per_micro_batch(self):
@@ -67,7 +69,8 @@ def plan_training(prepared, device, tokens=None) -> Planned:
     refuse_full_host(found)
     refuse_full_disk(recipe, found)
     predicted = memory.anonymous_bytes() + found.peak_bytes if device.type == "cpu" else found.cuda_bytes
-    return Planned(found.checkpointed_layers, found.offload, predicted, found, tokens_before=before)
+    limit = predicted - found.peak_bytes + found.budget_bytes  # on a GPU less what is not torch's
+    return Planned(found.checkpointed_layers, found.offload, predicted, found, tokens_before=before, limit_bytes=limit)
 
 
 def _what_would_fit(recipe, job, found, device):

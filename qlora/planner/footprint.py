@@ -20,9 +20,9 @@ from .speed import Work
 # Assumed, not measured: what the CUDA driver and the libraries' kernels take beside torch's own allocations, and what
 # torch's allocator loses to rounding (blocks of 512 bytes and of 2 MiB) and to holes, as a share of a step's tensors.
 CONTEXT_BYTES, LOST_SHARE = 512 * 2**20, 0.03
-# On a CPU: libraries and buffers; holes of the heap as a share of a step's tensors, and of what checkpointed layers would keep.
-# Fitted to scripts/measure_plan.py, docs/plan.md.
-_HELD_ON_CPU, LOST_SHARE_ON_CPU, _LOST_OF_CHECKPOINTED = 80 * 2**20, 0.35, 0.2
+# On a CPU: what is imported and read after the plan; holes of the heap as a share of the layers' tensors, and of what
+# checkpointed layers would keep. Measured by scripts/measure_plan.py, docs/plan.md.
+_HELD_ON_CPU, LOST_SHARE_ON_CPU, _LOST_OF_CHECKPOINTED = 45 * 2**20, 0.33, 0.15
 _PAGED_FROM = 100_000  # numbers in a tensor whose states bitsandbytes 0.50.2 pages
 
 
@@ -189,16 +189,11 @@ def _outline(config, model_section, quantization, lora, num_new_tokens, device_k
 def _mapped_bytes(model, config, num_new_tokens):
     """Return the bytes of weights that are left as the files have them, mapped: the system takes such pages back, so they are
     not counted as held (memory.Peak); on macOS they are. These are all that is not quantized, where its dtype is the file's.
-
-    Not with biases: trainings of Qwen2.5's shape held 250 MiB more than their tensors, about their table; not understood.
     """
     stored = getattr(config.get_text_config(), "dtype", None) or getattr(config, "dtype", None)
     if stored != torch.bfloat16 or num_new_tokens or sys.platform == "darwin" or base_model.stored_quantization(config):
         return 0
-    modules = base_model.quantized_modules(model).values()
-    if any(module.bias is not None for module in modules):
-        return 0
-    quantized = {id(module.weight) for module in modules}
+    quantized = {id(module.weight) for module in base_model.quantized_modules(model).values()}
     return _bytes(p for p in model.parameters() if id(p) not in quantized and p.dtype == stored)
 
 
@@ -253,8 +248,11 @@ def usage(model: Outline, load: Load, training, checkpointed, offload, eval_load
         moments.append(("evaluation", _evaluation(model, eval_load)))
     where, parts = max(moments, key=lambda moment: sum(moment[1].values()))
     on_cuda = model.device_kind == "cuda"
-    worked = sum(parts.get(name, 0) for name in ("checkpoints", "layer_work", "loss_head", "buffers"))
-    lost = CONTEXT_BYTES + LOST_SHARE * worked if on_cuda else _lost_on_cpu(model, load, checkpointed, worked)
+    worked = sum(parts.get(name, 0) for name in ("checkpoints", "layer_work", "buffers"))
+    loss_head = parts.get("loss_head", 0)
+    lost = CONTEXT_BYTES + LOST_SHARE * (worked + loss_head)
+    if not on_cuda:  # logits of a large vocabulary are blocks of their own, which leave no holes
+        lost = _lost_on_cpu(model, load, checkpointed, worked)
     loading = always["weights"] + model.read_bytes
     if loading > sum(always.values()) + sum(parts.values()) + (0 if on_cuda else lost):
         where, always, parts = "loading", {"weights": always["weights"]}, {"buffers": model.read_bytes}
@@ -275,7 +273,11 @@ def usage(model: Outline, load: Load, training, checkpointed, offload, eval_load
 
 
 def _lost_on_cpu(model, load, checkpointed, worked):
-    """Return what a step takes beside its tensors. worked: bytes of these that are no state."""
+    """Return what a step takes beside its tensors. worked: bytes of these that are no state, but for the loss.
+
+    A layer that is computed again is allocated among what is left of the layers after it: measured, one more of it, and a share
+    of all that the checkpointed layers free in the forward pass.
+    """
     growth, step = _growth(model, load), model.step
     again = step.layers[:checkpointed]
     kept = sum(step.plain[kind][0].rise_and_change(growth)[1] for kind in again)

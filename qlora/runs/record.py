@@ -73,7 +73,8 @@ class LessMemory:
     """Memory ran out, and the training goes on with less from here on: what did not fit was run again.
 
     step: the last one that was taken. out_of_memory: when, and what was asked for; change: what is different now; both in
-    words. rows: numbers of the rows that did not fit, from 1. checkpointed_layers, offload: as they are now.
+    words. rows: numbers of the rows that did not fit, from 1. checkpointed_layers, offload: as they are now. reserve: nothing
+    ran out, but less was left than is to stay free.
     """
 
     step: int
@@ -84,6 +85,7 @@ class LessMemory:
     checkpointed_layers: int
     offload: bool
     time: float
+    reserve: bool | None = False  # None: older
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from ..system.units import duration, size
 from . import lines
 
 EVERY = 20  # seconds between plain lines
+RECENT = 120  # seconds whose pace says how long the rest takes
 
 
 class Bars:
@@ -39,7 +40,7 @@ class Bars:
         if self.live is None:
             text = TextColumn("{task.description}", table_column=Column(overflow="fold"))
             columns = (SpinnerColumn(), text, _Bar(), _Numbers(), TimeElapsedColumn(), _Left())
-            self.live = Live(*columns, console=lines.console, transient=True, speed_estimate_period=120)
+            self.live = Live(*columns, console=lines.console, transient=True, speed_estimate_period=RECENT)
             self.live.start()
         if event.what not in self.tasks:
             self.tasks[event.what] = self.live.add_task(event.what, total=event.total, unit="", detail="")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import shlex
 import time
+from collections import deque
 
 from .. import base_model, methods
 from ..runs import record
 from ..system.events import Progress, note
 from ..system.units import duration, size
 from . import lines
-from .bars import EVERY
+from .bars import EVERY, RECENT
 
 
 class Steps:
@@ -18,20 +19,22 @@ class Steps:
 
     def __init__(self, bars):
         self.bars = bars
-        self.start = self.said = self.last_save = time.monotonic()
-        self.first = None  # step that was logged here
+        self.said = self.last_save = time.monotonic()
+        self.recent = deque()  # (step, when) of those logged in the last RECENT seconds, and the one before them
         self.total, self.counts = 0, "tokens"
 
     def hear(self, event):
         if isinstance(event, record.Begun):
-            self.total, self.first, self.counts = event.total_steps, None, event.counts
-            self.start = self.said = self.last_save = time.monotonic()
+            self.total, self.counts = event.total_steps, event.counts
+            self.recent.clear()
+            self.said = self.last_save = time.monotonic()
         elif isinstance(event, record.Step):
             self._show(event)
         elif isinstance(event, record.Skipped):
             lines.say(f"          step {event.step}  skipped: {event.not_taken}")
         elif isinstance(event, record.LessMemory):
-            lines.say(f"memory    out of memory {event.out_of_memory}; run again, and so from here on: {event.change}")
+            what = "" if event.reserve else "out of memory "
+            lines.say(f"memory    {what}{event.out_of_memory}; run again, and so from here on: {event.change}")
         elif isinstance(event, record.Rescaled):
             lines.say(
                 f"          step {event.step}  skipped: a gradient overflowed float16; loss scale now {event.loss_scale:,.0f}"
@@ -50,17 +53,18 @@ class Steps:
 
     def _show(self, event):
         step, total = event.step, self.total
-        if self.first is None:
-            self.first, self.start = step, time.monotonic()
+        now = time.monotonic()
+        self.recent.append((step, now))
+        while len(self.recent) > 2 and now - self.recent[1][1] > RECENT:
+            self.recent.popleft()
         loss, rate = f"{event.loss:.4f}", f"{event.tokens_per_second:,.0f}"
         if lines.can_redraw():
             self.bars.draw(Progress("training", step, total, "steps", f"loss {loss}  {rate} {self.counts}/s"))
             return
-        now = time.monotonic()
-        if now - self.said > EVERY or step in (self.first, total):
-            # the first step is slow (allocation, warm-up), so the pace is that of the steps after it
-            done = step - self.first
-            left = f"  {duration((now - self.start) / done * (total - step))} left" if done else ""
+        if now - self.said > EVERY or step == total or len(self.recent) == 1:
+            # the first step is slow (allocation, warm-up), and the machine may have had less to do before
+            first, start = self.recent[0]
+            left = f"  {duration((now - start) / (step - first) * (total - step))} left" if step > first else ""
             lines.say(f"training  step {step}/{total}  loss {loss}  {rate} {self.counts}/s{left}")
             self.said = now
 

@@ -23,7 +23,8 @@ from .objectives.classification import lengths_of
 from .objectives.supervised import Supervised
 from .out_of_memory import too_much, what_would_help
 from .reliable_trainer import Reliability
-from .saving import Saving
+from .reserve import Reserve
+from .saving import Saving, save_unfinished
 
 __all__ = ["Result", "Rows", "Saving", "Settings", "train"]
 
@@ -42,11 +43,11 @@ class Settings:
     """How it is trained.
 
     training: the recipe's section. checkpointed_layers, offload: of kernels.checkpointing; fixed_layers: the recipe says so
-    many, which is mentioned where they do not fit. predicted_bytes: what somebody expects the peak to be; is only written
-    down, in memory.json, beside what was measured. tokens_per_micro_batch: the rows of a step are joined into micro-batches of
-    at most so many, where the model's rows can be joined and are not packed already; None: as many rows as the section says.
-    rehearse: run the largest micro-batch once before the first step; it changes no number. installed: the kernels that the
-    model computes with.
+    many, which is mentioned where they do not fit. predicted_bytes: what somebody expects the peak to be, limit_bytes: what
+    there is, both in the terms of memory.Peak: where the rehearsal leaves too little of it, more layers are checkpointed.
+    tokens_per_micro_batch: the rows of a step are joined into micro-batches of at most so many, where the model's rows can be
+    joined and are not packed already; None: as many rows as the section says. rehearse: run the largest micro-batch once
+    before the first step; it changes no number. installed: the kernels that the model computes with.
     """
 
     training: Any
@@ -54,6 +55,7 @@ class Settings:
     offload: bool = False
     fixed_layers: bool = False
     predicted_bytes: int | None = None
+    limit_bytes: int | None = None
     tokens_per_micro_batch: int | None = None
     rehearse: bool = True
     installed: kernels.Installed = field(default_factory=kernels.Installed)
@@ -109,7 +111,11 @@ def train(model, tokenizer, rows: Rows, settings: Settings, run, saving=None, ob
         evaluates = trainer.moment.evaluates
         longest = max(lengths_of(rows.held_out)) if evaluates else max(trainer.reliability.lengths)
         changes = what_would_help(section, measured, model.device.type == "cuda", evaluates, longest)
-        raise DoesNotFit(too_much(trainer, measured, changes)) from None
+        message = too_much(trainer, measured, changes)
+        memory.release(error)
+        memory.free_cached()
+        save_unfinished(trainer)
+        raise DoesNotFit(message) from None
     finally:
         measured |= economy.said() | {"rehearsed_bytes": trainer.rehearsed_bytes, "peak_bytes": trainer.peak.bytes}
         if trainer.begun or trainer.resumed is None:  # what a run has measured stays where it could not go on
@@ -129,7 +135,7 @@ def train(model, tokenizer, rows: Rows, settings: Settings, run, saving=None, ob
 
 def _economy(model, settings):
     layers = Checkpointing(base_model.decoder_layers(model), settings.checkpointed_layers, settings.offload)
-    return Economy(layers, settings.fixed_layers)
+    return Economy(layers, settings.fixed_layers, Reserve(settings.limit_bytes, settings.predicted_bytes))
 
 
 def _trainer(model, objective, rows, settings, run, saving, economy):

@@ -11,19 +11,22 @@ import torch
 from ..kernels.checkpointing import Checkpointing
 from ..runs.record import LessMemory, to_json
 from ..system import memory
+from ..system.units import size
 from .rehearsal import way_back
+from .reserve import Reserve
 
 
 class Economy:
     """How a training gets by with less memory than was planned.
 
     layers: the Checkpointing of the model. fixed: the recipe says how many. changes: the LessMemory of this process, in order;
-    waiting: those that are not said yet. An out-of-memory error of the optimizer is not met: a step that is half taken cannot
-    be taken again.
+    waiting: those that are not said yet. reserve: what is to stay free. An out-of-memory error of the optimizer is not met: a
+    step that is half taken cannot be taken again; what it needs is there before (rehearsal.py).
     """
 
-    def __init__(self, layers=None, fixed=False):
+    def __init__(self, layers=None, fixed=False, reserve=None):
         self.layers = layers or Checkpointing([], 0)
+        self.reserve = reserve or Reserve()
         self.planned, self.fixed = (self.layers.number, self.layers.offload), fixed
         self.changes: list[LessMemory] = []
         self.waiting: list[LessMemory] = []
@@ -69,7 +72,8 @@ class Economy:
             # not within `except`: there the error would hold all that the forward pass kept
             undo()
             memory.free_cached()
-            self._change(trainer, why)
+            then = None if moment.evaluates else self.layers.next(trainer.model.device.type == "cuda")
+            self._change(trainer, then, why)
         parts = []
         for half in moment.halves(trainer.objective):
             trainer.moment = half
@@ -87,10 +91,26 @@ class Economy:
         more = not trainer.moment.evaluates and self.layers.next(trainer.model.device.type == "cuda") is not None
         return more or (divisible and bool(trainer.objective.halves(trainer.moment.inputs)))
 
-    def _change(self, trainer, why):
-        """Take the next step, and say it."""
+    def keep_reserve(self, trainer, measured):
+        """Take a small step to less memory where too little is left beside the `measured` bytes of a rehearsal.
+
+        Return whether it was taken, so that another rehearsal is due. Rows are not halved for it: that changes rounding.
+        """
+        left = self.reserve.learn(measured)
+        if left is None or left >= self.reserve.bytes or trainer.accelerator.num_processes > 1:
+            return False
+        then = self.layers.next(trainer.model.device.type == "cuda", small=True)
+        if then is None:
+            return False
+        memory.free_cached()
+        self._change(
+            trainer, then, f"{size(max(0, left))} left, {size(self.reserve.bytes)} are to stay free", reserve=True
+        )
+        return True
+
+    def _change(self, trainer, then, why, reserve=False):
+        """Take the step `then` of Checkpointing.next, None: run the batch in halves; and say it. reserve: as of LessMemory."""
         moment, layers = trainer.moment, self.layers
-        then = None if moment.evaluates else layers.next(trainer.model.device.type == "cuda")
         if then is None:
             self.halved_from[moment.evaluates] = _size(moment.inputs)
             change = "batches of this size run in two halves"
@@ -111,6 +131,7 @@ class Economy:
                 checkpointed_layers=layers.number,
                 offload=layers.offload,
                 time=trainer.clock.elapsed(),
+                reserve=reserve,
             )
         )
         self.waiting.append(self.changes[-1])
@@ -120,6 +141,7 @@ class Economy:
         """Return what memory.json keeps of it."""
         layers = self.layers
         found: dict = {"layers": len(layers.layers), "checkpointed_layers": layers.number, "offload": layers.offload}
+        found["reserve_bytes"] = self.reserve.bytes
         return found | ({"less_memory": [to_json(one) for one in self.changes]} if self.changes else {})
 
 

@@ -74,9 +74,13 @@ class Hooks(_Trainer):
         """Return the sum of the losses since the last log, on the device; a copy."""
         return self._tr_loss.clone()
 
-    def leave_out_loss(self, before):
-        """Take this step's losses out of the logged mean. before: `loss_since_logged` before its first micro-batch."""
+    def forget_loss(self, before):
+        """Take this step's losses back. before: `loss_since_logged` before its first micro-batch."""
         self._tr_loss.copy_(before)
+
+    def leave_out_loss(self, before):
+        """Take this step's losses out of the logged mean."""
+        self.forget_loss(before)
         self._globalstep_last_logged += 1  # transformers divides by the steps since then
 
     def counters(self):

@@ -8,14 +8,15 @@ import random
 import numpy as np
 import torch
 
-from ..runs.checkpoints import places
+from ..runs.checkpoints import places, restore_optimizer
+from ..system import memory
 from .private_names import version
 
 
 def rehearse(trainer, run):
     """Call run() as if the training were well under way, and undo all of it.
 
-    What a first step lacks is there: the optimizer's state, and the sum of earlier micro-batches' gradients.
+    What a first step lacks is there: the sum of earlier micro-batches' gradients.
     """
     with held_later(trainer), undone(trainer):
         run()
@@ -33,16 +34,48 @@ def largest_micro_batch(lengths, rows, tokens=None):
 @contextlib.contextmanager
 def held_later(trainer):
     """Allocate what later micro-batches find in memory beside the model."""
-    masters, optimizer = trainer.trained.masters.masters, trainer.own_optimizer
-    held = [torch.empty_like(m) for m in masters] if trainer.accumulates else []
-    if hasattr(optimizer, "init_state"):  # of bitsandbytes: what its first step begins with, paged where that is
+    # filled: on a CPU memory that nobody has written to is not held yet
+    held = [torch.full_like(m, 0.0) for m in trainer.trained.masters.masters] if trainer.accumulates else []
+    yield
+    held.clear()
+
+
+@torch.no_grad()
+def allocate_states(trainer):
+    """Give the optimizer the states that it would make in its first step, to the bit: there memory cannot run out then."""
+    optimizer = trainer.own_optimizer
+    if hasattr(optimizer, "init_state"):  # of bitsandbytes, paged where that is
         for master, group, place in places(optimizer):
             if not optimizer.state[master]:
                 optimizer.init_state(group, master, *place)
     elif not optimizer.state:
-        held += [torch.empty_like(m) for m in masters for _ in ("exp_avg", "exp_avg_sq")]
-    yield
-    held.clear()
+        named = zip(trainer.trained.names, places(optimizer), strict=True)
+        zeros = {f"{name}/step": torch.zeros(()) for name in trainer.trained.names}
+        for name, (master, *_) in named:
+            zeros |= {f"{name}/{key}": torch.zeros_like(master) for key in ("exp_avg", "exp_avg_sq")}
+        restore_optimizer(optimizer, trainer.trained.names, zeros, {})
+
+
+def room_for_a_step(trainer):
+    """Allocate and free what the optimizer needs for itself in a step, while the step can still be left.
+
+    Raises:
+        RuntimeError: out of memory, though all was freed that can be.
+    """
+    optimizer = trainer.own_optimizer
+    if trainer.model.device.type != "cuda" or hasattr(optimizer, "init_state") or optimizer.defaults.get("fused"):
+        return  # a tensor at a time, less than a micro-batch takes; or nothing
+    masters = trainer.trained.masters.masters
+    try:
+        [torch.empty_like(master) for master in masters]
+    except RuntimeError as error:
+        if not memory.is_refusal(error):
+            raise
+        memory.release(error)
+    else:
+        return
+    memory.free_cached()
+    [torch.empty_like(master) for master in masters]
 
 
 @contextlib.contextmanager

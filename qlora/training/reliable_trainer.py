@@ -35,7 +35,7 @@ from .optimizer import without_waits
 from .order import ByLength
 from .out_of_memory import Moment, few
 from .private_names import Hooks, set_rates
-from .rehearsal import largest_micro_batch, rehearse, same_random_numbers
+from .rehearsal import allocate_states, largest_micro_batch, rehearse, room_for_a_step, same_random_numbers
 from .saving import Saves, Saving
 from .trained_parameters import Trained, not_finite
 
@@ -90,6 +90,8 @@ class Reliable(Hooks):
         self.failure = None  # why training ends before its time
         self.moment = Moment("before the first step")
         self.micro_batches = []  # of the step at hand: (numbers of its rows, loss on the device)
+        self.take_back = None  # undoes what the step at hand has counted and drawn; None: there is none
+        self.changes_weights = False  # until the step is finished
         self.norm = None  # of the last step that was taken
         self.copies = {}  # of the model's buffers, as rehearsal.way_back keeps them
         self.evaluated = None  # of the evaluation at hand: the summed loss, and how many items it is of
@@ -184,6 +186,7 @@ class Reliable(Hooks):
     def begin(self):
         """The last things before the first step: rehearse, say that the run begins, make up for an evaluation that was left."""
         self.trained.begin(self.state.max_steps)
+        allocate_states(self)
         if self.reliability.rehearse and len(self.reliability.lengths):
             rows, tokens = self.args.per_device_train_batch_size, self.reliability.tokens
             self.rehearse(largest_micro_batch(self.reliability.lengths, rows, tokens))
@@ -207,8 +210,12 @@ class Reliable(Hooks):
         # what the loop sets before each step: a loss that is a mean of micro-batches is divided by it
         self.current_gradient_accumulation_steps = self.args.gradient_accumulation_steps
         step, num_items = super().training_step, self.objective.num_items(inputs)
-        rehearse(self, lambda: self.economy.run(self, lambda part: step(self.model_wrapped, part, num_items)))
-        self.rehearsed_bytes = self.peak.bytes
+        while True:
+            self.peak.lap()
+            rehearse(self, lambda: self.economy.run(self, lambda part: step(self.model_wrapped, part, num_items)))
+            self.rehearsed_bytes = self.peak.lap()
+            if not self.economy.keep_reserve(self, self.rehearsed_bytes):
+                break
         emit(Rehearsed(self.rehearsed_bytes))
 
     # ---- a step ----
@@ -228,6 +235,7 @@ class Reliable(Hooks):
         for part, rows in parts:
             if not self.micro_batches:
                 self.loss_before = self.loss_since_logged()
+                self.take_back = saved.way_back(self)
             when = f"in step {self.state.global_step + 1}, micro-batch {len(self.micro_batches) + 1}"
             self.moment = Moment(when, part, rows)
             # kept on the device: reading it here would make the GPU wait at every micro-batch
@@ -243,18 +251,22 @@ class Reliable(Hooks):
         # a loss that is a mean of the micro-batch is not the sum of its halves'
         divisible = num_items is not None
         keep = self.trained.masters.take_gradients if reduced else None
+        if self.model.device.type == "cpu":
+            memory.give_back_holes()
         return _sum(self.economy.run(self, lambda part: step(model, part, num_items), keep, divisible))
 
     def finish_gradients(self):
         """Before the optimizer: clip the gradients, or skip the step; return their norm before, or of the last step taken."""
         step, masters = self.state.global_step + 1, self.trained.masters
         self.moment = Moment(f"in step {step}, when the weights were changed")
+        room_for_a_step(self)
         if self.scaling is not None:
             masters.multiply_gradients(1 / self.scaling.scale)
         self.trained.add_penalty()  # here: logged losses stay those of the objective
         norm = masters.clip_gradients(self.args.max_grad_norm)
         losses = [loss for _, loss in self.micro_batches]
         gradient, *losses = torch.stack([norm, *losses]).tolist()  # one wait for a GPU
+        self.changes_weights = True
         if all(map(math.isfinite, [gradient, *losses])):
             self.failure = self.watch.take(step, sum(losses))
             self.norm = gradient
@@ -297,7 +309,7 @@ class Reliable(Hooks):
 
     def _finish_step(self):
         self.trained.finish_step(self.state.global_step + 1)
-        self.micro_batches = []
+        self.micro_batches, self.take_back, self.changes_weights = [], None, False
 
     def end_step(self, control):
         """After a step: say whether to save, and whether to stop."""

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 
 from ..runs import checkpoints
+from ..system import memory
 from ..system.signals import Stop
+from .rehearsal import random_states
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,38 @@ def restore(trainer, state):
             trainer.own_optimizer, trained.names, optimizer, numbers, lambda: settled(trainer.model.device)
         )
         settled(trainer.model.device)
+
+
+def way_back(trainer):
+    """Return a function that makes counters and random numbers those of now: before a step's first micro-batch."""
+    tokens, counters, random_numbers = trainer.tokens, trainer.counters(), random_states(trainer.model)
+
+    def take_back():
+        trainer.tokens = tokens
+        trainer.restore_counters(counters)
+        trainer.forget_loss(trainer.loss_before)
+        random_numbers()
+
+    return take_back
+
+
+def save_unfinished(trainer):
+    """Memory ran out: write a checkpoint of the last step that was taken, unless the next has begun to change the weights.
+
+    The run that goes on from it has what less memory was tried last. Where there is none to write it, earlier ones are intact.
+    """
+    is_saved = trainer.saved_step == trainer.state.global_step
+    if is_saved or not trainer.begun or trainer.saving.to is None or trainer.changes_weights:
+        return
+    if trainer.moment.evaluates:
+        trainer.evaluation_due = trainer.is_in_train
+    elif trainer.take_back is not None:
+        trainer.take_back()
+    try:
+        trainer.save()
+    except (RuntimeError, MemoryError) as error:
+        if not memory.is_refusal(error):
+            raise
 
 
 def settled(device):

@@ -32,7 +32,7 @@ def live_and_merged(load_model, tokenizer):
 
 
 def judge(live, model, dtype="float16"):
-    return proof.failures(live.scores, live.compare(model), live.base_scores, dtype)
+    return proof.failures(live.scores, live.compare(model), live.base_scores, dtype, live.num_trained)
 
 
 def test_the_faithful_merge_passes_exactly(live_and_merged):
@@ -42,6 +42,22 @@ def test_the_faithful_merge_passes_exactly(live_and_merged):
     assert scores.top1 == 1
     assert scores.loss == pytest.approx(live.scores.loss, abs=1e-5)
     assert judge(live, merged, "float32") == []
+
+
+@pytest.mark.parametrize(("dtype", "many"), [("float32", 320), ("float16", 128), ("bfloat16", 128)])
+def test_the_loss_of_few_tokens_may_be_as_far_apart_as_rounding_moves_it(dtype, many):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(4000, 500, generator=generator, dtype=torch.float64)
+    log_p = logits.log_softmax(-1)
+    rounded = (logits + proof.KL_LIMIT[dtype] ** 0.5 * torch.randn(logits.shape, generator=generator)).log_softmax(-1)
+    assert (log_p.exp() * (log_p - rounded)).sum(-1).mean() < proof.KL_LIMIT[dtype]
+    tokens = torch.multinomial(log_p.exp(), 1, generator=generator)
+    apart = (log_p - rounded).gather(1, tokens)[:, 0]
+    for count in (5, 14):
+        furthest = apart[: 4000 // count * count].view(-1, count).mean(1).abs().max()
+        assert furthest < proof.loss_limit(dtype, count)
+        assert furthest > proof.loss_limit(dtype, 1000)  # the limit for many tokens refuses what is right
+    assert proof.loss_limit(dtype, many) == proof.loss_limit(dtype, 10**6) < proof.loss_limit(dtype, many - 1)
 
 
 def test_the_faithful_merge_in_float16_passes(live_and_merged):

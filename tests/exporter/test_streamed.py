@@ -221,7 +221,7 @@ def proven(live_models, tokenizer, load_model, tmp_path):
             change(plain)
         plain.save_pretrained(tmp_path / "out")
         merged = live.compare(streamed.exported(tmp_path / "out", CPU))
-        return proof.failures(live.scores, merged, live.base_scores, "float32")
+        return proof.failures(live.scores, merged, live.base_scores, "float32", live.num_trained)
 
     return judge
 
@@ -256,7 +256,7 @@ def test_a_wrong_merge_fails_and_the_place_is_named(proven, change, where):
 def test_a_merge_that_lost_the_adapter_fails(live_models, tokenizer, tiny_model):
     live = proof.Live(live_models("llama")[1], rows_of(tokenizer), 10**6)
     merged = live.compare(streamed.exported(tiny_model("llama"), CPU))
-    assert len(proof.failures(live.scores, merged, live.base_scores, "bfloat16")) > 1
+    assert len(proof.failures(live.scores, merged, live.base_scores, "bfloat16", live.num_trained)) > 1
 
 
 @pytest.mark.parametrize("change", ["missing", "extra", "shape"])

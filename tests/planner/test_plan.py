@@ -11,7 +11,7 @@ from bitsandbytes.optim import AdamW
 
 from qlora import base_model, kernels, methods, planner
 from qlora.kernels import checkpointing, loss
-from qlora.planner import cards, footprint, trace
+from qlora.planner import cards, footprint, stand_ins, trace
 from qlora.recipe import (
     Adalora,
     Bottleneck,
@@ -546,8 +546,8 @@ def test_steps_and_hours_are_those_of_the_data(llama2_7b):
 def test_the_planner_cuts_the_vocabulary_as_trl_does():
     from trl.trainer import utils
 
-    assert trace.VOCAB_CHUNK_SIZE == utils._CHUNKED_LOGPROB_CHUNK_SIZE
-    assert loss.TRLS_BUFFER == (trace.TOKEN_CHUNK_SIZE, trace.VOCAB_CHUNK_SIZE)
+    assert stand_ins.VOCAB_CHUNK_SIZE == utils._CHUNKED_LOGPROB_CHUNK_SIZE
+    assert loss.TRLS_BUFFER == (trace.TOKEN_CHUNK_SIZE, stand_ins.VOCAB_CHUNK_SIZE)
 
 
 @pytest.mark.parametrize("name", ["Llama-2-7B", "Llama-3-8B"])

@@ -20,7 +20,7 @@ def loaded(name):
     return module
 
 
-gpu_check, gpu_table = loaded("gpu_check"), loaded("gpu_table")
+gpu_run, _, gpu_check, gpu_table = map(loaded, ("gpu_run", "gpu_setup", "gpu_check", "gpu_table"))
 
 
 def forever():
@@ -62,7 +62,7 @@ def test_a_run_that_breaks_for_another_reason_keeps_what_was_found():
 def test_a_command_that_takes_too_long_is_ended_with_all_that_it_began(tmp_path):
     code = "import subprocess, sys; print(subprocess.Popen(['sleep', '60']).pid, flush=True); sys.stdin.read()"
     with open(tmp_path / "log", "w") as log:
-        assert gpu_check.limited([sys.executable, "-c", f"{code}; import time; time.sleep(60)"], 1, log, None) is None
+        assert gpu_run.limited([sys.executable, "-c", f"{code}; import time; time.sleep(60)"], 1, log, None) is None
     child = int((tmp_path / "log").read_text())
     until = time.monotonic() + 5
     while psutil.pid_exists(child) and psutil.Process(child).status() != "zombie" and time.monotonic() < until:

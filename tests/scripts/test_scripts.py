@@ -29,7 +29,7 @@ SLOW = {
     "benchmark_export.py": "--shape tiny --tokenizer MODEL --folder OUT --rounds 1",
 }
 # downloads, and quickstart.sh runs it; those of test_gpu_check.py; no script of its own, tests/test_pretended.py uses it
-ELSEWHERE = {"quickstart_model.py", "gpu_check.py", "gpu_table.py", "pretended_cuda.py"}
+ELSEWHERE = {"quickstart_model.py", "gpu_check.py", "gpu_run.py", "gpu_setup.py", "gpu_table.py", "pretended_cuda.py"}
 
 
 @pytest.fixture

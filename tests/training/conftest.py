@@ -40,6 +40,8 @@ def fit(load_model, tokenizer, tmp_path):
         quantization=Quantization(),  # noqa: B008 (frozen)
         kernels_setting="off",
         tokens=None,
+        limit_bytes=None,
+        predicted_bytes=None,
         **settings,
     ):
         run = RunDir(tmp_path / f"run{next(runs)}")
@@ -57,6 +59,8 @@ def fit(load_model, tokenizer, tmp_path):
                 Training(**{**defaults, **settings}),
                 checkpointed_layers,
                 offload,
+                limit_bytes=limit_bytes,
+                predicted_bytes=predicted_bytes,
                 tokens_per_micro_batch=tokens,
                 rehearse=rehearse,
                 installed=installed,

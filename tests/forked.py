@@ -38,10 +38,12 @@ def run(*arguments, stdin="", timeout=300, **surroundings):
 class Process:
     """A command that runs; with the names of subprocess.Popen."""
 
-    def __init__(self, *arguments, stdin="", cwd=None, environ=None):
+    def __init__(self, *arguments, stdin="", cwd=None, environ=None, out=None, err=None):
+        """out, err: a FIFO or a terminal, in place of files that communicate() reads."""
         self.arguments = [str(argument) for argument in arguments]
         self._folder = tempfile.TemporaryDirectory()
-        files = [Path(self._folder.name) / name for name in ("in", "out", "err")]
+        there = Path(self._folder.name)
+        files = [there / "in", Path(out or there / "out"), Path(err or there / "err")]
         files[0].write_text(stdin, encoding="utf-8")
         _, self._out, self._err = files
         surroundings = (str(cwd or Path.cwd()), dict(os.environ if environ is None else environ))

@@ -52,8 +52,8 @@ def test_a_real_model_learns_in_a_few_steps_and_its_export_is_proven(tmp_path):
     quickstart_data.write(tmp_path / "test.jsonl", 4, 1, seed=1)
     path = Path(__file__).parents[1] / "recipes" / "quickstart.yaml"
     overrides = [f"model.name_or_path={FOLDER}", f"data.train={tmp_path}/train.jsonl", f"data.eval={tmp_path}/test.jsonl",
-                 f"output_dir={tmp_path}/run", "training.max_steps=6", "training.warmup_ratio=0",
-                 "training.gradient_accumulation_steps=2"]  # fmt: skip
+                 f"output_dir={tmp_path}/run", "training.max_steps=4", "training.warmup_ratio=0",
+                 "training.gradient_accumulation_steps=2", "training.learning_rate=2e-3"]  # fmt: skip
     run = train(Recipe.load(path, overrides))
     records = [json.loads(line) for line in run.metrics_file.read_text().splitlines()]
     losses = [record["loss"] for record in records if "loss" in record]

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -174,10 +175,15 @@ def test_a_signal_before_the_first_step_ends_at_once(recipe_file, tmp_path):
 
 
 def test_closed_pipes_do_no_harm(recipe_file, tmp_path):
-    process = begin(recipe_file)
-    process.stdout.close()
-    process.stderr.close()
-    assert process.wait(timeout=120) == 0
+    pipes = [tmp_path / "out", tmp_path / "err"]
+    for path in pipes:
+        os.mkfifo(path)
+    out, err = (os.open(path, os.O_RDONLY | os.O_NONBLOCK) for path in pipes)
+    with forked.Process("train", recipe_file, out=pipes[0], err=pipes[1]) as process:
+        assert select.select([err], [], [], 60)[0]  # it has begun to speak
+        os.close(out)
+        os.close(err)
+        assert process.wait(timeout=120) == 0
     assert (tmp_path / "run" / "adapter").is_dir()
 
 

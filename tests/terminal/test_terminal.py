@@ -7,8 +7,6 @@ import os
 import pty
 import re
 import struct
-import subprocess
-import sys
 import termios
 import warnings
 
@@ -25,6 +23,7 @@ from qlora.commands.push import push
 from qlora.recipe import Recipe
 from qlora.system.events import note
 from qlora.terminal import lines, quiet, shown, tables
+from tests import forked
 from tests.conftest import CONVERSATIONS, messages, write_jsonl
 
 
@@ -106,12 +105,12 @@ def test_no_part_of_a_message_is_taken_for_a_picture(capsys):
 def test_an_error_is_folded_on_a_terminal():
     read, written = pty.openpty()
     fcntl.ioctl(written, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-    command = [sys.executable, "-m", "qlora", "export", "runs/none", "--model", "x", "--out", "y", "--dtype", "float7"]
-    done = subprocess.run(command, stderr=written, stdout=subprocess.PIPE)
+    command = ["export", "runs/none", "--model", "x", "--out", "y", "--dtype", "float7"]
+    with forked.Process(*command, err=os.ttyname(written)) as process:
+        assert process.wait(60) == 2
     os.close(written)
     said = os.read(read, 10_000).decode()
     os.close(read)
-    assert done.returncode == 2
     assert said.startswith("qlora: ")
     assert all(len(line) <= 80 for line in said.splitlines())
 

@@ -77,7 +77,16 @@ def accept_arguments(model):
 
 @torch.no_grad()
 def refuse_unsuitable(model, checkpoint):
-    """Raise InputError if the model cannot compute in its dtype, as Swin v2 cannot in bfloat16, before the first step does."""
+    """Raise InputError for what would fail, or go wrong in silence, only once it trains.
+
+    Batch normalization: its running statistics change with every step, also of a frozen layer, and are no parameters. A model
+    that cannot compute in its dtype: it is tried with one image.
+    """
+    if any(isinstance(module, (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d)) for module in model.modules()):
+        raise InputError(
+            f"{checkpoint.folder}: {type(model).__name__} has batch normalization, whose running statistics would change beside "
+            "what is trained; take a model without it, such as ViT, DeiT or Swin"
+        )
     shape, dtype = image_processor.shape_of(model.config), quantized.floating_dtype(model)
     if shape is None:
         return

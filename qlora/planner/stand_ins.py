@@ -10,7 +10,6 @@ import contextlib
 import torch
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
-from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
 from ..data import IGNORE_INDEX
 from ..kernels import causal, loss, tiles
@@ -61,35 +60,31 @@ def trls_loss(peft_model, num_tokens, num_scored, chunk):
     labels = labels[:, 1:]
     is_trained, at = labels != IGNORE_INDEX, (_positions(num_scored), _positions(num_scored))
     head = model.get_output_embeddings()
-    if chunk is None:
-        optional = ("entropy", "is_top1")
-        settings = 1.0, VOCAB_CHUNK_SIZE, None, 1.0, optional
-        found = ChunkedLogProbFunction.apply(hidden[at], head.weight, head.bias, labels[at], *settings)
-        found = [x for x in found if x is not None]
-    else:
-        found = _ChunkedHead.apply(hidden[at], head.weight, head.bias, labels[at], chunk)
+    found = _ChunkedHead.apply(hidden[at], head.weight, head.bias, labels[at], chunk)
     log_probs, _, _ = (x.new_zeros(is_trained.shape).masked_scatter(is_trained, x) for x in found)
     return -log_probs.sum() / num_scored
 
 
 class _ChunkedHead(torch.autograd.Function):
-    """Tensors as trl 1.16 makes them on a GPU: log-probability, entropy and top-1 of N positions, from (N, D) and (V, D).
+    """Tensors as trl 1.16 makes them: log-probability, entropy and top-1 of N positions, from (N, D) and (V, D).
 
-    Source: trl/kernels/chunked_logprob.py, ChunkedLogProbFunction: one buffer of `chunk` x 32,768 logits that its kernels
-    work on in place, statistics of each position, gradients summed in float32. (It does not run on the meta device.)
+    Source: trl/kernels/chunked_logprob.py, ChunkedLogProbFunction (which does not run on the meta device): one buffer of logits
+    of a part of the vocabulary, statistics of each position, gradients summed in float32. On a GPU the buffer has `chunk` x
+    32,768, and its kernels work in place. chunk None: on a CPU, where _forward_tile and _backward_tile have three and seven
+    float32 copies of it at a time, and a mask.
     """
 
     @staticmethod
     def forward(ctx, hidden_ND, weight_VD, bias, targets_N, chunk):
         statistics = [hidden_ND.new_empty(len(hidden_ND), dtype=torch.float32) for _ in range(7)]
-        buffer = hidden_ND.new_empty(chunk, VOCAB_CHUNK_SIZE)
+        work = _logits(hidden_ND, weight_VD, chunk, 3)
         log_z, log_probs, entropy = (torch.empty_like(statistics[0]) for _ in range(3))
         is_top1 = torch.empty_like(log_z, dtype=torch.bool)
         ctx.save_for_backward(hidden_ND, weight_VD, bias, targets_N, log_z, entropy)
         ctx.chunk = chunk
         ctx.mark_non_differentiable(is_top1)
         ctx.set_materialize_grads(False)
-        del buffer
+        del work
         return log_probs, entropy, is_top1
 
     @staticmethod
@@ -99,10 +94,19 @@ class _ChunkedHead(torch.autograd.Function):
             torch.zeros_like(x, dtype=torch.float32) if needed else None
             for x, needed in zip(sources, ctx.needs_input_grad, strict=False)
         ]
-        buffer = sources[0].new_empty(ctx.chunk, VOCAB_CHUNK_SIZE)
+        work = _logits(sources[0], sources[1], ctx.chunk, 7)
         rounded = [x if x is None else x.to(y.dtype) for x, y in zip(sums, sources, strict=True)]
-        del buffer
+        del work
         return *rounded, None, None
+
+
+def _logits(hidden_ND, weight_VD, chunk, copies):
+    """Return the buffer of logits, and on a CPU (chunk None) the copies of it."""
+    if chunk is not None:
+        return [hidden_ND.new_empty(chunk, VOCAB_CHUNK_SIZE)]
+    shape = len(hidden_ND), min(len(weight_VD), VOCAB_CHUNK_SIZE)
+    made = [hidden_ND.new_empty(shape), hidden_ND.new_empty(shape, dtype=torch.bool)]
+    return made + [hidden_ND.new_empty(shape, dtype=torch.float32) for _ in range(copies)]
 
 
 # ---- attention, and pieces --------------------------------------------------------------------------------------------

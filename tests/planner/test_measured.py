@@ -64,4 +64,5 @@ def test_the_plan_is_what_a_training_holds(tokenizer_json, tmp_path, shape, load
     held = max(seen["loading"], seen["training"]) - seen["before"]
     print(f"{shape} {load}: planned {seen['planned'] / 2**20:.0f}, held {held / 2**20:.0f} MiB")
     # holes of a heap are another few per cent in each run
-    assert 0.93 < seen["planned"] / held < 1.10, seen
+    # the order of sizes that a step allocates makes holes, which are only bounded: docs/plan.md
+    assert 0.90 < seen["planned"] / held < 1.10, seen

@@ -21,6 +21,7 @@ _came = False  # a signal, in this process
 _owner = None  # the process that handles them; not its forks
 _leaves = False  # at the second: whether that process ends
 _before: dict = {}  # number -> what was done before
+_dropping = False  # _on_dropped is at work
 _noted: Stop | None = None  # where the first is written instead of being raised
 
 
@@ -74,6 +75,9 @@ def answered():
 
 def _on_signal(number, frame):
     global _came
+    if _dropping:  # what is raised here is dropped too: under load the timer may be faster than the start of its thread
+        _send_later(number)
+        return
     again = _came and os.getpid() == _owner
     if again and _leaves:
         _leave(128 + number)
@@ -103,9 +107,17 @@ def _leave(code):
 
 def _on_dropped(dropped, hook):
     """Have a signal come again that was raised where Python drops exceptions: in `__del__`, in a weak reference's end."""
-    global _came
+    global _came, _dropping
     if isinstance(dropped.exc_value, Interrupted):
-        _came = False
-        threading.Timer(0.01, os.kill, (os.getpid(), dropped.exc_value.number)).start()
+        _dropping = True
+        try:
+            _came = False
+            _send_later(dropped.exc_value.number)
+        finally:
+            _dropping = False
     else:
         hook(dropped)
+
+
+def _send_later(number):
+    threading.Timer(0.01, os.kill, (os.getpid(), number)).start()

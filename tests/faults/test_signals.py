@@ -195,6 +195,35 @@ def test_a_signal_that_comes_where_python_drops_exceptions_comes_again():
     assert stopped.value.exit_code == 143
 
 
+def test_a_signal_that_comes_again_before_python_is_done_dropping_it_is_not_lost(monkeypatch):
+    """Under load a timer may be faster than the start of its thread."""
+    real, early = signals._send_later, []
+
+    def send(number):
+        if not early:
+            early.append(number)
+            os.kill(os.getpid(), number)  # at once, within Python's hook
+            time.sleep(0)
+        else:
+            real(number)
+
+    monkeypatch.setattr(signals, "_send_later", send)
+
+    class Dropped:
+        def __del__(self):
+            os.kill(os.getpid(), TERM)
+            time.sleep(0)
+
+    def drop():
+        Dropped()
+        time.sleep(5)
+
+    with pytest.raises(Interrupted) as stopped, signals.handled():
+        drop()
+    assert stopped.value.exit_code == 143
+    assert early == [TERM]
+
+
 @pytest.mark.parametrize("number", [INT, TERM])
 def test_in_a_program_of_somebody_else_a_second_signal_does_what_it_did_before(monkeypatch, number):
     """A notebook, interrupted twice, lives on, and so does what it began; the command line ends, as above."""

@@ -145,22 +145,6 @@ def load(model, folder, token_ids=()):
     return _with_base(_of_folder(adapter.folder, adapter.config).load(model, adapter, token_ids))
 
 
-def add(model, folder, name):
-    """Load the adapter in `folder` beside those that `model` has, under a new `name`; it is not yet active.
-
-    Raises:
-        InputError: as `read` does; an adapter for another base; or a kind that cannot lie beside another.
-    """
-    adapter = read(folder)
-    _of_folder(folder, adapter.config).add(model, adapter, name)
-
-
-def activate(model, name):
-    """Let the adapter called `name` compute from now on; None: the base alone."""
-    switch = getattr(model, "activate", None)
-    peft_model.activate(model, name) if switch is None else switch(name)
-
-
 def describe(config) -> Description:
     """Return the Description of an adapter folder with this config; of a kind that is not known, its name alone."""
     kind = config["peft_type"]

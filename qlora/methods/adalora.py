@@ -13,7 +13,7 @@ from . import low_rank, peft_model, targets
 from .adapter import Sorted, refuse_unknown_settings
 from .contract import Description, Schedule, Trainable, one_group
 
-save, add, fill = peft_model.save, peft_model.add, peft_model.fill
+save, fill = peft_model.save, peft_model.fill
 
 # settings of a folder that are followed when it is loaded; those of the schedule have had their effect
 _FIELDS = ("lora_alpha", "rank_pattern", "bias", "init_r", "target_r", "total_step")

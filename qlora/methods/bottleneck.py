@@ -44,7 +44,7 @@ def attach(model, section, seed=0, token_ids=(), checkpoint=None, examples=()):
     torch.manual_seed(seed)
     for place in _places(model, section.where):
         _insert(model, place, "default", section)
-    return _with_switches(model)
+    return _with_switch(model)
 
 
 def _places(model, where):
@@ -115,9 +115,8 @@ class _Behind:
         return self.adapters(output)
 
 
-def _with_switches(model):
-    """Return `model` with `disable_adapter`, which a PeftModel has, and `activate`."""
-    model.activate = types.MethodType(_activate, model)
+def _with_switch(model):
+    """Return `model` with `disable_adapter`, which a PeftModel has."""
     model.disable_adapter = types.MethodType(_disabled, model)
     model._hf_peft_config_loaded = True  # transformers' Trainer refuses a 4-bit model without adapters, and asks this
     return model
@@ -197,7 +196,7 @@ def read(folder, config):
 
 def load(model, adapter, token_ids=()):
     _fill(model, adapter, "default")
-    return _with_switches(model).requires_grad_(False).eval()
+    return _with_switch(model).requires_grad_(False).eval()
 
 
 def fill(model, adapter, ends=()):
@@ -205,11 +204,6 @@ def fill(model, adapter, ends=()):
     places = _places(model, section.where)
     _refuse_misfit(model, adapter, section, places)
     _give(model, adapter, places, "default")
-
-
-def add(model, adapter, name):
-    _fill(model, adapter, name)
-    model.requires_grad_(False).eval()
 
 
 def _fill(model, adapter, name):

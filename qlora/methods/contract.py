@@ -60,14 +60,6 @@ class Method(Protocol):
         """
 
     @staticmethod
-    def add(model, adapter, name):
-        """Load an Adapter that `read` returned beside the one that `load` has loaded, as `name`; it is not yet active.
-
-        Raises:
-            InputError: it is for another base, or cannot lie beside another.
-        """
-
-    @staticmethod
     def read(folder, config):
         """Return the Adapter in a folder whose files are whole; config: what its adapter_config.json says.
 

@@ -116,10 +116,6 @@ def fill(model, adapter, ends=()):
     raise InputError(f"model.adapter_name_or_path: {adapter.folder} is a model; train it further as model.name_or_path")
 
 
-def add(model, adapter, name):
-    adapter.refuse_more_than_low_rank("cannot lie beside another; open it by itself")
-
-
 def section_of(folder, config, recorded):
     raise InputError(f"{folder} is a model, not an adapter; train it further with model.name_or_path={folder}")
 

@@ -18,7 +18,7 @@ from .folder import CONFIG
 
 # O out_features, I in_features, R rank
 
-save, add, fill = peft_model.save, peft_model.add, peft_model.fill
+save, fill = peft_model.save, peft_model.fill
 
 _PATTERN = re.compile(r"(?P<module>.+)\.hira_(?P<part>[AB])")
 _MARKER = "hira_"

@@ -81,11 +81,6 @@ def load(model, adapter, token_ids=()):
     return _in_the_models_dtype(peft_model.load(model, adapter, token_ids, IA3Config, _FIELDS))
 
 
-def add(model, adapter, name):
-    peft_model.add(model, adapter, name)
-    _in_the_models_dtype(model)
-
-
 def describe(config):
     return Description("(IA)3", "a factor each", "diag(l) {W}, or {W} diag(l)")
 

@@ -17,7 +17,7 @@ from . import initial_weights, low_rank, peft_model, targets
 from .adapter import Sorted, refuse_unknown_settings
 from .contract import Description, Group, Trainable, one_group
 
-save, add, fill = peft_model.save, peft_model.add, peft_model.fill
+save, fill = peft_model.save, peft_model.fill
 
 # settings of a folder that are followed; any other that is on is refused by name
 _FIELDS = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "bias", "lora_bias",

@@ -23,7 +23,7 @@ from .folder import CONFIG
 
 # O out_features, I in_features, N blocks, K numbers in a block
 
-save, add, fill = peft_model.save, peft_model.add, peft_model.fill
+save, fill = peft_model.save, peft_model.fill
 
 _PATTERN = re.compile(r"(?P<module>.+)\.oft_(?P<part>R)\.weight")
 _MARKER = "oft_"

@@ -250,47 +250,6 @@ def _give(values):
         parameter.copy_(value)  # cast, where the model computes in float32 since
 
 
-# ---- several on one base ---------------------------------------------------------------------------------------------
-
-
-def add(model, adapter, name):
-    """Load an Adapter beside those that `model` has, under a new `name`; it is not yet active.
-
-    Raises:
-        InputError: an adapter for another base; or a kind that cannot lie beside another.
-    """
-    adapter.refuse_more_than_low_rank("cannot be loaded beside another adapter; open it by itself")
-    refuse_another_kind(model, adapter)
-    adapter.refuse_mismatch(shapes(model.get_base_model()), {}, {}, ())
-    assert name not in model.peft_config, name  # PEFT would load over it
-    left = model.load_adapter(str(adapter.folder), adapter_name=name).unexpected_keys
-    assert not left, f"PEFT found no place for {left}"
-    dtype = dtype_of(model.get_base_model())
-    for key, parameter in model.named_parameters():
-        if name in key.split("."):
-            parameter.data = parameter.data.to(dtype)
-    model.requires_grad_(False).eval()
-
-
-def refuse_another_kind(model, adapter):
-    """Raise InputError if an Adapter is of another kind than those that the model has."""
-    kinds = {config.peft_type.value for config in model.peft_config.values()}
-    if kinds != {adapter.config["peft_type"]}:
-        raise InputError(
-            f"adapter {adapter.folder}: {adapter.kind} cannot be loaded beside {', '.join(kinds)}; open it by itself"
-        )
-
-
-def activate(peft_model, name):
-    """Let the adapter that PEFT knows as `name` compute from now on; None: the base alone."""
-    if name is None:
-        peft_model.base_model.disable_adapter_layers()
-    else:
-        peft_model.base_model.enable_adapter_layers()
-        peft_model.set_adapter(name)
-        peft_model.requires_grad_(False)
-
-
 def shapes(model):
     """Return {name: (O, I)} of the layers of a model, plain or with adapters in it, that may carry an update."""
     found = {}

@@ -206,11 +206,6 @@ def fill(model, adapter, ends=()):
     virtual_tokens.fill(model, adapter)
 
 
-def add(model, adapter, name):
-    _refuse_another(model, adapter)
-    virtual_tokens.add(model, adapter, name, _config(adapter.config["num_virtual_tokens"]))
-
-
 def _config(number, **how):
     from peft import PrefixTuningConfig
 

@@ -98,11 +98,6 @@ def fill(model, adapter, ends=()):
     virtual_tokens.fill(model, adapter)
 
 
-def add(model, adapter, name):
-    _refuse_another(model, adapter)
-    virtual_tokens.add(model, adapter, name, _config_of(adapter))
-
-
 def _config(number, **how):
     from peft import PromptTuningConfig
 

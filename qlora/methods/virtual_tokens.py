@@ -89,12 +89,3 @@ def fill(model, adapter, name="default"):
         raise InputError(f"adapter {adapter.folder}: has {len(found)} embeddings, the recipe {len(weight)}")
     with torch.no_grad():
         weight.copy_(found)
-
-
-def add(model, adapter, name, config):
-    """Load an Adapter beside the others, as contract.Method has it. config: PEFT's, of its shape."""
-    peft_model.refuse_another_kind(model, adapter)
-    model.add_adapter(name, config)
-    fill(model, adapter, name)
-    model.prompt_encoder.to(model.get_input_embeddings().weight.device, peft_model.dtype_of(model.get_base_model()))
-    model.requires_grad_(False).eval()

@@ -115,10 +115,6 @@ def fill(model, adapter, ends=()):
     load(model, adapter)
 
 
-def add(model, adapter, name):
-    adapter.refuse_more_than_low_rank("cannot lie beside another")
-
-
 def read(folder, config):
     tensors = load_file(folder / "adapter_model.safetensors")
     return Adapter(folder, config, "Gains", {}, tensors, unmergeable="stay beside their base; serve both")

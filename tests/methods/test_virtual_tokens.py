@@ -8,7 +8,7 @@ from peft import PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_mod
 from qlora import base_model, methods
 from qlora.evaluation.generate import answers
 from qlora.kernels.checkpointing import checkpointed
-from qlora.recipe import Lora, PrefixTuning, PromptTuning, Recipe
+from qlora.recipe import PrefixTuning, PromptTuning, Recipe
 from qlora.system.errors import InputError
 from tests.conftest import SHAPE
 
@@ -154,24 +154,6 @@ def test_a_folder_that_peft_wrote_loads(load_model, tmp_path, section):
     theirs.save_pretrained(tmp_path / "peft")
     model = methods.load(load_model("qwen2"), tmp_path / "peft")
     torch.testing.assert_close(logits(model), logits(theirs.eval())[:, -IDS.shape[1] :], atol=2e-2, rtol=2e-2)
-
-
-@each_section
-def test_several_lie_on_one_base(load_model, tmp_path, section):
-    one = attached(load_model("llama"), section)
-    other = attached(load_model("llama"), section.model_copy(update={"num_virtual_tokens": 9}), seed=1)
-    methods.save(one, tmp_path / "one", "base", None)
-    methods.save(other, tmp_path / "other", "base", None)
-    model = methods.load(load_model("llama"), tmp_path / "one")
-    methods.add(model, tmp_path / "other", "other")
-    assert torch.equal(logits(model), logits(one))
-    for name, expected, number in (("other", other, 9), (None, load_model("llama"), 0), ("default", one, 5)):
-        methods.activate(model, name)
-        assert torch.equal(logits(model), logits(expected))
-        assert methods.num_positions(model) == number
-    methods.save(methods.attach(load_model("llama"), Lora(r=4)), tmp_path / "lora", "base", None)
-    with pytest.raises(InputError, match=f"LoRA cannot be loaded beside {section.key.upper()}; open it by itself"):
-        methods.add(model, tmp_path / "lora", "lora")
 
 
 @pytest.mark.parametrize("family", ["lfm2", "mamba"])

@@ -10,6 +10,7 @@ how far that is off.
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -72,7 +73,9 @@ def one(model, load, folder):
     settings += ["data.packing=true", "training.gradient_accumulation_steps=2", "training.max_steps=2"]
     settings += ["training.save_steps=null", f"output_dir={folder / 'run'}-{model.name}-{load}"]
     command = [sys.executable, __file__, "--measure", json.dumps(settings)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    # this checkout, not what is installed
+    paths = os.pathsep.join([str(SCRIPTS.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": paths})
     lines = [line for line in done.stdout.splitlines() if line.startswith("MEASURED ")]
     if not lines:
         raise SystemExit(f"{model.name} {load}: {done.stdout}\n{done.stderr}")

@@ -36,7 +36,8 @@ def loss_limit(dtype, num_trained):
 
     Where rounding moves log probabilities by a KL of k, it moves that of a token by about sqrt(2 k) either way (KL is half their
     variance), and the mean of n by sqrt(2 k / n). Four times that, at the limit of the KL, is more than the limit for many tokens
-    where there are less than 128 (float32: 320): with 14 a right float16 export of SmolLM2-135M was 6.3e-3 apart.
+    where there are less than 128 (float32: 320): with 14 an export of SmolLM2-135M in float16
+    missed this limit alone, at 6.3e-3.
     """
     return max(_LOSS_LIMIT[dtype], 4 * math.sqrt(2 * KL_LIMIT[dtype] / max(1, num_trained)))
 

@@ -230,6 +230,24 @@ def test_a_comparison_is_not_written_over_another_and_goes_on_only_as_it_was(com
     assert [row["status"] for row in more["rows"]] == ["done", "done"]
 
 
+def test_classes_are_compared_by_accuracy(classify_recipe, in_process, tmp_path):
+    base, path = tmp_path / "base.yaml", tmp_path / "comparison.yaml"
+    base.write_text(classify_recipe("bert").to_yaml())
+    values = {"base": str(base), "variants": {"lora": {}, "ia3": {"ia3": {}}}, "metric": "accuracy"}
+    path.write_text(as_yaml(values | {"output_dir": str(tmp_path / "compared")}))
+    found = compare(path)
+    assert [row["status"] for row in found["rows"]] == ["done", "done"]
+    for one, row in zip(found["summary"], found["rows"], strict=True):
+        accuracy = row["metrics"]["accuracy"]
+        assert one["mean"] == accuracy["value"]
+        assert accuracy["low"] <= accuracy["value"] <= accuracy["high"]
+        assert row["forgetting"] is row["latency_seconds"] is row["perplexity"] is None
+    assert found["merged_latency_seconds"] is None
+    assert compare(path, ["metric=macro_f1"], resume=True)["summary"][0]["mean"] == pytest.approx(
+        found["rows"][0]["metrics"]["macro_f1"]["value"]
+    )
+
+
 def test_two_runs_side_by_side(comparison, in_process, tmp_path, capsys):
     compare(comparison(variants={"lora": None, "wide": {"lora.r": 8, "training.max_steps": 6}}))
     one, other = tmp_path / "compared" / "lora", tmp_path / "compared" / "wide"

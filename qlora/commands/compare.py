@@ -109,7 +109,7 @@ def _write(folder, path, last=False):
     runs = [RunDir(row["run"]) for row in found["rows"] if row["status"] == DONE]
     if runs:
         page.draw(folder.path / "comparison.png", found)
-    prompt = measured(runs[0]).rows[0][0].get("prompt") if runs and last else None
+    prompt = measured(runs[0], folder.scores).rows[0][0].get("prompt") if runs and last else None
     if prompt is not None:
         seconds = found["merged_latency_seconds"] = merged_latency.seconds_a_token(runs[0], prompt)
         if seconds is not None:

@@ -13,7 +13,7 @@ from ..evaluation import answer_metrics, latency, scores
 from ..evaluation.asked import BATCH_SIZE, BUILT_IN, Asked
 from ..jobs import class_scores
 from ..jobs.class_scores import scores_of_classes
-from ..jobs.eval_rows import general_rows, held_out_rows
+from ..jobs.eval_rows import general_rows, held_out_rows, held_out_rows_name
 from ..jobs.opened_model import open_subject
 from ..system import launched
 from ..system.devices import say_device
@@ -130,14 +130,13 @@ def _answers(said, before, after):
 def _write(run, result, max_rows, answers):
     """Write the run's own score to eval.json and its answers to answers.jsonl, others into evals/ under a name of their own.
     max_rows: None for as many as the run's own score has."""
-    measured = result["data"]
-    if measured["held_out"] and max_rows is None:
-        place, beside = run.eval_file, run.answers_file
-    else:
+    measured, name = result["data"], None
+    if not measured["held_out"]:
         first = measured["files"][0]
-        name = "held-out" if measured["held_out"] else f"{Path(first['path']).stem}-{first['sha256'][:8]}"
-        name = name if max_rows is None else f"{name}-{max_rows}-rows"
-        place, beside = run.evals / f"{name}.json", run.evals / f"{name}-answers.jsonl"
+        name = f"{Path(first['path']).stem}-{first['sha256'][:8]}"
+    if max_rows is not None:
+        name = held_out_rows_name(max_rows) if name is None else f"{name}-{max_rows}-rows"
+    place, beside = run.score_files(name)
     place.parent.mkdir(exist_ok=True)
     with contextlib.suppress(FileNotFoundError):
         place.unlink()  # never a score beside answers of another

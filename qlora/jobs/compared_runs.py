@@ -34,6 +34,7 @@ from ..system import files
 from ..system.errors import DoesNotFit, InputError, Interrupted, TrainingFailed
 from ..system.events import note
 from ..system.storage import refuse_nonempty, write_json, write_text
+from .eval_rows import held_out_rows_name
 
 # of a row
 _NUMBERS = (
@@ -52,6 +53,7 @@ class Folder:
         self.entries: list[Entry] = entries(comparison)
         self.path = Path(comparison.output_dir)
         self.file = self.path / "comparison.yaml"
+        self.scores = held_out_rows_name(comparison.max_rows)  # of RunDir.score_files
 
     def run(self, entry) -> RunDir:
         return RunDir(entry.recipe.output_dir)
@@ -96,7 +98,7 @@ class Folder:
         """Return (status, message) of a training by what lies in its folder. Status: "done", "does not fit", "diverged",
         "failed", "unfinished" or "to do"."""
         failure, run = self.failure_file(entry), self.run(entry)
-        if run.adapter.is_dir() and run.eval_file.is_file() and run.answers_file.is_file():
+        if run.adapter.is_dir() and all(file.is_file() for file in run.score_files(self.scores)):
             return DONE, ""
         if failure.is_file():
             found = files.read_object(failure)
@@ -197,17 +199,17 @@ class Measured:
     rows: list
 
 
-def measured(run: RunDir) -> Measured:
-    """Return what a finished run measured on its held-out rows.
+def measured(run: RunDir, name=None) -> Measured:
+    """Return what a finished run measured on its held-out rows. name: of the score, see RunDir.score_files.
 
     Raises:
         InputError: it was not evaluated, or its folder is damaged.
     """
-    result = run.scores()
-    if result is None or not run.answers_file.is_file():
+    result, (_, answers) = run.scores(name), run.score_files(name)
+    if result is None or not answers.is_file():
         raise InputError(f"{run.path}: not evaluated yet (or by an older version); run:  qlora eval {run.path}")
     try:
-        lines = [json.loads(line) for line in run.answers_file.read_text(encoding="utf-8").splitlines()]
+        lines = [json.loads(line) for line in answers.read_text(encoding="utf-8").splitlines()]
         names = [name for name in lines[0]["after"] if name != "answer"]
         parts = {name: np.array([answer_metrics.from_json(line["after"][name]) for line in lines]) for name in names}
         rows = [
@@ -215,7 +217,7 @@ def measured(run: RunDir) -> Measured:
             for line in lines
         ]
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise InputError(f"{run.answers_file}: {error!r}; the run folder is damaged") from None
+        raise InputError(f"{answers}: {error!r}; the run folder is damaged") from None
     return Measured(result, parts, rows)
 
 
@@ -231,8 +233,8 @@ def value_of(name, found: Measured):
     return answer_metrics.named(name, [expected for _, expected in found.rows]).value
 
 
-def row_of(run: RunDir, status="done", message="") -> dict[str, Any]:
-    """Return the numbers of a run as a comparison's row has them; None for what is not known."""
+def row_of(run: RunDir, name=None, status=DONE, message="") -> dict[str, Any]:
+    """Return the numbers of a run as a comparison's row has them; None for what is not known. name: of its score."""
     found: dict[str, Any] = {"run": str(run.path), "status": status, "message": message, "metrics": {}}
     found |= dict.fromkeys(_NUMBERS)
     if not run.adapter.is_dir():
@@ -246,7 +248,7 @@ def row_of(run: RunDir, status="done", message="") -> dict[str, Any]:
         found["trainable_parameters"] = counts["trainable"]
         found["trainable_share"] = counts["trainable"] / counts["total"]
     found["saved_bytes"] = sum(file.stat().st_size for file in run.adapter.glob("*.safetensors"))
-    if (result := run.scores()) is not None:
+    if (result := run.scores(name)) is not None:
         found |= {name: result.get(name) for name in ("metrics", "loss", "perplexity")}
         found["forgetting"] = (result.get("forgetting") or {}).get("value")
         found["latency_seconds"] = (result.get("latency") or {}).get("token")

@@ -32,9 +32,9 @@ def of_folder(folder: Folder, path) -> dict:
     for entry in folder.entries:
         status, message = folder.state(entry)
         row = {"variant": entry.variant, "settings": dict(entry.settings), "seed": entry.seed}
-        rows.append(row | compared_runs.row_of(folder.run(entry), status, message))
+        rows.append(row | compared_runs.row_of(folder.run(entry), folder.scores, status, message))
         if status == DONE:
-            done.append((entry, rows[-1], compared_runs.measured(folder.run(entry))))
+            done.append((entry, rows[-1], compared_runs.measured(folder.run(entry), folder.scores)))
     return {
         "name": Path(path).stem,
         "metric": wanted.metric,

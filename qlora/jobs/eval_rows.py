@@ -45,6 +45,11 @@ def held_out_rows(subject, data_file=None):
     return rows[np.isin(found, keys)]
 
 
+def held_out_rows_name(max_rows):
+    """Return the name in evals/ of a score on so many of a run's held-out rows; None where max_rows is None, as usual."""
+    return None if max_rows is None else f"held-out-{max_rows}-rows"
+
+
 def general_rows(subject, file):
     """Return the data.Rows of `file` that a Subject's forgetting is measured on, cut after 2,048 tokens or the last position."""
     positions = base_model.num_positions(subject.model.config) or _LONGEST

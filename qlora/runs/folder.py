@@ -140,21 +140,28 @@ class RunDir:
     def environment(self):
         return self._read(self.environment_file)
 
-    def scores(self):
-        """Return what eval.json says, metrics as {"value", "low", "high"}; None where there is none.
+    def score_files(self, name=None):
+        """Return (scores, answers), two files: the run's own, or those in evals/ with this name."""
+        if name is None:
+            return self.eval_file, self.answers_file
+        return self.evals / f"{name}.json", self.evals / f"{name}-answers.jsonl"
+
+    def scores(self, name=None):
+        """Return what eval.json says, metrics as {"value", "low", "high"}; None where there is none. name: see score_files.
 
         Older versions wrote a metric as a number, without its interval.
         """
-        if not self.eval_file.is_file():
+        file, _ = self.score_files(name)
+        if not file.is_file():
             return None
-        found = self._read(self.eval_file)
+        found = self._read(file)
         try:
             for one in filter(None, (found, found.get("before"))):
                 for name, metric in one["metrics"].items():
                     if not isinstance(metric, dict):
                         one["metrics"][name] = {"value": float(metric), "low": None, "high": None}
         except (LookupError, TypeError, ValueError, AttributeError) as error:
-            raise InputError(f"{self.eval_file}: {error!r}; the run folder is damaged") from None
+            raise InputError(f"{file}: {error!r}; the run folder is damaged") from None
         return found
 
     def proof_rows(self):

@@ -76,7 +76,7 @@ VARIANTS = {
 def test_all_of_a_comparison_is_one_table_and_an_interruption_changes_nothing(
     comparison, in_process, tmp_path, monkeypatch
 ):
-    path = comparison(variants=VARIANTS, seeds=[1, 2])
+    path = comparison(variants=VARIANTS, seeds=[1, 2], max_rows=5)
     whole = compare(path, [f"output_dir={tmp_path}/whole"])
     rows = {Path(row["run"]).name: row for row in whole["rows"]}
     assert {name: row["status"] for name, row in rows.items()} == {
@@ -107,7 +107,7 @@ def test_all_of_a_comparison_is_one_table_and_an_interruption_changes_nothing(
     _look_at_files(tmp_path / "whole", whole)
 
     # those that end well once more: ended before the third training, and again before the fourth is evaluated
-    path = comparison(variants={name: VARIANTS[name] for name in ("lora", "slow")}, seeds=[1, 2])
+    path = comparison(variants={name: VARIANTS[name] for name in ("lora", "slow")}, seeds=[1, 2], max_rows=5)
     counts = {"train": 0, "eval": 0}
     real = compared_runs.launch
 

@@ -19,6 +19,7 @@ from ..system.events import note
 from ..system.storage import locked, write_json, write_text
 from ..system.units import duration, size
 from ..terminal import shown
+from ..terminal.comparison import show_comparison
 from ..terminal.tables import show, table, text_table
 
 
@@ -45,10 +46,7 @@ def compare(path, overrides=(), resume=False, dry_run=False) -> dict:
         folder.begin()
         _train_all(folder, path, {one["name"]: one for one in planned})
         found = _write(folder, path, last=True)
-    header, rows = page.table_of(found)
-    table(f"{found['name']}: {found['command']}", header, rows)
-    for line in found["notes"]:
-        show(line)
+    show_comparison(found)
     note(f"tables and pictures in {folder.path}: comparison.md, .csv, .json, .png")
     return found
 

@@ -91,6 +91,7 @@ def _train(recipe, resumed):
                         planned.limit_bytes,
                         planned.tokens_per_micro_batch,
                         installed=installed,
+                        objective=chosen_task.objective_of(prepared, opened.model),
                     ),
                     run,
                     training.Saving(
@@ -101,7 +102,6 @@ def _train(recipe, resumed):
                         resume=resumed and resumed.checkpoint,
                         stop=stop,
                     ),
-                    chosen_task.objective_of(prepared, opened.model),
                 )
             model_to_train.save_adapter(run, prepared, opened)
     say_trained(result, planned, run)

@@ -52,7 +52,7 @@ def trls_loss(peft_model, num_tokens, num_scored, chunk):
     """What trl 1.16 computes: trainer/utils.py add_fused_lm_head, then SFTTrainer.compute_loss.
 
     chunk: positions in the buffer of its kernels on a GPU. None: on a CPU, where it computes the same in torch's operations, of
-    up to 4,096 positions at a time; of more it is counted as if they were one piece.
+    all positions, trained or not, up to 4,096 at a time; of more it is counted as if they were one piece.
     """
     ids, mask, labels = _inputs(num_tokens)
     model = peft_model.get_base_model()
@@ -60,8 +60,13 @@ def trls_loss(peft_model, num_tokens, num_scored, chunk):
     labels = labels[:, 1:]
     is_trained, at = labels != IGNORE_INDEX, (_positions(num_scored), _positions(num_scored))
     head = model.get_output_embeddings()
-    found = _ChunkedHead.apply(hidden[at], head.weight, head.bias, labels[at], chunk)
-    log_probs, _, _ = (x.new_zeros(is_trained.shape).masked_scatter(is_trained, x) for x in found)
+    if chunk is None:
+        scored, targets = hidden.reshape(-1, hidden.shape[-1]), labels.clamp(min=0).reshape(-1)
+        found = _ChunkedHead.apply(scored, head.weight, head.bias, targets, None)
+        log_probs, _, _ = (x.view(is_trained.shape).masked_fill(~is_trained, 0) for x in found)
+    else:
+        found = _ChunkedHead.apply(hidden[at], head.weight, head.bias, labels[at], chunk)
+        log_probs, _, _ = (x.new_zeros(is_trained.shape).masked_scatter(is_trained, x) for x in found)
     return -log_probs.sum() / num_scored
 
 

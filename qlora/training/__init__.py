@@ -47,7 +47,8 @@ class Settings:
     there is, both in the terms of memory.Peak: where the rehearsal leaves too little of it, more layers are checkpointed.
     tokens_per_micro_batch: the rows of a step are joined into micro-batches of at most so many, where the model's rows can be
     joined and are not packed already; None: as many rows as the section says. rehearse: run the largest micro-batch once
-    before the first step; it changes no number. installed: the kernels that the model computes with.
+    before the first step; it changes no number. installed: the kernels that the model computes with. objective: an
+    objectives.Objective; None: the supervised one.
     """
 
     training: Any
@@ -59,6 +60,7 @@ class Settings:
     tokens_per_micro_batch: int | None = None
     rehearse: bool = True
     installed: kernels.Installed = field(default_factory=kernels.Installed)
+    objective: Any = None
 
 
 @dataclass(frozen=True)
@@ -79,11 +81,10 @@ class Result:
     rehearsed_bytes: int | None
 
 
-def train(model, tokenizer, rows: Rows, settings: Settings, run, saving=None, objective=None) -> Result:
+def train(model, tokenizer, rows: Rows, settings: Settings, run, saving=None) -> Result:
     """Train the adapters of `model`, a PeftModel whose adapters alone require gradients, in place.
 
-    run: a RunDir; gets metrics.jsonl, tensorboard/ and memory.json. saving: of checkpoints; None for none. objective: an
-    objectives.Objective; None: the supervised one.
+    run: a RunDir; gets metrics.jsonl, tensorboard/ and memory.json. saving: of checkpoints; None for none.
     Emits the events of runs/record.py.
 
     Raises:
@@ -95,7 +96,7 @@ def train(model, tokenizer, rows: Rows, settings: Settings, run, saving=None, ob
     """
     joined, section = settings.installed.joined or isinstance(rows.train, Packs), settings.training
     tokens = None if not joined or isinstance(rows.train, (Packs, Batches)) else settings.tokens_per_micro_batch
-    objective = objective or Supervised(tokenizer, joined, settings.installed.loss, tokens)
+    objective = settings.objective or Supervised(tokenizer, joined, settings.installed.loss, tokens)
     economy = _economy(model, settings)
     trainer = _trainer(model, objective, rows, settings, run, saving or Saving(), economy)
     measured: dict[str, Any] = economy.said()

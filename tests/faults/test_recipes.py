@@ -81,7 +81,7 @@ WRONG = {
     "yes": ("lora: {use_dora: yes}", line(4, "lora.use_dora: should be true or false, found 'yes'")),
     "on": ("lora: {use_dora: on}", line(4, "should be true or false, found 'on'")),
     "off is kernels' word": ("data.packing: off", line(4, "data.packing: unknown field")),
-    "on as a key": ("on: 1", line(4, "on: unknown field; known here: model, ")),
+    "on as a key": ("on: 1", line(4, "on: unknown field; known here: task, model, ")),
     "minutes": ("training: {max_steps: 12:30:00}", line(4, "should be a valid integer, found '12:30:00'")),
     "old octal": ("training: {max_steps: 0123}", line(4, "should be a valid integer, found '0123'")),
     "a date": ("kernels: 2020-01-01", line(4, "'2020-01-01' is not one of 'auto', 'off'")),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import time
 
 from .. import base_model
@@ -14,7 +15,7 @@ from ..pages import comparison as page
 from ..recipe.comparison import Comparison
 from ..runs.folder import RunDir
 from ..system import launched
-from ..system.errors import DoesNotFit
+from ..system.errors import DoesNotFit, Interrupted
 from ..system.events import note
 from ..system.storage import locked, write_json, write_text
 from ..system.units import duration, size
@@ -44,8 +45,12 @@ def compare(path, overrides=(), resume=False, dry_run=False) -> dict:
     folder.path.mkdir(parents=True, exist_ok=True)
     with locked(folder.path / "lock", f"output_dir {folder.path}", "set output_dir=ANOTHER_FOLDER"):
         folder.begin()
-        _train_all(folder, path, {one["name"]: one for one in planned})
-        found = _write(folder, path, last=True)
+        try:
+            _train_all(folder, path, {one["name"]: one for one in planned})
+            found = _write(folder, path, last=True)
+        except Interrupted as stopped:
+            command = shlex.join(["qlora", "compare", str(path), *overrides, "--resume"])
+            raise Interrupted(stopped.number, f"stopped; what is there is kept; go on with:  {command}") from None
     show_comparison(found)
     note(f"tables and pictures in {folder.path}: comparison.md, .csv, .json, .png")
     return found

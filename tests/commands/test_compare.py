@@ -120,8 +120,12 @@ def test_all_of_a_comparison_is_one_table_and_an_interruption_changes_nothing(
     monkeypatch.setattr(compared_runs, "launch", ended)
     again = [f"output_dir={tmp_path}/ended"]
     for resume in (False, True):
-        with pytest.raises(Interrupted):
+        with pytest.raises(Interrupted) as stopped:
             compare(path, again, resume)
+        assert (
+            str(stopped.value)
+            == f"stopped; what is there is kept; go on with:  qlora compare {path} {again[0]} --resume"
+        )
     found = compare(path, again, resume=True)
     expected = json.loads(json.dumps(without_times(whole)).replace("/whole/", "/ended/"))
     assert without_times(found) == expected | {"rows": expected["rows"][:4]}

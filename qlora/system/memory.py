@@ -29,8 +29,9 @@ if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 # of c10's allocator for the CPU; of drivers, where memory is pinned too, HIP's and Metal's; of libraries that ask the driver
-# themselves when they first multiply; of oneDNN when it gets none for its code (torch 2.13)
-_REFUSALS = ("can't allocate memory", "out of memory", "STATUS_ALLOC_FAILED", "could not create a primitive")
+# themselves when they first multiply; of oneDNN when it gets none for its code (torch 2.13); of Python for a thread's stack
+_REFUSALS = ("can't allocate memory", "out of memory", "STATUS_ALLOC_FAILED", "could not create a primitive",
+             "can't start new thread")  # fmt: skip
 
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # glibc, malloc.h
 IN_HEAP_BELOW = 4 * 2**20  # bytes: larger blocks are the system's, and leave no holes

@@ -106,14 +106,14 @@ def test_all_of_a_comparison_is_one_table_and_an_interruption_changes_nothing(
 
     _look_at_files(tmp_path / "whole", whole)
 
-    # those that end well once more: ended before the third training, and again before the fourth is evaluated
-    path = comparison(variants={name: VARIANTS[name] for name in ("lora", "slow")}, seeds=[1, 2], max_rows=5)
+    # one of them once more: ended before the second training, and again before it is evaluated
+    path = comparison(variants={"lora": VARIANTS["lora"]}, seeds=[1, 2], max_rows=5)
     counts = {"train": 0, "eval": 0}
     real = compared_runs.launch
 
     def ended(arguments, log):
         counts[arguments[0]] += 1
-        if counts[arguments[0]] == {"train": 3, "eval": 4}[arguments[0]]:
+        if counts[arguments[0]] == {"train": 2, "eval": 2}[arguments[0]]:
             return 128 + signal.SIGTERM, ""
         return real(arguments, log)
 
@@ -128,7 +128,8 @@ def test_all_of_a_comparison_is_one_table_and_an_interruption_changes_nothing(
         )
     found = compare(path, again, resume=True)
     expected = json.loads(json.dumps(without_times(whole)).replace("/whole/", "/ended/"))
-    assert without_times(found) == expected | {"rows": expected["rows"][:4]}
+    assert without_times(found)["rows"] == expected["rows"][:2]
+    assert [one["mean"] for one in found["summary"]] == [first["mean"]]
     assert json.loads((tmp_path / "ended" / "comparison.json").read_text()) == found
 
 

@@ -10,9 +10,11 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 import quickstart_data
 import quickstart_model
 
+from qlora import base_model
 from qlora.commands.export import export
 from qlora.commands.train import train
-from qlora.recipe import Recipe
+from qlora.kernels import attention
+from qlora.recipe import Model, Recipe
 
 FOLDER = quickstart_model.cache_folder() / "SmolLM2-135M-Instruct"
 needs_model = pytest.mark.skipif(not FOLDER.is_dir(), reason="no model; python scripts/quickstart_model.py makes it")
@@ -44,6 +46,12 @@ def test_the_task_is_the_same_bytes_every_time(tmp_path):
 @needs_model
 def test_the_converted_model_has_the_known_weights():
     assert quickstart_model.tensors_sha256(FOLDER) == quickstart_model.TENSORS_SHA256
+
+
+@needs_model
+def test_its_rows_are_joined_in_16_bit_too():
+    section = Model(name_or_path=str(FOLDER))
+    assert attention.joins(base_model.load(base_model.find(section), section, None))
 
 
 @needs_model

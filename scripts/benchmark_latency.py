@@ -16,12 +16,13 @@ import time
 from pathlib import Path
 
 import torch
-from transformers import GenerationConfig
 
 from qlora import base_model, methods
+from qlora.evaluation.latency import seconds_of_answer
 from qlora.methods.several import Several
 from qlora.recipe import Adalora, Bottleneck, Hira, Ia3, Lora, Model, Oft, PromptTuning, Quantization
 
+PAD = 0  # a token; nothing is padded
 SECTIONS = {
     "lora": lambda rank: Lora(r=rank),
     "dora": lambda rank: Lora(r=rank, use_dora=True),
@@ -57,24 +58,6 @@ def merged(checkpoint, folder):
     return model
 
 
-def seconds(model, ids, number):
-    """Return how long `number` new tokens take."""
-    config = GenerationConfig(
-        max_new_tokens=number, min_new_tokens=number, do_sample=False, pad_token_id=0, eos_token_id=0
-    )
-    synchronize(ids.device)
-    start = time.monotonic()
-    with torch.no_grad():
-        model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
-    synchronize(ids.device)
-    return time.monotonic() - start
-
-
-def synchronize(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def sides(args, folder):
     """Return ({side: choose() -> its model}, Several)."""
     section = Model(name_or_path=args.model)
@@ -97,8 +80,8 @@ def measure(choose, ids, args):
     found = {side: [] for side in choose}
     for number in range(args.rounds + 1):
         for side, model in choose.items():
-            first = seconds(model(), ids, 1)
-            rest = (seconds(model(), ids, args.tokens) - first) / (args.tokens - 1)
+            first = seconds_of_answer(model(), ids, 1, PAD)
+            rest = (seconds_of_answer(model(), ids, args.tokens, PAD) - first) / (args.tokens - 1)
             if number:
                 found[side].append((first, rest))
     return found

@@ -53,6 +53,25 @@ def begin_head(model, missing, seed):
                 parameter.fill_(1.0 if name.endswith("weight") else 0.0)
 
 
+def settle(config, task, checkpoint, auto_class, kind):
+    """Make a config that was read from a folder that of a classifier, in place: its class, and the classes that the task names.
+
+    auto_class: transformers' class that opens such folders; kind: what its classes are called, such as ForImageClassification.
+
+    Raises:
+        InputError: transformers has none of this architecture, or the model gives a row several classes.
+    """
+    path = checkpoint.folder / "config.json"
+    if type(config) not in auto_class._model_mapping:
+        raise InputError(f"{path}: transformers has no {kind} for {config.model_type!r}; take another model")
+    refuse_other_problem(config, path)
+    found = auto_class._model_mapping[type(config)]
+    # of DeiT the first: the second has a head for a teacher too, and cannot be trained
+    config.architectures = [(found[0] if isinstance(found, tuple) else found).__name__]
+    if task.labels:
+        set_labels(config, task.labels)
+
+
 def has_labels(config, labels):
     """True if the classes in a config, as its file has them, are these labels: a head in the files is one for them."""
     named = config.id2label

@@ -18,8 +18,7 @@ from .classification import (
     is_of_another_head,
     is_of_head,
     labels_of,
-    refuse_other_problem,
-    set_labels,
+    settle,
 )
 from .classification import written_to_config as of_classes
 from .messages import said
@@ -54,15 +53,7 @@ def settle_config(config, task, checkpoint, pad_token_id=None):
 
     Raises InputError where transformers has no classifier of this architecture.
     """
-    path = checkpoint.folder / "config.json"
-    if type(config) not in auto_class()._model_mapping:
-        raise InputError(f"{path}: transformers has no {CLASS} for {config.model_type!r}; take another model")
-    refuse_other_problem(config, path)
-    found = auto_class()._model_mapping[type(config)]
-    # of DeiT the first: the second has a head for a teacher too, and cannot be trained
-    config.architectures = [(found[0] if isinstance(found, tuple) else found).__name__]
-    if task.labels:
-        set_labels(config, task.labels)
+    settle(config, task, checkpoint, auto_class(), CLASS)
 
 
 def written_to_config(config):

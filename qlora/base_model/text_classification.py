@@ -6,7 +6,6 @@ the label of a row is the number of its class.
 
 from __future__ import annotations
 
-from ..system.errors import InputError
 from .classification import (
     begin_head,
     has_labels,
@@ -14,8 +13,7 @@ from .classification import (
     is_of_another_head,
     is_of_head,
     labels_of,
-    refuse_other_problem,
-    set_labels,
+    settle,
     written_to_config,
 )
 
@@ -60,13 +58,7 @@ def settle_config(config, task, checkpoint, pad_token_id=None):
 
     pad_token_id: of the tokenizer. Raises InputError where transformers has no classifier of this architecture.
     """
-    path = checkpoint.folder / "config.json"
-    if type(config) not in auto_class()._model_mapping:
-        raise InputError(f"{path}: transformers has no {CLASS} for {config.model_type!r}; take another model")
-    refuse_other_problem(config, path)
-    config.architectures = [auto_class()._model_mapping[type(config)].__name__]
-    if task.labels:
-        set_labels(config, task.labels)
+    settle(config, task, checkpoint, auto_class(), CLASS)
     if pad_token_id is not None and (config.pad_token_id is None or is_decoder(config)):
         config.pad_token_id = pad_token_id
 

@@ -50,7 +50,7 @@ def evaluate(target, data_file=None, overrides=(), max_rows=None, **asked) -> di
     say_device()
     subject = open_subject(target, overrides)
     has_classes = base_model.task_of(subject.model).HAS_CLASSES
-    wanted.refuse_what_words_have(has_classes)
+    wanted.refuse_for(has_classes, subject.run is not None)
     usual = None if has_classes else MAX_ROWS
     max_rows = usual if max_rows is None else max_rows
     all_rows = held_out_rows(subject, data_file)

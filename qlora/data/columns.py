@@ -55,6 +55,28 @@ def renamed(value, columns):
     }
 
 
+def unused(value, columns):
+    """Return the keys of a row that are in none of `columns` and not empty, in order."""
+    used = set().union(*map(mentioned, columns.values()))
+    return tuple(sorted(str(key) for key, inner in value.items() if key not in used and not is_empty(inner)))
+
+
+def refuse_other_names(mapped, known, rows):
+    """Raise InputError where data.columns (`mapped`) names something that `rows`, in words, do not have, or a template of it."""
+    refuse_no_template(mapped)
+    useless = [name for name in mapped if name not in known]
+    if useless:
+        raise InputError(f"data.columns.{useless[0]}: {rows} have {', '.join(known)}, not {', '.join(useless)}")
+
+
+def refuse_missing(path, header, columns, remedy):
+    """Raise InputError where a table lacks one of `columns`. remedy: what to name, a sentence."""
+    wanted = set().union(*(needed(column) for column in columns.values()))
+    missing = sorted(wanted.difference(header))
+    if missing:
+        raise InputError(f"{path} has no column {', '.join(map(repr, missing))}; it has {', '.join(header)}. {remedy}")
+
+
 def optional(columns):
     """Return the columns that a row may lack; one that every row of a file lacks is a mistake in the recipe."""
     return {column for name, column in (columns or {}).items() if name in formats.OPTIONAL and not is_template(column)}

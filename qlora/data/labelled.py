@@ -12,10 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..system.errors import InputError
 from . import columns, labels, sources
 from .encoder import Encoded, Settings, TooLong
-from .message import is_empty, kind_of, refuse_surrogates
+from .message import kind_of, refuse_surrogates
 
 TEXT, PAIR = "text", "text_pair"
 _NAMES = (TEXT, PAIR, labels.COLUMN)
@@ -61,23 +60,13 @@ class LabelledText:
     @staticmethod
     def refuse_columns(mapped):
         """See encoder.Encoder."""
-        columns.refuse_no_template(mapped)
-        useless = [name for name in mapped if name not in _NAMES]
-        if useless:
-            raise InputError(
-                f"data.columns.{useless[0]}: rows with classes have {', '.join(_NAMES)}, not {', '.join(useless)}"
-            )
+        columns.refuse_other_names(mapped, _NAMES, "rows with classes")
 
     @staticmethod
     def refuse_table(path, header, mapped, ignore):
         """See encoder.Encoder."""
-        needed = set().union(*(columns.needed(column) for column in _mapping(mapped).values()))
-        missing = sorted(needed.difference(header))
-        if missing:
-            raise InputError(
-                f"{path} has no column {', '.join(map(repr, missing))}; it has {', '.join(header)}. Name those that hold text "
-                f"and class: data.columns={{text: {header[0]}, label: {header[-1]}}}"
-            )
+        remedy = f"Name those that hold text and class: data.columns={{text: {header[0]}, label: {header[-1]}}}"
+        columns.refuse_missing(path, header, _mapping(mapped), remedy)
 
     def identity(self):
         backend = hashlib.sha256(self.tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
@@ -98,9 +87,7 @@ class LabelledText:
             if not text.strip():
                 raise ValueError(f"{name} is empty")
             refuse_surrogates(name, text)
-        used = set().union(*map(columns.mentioned, mapped.values()))
-        unused = sorted(str(key) for key, inner in value.items() if key not in used and not is_empty(inner))
-        said = Said(texts[0], texts[1], labels.said(row[labels.COLUMN]), tuple(unused))
+        said = Said(texts[0], texts[1], labels.said(row[labels.COLUMN]), columns.unused(value, mapped))
         return "text" if said.pair is None else "pair", said
 
     def encode(self, value):

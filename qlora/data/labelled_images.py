@@ -16,11 +16,10 @@ from typing import ClassVar
 
 import numpy as np
 
-from ..system.errors import InputError
 from . import columns, image, image_files, labels
 from .encoder import Encoded, Settings
 from .image_files import IMAGE
-from .message import is_empty, kind_of
+from .message import kind_of
 
 _NAMES = (IMAGE, labels.COLUMN)
 _HASH = 32  # bytes of a sha256
@@ -87,23 +86,14 @@ class LabelledImages:
     @staticmethod
     def refuse_columns(mapped):
         """See encoder.Encoder."""
-        columns.refuse_no_template(mapped)
-        useless = [name for name in mapped if name not in _NAMES]
-        if useless:
-            raise InputError(
-                f"data.columns.{useless[0]}: rows of images have {', '.join(_NAMES)}, not {', '.join(useless)}"
-            )
+        columns.refuse_other_names(mapped, _NAMES, "rows of images")
 
     @staticmethod
     def refuse_table(path, header, mapped, ignore):
         """See encoder.Encoder."""
-        needed = set().union(*(columns.needed(column) for column in _mapping(mapped).values()))
-        missing = sorted(needed.difference(header))
-        if missing:
-            raise InputError(
-                f"{path} has no column {', '.join(map(repr, missing))}; it has {', '.join(header)}. Name those that hold the "
-                f"path of an image and its class: data.columns={{image: {header[0]}, label: {header[-1]}}}"
-            )
+        names = f"data.columns={{image: {header[0]}, label: {header[-1]}}}"
+        remedy = f"Name those that hold the path of an image and its class: {names}"
+        columns.refuse_missing(path, header, _mapping(mapped), remedy)
 
     def identity(self):
         return importlib.metadata.version("pillow")
@@ -123,9 +113,7 @@ class LabelledImages:
             raise ValueError(f"{IMAGE} is empty")
         if "://" in name or name.startswith("data:"):
             raise ValueError(f"{IMAGE} {name[:80]!r} is an address; download it, and give the path of the file")
-        used = set().union(*map(columns.mentioned, mapped.values()))
-        unused = sorted(str(key) for key, inner in value.items() if key not in used and not is_empty(inner))
-        return IMAGE, Said(name, labels.said(row[labels.COLUMN]), tuple(unused))
+        return IMAGE, Said(name, labels.said(row[labels.COLUMN]), columns.unused(value, mapped))
 
     def encode(self, value):
         kind, said = self.read(value)

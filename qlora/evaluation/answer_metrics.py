@@ -99,6 +99,7 @@ _BY_NAME: dict[str, Callable[[Sequence[str]], AnswerMetric]] = {
     "exact_match": lambda references: ExactMatch(),
     "json_fields": lambda references: JsonFields(),
     "macro_f1": MacroF1,
+    "accuracy": lambda references: ExactMatch(),  # of classes, which are their names
 }
 
 

@@ -67,8 +67,11 @@ class Asked:
             return None
         return _template(self.extract) if "{{" in self.extract else _expression(self.extract)
 
-    def refuse_what_words_have(self, has_classes: bool):
-        """Raise InputError where a model `has_classes` and something is asked that only answers in words have."""
+    def refuse_for(self, has_classes: bool, is_run: bool):
+        """Raise InputError where something is asked that only answers in words have, and the model `has_classes`; or what only a
+        run has, which knows its base."""
+        if self.max_forgetting is not None and not is_run:
+            raise InputError("--max-forgetting is for a run: a model by itself has no loss before its training")
         words = {"--metric": self.metrics, "--extract": self.extract, "--latency": self.latency}
         words |= {"--forgetting": self.forgetting, "--max-forgetting": self.max_forgetting is not None}
         for option, asked in words.items():
@@ -100,7 +103,8 @@ def values_of(result: dict) -> dict[str, float]:
     """Return {name: number} of what a result of `evaluate` has measured, "forgetting" too where it has."""
     found = {name: result[name] for name in ("loss", "perplexity") if name in result}
     found |= {name: metric["value"] for name, metric in result["metrics"].items()}
-    return found | ({"forgetting": result["forgetting"]["value"]} if result.get("forgetting") else {})
+    forgetting = result.get("forgetting", {})
+    return found | ({"forgetting": forgetting["value"]} if "value" in forgetting else {})
 
 
 def _parsed(text) -> tuple[str, str, float]:

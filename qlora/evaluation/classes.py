@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from ..system.events import progress
 from . import answer_metrics, intervals
-from .answer_metrics import AnswerMetric, ExactMatch, MacroF1
+from .answer_metrics import AnswerMetric
 from .scores import Score
 
 _ROWS = 32  # that go through the model together
@@ -48,7 +48,7 @@ def score(logits_NC, labels_N, names) -> Score:
     answers, references = (
         [names[number] for number in numbers] for numbers in (logits_NC.argmax(-1).tolist(), right.tolist())
     )
-    metrics: dict[str, AnswerMetric] = {"accuracy": ExactMatch(), "macro_f1": MacroF1(names)}
+    metrics: dict[str, AnswerMetric] = {name: answer_metrics.named(name, names) for name in ("accuracy", "macro_f1")}
     parts = {name: answer_metrics.parts(metric, answers, references) for name, metric in metrics.items()}
     return Score(np.stack([losses, np.ones(len(right))], 1), answers, references, metrics, parts, per_token=False)
 

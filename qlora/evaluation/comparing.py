@@ -75,9 +75,3 @@ def summary(all_runs: Sequence[Runs], value: Callable, lower_is_better: bool) ->
 
 
 NO_DIFFERENCE = "no difference shown"
-
-
-def change(value: Callable, before_NK: np.ndarray, after_NK: np.ndarray) -> dict:
-    """Return {"value", "low", "high"} of value(after) - value(before), both of the same rows."""
-    ends = intervals.difference(value, before_NK, after_NK)
-    return intervals.with_interval(value(after_NK.sum(0)) - value(before_NK.sum(0)), *ends)

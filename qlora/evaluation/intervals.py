@@ -49,6 +49,17 @@ def difference(value: Callable, before_NK: np.ndarray, after_NK: np.ndarray) -> 
     return percentiles([value(sums[num_parts:]) - value(sums[:num_parts]) for sums in both])
 
 
+def change(value: Callable, before_NK: np.ndarray, after_NK: np.ndarray) -> dict[str, float]:
+    """Return {"value", "low", "high"} of value(after) - value(before), both on the same rows in the same order."""
+    ends = difference(value, before_NK, after_NK)
+    return with_interval(value(summed(after_NK)) - value(summed(before_NK)), *ends)
+
+
+def summed(parts_NK: np.ndarray) -> np.ndarray:
+    """Return the sums over rows, one row after another: what a loss was before there were parts, to the bit."""
+    return np.add.accumulate(parts_NK)[-1]
+
+
 def with_interval(value, low, high):
     return {"value": value, "low": low, "high": high}
 
@@ -88,13 +99,8 @@ def percentiles(values) -> tuple[float, float]:
 
 def of_runs(value: Callable, parts_SNK: np.ndarray) -> np.ndarray:
     """Return (RESAMPLES, S): `value` of each seed's run on the same resampled rows."""
-    return np.array(
-        [
-            [value(sums) for sums in np.einsum("n,snk->sk", counts, parts_SNK)]
-            for some in draws(parts_SNK.shape[1])
-            for counts in some
-        ]
-    )
+    sums_RSK = (np.einsum("rn,snk->rsk", some, parts_SNK) for some in draws(parts_SNK.shape[1]))
+    return np.array([[value(sums) for sums in sums_SK] for some in sums_RSK for sums_SK in some])
 
 
 def over_seeds(of_runs_RS: np.ndarray, seed: int = 0) -> np.ndarray:

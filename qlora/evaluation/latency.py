@@ -10,7 +10,6 @@ import torch
 NUM_TOKENS, REPEATS = 16, 3
 
 
-@torch.no_grad()
 def seconds_of(model, tokenizer, prompt, num_tokens=NUM_TOKENS, repeats=REPEATS) -> dict[str, float]:
     """Return {"first_token", "token"}: seconds of one greedy answer to `prompt` (token ids), by itself.
 
@@ -18,20 +17,22 @@ def seconds_of(model, tokenizer, prompt, num_tokens=NUM_TOKENS, repeats=REPEATS)
     count. No token ends the answer, so that all take the same number of steps.
     """
     ids = torch.tensor([list(prompt)], device=model.device)
-    lengths = (1, 1 + num_tokens)
-    taken = {length: [_timed(model, tokenizer, ids, length)][:0] for length in lengths}
-    for _ in range(repeats):
-        for length in lengths:
-            taken[length].append(_timed(model, tokenizer, ids, length))
-    first, whole = (statistics.median(taken[length]) for length in lengths)
-    return {"first_token": first, "token": max(0.0, whole - first) / num_tokens}
+    first: list = []
+    whole: list = []
+    for _ in range(1 + repeats):
+        first.append(seconds_of_answer(model, ids, 1, tokenizer.pad_token_id))
+        whole.append(seconds_of_answer(model, ids, 1 + num_tokens, tokenizer.pad_token_id))
+    to_first, in_all = statistics.median(first[1:]), statistics.median(whole[1:])
+    return {"first_token": to_first, "token": max(0.0, in_all - to_first) / num_tokens}
 
 
-def _timed(model, tokenizer, ids, length):
+@torch.no_grad()
+def seconds_of_answer(model, ids, num_tokens, pad_token_id):
+    """Return the seconds of `num_tokens` greedy tokens after `ids`, (1, T); no token ends them."""
     from transformers import GenerationConfig
 
     config = GenerationConfig(
-        max_new_tokens=length, min_new_tokens=length, do_sample=False, pad_token_id=tokenizer.pad_token_id
+        max_new_tokens=num_tokens, min_new_tokens=num_tokens, do_sample=False, pad_token_id=pad_token_id
     )
     _wait(ids.device)
     begun = time.perf_counter()

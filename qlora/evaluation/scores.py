@@ -36,7 +36,7 @@ class Score:
 
     def to_json(self) -> dict:
         """Return {"loss", "loss_interval", "metrics": {name: {"value", "low", "high"}}}; of words "perplexity", "tokens" too."""
-        loss = mean(_summed(self.loss_N2))
+        loss = mean(intervals.summed(self.loss_N2))
         num_tokens = int(self.loss_N2[:, 1].sum())
         of_words = {"perplexity": metrics.perplexity(loss), "tokens": num_tokens} if self.per_token else {}
         return {
@@ -45,7 +45,8 @@ class Score:
             **of_words,
             "metrics": {
                 name: with_interval(
-                    metric.value(_summed(self.parts[name])), *intervals.interval(metric.value, self.parts[name])
+                    metric.value(intervals.summed(self.parts[name])),
+                    *intervals.interval(metric.value, self.parts[name]),
                 )
                 for name, metric in self.metrics.items()
             },
@@ -55,22 +56,12 @@ class Score:
         """Return {"loss" or a metric: {"value", "low", "high"}} of the change from `before`, which is of the same rows."""
         of = {LOSS: (mean, before.loss_N2, self.loss_N2)}
         of |= {name: (metric.value, before.parts[name], self.parts[name]) for name, metric in self.metrics.items()}
-        return {
-            name: with_interval(
-                value(_summed(then_now[1])) - value(_summed(then_now[0])), *intervals.difference(value, *then_now)
-            )
-            for name, (value, *then_now) in of.items()
-        }
+        return {name: intervals.change(*value_then_now) for name, value_then_now in of.items()}
 
 
 def mean(sums):
     """Return the ratio of two sums: nats a token."""
     return float(sums[0] / sums[1])
-
-
-def _summed(parts):
-    """Return the sums over rows, one row after another: what a loss was before there were parts, to the bit."""
-    return np.add.accumulate(parts)[-1]
 
 
 def score(model, tokenizer, stops, rows, conversations, asked=Asked(), what="answering") -> Score:  # noqa: B008 (frozen)
@@ -106,13 +97,12 @@ def forgetting(model, rows, adapted) -> dict:
     """Return {"after", "tokens"}: the loss on `rows` that were not trained on, nats a token; where a model is `adapted`, with
     its loss "before", and the rise since then as {"value", "low", "high"}."""
     after = np.array(metrics.losses(model, rows))
-    found = {"after": mean(_summed(after)), "tokens": int(after[:, 1].sum())}
+    found = {"after": mean(intervals.summed(after)), "tokens": int(after[:, 1].sum())}
     if not adapted:
-        return found | with_interval(0.0, 0.0, 0.0)
+        return found
     with model.disable_adapter():
         before = np.array(metrics.losses(model, rows))
-    found["before"] = mean(_summed(before))
-    return found | with_interval(found["after"] - found["before"], *intervals.difference(mean, before, after))
+    return found | {"before": mean(intervals.summed(before))} | intervals.change(mean, before, after)
 
 
 def _reference(tokenizer, conversation):

@@ -36,13 +36,12 @@ from ..system.events import note
 from ..system.storage import refuse_nonempty, write_json, write_text
 from .eval_rows import held_out_rows_name
 
-# of a row
-_NUMBERS = (
+# of a row, and of a summary as means over seeds
+NUMBERS = (
     "loss", "perplexity", "forgetting", "seconds", "peak_bytes", "trainable_parameters", "trainable_share", "saved_bytes",
     "latency_seconds",
 )  # fmt: skip
 DONE, FAILED, UNFINISHED, TO_DO = "done", "failed", "unfinished", "to do"
-LOWER_IS_BETTER = ("loss", "perplexity")
 
 
 class Folder:
@@ -228,15 +227,13 @@ def value_of(name, found: Measured):
         return scores.mean
     if name not in found.parts:
         return None
-    if name == "accuracy":  # of classes
-        return scores.mean
     return answer_metrics.named(name, [expected for _, expected in found.rows]).value
 
 
 def row_of(run: RunDir, name=None, status=DONE, message="") -> dict[str, Any]:
     """Return the numbers of a run as a comparison's row has them; None for what is not known. name: of its score."""
     found: dict[str, Any] = {"run": str(run.path), "status": status, "message": message, "metrics": {}}
-    found |= dict.fromkeys(_NUMBERS)
+    found |= dict.fromkeys(NUMBERS)
     if not run.adapter.is_dir():
         return found
     steps = [line for line in record.read(run) if isinstance(line, record.Step)]

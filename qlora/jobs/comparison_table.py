@@ -9,16 +9,11 @@ from statistics import mean
 
 import numpy as np
 
-from ..evaluation import comparing
+from ..evaluation import comparing, intervals, scores
 from ..system.errors import InputError
 from ..system.events import note
 from . import compared_runs
-from .compared_runs import DONE, LOWER_IS_BETTER, Folder
-
-# of a row, and of a summary as means over seeds
-_NUMBERS = (
-    "loss", "forgetting", "seconds", "peak_bytes", "trainable_parameters", "trainable_share", "saved_bytes", "latency_seconds",
-)  # fmt: skip
+from .compared_runs import DONE, NUMBERS, Folder
 
 
 def of_folder(folder: Folder, path) -> dict:
@@ -38,7 +33,7 @@ def of_folder(folder: Folder, path) -> dict:
     return {
         "name": Path(path).stem,
         "metric": wanted.metric,
-        "lower_is_better": wanted.metric in LOWER_IS_BETTER,
+        "lower_is_better": wanted.metric == scores.LOSS,
         "command": shlex.join(["qlora", "compare", str(path)]),
         "rows": rows,
         "summary": _summary(wanted.metric, done) if done else [],
@@ -68,9 +63,9 @@ def _summary(metric, done):
         )
         for group in settings.values()
     ]
-    found = comparing.summary(runs, value, metric in LOWER_IS_BETTER)
+    found = comparing.summary(runs, value, metric == scores.LOSS)
     for one, group in zip(found, settings.values(), strict=True):
-        one |= {name: _mean([row[name] for _, row, _ in group]) for name in _NUMBERS}
+        one |= {name: _mean([row[name] for _, row, _ in group]) for name in NUMBERS}
     return found
 
 
@@ -142,5 +137,5 @@ def paired(one, other) -> dict:
     for name in left.parts.keys() & right.parts.keys():
         value = compared_runs.value_of(name, left)
         if value is not None:
-            found[name] = comparing.change(value, left.parts[name], right.parts[name])
+            found[name] = intervals.change(value, left.parts[name], right.parts[name])
     return found

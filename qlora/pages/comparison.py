@@ -5,14 +5,12 @@ from __future__ import annotations
 import csv
 import io
 
+from ..jobs.compared_runs import NUMBERS
 from ..system.errors import InputError
 from ..system.events import note
 from ..system.units import duration, size
 
-COLUMNS = (
-    "variant", "settings", "seed", "status", "loss", "perplexity", "forgetting", "seconds", "peak_bytes",
-    "trainable_parameters", "trainable_share", "saved_bytes", "latency_seconds", "run", "message",
-)  # fmt: skip
+_COLUMNS = ("variant", "settings", "seed", "status", *NUMBERS, "run", "message")
 
 
 def settings_text(settings):
@@ -29,7 +27,7 @@ def as_csv(found) -> str:
     names = sorted({name for row in found["rows"] for name in row["metrics"]})
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow([*COLUMNS[:4], *names, *COLUMNS[4:]])
+    writer.writerow([*_COLUMNS[:4], *names, *_COLUMNS[4:]])
     for row in found["rows"]:
         values = {
             **row,
@@ -37,13 +35,13 @@ def as_csv(found) -> str:
             "message": (row["message"] or "").replace("\n", " "),
         }
         metrics = [row["metrics"].get(name, {}).get("value") for name in names]
-        writer.writerow([*(values[name] for name in COLUMNS[:4]), *metrics, *(values[name] for name in COLUMNS[4:])])
+        writer.writerow([*(values[name] for name in _COLUMNS[:4]), *metrics, *(values[name] for name in _COLUMNS[4:])])
     return stream.getvalue()
 
 
 def table_of(found) -> tuple[list[str], list[list[str]]]:
     """Return (header, rows) of a comparison: a row for each setting, its means over seeds, and what did not end well."""
-    percent = found["metric"] not in ("loss", "perplexity")
+    percent = not found["lower_is_better"]
     header = ["variant", "setting", found["metric"].replace("_", " "), "95 %", "spread", "loss", "forgetting", "time",
               "peak", "trained", "saved", "s/token", ""]  # fmt: skip
     lines = []

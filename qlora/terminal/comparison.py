@@ -11,7 +11,7 @@ _SAME, _BEST = "≈", "*"
 
 def show_comparison(found):
     """Show comparison.json: a table of what ended well, a line for each training that did not, and what the words mean."""
-    percent = found["metric"] not in ("loss", "perplexity")
+    percent = not found["lower_is_better"]
     fields = {field for one in found["summary"] for field in one["settings"]}
     alone = next(iter(fields)) if len(fields) == 1 else None
     header = ["", "setting", found["metric"].replace("_", " "), "95 %", "forgets", "time", "peak"]

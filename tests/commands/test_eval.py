@@ -131,6 +131,13 @@ def test_forgetting_is_the_rise_of_the_loss_on_other_text(make_recipe, tmp_path)
     assert evaluate(run.path, forgetting="built-in")["forgetting"]["tokens"] > 1000
 
 
+def test_what_a_model_by_itself_has_forgotten_is_not_made_up(make_recipe, tmp_path, tiny_model):
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"messages": messages([("user", "Hm?"), ("assistant", "No.")])}])
+    with pytest.raises(InputError, match="--max-forgetting is for a run: a model by itself has no loss before"):
+        evaluate(tiny_model("llama"), rows, max_forgetting=0.05)
+    assert evaluate(tiny_model("llama"), rows, forgetting=str(rows))["forgetting"].keys() == {"after", "tokens", "data"}
+
+
 def test_a_part_of_the_answers_is_compared(make_recipe, tmp_path, monkeypatch):
     rows = write_jsonl(
         tmp_path / "rows.jsonl",

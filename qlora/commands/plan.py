@@ -75,8 +75,8 @@ def plan_methods(recipe: Recipe, vram=None, card=None) -> dict:
         InputError: the recipe, the data, a size or a card is wrong.
     """
     budget, on = budget_of(recipe, vram, card), computer_of(card)
-    plans = plans_of_methods(recipe, budget, on)
     prepared = prepared_if_there(recipe, on)
+    plans = plans_of_methods(recipe, prepared, budget, on)
     sentences = advice(plans, None if prepared is None else len(prepared.examples))
     found: list[dict[str, Any]] = [
         {

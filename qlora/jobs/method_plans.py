@@ -8,12 +8,12 @@ from .. import planner
 from ..recipe import Recipe
 from ..system.errors import InputError
 from .plan_job import Budget, job_of, without_data
-from .prepared_data import prepared_if_there
+from .prepared_data import Prepared, with_method_of
 
 
 @dataclass(frozen=True)
 class MethodPlan:
-    """The plan of one method; or why there is none. trained: numbers; share: of those that the base has, about."""
+    """The plan of one method, or why there is none. trained: how many numbers are."""
 
     name: str
     plan: planner.Plan | None
@@ -45,11 +45,13 @@ def method_recipes(recipe: Recipe) -> dict[str, Recipe | str]:
     return found
 
 
-def plan_methods(recipe: Recipe, budget: Budget, on) -> list[MethodPlan]:
-    """Return the MethodPlan of each method, the recipe's own first. on: the base_model.Computer that is to train.
+def plan_methods(recipe: Recipe, prepared: Prepared | None, budget: Budget, on) -> list[MethodPlan]:
+    """Return the MethodPlan of each method, the recipe's own first.
+
+    prepared: the recipe's data, None where it is not there. on: the base_model.Computer that is to train.
 
     Raises:
-        InputError: the recipe, the data or the model's folder is wrong.
+        InputError: there is a plan of none.
     """
     found = []
     for name, changed in method_recipes(recipe).items():
@@ -57,8 +59,10 @@ def plan_methods(recipe: Recipe, budget: Budget, on) -> list[MethodPlan]:
             found.append(MethodPlan(name, None, why_none=changed))
             continue
         try:
-            prepared = prepared_if_there(changed, on)
-            job = without_data(changed, "cuda", budget, on) if prepared is None else job_of(prepared, "cuda", budget)
+            if prepared is None:
+                job = without_data(changed, "cuda", budget, on)
+            else:
+                job = job_of(with_method_of(prepared, changed, on), "cuda", budget)
             found.append(MethodPlan(name, planner.plan(job), int(job.outline.trained.sum())))
         except (planner.NoPlan, InputError) as error:
             found.append(MethodPlan(name, None, why_none=str(error)))
@@ -74,14 +78,12 @@ def advice(found: list[MethodPlan], num_rows: int | None) -> list[str]:
     """
     plans = {one.name: one for one in found if one.plan is not None and one.plan.fits}
     if not plans:
-        return [
-            "No method fits. The least memory is below; a smaller model, shorter rows (data.max_length) or a larger card would."
-        ]
+        return ["No method fits. A smaller model, shorter rows (data.max_length) or a larger card would."]
     lines = []
     lora, full = plans.get("lora"), plans.get("full")
     if full is not None:
         lines.append(
-            f"Everything fits, full fine-tuning too ({_gib(full)}): it has {full.trained:,} numbers to learn with"
+            f"Full fine-tuning fits too ({_gib(full)}): it has {full.trained:,} numbers to learn with"
             + ("" if num_rows is None else f", and {num_rows:,} rows to learn them from")
             + ". Compare it with LoRA before you take it: qlora compare."
         )

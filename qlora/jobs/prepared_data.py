@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,8 +47,7 @@ def prepare(recipe: Recipe, weights=True, on=None) -> Prepared:
     base_model.load_config(checkpoint, recipe.model)  # what is wrong with it is said before the data is read
     recipe, checkpoint = settle_labels(recipe, checkpoint)
     config = base_model.load_config(checkpoint, recipe.model)
-    recipe = base_model.settle(recipe, config, checkpoint, on or this_machine())
-    recipe = started_from.settle(recipe, checkpoint)
+    recipe = _settled(recipe, config, checkpoint, on)
     generation_config, has_classes = checkpoint.generation_config(), checkpoint.task.file.HAS_CLASSES
     how = (recipe.data.chat_template, recipe.data.system_as_user)
     tokenizer, template = open_tokenizer(checkpoint.folder, recipe.model, generation_config, *how, task=recipe.task)
@@ -88,6 +88,24 @@ def prepare(recipe: Recipe, weights=True, on=None) -> Prepared:
         report["image_sizes"] = data.image_sizes(examples)
     parts = [*parts, *eval_parts]
     return Prepared(recipe, checkpoint, config, tokenizer, template, parts, examples, held_out, batches, report)
+
+
+def _settled(recipe, config, checkpoint, on):
+    """Return `recipe` with what the model's files, the computer and the adapter that it starts from decide."""
+    return started_from.settle(base_model.settle(recipe, config, checkpoint, on or this_machine()), checkpoint)
+
+
+def with_method_of(prepared: Prepared, recipe: Recipe, on=None) -> Prepared:
+    """Return the same rows, read once, for another `recipe` of the same model and data: another method, another base.
+
+    Raises:
+        InputError: as `prepare` does of the method.
+    """
+    recipe = recipe.model_copy(update={"data": prepared.recipe.data})  # with the classes that were found
+    recipe = _settled(recipe, prepared.config, prepared.checkpoint, on)
+    for some in (prepared.examples, prepared.eval_examples):
+        base_model.refuse_rows(some, prepared.config, recipe.method.num_positions)
+    return dataclasses.replace(prepared, recipe=recipe)
 
 
 def prepared_if_there(recipe, on=None):

@@ -49,7 +49,6 @@ def talk(target, system=None, max_new_tokens=512, overrides=(), *, adapters=None
     Ctrl-C stops the answer that is being printed, what was printed of it stays in the conversation; at the prompt it ends
     the program. A message that cannot be answered is taken back. adapters, adapter: as `chat` takes them.
     """
-    refuse_images(task_of_target(target), "a conversation")
     model = open(target, adapters, adapter, overrides)
     messages = _opening(system)
     interactive = sys.stdin.isatty()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import shlex
 from pathlib import Path
@@ -12,7 +13,6 @@ from ..data import masked_examples
 from ..evaluation import answer_metrics, latency, scores
 from ..evaluation.asked import BATCH_SIZE, BUILT_IN, Asked
 from ..jobs import class_scores
-from ..jobs.class_scores import scores_of_classes
 from ..jobs.eval_rows import general_rows, held_out_rows, held_out_rows_name
 from ..jobs.opened_model import open_subject
 from ..system import launched
@@ -60,7 +60,13 @@ def evaluate(target, data_file=None, overrides=(), max_rows=None, **asked) -> di
         raise InputError(f"no rows left to evaluate on in {source}: all were dropped; `qlora data` shows why")
     base_model.refuse_rows(rows, subject.model.config, methods.num_positions(subject.model))
     said = data.conversations(rows)
-    before, after = scores_of_classes(subject, rows) if has_classes else _scores_of_words(subject, rows, said, wanted)
+    if has_classes:
+        before, after = _before_and_after(
+            subject, functools.partial(class_scores.score_of_classes, subject, rows), _CLASSES
+        )
+    else:
+        of = (subject.model, subject.tokenizer, subject.stops, rows, said, wanted)
+        before, after = _before_and_after(subject, functools.partial(scores.score, *of), _WORDS)
     result = {"rows": len(said), **after.to_json()}
     if before is not None:
         result |= {"before": before.to_json(), "change": after.since(before)}
@@ -79,14 +85,18 @@ def evaluate(target, data_file=None, overrides=(), max_rows=None, **asked) -> di
     return result
 
 
-def _scores_of_words(subject, rows, conversations, wanted):
-    """Return the Scores (before, after) of a run; (None, Score) of a plain model."""
-    of = (subject.model, subject.tokenizer, subject.stops, rows, conversations, wanted)
-    after = scores.score(*of)
+# what is going on with the adapter, and without it
+_WORDS = ("answering", "answering without the adapter")
+_CLASSES = ("classifying", "classifying with the base under a new head")
+
+
+def _before_and_after(subject, measure, words):
+    """Return the Scores (before, after) of a run, (None, Score) of a plain model. measure(what=...) -> Score."""
+    after = measure(what=words[0])
     if subject.run is None:
         return None, after
     with subject.model.disable_adapter():
-        return scores.score(*of, what="answering without the adapter"), after
+        return measure(what=words[1]), after
 
 
 def _beside(subject, conversations, wanted):

@@ -19,16 +19,11 @@ def labels_of(subject):
     return base_model.task_of(subject.model).labels_of(subject.model.config)
 
 
-def scores_of_classes(subject, rows):
-    """Return Scores (before, after) of a Subject on data.Rows: of its base under a new head (None of a plain model), its own."""
+def score_of_classes(subject, rows, what="classifying"):
+    """Return the Score of a Subject on data.Rows. what: the progress is of."""
     labels, pad = list(labels_of(subject)), pad_of(subject.tokenizer, subject.model)
-    right = rows.numbers(data.labels.COLUMN)
-    after = classes.score(classes.logits_of(subject.model, pad, rows), right, labels)
-    if subject.run is None:
-        return None, after
-    with subject.model.disable_adapter():
-        before = classes.logits_of(subject.model, pad, rows, "classifying with the base under a new head")
-    return classes.score(before, right, labels), after
+    logits_NC = classes.logits_of(subject.model, pad, rows, what)
+    return classes.score(logits_NC, rows.numbers(data.labels.COLUMN), labels)
 
 
 def details(subject, rows, after) -> dict:

@@ -17,7 +17,7 @@ from ..evaluation import generate
 from ..runs.folder import RunDir
 from ..system.errors import InputError
 from ..system.events import note, progress
-from .chosen_task import refuse_classes
+from .chosen_task import refuse_classes, refuse_images
 from .opened_model import base_of, open_subject, open_tokenizer, task_of_target
 
 BASE = "base"  # the name of the base alone
@@ -247,7 +247,9 @@ def open_routed(target, adapters=None, adapter=None, overrides=()) -> Routed:
     adapters = adapters or {}
     if not isinstance(adapters, Mapping):
         raise InputError("adapters: takes names and run folders, {name: run folder}")
-    refuse_classes(task_of_target(target), "a conversation", "; classify a text with --prompt TEXT")
+    task = task_of_target(target)
+    refuse_images(task, "a conversation")
+    refuse_classes(task, "a conversation", "; classify a text with --prompt TEXT")
     if not RunDir.is_run(target):
         if adapters or adapter not in (None, BASE):
             raise InputError(f"{target}: {_NO_RUN}")

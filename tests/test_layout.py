@@ -1,6 +1,7 @@
 """The house: imports point down, and what the documents say exists."""
 
 import ast
+import importlib
 import re
 import sys
 from pathlib import Path
@@ -161,3 +162,11 @@ def test_what_is_pinned_is_in_range_and_python_versions_agree():
         assert requirement.name in pins, f"{requirement.name} is not pinned"
         assert all(version in requirement.specifier for version in pins[requirement.name]), entry
     assert project["requires-python"] == ">=3.10,<3.14"
+
+
+@pytest.mark.parametrize(
+    "module", sorted(path for path in PACKAGE.rglob("__init__.py")), ids=lambda path: path.parent.name
+)
+def test_what_a_package_says_it_has_is_there(module):
+    found = importlib.import_module(".".join(module.parent.relative_to(PACKAGE.parent).parts))
+    assert [name for name in getattr(found, "__all__", ()) if not hasattr(found, name)] == []

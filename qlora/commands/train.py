@@ -120,8 +120,8 @@ def _saying_how_to_go_on(run):
     except Interrupted as stopped:
         raise Interrupted(stopped.number, f"stopped{_how_to_go_on(run) or ' before the first step'}") from None
     except DoesNotFit as error:
-        how = _how_to_go_on(run) if any(run.checkpoints.glob("step-*")) else ""
-        raise DoesNotFit(f"{error}{how.replace('; ', chr(10) + '  ', 1)}") from None
+        how = [_how_to_go_on(run).removeprefix("; ")] if any(run.checkpoints.glob("step-*")) else []
+        raise DoesNotFit("\n  ".join([str(error), *how])) from None
     except TrainingFailed as failed:
         lower = " training.learning_rate=LOWER --allow-change training.learning_rate"
         change = lower if "lower training.learning_rate" in str(failed).lower() else ""

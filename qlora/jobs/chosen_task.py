@@ -66,12 +66,10 @@ def proof_of(task):
 
 def objective_of(prepared, model):
     """Return the objective of Prepared data for a model to train; None for that of words, which training makes itself."""
-    from ..training.objectives.classification import (
-        Classification,
-    )  # trl comes with it, which `data` and `plan` do without
-
     if not prepared.checkpoint.task.file.HAS_CLASSES:
         return None
+    from ..training.objectives.classification import Classification  # with trl, which `data` and `plan` do without
+
     weights = class_weights_of(prepared.recipe.data, prepared.examples)
     return Classification(pad_of(prepared.tokenizer, model), weights)
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -108,8 +109,8 @@ class Folder:
         write_json(self.failure_file(entry), {"status": status, "message": message})
 
 
-def train_one(folder: Folder, entry: Entry) -> bool:
-    """Train and evaluate one training of a comparison, or go on with it; return whether that ended well.
+def train_one(folder: Folder, entry: Entry) -> None:
+    """Train and evaluate one training of a comparison, or go on with it; what did not end well is in its failure_file.
 
     Raises:
         Interrupted: by a signal, which the process that trains got too.
@@ -118,24 +119,17 @@ def train_one(folder: Folder, entry: Entry) -> bool:
     if not run.adapter.is_dir():
         go_on = any(run.checkpoints.glob("step-*"))
         if run.recipe_file.is_file() and not go_on:
-            _remove_unbegun(run)
+            shutil.rmtree(run.path)  # ended before its first checkpoint: there is nothing to go on from
         recipe = str(folder.recipe_file(entry))
         if not _ended_well(folder, entry, ["train", recipe, *(["--resume"] if go_on else [])]):
-            return False
+            return
     options = [] if wanted.max_rows is None else ["--max-rows", str(wanted.max_rows)]
     if entry.recipe.task == "text-generation":
         options += ["--latency"]
         options += [part for name in wanted.metrics for part in ("--metric", name)]
         options += [] if wanted.extract is None else ["--extract", wanted.extract]
         options += [] if wanted.forgetting is None else ["--forgetting", wanted.forgetting]
-    return _ended_well(folder, entry, ["eval", str(run.path), *options])
-
-
-def _remove_unbegun(run):
-    """Remove what a training left that was ended before its first checkpoint: there is nothing in it to go on from."""
-    import shutil
-
-    shutil.rmtree(run.path)
+    _ended_well(folder, entry, ["eval", str(run.path), *options])
 
 
 def _ended_well(folder, entry, arguments):

@@ -20,8 +20,8 @@ from .contract import Description, Group, Method, Schedule, Trainable
 from .folder import CONFIG, MANIFEST, WEIGHTS, base_of, read_config, seal
 from .peft_model import shapes
 
-__all__ = ["CONFIG", "MANIFEST", "WEIGHTS", "Adapter", "Description", "Group", "Method", "Schedule", "Trainable", "activate",
-           "add", "attach", "base_of", "describe", "load", "names", "num_positions", "of", "read", "read_config",
+__all__ = ["CONFIG", "MANIFEST", "WEIGHTS", "Adapter", "Description", "Group", "Method", "Schedule", "Trainable", "attach",
+           "base_of", "describe", "load", "names", "num_positions", "of", "read", "read_config",
            "refuse_unmoved", "save", "seal", "shapes", "trainable"]  # fmt: skip
 
 

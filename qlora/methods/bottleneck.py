@@ -35,6 +35,7 @@ _BLOCKS = {"attention": re.compile("Attention|Mixer"), "mlp": re.compile("MLP|Ml
 _ACTIVATIONS = {"gelu": nn.functional.gelu, "relu": nn.functional.relu, "silu": nn.functional.silu}
 _FIELDS = ("size", "where", "activation", "dropout")
 _NAME = "bottleneck"  # of the module beside the block
+_ONE = "default"  # part of the names in checkpoints
 
 
 def attach(model, section, seed=0, token_ids=(), checkpoint=None, examples=()):
@@ -43,7 +44,7 @@ def attach(model, section, seed=0, token_ids=(), checkpoint=None, examples=()):
     model.requires_grad_(False)
     torch.manual_seed(seed)
     for place in _places(model, section.where):
-        _insert(model, place, "default", section)
+        _insert(model, place, section)
     return _with_switch(model)
 
 
@@ -62,15 +63,13 @@ def _places(model, where):
     return found
 
 
-def _insert(model, place, name, section):
-    """Put an adapter behind the block `place`, or beside those that are there."""
+def _insert(model, place, section):
+    """Put an adapter behind the block `place`."""
     parent, _, leaf = place.rpartition(".")
     layer, own = model.get_submodule(parent), f"{_NAME}_{leaf}"
-    if own not in dict(layer.named_children()):
-        layer.add_module(own, Bottlenecks())
-        layer.get_submodule(leaf).register_forward_hook(_Behind(layer.get_submodule(own)))
     size, embedding = model.config.get_text_config().hidden_size, model.get_input_embeddings().weight
-    layer.get_submodule(own).add(name, Bottleneck(size, section).to(embedding.device, dtype_of(model)))
+    layer.add_module(own, Behind(Bottleneck(size, section).to(embedding.device, dtype_of(model))))
+    layer.get_submodule(leaf).register_forward_hook(_Hook(layer.get_submodule(own)))
 
 
 class Bottleneck(nn.Module):
@@ -88,31 +87,27 @@ class Bottleneck(nn.Module):
         return self.up(self.activation(self.down(self.dropout(hidden))))
 
 
-class Bottlenecks(nn.Module):
-    """The adapters behind one block, of which one is active, or none."""
+class Behind(nn.Module):
+    """The adapter behind one block, which can be switched off."""
 
-    def __init__(self):
+    def __init__(self, adapter):
         super().__init__()
-        self.adapters, self.active = nn.ModuleDict(), None
-
-    def add(self, name, adapter):
-        self.adapters[name] = adapter
-        self.active = self.active or name
+        self.adapters, self.is_on = nn.ModuleDict({_ONE: adapter}), True
 
     def forward(self, hidden):
-        return hidden + self.adapters[self.active](hidden) if self.active in self.adapters else hidden
+        return hidden + self.adapters[_ONE](hidden) if self.is_on else hidden
 
 
-class _Behind:
+class _Hook:
     """A hook behind a block; not a closure, so that a copy of the model has its own."""
 
-    def __init__(self, adapters):
-        self.adapters = adapters
+    def __init__(self, behind):
+        self.behind = behind
 
     def __call__(self, module, arguments, output):
         if isinstance(output, tuple):  # of attention: hidden states and weights
-            return self.adapters(output[0]), *output[1:]
-        return self.adapters(output)
+            return self.behind(output[0]), *output[1:]
+        return self.behind(output)
 
 
 def _with_switch(model):
@@ -122,28 +117,20 @@ def _with_switch(model):
     return model
 
 
-def _activate(model, name):
-    for module in _all(model):
-        module.active = name
-
-
 @contextlib.contextmanager
 def _disabled(model):
-    before = [(module, module.active) for module in _all(model)]
-    _activate(model, None)
+    before = {module: module.is_on for module in model.modules() if isinstance(module, Behind)}
+    for module in before:
+        module.is_on = False
     try:
         yield
     finally:
-        for module, name in before:
-            module.active = name
-
-
-def _all(model):
-    return [module for module in model.modules() if isinstance(module, Bottlenecks)]
+        for module, was in before.items():
+            module.is_on = was
 
 
 def trainable(model, section):
-    found = [name for name, module in model.named_modules() if isinstance(module, Bottlenecks)]
+    found = [name for name, module in model.named_modules() if isinstance(module, Behind)]
     parameters = dict(model.named_parameters())
     return Trainable(
         f"bottleneck adapters of {section.size}, {section.where}, {len(found)} blocks",
@@ -160,7 +147,7 @@ def save(model, folder, base_name, revision):
     tensors = {
         f"{_block_of(name)}.{part}": parameter.detach().cpu().contiguous()
         for name, module in model.named_modules()
-        if isinstance(module, Bottlenecks)
+        if isinstance(module, Behind)
         for part, parameter in module.adapters["default"].named_parameters()
     }
     refuse_not_finite(tensors)
@@ -195,7 +182,12 @@ def read(folder, config):
 
 
 def load(model, adapter, token_ids=()):
-    _fill(model, adapter, "default")
+    section = _section_of(adapter)
+    places = _places(model, section.where)
+    _refuse_misfit(model, adapter, section, places)
+    for place in places:
+        _insert(model, place, section)
+    _give(model, adapter, places)
     return _with_switch(model).requires_grad_(False).eval()
 
 
@@ -203,17 +195,7 @@ def fill(model, adapter, ends=()):
     section = _section_of(adapter)
     places = _places(model, section.where)
     _refuse_misfit(model, adapter, section, places)
-    _give(model, adapter, places, "default")
-
-
-def _fill(model, adapter, name):
-    """Insert what the folder of an Adapter holds; raises InputError if it was made for another base."""
-    section = _section_of(adapter)
-    places = _places(model, section.where)
-    _refuse_misfit(model, adapter, section, places)
-    for place in places:
-        _insert(model, place, name, section)
-    _give(model, adapter, places, name)
+    _give(model, adapter, places)
 
 
 def _section_of(adapter):
@@ -231,10 +213,10 @@ def _refuse_misfit(model, adapter, section, places):
     refuse_misfit(adapter.folder, adapter.own, expected)
 
 
-def _give(model, adapter, places, name):
+def _give(model, adapter, places):
     for place in places:
         parent, _, leaf = place.rpartition(".")
-        own = model.get_submodule(f"{parent}.{_NAME}_{leaf}").adapters[name]
+        own = model.get_submodule(f"{parent}.{_NAME}_{leaf}").adapters[_ONE]
         prefix = f"{place}."
         own.load_state_dict({key.removeprefix(prefix): t for key, t in adapter.own.items() if key.startswith(prefix)})
 

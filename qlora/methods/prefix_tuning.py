@@ -155,9 +155,8 @@ def _refuse_unread(model):
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, NotImplementedError) as error:
-        why = (str(error).splitlines() or [type(error).__name__])[
-            0
-        ]  # of any architecture's own code; what it cannot do is an answer
+        # of any architecture's own code; what it cannot do is an answer
+        why = str(error).partition("\n")[0] or type(error).__name__
     finally:
         base.train(was)
     if not all(layer.seen for layer in layers):

@@ -31,18 +31,7 @@ def attached(model, config, forward, generate):
     found.prompt_encoder.to(model.get_input_embeddings().weight.device)
     peft_model.to_dtype(found, peft_model.dtype_of(model))
 
-    def activate(self, name):
-        base = self.get_base_model()
-        if name is None:
-            self.forward, self.generate = base.forward, base.generate
-        else:
-            self.forward, self.generate = types.MethodType(forward, self), types.MethodType(generate, self)
-            self.set_adapter(name)
-            self.requires_grad_(False)
-        self.num_virtual_tokens = 0 if name is None else self.peft_config[name].num_virtual_tokens
-
     found.forward, found.generate = types.MethodType(forward, found), types.MethodType(generate, found)
-    found.activate = types.MethodType(activate, found)
     found.disable_adapter = types.MethodType(_disabled, found)
     found.num_virtual_tokens = config.num_virtual_tokens
     return found
@@ -50,14 +39,12 @@ def attached(model, config, forward, generate):
 
 @contextlib.contextmanager
 def _disabled(model):
-    name, trained = model.active_adapter, [p for p in model.parameters() if p.requires_grad]
-    model.activate(None)
+    base, own = model.get_base_model(), (model.forward, model.generate, model.num_virtual_tokens)
+    model.forward, model.generate, model.num_virtual_tokens = base.forward, base.generate, 0
     try:
         yield
     finally:
-        model.activate(name)
-        for parameter in trained:
-            parameter.requires_grad_(True)
+        model.forward, model.generate, model.num_virtual_tokens = own
 
 
 def with_mask(attention_mask, number):
@@ -82,9 +69,9 @@ def read(folder, config, kind, width, followed, why):
     return Adapter(folder, config, kind, {}, own=tensors, unmergeable=why, beside=True)
 
 
-def fill(model, adapter, name="default"):
-    """Give the virtual tokens called `name` the numbers of an Adapter."""
-    weight, found = model.prompt_encoder[name].embedding.weight, adapter.own[_KEY]
+def fill(model, adapter):
+    """Give the virtual tokens the numbers of an Adapter."""
+    weight, found = model.prompt_encoder["default"].embedding.weight, adapter.own[_KEY]
     if weight.shape != found.shape:
         raise InputError(f"adapter {adapter.folder}: has {len(found)} embeddings, the recipe {len(weight)}")
     with torch.no_grad():

@@ -232,11 +232,11 @@ def _frozen(peft_model, untrained):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Careful, disabling adapter layers with bias")
             try:
-                _give(untrained)
+                copy_into(untrained)
                 with disable():
                     yield
             finally:
-                _give(trained)
+                copy_into(trained)
                 peft_model.requires_grad_(False)
 
     peft_model.disable_adapter = disable_adapter
@@ -245,7 +245,8 @@ def _frozen(peft_model, untrained):
 
 
 @torch.no_grad()
-def _give(values):
+def copy_into(values):
+    """Give parameters other numbers: {parameter: tensor}."""
     for parameter, value in values.items():
         parameter.copy_(value)  # cast, where the model computes in float32 since
 

@@ -209,6 +209,7 @@ class Bottleneck(Method):
     """Bottleneck adapters: a small network behind the blocks of each layer."""
 
     key: ClassVar[str] = "bottleneck"
+    trains_a_head: ClassVar[bool] = True
 
     size: Annotated[int, Field(ge=1, le=2**16)] = 64
     """numbers in the middle, between down and up"""

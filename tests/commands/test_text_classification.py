@@ -126,6 +126,26 @@ def test_the_head_is_trained_whole_with_every_method_and_proven(classify_recipe,
         assert (exported.state_dict()[name] - start[name].float()).abs().max() > 1e-3, name
 
 
+def test_bottleneck_adapters_are_exported_with_the_head_and_without_the_base(classify_recipe, tmp_path):
+    recipe = classify_recipe(
+        "distilbert", bottleneck={"size": 8, "where": "houlsby"}, training={"max_steps": 24, "learning_rate": 1e-2}
+    )
+    run = train(recipe)
+    found = evaluate(run.path)
+    assert found["loss"] < found["before"]["loss"]
+    assert export(run.path, tmp_path / "out")["verified"]
+    tokenizer, live = transformers.AutoTokenizer.from_pretrained(tmp_path / "out"), live_model(run)
+    base = base_model.find(recipe.model, task=base_model.Task(recipe.task, ("neg", "pos"), recipe.training.seed))
+    written, plain = (base_model.to_float32(base_model.load(base, recipe.model, recipe.quantization)) for _ in "12")
+    written = methods.load(written, tmp_path / "out")
+    assert torch.equal(logits(written, tokenizer, TEXTS), logits(live, tokenizer, TEXTS))
+    with written.disable_adapter():
+        assert torch.equal(logits(written, tokenizer, TEXTS), logits(plain, tokenizer, TEXTS))
+    assert torch.equal(logits(written, tokenizer, TEXTS), logits(live, tokenizer, TEXTS))
+    for name in ("classifier.weight", "pre_classifier.weight"):
+        assert not torch.equal(written.get_parameter(name), plain.get_parameter(name)), name
+
+
 def test_stopped_and_resumed_it_is_the_run_that_was_not(classify_recipe, tmp_path, monkeypatch):
     settings = {"max_steps": 6, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "eval_steps": 2}
     sections = {"data": {"class_weights": "balanced"}, "lora": {"lora_dropout": 0.1}, "training": settings}

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from peft import HiraConfig, IA3Config, OFTConfig, PeftModel, get_peft_model
 
 from qlora import base_model, methods
@@ -153,3 +154,54 @@ def test_answers_of_many_at_once_are_those_of_each_by_itself(trained, tokenizer,
         for prompt, text in zip(prompts, together, strict=True):
             first = model(input_ids=torch.tensor([prompt])).logits[0, -1].argmax()
             assert text.startswith(tokenizer.decode([first], skip_special_tokens=True))
+
+
+def test_a_bottleneck_adapter_adds_to_what_the_block_gives_the_residual():
+    config = transformers.BertConfig(
+        hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=60
+    )
+    torch.manual_seed(0)
+    model = shake(
+        methods.attach(transformers.BertForSequenceClassification(config), Bottleneck(where="houlsby"))
+    ).eval()
+    layer, hidden = model.bert.encoder.layer[0], torch.randn(1, 5, 8)
+
+    def added(block, output):
+        output = block.dense(output)
+        return output + block.bottleneck_dropout.adapters["default"](output)
+
+    attended = layer.attention.self(hidden)[0]
+    attended = layer.attention.output.LayerNorm(hidden + added(layer.attention.output, attended))
+    expected = layer.output.LayerNorm(attended + added(layer.output, layer.intermediate(attended)))
+    found = layer(hidden)
+    torch.testing.assert_close(found[0] if isinstance(found, tuple) else found, expected)
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "places"),
+    [
+        ("DistilBertForSequenceClassification", {"n_layers": 1}, ["attention", "ffn"]),
+        ("ModernBertForSequenceClassification", {}, ["attn", "mlp"]),
+        ("Qwen2ForSequenceClassification", {"pad_token_id": 0}, ["self_attn", "mlp"]),
+        ("ViTForImageClassification", {}, ["attention", "mlp"]),
+        ("DeiTForImageClassification", {}, ["attention", "mlp"]),
+    ],
+)
+def test_bottleneck_adapters_find_the_blocks_of_a_classifier_and_train_its_head(kind, config, places):
+    model_class = getattr(transformers, kind)
+    with torch.device("meta"):
+        model = model_class(model_class.config_class(**{"num_hidden_layers": 1, **config}))
+        methods.attach(model, Bottleneck(where="houlsby"))
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    behind = {name.rpartition("bottleneck_")[2].split(".")[0] for name in trained if "bottleneck_" in name}
+    assert sorted(behind) == sorted(places)
+    assert trained & {"classifier.weight", "score.weight"}
+
+
+def test_a_bottleneck_adapter_is_refused_where_a_layer_has_no_such_blocks():
+    with torch.device("meta"):
+        model = transformers.SwinForImageClassification(transformers.SwinConfig())
+    with pytest.raises(
+        InputError, match=r"bottleneck\.where pfeiffer: SwinStage has no block of its own for its mlp; take lora"
+    ):
+        methods.attach(model, Bottleneck())

@@ -45,7 +45,7 @@ def test_classes_that_are_called_like_numbers_may_be_written_as_numbers(tmp_path
      ("model.new_tokens=[<a>]", "model.new_tokens is for text-generation"),
      ("export.verify=layers", "export.verify layers is for text-generation"),
      ("prompt_tuning={}", "prompt_tuning is for text-generation: it does not train a head"),
-     ("bottleneck={}", "bottleneck is for text-generation: it does not train a head"),
+     ("prefix_tuning={}", "prefix_tuning is for text-generation: it does not train a head"),
      ("data.labels=[a, a]", "a is listed more than once"),
      ("data.class_weights={c: 2}", "c is not in data.labels"),
      ("data.class_weights={a: 0}", "the weight of a should be a number above 0"),

@@ -12,4 +12,6 @@ tests=${QLORA_TESTS:-not slow and not gpu}
 cores=$(getconf _NPROCESSORS_ONLN)
 workers=$((cores < 4 ? cores : 4))
 [ "$tests" = gpu ] && workers=0 || export OMP_NUM_THREADS=1
+# what a test runs in a process of its own need not be compiled each time
+python -m compileall -q qlora tests
 exec python -m pytest -m "$tests" -n "$workers" --dist worksteal "$@"

@@ -13,6 +13,7 @@ import contextlib
 import re
 import types
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -69,7 +70,7 @@ def _places(model, where):
 def _block(layer, kind):
     """Return the module of a layer whose output is what the attention or the MLP adds to the residual, None if there is none."""
     blocks = [child for child in layer.children() if _BLOCKS[kind].search(type(child).__name__)]
-    block = blocks[0] if blocks else None
+    block: Any = blocks[0] if blocks else None
     if kind == "mlp" and block is None and hasattr(layer, "intermediate"):  # BERT's: two modules of the layer
         block = layer.output
     elif kind == "attention":

@@ -11,7 +11,7 @@ import torch
 
 from .. import base_model, methods
 from ..kernels import groups
-from ..kernels.checkpointing import PIECE
+from ..kernels import checkpointing
 from ..recipe.optimizers import OPTIMIZERS
 from ..system.errors import QLoRAError
 from . import images, trace
@@ -27,7 +27,7 @@ _PAGED_FROM = 100_000  # numbers in a tensor whose states bitsandbytes 0.50.2 pa
 
 
 class NoPlan(Exception):
-    """The model cannot be traced on the meta device; says why."""
+    """The model cannot be planned: traced on the meta device, layer by layer; says why."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def outline(config, model_section, quantization, lora, num_new_tokens, device_ki
     """
     try:
         return _outline(config, model_section, quantization, lora, num_new_tokens, device_kind, packed, kernels)
-    except QLoRAError:
+    except (QLoRAError, NoPlan):
         raise
     except Exception as error:  # anything, of any architecture's own code on the meta device
         raise NoPlan(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}") from error
@@ -146,6 +146,9 @@ def outline(config, model_section, quantization, lora, num_new_tokens, device_ki
 
 def _outline(config, model_section, quantization, lora, num_new_tokens, device_kind, packed, kernels):
     model = base_model.load_on_meta(config, model_section, quantization)
+    layer = base_model.decoder_layers(model)[0]
+    if not checkpointing.is_possible(layer):
+        raise NoPlan(f"{type(layer).__name__} cannot be checkpointed")
     mapped = _mapped_bytes(model, config, num_new_tokens) if device_kind == "cpu" else 0
     read_bytes = _read_bytes(model, config, num_new_tokens, device_kind, mapped)
     linear = [model.get_submodule(name) for name in base_model.linear_names(model)]
@@ -263,7 +266,7 @@ def usage(model: Outline, load: Load, training, checkpointed, offload, eval_load
     kept = model.step.checkpointed[model.step.layers[-1]][0].rise_and_change(_growth(model, load))[1]
     host_bytes = round(kept) * checkpointed if offload else 0
     if on_cuda and offload:
-        host_bytes = -(-round(kept) // PIECE) * PIECE * checkpointed
+        host_bytes = -(-round(kept) // checkpointing.PIECE) * checkpointing.PIECE * checkpointed
     if not on_cuda:  # the host's memory is the one there is
         found["checkpoints"], host_bytes = found["checkpoints"] + host_bytes, 0
     large = model.trained[model.trained >= _PAGED_FROM]

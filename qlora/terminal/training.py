@@ -73,7 +73,7 @@ def say_planned(planned):
     """Say what a jobs.planned_training.Planned run is to take."""
     found = planned.plan
     if found is None:
-        note(f"plan      none: this architecture cannot be traced on the meta device ({planned.why_none})")
+        note(f"plan      none: this architecture cannot be planned ({planned.why_none})")
         return
     where = ", layer inputs offloaded to CPU memory" if found.offload else ""
     note(

@@ -21,6 +21,8 @@ CONFIGS = {
     "vit": lambda: transformers.ViTConfig(**_SHARED, **_LAYERS),
     "deit": lambda: transformers.DeiTConfig(**_SHARED, **_LAYERS),
     "swin": lambda: transformers.SwinConfig(**_SHARED, **_SWIN),
+    # trains without a plan: its layers cannot be checkpointed
+    "convnext": lambda: transformers.ConvNextConfig(**_SHARED, hidden_sizes=[64] * 4, depths=[1] * 4),
 }
 
 

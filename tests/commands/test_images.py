@@ -94,8 +94,9 @@ def test_a_run_has_what_it_needs_and_no_tokenizer(trained):
         ("swin", {}),
         ("swin", {"quantization": None, "full": {}, "training": {"learning_rate": 1e-3}}),
         ("vit", {"ia3": _IA3, "training": {"learning_rate": 3e-2}}),
+        ("convnext", {"training": {"learning_rate": 1e-2}}),
     ],
-    ids=["deit", "swin", "swin-full", "vit-ia3"],
+    ids=["deit", "swin", "swin-full", "vit-ia3", "convnext"],
 )
 def test_other_models_and_methods(models, where, tmp_path, name, changes):  # noqa: F811
     run = train(recipe_of(models[name], where, tmp_path / "run", **changes))

@@ -10,8 +10,7 @@ import numpy as np
 import torch
 
 from .. import base_model, methods
-from ..kernels import groups
-from ..kernels import checkpointing
+from ..kernels import checkpointing, groups
 from ..recipe.optimizers import OPTIMIZERS
 from ..system.errors import QLoRAError
 from . import images, trace
@@ -149,8 +148,9 @@ def _outline(config, model_section, quantization, lora, num_new_tokens, device_k
     layer = base_model.decoder_layers(model)[0]
     if not checkpointing.is_possible(layer):
         raise NoPlan(f"{type(layer).__name__} cannot be checkpointed")
-    mapped = _mapped_bytes(model, config, num_new_tokens) if device_kind == "cpu" else 0
-    read_bytes = _read_bytes(model, config, num_new_tokens, device_kind, mapped)
+    quantized = [module.weight for module in base_model.quantized_modules(model).values()]
+    stay_mapped = device_kind == "cpu" and _stay_mapped(config, num_new_tokens)
+    read_bytes = _read_bytes(model, config, num_new_tokens, device_kind, stay_mapped)
     linear = [model.get_submodule(name) for name in base_model.linear_names(model)]
     base = sum(base_model.numel(module.weight) for module in linear)
     answering = model.get_output_embeddings()
@@ -183,29 +183,33 @@ def _outline(config, model_section, quantization, lora, num_new_tokens, device_k
             bool(quantization),
             positions,
         ),
-        mapped,
+        _mapped_bytes(peft_model, quantized) if stay_mapped else 0,
         "images" if of_images else "tokens",
         lora.num_embedded,
     )
 
 
-def _mapped_bytes(model, config, num_new_tokens):
-    """Return the bytes of weights that are left as the files have them, mapped: the system takes such pages back, so they are
-    not counted as held (memory.Peak); on macOS they are. These are all that is not quantized, where its dtype is the file's.
-    """
+def _stay_mapped(config, num_new_tokens):
+    """True if weights that are not quantized are left as the files have them, mapped, where their dtype is bfloat16."""
     stored = getattr(config.get_text_config(), "dtype", None) or getattr(config, "dtype", None)
-    if stored != torch.bfloat16 or num_new_tokens or sys.platform == "darwin" or base_model.stored_quantization(config):
-        return 0
-    quantized = {id(module.weight) for module in base_model.quantized_modules(model).values()}
-    return _bytes(p for p in model.parameters() if id(p) not in quantized and p.dtype == stored)
+    rewritten = num_new_tokens or base_model.stored_quantization(config)
+    return stored == torch.bfloat16 and sys.platform != "darwin" and not rewritten
 
 
-def _read_bytes(model, config, num_new_tokens, device_kind, mapped):
+def _mapped_bytes(peft_model, quantized):
+    """Return the bytes of weights that stay mapped: the system takes such pages back, so they are not counted as held
+    (memory.Peak); on macOS they are. One that is trained becomes the process's own when the first step writes it."""
+    others = {id(weight) for weight in quantized}
+    frozen = (p for p in peft_model.parameters() if not p.requires_grad and id(p) not in others)
+    return _bytes(p for p in frozen if p.dtype == torch.bfloat16)
+
+
+def _read_bytes(model, config, num_new_tokens, device_kind, stay_mapped):
     """Return what the largest weight needs while it is read: bfloat16; quantized on a CPU float32 copies too, unless the files
     hold codes. An embedding is not quantized, and may stay a mapped file.
     """
     largest = max(map(base_model.numel, model.parameters()))
-    found = 0 if mapped else 2 * largest
+    found = 0 if stay_mapped else 2 * largest
     if device_kind == "cpu":
         quantized = base_model.quantized_modules(model).values()
         if quantized and not base_model.stored_quantization(config):

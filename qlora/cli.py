@@ -217,10 +217,11 @@ def export(
     gguf: Annotated[
         str | None, typer.Option(help="f16, q8_0 or q4_k_m: add a GGUF file and an Ollama Modelfile")
     ] = None,
+    int8: Annotated[bool, typer.Option("--int8", help="write dynamic int8 for CPUs instead, by torchao")] = False,
     as_json: Json = False,
 ):
     """Write the merged full-precision model and prove that it is the trained one; if the proof fails, write nothing."""
-    flags = {"dtype": dtype, "base": base, "verify": verify}
+    flags = {"dtype": dtype, "base": base, "verify": verify, "int8": "true" if int8 else None}
     paths = [target for target in targets if Path(target).exists() or Path(target.rpartition(":")[0] or "?").exists()]
     overrides = [target for target in targets if "=" in target and target not in paths]
     targets = [target for target in targets if target not in overrides]

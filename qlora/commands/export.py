@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from ..exporter.proof import refuse_unproven
 from ..jobs.export_beside import card_beside, plan_beside, report_beside, write_beside
 from ..jobs.export_folder import card_of, plan_export, report_of, write_model
 from ..jobs.export_gguf import add_gguf
+from ..jobs.export_int8 import add_int8
 from ..jobs.export_proof import Prover
 from ..jobs.opened_adapter import open_trained
 from ..system import launched, memory
@@ -31,8 +33,9 @@ def export(target, out, dtype=None, overrides=(), *, model=None, data=None, comp
     ("float16", "bfloat16", "float32"; the recipe's export.dtype by default). The folder is written beside `out`, compared
     with the live model on rows (of file `data`, or those that the run held out), and renamed to `out` only if it agrees.
     export.base=original adds to the weights of the files instead. compare_bases: measure both, as they are and as served
-    in 4 bit. gguf: "f16", "q8_0" or "q4_k_m", to add a GGUF file and an Ollama Modelfile. What cannot become one with its base
-    is written as an adapter alone, proven beside the base that it was trained on.
+    in 4 bit. gguf: "f16", "q8_0" or "q4_k_m", to add a GGUF file and an Ollama Modelfile. export.int8=true writes the merged
+    model in dynamic int8 instead, proven too. What cannot become one with its base is written as an adapter alone, proven beside
+    the base that it was trained on.
 
     Raises:
         InputError: nothing that was trained, another base, `out` is not empty, too little disk, a weight too large for
@@ -50,7 +53,7 @@ def export(target, out, dtype=None, overrides=(), *, model=None, data=None, comp
         with open_trained(targets, model, data, overrides) as trained:
             inputs = [] if data is None else [Path(data)]
             if trained.adapter.unmergeable:
-                unused = {"--dtype": dtype, "--gguf": gguf, "--compare-bases": compare_bases,
+                unused = {"--dtype": dtype, "--gguf": gguf, "--compare-bases": compare_bases, "--int8": trained.export.int8,
                           "export.base": trained.export.base == "original"}  # fmt: skip
                 return _export_beside(trained, plan_beside(trained, out, inputs, unused), out, start)
             plan = plan_export(trained, out, inputs, compare_bases, gguf)
@@ -64,12 +67,20 @@ def _export(trained, plan, out, compare_bases, gguf, start):
     """Write, prove, describe; the folder is renamed to `out` at the end of the block. start: of the clock."""
     device, base = base_model.default_device(), trained.export.base
     prover = None if trained.export.verify == "off" else Prover(trained, plan, device)
-    with alone(out, "export"), new_folder(out) as folder:
+    int8 = trained.export.int8
+    with (
+        alone(out, "export"),
+        new_folder(out) as folder,
+        scratch_folder(folder) if int8 else contextlib.nullcontext(folder) as merged,
+    ):
         with memory.Peak() as peak:
-            merging = write_model(trained, plan, folder, base, device)
+            merging = write_model(trained, plan, merged, base, device)
         report = report_of(trained, plan, merging, time.monotonic() - start, peak.bytes)
         if prover:
-            report |= prover.prove(folder)
+            report |= prover.prove(merged)
+        if int8 and not report.get("failures"):
+            report |= add_int8(trained, merged, folder, prover, report)
+        if prover:
             if compare_bases:
                 other = "original" if base == "dequantized" else "dequantized"
                 with scratch_folder(folder) as second:

@@ -61,7 +61,11 @@ def scores(report):
     quantized = "quantized" if report["quantized"]["modules"] else "base"
     written = f"{report['base']} base, {report['dtype']}"
     scored = [
-        (f"exported ({report['dtype']}, {report['base']} base)", report["merged"]),
+        (
+            f"{'merged' if 'int8' in report else 'exported'} ({report['dtype']}, {report['base']} base)",
+            report["merged"],
+        ),
+        *([("exported (dynamic int8 of that)", report["int8"])] if report.get("int8", {}).get("kl") is not None else []),
         *((one["model"], one) for one in report.get("comparison", ()) if one["model"] != written),
         ("base, under a new head" if of_classes else "base, without the adapter", report["base_model"]),
     ]

@@ -12,7 +12,7 @@ from ..system.errors import InputError
 from ..system.events import note
 from ..system.storage import free_disk_bytes, leftover_bytes, refuse_inside, refuse_nonempty, refuse_partial
 from ..system.units import size
-from . import export_gguf
+from . import export_gguf, export_int8
 from .chosen_task import refuse_classes
 
 
@@ -42,7 +42,10 @@ def plan_export(trained, out, inputs=(), compare_bases=False, gguf=None):
         refuse_classes(trained.checkpoint.task.file, f"--gguf {gguf}")
         export_gguf.refuse(trained, plan, gguf)
     more = export_gguf.num_bytes(gguf, plan) if gguf else 0
-    _refuse_full_disk(out, plan.num_bytes + max(more, plan.num_bytes if compare_bases else 0))
+    if trained.export.int8:
+        export_int8.refuse(trained, plan, {"--gguf": gguf, "--compare-bases": compare_bases})
+        more = export_int8.num_bytes(plan)
+    refuse_full_disk(out, plan.num_bytes + max(more, plan.num_bytes if compare_bases else 0))
     return plan
 
 
@@ -76,7 +79,8 @@ def _refuse_tokens_without_a_row(trained, num_rows):
         )
 
 
-def _refuse_full_disk(out, num_bytes):
+def refuse_full_disk(out, num_bytes):
+    """Raise InputError unless there is room for that many bytes of weights, and what lies beside them, where `out` is made."""
     free = free_disk_bytes(out) + leftover_bytes(out)  # which is replaced
     needed = num_bytes + 64 * 2**20  # tokenizer, configs, report
     if free < needed:

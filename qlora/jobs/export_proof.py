@@ -11,7 +11,7 @@ import torch
 
 from .. import base_model, methods
 from ..evaluation import metrics
-from ..exporter import class_proof, proof, streamed
+from ..exporter import class_proof, int8, proof, streamed
 from ..recipe import Model, Quantization
 from ..system import memory
 from ..system.errors import InputError
@@ -40,7 +40,7 @@ class Prover:
         self.task = trained.checkpoint.task.file
         self.num_rows = _num_rows(plan.config)
         self.proof = proof_of(self.task)
-        self.live = None
+        self.live = self.judged = None
         if self.task.HAS_CLASSES:
             self.mode = "full"
             note("proof     full: both models in memory, one after the other")
@@ -79,10 +79,10 @@ class Prover:
         with progress("proof: comparing the trained model with the exported folder"), memory.Peak() as peak:
             self.live = live = self._answers_of_live()
             self.merged = faithful = self._compare(live, self._written(folder))
-            judged = live
+            self.judged = judged = live
             if self.trained.export.base == "original":
                 # what was asked for is the adapter on the original weights, and that is what the folder has to be
-                judged = self._answers_of_live(original=True)
+                self.judged = judged = self._answers_of_live(original=True)
                 faithful = self._compare(judged, self._written(folder))
         failures = self.proof.failures(judged.scores, faithful, judged.base_scores, dtype, judged.num_trained)
         limits = {"kl": proof.KL_LIMIT[dtype], "top1": proof.TOP1_LIMIT[dtype]}
@@ -93,6 +93,13 @@ class Prover:
         if judged is not live:
             report["to_original"] = dataclasses.asdict(faithful)
         return report
+
+    def compare_int8(self, folder):
+        """Return (Scores, what is wrong as sentences) of the model in int8 in `folder`; call prove first."""
+        with progress("proof: comparing the trained model with the one in int8"):
+            opened = proof.open_folder(folder, torch.device("cpu"), "auto", self.section.trust_remote_code)
+            scores = self._compare(self.judged, opened)
+        return scores, int8.failures(self.judged.scores, scores, self.judged.base_scores)
 
     def prove_beside(self, folder):
         """Return the part of the report that compares the adapter in the written `folder`, beside its base, with the live model.

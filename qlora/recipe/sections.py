@@ -308,5 +308,7 @@ class Export(Section):
     [export.md](export.md)"""
     verify: Literal["auto", "full", "layers", "off"] = "auto"
     """full, layers, off; auto: full where both models fit into memory, else layers"""
+    int8: bool = False
+    """write the model in dynamic int8 for CPUs (torchao) instead, see [serving.md](serving.md#int8-for-cpus)"""
     max_shard_size: Size = "5GB"
     """of a safetensors file"""

@@ -273,12 +273,29 @@ def compare(
     ],
     resume: Annotated[bool, typer.Option("--resume", help="go on with the comparison in its output_dir")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="only plan: which fit, and how long it will take")] = False,
+    served: Annotated[
+        bool, typer.Option("--served", help="one run in each form that it can be served in: size, speed, loss, KL")
+    ] = False,
+    form: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="with --served: this form only; may be repeated")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="with --served: file of rows; default: the run's held-out rows")
+    ] = None,
+    max_rows: Annotated[int | None, typer.Option(min=1, help="with --served: the first N rows; default: 32")] = None,
     as_json: Json = False,
 ):
     """Train variants x settings x seeds of a recipe and put them into one table; or show two runs side by side."""
     from .runs.folder import RunDir
 
     first, *others = targets
+    if served:
+        if others or resume or dry_run:
+            raise InputError("--served takes one finished run: qlora compare RUN --served")
+        _run("compare_served", as_json, first, data, max_rows, form or ())
+        return
+    if form or data is not None or max_rows is not None:
+        raise InputError("--form, --data and --max-rows are for one run and --served: qlora compare RUN --served")
     if not RunDir.is_run(first):
         _run("compare", as_json, first, others, resume, dry_run)
     elif len(others) != 1 or resume or dry_run:

@@ -108,7 +108,7 @@ def _read(folder, where, name):
 
 
 def failures(live, stored, base):
-    """Return what is wrong, as sentences; none means proven. live, stored, base: proof.Scores, of the model in int8 the second."""
+    """Return what is wrong, as sentences; none means proven. All are proof.Scores; stored: of the model in int8."""
     if not (math.isfinite(stored.loss) and math.isfinite(stored.kl)):
         return ["int8: its logits are not finite"]
     found = []

@@ -34,8 +34,8 @@ tags: [{{ tags }}]
 
 _MODEL = """\
 {% if report.int8 is defined -%}
-A model in dynamic int8 for CPUs: `{{ base }}` with a {{ kind }} adapter merged into its weights, whose linear layers are stored in \
-int8, all else in {{ report.int8.dtype_beside }}. It needs the package torchao.
+A model in dynamic int8 for CPUs: `{{ base }}` with a {{ kind }} adapter merged into its weights, whose linear layers \
+are stored in int8, all else in {{ report.int8.dtype_beside }}. It needs the package torchao.
 {%- else -%}
 A full-precision model: `{{ base }}` with a {{ kind }} adapter merged into its weights, stored in {{ report.dtype }}.
 {%- endif %}

@@ -65,7 +65,11 @@ def scores(report):
             f"{'merged' if 'int8' in report else 'exported'} ({report['dtype']}, {report['base']} base)",
             report["merged"],
         ),
-        *([("exported (dynamic int8 of that)", report["int8"])] if report.get("int8", {}).get("kl") is not None else []),
+        *(
+            [("exported (dynamic int8 of that)", report["int8"])]
+            if report.get("int8", {}).get("kl") is not None
+            else []
+        ),
         *((one["model"], one) for one in report.get("comparison", ()) if one["model"] != written),
         ("base, under a new head" if of_classes else "base, without the adapter", report["base_model"]),
     ]

@@ -40,7 +40,8 @@ class Prover:
         self.task = trained.checkpoint.task.file
         self.num_rows = _num_rows(plan.config)
         self.proof = proof_of(self.task)
-        self.live = self.judged = None
+        self.live = None
+        self.judged: Any = None
         if self.task.HAS_CLASSES:
             self.mode = "full"
             note("proof     full: both models in memory, one after the other")
@@ -109,9 +110,9 @@ class Prover:
         """
         with progress("proof: comparing the trained model with the adapter in its folder"), memory.Peak() as peak:
             live = self._answers_of_live()
-            beside = self._compare(live, self._adapted(folder))
+            beside = self._compare(live, self.adapted(folder))
             quantized = self.trained.quantization and base_model.stored_quantization(self.trained.config) is None
-            original = self._compare(live, self._adapted(folder, original=True)) if quantized else None
+            original = self._compare(live, self.adapted(folder, original=True)) if quantized else None
         failures = self.proof.failures(live.scores, beside, live.base_scores, "float32", live.num_trained)
         return self._measured(live, failures, peak) | {
             "beside": dataclasses.asdict(beside),
@@ -163,7 +164,7 @@ class Prover:
 
     def _answers_of_live(self, original=False):
         """Return the proof.Live of the adapter on the base that it was trained on, or on the weights of the files."""
-        model = self._adapted(self.trained.folder, original)
+        model = self.adapted(self.trained.folder, original)
         if self.task.HAS_CLASSES:
             live: Any = class_proof.Live(model, self.trained.rows, pad_of(self.trained.tokenizer, model))
         else:
@@ -172,7 +173,7 @@ class Prover:
         self._forget()
         return live
 
-    def _adapted(self, folder, original=False):
+    def adapted(self, folder, original=False):
         """Return the base that was trained on, or that of the files, with the adapter in `folder`, in float32."""
         trained, checkpoint = self.trained, self.trained.checkpoint
         quantization = None if original else trained.quantization
@@ -196,14 +197,19 @@ class Prover:
         return open_(folder, self.device, self.section.trust_remote_code)
 
     def _served(self, folder, quantization):
-        """Return the model in `folder` quantized again, as a server with little memory would load it."""
-        section = Model(name_or_path=str(folder), trust_remote_code=self.section.trust_remote_code)
-        checkpoint = base_model.find(section, task=self.trained.checkpoint.task)
+        """Return the model in `folder` quantized again, as a server with little memory would load it, in float32."""
+        section, checkpoint = found_again(folder, self.trained)
         if self.mode == "layers":
             model = streamed.live(checkpoint, section, quantization, self.device, checkpoint.text_tensors)
         else:
             model = base_model.load(checkpoint, section, quantization, self.device)
         return base_model.to_float32(model)
+
+
+def found_again(folder, trained):
+    """Return (section `model`, checkpoint) of the merged model of a Trained in `folder`."""
+    section = Model(name_or_path=str(folder), trust_remote_code=trained.model.trust_remote_code)
+    return section, base_model.find(section, task=trained.checkpoint.task)
 
 
 def _num_rows(config):

@@ -153,7 +153,7 @@ class Resumed:
         if run.adapter.is_dir():
             kept = _place_of_finished(run)
             run.adapter.rename(kept)
-            for scores in (run.eval_file, run.answers_file, run.evals):
+            for scores in (run.eval_file, run.answers_file, run.evals, *run.served_files):
                 if scores.exists():
                     scores.rename(kept / scores.name)
         run.write_recipe(recipe)

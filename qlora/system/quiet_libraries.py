@@ -5,7 +5,12 @@ import logging
 import os
 import warnings
 
-_OFFERS = ("bitsandbytes", "bitsandbytes.backends.cpu.ops")  # to download a CPU kernel
+_TALKATIVE = (
+    "bitsandbytes",  # offers to download a CPU kernel
+    "bitsandbytes.backends.cpu.ops",
+    "torchao",  # its kernels for other cards, which cannot be loaded
+    "torch.utils._pytree",  # how torchao 0.18 registers its enumerations
+)
 
 
 def hush_libraries():
@@ -24,7 +29,7 @@ def hushed():
     from datasets.utils import are_progress_bars_disabled, enable_progress_bars
     from transformers.utils import logging as transformers_logging
 
-    loggers = [logging.getLogger(name) for name in _OFFERS]
+    loggers = [logging.getLogger(name) for name in _TALKATIVE]
     levels, verbosity = [logger.level for logger in loggers], transformers_logging.get_verbosity()
     had_bars, datasets_had_bars = transformers_logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
     with warnings.catch_warnings():
@@ -44,7 +49,7 @@ def hushed():
 
 def _hush():
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|trl|accelerate|torch)\.")
-    for name in _OFFERS:
+    for name in _TALKATIVE:
         logging.getLogger(name).setLevel(logging.ERROR)
     from transformers.utils import logging as transformers_logging
 

@@ -69,18 +69,12 @@ def prove(folder, gguf_file, kind, prompts, max_new_tokens=32):
         return Proof(
             False, "not proven: llama-cpp-python is not installed; run pip install llama-cpp-python and export again"
         )
-    from llama_cpp import Llama
-
     section = Model(name_or_path=str(folder))
     tokenizer = base_model.load_tokenizer(Path(folder), section)
     rows = [tokenizer(prompt, add_special_tokens=False).input_ids for prompt in prompts]
     longest = max(map(len, rows)) + max_new_tokens
     model = proof.reload(Path(folder), base_model.default_device())
-    # float32 keys and values: llama.cpp's default is float16, which would be compared too
-    with contextlib.closing(
-        Llama(str(gguf_file), n_ctx=longest, n_batch=longest, n_ubatch=longest, logits_all=True, type_k=0, type_v=0,
-              yarn_attn_factor=-1.0, verbose=False, n_threads=torch.get_num_threads())
-    ) as served:  # fmt: skip
+    with opened(gguf_file, longest) as served:
         for prompt, row in zip(prompts, rows, strict=True):
             _refuse_other_tokens(tokenizer, served, prompt, row)
         found = [_compare(model, served, row, max_new_tokens) for row in rows]
@@ -106,6 +100,17 @@ def prove(folder, gguf_file, kind, prompts, max_new_tokens=32):
     if problems:
         raise ProofFailed("\n  ".join([f"{gguf_file} is not the exported model:", *problems]))
     return result
+
+
+def opened(gguf_file, num_tokens):
+    """Return, for a `with` block, llama.cpp's model of `gguf_file`, which keeps the logits after each of up to so many tokens."""
+    from llama_cpp import Llama
+
+    # float32 keys and values: llama.cpp's default is float16, which would be compared too
+    return contextlib.closing(
+        Llama(str(gguf_file), n_ctx=num_tokens, n_batch=num_tokens, n_ubatch=num_tokens, logits_all=True, type_k=0,
+              type_v=0, yarn_attn_factor=-1.0, verbose=False, n_threads=torch.get_num_threads())
+    )  # fmt: skip
 
 
 def _refuse_other_tokens(tokenizer, served, prompt, row):

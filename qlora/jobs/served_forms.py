@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import importlib.util
+import io
 import itertools
 import math
 import time
@@ -214,7 +216,8 @@ def _gguf(kind):
 def _gguf_without_llama(job, file, num_bytes):
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32).eval()
+    with contextlib.redirect_stderr(io.StringIO()):  # a bar that nothing switches off (transformers 5.23)
+        model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32).eval()
     found = {"bytes": num_bytes, **job.reference.scores(of_model(model), f"{file.name}, its weights in transformers")}
     why = "its weights, computed by transformers; no tokens/s: llama-cpp-python is not installed"
     return {"message": why} | found
@@ -254,14 +257,14 @@ def _bytes_in(folder):
 
 _DEQUANTIZED, _ORIGINAL = ("dequantized", "float16"), ("original", "float16")
 FORMS = {
-    "trained": Form("as trained: quantized base and adapter, live", None, _trained),
-    "adapter": Form("adapter beside the original base, 16 bit", None, _beside_original),
+    "trained": Form("as trained: base and adapter, live", None, _trained),
+    "adapter": Form("adapter beside the 16-bit base", None, _beside_original),
     "float16": Form("merged, float16", _DEQUANTIZED, _plain),
-    "nf4": Form("merged, in NF4 again", _DEQUANTIZED, _nf4),
+    "nf4": Form("merged, NF4 again", _DEQUANTIZED, _nf4),
     "q8_0": Form("merged, GGUF q8_0", _DEQUANTIZED, _gguf("q8_0")),
     "q4_k_m": Form("merged, GGUF q4_k_m", _DEQUANTIZED, _gguf("q4_k_m")),
-    "int8": Form("merged, dynamic int8 (torchao)", _DEQUANTIZED, _int8),
+    "int8": Form("merged, dynamic int8", _DEQUANTIZED, _int8),
     "bfloat16": Form("merged, bfloat16", ("dequantized", "bfloat16"), _plain),
-    "original-float16": Form("merged with the original base, float16", _ORIGINAL, _plain),
-    "original-nf4": Form("merged with the original base, in NF4 again", _ORIGINAL, _nf4),
+    "original-float16": Form("original base, merged, float16", _ORIGINAL, _plain),
+    "original-nf4": Form("original base, merged, NF4 again", _ORIGINAL, _nf4),
 }

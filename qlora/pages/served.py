@@ -7,7 +7,7 @@ import io
 
 from ..system.units import size
 
-COLUMNS = ["", "size", "tokens/s", "loss", "KL to trained"]
+COLUMNS = ["", "size", "tokens/s", "loss", "KL"]
 _NUMBERS = ("bytes", "tokens_per_second", "first_token_seconds", "loss", "kl", "message")
 
 

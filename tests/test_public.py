@@ -16,6 +16,7 @@ from qlora import (
     chat,
     compare,
     compare_runs,
+    compare_served,
     doctor,
     evaluate,
     export,
@@ -39,6 +40,7 @@ SIGNATURES = {
     "evaluate": "(target, data_file=None, overrides=(), max_rows=None, **asked) -> 'dict'",
     "compare": "(path, overrides=(), resume=False, dry_run=False) -> 'dict'",
     "compare_runs": "(one, other) -> 'dict'",
+    "compare_served": "(run, data=None, max_rows=None, forms=()) -> 'dict'",
     "export": "(target, out, dtype=None, overrides=(), *, model=None, data=None, compare_bases=False, gguf=None) -> 'dict'",
     "adapters": "(folder='runs') -> 'list'",
     "chat": "(target, prompt, system=None, max_new_tokens=512, overrides=(), on_text=None, *, adapters=None, adapter=None)"
@@ -65,6 +67,7 @@ def test_every_public_name_works_after_all_the_others(make_recipe, tmp_path, mon
     Path("compared.yaml").write_text("base: mine.yaml\nvariants: {mine: }\noutput_dir: compared\n")
     assert compare("compared.yaml", dry_run=True)["planned"][0]["fits"]
     assert compare_runs(run.path, run.path)["change"]["loss"]["value"] == 0
+    assert [one["kl"] < 1e-3 for one in compare_served(run.path, max_rows=1, forms=["float16"])["forms"]] == [True]
     assert export(run.path, "models/mine")["verified"]
     assert isinstance(chat("models/mine", "What can you do?", max_new_tokens=4), str)
     with qlora.open(run.path, adapters={"again": run.path}) as model:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from qlora import cli
+from qlora.commands.export import export
 from qlora.commands.served import compare_served
 from qlora.commands.train import train
 from qlora.evaluation import metrics
@@ -42,7 +43,7 @@ def test_every_form_has_a_row_and_what_is_near_is_said_to_be_near(served):
     assert list(rows) == list(served_forms.FORMS)
     assert (found["rows"], found["tokens"] > 20) == (3, True)
     assert abs(rows["float16"]["loss"] - found["loss"]) < 5e-3
-    assert rows["float16"]["kl"] < 1e-4 < rows["bfloat16"]["kl"] < 1e-2  # each computes in its own dtype
+    assert rows["float16"]["kl"] < 1e-5 < rows["bfloat16"]["kl"] < 1e-3  # each computes in its own dtype
     assert min(rows[name]["kl"] for name in ("nf4", "original-nf4", "original-float16")) > 1e-3
     assert rows["adapter"]["kl"] == pytest.approx(
         rows["original-float16"]["kl"], rel=0.2
@@ -81,10 +82,10 @@ def test_the_files_say_what_was_returned(served):
 def test_a_second_time_gives_the_same_numbers_and_json_is_all_that_is_printed(served, tmp_path, capsys):
     folder = shutil.copytree(served[0], tmp_path / "run")
     capsys.readouterr()
-    words = ["compare", str(folder), "--served", "--max-rows", "3", "--form", "float16", "--form", "trained", "--json"]
+    words = ["compare", str(folder), "--served", "--max-rows", "3", "--form", "float16", "--form", "adapter", "--json"]
     cli.app(words, standalone_mode=False)
     again = json.loads(capsys.readouterr().out)
-    assert list(by_name(again)) == ["trained", "float16"]
+    assert list(by_name(again)) == ["adapter", "float16"]
     for name, row in by_name(again).items():
         then = by_name(served[1])[name]
         assert {key: row[key] for key in ("loss", "kl", "bytes")} == {key: then[key] for key in ("loss", "kl", "bytes")}
@@ -144,12 +145,14 @@ def test_a_form_that_fails_says_so_and_the_others_are_measured(trained_once, tmp
     assert not list(folder.glob("*scratch*"))
 
 
-def test_a_method_that_is_not_merged_is_measured_live_and_says_why_there_is_no_more(make_recipe):
+def test_a_method_that_is_not_merged_is_measured_live_and_says_why_there_is_no_more(make_recipe, tmp_path):
     run = train(make_recipe(prompt_tuning={"num_virtual_tokens": 4}))
     rows = by_name(compare_served(run.path, max_rows=2, forms=["trained", "float16", "int8"]))
     assert rows["trained"]["kl"] < 1e-2
     assert "rompt" in rows["float16"]["message"]
     assert rows["int8"]["message"] == rows["float16"]["message"]
+    with pytest.raises(InputError, match=r"The adapter is exported as it is, so leave --int8 out"):
+        export(run.path, tmp_path / "out", overrides=["export.int8=true"])
 
 
 def test_without_quantization_there_is_one_base(make_recipe):

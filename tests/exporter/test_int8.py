@@ -159,3 +159,9 @@ def test_layers_that_torchao_would_leave_as_they_are_are_refused(tiny_model, fam
     plan = merge.plan(checkpoint, base_model.load_config(checkpoint, section), torch.float16)
     with pytest.raises(InputError, match=said):
         export_int8.refuse(SimpleNamespace(checkpoint=checkpoint), plan, {})
+
+
+def test_a_model_with_classes_is_refused():
+    checkpoint = SimpleNamespace(task=base_model.Task("text-classification"))
+    with pytest.raises(InputError, match="--int8 is for text-generation, and this is a model for text-classification"):
+        export_int8.refuse(SimpleNamespace(checkpoint=checkpoint), None, {})

@@ -268,7 +268,7 @@ def compare(
         list[str],
         typer.Argument(
             metavar="COMPARISON|RUN RUN",
-            help="a YAML file of variants, then field=value to change it; or two finished runs",
+            help="a YAML file of variants, then field=value to change it; or two finished runs; with --served one",
         ),
     ],
     resume: Annotated[bool, typer.Option("--resume", help="go on with the comparison in its output_dir")] = False,
@@ -285,7 +285,8 @@ def compare(
     max_rows: Annotated[int | None, typer.Option(min=1, help="with --served: the first N rows; default: 32")] = None,
     as_json: Json = False,
 ):
-    """Train variants x settings x seeds of a recipe and put them into one table; or show two runs side by side."""
+    """Train variants x settings x seeds of a recipe and put them into one table; show two runs side by side; or, with --served,
+    measure one run in each form that it can be served in."""
     from .runs.folder import RunDir
 
     first, *others = targets

@@ -18,7 +18,7 @@ from ..system import launched
 from ..system.devices import say_device
 from ..system.errors import InputError, Interrupted
 from ..system.events import note
-from ..system.storage import scratch_folder, write_json, write_text
+from ..system.storage import locked, scratch_folder, write_json, write_text
 from ..terminal import shown
 from ..terminal.tables import show, table
 
@@ -45,7 +45,11 @@ def compare_served(run, data=None, max_rows=None, forms=()) -> dict:
     opened = RunDir.open(run)
     say_device()
     try:
-        with opened.locked(), open_trained([str(run)]) as trained, scratch_folder(opened.path / "served") as scratch:
+        with (
+            locked(opened.lock_file, opened.path, "measure another run"),
+            open_trained([str(run)]) as trained,
+            scratch_folder(opened.path / "served") as scratch,
+        ):
             job = open_job(opened, trained, data, max_rows or MAX_ROWS)
             rows = measure(job, names, scratch)
     except Interrupted as stopped:
@@ -90,11 +94,12 @@ def _command(run, data, max_rows, forms):
 
 
 def _notes(found):
+    elsewhere = "" if found["device"].startswith("cpu") else ", int8 on its CPU"
     measured = f"{found['tokens']:,} tokens of {found['rows']} rows"
     return [
         f"Loss and KL: nats a trained token, {measured}; KL to the trained model computed in float32, whose loss is "
         f"{found['loss']:.4f}. Each form computes as it is served.",
         "Size: of the weights; where they are quantized on loading, or base and adapter are two, what they take in memory.",
-        f"Tokens/s: greedy, one answer at a time, on {found['device']} with {found['threads']} threads; they mean little if the "
-        "machine did something else meanwhile.",
+        f"Tokens/s: greedy, one answer at a time, on {found['device']} with {found['threads']} threads{elsewhere}; they mean "
+        "little if the machine did something else meanwhile.",
     ]

@@ -149,7 +149,9 @@ def _write_merged(job, base, dtype, folder):
     export = trained.export.model_copy(update={"dtype": dtype, "base": base})
     changed = dataclasses.replace(trained, export=export)
     specs = [
-        dataclasses.replace(spec, dtype=base_model.dtype_of(dtype)) if spec.dtype == torch.float16 else spec
+        dataclasses.replace(spec, dtype=base_model.dtype_of(dtype))
+        if spec.dtype == torch.float16 and spec.name not in job.plan.kept
+        else spec
         for spec in job.plan.specs
     ]
     plan = dataclasses.replace(job.plan, specs=specs)

@@ -19,9 +19,9 @@ from ..system import files
 from ..system.errors import InputError, ProofFailed
 from ..system.storage import write_json
 
-# KL(trained, int8) in nats a position. Measured on SmolLM2-135M 0.06 to 0.08, of which the weights are 0.005 and the activations
-# the rest. A mistake in a weight is found in the weight (`refuse_other_weights`); this limit is that of GGUF's q4_k_m, and says
-# that the model is still of use.
+# KL(trained, int8) in nats a position. Measured on SmolLM2-135M: 0.033 after 20 steps of the quickstart, and 0.065 on plain text,
+# of which the weights are 0.005 and the activations the rest. A mistake in a weight is found in the weight
+# (`refuse_other_weights`); this limit is that of GGUF's q4_k_m, and says that the model is still of use.
 KL_LIMIT = 0.3
 
 _CODES, _SCALE = "._weight_qdata", "._weight_scale"

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,8 +14,9 @@ from qlora import cli
 from qlora.commands.export import export
 from qlora.commands.served import compare_served
 from qlora.commands.train import train
-from qlora.evaluation import metrics
-from qlora.exporter.served import Reference, of_model, trained_at
+from qlora.data import Example
+from qlora.evaluation import latency, metrics
+from qlora.exporter.served import Reference, of_llama, of_model, trained_at
 from qlora.jobs import served_forms
 from qlora.jobs.opened_model import open_subject
 from qlora.system.errors import InputError, Interrupted
@@ -190,3 +192,28 @@ def test_a_disk_that_is_too_small_is_said_before_a_weight_is_read(trained_once, 
     with pytest.raises(InputError, match=r"the model needs .* are free on that disk"):
         compare_served(folder, max_rows=1)
     assert not (folder / "served.json").exists()
+
+
+class InLlamaCpp:
+    """What is used of llama_cpp.Llama(logits_all=True): after each token, that token is what comes next."""
+
+    def __init__(self):
+        self.scores, self.n_tokens, self.seen = np.zeros((64, 8), np.float32), 0, 0
+
+    def reset(self):
+        self.n_tokens = 0
+
+    def eval(self, tokens):
+        for token in tokens:
+            self.scores[self.n_tokens] = np.eye(8)[token] * 5
+            self.n_tokens, self.seen = self.n_tokens + 1, self.seen + 1
+
+
+def test_llama_cpp_is_read_where_the_trained_tokens_are_said():
+    row = Example([3, 4, 5, 6], [-100, -100, 5, 6])
+    answers = of_llama(InLlamaCpp())(row)
+    assert answers.argmax(-1).tolist() == [4, 5]  # after the token before each
+    torch.testing.assert_close(answers.exp().sum(-1), torch.ones(2))
+    model = InLlamaCpp()
+    assert served_forms._seconds_in_llama(model, [1, 2, 3], repeats=2)["token"] > 0
+    assert model.seen == 3 * (3 + latency.NUM_TOKENS)  # one time does not count

@@ -67,13 +67,11 @@ def evaluate(target, data_file=None, overrides=(), max_rows=None, **asked) -> di
     else:
         found = _of_rows(subject, wanted, data_file, max_rows)
     found.result["data"]["command"] = _command(target, data_file, overrides, found.max_rows, wanted)
-    if subject.run is not None:
-        _write(subject.run, found)
+    kept = None if subject.run is None else _write(subject.run, found)
     if wanted.answers is not None:
-        write_text(Path(wanted.answers), found.text)
-    elif subject.run is None:
-        note("the answers are not kept; --answers FILE writes them to a file")
-    show_result(target, found.result)
+        kept = Path(wanted.answers)
+        write_text(kept, found.text)
+    show_result(target, found.result, kept)
     wanted.check(found.result)
     return found.result
 
@@ -223,13 +221,15 @@ def _answers(rows, before, after):
 
 
 def _write(run, found):
-    """Write the run's own score to eval.json and its answers to answers.jsonl, others into evals/ under their name."""
+    """Write the run's own score to eval.json and its answers to answers.jsonl, others into evals/ under their name; return where
+    the answers are."""
     place, beside = run.score_files(found.name)
     place.parent.mkdir(exist_ok=True)
     with contextlib.suppress(FileNotFoundError):
         place.unlink()  # never a score beside answers of another
     write_text(beside, found.text)
     write_json(place, found.result)
+    return beside
 
 
 def _command(target, data_file, overrides, max_rows, wanted):

@@ -8,8 +8,8 @@ from .tables import show, table
 _OF_LOSS = ("loss", "perplexity", "bits_per_byte")
 
 
-def show_result(target, result):
-    """Show what `evaluate` returns: before and after of a run, or a model's own."""
+def show_result(target, result, answers=None):
+    """Show what `evaluate` returns: before and after of a run, or a model's own. answers: the file that has them; None: none."""
     classes, before = result.get("labels"), result.get("before")
     if before:
         header = ["", "base under a new head" if classes else "before", "after", "change", "95 %"]
@@ -28,6 +28,7 @@ def show_result(target, result):
         show(f"forgetting  loss {found['after']:.4f} on text that was not trained on ({found['data']}){rise}")
     if found := result.get("latency"):
         show(f"latency     {found['token']:.4f} s a token, {found['first_token']:.4f} s to the first")
+    show(f"answers     {answers or 'not kept; --answers FILE writes them to a file'}")
 
 
 def _what(result):

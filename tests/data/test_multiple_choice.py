@@ -48,11 +48,11 @@ def test_a_subject_is_kept(tmp_path):
         ({"answer": True}, "answer: True; write a letter"),
         ({"choices": ["one"]}, "choices: a list; write a list of two texts or more"),
         ({"choices": "1 2 3"}, "choices: a string; write a list"),
-        ({"choices": ["1", 2, "3"]}, r"choices\[1\]: a number; write a text"),
+        ({"choices": ["1", 2, "3"]}, r"choices\[1\]: 2; write a text"),
         ({"choices": ["1", " ", "3"]}, r"choices\[1\]: empty"),
         ({"question": None}, "question: null; write a text"),
         ({"choices": [f"{n}" for n in range(27)]}, "choices: 27 of them; there are letters for 26"),
-        ({"subject": 3}, "subject: a number"),
+        ({"subject": 3}, "subject: 3; write a text"),
     ],
 )
 def test_a_wrong_row_is_named_with_its_line_and_what_is_allowed(tmp_path, changed, said):

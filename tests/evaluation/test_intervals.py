@@ -43,7 +43,7 @@ def test_shares_means_and_ratios_have_scipys_intervals():
         assert intervals.interval(ratio, shares(right, total)) == pytest.approx((expected.low, expected.high), rel=1e-9)
     generator = np.random.default_rng(4)
     nats, tokens = generator.gamma(2.0, 3.0, 60), generator.integers(1, 40, 60).astype(float)
-    asked = {"n_resamples": 4000, "vectorized": True, "paired": True, "method": "percentile", "rng": generator}
+    asked = {"n_resamples": 2000, "vectorized": True, "paired": True, "method": "percentile", "rng": generator}
     expected = stats.bootstrap((nats, tokens), lambda x, n, axis: x.sum(axis) / n.sum(axis), **asked)
     low, high = intervals.interval(ratio, np.stack([nats, tokens], 1))
     # the ends of a bootstrap are random themselves: of 2,000 resamples some 3 % of the width

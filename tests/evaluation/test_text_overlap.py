@@ -22,7 +22,8 @@ def test_rouge_of_english_is_that_of_rouge_score(name):
     metric, parts = of(name)
     expected = [scorer.score(*pair)[name].fmeasure for pair in zip(REFERENCES, ANSWERS, strict=True)]
     assert parts[:, 0].tolist() == expected
-    assert metric.value(parts.sum(0)) == pytest.approx(np.mean(expected)) > 0
+    assert metric.value(parts.sum(0)) == pytest.approx(np.mean(expected))
+    assert np.mean(expected) > 0.1
 
 
 def test_rouge_sees_words_in_all_scripts():
@@ -46,9 +47,9 @@ def test_rouge_sees_words_in_all_scripts():
 def test_bleu_and_chrf_are_sacrebleus_of_all_rows_and_of_each_resample(name, kind):
     own = getattr(pytest.importorskip("sacrebleu.metrics", reason=REASON), kind)()
     metric, parts = of(name)
-    assert (
-        metric.value(parts.sum(0)) == pytest.approx(own.corpus_score(ANSWERS, [REFERENCES]).score / 100, rel=1e-12) > 0
-    )
+    expected = own.corpus_score(ANSWERS, [REFERENCES]).score / 100
+    assert metric.value(parts.sum(0)) == pytest.approx(expected, rel=1e-12)
+    assert expected > 0.05
     rows = [0, 0, 1, 3]  # as a resample may draw them
     again = [[texts[row] for row in rows] for texts in (ANSWERS, REFERENCES)]
     expected = own.corpus_score(again[0], [again[1]]).score / 100

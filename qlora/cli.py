@@ -163,8 +163,8 @@ def evaluate(
         str | None, typer.Option(help="compare this part of answers: a regular expression, or Jinja with {{ answer }}")
     ] = None,
     batch_size: Annotated[
-        int, typer.Option(min=1, help="rows that are computed together; fewer take less memory")
-    ] = 25,
+        int | None, typer.Option(min=1, help="rows that are computed together; fewer take less memory; default: 25")
+    ] = None,
     forgetting: Annotated[
         str | None,
         typer.Option(metavar="FILE|built-in", help="measure how much loss rose on text that was not trained on"),

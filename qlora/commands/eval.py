@@ -14,7 +14,7 @@ from pathlib import Path
 from .. import base_model, data, methods
 from ..data import masked_examples
 from ..evaluation import answer_metrics, choices, latency, lm_eval_tasks, scores
-from ..evaluation.asked import BATCH_SIZE, BUILT_IN, Asked
+from ..evaluation.asked import BUILT_IN, Asked
 from ..evaluation.scores import PERPLEXITY
 from ..jobs import choice_rows, class_scores
 from ..jobs.eval_rows import general_rows, held_out_rows, held_out_rows_name
@@ -127,7 +127,7 @@ def _of_rows(subject, wanted, data_file, max_rows) -> _Found:
 def _of_choices(subject, wanted, max_rows) -> _Found:
     """Return which choices of the questions in `wanted.choices` are likeliest."""
     questions, of = choice_rows.prompted(subject, wanted, max_rows)
-    measure = (subject.model, subject.tokenizer, questions, wanted.chat, wanted.batch_size)
+    measure = (subject.model, subject.tokenizer, questions, wanted.chat, wanted.rows_together)
     before, after = _before_and_after(subject, functools.partial(choices.score, *measure), _CHOICES)
     result = _result(len(questions), before, after)
     result["data"] = of | {"held_out": False, "by_text": wanted.by_text, "chat": wanted.chat}
@@ -237,11 +237,10 @@ def _command(target, data_file, overrides, max_rows, wanted):
     options += [] if max_rows is None else ["--max-rows", str(max_rows)]
     options += [part for name in wanted.metrics for part in ("--metric", name)]
     options += [] if wanted.extract is None else ["--extract", wanted.extract]
-    options += [] if wanted.batch_size == BATCH_SIZE else ["--batch-size", str(wanted.batch_size)]
     options += ["--latency"] if wanted.latency else []
     options += ["--lm-eval", ",".join(wanted.tasks)] if wanted.tasks else []
     named = {"--forgetting": wanted.forgetting, "--choices": wanted.choices, "--include-path": wanted.include_path}
-    named |= {"--shots": wanted.shots, "--examples": wanted.examples}
+    named |= {"--shots": wanted.shots, "--examples": wanted.examples, "--batch-size": wanted.batch_size}
     options += [part for name, value in named.items() if value is not None for part in (name, str(value))]
     options += ["--by-text"] * wanted.by_text + ["--chat"] * wanted.chat
     return shlex.join(["qlora", "eval", str(target), *overrides, *options])

@@ -29,8 +29,8 @@ _SIGNS: dict[str, Callable] = {
 class Asked:
     """metrics: names of answer_metrics beside those that fit the references. extract: a regular expression, of which the group
     (or the whole) of the last match is compared, or a Jinja template with {{ answer }}; for answers and references alike.
-    batch_size: of rows that go through the model together. forgetting: a file of rows that were not trained on, or BUILT_IN.
-    latency: measure the time of an answer's token. require: such as "exact_match>=0.8". max_forgetting: nats a token.
+    batch_size: of rows that go through the model together; None: BATCH_SIZE, fewer in lm-eval. forgetting: a file of rows that
+    were not trained on, or BUILT_IN. latency: measure the time of an answer's token. require: such as "exact_match>=0.8". max_forgetting: nats a token.
     answers: a file that gets what else is kept in the run folder, see `evaluate`.
 
     Instead of the answers to held-out rows:
@@ -44,7 +44,7 @@ class Asked:
 
     metrics: Sequence[str] = ()
     extract: str | None = None
-    batch_size: int = BATCH_SIZE
+    batch_size: int | None = None
     forgetting: str | None = None
     latency: bool = False
     require: Sequence[str] = ()
@@ -64,7 +64,7 @@ class Asked:
         _ = self.cut
         for text in self.require:
             _parsed(text)
-        if self.batch_size < 1:
+        if self.batch_size is not None and self.batch_size < 1:
             raise InputError(f"batch_size {self.batch_size}: at least 1")
         if self.max_forgetting is not None and not self.max_forgetting >= 0:
             raise InputError(f"max_forgetting {self.max_forgetting}: a number of nats a token from 0, such as 0.05")
@@ -99,6 +99,10 @@ class Asked:
         """Return {option: whether it is asked for} of those that are for generated answers."""
         forgetting = {"--forgetting": self.forgetting, "--max-forgetting": self.max_forgetting is not None}
         return {"--metric": self.metrics, "--extract": self.extract, "--latency": self.latency} | forgetting
+
+    @property
+    def rows_together(self) -> int:
+        return self.batch_size or BATCH_SIZE
 
     @property
     def general_text(self) -> str | None:

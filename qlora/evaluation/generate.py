@@ -8,9 +8,9 @@ import torch
 
 from .. import base_model, methods
 from ..system.errors import InputError, Interrupted
-from ..system.events import progress
+from ..system.events import note, progress
 from .asked import BATCH_SIZE
-from .batches import in_batches
+from .batches import in_batches, room_for
 
 
 def answers(model, tokenizer, prompts, stops, max_new_tokens, batch_size=BATCH_SIZE, what="answering"):
@@ -26,6 +26,7 @@ def answers(model, tokenizer, prompts, stops, max_new_tokens, batch_size=BATCH_S
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     limits = [limit_of(model, prompt, max_new_tokens) for prompt in prompts]
     texts = [""] * len(prompts)
+    batch_size = _fitting(model, max(map(len, prompts), default=1) + max_new_tokens, batch_size)
     with progress(what, len(prompts), "rows") as advance:
 
         def answer(some):
@@ -46,6 +47,16 @@ def answers(model, tokenizer, prompts, stops, max_new_tokens, batch_size=BATCH_S
         ):  # near the last position each length has its own
             batch_size = in_batches(answer, list(alike), batch_size)
     return texts
+
+
+def _fitting(model, num_tokens, batch_size):
+    room = room_for(model, num_tokens)
+    if room is None or room >= batch_size:
+        return batch_size
+    note(
+        f"{room} answers at a time, as with --batch-size {room}: there is no memory for {batch_size} of {num_tokens:,} tokens"
+    )
+    return room
 
 
 def limit_of(model, prompt, max_new_tokens):

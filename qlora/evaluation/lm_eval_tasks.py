@@ -25,6 +25,7 @@ from .intervals import with_interval
 
 _Z = 1.959963984540054  # of 95 %, two-sided
 _NO_FILTER = "none"
+_ON_A_GPU = 8  # rows together: lm-eval keeps the logits of all their tokens, 0.8 GiB of float32 a row of 1,600 and 128,000 words
 
 
 @dataclass(frozen=True)
@@ -89,34 +90,52 @@ def score(model, tokenizer, asked: Asked, max_rows=None, what="lm-eval") -> Task
     """
     lm_eval, tasks, huggingface = refuse_missing()
     manager = tasks.TaskManager(include_path=asked.include_path)
-    names = list(asked.tasks)
-    if unknown := [name for name in names if name not in manager.all_tasks]:
-        raise InputError(f"--lm-eval {unknown[0]}: lm-eval has no such task; `lm_eval ls tasks` lists them")
+    names = []
+    for name in asked.tasks:
+        if not (found := manager.match_tasks([name])):
+            raise InputError(f"--lm-eval {name}: lm-eval has no such task; `lm_eval ls tasks` lists them")
+        names += found
     limit, taken = base_model.num_positions(model.config), methods.num_positions(model)
-    try:
-        with _warnings_counted():
-            live = huggingface.HFLM(
-                pretrained=model,
-                tokenizer=tokenizer,
-                batch_size=asked.batch_size,
-                max_length=limit and limit - taken,
-                softmax_dtype="float32",
-            )
-            found = lm_eval.simple_evaluate(
-                model=live,
-                tasks=names,
-                task_manager=manager,
-                num_fewshot=asked.shots,
-                limit=max_rows,
-                apply_chat_template=asked.chat,
-                bootstrap_iters=intervals.RESAMPLES,
-            )
-    except (OSError, ValueError, LookupError, ImportError) as error:
-        if memory.is_refusal(error):
-            raise
-        said = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-        raise InputError(f"--lm-eval {','.join(names)}: {said}; most tasks download their rows") from error
+
+    def evaluated(batch_size):
+        live = huggingface.HFLM(
+            pretrained=model,
+            tokenizer=tokenizer,
+            batch_size=batch_size,
+            max_length=limit and limit - taken,
+            softmax_dtype="float32",
+        )
+        return lm_eval.simple_evaluate(
+            model=live,
+            tasks=names,
+            task_manager=manager,
+            num_fewshot=asked.shots,
+            limit=max_rows,
+            apply_chat_template=asked.chat,
+            bootstrap_iters=intervals.RESAMPLES,
+        )
+
+    with _warnings_counted():
+        found = _where_it_fits(evaluated, asked.batch_size or (1 if model.device.type == "cpu" else _ON_A_GPU), names)
     return TaskScores(_numbers(found), found["samples"])
+
+
+def _where_it_fits(evaluated, batch_size, names):
+    """Return evaluated(batch_size), or with half as many rows together where memory runs out: the longest rows are first."""
+    while True:
+        try:
+            return evaluated(batch_size)
+        except (OSError, ValueError, LookupError, ImportError) as error:
+            said = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+            raise InputError(f"--lm-eval {','.join(names)}: {said}; most tasks download their rows") from error
+        except Exception as error:
+            if batch_size == 1 or not memory.is_refusal(error):
+                raise
+            refusal = memory.refused(error)
+            memory.release(error)
+        memory.free_cached()
+        batch_size //= 2
+        note(f"out of memory in lm-eval ({refusal}): once more with --batch-size {batch_size}")
 
 
 def refuse_missing():

@@ -111,7 +111,7 @@ def score(model, tokenizer, stops, rows, conversations, asked=Asked(), what="ans
         raise InputError(f"--extract {asked.extract!r} finds nothing in any of the {len(references)} expected answers")
     longest = max(len(tokenizer(text, add_special_tokens=False).input_ids) for text in references)
     answers = generate.answers(
-        model, tokenizer, prompts, stops, max_new_tokens=longest + 16, batch_size=asked.batch_size, what=what
+        model, tokenizer, prompts, stops, max_new_tokens=longest + 16, batch_size=asked.rows_together, what=what
     )
     compared = list(map(cut, answers)), expected
     chosen = answer_metrics.fitting(expected)

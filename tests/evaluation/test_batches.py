@@ -5,7 +5,7 @@ import torch
 
 from qlora.evaluation import generate
 from qlora.evaluation.batches import in_batches
-from qlora.system import events
+from qlora.system import events, memory
 from qlora.system.errors import DoesNotFit
 
 
@@ -35,6 +35,25 @@ def test_one_row_that_does_not_fit_is_refused_and_other_errors_are_not_hidden():
         in_batches(with_room_for(0, []), range(5), 4)
     with pytest.raises(ZeroDivisionError):
         in_batches(lambda some: 1 / 0, range(5), 4)
+
+
+def test_on_a_cpu_no_more_answers_are_begun_than_there_is_memory_for(load_model, tokenizer, monkeypatch):
+    """The system would end the process, where a GPU refuses."""
+    model = load_model("llama", None).float()
+    prompts = [tokenizer(text).input_ids for text in ("Hi", "What is 1 plus 2?", "And 3 plus 4?", "?")]
+    expected = generate.answers(model, tokenizer, prompts, {2}, 8)
+    real, sizes, said = generate._generate, [], []
+    monkeypatch.setattr(generate, "_generate", lambda *args: sizes.append(len(args[2])) or real(*args))
+    of_token = 2 * 2 * 2 * 16 * 4  # keys and values, layers, heads, width, bytes
+    num_tokens = max(map(len, prompts)) + 8
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 2 * (3 * num_tokens * of_token))
+    with events.heard_by(said.append):
+        assert generate.answers(model, tokenizer, prompts, {2}, 8) == expected
+    assert sizes == [3, 1]
+    assert said[0].text.startswith("3 answers at a time, as with --batch-size 3: there is no memory for 25 of ")
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 0)
+    assert generate.answers(model, tokenizer, prompts[:2], {2}, 8) == expected[:2]
+    assert sizes == [3, 1, 1, 1]
 
 
 def test_answers_are_the_same_where_memory_was_short(load_model, tokenizer, monkeypatch):

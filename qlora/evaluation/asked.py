@@ -27,16 +27,20 @@ _SIGNS: dict[str, Callable] = {
 
 @dataclass(frozen=True)
 class Asked:
-    """metrics: names of answer_metrics beside those that fit the references. extract: a regular expression, of which the group
-    (or the whole) of the last match is compared, or a Jinja template with {{ answer }}; for answers and references alike.
-    batch_size: of rows that go through the model together; None: BATCH_SIZE, fewer in lm-eval. forgetting: a file of rows that
-    were not trained on, or BUILT_IN. latency: measure the time of an answer's token. require: such as "exact_match>=0.8". max_forgetting: nats a token.
-    answers: a file that gets what else is kept in the run folder, see `evaluate`.
+    """What is asked of the answers to held-out rows:
 
-    Instead of the answers to held-out rows:
-    choices: a file of questions, see data.multiple_choice; by_text: score the text of each choice instead of its letter. tasks:
-    of lm-eval, whose further YAML files are in the folder include_path. shots: examples before each question; None: 0, or what
-    the task says. examples: the file of those; None: the run's training rows. chat: under the chat template.
+    metrics: names of answer_metrics beside those that fit the references. extract: a regular expression, of which the group
+    (or the whole) of the last match is compared, or a Jinja template with {{ answer }}; for answers and references alike.
+    forgetting: a file of rows that were not trained on, or BUILT_IN. latency: measure the time of an answer's token.
+    max_forgetting: nats a token.
+
+    Or instead of them:
+    choices: a file of questions, see data.multiple_choice; by_text: score the text of each choice, not its letter. tasks: of
+    lm-eval, which finds further ones in the folder include_path. shots: examples before each question; None: 0, or what the
+    task says. examples: the file of those; None: the run's training rows. chat: under the chat template.
+
+    And of all: batch_size: of rows that go through the model together; None: BATCH_SIZE, fewer in lm-eval. require: such as
+    "exact_match>=0.8". answers: a file that gets every answer.
 
     Raises:
         InputError: one of them means nothing.

@@ -6,6 +6,7 @@ Names of numbers are TASK.METRIC, and TASK.METRIC,FILTER where lm-eval has a fil
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import logging
 import math
@@ -18,7 +19,7 @@ import numpy as np
 from .. import base_model, methods
 from ..system import memory
 from ..system.errors import InputError
-from ..system.events import note
+from ..system.events import note, progress
 from . import intervals
 from .asked import Asked
 from .intervals import with_interval
@@ -89,7 +90,7 @@ def score(model, tokenizer, asked: Asked, max_rows=None, what="lm-eval") -> Task
         InputError: lm-eval is not installed, there is no such task, or what it needs cannot be had; says what lm-eval says.
     """
     lm_eval, tasks, huggingface = refuse_missing()
-    manager = tasks.TaskManager(include_path=asked.include_path)
+    manager = _manager(tasks, asked.include_path)
     names = []
     for name in asked.tasks:
         if not (found := manager.match_tasks([name])):
@@ -118,6 +119,13 @@ def score(model, tokenizer, asked: Asked, max_rows=None, what="lm-eval") -> Task
     with _warnings_counted():
         found = _where_it_fits(evaluated, asked.batch_size or (1 if model.device.type == "cpu" else _ON_A_GPU), names)
     return TaskScores(_numbers(found), found["samples"])
+
+
+@functools.cache
+def _manager(tasks, include_path):
+    """Return lm-eval's list of tasks, for which it reads 14,000 files."""
+    with progress("reading lm-eval's list of tasks"):
+        return tasks.TaskManager(include_path=include_path)
 
 
 def _where_it_fits(evaluated, batch_size, names):

@@ -58,12 +58,13 @@ def evaluate(target, data_file=None, overrides=(), max_rows=None, **asked) -> di
         lm_eval_tasks.refuse_missing()
     launched.refuse_several(f"qlora eval {target}")
     say_device()
+    questions = None if wanted.choices is None else choice_rows.prompted(target, overrides, wanted, max_rows)
     subject = open_subject(target, overrides)
     wanted.refuse_for(base_model.task_of(subject.model).HAS_CLASSES, subject.run is not None)
     if wanted.tasks:
         found = _of_tasks(subject, wanted, max_rows)
-    elif wanted.choices is not None:
-        found = _of_choices(subject, wanted, max_rows)
+    elif questions is not None:
+        found = _of_choices(subject, wanted, max_rows, *questions)
     else:
         found = _of_rows(subject, wanted, data_file, max_rows)
     found.result["data"]["command"] = _command(target, data_file, overrides, found.max_rows, wanted)
@@ -124,9 +125,8 @@ def _of_rows(subject, wanted, data_file, max_rows) -> _Found:
     return _Found(result, _answers(map(_asked, said), before, after), name, max_rows)
 
 
-def _of_choices(subject, wanted, max_rows) -> _Found:
-    """Return which choices of the questions in `wanted.choices` are likeliest."""
-    questions, of = choice_rows.prompted(subject, wanted, max_rows)
+def _of_choices(subject, wanted, max_rows, questions, of) -> _Found:
+    """Return which choices are likeliest of `questions`; of: what they are of, as choice_rows has it."""
     measure = (subject.model, subject.tokenizer, questions, wanted.chat, wanted.rows_together)
     before, after = _before_and_after(subject, functools.partial(choices.score, *measure), _CHOICES)
     result = _result(len(questions), before, after)

@@ -58,8 +58,8 @@ class Prompted:
 
 
 def ask(question: Question, examples: Sequence[Question], num_shots: int, by_text: bool) -> Prompted:
-    """Return the question as it is asked, after the first `num_shots` of `examples`: of its subject, where it has one, and other
-    than it. by_text: of the choices, not their letters.
+    """Return the question as it is asked, after the first `num_shots` of `examples`: of its subject, where both have one, and
+    other than it. by_text: of the choices, not their letters.
 
     Raises:
         InputError: there are fewer.
@@ -67,7 +67,8 @@ def ask(question: Question, examples: Sequence[Question], num_shots: int, by_tex
     fitting = [
         one
         for one in examples
-        if question.subject in (None, one.subject) and (one.text, one.choices) != (question.text, question.choices)
+        if (None in (one.subject, question.subject) or one.subject == question.subject)
+        and (one.text, one.choices) != (question.text, question.choices)
     ][:num_shots]
     if len(fitting) < num_shots:
         of = f" of the subject {question.subject!r}" if question.subject else ""

@@ -40,6 +40,7 @@ def test_examples_are_of_the_subject_and_never_the_question_itself():
     assert choices.ask(TWO, EXAMPLES, 0, False).shown == []
     plain = Question(9, "Which?", ("a", "b"), 0)
     assert len(choices.ask(plain, EXAMPLES, 4, False).shown) == 4
+    assert len(choices.ask(TWO, [plain], 1, False).shown) == 1  # which says of no subject
     with pytest.raises(
         InputError, match=r"--shots 3: there are 2 examples of the subject 'number_theory' for the .* line 1"
     ):

@@ -37,7 +37,7 @@ def _what(result):
     if "tasks" in of:
         return f"{rows} rows of lm-eval's {', '.join(of['tasks'])}"
     if "by_text" in of:
-        return f"{rows} questions with choices, {of['shots']} examples before each"
+        return f"{rows} questions with choices, {of['shots']} example{'s' * (of['shots'] != 1)} before each"
     classes = result.get("labels")
     return f"{rows} held-out rows, " + (f"{len(classes)} classes" if classes else f"{result['tokens']} answer tokens")
 

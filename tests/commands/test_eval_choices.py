@@ -4,10 +4,13 @@ import json
 
 import pytest
 
+import qlora
+from qlora import cli
 from qlora.commands.eval import evaluate
 from qlora.commands.train import train
 from qlora.data.sources import File
 from qlora.evaluation import answer_metrics
+from qlora.evaluation.asked import Asked
 from qlora.system.errors import InputError, ProofFailed
 from tests.conftest import write_jsonl
 
@@ -79,6 +82,19 @@ def test_a_model_alone_is_scored_and_its_answers_are_kept_where_asked(tiny_model
     rows = lines_of(answers)
     assert len(rows) == 12
     assert {"prompt", "choices", "expected", "after"} == rows[0].keys()
+
+
+def test_the_command_line_asks_the_same(monkeypatch):
+    asked = {}
+    monkeypatch.setattr(qlora, "evaluate", lambda *args, **more: asked.update(more) or {}, raising=False)
+    words = ["--lm-eval", "a, b", "--shots", "5", "--chat", "--include-path", "t", "--batch-size", "2"]
+    cli.app(["eval", "runs/x", *words], standalone_mode=False)
+    expected = Asked(tasks=["a", "b"], shots=5, chat=True, include_path="t", batch_size=2)
+    assert Asked(**asked | {"metrics": (), "require": ()}) == expected
+    cli.app(["eval", "x", "--choices", "f", "--by-text", "--shots", "1", "--examples", "g"], standalone_mode=False)
+    assert Asked(**asked) == Asked(choices="f", by_text=True, shots=1, examples="g", tasks=[])
+    with pytest.raises(InputError, match="--lm-eval: name a task"):
+        cli.app(["eval", "runs/x", "--lm-eval", ","], standalone_mode=False)
 
 
 def test_bad_questions_are_refused_and_nothing_is_written(tiny_model, tmp_path):

@@ -35,6 +35,24 @@ Json = Annotated[bool, typer.Option("--json", help="print the result as JSON to 
 Target = Annotated[str, typer.Argument(metavar="RUN|MODEL", help="a run folder, a model folder or a hub name")]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="longest answer, in tokens")]
 
+# of `qlora eval`, instead of answers to held-out rows
+Choices = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE", help="instead: which choices of these questions are likeliest (question, choices, answer)"
+    ),
+]
+ByText = Annotated[
+    bool, typer.Option("--by-text", help="with --choices: score the text of each choice, not its letter")
+]
+LmEval = Annotated[str | None, typer.Option(metavar="TASK[,TASK]", help="instead: tasks of lm-eval, by its own code")]
+IncludePath = Annotated[str | None, typer.Option(metavar="FOLDER", help="with --lm-eval: a folder of further tasks")]
+Shots = Annotated[int | None, typer.Option(min=0, help="with --choices or --lm-eval: examples before each question")]
+Examples = Annotated[
+    str | None, typer.Option(metavar="FILE", help="with --choices: those examples; default: the run's training rows")
+]
+AskedInChat = Annotated[bool, typer.Option("--chat", help="with --choices or --lm-eval: ask under the chat template")]
+
 
 def _load(recipe, overrides):
     """Return the Recipe of a verb that takes one; what is wrong with it is said before anything heavy is imported."""
@@ -170,31 +188,13 @@ def evaluate(
         typer.Option(metavar="FILE|built-in", help="measure how much loss rose on text that was not trained on"),
     ] = None,
     latency: Annotated[bool, typer.Option("--latency", help="measure the time of an answer's token")] = False,
-    choices: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE", help="instead: which choices of these questions are likeliest (question, choices, answer)"
-        ),
-    ] = None,
-    by_text: Annotated[
-        bool, typer.Option("--by-text", help="with --choices: score the text of each choice, not its letter")
-    ] = False,
-    lm_eval: Annotated[
-        str | None, typer.Option(metavar="TASK[,TASK]", help="instead: tasks of lm-eval, by its own code")
-    ] = None,
-    include_path: Annotated[
-        str | None, typer.Option(metavar="FOLDER", help="with --lm-eval: a folder of further tasks")
-    ] = None,
-    shots: Annotated[
-        int | None, typer.Option(min=0, help="with --choices or --lm-eval: examples before each question")
-    ] = None,
-    examples: Annotated[
-        str | None,
-        typer.Option(metavar="FILE", help="with --choices: those examples; default: the run's training rows"),
-    ] = None,
-    chat: Annotated[
-        bool, typer.Option("--chat", help="with --choices or --lm-eval: ask under the chat template")
-    ] = False,
+    choices: Choices = None,
+    by_text: ByText = False,
+    lm_eval: LmEval = None,
+    include_path: IncludePath = None,
+    shots: Shots = None,
+    examples: Examples = None,
+    chat: AskedInChat = False,
     answers: Annotated[
         str | None, typer.Option(metavar="FILE", help="write every answer to this file too, as JSON Lines")
     ] = None,

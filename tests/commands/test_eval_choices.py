@@ -9,7 +9,7 @@ from qlora import cli
 from qlora.commands.eval import evaluate
 from qlora.commands.train import train
 from qlora.data.sources import File
-from qlora.evaluation import answer_metrics
+from qlora.evaluation import answer_metrics, intervals
 from qlora.evaluation.asked import Asked
 from qlora.system.errors import InputError, ProofFailed
 from tests.conftest import write_jsonl
@@ -104,9 +104,10 @@ def test_bad_questions_are_refused_and_nothing_is_written(tiny_model, tmp_path):
     assert not (tmp_path / "answers.jsonl").exists()
 
 
-def test_metrics_of_libraries_are_measured_row_by_row_with_intervals(make_recipe, unplanned, tmp_path):
+def test_metrics_of_libraries_are_measured_row_by_row_with_intervals(make_recipe, unplanned, tmp_path, monkeypatch):
     for module in ("sacrebleu", "rouge_score"):
         pytest.importorskip(module, reason="the extra `eval` is not installed")
+    monkeypatch.setattr(intervals, "RESAMPLES", 100)  # 2,000 are 5 s
     run = train(make_recipe())
     names = ["rougeL", "bleu", "chrf"]
     found = evaluate(run.path, metrics=names, require=["rougeL<=1"])

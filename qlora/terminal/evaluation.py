@@ -44,11 +44,11 @@ def _what(result):
 
 def _row(name, result):
     """Return a line of the table: before and after with the change, or the number, and the interval of that."""
-    is_share = name in result["metrics"] and "tasks" not in result["data"]  # lm-eval has numbers of all kinds
-    form, signed = (".1%", "+.1%") if is_share else (".4f", "+.4f")
+    of_task = "tasks" in result["data"]  # lm-eval has numbers of all kinds, and `--require` takes its names
+    form, signed = (".1%", "+.1%") if name in result["metrics"] and not of_task else (".4f", "+.4f")
     columns = [result["before"], result] if "before" in result else [result]
     values = [column[name] if name in _OF_LOSS else column["metrics"][name]["value"] for column in columns]
-    line = [name.replace("_", " "), *(format(value, form) for value in values)]
+    line = [name if of_task else name.replace("_", " "), *(format(value, form) for value in values)]
     if "before" in result:
         change = result["change"][name]
         return [*line, format(change["value"], signed), _interval(change["low"], change["high"], signed)]

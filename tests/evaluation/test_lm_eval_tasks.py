@@ -12,7 +12,8 @@ from qlora.data import multiple_choice
 from qlora.evaluation import choices, likelihood, lm_eval_tasks
 from qlora.evaluation.asked import Asked
 from qlora.jobs.opened_model import open_subject
-from qlora.system.errors import InputError
+from qlora.system.errors import InputError, ProofFailed
+from qlora.terminal import evaluation
 from tests.conftest import write_jsonl
 
 THERE = importlib.util.find_spec("lm_eval") is not None
@@ -174,6 +175,14 @@ def scores(values):
         }
     }
     return lm_eval_tasks.TaskScores(lm_eval_tasks._numbers({"results": results, "samples": samples}), samples)
+
+
+def test_names_of_tasks_are_shown_as_they_can_be_required():
+    metrics = {"own_words.ppl": {"value": 30.0, "low": None, "high": None}}
+    result = {"rows": 1, "data": {"tasks": ["own_words"]}, "metrics": metrics}
+    assert evaluation._row("own_words.ppl", result) == ["own_words.ppl", "30.0000", ""]
+    with pytest.raises(ProofFailed, match=r"own_words\.ppl is 30\.0000, required is < 20"):
+        Asked(tasks=["own_words"], require=["own_words.ppl<20"]).check(result)
 
 
 def test_rows_of_lm_eval_are_paired():

@@ -35,6 +35,24 @@ Json = Annotated[bool, typer.Option("--json", help="print the result as JSON to 
 Target = Annotated[str, typer.Argument(metavar="RUN|MODEL", help="a run folder, a model folder or a hub name")]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="longest answer, in tokens")]
 
+# of `qlora eval`, instead of answers to held-out rows
+Choices = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE", help="instead: which choices of these questions are likeliest (question, choices, answer)"
+    ),
+]
+ByText = Annotated[
+    bool, typer.Option("--by-text", help="with --choices: score the text of each choice, not its letter")
+]
+LmEval = Annotated[str | None, typer.Option(metavar="TASK[,TASK]", help="instead: tasks of lm-eval, by its own code")]
+IncludePath = Annotated[str | None, typer.Option(metavar="FOLDER", help="with --lm-eval: a folder of further tasks")]
+Shots = Annotated[int | None, typer.Option(min=0, help="with --choices or --lm-eval: examples before each question")]
+Examples = Annotated[
+    str | None, typer.Option(metavar="FILE", help="with --choices: those examples; default: the run's training rows")
+]
+AskedInChat = Annotated[bool, typer.Option("--chat", help="with --choices or --lm-eval: ask under the chat template")]
+
 
 def _load(recipe, overrides):
     """Return the Recipe of a verb that takes one; what is wrong with it is said before anything heavy is imported."""
@@ -153,20 +171,33 @@ def evaluate(
     ] = None,
     max_rows: Annotated[
         int | None,
-        typer.Option(min=1, help="use the first N rows; default: 100, of a model that answers with classes all"),
+        typer.Option(min=1, help="use the first N rows; default: 100 where answers are generated, else all"),
     ] = None,
     metric: Annotated[
-        list[str] | None, typer.Option(help="a further metric of the answers, such as macro_f1; may be repeated")
+        list[str] | None,
+        typer.Option(help="a further metric of the answers: macro_f1, rougeL, bleu, chrf; may be repeated"),
     ] = None,
     extract: Annotated[
         str | None, typer.Option(help="compare this part of answers: a regular expression, or Jinja with {{ answer }}")
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="answers that are made together; fewer take less memory")] = 25,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="rows that are computed together; fewer take less memory; default: 25")
+    ] = None,
     forgetting: Annotated[
         str | None,
         typer.Option(metavar="FILE|built-in", help="measure how much loss rose on text that was not trained on"),
     ] = None,
     latency: Annotated[bool, typer.Option("--latency", help="measure the time of an answer's token")] = False,
+    choices: Choices = None,
+    by_text: ByText = False,
+    lm_eval: LmEval = None,
+    include_path: IncludePath = None,
+    shots: Shots = None,
+    examples: Examples = None,
+    chat: AskedInChat = False,
+    answers: Annotated[
+        str | None, typer.Option(metavar="FILE", help="write every answer to this file too, as JSON Lines")
+    ] = None,
     require: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME>=NUMBER", help="exit with code 4 unless it is so; may be repeated"),
@@ -177,13 +208,13 @@ def evaluate(
     as_json: Json = False,
 ):
     """Measure loss, and right answers or classes, on held-out rows; for a run, before and after training."""
-    asked: dict[str, Any] = {
-        "metrics": metric or (),
-        "extract": extract,
-        "batch_size": batch_size,
-        "forgetting": forgetting,
-    }
-    asked |= {"latency": latency, "require": require or (), "max_forgetting": max_forgetting}
+    tasks = [name.strip() for name in (lm_eval or "").split(",") if name.strip()]
+    if lm_eval is not None and not tasks:
+        raise InputError("--lm-eval: name a task, such as --lm-eval arc_easy")
+    asked: dict[str, Any] = {"metrics": metric or (), "extract": extract, "batch_size": batch_size}
+    asked |= {"forgetting": forgetting, "latency": latency, "require": require or (), "max_forgetting": max_forgetting}
+    asked |= {"choices": choices, "by_text": by_text, "tasks": tasks, "include_path": include_path, "shots": shots}
+    asked |= {"examples": examples, "chat": chat, "answers": answers}
     _run("evaluate", as_json, target, data, overrides or (), max_rows, **asked)
 
 

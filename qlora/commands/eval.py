@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.metadata
 import json
+import re
 import shlex
+from dataclasses import dataclass
 from pathlib import Path
 
 from .. import base_model, data, methods
 from ..data import masked_examples
-from ..evaluation import answer_metrics, latency, scores
-from ..evaluation.asked import BATCH_SIZE, BUILT_IN, Asked
-from ..jobs import class_scores
+from ..evaluation import answer_metrics, choices, latency, lm_eval_tasks, scores
+from ..evaluation.asked import BUILT_IN, Asked
+from ..evaluation.scores import PERPLEXITY
+from ..jobs import choice_rows, class_scores
 from ..jobs.eval_rows import general_rows, held_out_rows, held_out_rows_name
 from ..jobs.opened_model import open_subject
 from ..system import launched
@@ -28,29 +32,69 @@ MAX_ROWS = 100  # of the run's own score, where answers are words: a class is on
 
 @shown()
 def evaluate(target, data_file=None, overrides=(), max_rows=None, **asked) -> dict:
-    """Return {"loss", "loss_interval", "perplexity", "tokens", "rows", "metrics", "before", "change", "data"} of a run or a
-    model on held-out rows; with `forgetting` or `latency` those too.
+    """Return {"loss", "perplexity", "bits_per_byte", each with "NAME_interval", "tokens", "rows", "metrics", "before", "change",
+    "data"} of a run or a model on held-out rows; with `forgetting` or `latency` those too.
 
     target: a run folder, a model folder or a hub name. data_file: rows to use; by default those that the run has held out,
-    which it knows by their content. max_rows: the first of them; None: 100, of a model that answers with classes all. asked: of
+    which it knows by their content. max_rows: the first of them; None: 100 where answers are generated, else all. asked: of
     evaluation.asked.Asked. For a run, "before" has the same keys for its base without the adapter, "change" what differs; the
-    run's own score is written to eval.json and its answers to answers.jsonl; those of a `data_file`, or of another number of
-    rows, into evals/. "data": what it is of.
+    run's own score is written to eval.json and its answers to answers.jsonl; those of a `data_file`, of another number of
+    rows, of `choices` or of lm-eval's `tasks`, into evals/. "data": what it is of.
     Loss is in nats a trained token; metrics are {"value", "low", "high"} of greedy answers: `exact_match`, and `json_fields`
     where every reference is a JSON object. Of classes the loss is in nats a row, metrics are `accuracy` and `macro_f1`, and
     there are "labels", "per_class", "confusion" and, of a run, "majority": always the most frequent class; "before" is the base
-    under a new head, which guesses. Intervals are of 95 %, over rows.
+    under a new head, which guesses. Of choices metrics are `acc` and `acc_norm`; of tasks there is no loss, and metrics are
+    `TASK.METRIC`. Intervals are of 95 %, over rows.
 
     Raises:
         InputError: no such target, no rows to evaluate on, or held-out rows that are no longer in their file.
+        DoesNotFit: there is no memory for one row by itself.
         ProofFailed: what is required was not met; the result is written all the same.
     """
     wanted = Asked(**asked)
+    if data_file is not None and (wanted.choices is not None or wanted.tasks):
+        raise InputError("--data is for rows of your own, not for --choices or --lm-eval; leave it out")
+    if wanted.tasks:
+        lm_eval_tasks.refuse_missing()
     launched.refuse_several(f"qlora eval {target}")
     say_device()
+    questions = None if wanted.choices is None else choice_rows.prompted(target, overrides, wanted, max_rows)
     subject = open_subject(target, overrides)
+    wanted.refuse_for(base_model.task_of(subject.model).HAS_CLASSES, subject.run is not None)
+    if wanted.tasks:
+        found = _of_tasks(subject, wanted, max_rows)
+    elif questions is not None:
+        found = _of_choices(subject, wanted, max_rows, *questions)
+    else:
+        found = _of_rows(subject, wanted, data_file, max_rows)
+    found.result["data"]["command"] = _command(target, data_file, overrides, found.max_rows, wanted)
+    kept = None if subject.run is None else _write(subject.run, found)
+    if wanted.answers is not None:
+        kept = Path(wanted.answers)
+        write_text(kept, found.text)
+    show_result(target, found.result, kept)
+    wanted.check(found.result)
+    return found.result
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What was measured. rows: a JSON object each, with its answers. name: in evals/; None: the run's own score. max_rows: None
+    for as many as usual."""
+
+    result: dict
+    rows: list
+    name: str | None
+    max_rows: int | None
+
+    @property
+    def text(self):
+        return "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in self.rows)
+
+
+def _of_rows(subject, wanted, data_file, max_rows) -> _Found:
+    """Return the loss and the answers, in words or classes, on the run's held-out rows or those of `data_file`."""
     has_classes = base_model.task_of(subject.model).HAS_CLASSES
-    wanted.refuse_for(has_classes, subject.run is not None)
     usual = None if has_classes else MAX_ROWS
     max_rows = usual if max_rows is None else max_rows
     all_rows = held_out_rows(subject, data_file)
@@ -67,27 +111,63 @@ def evaluate(target, data_file=None, overrides=(), max_rows=None, **asked) -> di
     else:
         of = (subject.model, subject.tokenizer, subject.stops, rows, said, wanted)
         before, after = _before_and_after(subject, functools.partial(scores.score, *of), _WORDS)
-    result = {"rows": len(said), **after.to_json()}
-    if before is not None:
-        result |= {"before": before.to_json(), "change": after.since(before)}
+    result = _result(len(said), before, after)
     result |= class_scores.details(subject, rows, after) if has_classes else _beside(subject, said, wanted)
+    files = [{"path": str(part.path), "sha256": part.digest} for part in rows.parts]
     result["data"] = {
-        "files": [{"path": str(part.path), "sha256": part.digest} for part in rows.parts],
+        "files": files,
         "held_out": data_file is None,
         "rows": len(said),
         "rows_in_all": len(all_rows.one_each()),
-        "command": _command(target, data_file, overrides, None if max_rows == usual else max_rows, wanted),
     }
-    if subject.run is not None:
-        _write(subject.run, result, None if max_rows == usual else max_rows, _answers(said, before, after))
-    show_result(target, result)
-    wanted.check(result)
-    return result
+    max_rows = None if max_rows == usual else max_rows
+    name = held_out_rows_name(max_rows) if data_file is None else _name(files[0], max_rows)
+    return _Found(result, _answers(map(_asked, said), before, after), name, max_rows)
+
+
+def _of_choices(subject, wanted, max_rows, questions, of) -> _Found:
+    """Return which choices are likeliest of `questions`; of: what they are of, as choice_rows has it."""
+    measure = (subject.model, subject.tokenizer, questions, wanted.chat, wanted.rows_together)
+    before, after = _before_and_after(subject, functools.partial(choices.score, *measure), _CHOICES)
+    result = _result(len(questions), before, after)
+    result["data"] = of | {"held_out": False, "by_text": wanted.by_text, "chat": wanted.chat}
+    words = [f"{of['shots']}-shots"] * (of["shots"] > 0) + ["by-text"] * wanted.by_text + ["chat"] * wanted.chat
+    rows = ({"prompt": one.messages if wanted.chat else one.text, "choices": [*one.choices]} for one in questions)
+    name = _name(of["files"][0], max_rows, *words)
+    return _Found(result, _answers(rows, before, after), name, max_rows)
+
+
+def _of_tasks(subject, wanted, max_rows) -> _Found:
+    """Return what lm-eval measures on its own tasks."""
+    measure = functools.partial(lm_eval_tasks.score, subject.model, subject.tokenizer, wanted, max_rows)
+    before, after = _before_and_after(subject, measure, _CHOICES)
+    result = _result(after.num_rows, before, after)
+    version = importlib.metadata.version("lm-eval")
+    result["data"] = {"tasks": [*wanted.tasks], "lm_eval": version, "held_out": False, "files": []}
+    result["data"] |= {"rows": after.num_rows, "shots": wanted.shots, "chat": wanted.chat}
+    words = [f"{wanted.shots}-shots"] * (wanted.shots is not None) + ["chat"] * wanted.chat
+    name = _joined(f"lm-eval-{'+'.join(wanted.tasks)}"[:100], max_rows, *words)
+    return _Found(result, after.rows(before), re.sub(r"[^\w.+-]", "_", name), max_rows)
+
+
+def _result(num_rows, before, after):
+    result = {"rows": num_rows, **after.to_json()}
+    return result if before is None else result | {"before": before.to_json(), "change": after.since(before)}
+
+
+def _name(file, max_rows, *words):
+    """Return the name in evals/ of a score on a file, {"path", "sha256"}."""
+    return _joined(f"{Path(file['path']).stem}-{file['sha256'][:8]}", max_rows, *words)
+
+
+def _joined(name, max_rows, *words):
+    return "-".join([name, *words, *([] if max_rows is None else [f"{max_rows}-rows"])])
 
 
 # what is going on with the adapter, and without it
 _WORDS = ("answering", "answering without the adapter")
 _CLASSES = ("classifying", "classifying with the base under a new head")
+_CHOICES = ("scoring", "scoring without the adapter")
 
 
 def _before_and_after(subject, measure, words):
@@ -122,36 +202,34 @@ def _asked(said):
     return {name: value for name in ("text", "pair", "image") if (value := getattr(said, name, None)) is not None}
 
 
-def _answers(said, before, after):
-    """Return a JSON object for each row: what it asks, what was expected and answered, and the parts of the metrics."""
+def _answers(rows, before, after):
+    """Return a JSON object for each of `rows`, objects that say what is asked: with what was expected and answered, and the
+    parts of the metrics."""
     found = []
-    for number, one in enumerate(map(_asked, said)):
+    for number, one in enumerate(rows):
         if after.answers:
             one["expected"] = after.references[number]
         for name, score in (("before", before), ("after", after)):
             if score is not None:
                 one[name] = {"answer": score.answers[number]} if score.answers else {}
-                one[name]["loss"] = score.loss_N2[number].tolist()
+                one[name] |= {
+                    key: parts[number].tolist() for key, (_, parts) in score.of_loss().items() if key != PERPLEXITY
+                }
                 one[name] |= {key: answer_metrics.to_json(parts[number]) for key, parts in score.parts.items()}
         found.append(one)
     return found
 
 
-def _write(run, result, max_rows, answers):
-    """Write the run's own score to eval.json and its answers to answers.jsonl, others into evals/ under a name of their own.
-    max_rows: None for as many as the run's own score has."""
-    measured, name = result["data"], None
-    if not measured["held_out"]:
-        first = measured["files"][0]
-        name = f"{Path(first['path']).stem}-{first['sha256'][:8]}"
-    if max_rows is not None:
-        name = held_out_rows_name(max_rows) if name is None else f"{name}-{max_rows}-rows"
-    place, beside = run.score_files(name)
+def _write(run, found):
+    """Write the run's own score to eval.json and its answers to answers.jsonl, others into evals/ under their name; return where
+    the answers are."""
+    place, beside = run.score_files(found.name)
     place.parent.mkdir(exist_ok=True)
     with contextlib.suppress(FileNotFoundError):
         place.unlink()  # never a score beside answers of another
-    write_text(beside, "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in answers))
-    write_json(place, result)
+    write_text(beside, found.text)
+    write_json(place, found.result)
+    return beside
 
 
 def _command(target, data_file, overrides, max_rows, wanted):
@@ -159,7 +237,10 @@ def _command(target, data_file, overrides, max_rows, wanted):
     options += [] if max_rows is None else ["--max-rows", str(max_rows)]
     options += [part for name in wanted.metrics for part in ("--metric", name)]
     options += [] if wanted.extract is None else ["--extract", wanted.extract]
-    options += [] if wanted.batch_size == BATCH_SIZE else ["--batch-size", str(wanted.batch_size)]
-    options += [] if wanted.forgetting is None else ["--forgetting", str(wanted.forgetting)]
     options += ["--latency"] if wanted.latency else []
+    options += ["--lm-eval", ",".join(wanted.tasks)] if wanted.tasks else []
+    named = {"--forgetting": wanted.forgetting, "--choices": wanted.choices, "--include-path": wanted.include_path}
+    named |= {"--shots": wanted.shots, "--examples": wanted.examples, "--batch-size": wanted.batch_size}
+    options += [part for name, value in named.items() if value is not None for part in (name, str(value))]
+    options += ["--by-text"] * wanted.by_text + ["--chat"] * wanted.chat
     return shlex.join(["qlora", "eval", str(target), *overrides, *options])

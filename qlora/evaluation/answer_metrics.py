@@ -6,11 +6,12 @@ row(answer, reference)  a tuple of numbers of one row, its parts
 value(sums)             the metric, from the sums of the parts over rows
 
 `fitting` makes those that suit the references without being asked, `named` one that is asked for. A new metric is a class here
-and a line in _BY_NAME. Intervals are in intervals.py.
+and a line in _BY_NAME. Those of libraries are in text_overlap.py, intervals in intervals.py.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -18,6 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ..system.errors import InputError
+from . import text_overlap
 
 
 class AnswerMetric(Protocol):
@@ -95,11 +97,18 @@ def named(name: str, references: Sequence[str]) -> AnswerMetric:
     return _BY_NAME[name](references)
 
 
+def _rouge(name, references):
+    return text_overlap.Rouge(name)
+
+
 _BY_NAME: dict[str, Callable[[Sequence[str]], AnswerMetric]] = {
     "exact_match": lambda references: ExactMatch(),
     "json_fields": lambda references: JsonFields(),
     "macro_f1": MacroF1,
     "accuracy": lambda references: ExactMatch(),  # of classes, which are their names
+    "bleu": lambda references: text_overlap.Corpus("BLEU"),
+    "chrf": lambda references: text_overlap.Corpus("CHRF"),
+    **{name: functools.partial(_rouge, name) for name in text_overlap.ROUGES},
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ BUILT_IN = "built-in"
 GENERAL_TEXT = Path(__file__).with_name("general_text.jsonl")
 BATCH_SIZE = 25
 
-_REQUIREMENT = re.compile(r"\s*([a-z][a-z0-9_]*)\s*(>=|<=|>|<)\s*(\S+)\s*")
+_REQUIREMENT = re.compile(r"\s*([A-Za-z][A-Za-z0-9_.,/:-]*)\s*(>=|<=|>|<)\s*(\S+)\s*")
 _SIGNS: dict[str, Callable] = {
     ">=": lambda value, limit: value >= limit,
     "<=": lambda value, limit: value <= limit,
@@ -26,10 +27,20 @@ _SIGNS: dict[str, Callable] = {
 
 @dataclass(frozen=True)
 class Asked:
-    """metrics: names of answer_metrics beside those that fit the references. extract: a regular expression, of which the group
+    """What is asked of the answers to held-out rows:
+
+    metrics: names of answer_metrics beside those that fit the references. extract: a regular expression, of which the group
     (or the whole) of the last match is compared, or a Jinja template with {{ answer }}; for answers and references alike.
-    batch_size: of answers that are made together. forgetting: a file of rows that were not trained on, or BUILT_IN. latency:
-    measure the time of an answer's token. require: such as "exact_match>=0.8". max_forgetting: nats a token.
+    forgetting: a file of rows that were not trained on, or BUILT_IN. latency: measure the time of an answer's token.
+    max_forgetting: nats a token.
+
+    Or instead of them:
+    choices: a file of questions, see data.multiple_choice; by_text: score the text of each choice, not its letter. tasks: of
+    lm-eval, which finds further ones in the folder include_path. shots: examples before each question; None: 0, or what the
+    task says. examples: the file of those; None: the run's training rows. chat: under the chat template.
+
+    And of all: batch_size: of rows that go through the model together; None: BATCH_SIZE, fewer in lm-eval. require: such as
+    "exact_match>=0.8". answers: a file that gets every answer.
 
     Raises:
         InputError: one of them means nothing.
@@ -37,11 +48,19 @@ class Asked:
 
     metrics: Sequence[str] = ()
     extract: str | None = None
-    batch_size: int = BATCH_SIZE
+    batch_size: int | None = None
     forgetting: str | None = None
     latency: bool = False
     require: Sequence[str] = ()
     max_forgetting: float | None = None
+    answers: str | None = None
+    choices: str | None = None
+    by_text: bool = False
+    tasks: Sequence[str] = ()
+    include_path: str | None = None
+    shots: int | None = None
+    examples: str | None = None
+    chat: bool = False
 
     def __post_init__(self):
         for name in self.metrics:
@@ -49,10 +68,45 @@ class Asked:
         _ = self.cut
         for text in self.require:
             _parsed(text)
-        if self.batch_size < 1:
+        if self.batch_size is not None and self.batch_size < 1:
             raise InputError(f"batch_size {self.batch_size}: at least 1")
         if self.max_forgetting is not None and not self.max_forgetting >= 0:
             raise InputError(f"max_forgetting {self.max_forgetting}: a number of nats a token from 0, such as 0.05")
+        if self.shots is not None and self.shots < 0:
+            raise InputError(f"shots {self.shots}: at least 0")
+        if self.choices is not None and self.tasks:
+            raise InputError("--choices and --lm-eval are scores of their own; ask for one of them")
+        self._refuse_without()
+        if self.answers is not None and not Path(self.answers).absolute().parent.is_dir():
+            raise InputError(f"--answers {self.answers}: there is no folder {Path(self.answers).parent}")
+
+    def _refuse_without(self):
+        """Raise InputError for an option that has no effect without another, or beside it."""
+        choices, tasks = self.choices is not None, bool(self.tasks)
+        needs = {
+            "--by-text": (self.by_text, choices, "--choices FILE"),
+            "--examples": (self.examples is not None, choices, "--choices FILE"),
+            "--include-path": (self.include_path is not None, tasks, "--lm-eval TASK"),
+            "--shots": (self.shots is not None, choices or tasks, "--choices FILE or --lm-eval TASK"),
+            "--chat": (self.chat, choices or tasks, "--choices FILE or --lm-eval TASK"),
+        }
+        for option, (asked, there, other) in needs.items():
+            if asked and not there:
+                raise InputError(f"{option} is for {other}; give that too, or leave it out")
+        if (choices or tasks) and (useless := [option for option, asked in self._of_words().items() if asked]):
+            other = "--choices" if choices else "--lm-eval"
+            raise InputError(f"{useless[0]} is for answers to rows of your own; leave it out with {other}")
+        if self.examples is not None and not self.shots:
+            raise InputError("--examples FILE: give --shots too, how many of them stand before each question")
+
+    def _of_words(self):
+        """Return {option: whether it is asked for} of those that are for generated answers."""
+        forgetting = {"--forgetting": self.forgetting, "--max-forgetting": self.max_forgetting is not None}
+        return {"--metric": self.metrics, "--extract": self.extract, "--latency": self.latency} | forgetting
+
+    @property
+    def rows_together(self) -> int:
+        return self.batch_size or BATCH_SIZE
 
     @property
     def general_text(self) -> str | None:
@@ -65,16 +119,15 @@ class Asked:
         """What makes of an answer the part that is compared; None where that is all of it."""
         if self.extract is None:
             return None
-        return _template(self.extract) if "{{" in self.extract else _expression(self.extract)
+        return _template(self.extract) if re.search(r"{[{%]", self.extract) else _expression(self.extract)
 
     def refuse_for(self, has_classes: bool, is_run: bool):
         """Raise InputError where something is asked that only answers in words have, and the model `has_classes`; or what only a
         run has, which knows its base."""
         if self.max_forgetting is not None and not is_run:
             raise InputError("--max-forgetting is for a run: a model by itself has no loss before its training")
-        words = {"--metric": self.metrics, "--extract": self.extract, "--latency": self.latency}
-        words |= {"--forgetting": self.forgetting, "--max-forgetting": self.max_forgetting is not None}
-        for option, asked in words.items():
+        of_words = {"--choices": self.choices is not None, "--lm-eval": self.tasks, **self._of_words()}
+        for option, asked in of_words.items():
             if has_classes and asked:
                 raise InputError(f"{option} is for answers in words, and this model answers with classes; leave it out")
 
@@ -101,7 +154,7 @@ class Asked:
 
 def values_of(result: dict) -> dict[str, float]:
     """Return {name: number} of what a result of `evaluate` has measured, "forgetting" too where it has."""
-    found = {name: result[name] for name in ("loss", "perplexity") if name in result}
+    found = {name: result[name] for name in ("loss", "perplexity", "bits_per_byte") if name in result}
     found |= {name: metric["value"] for name, metric in result["metrics"].items()}
     forgetting = result.get("forgetting", {})
     return found | ({"forgetting": forgetting["value"]} if "value" in forgetting else {})
@@ -135,12 +188,27 @@ def _expression(pattern):
 
 
 def _template(source):
-    from jinja2 import TemplateError
+    from jinja2 import TemplateError, UndefinedError, meta
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+    environment = ImmutableSandboxedEnvironment()
     try:
-        template = ImmutableSandboxedEnvironment().from_string(source)
-        template.render(answer="")
+        unknown = meta.find_undeclared_variables(environment.parse(source)) - {"answer"}
+        template = environment.from_string(source)
+        with contextlib.suppress(UndefinedError, *_NOTHING_THERE):  # "" need not have what answers have
+            template.render(answer="")
     except TemplateError as error:
         raise InputError(f"--extract {source!r}: not a Jinja template of `answer`: {error}") from None
-    return lambda text: template.render(answer=text).strip()
+    if unknown:
+        raise InputError(f"--extract {source!r}: there is only `answer`, no {', '.join(sorted(unknown))}")
+
+    def cut(text):
+        try:
+            return template.render(answer=text).strip()
+        except (TemplateError, *_NOTHING_THERE):
+            return ""
+
+    return cut
+
+
+_NOTHING_THERE = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError)

@@ -2,44 +2,61 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 
 from .. import base_model, methods
 from ..system.errors import InputError, Interrupted
-from ..system.events import progress
+from ..system.events import note, progress
 from .asked import BATCH_SIZE
+from .batches import in_batches, room_for
 
 
 def answers(model, tokenizer, prompts, stops, max_new_tokens, batch_size=BATCH_SIZE, what="answering"):
     """Return the answer text to each prompt (lists of token ids), decoded greedily, in the order given.
 
-    Prompts of like length share a batch (padded on the left), whatever their order. what: the progress is of.
-    stops: ids that end an answer; not part of the text. Answers end at the model's last position.
+    Prompts of like length share a batch (padded on the left), whatever their order; where memory runs out, fewer do. what: the
+    progress is of. stops: ids that end an answer; not part of the text. Answers end at the model's last position.
 
     Raises:
         InputError: a prompt fills all positions of the model.
+        DoesNotFit: there is no memory for one answer by itself.
     """
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     limits = [limit_of(model, prompt, max_new_tokens) for prompt in prompts]
     texts = [""] * len(prompts)
+    batch_size = _fitting(model, max(map(len, prompts), default=1) + max_new_tokens, batch_size)
     with progress(what, len(prompts), "rows") as advance:
-        while order:
-            # near the model's last position: each by itself
-            batch = order[:batch_size] if limits[order[0]] == max_new_tokens else order[:1]
-            batch = [index for index in batch if limits[index] == limits[batch[0]]]
-            del order[: len(batch)]
-            longest = max(len(prompts[index]) for index in batch)
-            pads = [longest - len(prompts[index]) for index in batch]
+
+        def answer(some):
+            longest = max(len(prompts[index]) for index in some)
+            pads = [longest - len(prompts[index]) for index in some]
             rows = [
-                [tokenizer.pad_token_id] * pad + list(prompts[index]) for pad, index in zip(pads, batch, strict=True)
+                [tokenizer.pad_token_id] * pad + list(prompts[index]) for pad, index in zip(pads, some, strict=True)
             ]
             ids = torch.tensor(rows, device=model.device)
             mask = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in pads], device=model.device)
-            output = _generate(model, tokenizer, ids, mask, stops, limits[batch[0]])
-            for index, row in zip(batch, output[:, longest:].tolist(), strict=True):
+            output = _generate(model, tokenizer, ids, mask, stops, limits[some[0]])
+            for index, row in zip(some, output[:, longest:].tolist(), strict=True):
                 texts[index] = tokenizer.decode(_until_stop(row, stops), skip_special_tokens=True)
-            advance(len(batch))
+            advance(len(some))
+
+        for _, alike in itertools.groupby(
+            order, key=limits.__getitem__
+        ):  # near the last position each length has its own
+            batch_size = in_batches(answer, list(alike), batch_size)
     return texts
+
+
+def _fitting(model, num_tokens, batch_size):
+    room = room_for(model, num_tokens)
+    if room is None or room >= batch_size:
+        return batch_size
+    note(
+        f"{room} answers at a time, as with --batch-size {room}: there is no memory for {batch_size} of {num_tokens:,} tokens"
+    )
+    return room
 
 
 def limit_of(model, prompt, max_new_tokens):

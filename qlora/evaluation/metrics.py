@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from ..data import IGNORE_INDEX
+from ..system.events import progress
 
 # B batch, T tokens, V vocab, N positions of all rows, P of one piece
 
@@ -23,12 +24,14 @@ def perplexity(loss):
 def losses(model, examples):
     """Return [(summed cross entropy in nats, trained tokens)] of each example, one at a time in float32."""
     found = []
-    for example in examples:
-        labels = torch.tensor(example.labels[1:], device=model.device)
-        columns = (labels != IGNORE_INDEX).nonzero().flatten()
-        ids = torch.tensor([example.input_ids], device=model.device)
-        logits_TV = model(input_ids=ids, use_cache=False, logits_to_keep=columns).logits[0].float()
-        found.append((F.cross_entropy(logits_TV, labels[columns], reduction="sum").item(), len(columns)))
+    with progress("measuring the loss", len(examples), "rows") as advance:
+        for example in examples:
+            labels = torch.tensor(example.labels[1:], device=model.device)
+            columns = (labels != IGNORE_INDEX).nonzero().flatten()
+            ids = torch.tensor([example.input_ids], device=model.device)
+            logits_TV = model(input_ids=ids, use_cache=False, logits_to_keep=columns).logits[0].float()
+            found.append((F.cross_entropy(logits_TV, labels[columns], reduction="sum").item(), len(columns)))
+            advance(1)
     return found
 
 
@@ -36,15 +39,29 @@ def losses(model, examples):
 def log_probabilities(model, examples, columns):
     """Return, for each of `examples`, log softmax of the next-token logits after its positions `columns` (a range).
 
-    (T, V) float32 on the CPU each, all from one forward pass: shorter rows are padded on the right, where a causal model
-    does not look, and only the wanted positions reach the head.
+    (T, V) float32 on the CPU each, all from one forward pass.
     """
-    lengths = [len(example.input_ids) for example in examples]
-    ids_BT = torch.zeros(len(examples), max(lengths), dtype=torch.long)
+    found = []
+    for logits_TV in logits(model, [example.input_ids for example in examples], columns):
+        for piece_PV in logits_TV.split(POSITIONS_AT_ONCE):  # in place: there is no larger tensor
+            piece_PV.copy_(F.log_softmax(piece_PV, -1))
+        found.append(logits_TV.cpu())
+    return found
+
+
+@torch.no_grad()
+def logits(model, rows, columns):
+    """Return the next-token logits after the positions `columns` (a range each) of `rows` (token ids): (T, V) float32 each.
+
+    One forward pass: shorter rows are padded on the right, where a causal model does not look, and only the wanted positions
+    reach the head.
+    """
+    lengths = [len(row) for row in rows]
+    ids_BT = torch.zeros(len(rows), max(lengths), dtype=torch.long)
     wanted_BT = torch.zeros(ids_BT.shape, dtype=torch.bool)
-    for row, (example, positions) in enumerate(zip(examples, columns, strict=True)):
-        ids_BT[row, : lengths[row]] = torch.tensor(example.input_ids)
-        wanted_BT[row, positions.start : positions.stop] = True
+    for number, (row, positions) in enumerate(zip(rows, columns, strict=True)):
+        ids_BT[number, : lengths[number]] = torch.tensor(row)
+        wanted_BT[number, positions.start : positions.stop] = True
     ids_BT, wanted_BT = ids_BT.to(model.device), wanted_BT.to(model.device)
     head, width = model.get_output_embeddings(), ids_BT.shape[1]
     hook = head.register_forward_pre_hook(
@@ -54,9 +71,7 @@ def log_probabilities(model, examples, columns):
         logits_NV = model(input_ids=ids_BT, use_cache=False).logits[0].float()
     finally:
         hook.remove()
-    for piece_PV in logits_NV.split(POSITIONS_AT_ONCE):  # in place: there is no larger tensor
-        piece_PV.copy_(F.log_softmax(piece_PV, -1))
-    return logits_NV.cpu().split([len(positions) for positions in columns])
+    return logits_NV.split([len(positions) for positions in columns])
 
 
 def kl_divergence(live_TV, other_TV):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -15,7 +17,8 @@ from .answer_metrics import AnswerMetric
 from .asked import Asked
 from .intervals import with_interval
 
-LOSS = "loss"
+LOSS, PERPLEXITY, BITS_PER_BYTE = "loss", "perplexity", "bits_per_byte"
+LOWER_IS_BETTER = (LOSS, PERPLEXITY, BITS_PER_BYTE)
 
 
 @dataclass(frozen=True)
@@ -23,8 +26,7 @@ class Score:
     """What was measured on N rows.
 
     loss_N2: (nats, trained tokens) of each; without per_token (nats, 1). answers, references: N texts, empty where rows are
-    plain text. metrics: by name.
-    parts: {name of a metric: (N, K)}, see answer_metrics.
+    plain text. metrics: by name. parts: {name of a metric: (N, K)}, see answer_metrics. bytes_N: of the trained text, in UTF-8.
     """
 
     loss_N2: np.ndarray
@@ -33,35 +35,50 @@ class Score:
     metrics: Mapping[str, AnswerMetric] = field(default_factory=dict)
     parts: Mapping[str, np.ndarray] = field(default_factory=dict)
     per_token: bool = True
+    bytes_N: np.ndarray | None = None
+
+    def of_loss(self) -> dict[str, tuple[Callable, np.ndarray]]:
+        """Return {name: (function of sums, (N, 2) parts)} of the loss and what follows from it."""
+        found: dict[str, tuple[Callable, np.ndarray]] = {LOSS: (mean, self.loss_N2)}
+        if self.per_token:
+            found[PERPLEXITY] = (_perplexity, self.loss_N2)
+        if self.bytes_N is not None and self.bytes_N.all():  # else a resample may have none
+            found[BITS_PER_BYTE] = (mean, np.stack([self.loss_N2[:, 0] / math.log(2), self.bytes_N], 1))
+        return found
 
     def to_json(self) -> dict:
-        """Return {"loss", "loss_interval", "metrics": {name: {"value", "low", "high"}}}; of words "perplexity", "tokens" too."""
-        loss = mean(intervals.summed(self.loss_N2))
-        num_tokens = int(self.loss_N2[:, 1].sum())
-        of_words = {"perplexity": metrics.perplexity(loss), "tokens": num_tokens} if self.per_token else {}
-        return {
-            "loss": loss,
-            "loss_interval": list(intervals.interval(mean, self.loss_N2)),
-            **of_words,
-            "metrics": {
-                name: with_interval(
-                    metric.value(intervals.summed(self.parts[name])),
-                    *intervals.interval(metric.value, self.parts[name]),
-                )
-                for name, metric in self.metrics.items()
-            },
+        """Return {"loss", "loss_interval", "metrics": {name: {"value", "low", "high"}}}; of words the same of
+        "perplexity" and "bits_per_byte", and "tokens"."""
+        found: dict[str, Any] = {}
+        for name, (value, parts) in self.of_loss().items():
+            found[name] = value(intervals.summed(parts))
+            found[f"{name}_interval"] = list(intervals.interval(value, parts))
+        if self.per_token:
+            found["tokens"] = int(self.loss_N2[:, 1].sum())
+        found["metrics"] = {
+            name: with_interval(
+                metric.value(intervals.summed(self.parts[name])),
+                *intervals.interval(metric.value, self.parts[name]),
+            )
+            for name, metric in self.metrics.items()
         }
+        return found
 
     def since(self, before: Score) -> dict:
-        """Return {"loss" or a metric: {"value", "low", "high"}} of the change from `before`, which is of the same rows."""
-        of = {LOSS: (mean, before.loss_N2, self.loss_N2)}
+        """Return {name: {"value", "low", "high"}} of the change of each number from `before`, which is of the same rows."""
+        then = before.of_loss()
+        of = {name: (value, then[name][1], parts) for name, (value, parts) in self.of_loss().items()}
         of |= {name: (metric.value, before.parts[name], self.parts[name]) for name, metric in self.metrics.items()}
         return {name: intervals.change(*value_then_now) for name, value_then_now in of.items()}
 
 
 def mean(sums):
-    """Return the ratio of two sums: nats a token."""
+    """Return the ratio of two sums: nats a token, bits a byte."""
     return float(sums[0] / sums[1])
+
+
+def _perplexity(sums):
+    return metrics.perplexity(mean(sums))
 
 
 def score(model, tokenizer, stops, rows, conversations, asked=Asked(), what="answering") -> Score:  # noqa: B008 (frozen)
@@ -69,28 +86,38 @@ def score(model, tokenizer, stops, rows, conversations, asked=Asked(), what="ans
 
     conversations: those that the rows come from, one each; plain text has no question, and so no answer. Loss is in nats a
     trained token; answers are greedy. stops: ids that end an answer. what: the progress is of.
+
+    Raises:
+        InputError: there is nothing that `asked` can be measured on.
+        DoesNotFit: there is no memory for one answer by itself.
     """
-    losses = np.zeros((len(conversations), 2))
-    np.add.at(losses, rows.row_numbers(), np.array(metrics.losses(model, rows)))
-    if not all(conversation.messages for conversation in conversations):
-        return Score(losses)
+    has_answers = all(conversation.messages for conversation in conversations)
+    if not has_answers and (asked.metrics or asked.extract):
+        option = "--metric" if asked.metrics else "--extract"
+        raise InputError(f"{option} is for answers, and the rows are plain text, to which there is none; leave it out")
+    losses, numbers = np.zeros((len(conversations), 2)), rows.row_numbers()
+    np.add.at(losses, numbers, np.array(metrics.losses(model, rows)))
+    sizes = np.zeros(len(conversations), int)
+    np.add.at(sizes, numbers, [_bytes(tokenizer, example) for example in rows])
+    if not has_answers:
+        return Score(losses, bytes_N=sizes)
     prompts = [
         masked_examples.encode_prompt(tokenizer, conversation.messages[:-1], conversation.tools)
         for conversation in conversations
     ]
-    references = [_reference(tokenizer, conversation) for conversation in conversations]
+    references, cut = [_reference(tokenizer, conversation) for conversation in conversations], asked.cut or str
+    expected = list(map(cut, references))
+    if asked.extract is not None and not any(expected):
+        raise InputError(f"--extract {asked.extract!r} finds nothing in any of the {len(references)} expected answers")
     longest = max(len(tokenizer(text, add_special_tokens=False).input_ids) for text in references)
     answers = generate.answers(
-        model, tokenizer, prompts, stops, max_new_tokens=longest + 16, batch_size=asked.batch_size, what=what
+        model, tokenizer, prompts, stops, max_new_tokens=longest + 16, batch_size=asked.rows_together, what=what
     )
-    cut = asked.cut
-    compared = [list(map(cut, texts)) if cut else texts for texts in (answers, references)]
-    if cut and not any(compared[1]):
-        raise InputError(f"--extract {asked.extract!r} finds nothing in any of the {len(references)} expected answers")
-    chosen = answer_metrics.fitting(compared[1])
-    chosen |= {name: answer_metrics.named(name, compared[1]) for name in asked.metrics}
+    compared = list(map(cut, answers)), expected
+    chosen = answer_metrics.fitting(expected)
+    chosen |= {name: answer_metrics.named(name, expected) for name in asked.metrics}
     parts = {name: answer_metrics.parts(metric, *compared) for name, metric in chosen.items()}
-    return Score(losses, answers, references, chosen, parts)
+    return Score(losses, answers, references, chosen, parts, bytes_N=sizes)
 
 
 def forgetting(model, rows, adapted) -> dict:
@@ -108,5 +135,13 @@ def forgetting(model, rows, adapted) -> dict:
 def _reference(tokenizer, conversation):
     """Return the last answer as the model has to write it, calls of tools in the template's form."""
     example = masked_examples.encode(tokenizer, replace(conversation, flags=()), "last_assistant")[-1]
-    trained = [label for label in example.labels if label != data.IGNORE_INDEX]
-    return tokenizer.decode(trained[:-1], skip_special_tokens=True)
+    return tokenizer.decode(_trained(example)[:-1], skip_special_tokens=True)
+
+
+def _bytes(tokenizer, example):
+    """Return the bytes of the text that is trained of an example, in UTF-8; tokens that end an answer are none."""
+    return len(tokenizer.decode(_trained(example), skip_special_tokens=True).encode())
+
+
+def _trained(example):
+    return [label for label in example.labels if label != data.IGNORE_INDEX]

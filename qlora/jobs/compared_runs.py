@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 
 from ..evaluation import answer_metrics, scores
+from ..evaluation.asked import Asked
 from ..recipe import as_yaml
 from ..recipe.comparison import Comparison, Entry, entries
 from ..runs import record
@@ -39,8 +40,8 @@ from .eval_rows import held_out_rows_name
 
 # of a row, and of a summary as means over seeds
 NUMBERS = (
-    "loss", "perplexity", "forgetting", "seconds", "peak_bytes", "trainable_parameters", "trainable_share", "saved_bytes",
-    "latency_seconds",
+    "loss", "perplexity", "bits_per_byte", "forgetting", "seconds", "peak_bytes", "trainable_parameters", "trainable_share",
+    "saved_bytes", "latency_seconds",
 )  # fmt: skip
 DONE, FAILED, UNFINISHED, TO_DO = "done", "failed", "unfinished", "to do"
 
@@ -51,6 +52,7 @@ class Folder:
     def __init__(self, comparison: Comparison):
         self.comparison = comparison
         self.entries: list[Entry] = entries(comparison)
+        _to_measure(comparison)  # what is wrong with it is said before anything is trained
         self.path = Path(comparison.output_dir)
         self.file = self.path / "comparison.yaml"
         self.scores = held_out_rows_name(comparison.max_rows)  # of RunDir.score_files
@@ -126,10 +128,25 @@ def train_one(folder: Folder, entry: Entry) -> None:
     options = [] if wanted.max_rows is None else ["--max-rows", str(wanted.max_rows)]
     if entry.recipe.task == "text-generation":
         options += ["--latency"]
-        options += [part for name in wanted.metrics for part in ("--metric", name)]
+        options += [part for name in _to_measure(wanted) for part in ("--metric", name)]
         options += [] if wanted.extract is None else ["--extract", wanted.extract]
         options += [] if wanted.forgetting is None else ["--forgetting", wanted.forgetting]
     _ended_well(folder, entry, ["eval", str(run.path), *options])
+
+
+_ALWAYS = (scores.LOSS, scores.BITS_PER_BYTE, "exact_match", "json_fields")  # or where it fits the rows
+
+
+def _to_measure(comparison) -> list[str]:
+    """Return the metrics that are to be asked for by name: others than those that are measured anyway.
+
+    Raises:
+        InputError: there is no such metric, or what it needs is not installed.
+    """
+    names = dict.fromkeys([*comparison.metrics, comparison.metric])
+    found = [name for name in names if name not in _ALWAYS]
+    Asked(metrics=found, extract=comparison.extract)
+    return found
 
 
 def _ended_well(folder, entry, arguments):
@@ -217,10 +234,10 @@ def measured(run: RunDir, name=None) -> Measured:
 def value_of(name, found: Measured):
     """Return the function of sums of parts that the metric `name` is, such as intervals.py takes; None for a metric that is
     not measured."""
-    if name == scores.LOSS:
-        return scores.mean
     if name not in found.parts:
         return None
+    if name in (scores.LOSS, scores.BITS_PER_BYTE):
+        return scores.mean
     return answer_metrics.named(name, [expected for _, expected in found.rows]).value
 
 
@@ -240,7 +257,7 @@ def row_of(run: RunDir, name=None, status=DONE, message="") -> dict[str, Any]:
         found["trainable_share"] = counts["trainable"] / counts["total"]
     found["saved_bytes"] = sum(file.stat().st_size for file in run.adapter.glob("*.safetensors"))
     if (result := run.scores(name)) is not None:
-        found |= {name: result.get(name) for name in ("metrics", "loss", "perplexity")}
+        found |= {name: result.get(name) for name in ("metrics", *scores.LOWER_IS_BETTER)}
         found["forgetting"] = (result.get("forgetting") or {}).get("value")
         found["latency_seconds"] = (result.get("latency") or {}).get("token")
     return found

@@ -31,7 +31,7 @@ class Comparison(Section):
     seeds: list[int] | None = Field(None, min_length=1)
     """values of training.seed, each for every training"""
     metric: Name = "loss"
-    """what decides: loss, or a metric of qlora eval such as exact_match"""
+    """what decides, and is measured: loss, bits_per_byte, or a metric of qlora eval such as exact_match or rougeL"""
     metrics: list[Name] = Field([])
     """further metrics to measure, see qlora eval --metric"""
     extract: Name | None = None

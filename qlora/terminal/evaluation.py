@@ -5,41 +5,20 @@ from __future__ import annotations
 from .classes import show_classes
 from .tables import show, table
 
+_OF_LOSS = ("loss", "perplexity", "bits_per_byte")
 
-def show_result(target, result):
-    """Show what `evaluate` returns: before and after of a run, or a model's own."""
-    classes = result.get("labels")
-    before = result.get("before")
-    columns = [before, result] if before else [result]
-    header = (
-        ["", "base under a new head" if classes else "before", "after", "change", "95 %"]
-        if before
-        else ["", str(target), "95 %"]
-    )
-    rows = []
-    for name in ("loss", *result["metrics"]):
-        of_metric = name in result["metrics"]
-        number = "{:.1%}".format if of_metric else "{:.4f}".format
-        values = [column["metrics"][name]["value"] if of_metric else column[name] for column in columns]
-        row = [name.replace("_", " "), *map(number, values)]
-        if before:
-            change = result["change"][name]
-            signed = "{:+.1%}".format if of_metric else "{:+.4f}".format
-            row += [signed(change["value"]), f"{signed(change['low'])} to {signed(change['high'])}"]
-        else:
-            low, high = (
-                (result["metrics"][name]["low"], result["metrics"][name]["high"])
-                if of_metric
-                else result["loss_interval"]
-            )
-            row.append(f"{number(low)} to {number(high)}")
-        rows.append(row)
-        if name == "loss" and not classes:
-            rows.append(
-                ["perplexity", *(f"{column['perplexity']:.4f}" for column in columns), *[""] * (2 if before else 1)]
-            )
-    of = f"{len(classes)} classes" if classes else f"{result['tokens']} answer tokens"
-    table(f"{result['rows']:,} held-out rows, {of}", header, rows)
+
+def show_result(target, result, answers=None):
+    """Show what `evaluate` returns: before and after of a run, or a model's own. answers: the file that has them; None: none."""
+    classes, before = result.get("labels"), result.get("before")
+    if before:
+        header = ["", "base under a new head" if classes else "before", "after", "change", "95 %"]
+    else:
+        header = ["", str(target), "95 %"]
+    rows = [
+        _row(name, result) for name in (*_OF_LOSS, *result["metrics"]) if name in result or name in result["metrics"]
+    ]
+    table(_what(result), header, rows)
     if classes:
         show_classes(result)
     if found := result.get("forgetting"):
@@ -49,3 +28,34 @@ def show_result(target, result):
         show(f"forgetting  loss {found['after']:.4f} on text that was not trained on ({found['data']}){rise}")
     if found := result.get("latency"):
         show(f"latency     {found['token']:.4f} s a token, {found['first_token']:.4f} s to the first")
+    show(f"answers     {answers or 'not kept; --answers FILE writes them to a file'}")
+
+
+def _what(result):
+    """Return in words what was measured on."""
+    rows, of = f"{result['rows']:,}", result["data"]
+    if "tasks" in of:
+        return f"{rows} rows of lm-eval's {', '.join(of['tasks'])}"
+    if "by_text" in of:
+        return f"{rows} questions with choices, {of['shots']} example{'s' * (of['shots'] != 1)} before each"
+    classes = result.get("labels")
+    return f"{rows} held-out rows, " + (f"{len(classes)} classes" if classes else f"{result['tokens']} answer tokens")
+
+
+def _row(name, result):
+    """Return a line of the table: before and after with the change, or the number, and the interval of that."""
+    of_task = "tasks" in result["data"]  # lm-eval has numbers of all kinds, and `--require` takes its names
+    form, signed = (".1%", "+.1%") if name in result["metrics"] and not of_task else (".4f", "+.4f")
+    columns = [result["before"], result] if "before" in result else [result]
+    values = [column[name] if name in _OF_LOSS else column["metrics"][name]["value"] for column in columns]
+    line = [name if of_task else name.replace("_", " "), *(format(value, form) for value in values)]
+    if "before" in result:
+        change = result["change"][name]
+        return [*line, format(change["value"], signed), _interval(change["low"], change["high"], signed)]
+    one = result["metrics"].get(name)
+    low, high = result[f"{name}_interval"] if one is None else (one["low"], one["high"])
+    return [*line, _interval(low, high, form)]
+
+
+def _interval(low, high, form):
+    return "" if low is None else f"{low:{form}} to {high:{form}}"

@@ -11,7 +11,8 @@ import pytest
 from qlora import cli
 from qlora.commands.adapters import adapters
 from qlora.commands.compare import compare, compare_runs
-from qlora.jobs import compared_runs
+from qlora.jobs import compared_runs, comparison_table
+from qlora.jobs.compared_runs import Folder
 from qlora.recipe import as_yaml
 from qlora.recipe.comparison import Comparison, entries
 from qlora.system.errors import InputError, Interrupted, QLoRAError
@@ -169,6 +170,28 @@ def test_what_ends_a_process_is_a_row_and_not_the_end_of_the_comparison(comparis
     assert lora["forgetting"] != 0
     assert found["merged_latency_seconds"] > 0
     assert [command[0] for command in in_process] == ["train", "eval"]
+    by_bits = comparison_table.of_folder(Folder(Comparison.load(path, ["metric=bits_per_byte"])), path)
+    assert by_bits["lower_is_better"]
+    assert by_bits["summary"][0]["mean"] == pytest.approx(lora["bits_per_byte"])
+    assert lora["bits_per_byte"] > 1
+
+
+def test_the_metric_that_decides_is_measured(comparison, monkeypatch):
+    for module in ("sacrebleu", "rouge_score"):
+        pytest.importorskip(module, reason="the extra `eval` is not installed")
+    commands = []
+    monkeypatch.setattr(compared_runs, "launch", lambda arguments, log: commands.append(arguments) or (0, ""))
+    folder = Folder(Comparison.load(comparison(metric="rougeL", metrics=["bleu", "exact_match"])))
+    compared_runs.train_one(folder, folder.entries[0])
+    assert [command[0] for command in commands] == ["train", "eval"]
+    assert commands[1][2:] == ["--latency", "--metric", "bleu", "--metric", "rougeL"]
+
+
+@pytest.mark.parametrize("wrong", [{"metric": "rougeX"}, {"metrics": ["blue"]}, {"extract": "(a"}])
+def test_a_metric_that_there_is_not_is_refused_before_anything_is_trained(comparison, in_process, wrong):
+    with pytest.raises(InputError, match=r"there is no metric '(rougeX|blue)'; there are|not a regular expression"):
+        compare(comparison(**wrong))
+    assert in_process == []
 
 
 def test_a_variant_names_another_method_and_the_bases_leaves(comparison):

@@ -1,6 +1,7 @@
 """What a score is measured on: the rows that the run held out, or others that are named as such."""
 
 import json
+import math
 
 import pytest
 
@@ -97,7 +98,13 @@ def test_every_answer_is_kept_beside_the_score_with_what_it_counts(make_recipe):
     change = result["change"]["loss"]
     assert change["value"] == pytest.approx(result["loss"] - result["before"]["loss"])
     assert change["low"] < change["value"] < change["high"]
-    assert set(result["change"]) == {"loss", "exact_match"}
+    assert set(result["change"]) == {"loss", "perplexity", "bits_per_byte", "exact_match"}
+    bits = result["loss"] * result["tokens"] / math.log(2)
+    assert result["bits_per_byte"] == pytest.approx(bits / sum(len(row["expected"].encode()) for row in rows))
+    for name in ("perplexity", "bits_per_byte"):
+        low, high = result[f"{name}_interval"]
+        assert low < result[name] < high
+        assert result["change"][name]["value"] == pytest.approx(result[name] - result["before"][name])
 
 
 def test_a_gate_fails_with_both_numbers_after_the_score_is_written(make_recipe):
@@ -150,6 +157,9 @@ def test_a_part_of_the_answers_is_compared(make_recipe, tmp_path, monkeypatch):
         result = evaluate(run.path, rows, extract=extract, metrics=["macro_f1"])
         assert result["metrics"]["exact_match"]["value"] == pytest.approx(2 / 3)
         assert result["metrics"]["macro_f1"]["value"] == pytest.approx(2 / 3)
+    # the first answers have nothing there: it is as if a regular expression had found nothing
+    found = evaluate(run.path, rows, extract="{{ answer.split('####')[1].strip() }}")
+    assert found["metrics"]["exact_match"]["value"] == pytest.approx(1 / 3)
     with pytest.raises(InputError, match=r"--extract 'nowhere' finds nothing in any of the 3 expected answers"):
         evaluate(run.path, rows, extract="nowhere")
 
@@ -163,9 +173,23 @@ def test_a_part_of_the_answers_is_compared(make_recipe, tmp_path, monkeypatch):
         ({"extract": "(a)(b)"}, "has 2 groups; one says what to compare"),
         ({"extract": "{{ answer"}, "not a Jinja template of `answer`"),
         ({"extract": "{{ ''.__class__.__mro__ }}"}, "not a Jinja template of `answer`"),
+        ({"extract": "{{ anwser.split() | last }}"}, "there is only `answer`, no anwser"),
+        ({"extract": "{% if answer %}{{ answer }}"}, "not a Jinja template of `answer`"),
         ({"metrics": ["bleurt"]}, "no metric 'bleurt'"),
         ({"batch_size": 0}, "batch_size 0"),
         ({"max_forgetting": float("nan")}, "max_forgetting nan"),
+        ({"answers": "no such folder/a.jsonl"}, "--answers no such folder/a.jsonl: there is no folder no such folder"),
+        ({"shots": 5}, "--shots is for --choices FILE or --lm-eval TASK"),
+        ({"by_text": True}, "--by-text is for --choices FILE"),
+        ({"choices": "a.csv", "shots": -1}, "shots -1: at least 0"),
+        ({"choices": "a.csv", "examples": "b.csv"}, "--examples FILE: give --shots too"),
+        ({"choices": "a.csv", "tasks": ["mmlu"]}, "--choices and --lm-eval are scores of their own"),
+        (
+            {"choices": "a.csv", "metrics": ["macro_f1"]},
+            "--metric is for answers to rows of your own; .*with --choices",
+        ),
+        ({"tasks": ["mmlu"], "latency": True}, "--latency is for answers to rows of your own; .*with --lm-eval"),
+        ({"choices": "a.csv", "data_file": "b.jsonl"}, "--data is for rows of your own"),
     ],
 )
 def test_what_is_asked_wrongly_is_refused_before_anything_is_loaded(asked, said):

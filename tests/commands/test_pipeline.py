@@ -201,7 +201,8 @@ def test_eval_measures_before_and_after_and_training_helped(make_recipe):
     assert json.loads(run.eval_file.read_text()) == result
     assert result["rows"] == 6
     assert result["loss"] < 0.7 * result["before"]["loss"]
-    assert result["before"].keys() == {"loss", "loss_interval", "perplexity", "tokens", "metrics"}
+    names = ("loss", "perplexity", "bits_per_byte")
+    assert result["before"].keys() == {*names, *(f"{name}_interval" for name in names), "tokens", "metrics"}
     assert set(result["metrics"]) == {"exact_match"}
 
 

@@ -36,6 +36,27 @@ def test_a_bootstrapped_mean_has_the_interval_of_the_normal_distribution():
     assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.08 * half)
 
 
+def test_shares_means_and_ratios_have_scipys_intervals():
+    stats = pytest.importorskip("scipy.stats", reason="scipy is not installed")
+    for right, total in ((7, 40), (40, 40), (1, 250)):
+        expected = stats.binomtest(right, total).proportion_ci(0.95, method="wilson")
+        assert intervals.interval(ratio, shares(right, total)) == pytest.approx((expected.low, expected.high), rel=1e-9)
+    generator = np.random.default_rng(4)
+    nats, tokens = generator.gamma(2.0, 3.0, 60), generator.integers(1, 40, 60).astype(float)
+    asked = {"n_resamples": 2000, "vectorized": True, "paired": True, "method": "percentile", "rng": generator}
+    expected = stats.bootstrap((nats, tokens), lambda x, n, axis: x.sum(axis) / n.sum(axis), **asked)
+    low, high = intervals.interval(ratio, np.stack([nats, tokens], 1))
+    # the ends of a bootstrap are random themselves: of 2,000 resamples some 3 % of the width
+    width = high - low
+    assert (low, high) == pytest.approx(tuple(expected.confidence_interval), abs=0.1 * width)
+    better = nats - generator.gamma(1.0, 0.5, 60)
+    expected = stats.bootstrap((better - nats,), np.mean, **asked).confidence_interval
+    parts = [np.stack([values, np.ones(60)], 1) for values in (nats, better)]
+    assert intervals.difference(ratio, *parts) == pytest.approx(
+        tuple(expected), abs=0.1 * (expected.high - expected.low)
+    )
+
+
 def test_the_truth_lies_in_about_95_of_100_intervals():
     generator, inside = np.random.default_rng(2), 0
     for _ in range(100):

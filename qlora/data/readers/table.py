@@ -15,10 +15,10 @@ def header(file):
     return next((row.value for row in rows(file, names=True)), None)
 
 
-def rows(file, names=False):
+def rows(file, names=False, columns=None):
     """Rows of a table with a header; every value is a string. A quoted field may hold separators and line ends. names:
-    the header alone, as a row."""
-    path, header, line = file.path, None, 1
+    the header alone, as a row. columns: their names, of a table without a header."""
+    path, header, line = file.path, columns, 1
     csv.field_size_limit(lines.LONGEST)
     lines.open_file(path).close()
     with open(path, encoding="utf-8-sig", newline="") as stream:

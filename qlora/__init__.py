@@ -44,6 +44,7 @@ _HOME = {
     "export": "commands.export",
     "compare": "commands.compare",
     "compare_runs": "commands.compare",
+    "report": "commands.report",
     "adapters": "commands.adapters",
     "chat": "commands.chat",
     "open": "commands.open",

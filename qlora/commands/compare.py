@@ -7,7 +7,7 @@ import shlex
 import time
 
 from .. import base_model
-from ..jobs import comparison_table, merged_latency
+from ..jobs import comparison_table, differences, merged_latency
 from ..jobs.compared_runs import DONE, TO_DO, UNFINISHED, Folder, measured, row_of, train_one
 from ..jobs.planned_training import plan_training
 from ..jobs.prepared_data import prepare
@@ -136,20 +136,20 @@ def compare_runs(one, other) -> dict:
         InputError: one of them is no finished run, or its folder is damaged.
     """
     runs = [RunDir.open(path) for path in (one, other)]
-    rows, differences = [row_of(run) for run in runs], comparison_table.between(*runs)
+    rows, differing = [row_of(run) for run in runs], differences.between(*runs)
     change = comparison_table.paired(*runs)
-    for what, found in differences.items():
+    for what, found in differing.items():
         if found:
             text_table(
                 f"{what}: what differs",
                 ["", str(one), str(other)],
                 [[name, _cell(a), _cell(b)] for name, a, b in found],
             )
-    if not any(differences.values()):
+    if not any(differing.values()):
         show("recipe, data, versions and base model are the same")
     header = ["", str(one), str(other), "change", "95 %"]
     table("measured", header, [*_scores(rows, change), *_costs(rows)])
-    return {"rows": rows, "differences": differences, "change": change}
+    return {"rows": rows, "differences": differing, "change": change}
 
 
 def _cell(value):

@@ -12,7 +12,7 @@ from ..jobs.compared_runs import DONE, TO_DO, UNFINISHED, Folder, measured, row_
 from ..jobs.planned_training import plan_training
 from ..jobs.prepared_data import prepare
 from ..pages import comparison as page
-from ..recipe.comparison import Comparison
+from ..recipe.comparison import RESULT, Comparison
 from ..runs.folder import RunDir
 from ..system import launched
 from ..system.errors import DoesNotFit, Interrupted
@@ -121,7 +121,7 @@ def _write(folder, path, last=False):
             )
     write_text(folder.path / "comparison.csv", page.as_csv(found))
     write_text(folder.path / "comparison.md", page.as_markdown(found))
-    write_json(folder.path / "comparison.json", found)
+    write_json(folder.path / RESULT, found)
     return found
 
 

@@ -29,31 +29,30 @@ def report(targets, out=None) -> dict:
     targets = [targets] if isinstance(targets, (str, Path)) else list(targets)
     if not targets:
         raise InputError("give the run to report on; `qlora adapters` lists what there is")
-    files = None if out is None else _files(out)
+    place = None if out is None else _checked(out)
     text, found = page(reported.gather(targets))
     for run in found["runs"]:
         show(f"{run['path']}: {run['state']['what']} at step {run['state']['step']:,}")
         for one in run["verdicts"]:
             show(f"  {one['question']} {one['answer']}: {one['words']}")
-    if files is not None:
-        _write(*files, text, found)
+    if place is not None:
+        _write(place, text, found)
     return found
 
 
-def _files(out):
-    """Return (page, its JSON twin); raises InputError where they are not ours to write."""
+def _checked(out):
+    """Return the path of a page; raises InputError where it, or its JSON twin, is not ours to write."""
     place = Path(out)
     if place.suffix.lower() not in _ENDS:
         raise InputError(f"--out {out}: should end in .html; the same numbers are written beside it as .json")
-    twin = place.with_suffix(".json")
     if not place.absolute().parent.is_dir():
         raise InputError(f"--out {out}: there is no folder {place.parent}; make it, or choose another")
-    for file in (place, twin):
+    for file in (place, place.with_suffix(".json")):
         if file.is_dir():
             raise InputError(f"--out {out}: {file} is a folder; choose another name")
         if file.exists() and not _is_ours(file):
             raise InputError(f"--out {out}: {file} is there and was not written by qlora report; choose another name")
-    return place, twin
+    return place
 
 
 def _is_ours(file):
@@ -66,7 +65,8 @@ def _is_ours(file):
     return not head or reported.KIND.encode() in head
 
 
-def _write(place, twin, text, found):
+def _write(place, text, found):
+    twin = place.with_suffix(".json")
     try:
         write_json(twin, found)
         write_text(place, text)

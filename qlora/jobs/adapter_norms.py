@@ -34,7 +34,9 @@ def norms(folder) -> dict:
     folder = Path(folder)
     weights = folder / WEIGHTS
     if not (folder / CONFIG).is_file():
-        return {"missing": "the weights themselves were trained: there is no adapter whose norm says how far they moved"}
+        return {
+            "missing": "the weights themselves were trained: there is no adapter whose norm says how far they moved"
+        }
     config = files.read_object(folder / CONFIG)
     if not weights.is_file():
         raise InputError(f"{folder}: no {WEIGHTS}; copy the folder again")

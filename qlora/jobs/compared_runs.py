@@ -28,7 +28,7 @@ import numpy as np
 
 from ..evaluation import answer_metrics, scores
 from ..recipe import as_yaml
-from ..recipe.comparison import Comparison, Entry, entries
+from ..recipe.comparison import FILE, Comparison, Entry, entries
 from ..runs import record
 from ..runs.folder import RunDir
 from ..system import files
@@ -52,7 +52,7 @@ class Folder:
         self.comparison = comparison
         self.entries: list[Entry] = entries(comparison)
         self.path = Path(comparison.output_dir)
-        self.file = self.path / "comparison.yaml"
+        self.file = self.path / FILE
         self.scores = held_out_rows_name(comparison.max_rows)  # of RunDir.score_files
 
     def run(self, entry) -> RunDir:

@@ -9,7 +9,7 @@ from typing import Any
 
 from .. import __version__
 from ..exporter import REPORT
-from ..recipe.comparison import Comparison
+from ..recipe.comparison import FILE, RESULT, Comparison
 from ..runs import record
 from ..runs.folder import RunDir
 from ..system import files
@@ -18,7 +18,6 @@ from . import differences, verdicts
 from .reported_run import command, curves, facts
 
 KIND = "qlora report"  # of the value, and of the page's <meta name="generator">
-COMPARISON, COMPARISON_FILE = "comparison.json", "comparison.yaml"
 _WHOLE = 8  # runs whose own chapters a page has; the others are in its tables and curves
 _RUNS = 60
 _COLUMNS = 12  # runs whose settings are put side by side
@@ -77,7 +76,7 @@ def _sorted(targets):
             raise InputError(f"no run at {target}; `qlora adapters` lists what there is")
         else:
             raise InputError(
-                f"{target}: no run (recipe.yaml), no comparison ({COMPARISON}) and no export ({REPORT}); "
+                f"{target}: no run (recipe.yaml), no comparison ({RESULT}) and no export ({REPORT}); "
                 "`qlora adapters` lists what there is"
             )
     if not runs and compared is None:
@@ -89,7 +88,7 @@ def _sorted(targets):
 
 def _folder_of_comparison(target):
     if target.is_dir():
-        there = (target / COMPARISON).is_file() or (target / COMPARISON_FILE).is_file()
+        there = (target / RESULT).is_file() or (target / FILE).is_file()
         return target if there and not RunDir.is_run(target) else None
     if target.suffix in (".yaml", ".yml") and target.is_file():
         return Path(Comparison.load(target).output_dir)
@@ -97,9 +96,9 @@ def _folder_of_comparison(target):
 
 
 def _comparison(folder):
-    file = folder / COMPARISON
+    file = folder / RESULT
     if not file.is_file():
-        raise InputError(f"{folder}: no {COMPARISON} yet; it is written after the first training: qlora compare")
+        raise InputError(f"{folder}: no {RESULT} yet; it is written after the first training: qlora compare")
     found = files.read_object(file)
     try:
         named = {"metric", "rows", "summary", "notes", "name", "command", "lower_is_better"}

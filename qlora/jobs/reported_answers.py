@@ -23,8 +23,8 @@ def cut(text, most=_MOST_TEXT):
 def answers(file, most_rows) -> dict[str, Any]:
     """Return {"rows", "counts": {what became of a row: how many}, "metric", "shown": [...], "left_out"} of an answers.jsonl.
 
-    metric: that says which are right. shown: at most `most_rows`, got worse and wrong ones first, each {"number" (from 1), "asked",
-    "before", "after", "expected", "became", "loss": [before, after]}, long texts cut.
+    metric: that says which are right. shown: at most `most_rows`, got worse and wrong ones first, each {"number" (from 1),
+    "asked", "before", "after", "expected", "became", "loss": [before, after]}, long texts cut.
 
     Raises:
         InputError: a line is not one of ours; names it.
@@ -46,12 +46,20 @@ def answers(file, most_rows) -> dict[str, Any]:
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{file} line {line}: {error!r}; the run folder is damaged; run qlora eval again") from None
     counts = {name: became.count(name) for name in _ORDER if name in became}
-    return {"rows": len(became), "counts": counts, "metric": metric, "shown": shown, "left_out": len(became) - len(shown)}
+    return {
+        "rows": len(became),
+        "counts": counts,
+        "metric": metric,
+        "shown": shown,
+        "left_out": len(became) - len(shown),
+    }
 
 
 def _metric(row):
     """Return the name of the metric that says whether an answer is right: the first that counts one answer, of one part."""
-    counted = (name for name, parts in row["after"].items() if name not in ("answer", "loss") and isinstance(parts, list))
+    counted = (
+        name for name, parts in row["after"].items() if name not in ("answer", "loss") and isinstance(parts, list)
+    )
     return next(counted, None)
 
 

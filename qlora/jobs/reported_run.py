@@ -26,6 +26,9 @@ _FOLDERS = 1000  # beside a run, that may hold an export of it
 _EVENTS, _SOURCES, _REASONS, _CLASSES, _SAMPLES, _SAMPLE_TOKENS = 50, 50, 20, 30, 3, 600
 
 
+_OF_EXPORT = ("verified", "verify", "base", "dtype", "bytes", "seconds", "gguf", "live_model", "rows", "why")
+
+
 def facts(run: RunDir, exports=(), most_points=400, most_rows=200) -> dict[str, Any]:
     """Return what is known of a run, finished or not.
 
@@ -56,7 +59,9 @@ def facts(run: RunDir, exports=(), most_points=400, most_rows=200) -> dict[str, 
         "scores": _scores_shown(run, scores),
         "other_scores": _other_scores(run, name),
         "answers": _answers(run, name, scores, most_rows),
-        "norms": norms(run.adapter) if run.adapter.is_dir() else {"missing": "nothing is saved before the training ends"},
+        "norms": norms(run.adapter)
+        if run.adapter.is_dir()
+        else {"missing": "nothing is saved before the training ends"},
         "exports": _exports(run, exports),
         "recipe": run.recipe_file.read_text(encoding="utf-8"),
         "environment": _environment(environment),
@@ -96,7 +101,7 @@ def _state(run, recipe, lines, data):
 
 
 def curves(lines, most):
-    """Return {name: [[step, value], ...]} of a training, at most `most` points each: the least and the greatest of each stretch."""
+    """Return {name: [[step, value], ...]} of a training, at most `most` points each, see `thinned`."""
     found: dict = {}
     for line in lines:
         if isinstance(line, record.Step | record.Evaluation):
@@ -131,7 +136,10 @@ def _events(lines):
             found.append([line.step, f"skipped: {line.not_taken}{rows}"])
         elif isinstance(line, record.LessMemory):
             found.append([line.step, f"{line.out_of_memory}; since then {line.change}"])
-    return {"shown": [[step, cut(words, 400)] for step, words in found[:_EVENTS]], "left_out": max(0, len(found) - _EVENTS)}
+    return {
+        "shown": [[step, cut(words, 400)] for step, words in found[:_EVENTS]],
+        "left_out": max(0, len(found) - _EVENTS),
+    }
 
 
 def _speed(lines, environment):
@@ -185,7 +193,10 @@ def _data(run, recipe, report, environment):
 def _source(one):
     reasons = sorted(one["reasons"].items(), key=lambda pair: -pair[1])
     return {
-        **{name: one.get(name, 0) for name in ("rows_read", "rows_kept", "rows_dropped", "rows_truncated", "rows_split")},
+        **{
+            name: one.get(name, 0)
+            for name in ("rows_read", "rows_kept", "rows_dropped", "rows_truncated", "rows_split")
+        },
         "path": cut(one["path"], 200),
         "format": one["format"],
         "reasons": [[cut(reason, 200), count] for reason, count in reasons[:_REASONS]],
@@ -221,7 +232,8 @@ def _pieces(tokenizer, ids, labels):
     pairs = list(zip(ids, (label >= 0 for label in labels), strict=True))  # -100: not trained on
     groups = itertools.groupby(pairs[:_SAMPLE_TOKENS], key=lambda pair: pair[1])
     found = [
-        [tokenizer.decode([token for token, _ in group], skip_special_tokens=False), trained] for trained, group in groups
+        [tokenizer.decode([token for token, _ in group], skip_special_tokens=False), trained]
+        for trained, group in groups
     ]
     left = len(pairs) - _SAMPLE_TOKENS
     return [*found, [f" [... {left:,} more tokens]", False]] if left > 0 else found
@@ -248,7 +260,9 @@ def _scores_shown(run, scores):
                                                      "forgetting", "latency", "majority")}  # fmt: skip
         found["command"] = scores.get("data", {}).get("command") or command("eval", run.path)
         before = scores.get("before") or {}
-        found["before"] = {name: before.get(name) for name in ("loss", "loss_interval", "perplexity", "metrics")} or None
+        found["before"] = {
+            name: before.get(name) for name in ("loss", "loss_interval", "perplexity", "metrics")
+        } or None
         if labels := scores.get("labels"):
             found["classes"] = _classes(labels, scores["per_class"], scores["confusion"])
         float(found["loss"])
@@ -258,7 +272,7 @@ def _scores_shown(run, scores):
 
 
 def _classes(labels, per_class, confusion):
-    """Return {"number", "per_class", "left_out", "labels" and "confusion" of few, "mistakes" of many: [[right, answer, rows]]}."""
+    """Return {"number", "per_class", "left_out", "labels" and "confusion" of few, "mistakes" of many}."""
     worst = sorted((one for one in per_class if one["rows"]), key=lambda one: one["f1"])[:_CLASSES]
     chosen = per_class if len(per_class) <= _CLASSES else worst
     found = {"number": len(labels), "per_class": chosen, "left_out": len(per_class) - len(chosen)}
@@ -280,8 +294,13 @@ def _other_scores(run, own):
             scores = run.scores(file.stem)
             said = scores.get("data") or {}
             found.append(
-                {"name": file.stem, "rows": scores.get("rows"), "loss": scores.get("loss"), "metrics": scores["metrics"],
-                 "command": said.get("command")}  # fmt: skip
+                {
+                    "name": file.stem,
+                    "rows": scores.get("rows"),
+                    "loss": scores.get("loss"),
+                    "metrics": scores["metrics"],
+                    "command": said.get("command"),
+                }  # fmt: skip
             )
     return found
 
@@ -335,8 +354,21 @@ def _export(place, report):
         return {
             "path": str(place.parent),
             "made_of_this_run": report.get("adapter_sha256") is not None,
-            **{name: report.get(name) for name in ("verified", "verify", "base", "dtype", "bytes", "seconds", "gguf", "live_model",
-                                                   "rows", "why")},  # fmt: skip
+            **{
+                name: report.get(name)
+                for name in (
+                    "verified",
+                    "verify",
+                    "base",
+                    "dtype",
+                    "bytes",
+                    "seconds",
+                    "gguf",
+                    "live_model",
+                    "rows",
+                    "why",
+                )
+            },  # fmt: skip
             "scores": [[said, {name: one.get(name) for name in names}] for said, one in scores],
             "cast": report.get("cast"),
             "worst_modules": [[one["name"], one["cast_loss"], one["delta_norm"]] for one in worst],
@@ -355,7 +387,11 @@ def _environment(found):
         "device": found.get("device"),
         "git_commit": found.get("git_commit"),
         "compute_dtype": str(found.get("compute_dtype")),
-        "base_model": {"name_or_path": base.get("name_or_path"), "revision": base.get("revision"),
-                       "sha256": hashes[:40], "left_out": max(0, len(hashes) - 40)},  # fmt: skip
+        "base_model": {
+            "name_or_path": base.get("name_or_path"),
+            "revision": base.get("revision"),
+            "sha256": hashes[:40],
+            "left_out": max(0, len(hashes) - 40),
+        },  # fmt: skip
         "data": [[part.get("path"), part.get("sha256")] for part in (found.get("data") or ())[:_SOURCES]],
     }

@@ -1,9 +1,10 @@
-"""What a report says first of a run: did it learn, was the merge proven, did it fit. Of the facts that reported_run.py gathers."""
+"""What a report says first of a run: did it learn, was the merge proven, did it fit. Of the facts of reported_run.py."""
 
 from __future__ import annotations
 
 import shlex
 
+from ..recipe.comparison import settings_in_words
 from ..system.units import size
 
 YES, NO, PARTLY, UNKNOWN = "yes", "no", "partly", "not known"
@@ -35,8 +36,8 @@ def _best(found, chosen):
         return _said(UNKNOWN, "no training has ended well")
     first = min(chosen, key=lambda one: one["mean"] if found["lower_is_better"] else -one["mean"])
     low, mean, high = (number_of(metric, first[key]) for key in ("low", "mean", "high"))
-    settings = "".join(f", {field.rpartition('.')[2]} {value}" for field, value in first["settings"].items())
-    words = f"{metric.replace('_', ' ')} {mean} ({low} to {high}) of {first['variant']}{settings}"
+    of = " ".join(filter(None, [first["variant"], settings_in_words(first["settings"])]))
+    words = f"{metric.replace('_', ' ')} {mean} ({low} to {high}) of {of}"
     if len(chosen) == 1:
         return _said(first["variant"], f"{words}; there is no other variant that ended well")
     if first["best"] is True:
@@ -117,7 +118,9 @@ def _by_losses(facts, evaluate):
         points = facts["curves"].get(name, [])
         if len(points) > 1:
             (first, then), (last, now) = points[0], points[-1]
-            words = f"not evaluated; {said} {then:.4f} at step {first:,}, {now:.4f} at step {last:,}, without an interval"
+            words = (
+                f"not evaluated; {said} {then:.4f} at step {first:,}, {now:.4f} at step {last:,}, without an interval"
+            )
             return _said(UNKNOWN, words, evaluate)
     return _said(UNKNOWN, "not evaluated, and no losses were logged", evaluate)
 

@@ -49,7 +49,10 @@ def ticks(low, high, most=5) -> list[float]:
     power = 10 ** math.floor(math.log10(raw))
     step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= raw * 0.999999)
     first = math.ceil(low / step - 1e-9)
-    return [round(index * step, 12 - math.floor(math.log10(step))) for index in range(first, math.floor(high / step + 1e-9) + 1)]
+    return [
+        round(index * step, 12 - math.floor(math.log10(step)))
+        for index in range(first, math.floor(high / step + 1e-9) + 1)
+    ]
 
 
 class _Axis:
@@ -68,7 +71,7 @@ class _Axis:
         self.low, self.high, self.start, self.end = low, high, start, end
 
     def __call__(self, value):
-        low, high, value = (map(math.log, (self.low, self.high, value)) if self.log else (self.low, self.high, value))
+        low, high, value = map(math.log, (self.low, self.high, value)) if self.log else (self.low, self.high, value)
         return self.start + (value - low) / (high - low) * (self.end - self.start)
 
     def ticks(self, most):
@@ -88,9 +91,17 @@ def chart(title, lines, x="step", form=number, zero=False, log_x=False, has_lege
     lines = [line for line in lines if line.points]
     if not lines:
         return Markup("")
-    across = _Axis([point[0] for line in lines for point in line.points], _LEFT, _WIDTH - _RIGHT, log=log_x, pad=0.08 * any(line.dots for line in lines))
+    across = _Axis(
+        [point[0] for line in lines for point in line.points],
+        _LEFT,
+        _WIDTH - _RIGHT,
+        log=log_x,
+        pad=0.08 * any(line.dots for line in lines),
+    )
     up = _Axis([point[1] for line in lines for point in line.points], _HEIGHT - _BOTTOM, _TOP, zero, pad=0.04)
-    ends = ", ".join(f"{line.name}: {form(line.points[-1][1])} at {x} {number(line.points[-1][0])}" for line in lines[:8])
+    ends = ", ".join(
+        f"{line.name}: {form(line.points[-1][1])} at {x} {number(line.points[-1][0])}" for line in lines[:8]
+    )
     parts = [
         f'<figure class="chart"><figcaption>{escape(visible(title))}</figcaption>',
         f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(visible(f"{title}; {ends}"))}">',
@@ -127,7 +138,8 @@ def _drawn(line, across, up):
     places = [f"{across(a):.1f} {up(b):.1f}" for a, b in line.points]
     if line.dots or len(places) == 1:
         return "".join(
-            f'<circle class="dot {colour}" cx="{place.split()[0]}" cy="{place.split()[1]}" r="3.5"/>' for place in places
+            f'<circle class="dot {colour}" cx="{place.split()[0]}" cy="{place.split()[1]}" r="3.5"/>'
+            for place in places
         )
     return f'<path class="{colour}" d="M{" L".join(places)}"/>'
 

@@ -10,7 +10,9 @@ import jinja2
 from ..system.units import duration, size
 
 # what could reorder or hide text around it, or is no character of HTML; shown by name
-_HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2060-\u2069\ufeff\ufff9-\ufffb\ufffe\uffff\ud800-\udfff]")
+_HIDDEN = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2060-\u2069\ufeff\ufff9-\ufffb\ufffe\uffff\ud800-\udfff]"
+)
 
 
 def visible(text) -> str:
@@ -23,7 +25,7 @@ def visible(text) -> str:
     return _HIDDEN.sub(shown, str(text).replace("\r\n", "\n"))
 
 
-def render(template, **values) -> str:
+def render(template, /, **values) -> str:
     """Return the HTML of a template of this folder; every value is escaped, and so visible."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),

@@ -8,14 +8,24 @@ from types import SimpleNamespace
 from markupsafe import Markup
 
 from ..jobs.verdicts import change_in_words, number_of
+from ..recipe.comparison import settings_in_words
 from ..system.units import duration, size
 from . import charts, marked
 from .html import render
 
 _LARGEST = 1_900_000  # bytes of a page
-_COMPONENTS = {"process": "the process before (Python, torch)", "weights": "weights", "adapter": "adapter and masters",
-               "gradients": "gradients", "optimizer": "optimizer state", "checkpoints": "checkpointed inputs",
-               "layer_work": "activations", "loss_head": "loss and logits", "buffers": "buffers", "context": "context, holes"}  # fmt: skip
+_COMPONENTS = {
+    "process": "the process before (Python, torch)",
+    "weights": "weights",
+    "adapter": "adapter and masters",
+    "gradients": "gradients",
+    "optimizer": "optimizer state",
+    "checkpoints": "checkpointed inputs",
+    "layer_work": "activations",
+    "loss_head": "loss and logits",
+    "buffers": "buffers",
+    "context": "context, holes",
+}
 
 
 def page(found) -> tuple[str, dict]:
@@ -94,23 +104,32 @@ def _scores(scores):
         return {"value": side["loss"], "low": low, "high": high}
 
     before, change = scores["before"] or {}, scores["change"] or {}
-    rows = [("loss", loss(before) if before else None, loss(scores))]
+    rows: list = [("loss", loss(before) if before else None, loss(scores))]
     if scores.get("perplexity") is not None:
         then = before.get("perplexity")
-        flat = [None if value is None else {"value": value, "low": None, "high": None} for value in (then, scores["perplexity"])]
+        flat = [
+            None if value is None else {"value": value, "low": None, "high": None}
+            for value in (then, scores["perplexity"])
+        ]
         rows.append(("perplexity", *flat))
-    rows += [(name, (before.get("metrics") or {}).get(name), metric) for name, metric in (scores["metrics"] or {}).items()]
-    return [(name, then, now, change_in_words(name, change[name]) if name in change else "") for name, then, now in rows]
-
-
-def _settings(settings):
-    return ", ".join(f"{field.rpartition('.')[2]} {_cell(value)}" for field, value in settings.items())
+    rows += [
+        (name, (before.get("metrics") or {}).get(name), metric) for name, metric in (scores["metrics"] or {}).items()
+    ]
+    return [
+        (name, then, now, change_in_words(name, change[name]) if name in change else "") for name, then, now in rows
+    ]
 
 
 def _cell(value):
     if value is None:
         return "none"
-    text = f"{value:g}" if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    text = (
+        f"{value:g}"
+        if isinstance(value, float)
+        else value
+        if isinstance(value, str)
+        else json.dumps(value, ensure_ascii=False)
+    )
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
@@ -121,12 +140,28 @@ def _optional(value, shown):
 def _comparison(found):
     """Return (names of the columns, [{"cells", "best", "low", "mean", "high", "ends"}]) of a comparison's summary."""
     metric = found["metric"]
-    names = ["variant", "setting", metric.replace("_", " "), "95 %", "spread", "forgetting", "time", "peak", "trained", "saved", ""]
+    names = [
+        "variant",
+        "setting",
+        metric.replace("_", " "),
+        "95 %",
+        "spread",
+        "forgetting",
+        "time",
+        "peak",
+        "trained",
+        "saved",
+        "",
+    ]
     ends = [end for one in found["summary"] for end in (one["low"], one["high"])]
     rows = []
     for one in found["summary"]:
-        verdict = "best" if one["best"] is True else str(one["best"] or ("" if one["chosen"] else "another setting is better"))
-        cells = [one["variant"], _settings(one["settings"]), _number(metric, one["mean"]),
+        verdict = (
+            "best"
+            if one["best"] is True
+            else str(one["best"] or ("" if one["chosen"] else "another setting is better"))
+        )
+        cells = [one["variant"], settings_in_words(one["settings"]), _number(metric, one["mean"]),
                  f"{_number(metric, one['low'])} to {_number(metric, one['high'])}", _number(metric, one["spread"]),
                  _optional(one["forgetting"], "{:+.4f}".format), _optional(one["seconds"], duration),
                  _optional(one["peak_bytes"], size), _optional(one["trainable_share"], "{:.2%}".format),
@@ -138,6 +173,11 @@ def _comparison(found):
     return [names[number] for number in kept], rows
 
 
+def _with_interval(name, one):
+    low, value, high = (_number(name, one[key]) for key in ("low", "value", "high"))
+    return f"{value} ({low} to {high})" if low else value
+
+
 def _side_by_side(runs):
     metrics = list(dict.fromkeys(name for run in runs for name in run["scores"].get("metrics") or ()))
     rows = []
@@ -145,8 +185,7 @@ def _side_by_side(runs):
         scores, memory = run["scores"], run["memory"]
         held_out = run["curves"].get("eval_loss")
         values = [(scores.get("metrics") or {}).get(name) for name in metrics]
-        shown = ["" if one is None else f"{_number(name, one['value'])} ({_number(name, one['low'])} to {_number(name, one['high'])})"
-                 for name, one in zip(metrics, values, strict=True)]  # fmt: skip
+        shown = ["" if one is None else _with_interval(name, one) for name, one in zip(metrics, values, strict=True)]
         rows.append(
             [run["name"], run["method"], run["state"]["what"], *shown, _number("loss", scores.get("loss")),
              "" if not held_out else f"{held_out[-1][1]:.4f}", _optional(run["speed"].get("seconds"), duration),
@@ -159,7 +198,7 @@ def _side_by_side(runs):
 
 _WORDS = SimpleNamespace(
     number=_number, counts=_counts, components=_components, data_facts=_data_facts, before=_before, scores=_scores,
-    settings=_settings, cell=_cell, comparison=_comparison, side_by_side=_side_by_side, change=change_in_words,
+    settings=settings_in_words, cell=_cell, comparison=_comparison, side_by_side=_side_by_side, change=change_in_words,
     differing=marked.pieces,
 )  # fmt: skip
 
@@ -200,7 +239,9 @@ _LOSSES = (("loss", "training"), ("eval_loss", "held out"))
 
 def _of_norms(norms):
     rows = [
-        charts.Line(name, [(layer, value) for layer, value in zip(norms["layers"], values, strict=True) if value is not None], n)
+        charts.Line(
+            name, [(layer, value) for layer, value in zip(norms["layers"], values, strict=True) if value is not None], n
+        )
         for n, (name, values) in enumerate(norms["modules"].items())
     ]
     return charts.chart("norm by layer", rows, x="layer", zero=True, has_legend=True)
@@ -234,7 +275,9 @@ def _of_comparison(found):
         if one["chosen"] and one["peak_bytes"] is not None
     ]
     figures = [charts.chart(f"{title} against peak memory", points, x="GiB", form=form)]
-    fields = dict.fromkeys(field for one in found["summary"] for field, value in one["settings"].items() if _is_number(value))
+    fields = dict.fromkeys(
+        field for one in found["summary"] for field, value in one["settings"].items() if _is_number(value)
+    )
     for field in list(fields)[:2]:
         lines = [
             charts.Line(
@@ -263,10 +306,11 @@ def _legend_of_comparison(found):
 def _range(one):
     """Return an interval as a small bar, on the range of all of them."""
     least, most = one["ends"]
-    low, mean, high = (100 * (one[key] - least) / (most - least) if most > least else 50 for key in ("low", "mean", "high"))
-    return Markup(
-        f'<div class="range"><i style="left:{low:.1f}%;width:{max(0.5, high - low):.1f}%"></i><b style="left:{mean:.1f}%"></b></div>'
+    low, mean, high = (
+        100 * (one[key] - least) / (most - least) if most > least else 50 for key in ("low", "mean", "high")
     )
+    line = f'<i style="left:{low:.1f}%;width:{max(0.5, high - low):.1f}%"></i>'
+    return Markup(f'<div class="range">{line}<b style="left:{mean:.1f}%"></b></div>')
 
 
 _CHARTS = SimpleNamespace(

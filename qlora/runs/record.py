@@ -139,7 +139,7 @@ def read(run) -> list[Line]:
     number, found = 0, []
     try:
         with open(run.metrics_file, encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
+            for number, line in enumerate(file, 1):  # noqa: B007 (of the message)
                 if line.endswith("\n"):
                     found.append(from_json(json.loads(line)))
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:

@@ -147,7 +147,9 @@ def _held(trainer) -> dict:
     if trained is None or optimizer is None:
         return {}
     live = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
-    states = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
+    states = [
+        value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)
+    ]
     states = [value for value in states if not getattr(value, "is_paged", False)]  # those are the driver's
     found = {"adapter": _bytes([*live, *trained.masters.masters]), "optimizer": _bytes(states)}
     if trainer.model.device.type == "cuda":

@@ -24,8 +24,6 @@ from .reported_answers import answers, cut
 MANIFEST = "manifest.json"
 _FOLDERS = 1000  # beside a run, that may hold an export of it
 _EVENTS, _SOURCES, _REASONS, _CLASSES, _SAMPLES, _SAMPLE_TOKENS = 50, 50, 20, 30, 3, 600
-
-
 _OF_EXPORT = ("verified", "verify", "base", "dtype", "bytes", "seconds", "gguf", "live_model", "rows", "why")
 
 
@@ -56,7 +54,7 @@ def facts(run: RunDir, exports=(), most_points=400, most_rows=200) -> dict[str, 
         "speed": _speed(lines, environment),
         "memory": _memory(run),
         "data": _data(run, recipe, data, environment),
-        "scores": _scores_shown(run, scores),
+        "scores": _scores_shown(run, name, scores),
         "other_scores": _other_scores(run, name),
         "answers": _answers(run, name, scores, most_rows),
         "norms": norms(run.adapter)
@@ -251,10 +249,10 @@ def _scores(run):
     return None, None
 
 
-def _scores_shown(run, scores):
+def _scores_shown(run, name, scores):
     if scores is None:
         return {"missing": f"not evaluated: {command('eval', run.path)}"}
-    file = run.score_files()[0]
+    file = run.score_files(name)[0]
     try:
         found = {name: scores.get(name) for name in ("rows", "loss", "loss_interval", "perplexity", "tokens", "metrics", "change",
                                                      "forgetting", "latency", "majority")}  # fmt: skip
@@ -293,15 +291,8 @@ def _other_scores(run, own):
         if file.stem != own:
             scores = run.scores(file.stem)
             said = scores.get("data") or {}
-            found.append(
-                {
-                    "name": file.stem,
-                    "rows": scores.get("rows"),
-                    "loss": scores.get("loss"),
-                    "metrics": scores["metrics"],
-                    "command": said.get("command"),
-                }  # fmt: skip
-            )
+            one = {name: scores.get(name) for name in ("rows", "loss", "metrics")}
+            found.append({"name": file.stem, **one, "command": said.get("command")})
     return found
 
 
@@ -324,7 +315,7 @@ def _exports(run, named):
     """
     manifest = run.adapter / MANIFEST
     hashes = {} if not manifest.is_file() else _weights(files.read_object(manifest).get("files") or {})
-    beside = itertools.islice(run.path.absolute().parent.glob(f"*/{REPORT}"), _FOLDERS)
+    beside = itertools.islice(run.path.parent.glob(f"*/{REPORT}"), _FOLDERS)
     places = dict.fromkeys([*(Path(one) / REPORT for one in named), *beside])
     found = []
     for place in sorted(places, key=lambda one: -one.stat().st_mtime):
@@ -354,21 +345,7 @@ def _export(place, report):
         return {
             "path": str(place.parent),
             "made_of_this_run": report.get("adapter_sha256") is not None,
-            **{
-                name: report.get(name)
-                for name in (
-                    "verified",
-                    "verify",
-                    "base",
-                    "dtype",
-                    "bytes",
-                    "seconds",
-                    "gguf",
-                    "live_model",
-                    "rows",
-                    "why",
-                )
-            },  # fmt: skip
+            **{name: report.get(name) for name in _OF_EXPORT},
             "scores": [[said, {name: one.get(name) for name in names}] for said, one in scores],
             "cast": report.get("cast"),
             "worst_modules": [[one["name"], one["cast_loss"], one["delta_norm"]] for one in worst],
@@ -392,6 +369,6 @@ def _environment(found):
             "revision": base.get("revision"),
             "sha256": hashes[:40],
             "left_out": max(0, len(hashes) - 40),
-        },  # fmt: skip
+        },
         "data": [[part.get("path"), part.get("sha256")] for part in (found.get("data") or ())[:_SOURCES]],
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 
 from ..recipe.comparison import settings_in_words
@@ -52,7 +53,9 @@ def _said(answer, words, command=None):
 
 
 def number_of(name, value, signed=False):
-    """Return a metric's value as text: a share in percent, a loss with four digits."""
+    """Return a metric's value as text: a share in percent, a loss with four digits; "?" of one that is no finite number."""
+    if value is None or not math.isfinite(value):
+        return "?"
     if name in ("loss", "forgetting"):
         return f"{value:+.4f}" if signed else f"{value:.4f}"
     return f"{value:+.1%}" if signed else f"{value:.1%}"
@@ -96,6 +99,8 @@ def _learned(facts):
 
 def _direction(name, change):
     """Return YES or NO where the whole interval of a change lies on one side of 0, else UNKNOWN."""
+    if change["low"] is None or change["high"] is None:
+        return UNKNOWN
     low, high = (-change["high"], -change["low"]) if name == "loss" else (change["low"], change["high"])
     return YES if low > 0 else NO if high < 0 else UNKNOWN
 
@@ -108,7 +113,7 @@ def _afterwards(facts, scores):
         if losses[-1][1] > least + _WORSE_BY:
             words += f". The held-out loss was lowest at step {step:,} ({least:.4f}), {losses[-1][1]:.4f} at the end: it overfits"
     forgetting = scores.get("forgetting") or {}
-    if forgetting.get("low", 0) > 0:
+    if (forgetting.get("low") or 0) > 0:
         words += f". Loss on text that was not trained on rose: {change_in_words('forgetting', forgetting)}"
     return words
 

@@ -62,7 +62,7 @@ def _title(found):
 
 
 def _number(name, value):
-    return "" if value is None else f"{value:.4f}" if name in ("loss", "perplexity") else number_of(name, value)
+    return "" if value is None else number_of("loss" if name == "perplexity" else name, value)
 
 
 def _counts(run):

@@ -19,7 +19,8 @@ def listed(folder) -> list:
     Each is {"path", "kind", "base", "state", "steps", "loss", "eval_loss", "metrics", "time", "comparison"}; what is not known is
     None. state: "finished", "unfinished", or what is wrong with it in words. A comparison has "kind": "comparison", and as
     "comparison" {"metric", "rows"}; a training of one has {"path", "variant", "settings", "seed", "status", "score",
-    "best"} there, path: of the comparison; score: of its metric, as {"value", "low", "high"}; best: True, "no difference shown" or None.
+    "best"} there, path: of the comparison; score: of its metric, as {"value", "low", "high"}; best: True, "no difference shown"
+    or None.
     """
     folder = Path(folder)
     runs = {path.parent for path in [folder / "recipe.yaml", *folder.rglob("recipe.yaml")] if path.is_file()}

@@ -45,7 +45,7 @@ def gather(targets) -> dict[str, Any]:
         "comparison": compared,
         "runs": [facts(run, exports, *most) for run in chosen],
         "runs_left_out": len(runs) - len(chosen),
-        "curves": _curves(runs) if len(runs) > 1 else [],
+        "curves": _curves(runs, compared) if len(runs) > 1 else [],
         "names": [run.path.name for run in runs],
         "differences": differences.between(*runs) if 1 < len(runs) <= _COLUMNS else {},
     }
@@ -125,11 +125,22 @@ def _best_first(runs, compared):
     return sorted(runs, key=rank)
 
 
-def _curves(runs):
-    """Return [{"name", "path", "curves"}] of all runs, with few points each."""
+def _curves(runs, compared):
+    """Return [{"name", "path", "group", "curves"}] of all runs, with few points each. group: whose colour a run has: its own, or,
+    where a comparison has many runs, its variant's."""
     most = 150 if len(runs) <= 12 else 60
+    variants = (
+        {}
+        if compared is None or len(runs) <= 8
+        else {Path(row["run"]).name: row["variant"] for row in compared["rows"]}
+    )
     return [
-        {"name": run.path.name, "path": str(run.path), "curves": curves(record.read(run), most)}
+        {
+            "name": run.path.name,
+            "path": str(run.path),
+            "group": variants.get(run.path.name, run.path.name),
+            "curves": curves(record.read(run), most),
+        }
         for run in runs
         if run.metrics_file.is_file()
     ]

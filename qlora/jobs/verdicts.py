@@ -8,7 +8,7 @@ import shlex
 from ..recipe.comparison import settings_in_words
 from ..system.units import size
 
-YES, NO, PARTLY, UNKNOWN = "yes", "no", "partly", "not known"
+YES, NO, PARTLY, NOT_SHOWN, UNKNOWN = "yes", "no", "partly", "not shown", "not known"
 _WORSE_BY = 0.02  # nats a token above the lowest held-out loss: 2 % more perplexity
 
 
@@ -45,7 +45,7 @@ def _best(found, chosen):
         return _said(first["variant"], f"{words}: ahead of every other variant by more than chance")
     equal = [one["variant"] for one in chosen if one is not first and one["best"]]
     end = "lowest" if found["lower_is_better"] else "highest"
-    return _said(UNKNOWN, f"{end} mean: {words}. No difference shown to {', '.join(equal) or 'others'}")
+    return _said(NOT_SHOWN, f"{end} mean: {words}. No difference shown to {', '.join(equal) or 'others'}")
 
 
 def _said(answer, words, command=None):
@@ -88,21 +88,21 @@ def _learned(facts):
     answer = _direction(name, change[name])
     if name != "loss" and "loss" in change:
         words += f"; loss {change_in_words('loss', change['loss'])}"
-        if answer == UNKNOWN and _direction("loss", change["loss"]) == YES:
+        if answer == NOT_SHOWN and _direction("loss", change["loss"]) == YES:
             answer, words = PARTLY, f"{words}. The loss fell; that more answers are right is not shown"
     if answer == NO:
         words += ". It got worse"
-    elif answer == UNKNOWN:
+    elif answer == NOT_SHOWN:
         words += ". No difference shown: more held-out rows may show one"
     return _said(answer, words + _afterwards(facts, scores))
 
 
 def _direction(name, change):
-    """Return YES or NO where the whole interval of a change lies on one side of 0, else UNKNOWN."""
+    """Return YES or NO where the whole interval of a change lies on one side of 0, else NOT_SHOWN."""
     if change["low"] is None or change["high"] is None:
-        return UNKNOWN
+        return NOT_SHOWN
     low, high = (-change["high"], -change["low"]) if name == "loss" else (change["low"], change["high"])
-    return YES if low > 0 else NO if high < 0 else UNKNOWN
+    return YES if low > 0 else NO if high < 0 else NOT_SHOWN
 
 
 def _afterwards(facts, scores):

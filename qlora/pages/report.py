@@ -247,15 +247,20 @@ def _of_norms(norms):
     return charts.chart("norm by layer", rows, x="layer", zero=True, has_legend=True)
 
 
+def _groups(curves):
+    return {name: n for n, name in enumerate(dict.fromkeys(one["group"] for one in curves))}
+
+
 def _together(curves):
+    numbers = _groups(curves)
     for key, (title, form, zero) in _SHOWN.items():
-        lines = [charts.Line(one["name"], _in_gib(one["curves"]).get(key, []), n) for n, one in enumerate(curves)]
+        lines = [charts.Line(one["name"], _in_gib(one["curves"]).get(key, []), numbers[one["group"]]) for one in curves]
         if figure := charts.chart(title, lines, form=form, zero=zero):
             yield figure
 
 
 def _legend_of_curves(curves):
-    return charts.legend([(one["name"], n) for n, one in enumerate(curves)])
+    return charts.legend(list(_groups(curves).items()))
 
 
 def _variants(found):

@@ -206,7 +206,7 @@ def test_numbers_that_are_not_finite_and_files_of_older_versions_are_shown(run, 
     lines[0]["loss"] = float("nan")
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 7, "lo')
     [one] = report(run, tmp_path / "page.html")["runs"]
-    assert one["verdicts"][0]["answer"] == "not known"
+    assert one["verdicts"][0]["answer"] == "not shown"
     assert len(one["curves"]["loss"]) == sum("loss" in line for line in lines) - 1
     assert json.loads((tmp_path / "page.json").read_text())["runs"][0]["scores"]["loss"] is None
     assert "nan" not in Page(tmp_path / "page.html").text.split()

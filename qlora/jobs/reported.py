@@ -19,7 +19,7 @@ from .reported_run import command, curves, facts
 
 KIND = "qlora report"  # of the value, and of the page's <meta name="generator">
 _WHOLE = 8  # runs whose own chapters a page has; the others are in its tables and curves
-_RUNS = 60
+_RUNS = 60  # in its curves: of a comparison the best
 _COLUMNS = 12  # runs whose settings are put side by side
 
 
@@ -33,7 +33,9 @@ def gather(targets) -> dict[str, Any]:
     """
     runs, exports, compared = _sorted(targets)
     # a comparison's own chapters are those of its best settings; all runs are in its tables and curves
-    chosen = runs[:_WHOLE] if compared is None else _best_first(runs, compared)[:_WHOLE]
+    best_first = runs if compared is None else _best_first(runs, compared)
+    chosen = best_first[:_WHOLE]
+    num_runs, runs = len(runs), runs if len(runs) <= _RUNS else best_first[:_RUNS]
     most = {1: (400, 200), 2: (300, 100)}.get(len(chosen), (200, 40))
     if exports and len(runs) > 1:
         raise InputError(f"{exports[0]}: an export is named beside the one run that it is of")
@@ -44,7 +46,7 @@ def gather(targets) -> dict[str, Any]:
         "command": command("report", *targets),
         "comparison": compared,
         "runs": [facts(run, exports, *most) for run in chosen],
-        "runs_left_out": len(runs) - len(chosen),
+        "runs_left_out": num_runs - len(chosen),
         "curves": _curves(runs, compared) if len(runs) > 1 else [],
         "names": [run.path.name for run in runs],
         "differences": differences.between(*runs) if 1 < len(runs) <= _COLUMNS else {},
@@ -81,7 +83,7 @@ def _sorted(targets):
             )
     if not runs and compared is None:
         raise InputError(f"{exports[0]}: an export alone; name the run that it is of too")
-    if len(runs) > _RUNS:
+    if len(runs) > _RUNS and compared is None:
         raise InputError(f"{len(runs)} runs; a page has {_RUNS} at most")
     return list(runs.values()), exports, compared
 

@@ -55,7 +55,7 @@ def _title(found):
         return f"Comparison {found['comparison']['folder']}"
     if len(found["runs"]) == 1:
         return found["runs"][0]["path"]
-    return f"{len(found['curves'])} runs"
+    return f"{len(found['names'])} runs"
 
 
 # ---- words -----------------------------------------------------------------------------------------------------------

@@ -148,7 +148,7 @@ HOSTILE = [
     "a\x00b\x1b[31m",
     "\ud800",
     "שלום (1)",
-    "x" * 50_000,
+    "x" * 5_000,
     "",
     "{{ 7*7 }}",
 ]
@@ -158,7 +158,7 @@ def test_hostile_answers_are_shown_and_many_are_bounded(run, tmp_path):
     file = run / "answers.jsonl"
     line = json.loads(file.read_text().splitlines()[0])
     rows = []
-    for number in range(10_000):
+    for number in range(1_000):
         text = HOSTILE[number % len(HOSTILE)]
         row = line | {"prompt": [{"role": "user", "content": text}], "expected": HOSTILE[(number + 1) % len(HOSTILE)]}
         row |= {side: {**line[side], "answer": text, "exact_match": [float(right), 1.0]}
@@ -168,15 +168,16 @@ def test_hostile_answers_are_shown_and_many_are_bounded(run, tmp_path):
     found = report(run, tmp_path / "page.html")["runs"][0]["answers"]
     page = Page(tmp_path / "page.html")
     assert (tmp_path / "page.html").stat().st_size < 2_000_000
-    assert found["counts"] == {"got worse": 1000, "wrong": 4000, "fixed": 4000, "right": 1000}
-    assert len(found["shown"]) + found["left_out"] == 10_000
-    assert page.classes.count("answer") == len(found["shown"]) == page.classes.count("isworse")
-    assert "9,800 rows are not on this page" in page.text
+    assert found["counts"] == {"got worse": 100, "wrong": 400, "fixed": 400, "right": 100}
+    assert len(found["shown"]) + found["left_out"] == 1_000
+    assert page.classes.count("answer") == len(found["shown"]) == 200
+    assert (page.classes.count("isworse"), page.classes.count("iswrong")) == (100, 100)
+    assert "800 rows are not on this page" in page.text
     for shown in (
         "<script>alert(1)</script>",
         "abc<U+202E>gnp.exe",
         "a␀b␛[31m",
-        "48,500 more characters",
+        "3,500 more characters",
         "{{ 7*7 }}",
         "שלום (1)",
     ):

@@ -7,10 +7,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from .. import __version__
 from ..exporter import REPORT
 from ..recipe.comparison import FILE, RESULT, Comparison
 from ..runs import record
+from ..runs.environment import version_of
 from ..runs.folder import RunDir
 from ..system import files
 from ..system.errors import InputError
@@ -41,7 +41,7 @@ def gather(targets) -> dict[str, Any]:
         raise InputError(f"{exports[0]}: an export is named beside the one run that it is of")
     found = {
         "kind": KIND,
-        "version": __version__,
+        "version": version_of("qlora-trainer"),
         "made": time.strftime("%Y-%m-%d %H:%M", time.localtime()),
         "command": command("report", *targets),
         "comparison": compared,

@@ -120,7 +120,9 @@ class RunDir:
             kinds = {Interrupted: "stopped", DoesNotFit: "does not fit"}
             status = next((said for kind, said in kinds.items() if isinstance(error, kind)), "failed")
             signal = f"signal {error.number}" if isinstance(error, Interrupted) else ""
-            if self.metrics_file.exists():
+            if (
+                self.metrics_file.exists() and not self.adapter.is_dir()
+            ):  # a finished run that could not go on is as it was
                 message = redacted(str(error)) or signal or type(error).__name__
                 with contextlib.suppress(OSError):  # the disk may be full
                     write_json(self.ended_file, {"status": status, "message": message})

@@ -133,6 +133,11 @@ def test_what_ends_a_training_is_kept_once_it_has_begun(tmp_path, error, status,
             raise error
         assert (run.ended() is not None) == begun
     assert run.ended() == {"status": status, "message": message}
+    run.ended_file.unlink()
+    (tmp_path / "adapter").mkdir()  # a finished run that could not go on is left as it was
+    with pytest.raises(type(error)), run.says_how_it_ends():
+        raise error
+    assert run.ended() is None
 
 
 def test_whether_a_run_is_in_use_is_known_without_touching_it(tmp_path):

@@ -45,6 +45,7 @@ _HOME = {
     "compare": "commands.compare",
     "compare_runs": "commands.compare",
     "compare_served": "commands.served",
+    "report": "commands.report",
     "adapters": "commands.adapters",
     "chat": "commands.chat",
     "open": "commands.open",

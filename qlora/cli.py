@@ -336,6 +336,32 @@ def compare(
         _run("compare_runs", as_json, first, others[0])
 
 
+@app.command(epilog="Example:  qlora report runs/mine --out mine.html")
+def report(
+    targets: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RUN|COMPARISON [MORE]...",
+            help="runs, finished or not; or the folder or YAML file of a comparison; beside one run, folders of its exports",
+        ),
+    ],
+    out: Annotated[
+        str | None, typer.Option(metavar="PAGE.html", help="the page; PAGE.json beside it has the same numbers")
+    ] = None,
+    as_json: Json = False,
+):
+    """Write one page on a run or several: verdict, curves, memory, data, answers, proof; it needs no network."""
+    from .commands.report import report
+    from .terminal import shown
+
+    if out is None and not as_json:
+        raise InputError("give --out PAGE.html, or --json to print the numbers alone")
+    with shown(results=not as_json, steps=False):
+        found = report(targets, out)
+    if as_json:
+        _print_json(found)
+
+
 @app.command(epilog='Example:  qlora chat runs/mine --prompt "What can you do?"')
 def chat(
     target: Target,

@@ -32,7 +32,7 @@ def test_help_is_fast_and_every_verb_has_an_example():
     assert time.monotonic() - start < 5  # 0.1 s alone; this catches an import of torch at the top, which takes 6
     assert top.returncode == 0
     assert qlora("frobnicate").returncode == 2
-    for verb in ("doctor", "plan", "data", "train", "eval", "export", "compare", "chat", "adapters", "push"):
+    for verb in ("doctor", "plan", "data", "train", "eval", "export", "compare", "report", "chat", "adapters", "push"):
         assert verb in top.stdout
         text = qlora(verb, "--help").stdout
         assert f"Example:  qlora {verb}" in text

@@ -141,9 +141,19 @@ def test_files_and_verbs_that_documents_name_exist(document):
     for name in re.findall(r"(?:scripts|recipes|docs|tests)/[\w./-]+\.(?:sh|py|yaml|md)", text):
         assert (ROOT / name).is_file(), name
     for verb in re.findall(r"^ +qlora (\w+)", text, flags=re.MULTILINE):
-        assert verb in {"doctor", "plan", "data", "train", "eval", "export", "compare", "chat", "adapters", "push"}, (
-            verb
-        )
+        assert verb in {
+            "doctor",
+            "plan",
+            "data",
+            "train",
+            "eval",
+            "export",
+            "compare",
+            "report",
+            "chat",
+            "adapters",
+            "push",
+        }, verb
 
 
 def test_what_is_pinned_is_in_range_and_python_versions_agree():

@@ -26,6 +26,7 @@ from qlora import (
     plan_methods,
     push,
     quiet,
+    report,
     train,
 )
 
@@ -47,6 +48,7 @@ SIGNATURES = {
     " -> 'str'",
     "open": "(target, adapters=None, adapter=None, overrides=()) -> 'Routed'",
     "push": "(target, repo, *, public=False, base=None, license=None, dry_run=False) -> 'dict'",
+    "report": "(targets, out=None) -> 'dict'",
     "quiet": "()",
 }
 
@@ -73,6 +75,7 @@ def test_every_public_name_works_after_all_the_others(make_recipe, tmp_path, mon
     with qlora.open(run.path, adapters={"again": run.path}) as model:
         assert model.answer("Hello!", max_new_tokens=4) == model.answers(["Hello!"], "again", max_new_tokens=4)[0]
     assert [one["state"] for one in adapters(run.path)] == ["finished"]
+    assert report([run.path, "models/mine"], "mine.html")["runs"][0]["verdicts"][1]["answer"] == "yes"
     with quiet():
         assert push(run.path, "me/mine", base="me/base", dry_run=True)["url"] is None
     for name in qlora.__all__:  # every verb has imported what it needs, and none of that is where a function was
@@ -96,7 +99,7 @@ def test_every_public_function_is_documented_and_has_the_arguments_that_scripts_
         assert len(inspect.getdoc(function)) > 80, name
 
 
-@pytest.mark.parametrize("name", ["Recipe", "InputError", "quiet"])
+@pytest.mark.parametrize("name", ["Recipe", "InputError", "quiet", "report"])
 def test_what_computes_nothing_is_imported_without_torch(name):
     code = f"import sys; from qlora import {name}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -7,12 +7,12 @@ import shlex
 import time
 
 from .. import base_model
-from ..jobs import comparison_table, merged_latency
+from ..jobs import comparison_table, differences, merged_latency
 from ..jobs.compared_runs import DONE, TO_DO, UNFINISHED, Folder, measured, row_of, train_one
 from ..jobs.planned_training import plan_training
 from ..jobs.prepared_data import prepare
 from ..pages import comparison as page
-from ..recipe.comparison import Comparison
+from ..recipe.comparison import RESULT, Comparison
 from ..runs.folder import RunDir
 from ..system import launched
 from ..system.errors import DoesNotFit, Interrupted
@@ -121,7 +121,7 @@ def _write(folder, path, last=False):
             )
     write_text(folder.path / "comparison.csv", page.as_csv(found))
     write_text(folder.path / "comparison.md", page.as_markdown(found))
-    write_json(folder.path / "comparison.json", found)
+    write_json(folder.path / RESULT, found)
     return found
 
 
@@ -136,20 +136,20 @@ def compare_runs(one, other) -> dict:
         InputError: one of them is no finished run, or its folder is damaged.
     """
     runs = [RunDir.open(path) for path in (one, other)]
-    rows, differences = [row_of(run) for run in runs], comparison_table.between(*runs)
+    rows, differing = [row_of(run) for run in runs], differences.between(*runs)
     change = comparison_table.paired(*runs)
-    for what, found in differences.items():
+    for what, found in differing.items():
         if found:
             text_table(
                 f"{what}: what differs",
                 ["", str(one), str(other)],
                 [[name, _cell(a), _cell(b)] for name, a, b in found],
             )
-    if not any(differences.values()):
+    if not any(differing.values()):
         show("recipe, data, versions and base model are the same")
     header = ["", str(one), str(other), "change", "95 %"]
     table("measured", header, [*_scores(rows, change), *_costs(rows)])
-    return {"rows": rows, "differences": differences, "change": change}
+    return {"rows": rows, "differences": differing, "change": change}
 
 
 def _cell(value):

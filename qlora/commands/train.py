@@ -92,6 +92,7 @@ def _train(recipe, resumed):
                         planned.tokens_per_micro_batch,
                         installed=installed,
                         objective=chosen_task.objective_of(prepared, opened.model),
+                        predicted_components=planned.components,
                     ),
                     run,
                     training.Saving(
@@ -110,9 +111,10 @@ def _train(recipe, resumed):
 
 @contextlib.contextmanager
 def _saying_how_to_go_on(run):
-    """Add to an error that ends the training in the block how the run goes on after it."""
+    """Add to an error that ends the training in the block how the run goes on after it, and keep in the run what it was."""
     try:
-        yield
+        with run.says_how_it_ends():
+            yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

@@ -29,7 +29,7 @@ import numpy as np
 from ..evaluation import answer_metrics, scores
 from ..evaluation.asked import Asked
 from ..recipe import as_yaml
-from ..recipe.comparison import Comparison, Entry, entries
+from ..recipe.comparison import FILE, Comparison, Entry, entries
 from ..runs import record
 from ..runs.folder import RunDir
 from ..system import files
@@ -54,7 +54,7 @@ class Folder:
         self.entries: list[Entry] = entries(comparison)
         _to_measure(comparison)  # what is wrong with it is said before anything is trained
         self.path = Path(comparison.output_dir)
-        self.file = self.path / "comparison.yaml"
+        self.file = self.path / FILE
         self.scores = held_out_rows_name(comparison.max_rows)  # of RunDir.score_files
 
     def run(self, entry) -> RunDir:

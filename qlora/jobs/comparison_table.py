@@ -96,33 +96,6 @@ def _notes(wanted, rows):
     return notes
 
 
-def between(one, other) -> dict[str, list]:
-    """Return {what: [[name, of one, of other]]} of what differs between two runs: recipe, data, versions."""
-    recipes = [_flat(run.recipe().model_dump(exclude={"output_dir"})) for run in (one, other)]
-    environments = [run.environment() for run in (one, other)]
-    files = [{Path(part["path"]).name: part["sha256"][:12] for part in found.get("data", ())} for found in environments]
-    versions = [found.get("versions", {}) | {"device": found.get("device")} for found in environments]
-    bases = [_flat(found.get("base_model", {}).get("sha256", {})) for found in environments]
-    parts = {"recipe": recipes, "data": files, "versions": versions, "base model": bases}
-    return {
-        what: [
-            [name, left.get(name), right.get(name)]
-            for name in sorted({*left, *right})
-            if left.get(name) != right.get(name)
-        ]
-        for what, (left, right) in parts.items()
-    }
-
-
-def _flat(values, before=""):
-    """Return {dotted name: value} of nested mappings."""
-    found: dict = {}
-    for name, value in values.items():
-        inner = isinstance(value, dict) and value
-        found |= _flat(value, f"{before}{name}.") if inner else {f"{before}{name}": value}
-    return found
-
-
 def paired(one, other) -> dict:
     """Return {metric: {"value", "low", "high"}} of other minus one, where both runs were measured on the same rows; else {}."""
     try:

@@ -61,6 +61,7 @@ def report_beside(trained, folder) -> dict:
         "verify": trained.export.verify,
         "verified": False,
         "live_model": trained.live_model,
+        "adapter_sha256": methods.weight_hashes(trained.folder),
         "bytes": sum(path.stat().st_size for path in folder.iterdir()),
     }
 

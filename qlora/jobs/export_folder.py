@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .. import base_model
+from .. import base_model, methods
 from ..exporter import configs, merge, report, writer
 from ..exporter.model_card import card
 from ..exporter.reader import Reader
@@ -132,6 +132,7 @@ def report_of(trained, plan, merging, seconds, peak_bytes) -> dict:
         "verified": False,
         "live_model": trained.live_model,
         "origins": trained.taken_from,
+        "adapter_sha256": methods.weight_hashes(trained.folder),
         **report.of_merging(merging, len(trained.modules)),
         "new_tokens": trained.checkpoint.new_tokens,
         "kept_tensors": len(plan.kept),

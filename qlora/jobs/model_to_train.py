@@ -131,6 +131,7 @@ def begins(run, prepared, trainable, resumed=None):
 def _write(run, prepared, trainable, resumed):
     if resumed is not None:
         resumed.begin(prepared.recipe)
+    run.ended_file.unlink(missing_ok=True)
     held_out, proof = prepared.eval_examples, proof_of(prepared.checkpoint.task.file)
     rows = proof.proof_rows(
         held_out if len(held_out) else prepared.examples, getattr(prepared.config.get_text_config(), "vocab_size", None)

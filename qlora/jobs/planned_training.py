@@ -36,6 +36,18 @@ class Planned:
     limit_bytes: int | None = None
 
     @property
+    def components(self):
+        """What predicted_bytes is made of: {component: bytes}; "process" is what was held before. Empty without a plan."""
+        if self.plan is None or self.predicted_bytes is None:
+            return {}
+        before = self.predicted_bytes - self.plan.peak_bytes
+        if before >= 0:
+            return {"process": before} | self.plan.components
+        found = {name: num_bytes for name, num_bytes in self.plan.components.items() if name != "context"}
+        found["optimizer"] -= self.plan.allocated_bytes - self.plan.cuda_bytes  # paged states are not torch's
+        return found
+
+    @property
     def tokens_per_micro_batch(self):
         return None if self.plan is None else self.plan.tokens_per_micro_batch
 

@@ -17,12 +17,12 @@ from ..system.errors import InputError, TrainingFailed
 from . import peft_model
 from .adapter import Adapter
 from .contract import Description, Group, Method, Schedule, Trainable
-from .folder import CONFIG, MANIFEST, WEIGHTS, base_of, read_config, seal
+from .folder import CONFIG, MANIFEST, WEIGHTS, base_of, read_config, seal, weight_hashes
 from .peft_model import shapes
 
 __all__ = ["CONFIG", "MANIFEST", "WEIGHTS", "Adapter", "Description", "Group", "Method", "Schedule", "Trainable", "attach",
            "base_of", "describe", "load", "names", "num_positions", "of", "read", "read_config",
-           "refuse_unmoved", "save", "seal", "shapes", "trainable"]  # fmt: skip
+           "refuse_unmoved", "save", "seal", "shapes", "trainable", "weight_hashes"]  # fmt: skip
 
 
 def of(section) -> Method:

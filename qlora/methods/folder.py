@@ -76,6 +76,15 @@ def base_of(folder):
     return files.read_object(path).get("base") if path.is_file() else None
 
 
+def weight_hashes(folder):
+    """Return {file name: sha256} of the weights in a sealed folder, by which an export knows what it was made of; else None."""
+    path = Path(folder) / MANIFEST
+    entries = files.read_object(path).get("files") if path.is_file() else None
+    if not isinstance(entries, dict):
+        return None
+    return {name: entry["sha256"] for name, entry in entries.items() if name.endswith(".safetensors")}
+
+
 def _refuse_changed(folder):
     """Raise InputError if a file is not as it was when the folder was sealed; that of another tool never was."""
     if not (folder / MANIFEST).is_file():

@@ -6,20 +6,12 @@ import csv
 import io
 
 from ..jobs.compared_runs import NUMBERS
+from ..recipe.comparison import settings_in_words
 from ..system.errors import InputError
 from ..system.events import note
 from ..system.units import duration, size
 
 _COLUMNS = ("variant", "settings", "seed", "status", *NUMBERS, "run", "message")
-
-
-def settings_text(settings):
-    """Return the settings of a sweep as a few words: the last part of each field, and its value."""
-    return ", ".join(f"{field.rpartition('.')[2]} {_number(value)}" for field, value in settings.items())
-
-
-def _number(value):
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def as_csv(found) -> str:
@@ -31,7 +23,7 @@ def as_csv(found) -> str:
     for row in found["rows"]:
         values = {
             **row,
-            "settings": settings_text(row["settings"]),
+            "settings": settings_in_words(row["settings"]),
             "message": (row["message"] or "").replace("\n", " "),
         }
         metrics = [row["metrics"].get(name, {}).get("value") for name in names]
@@ -50,7 +42,7 @@ def table_of(found) -> tuple[list[str], list[list[str]]]:
         lines.append(
             [
                 one["variant"],
-                settings_text(one["settings"]),
+                settings_in_words(one["settings"]),
                 number(one["mean"]),
                 f"{number(one['low'])} to {number(one['high'])}",
                 "" if one["spread"] is None else number(one["spread"]),
@@ -66,7 +58,7 @@ def table_of(found) -> tuple[list[str], list[list[str]]]:
         )
     for row in found["rows"]:
         if row["status"] != "done":
-            where = f"{settings_text(row['settings'])} seed {row['seed']}".strip()
+            where = f"{settings_in_words(row['settings'])} seed {row['seed']}".strip()
             reason = (row["message"] or "").split("\n")[0]
             lines.append([row["variant"], where, row["status"], *[""] * 9, reason[:120]])
     return header, lines

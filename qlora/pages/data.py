@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from pathlib import Path
 
-import jinja2
 import numpy as np
 
 from ..data.masked_examples import IGNORE_INDEX
 from ..system.errors import InputError
+from ..system.storage import write_text
 from . import images
+from .html import render
 
 BARS = 10
 _SHOWN = 20  # rows of a page, from all over the data
@@ -87,9 +87,8 @@ def altered(source):
 def page(title, template, report, bars, max_length, rows, pictures=()):
     """Return the HTML of a report. rows: [(where, pieces of the row), ...] to show; pictures: [(where, label, address of a
     small image), ...] instead, and the bars are not shown."""
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    source = Path(__file__).with_name("data.html").read_text(encoding="utf-8")
-    return environment.from_string(source).render(
+    return render(
+        "data.html",
         title=title,
         template=template,
         report=report,
@@ -134,6 +133,6 @@ def write_page(file, prepared, row=None):
     bars = histogram(rows.lengths)
     content = page(title, prepared.template, prepared.report, bars, recipe.data.max_length, shown, pictures)
     try:
-        Path(file).write_text(content, encoding="utf-8")
+        write_text(file, content)
     except OSError as error:
         raise InputError(f"--html {file}: {error.strerror or error}") from None

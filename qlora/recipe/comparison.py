@@ -16,6 +16,7 @@ from . import Recipe, error_messages, reading
 from .fields import Name, PathText, Positive, Section
 
 BUILT_IN = "built-in"
+FILE, RESULT = "comparison.yaml", "comparison.json"  # in its output_dir: what is compared, and what came of it
 _PLAIN = r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,60}"
 
 
@@ -133,6 +134,14 @@ def _entry(comparison, values, variant, settings, seed):
         where = f"{comparison.base}, variant {variant}"
         raise InputError(str(error).replace("the recipe has", f"{where}, has", 1)) from None
     return Entry(variant, settings, recipe.training.seed, name, recipe)
+
+
+def settings_in_words(settings) -> str:
+    """Return the settings of a sweep as a few words: the last part of each field, and its value."""
+    return ", ".join(
+        f"{field.rpartition('.')[2]} {value:g}" if isinstance(value, float) else f"{field.rpartition('.')[2]} {value}"
+        for field, value in settings.items()
+    )
 
 
 def _leave_method(values, changes):

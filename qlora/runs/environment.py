@@ -30,7 +30,7 @@ def environment(device) -> dict:
         "id": uuid.uuid4().hex,  # checkpoints say whose they are
         "versions": {
             "python": platform.python_version(),
-            **{name: _version(name) for name in PACKAGES},
+            **{name: version_of(name) for name in PACKAGES},
         },
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
         "git_commit": _git_commit(),
@@ -47,7 +47,7 @@ def served_with(device) -> dict:
 
 
 @functools.cache
-def _version(name):
+def version_of(name):
     """Return the version of a package; of one that runs from its folder without being installed, as qlora may, "checkout"."""
     try:
         return importlib.metadata.version(name)

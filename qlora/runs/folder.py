@@ -10,6 +10,7 @@ checkpoints/      step-20/ and so on, see checkpoints.py; appear by rename too
 lock              held by the process that trains here; holds its number
 memory.json       layers that were checkpointed, and the memory that was predicted and measured; also after running out
 metrics.jsonl     one JSON object a logged step; TensorBoard events in tensorboard/
+ended.json        how a training ended that did not finish: {"status", "message"}; goes away when it goes on
 proof_rows.json   token ids of the rows that export's proof uses, so that it needs no data file
 data_report.json
 eval.json         the score on the run's own held-out rows, and what they were
@@ -26,8 +27,10 @@ import shlex
 from pathlib import Path
 
 from ..recipe import Recipe
-from ..system.errors import InputError, Interrupted
-from ..system.storage import locked, refuse_nonempty, remove_lock, write_text
+from ..system import files
+from ..system.errors import DoesNotFit, InputError, Interrupted
+from ..system.secrets import redacted
+from ..system.storage import is_locked, locked, refuse_nonempty, remove_lock, write_json, write_text
 
 
 class RunDir:
@@ -39,6 +42,7 @@ class RunDir:
         self.environment_file = self.path / "environment.json"
         self.metrics_file = self.path / "metrics.jsonl"
         self.memory_file = self.path / "memory.json"
+        self.ended_file = self.path / "ended.json"
         self.tensorboard = self.path / "tensorboard"
         self.data_report_file = self.path / "data_report.json"
         self.proof_rows_file = self.path / "proof_rows.json"
@@ -106,6 +110,33 @@ class RunDir:
         """
         with locked(self.lock_file, f"output_dir {self.path}", "set output_dir=ANOTHER_FOLDER"):
             yield
+
+    @contextlib.contextmanager
+    def says_how_it_ends(self):
+        """Keep in ended.json which error ends a training in the block; of a killed process there is none."""
+        try:
+            yield
+        except InputError:  # said before anything was trained
+            raise
+        except BaseException as error:
+            kinds = {Interrupted: "stopped", DoesNotFit: "does not fit"}
+            status = next((said for kind, said in kinds.items() if isinstance(error, kind)), "failed")
+            signal = f"signal {error.number}" if isinstance(error, Interrupted) else ""
+            if (
+                self.metrics_file.exists() and not self.adapter.is_dir()
+            ):  # a finished run that could not go on is as it was
+                message = redacted(str(error)) or signal or type(error).__name__
+                with contextlib.suppress(OSError):  # the disk may be full
+                    write_json(self.ended_file, {"status": status, "message": message})
+            raise
+
+    def ended(self):
+        """Return {"status", "message"} of a training that ended with an error; None where it did not, or went on."""
+        return files.read_object(self.ended_file) if self.ended_file.is_file() else None
+
+    def in_use(self):
+        """True if a process trains here at this moment."""
+        return is_locked(self.lock_file)
 
     def refuse_used(self):
         """Raise InputError if a new run cannot start here."""

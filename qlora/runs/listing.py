@@ -1,32 +1,72 @@
-"""What has been trained under a folder: runs, and adapters of other tools."""
+"""What has been trained under a folder: comparisons, runs, and adapters of other tools."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from .. import methods
+from ..recipe.comparison import FILE, RESULT
+from ..system import files
 from ..system.errors import InputError, QLoRAError
 from . import record
 from .folder import RunDir
 
 
 def listed(folder) -> list:
-    """Return what is known of every run, checkpoint and adapter under `folder`, newest first.
+    """Return what is known of every comparison, run, checkpoint and adapter under `folder`, newest first; the trainings of a
+    comparison after it, in its order.
 
-    Each is {"path", "kind", "base", "state", "steps", "loss", "eval_loss", "metrics", "time"}; what is not known is None.
-    state: "finished", "unfinished", or what is wrong with it in words.
+    Each is {"path", "kind", "base", "state", "steps", "loss", "eval_loss", "metrics", "time", "comparison"}; what is not known is
+    None. state: "finished", "unfinished", or what is wrong with it in words. A comparison has "kind": "comparison", and as
+    "comparison" {"metric", "rows"}; a training of one has {"path", "variant", "settings", "seed", "status", "score",
+    "best"} there, path: of the comparison; score: of its metric, as {"value", "low", "high"}; best: True, "no difference shown"
+    or None.
     """
     folder = Path(folder)
     runs = {path.parent for path in [folder / "recipe.yaml", *folder.rglob("recipe.yaml")] if path.is_file()}
     own = {RunDir(run).adapter for run in runs}
     others = {path.parent for path in folder.rglob(methods.CONFIG)} - own
-    found = [*map(_of_run, runs), *(_entry(path) for path in others)]
-    return sorted(found, key=lambda one: -one["time"])
+    found = {path: _of_run(path) for path in runs} | {path: _entry(path) for path in others}
+    groups = []
+    for place in {path.parent for name in (RESULT, FILE) for path in folder.rglob(name)} - runs:
+        entry, rows = _of_comparison(place)
+        trainings = [
+            found.pop(place / name) | {"comparison": row} for name, row in rows.items() if place / name in found
+        ]
+        groups.append([entry, *trainings])
+    groups += [[one] for one in found.values()]
+    return [one for group in sorted(groups, key=lambda group: -group[0]["time"]) for one in group]
+
+
+def _of_comparison(folder):
+    """Return the entry of a comparison, and {name of a training's folder: what the comparison says of it}."""
+    entry = dict.fromkeys(("base", "steps", "loss", "eval_loss", "metrics", "comparison"))
+    entry |= {"path": str(folder), "kind": "comparison", "state": "unfinished", "time": folder.stat().st_mtime}
+    file = folder / RESULT
+    if not file.is_file():
+        return entry, {}
+    try:
+        found = files.read_object(file)
+        metric, rows = found["metric"], {}
+        best = {(one["variant"], repr(one["settings"])): one["best"] for one in found["summary"]}
+        for row in found["rows"]:
+            score = row["metrics"].get(metric)
+            if metric == "loss" and row["loss"] is not None:
+                score = {"value": row["loss"], "low": None, "high": None}
+            chosen = best.get((row["variant"], repr(row["settings"])))
+            said = {key: row[key] for key in ("variant", "settings", "seed", "status")}
+            rows[Path(row["run"]).name] = {"path": str(folder), **said, "score": score, "best": chosen}
+        done = sum(row["status"] == "done" for row in rows.values())
+        state = "finished" if done == len(rows) else f"{done} of {len(rows)} trainings ended well"
+        return entry | {"state": state, "comparison": {"metric": metric, "rows": [*rows.values()]}}, rows
+    except (LookupError, TypeError, AttributeError, InputError) as error:
+        why = str(error) if isinstance(error, InputError) else f"{file}: {error!r}"
+        return entry | {"state": f"damaged: {why}"}, {}
 
 
 def _entry(path, folder=None):
     """Return the entry of the adapter in `path`, as part of run `folder` where it is one."""
-    entry = dict.fromkeys(("kind", "base", "steps", "loss", "eval_loss", "metrics"))
+    entry = dict.fromkeys(("kind", "base", "steps", "loss", "eval_loss", "metrics", "comparison"))
     entry |= {"path": str(folder or path), "state": "finished", "time": (folder or path).stat().st_mtime}
     try:
         config = methods.read_config(path)

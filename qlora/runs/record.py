@@ -136,11 +136,16 @@ def read(run) -> list[Line]:
     Raises:
         InputError: the file cannot be read, or a line is not one of ours.
     """
+    number, found = 0, []
     try:
-        lines = run.metrics_file.read_text(encoding="utf-8").splitlines(keepends=True)
-        return [from_json(json.loads(line)) for line in lines if line.endswith("\n")]
+        with open(run.metrics_file, encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):  # noqa: B007 (of the message)
+                if line.endswith("\n"):
+                    found.append(from_json(json.loads(line)))
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise InputError(f"{run.metrics_file}: {error!r}; the run folder is damaged") from None
+        where = f" line {number}" if number else ""
+        raise InputError(f"{run.metrics_file}{where}: {error!r}; the run folder is damaged") from None
+    return found
 
 
 # ---- other events ----------------------------------------------------------------------------------------------------

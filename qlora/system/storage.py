@@ -211,6 +211,18 @@ def locked(path, what, remedy):
             return
 
 
+def is_locked(path):
+    """True if a process holds the lock file `path` at this moment; changes nothing."""
+    try:
+        with open(path, "rb") as file:
+            free = filelock.lock_descriptor(file.fileno(), blocking=False)
+            if free:
+                filelock.unlock_descriptor(file.fileno())
+            return not free
+    except OSError:  # none, or it cannot be read, or there are no locks
+        return False
+
+
 def remove_lock(path):
     """Remove a lock file that this process holds. Windows keeps an open file: it stays there, and locks nothing."""
     with contextlib.suppress(PermissionError):

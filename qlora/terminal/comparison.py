@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..pages.comparison import settings_text
+from ..recipe.comparison import settings_in_words
 from ..system.units import duration, size
 from .tables import show, table
 
@@ -18,7 +18,7 @@ def show_comparison(found):
     rows = []
     for one in found["summary"]:
         mark = f" {_BEST}" if one["best"] is True else f" {_SAME}" if one["best"] else "  "
-        setting = settings_text(one["settings"])
+        setting = settings_in_words(one["settings"])
         rows.append(
             [
                 one["variant"],
@@ -39,7 +39,7 @@ def show_comparison(found):
             show(f"{_SAME} may be as good as the best: no difference shown")
     for row in found["rows"]:
         if row["status"] != "done":
-            words = ", ".join(filter(None, [row["variant"], settings_text(row["settings"]), f"seed {row['seed']}"]))
+            words = ", ".join(filter(None, [row["variant"], settings_in_words(row["settings"]), f"seed {row['seed']}"]))
             reason = (row["message"] or "").split("\n")[0]
             show(f"{words}: {row['status']}" + (f": {reason}" if reason else ""))
     show("")

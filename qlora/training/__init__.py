@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+import torch
 
 from .. import base_model, kernels
 from ..data import Batches, Packs
@@ -45,6 +47,7 @@ class Settings:
     training: the recipe's section. checkpointed_layers, offload: of kernels.checkpointing; fixed_layers: the recipe says so
     many, which is mentioned where they do not fit. predicted_bytes: what somebody expects the peak to be, limit_bytes: what
     there is, both in the terms of memory.Peak: where the rehearsal leaves too little of it, more layers are checkpointed.
+    predicted_components: {component: bytes} of it, for memory.json.
     tokens_per_micro_batch: the rows of a step are joined into micro-batches of at most so many, where the model's rows can be
     joined and are not packed already; None: as many rows as the section says. rehearse: run the largest micro-batch once
     before the first step; it changes no number. installed: the kernels that the model computes with. objective: an
@@ -61,6 +64,7 @@ class Settings:
     rehearse: bool = True
     installed: kernels.Installed = field(default_factory=kernels.Installed)
     objective: Any = None
+    predicted_components: Mapping = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,8 @@ def train(model, tokenizer, rows: Rows, settings: Settings, run, saving=None) ->
     economy = _economy(model, settings)
     trainer = _trainer(model, objective, rows, settings, run, saving or Saving(), economy)
     measured: dict[str, Any] = economy.said()
-    measured |= {"predicted_bytes": settings.predicted_bytes, "tokens_per_micro_batch": tokens}
+    measured |= {"predicted_bytes": settings.predicted_bytes, "limit_bytes": settings.limit_bytes}
+    measured |= {"predicted_components": dict(settings.predicted_components), "tokens_per_micro_batch": tokens}
     try:
         with recorded(run), _computing(model, economy.layers, settings, joined):
             loss, eval_loss = trainer.fit()
@@ -119,6 +124,7 @@ def train(model, tokenizer, rows: Rows, settings: Settings, run, saving=None) ->
         raise DoesNotFit(message) from None
     finally:
         measured |= economy.said() | {"rehearsed_bytes": trainer.rehearsed_bytes, "peak_bytes": trainer.peak.bytes}
+        measured["measured_components"] = _held(trainer)
         if trainer.begun or trainer.resumed is None:  # what a run has measured stays where it could not go on
             write_json(run.memory_file, measured)
     seconds = trainer.clock.elapsed()
@@ -132,6 +138,27 @@ def train(model, tokenizer, rows: Rows, settings: Settings, run, saving=None) ->
         peak_bytes=measured["peak_bytes"],
         rehearsed_bytes=trainer.rehearsed_bytes,
     )
+
+
+def _held(trainer) -> dict:
+    """Return {component: bytes} of what can be counted at the end, in the planner's terms: the adapter with its masters, the
+    optimizer's states, and on a GPU the weights, which on a CPU may be mapped files."""
+    trained, optimizer = getattr(trainer, "trained", None), trainer.own_optimizer
+    if trained is None or optimizer is None:
+        return {}
+    live = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+    states = [
+        value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)
+    ]
+    states = [value for value in states if not getattr(value, "is_paged", False)]  # those are the driver's
+    found = {"adapter": _bytes([*live, *trained.masters.masters]), "optimizer": _bytes(states)}
+    if trainer.model.device.type == "cuda":
+        found["weights"] = _bytes(base_model.tensors(trainer.model)) - _bytes(live)
+    return found
+
+
+def _bytes(tensors):
+    return sum({id(tensor): tensor.numel() * tensor.element_size() for tensor in tensors}.values())
 
 
 def _economy(model, settings):

@@ -5,7 +5,7 @@ import os
 import pytest
 
 from qlora.runs.folder import RunDir
-from qlora.system.errors import DoesNotFit, InputError, Interrupted
+from qlora.system.errors import DoesNotFit, InputError, Interrupted, TrainingFailed
 from qlora.system.storage import new_folder, refuse_nonempty, write_json
 
 
@@ -113,3 +113,39 @@ def test_what_was_measured_before_memory_ran_out_is_kept(tmp_path, make_recipe):
     with pytest.raises(DoesNotFit):
         fail(make_recipe(output_dir=str(tmp_path / "run")), DoesNotFit(""), "memory_file")
     assert RunDir(tmp_path / "run").memory_file.exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (Interrupted(2, "stopped; go on with: x"), "stopped", "stopped; go on with: x"),
+        (DoesNotFit("12 GiB are needed"), "does not fit", "12 GiB are needed"),
+        (TrainingFailed("the loss has diverged"), "failed", "the loss has diverged"),
+        (KeyError(), "failed", "KeyError"),
+    ],
+)
+def test_what_ends_a_training_is_kept_once_it_has_begun(tmp_path, error, status, message):
+    run = RunDir(tmp_path)
+    for begun in (False, True):
+        if begun:
+            run.metrics_file.touch()
+        with pytest.raises(type(error)), run.says_how_it_ends():
+            raise error
+        assert (run.ended() is not None) == begun
+    assert run.ended() == {"status": status, "message": message}
+    run.ended_file.unlink()
+    (tmp_path / "adapter").mkdir()  # a finished run that could not go on is left as it was
+    with pytest.raises(type(error)), run.says_how_it_ends():
+        raise error
+    assert run.ended() is None
+
+
+def test_whether_a_run_is_in_use_is_known_without_touching_it(tmp_path):
+    run = RunDir(tmp_path)
+    assert not run.in_use()
+    assert not run.lock_file.exists()
+    with run.locked():
+        held = run.lock_file.read_text()
+        assert run.in_use()
+        assert run.lock_file.read_text() == held
+    assert not run.in_use()

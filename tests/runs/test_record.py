@@ -85,8 +85,8 @@ def test_what_an_older_version_did_not_write_is_none(run):
 
 @pytest.mark.parametrize("text", ["[]\n", "3\n", "{}\n", "not JSON\n", '{"loss": 1}\n'])
 def test_a_damaged_file_is_named(run, text):
-    run.metrics_file.write_text(text)
-    with pytest.raises(InputError, match=r"metrics\.jsonl: .*; the run folder is damaged"):
+    run.metrics_file.write_text(f'{{"step": 1, "loss": 2.0}}\n{text}')
+    with pytest.raises(InputError, match=r"metrics\.jsonl line 2: .*; the run folder is damaged"):
         record.read(run)
 
 

@@ -1,0 +1,381 @@
+"""qlora report: one page that needs nothing else, and the same numbers as JSON, of whatever a run folder has come to."""
+
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from qlora import cli, methods
+from qlora.commands.adapters import adapters
+from qlora.commands.eval import evaluate
+from qlora.commands.export import export
+from qlora.commands.report import report
+from qlora.jobs.adapter_norms import norms
+from qlora.system.errors import InputError
+
+CHAPTERS = {"scores", "training", "memory", "data", "answers", "norms", "export", "recipe", "environment"}
+
+
+class Page(HTMLParser):
+    """A page's tags, ids, classes and text; refuses what a page by itself must not have."""
+
+    def __init__(self, file):
+        super().__init__()
+        self.source = Path(file).read_text(encoding="utf-8")
+        self.tags, self.ids, self.classes, self.text = [], [], [], ""
+        self.feed(self.source)
+        self.text = re.sub(r"\s+", " ", self.text)
+
+    def handle_starttag(self, tag, attributes):
+        found = dict(attributes)
+        assert tag not in {"script", "link", "iframe", "object", "img"}
+        assert not [name for name in found if name.startswith("on") or name in ("src", "srcset", "action")]
+        assert found.get("href", "#").startswith("#")
+        self.tags.append(tag)
+        self.ids += [found["id"]] if "id" in found else []
+        self.classes += (found.get("class") or "").split()
+
+    def handle_data(self, data):
+        self.text += data
+
+
+@pytest.fixture(scope="module")
+def finished(trained_once, tmp_path_factory):
+    """A finished run that was evaluated, and exported beside it; do not write to it."""
+    folder = tmp_path_factory.mktemp("reported")
+    run = Path(shutil.copytree(trained_once().path, folder / "run"))
+    evaluate(run)
+    export(run, folder / "exported", "float32")
+    return run
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    """A copy of it that a test may change, without the export."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def change(file, function):
+    found = json.loads(file.read_text())
+    function(found)
+    file.write_text(json.dumps(found))
+
+
+def test_a_page_of_a_finished_run_says_all_of_it(finished, tmp_path):
+    found = report(finished, tmp_path / "page.html")
+    page = Page(tmp_path / "page.html")
+    assert set(page.ids) >= CHAPTERS
+    assert len(page.ids) == len(set(page.ids))
+    assert "missing" not in page.classes
+    assert json.loads((tmp_path / "page.json").read_text()) == found
+    assert "default-src 'none'" in page.source
+    assert "prefers-color-scheme: dark" in page.source
+    assert "@media print" in page.source
+    [one] = found["runs"]
+    learned, proven, fits = one["verdicts"]
+    scores = json.loads((finished / "eval.json").read_text())
+    low = scores["change"]["loss"]["low"]
+    assert f"{low:+.4f}" in learned["words"]
+    assert learned["words"] in page.text
+    assert proven["answer"] == fits["answer"] == "yes"
+    assert one["norms"] == norms(finished / "adapter")
+    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert one["curves"]["loss"] == [[line["step"], line["loss"]] for line in lines if "loss" in line]
+    sample = "".join(text for text, is_trained in one["data"]["sample"]["rows"][0] if is_trained)
+    assert re.fullmatch(r"\d plus \d is \d\.<\|im_end\|>", sample)
+    assert {path.name for path in tmp_path.iterdir()} == {"page.html", "page.json"}
+
+
+def test_memory_is_predicted_and_counted_by_component(finished):
+    [one] = report(finished)["runs"]
+    memory, parameters = one["memory"], json.loads((finished / "environment.json").read_text())["parameters"]
+    assert memory["measured_components"]["adapter"] == 6 * parameters["trainable"]  # bfloat16 and a float32 master
+    assert memory["predicted_components"]["adapter"] == 6 * parameters["trainable"]
+    assert sum(memory["predicted_components"].values()) == memory["predicted_bytes"]
+    assert memory["limit_bytes"] > memory["peak_bytes"] > 0
+
+
+def test_an_export_is_known_by_what_it_was_made_of(finished, run, tmp_path):
+    exported = finished.parent / "exported"
+    assert json.loads((exported / "export_report.json").read_text())["adapter_sha256"] == methods.weight_hashes(
+        finished / "adapter"
+    )
+    assert report(run)["runs"][0]["verdicts"][1]["answer"] == "not known"
+    found = report([run, exported])["runs"][0]  # the same weights, from wherever
+    assert found["verdicts"][1]["answer"] == "yes"
+    other = tmp_path / "other"
+    other.mkdir()
+    shutil.copy(exported / "export_report.json", other)
+    change(other / "export_report.json", lambda one: one.update(adapter_sha256={"adapter_model.safetensors": "0"}))
+    assert len(report(run)["runs"][0]["exports"]) == 0  # beside it, and of something else
+    with pytest.raises(InputError, match=r"was not exported from .*other weights"):
+        report([run, other])
+    with pytest.raises(InputError, match="an export alone; name the run"):
+        report(exported)
+
+
+def test_what_is_not_there_is_said_with_the_command_for_it(run, tmp_path):
+    for name in ("eval.json", "answers.jsonl", "memory.json", "proof_rows.json"):
+        (run / name).unlink()
+    report(run, tmp_path / "page.html")
+    page = Page(tmp_path / "page.html")
+    assert f"not evaluated: qlora eval {run}" in page.text
+    assert f"not exported here: qlora export {run} --out FOLDER" in page.text
+    assert "nothing was measured" in page.text
+    assert "without an interval" in page.text or "no losses" in page.text
+
+
+def test_a_run_that_stopped_or_failed_says_where_and_why(run, tmp_path):
+    shutil.rmtree(run / "adapter")
+    state = report(run)["runs"][0]["state"]
+    assert (state["what"], state["step"], state["of"]) == ("ended", 2, 2)
+    assert "ended without a word" in state["message"]
+    (run / "ended.json").write_text(json.dumps({"status": "failed", "message": "the loss has diverged: <9.7>"}))
+    report(run, tmp_path / "page.html")
+    page = Page(tmp_path / "page.html")
+    assert "Failed after step 2 of 2" in page.text
+    assert "the loss has diverged: <9.7>" in page.text
+    assert "norm by layer" not in page.text
+
+
+HOSTILE = [
+    "<script>alert(1)</script>",
+    "</pre></div><img src=x onerror=alert(1)>",
+    "abc\u202egnp.exe",
+    "a\x00b\x1b[31m",
+    "\ud800",
+    "שלום (1)",
+    "x" * 5_000,
+    "",
+    "{{ 7*7 }}",
+]
+
+
+def test_hostile_answers_are_shown_and_many_are_bounded(run, tmp_path):
+    file = run / "answers.jsonl"
+    line = json.loads(file.read_text().splitlines()[0])
+    rows = []
+    for number in range(1_000):
+        text = HOSTILE[number % len(HOSTILE)]
+        row = line | {"prompt": [{"role": "user", "content": text}], "expected": HOSTILE[(number + 1) % len(HOSTILE)]}
+        row |= {side: {**line[side], "answer": text, "exact_match": [float(right), 1.0]}
+                for side, right in (("before", number % 5 == 0), ("after", number % 2 == 0))}  # fmt: skip
+        rows.append(json.dumps(row))
+    file.write_text("\n".join(rows) + "\n")
+    found = report(run, tmp_path / "page.html")["runs"][0]["answers"]
+    page = Page(tmp_path / "page.html")
+    assert (tmp_path / "page.html").stat().st_size < 2_000_000
+    assert found["counts"] == {"got worse": 100, "wrong": 400, "fixed": 400, "right": 100}
+    assert len(found["shown"]) + found["left_out"] == 1_000
+    assert page.classes.count("answer") == len(found["shown"]) == 200
+    assert (page.classes.count("isworse"), page.classes.count("iswrong")) == (100, 100)
+    assert "800 rows are not on this page" in page.text
+    for shown in (
+        "<script>alert(1)</script>",
+        "abc<U+202E>gnp.exe",
+        "a␀b␛[31m",
+        "3,500 more characters",
+        "{{ 7*7 }}",
+        "שלום (1)",
+    ):
+        assert shown in page.text
+    assert not re.search("[\x00\x1b\u202e]", page.source)
+
+
+def test_a_page_stays_small_however_long_its_answers(run, tmp_path, monkeypatch):
+    from qlora.pages import report as pages
+
+    monkeypatch.setattr(pages, "_LARGEST", 60_000)
+    line = (run / "answers.jsonl").read_text().splitlines()[0]
+    (run / "answers.jsonl").write_text(f"{line}\n" * 500)
+    found = report(run, tmp_path / "page.html")["runs"][0]["answers"]
+    assert (tmp_path / "page.html").stat().st_size <= 60_000
+    assert 1 <= len(found["shown"]) < 100
+    assert f"{500 - len(found['shown']):,} rows are not on this page" in Page(tmp_path / "page.html").text
+
+
+def test_numbers_that_are_not_finite_and_files_of_older_versions_are_shown(run, tmp_path):
+    def broken(found):
+        found |= {"loss": float("nan"), "metrics": {"exact_match": 0.5}}
+        found["change"] = {"exact_match": {"value": float("nan"), "low": None, "high": None}}
+
+    change(run / "eval.json", broken)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines[0]["loss"] = float("nan")
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 7, "lo')
+    [one] = report(run, tmp_path / "page.html")["runs"]
+    assert one["verdicts"][0]["answer"] == "not shown"
+    assert len(one["curves"]["loss"]) == sum("loss" in line for line in lines) - 1
+    assert json.loads((tmp_path / "page.json").read_text())["runs"][0]["scores"]["loss"] is None
+    assert "nan" not in Page(tmp_path / "page.html").text.split()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("metrics.jsonl", '{"step": 1, "loss": 2}\n{"loss"\n', r"metrics\.jsonl line 2: .*damaged"),
+        ("answers.jsonl", '{"after": {"answer": "x"}}\nnot json\n', r"answers\.jsonl line 2: .*damaged"),
+        ("answers.jsonl", "[]\n", r"answers\.jsonl line 1: .*damaged"),
+        ("eval.json", '{"metrics": {}}', r"eval\.json: .*damaged"),
+        ("eval.json", "{", r"eval\.json: .*line 1"),
+        ("data_report.json", "{}", r"data_report\.json: .*sources.*damaged"),
+        ("memory.json", "[]", r"memory\.json contains a list"),
+        ("proof_rows.json", '{"rows": [{}], "from": "x"}', r"proof_rows\.json: .*input_ids.*damaged"),
+        ("environment.json", "\x00\x00", r"environment\.json contains only zeros"),
+        ("ended.json", "", r"ended\.json is empty"),
+    ],
+)
+def test_a_damaged_file_is_named_and_nothing_is_written(run, tmp_path, name, content, expected):
+    (run / name).write_text(content)
+    with pytest.raises(InputError, match=expected):
+        report(run, tmp_path / "page.html")
+    assert not list(tmp_path.glob("page*"))
+
+
+def test_no_other_file_is_overwritten(run, tmp_path):
+    page = tmp_path / "page.html"
+    report(run, page)
+    report(run, page)  # its own is
+    for file, out, expected in (
+        (page, page, r"page\.html is there and was not written by qlora report"),
+        (page.with_suffix(".json"), page, r"page\.json is there and was not written by qlora report"),
+        (None, tmp_path / "page.txt", "should end in .html"),
+        (None, tmp_path / "no" / "page.html", "there is no folder"),
+    ):
+        kept = file and file.read_text()
+        if file:
+            file.write_text("mine")
+        with pytest.raises(InputError, match=expected):
+            report(run, out)
+        if file:
+            assert file.read_text() == "mine"
+            file.write_text(kept)
+    (tmp_path / "folder.html").mkdir()
+    with pytest.raises(InputError, match="is a folder"):
+        report(run, tmp_path / "folder.html")
+
+
+def test_what_is_no_run_is_refused_by_name(finished, tmp_path, capsys):
+    with pytest.raises(InputError, match=r"no run at .*qlora adapters"):
+        report(tmp_path / "nothing")
+    with pytest.raises(InputError, match=r"no run .* no comparison .* and no export"):
+        report(tmp_path)
+    with pytest.raises(InputError, match="named twice"):
+        report([finished, finished])
+    with pytest.raises(InputError, match=r"give --out PAGE\.html"):
+        cli.app(["report", str(finished)], standalone_mode=False)
+    capsys.readouterr()
+    cli.app(["report", str(finished), "--json"], standalone_mode=False)
+    assert json.loads(capsys.readouterr().out)["runs"][0]["path"] == str(finished)
+
+
+# ---- several runs ----------------------------------------------------------------------------------------------------
+
+
+def test_several_runs_have_their_curves_together_and_what_differs(finished, run, tmp_path):
+    recipe = run / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("learning_rate: 0.01", "learning_rate: 0.02"))
+    other = run.rename(tmp_path / "other")
+    found = report([finished, other], tmp_path / "page.html")
+    page = Page(tmp_path / "page.html")
+    assert found["differences"]["recipe"] == [["training.learning_rate", 0.01, 0.02]]
+    assert not found["differences"]["data"]
+    assert [one["name"] for one in found["curves"]] == ["run", "other"]
+    assert "run, step 1: " in page.text
+    assert set(page.ids) >= {f"run{n}-{name}" for n in (1, 2) for name in CHAPTERS}
+    assert len(page.ids) == len(set(page.ids))
+
+
+@pytest.fixture
+def compared(finished, tmp_path):
+    """The folder of a comparison with one best training, and one that did not fit."""
+    folder = tmp_path / "compared"
+    shutil.copytree(finished, folder / "lora-seed-1")
+    row = {"variant": "lora", "settings": {}, "seed": 1, "run": str(folder / "lora-seed-1"), "status": "done", "message": "",
+           "metrics": {"exact_match": {"value": 0.5, "low": 0.2, "high": 0.8}}, "loss": 1.0}  # fmt: skip
+    numbers = {
+        "forgetting": 0.01,
+        "seconds": 3.0,
+        "peak_bytes": 2**29,
+        "trainable_share": 0.1,
+        "saved_bytes": 1000,
+        "loss": 1.0,
+    }
+    one = {
+        "variant": "lora",
+        "settings": {},
+        "seeds": 1,
+        "mean": 0.5,
+        "low": 0.2,
+        "high": 0.8,
+        "spread": None,
+        "chosen": True,
+        "best": True,
+    }
+    failed = row | {
+        "variant": "full<b>",
+        "run": str(folder / "full"),
+        "status": "does not fit",
+        "message": "7 GiB",
+        "metrics": {},
+        "loss": None,
+    }
+    found = {"name": "methods", "metric": "exact_match", "lower_is_better": False, "command": "qlora compare methods.yaml",
+             "rows": [row, failed], "summary": [one | numbers], "notes": ["a note"]}  # fmt: skip
+    (folder / "comparison.json").write_text(json.dumps(found))
+    return folder
+
+
+def test_a_comparison_is_one_page_with_its_table_and_its_runs(compared, tmp_path):
+    found = report(compared, tmp_path / "page.html")
+    page = Page(tmp_path / "page.html")
+    best, ended = found["comparison"]["verdicts"]
+    assert best["answer"] == "lora"
+    assert (ended["answer"], ended["command"]) == ("no", "qlora compare methods.yaml --resume")
+    assert "50.0%" in page.text
+    assert "full<b>, seed 1: does not fit7 GiB" in page.text
+    assert "run1-scores" in page.ids
+    (compared / "comparison.json").write_text('{"rows": []}')
+    with pytest.raises(InputError, match=r"comparison\.json: .*damaged; write it again: qlora compare --resume"):
+        report(compared)
+
+
+def test_adapters_lists_a_comparison_as_what_it_is(compared, run, capsys):
+    listed = adapters(compared.parent)
+    kinds = {Path(one["path"]).name: one for one in listed}
+    assert kinds["run"]["comparison"] is None
+    assert kinds["compared"]["kind"] == "comparison"
+    assert kinds["compared"]["state"] == "1 of 2 trainings ended well"
+    training = kinds["lora-seed-1"]["comparison"]
+    assert (training["variant"], training["seed"], training["best"], training["score"]["value"]) == (
+        "lora",
+        1,
+        True,
+        0.5,
+    )
+    shown = capsys.readouterr().out
+    assert re.search(r"lora +1 +50% \(20% to 80%\) +best", shown)
+    assert re.search(r"full<b> +1 +does not fit", shown)
+    assert "lora-seed-1" not in shown  # a line of its comparison, no entry of its own
+    (compared / "comparison.json").write_text("{}")
+    [damaged] = [one for one in adapters(compared) if one["kind"] == "comparison"]
+    assert damaged["state"].startswith("damaged: ")
+
+
+def test_classes_have_their_matrix_and_the_many_only_their_mistakes(run, tmp_path):
+    def with_classes(number):
+        labels = [f"class {n}<i>" for n in range(number)]
+        each = [{"label": label, "rows": 2, "precision": 0.5, "recall": 0.5, "f1": 0.5} for label in labels]
+        matrix = [[1 if a in (b, (b + 1) % number) else 0 for a in range(number)] for b in range(number)]
+        return lambda found: found.update(labels=labels, per_class=each, confusion=matrix)
+
+    change(run / "eval.json", with_classes(3))
+    report(run, tmp_path / "page.html")
+    page = Page(tmp_path / "page.html")
+    assert (page.classes.count("right"), page.classes.count("mistake")) == (3, 6)
+    change(run / "eval.json", with_classes(200))
+    found = report(run, tmp_path / "page.html")["runs"][0]["scores"]["classes"]
+    assert (len(found["mistakes"]), len(found["per_class"]), found["left_out"]) == (30, 30, 170)

@@ -41,7 +41,7 @@ def environment(device) -> dict:
 def served_with(device) -> dict:
     """Return {"versions", "device"} of what is measured here: also of the packages that serve, where they are installed."""
     found = environment(device)
-    more = {name: _version(name) for name in ("torchao", "llama-cpp-python", "gguf")}
+    more = {name: version_of(name) for name in ("torchao", "llama-cpp-python", "gguf")}
     installed = {name: version for name, version in more.items() if version != "checkout"}
     return {"versions": found["versions"] | installed, "device": found["device"]}
 

@@ -61,14 +61,14 @@ def _load(recipe, overrides):
     return Recipe.load(recipe, overrides or ())
 
 
-def _run(verb, as_json, *args, **kwargs):
+def _run(verb, as_json, *args, steps=True, **kwargs):
     """Return what a public function of qlora returns; with --json that is printed instead of its lines and tables."""
     hush_libraries()
     import qlora
 
     from .terminal import shown
 
-    with shown(results=not as_json):
+    with shown(results=not as_json, steps=steps):
         result = getattr(qlora, verb)(*args, **kwargs)
     if as_json:
         _print_json(result)
@@ -351,15 +351,9 @@ def report(
     as_json: Json = False,
 ):
     """Write one page on a run or several: verdict, curves, memory, data, answers, proof; it needs no network."""
-    from .commands.report import report
-    from .terminal import shown
-
     if out is None and not as_json:
         raise InputError("give --out PAGE.html, or --json to print the numbers alone")
-    with shown(results=not as_json, steps=False):
-        found = report(targets, out)
-    if as_json:
-        _print_json(found)
+    _run("report", as_json, targets, out, steps=False)
 
 
 @app.command(epilog='Example:  qlora chat runs/mine --prompt "What can you do?"')

@@ -20,11 +20,12 @@ def cut(text, most=_MOST_TEXT):
     return text if len(text) <= most else f"{text[:most]} [... {len(text) - most:,} more characters]"
 
 
-def answers(file, most_rows) -> dict[str, Any]:
+def answers(file, metrics, most_rows) -> dict[str, Any]:
     """Return {"rows", "counts": {what became of a row: how many}, "metric", "shown": [...], "left_out"} of an answers.jsonl.
 
-    metric: that says which are right. shown: at most `most_rows`, got worse and wrong ones first, each {"number" (from 1),
-    "asked", "before", "after", "expected", "became", "loss": [before, after]}, long texts cut.
+    metrics: names of what was measured. metric: the one of them that says which are right. shown: at most `most_rows`, got worse
+    and wrong ones first, each {"number" (from 1), "asked", "before", "after", "expected", "became", "loss": [before, after]}, long
+    texts cut.
 
     Raises:
         InputError: a line is not one of ours; names it.
@@ -34,7 +35,7 @@ def answers(file, most_rows) -> dict[str, Any]:
         with open(file, "rb") as stream:
             for line, raw in enumerate(stream, 1):  # noqa: B007 (of the message)
                 row = json.loads(raw)
-                metric = metric or _metric(row)
+                metric = metric or _metric(row, metrics)
                 became.append(_became(row, metric))
                 places.append(stream.tell() - len(raw))
             chosen = sorted(range(len(became)), key=lambda number: (_ORDER.index(became[number]), number))[:most_rows]
@@ -55,12 +56,10 @@ def answers(file, most_rows) -> dict[str, Any]:
     }
 
 
-def _metric(row):
-    """Return the name of the metric that says whether an answer is right: the first that counts one answer, of one part."""
-    counted = (
-        name for name, parts in row["after"].items() if name not in ("answer", "loss") and isinstance(parts, list)
-    )
-    return next(counted, None)
+def _metric(row, metrics):
+    """Return the name of the metric that says whether an answer is right: the first that counts it as right of so many."""
+    after = row["after"]
+    return next((name for name in metrics if isinstance(after.get(name), list) and len(after[name]) == 2), None)
 
 
 def _is_right(side, metric):

@@ -302,7 +302,7 @@ def _answers(run, name, scores, most_rows):
         return {"missing": f"not evaluated: {command('eval', run.path)}"}
     if not file.is_file():
         return {"missing": f"no answers were kept (an older version); again: {command('eval', run.path)}"}
-    return answers(file, most_rows)
+    return answers(file, scores["metrics"], most_rows)
 
 
 # ---- export ----------------------------------------------------------------------------------------------------------

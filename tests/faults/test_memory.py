@@ -70,12 +70,6 @@ MIB = 1 << 20
     [
         (f"before(supervised.Trainer, 'rehearse', 0, {32 * MIB})", r"in the rehearsal, before the first step: "),
         (f"before(supervised.Trainer, 'training_step', 1, {-64 * MIB})", r"in step [23], micro-batch \d+: "),
-        # less than there is already: not even the smallest piece
-        pytest.param(
-            f"before(supervised.Trainer, 'training_step', 2, {-64 * MIB})",
-            r"in step 3, micro-batch \d+: ",
-            marks=pytest.mark.slow,
-        ),
     ],
 )
 def test_a_run_that_the_system_refuses_memory_goes_on_with_less_or_says_what_to_change(

@@ -21,6 +21,7 @@ from qlora import base_model, methods
 from qlora.evaluation.latency import seconds_of_answer
 from qlora.methods.several import Several
 from qlora.recipe import Adalora, Bottleneck, Hira, Ia3, Lora, Model, Oft, PromptTuning, Quantization
+from qlora.system.quiet_libraries import hush_libraries
 
 PAD = 0  # a token; nothing is padded
 SECTIONS = {
@@ -109,6 +110,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", help="also write the numbers to this file")
     args = parser.parse_args()
+    hush_libraries()
     with tempfile.TemporaryDirectory() as folder:
         choose, several = sides(args, Path(folder))
         device = several.base.device

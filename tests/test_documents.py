@@ -10,6 +10,7 @@ import pytest
 import typer
 
 from qlora import Recipe, cli
+from qlora.recipe.comparison import Comparison, entries
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
@@ -113,3 +114,16 @@ def test_there_is_something_of_each_kind():
     assert sum(len(commands(text)) for _, _, text in ALL) > 20
     assert len(cases(is_python)) >= 1
     assert len(cases(is_recipe)) >= 3
+
+
+@pytest.mark.parametrize("text", cases(lambda text: text.startswith("base:")))
+def test_comparisons_are_loaded(text, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    found = Comparison.load(write_text(tmp_path / "comparison.yaml", text))
+    if Path(found.base).is_file():
+        assert len(entries(found)) >= len(found.variants) * len(found.seeds)
+
+
+def write_text(path, text):
+    path.write_text(text)
+    return path

@@ -7,7 +7,7 @@ import errno
 import shlex
 
 from .. import base_model, kernels, training
-from ..jobs import chosen_task, model_to_train, resumed_run
+from ..jobs import chosen_task, model_to_train, resumed_run, samples
 from ..jobs.planned_training import plan_training
 from ..jobs.prepared_data import prepare
 from ..recipe import Recipe
@@ -19,7 +19,15 @@ from ..system.errors import DoesNotFit, InputError, Interrupted, TrainingFailed
 from ..system.events import heard_by, progress
 from ..terminal import shown
 from ..terminal.data import say_report
-from ..terminal.training import say_kernels, say_micro_batches, say_model, say_planned, say_resumed, say_trained
+from ..terminal.training import (
+    say_kernels,
+    say_micro_batches,
+    say_model,
+    say_planned,
+    say_resumed,
+    say_seen,
+    say_trained,
+)
 
 
 @shown()
@@ -60,12 +68,14 @@ def _train(recipe, resumed):
     recipe = prepared.recipe
     say_report(prepared)
     model_to_train.refuse_untrainable(prepared)
+    asked = samples.questions(prepared)
     fingerprint = resumed_run.of_recipe(recipe, prepared)
     if resumed is not None:
         resumed.refuse_changes(fingerprint)
     tokens = None if resumed is None else resumed.tokens_per_micro_batch
     planned = plan_training(prepared, base_model.default_device(), tokens)
     say_planned(planned)
+    say_seen(recipe, prepared.batches)
 
     with RunDir.create(recipe) if resumed is None else contextlib.nullcontext(resumed.run) as run:
         opened = model_to_train.open_trainable(prepared, fingerprint, resumed, planned.tokens_per_micro_batch)
@@ -93,6 +103,7 @@ def _train(recipe, resumed):
                         installed=installed,
                         objective=chosen_task.objective_of(prepared, opened.model),
                         predicted_components=planned.components,
+                        samples=samples.asked_of(opened.model, prepared.tokenizer, asked),
                     ),
                     run,
                     training.Saving(

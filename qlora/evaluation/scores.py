@@ -101,18 +101,13 @@ def score(model, tokenizer, stops, rows, conversations, asked=Asked(), what="ans
     np.add.at(sizes, numbers, [_bytes(tokenizer, example) for example in rows])
     if not has_answers:
         return Score(losses, bytes_N=sizes)
-    prompts = [
-        masked_examples.encode_prompt(tokenizer, conversation.messages[:-1], conversation.tools)
-        for conversation in conversations
-    ]
-    references, cut = [_reference(tokenizer, conversation) for conversation in conversations], asked.cut or str
+    prompts = [prompt_of(tokenizer, conversation) for conversation in conversations]
+    references, cut = [reference_of(tokenizer, conversation) for conversation in conversations], asked.cut or str
     expected = list(map(cut, references))
     if asked.extract is not None and not any(expected):
         raise InputError(f"--extract {asked.extract!r} finds nothing in any of the {len(references)} expected answers")
-    longest = max(len(tokenizer(text, add_special_tokens=False).input_ids) for text in references)
-    answers = generate.answers(
-        model, tokenizer, prompts, stops, max_new_tokens=longest + 16, batch_size=asked.rows_together, what=what
-    )
+    most = most_tokens(tokenizer, references)
+    answers = generate.answers(model, tokenizer, prompts, stops, most, batch_size=asked.rows_together, what=what)
     compared = list(map(cut, answers)), expected
     chosen = answer_metrics.fitting(expected)
     chosen |= {name: answer_metrics.named(name, expected) for name in asked.metrics}
@@ -132,10 +127,20 @@ def forgetting(model, rows, adapted) -> dict:
     return found | {"before": mean(intervals.summed(before))} | intervals.change(mean, before, after)
 
 
-def _reference(tokenizer, conversation):
+def prompt_of(tokenizer, conversation):
+    """Return the token ids of what a conversation asks before its last answer."""
+    return masked_examples.encode_prompt(tokenizer, conversation.messages[:-1], conversation.tools)
+
+
+def reference_of(tokenizer, conversation):
     """Return the last answer as the model has to write it, calls of tools in the template's form."""
     example = masked_examples.encode(tokenizer, replace(conversation, flags=()), "last_assistant")[-1]
     return tokenizer.decode(_trained(example)[:-1], skip_special_tokens=True)
+
+
+def most_tokens(tokenizer, references):
+    """Return how many tokens an answer may have: 16 more than the longest that is expected."""
+    return max(len(tokenizer(text, add_special_tokens=False).input_ids) for text in references) + 16
 
 
 def _bytes(tokenizer, example):

@@ -34,7 +34,17 @@ _FREE = {
     ),
     *(
         f"training.{name}"
-        for name in ("logging_steps", "eval_steps", "save_steps", "save_total_limit", "watchdog_steps")
+        for name in (
+            "logging_steps",
+            "eval_steps",
+            "save_steps",
+            "save_total_limit",
+            "watchdog_steps",
+            "num_samples",
+            "early_stopping_patience",
+            "load_best_model_at_end",
+            "metric_for_best_model",
+        )
     ),
     "training.per_device_eval_batch_size",
 }

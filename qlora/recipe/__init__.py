@@ -174,6 +174,25 @@ class Recipe(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _what_evaluations_need(self):
+        training, held_out = self.training, self.data.eval is not None or self.data.eval_fraction > 0
+        wanted = {
+            "num_samples": training.num_samples > 0,
+            "early_stopping_patience": training.early_stopping_patience is not None,
+            "load_best_model_at_end": training.load_best_model_at_end,
+        }
+        for name in [name for name, is_wanted in wanted.items() if is_wanted]:
+            if not held_out:
+                raise ValueError(f"training.{name} needs held-out rows; set data.eval or data.eval_fraction")
+            if name != "num_samples" and training.eval_steps is None:
+                raise ValueError(f"training.{name} needs evaluations while it trains; set training.eval_steps")
+        if training.metric_for_best_model != "eval_loss" and not training.looks_for_best:
+            raise ValueError(
+                "training.metric_for_best_model is for load_best_model_at_end and early_stopping_patience; set one of them"
+            )
+        return self
+
     @classmethod
     def load(cls, path, overrides=()) -> Recipe:
         """Return the recipe in the YAML file `path` with `section.field=value` strings laid over it.

@@ -255,6 +255,15 @@ class Training(Section):
     """a line in metrics.jsonl every so many steps"""
     eval_steps: Positive | None = None
     """held-out loss every so many steps; always at the end"""
+    num_samples: Annotated[int, Field(ge=0, le=100)] = 0
+    """at each evaluation, greedy answers to so many of the first held-out rows, beside the expected ones
+    ([evaluation.md](evaluation.md#while-it-trains)); 0: none, because each of their tokens takes a pass through the model"""
+    early_stopping_patience: Positive | None = None
+    """training ends once so many evaluations in a row are no better than the best before them; null: never"""
+    load_best_model_at_end: bool = False
+    """the adapter is that of the best evaluation, not of the last step; its checkpoint is kept"""
+    metric_for_best_model: Literal["eval_loss", "eval_accuracy"] = "eval_loss"
+    """what the best evaluation is the best in; eval_accuracy, of tasks with classes"""
     save_steps: Positive | None = 100
     """a checkpoint every so many steps, and at the end; null: only when the run is stopped. See
     [reliability.md](reliability.md)"""
@@ -265,6 +274,11 @@ class Training(Section):
     more than noise; null: never"""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     """of every draw: order of the rows, dropout, initial values"""
+
+    @property
+    def looks_for_best(self):
+        """Whether evaluations are compared, to stop early or to keep the best."""
+        return self.early_stopping_patience is not None or self.load_best_model_at_end
 
     @property
     def joins_steps(self):

@@ -39,8 +39,13 @@ def refuse(recipe):
     task, data = recipe.task, recipe.data
     if not has_classes(task):
         _refuse_set(task, data, "data", _OF_CLASSES)
+        if recipe.training.metric_for_best_model == "eval_accuracy":
+            raise ValueError(
+                "training.metric_for_best_model eval_accuracy is for a task with classes; take eval_loss with text-generation"
+            )
         return
     _refuse_set(task, data, "data", _OF_CONVERSATIONS)
+    _refuse_set(task, recipe.training, "training", ("num_samples",))
     if recipe.training.tokens_per_micro_batch is not None:
         raise ValueError(f"training.tokens_per_micro_batch is for text-generation; leave it out with task {task}")
     _refuse_set(task, recipe.model, "model", ("new_tokens",))

@@ -103,6 +103,18 @@ class Checkpoints:
             except (TypeError, KeyError, ValueError):
                 raise Damaged(f"{path / MANIFEST}: is not a checkpoint manifest") from None
 
+    def of_step(self, step):
+        """Return the folder of the checkpoint after `step`; raises Damaged unless it verifies."""
+        path = self.folder / f"step-{step}"
+        self.verify(path)
+        return path
+
+    def listed(self):
+        """Return [(step, whether it is the best)] of the folders, oldest first; the best is that of which the newest knows."""
+        found = self._all()
+        best = best_of(found[0]) if found else None
+        return [(_step(path), _step(path) == best) for path in reversed(found)]
+
     def newest(self):
         """Return (the newest checkpoint that verifies, or None; [why newer ones do not])."""
         skipped = []
@@ -157,12 +169,15 @@ class Checkpoints:
             return False
 
     def rotate(self, path, limit):
-        """Keep `path`, which is verified, and the newest before it, `limit` in all; remove others, later ones included."""
+        """Keep `path`, which is verified, the newest before it, `limit` in all, and the best that these know of; remove others,
+        later ones included."""
         step = _step(path)
         ours = [path for path in self._all() if self._is_ours(path)]
         later = [path for path in ours if _step(path) > step]
         before = [path for path in ours if _step(path) < step]
-        for path in later + (before[limit - 1 :] if limit is not None else []):
+        old = before[limit - 1 :] if limit is not None else []
+        best = {best_of(kept) for kept in [path, *before] if kept not in old} if old else set()
+        for path in [*later, *(path for path in old if _step(path) not in best)]:
             self._remove(path)
 
     def _remove(self, path):
@@ -185,6 +200,14 @@ class Checkpoints:
 def read_state(path):
     """Return the contents of state.json of a verified checkpoint."""
     return json.loads((path / STATE).read_text(encoding="utf-8"))
+
+
+def best_of(path):
+    """Return the step of the best evaluation that a checkpoint knows of; None where it knows of none, or cannot be read."""
+    try:
+        return read_state(path)["best"]["step"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
 
 
 def read_tensors(path):

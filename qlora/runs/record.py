@@ -1,7 +1,7 @@
 """What a training tells as it goes: its events, the files that keep them, and the one reader of metrics.jsonl.
 
 training emits these (system/events.py); whoever wants to show or keep them listens. metrics.jsonl has a line for each Step,
-Evaluation, Skipped, Rescaled and LessMemory, in the order in which they came.
+Evaluation, Skipped, Rescaled, LessMemory, Samples and Best, in the order in which they came.
 """
 
 from __future__ import annotations
@@ -101,7 +101,40 @@ class Rescaled:
     time: float
 
 
-Line = Step | Evaluation | Skipped | Rescaled | LessMemory
+@dataclass(frozen=True)
+class Samples:
+    """Answers to the first held-out rows, decoded greedily by the model of the Evaluation before it.
+
+    samples: an object a row: {"prompt": messages, "expected", "answer"}. epoch, time: as of a Step.
+    """
+
+    step: int
+    epoch: float
+    samples: tuple[dict, ...]
+    time: float
+
+
+@dataclass(frozen=True)
+class Best:
+    """The end of a training that compares its evaluations.
+
+    step: the last one that was taken. best_step: of the best evaluation; metric, value: what it is the best in, and how good.
+    loaded: the adapter is that of best_step, else of `step`; eval_loss: its held-out loss. stopped_after: so many evaluations in
+    a row were no better, so the training ended; None: it took all its steps. epoch, time: as of a Step.
+    """
+
+    step: int
+    epoch: float
+    best_step: int
+    metric: str
+    value: float
+    loaded: bool
+    eval_loss: float
+    stopped_after: int | None
+    time: float
+
+
+Line = Step | Evaluation | Skipped | Rescaled | LessMemory | Samples | Best
 
 
 def to_json(event: Line) -> dict:
@@ -116,6 +149,8 @@ def from_json(values: dict) -> Line:
     kinds = {
         "not_taken": Skipped,
         "out_of_memory": LessMemory,
+        "samples": Samples,
+        "best_step": Best,
         "eval_loss": Evaluation,
         "loss": Step,
         "loss_scale": Rescaled,
@@ -123,8 +158,10 @@ def from_json(values: dict) -> Line:
     kind: Any = next((kind for name, kind in kinds.items() if name in values), Step)
     names = [one.name for one in dataclasses.fields(kind) if one.name != "metrics"]
     known: dict[str, Any] = {name: values.get(name) for name in names} | {"step": values["step"]}
-    if kind is Rescaled:
-        return Rescaled(**known)
+    if kind in (Rescaled, Best):
+        return kind(**known)
+    if kind is Samples:
+        return Samples(**(known | {"samples": tuple(known["samples"])}))
     if kind in (Skipped, LessMemory):
         return kind(**(known | {"rows": tuple(known["rows"] or ())}))
     return kind(**known, metrics={name: value for name, value in values.items() if name not in names})
@@ -226,7 +263,7 @@ class MetricsFile:
 
 
 class TensorBoard:
-    """A listener: writes the numbers of steps and evaluations as TensorBoard events into `folder`."""
+    """A listener: writes the numbers of steps and evaluations, and the samples, as TensorBoard events into `folder`."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -241,10 +278,22 @@ class TensorBoard:
             numbers = to_json(event)
             for key in numbers.keys() - {"step", "epoch", "time"}:
                 self.board.add_scalar(key, numbers[key], event.step)
+        elif isinstance(event, Samples):
+            for number, sample in enumerate(event.samples, 1):
+                self.board.add_text(f"sample {number}", _as_text(sample), event.step)
 
     def close(self):
         if self.board is not None:
             self.board.close()
+
+
+def _as_text(sample):
+    """Return a sample as Markdown in which nothing of its texts is Markdown: each is indented, as code is."""
+    parts = [(message["role"], message.get("content") or "") for message in sample["prompt"]]
+    parts += [("expected", sample["expected"]), ("answer", sample["answer"])]
+    return "\n\n".join(
+        f"{name}:\n\n" + "\n".join(f"    {line}" for line in str(text).splitlines()) for name, text in parts
+    )
 
 
 def _cut(path, num_lines):

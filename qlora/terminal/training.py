@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import time
 from collections import deque
@@ -42,6 +43,11 @@ class Steps:
         elif isinstance(event, record.Evaluation):
             more = "".join(f", {name} {value:.4f}" for name, value in event.metrics.items())
             lines.say(f"          step {event.step}  held-out loss {event.eval_loss:.4f}{more}")
+        elif isinstance(event, record.Samples):
+            for sample in event.samples:
+                _say_sample(event.step, sample)
+        elif isinstance(event, record.Best):
+            _say_best(event)
         elif isinstance(event, record.CheckpointSaved):
             now = time.monotonic()
             share = event.seconds / max(now - self.last_save, 1e-9)
@@ -67,6 +73,54 @@ class Steps:
             left = f"  {duration((now - start) / (step - first) * (total - step))} left" if step > first else ""
             lines.say(f"training  step {step}/{total}  loss {loss}  {rate} {self.counts}/s{left}")
             self.said = now
+
+
+_LONGEST = 300  # characters of a text of a sample; metrics.jsonl has all of it
+
+
+def _say_sample(step, sample):
+    """Say what the last message asked, what it expects, and the answer."""
+    texts = (sample["prompt"][-1].get("content") or "", sample["expected"], sample["answer"])
+    asked, expected, answer = (_in_one_line(str(text)) for text in texts)
+    lines.say(f"          step {step}  asked     {asked}")
+    lines.say(f"          step {step}  expected  {expected}")
+    lines.say(f"          step {step}  answer    {answer}")
+
+
+def _in_one_line(text):
+    """Return a text without line ends and characters that nobody sees, or that a terminal would obey."""
+    text = " ".join(text.split())
+    shown = "".join(letter if letter.isprintable() else "\ufffd" for letter in text[:_LONGEST])
+    return shown + "..." * (len(text) > _LONGEST)
+
+
+def _say_best(event):
+    name = {"eval_loss": "held-out loss", "eval_accuracy": "held-out accuracy"}[event.metric]
+    if event.stopped_after is not None:
+        many = f"{event.stopped_after} evaluation{'s' * (event.stopped_after > 1)}"
+        lines.say(f"stopped   after step {event.step}: {many} in a row no better than that of step {event.best_step}")
+    kept = event.best_step if event.loaded else event.step
+    last = " (the last)" if kept == event.step else ""
+    lines.say(
+        f"best      step {event.best_step}, {name} {event.value:.4f}; what was trained is kept as of step {kept}{last}"
+    )
+
+
+def say_seen(recipe, batches):
+    """Say how much of the training rows max_steps will see. batches: what a step takes so many of."""
+    training, total = recipe.training, len(batches)
+    if training.max_steps is None:
+        return
+    steps, seen = (
+        f"{training.max_steps:,} step{'s' * (training.max_steps > 1)}",
+        training.max_steps * training.rows_per_step,
+    )
+    what = "packed rows" if recipe.data.packing else "micro-batches of rows" if training.filled_to else "rows"
+    if seen <= total:
+        note(f"steps     {steps} see {seen:,} of {total:,} {what} ({seen / total:.0%})")
+    else:
+        epochs = training.max_steps / math.ceil(total / training.rows_per_step)
+        note(f"steps     {steps} see all {total:,} {what}, {epochs:.1f} times")
 
 
 def say_planned(planned):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from ..system import memory
 from ..system.errors import DoesNotFit
 from ..system.storage import write_json
 from .arguments import arguments_of
+from .best import best_of
 from .less_memory import Economy
 from .neftune import noisy_embeddings
 from .objectives.classification import lengths_of
@@ -51,7 +52,7 @@ class Settings:
     tokens_per_micro_batch: the rows of a step are joined into micro-batches of at most so many, where the model's rows can be
     joined and are not packed already; None: as many rows as the section says. rehearse: run the largest micro-batch once
     before the first step; it changes no number. installed: the kernels that the model computes with. objective: an
-    objectives.Objective; None: the supervised one.
+    objectives.Objective; None: the supervised one. samples: yields answers at each evaluation, see samples.answered; None for none.
     """
 
     training: Any
@@ -65,6 +66,7 @@ class Settings:
     installed: kernels.Installed = field(default_factory=kernels.Installed)
     objective: Any = None
     predicted_components: Mapping = field(default_factory=dict)
+    samples: Callable | None = None
 
 
 @dataclass(frozen=True)
@@ -179,6 +181,8 @@ def _trainer(model, objective, rows, settings, run, saving, economy):
         watchdog_steps=section.watchdog_steps,
         saving=saving,
         economy=economy,
+        best=best_of(section),
+        samples=settings.samples,
     )
     return objective.trainer(model, rows, arguments, reliability)
 

@@ -58,6 +58,13 @@ class Hooks(_Trainer):
         # transformers 5.23 would take one more step where the last one was not an epoch's last
         return (num_train_epochs, 0) if self.state.global_step >= max_steps else begin
 
+    def _run_epoch(self, *args, **kwargs):
+        # where nothing is left to do: the loop would take a step before it looks
+        if self.is_over():
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
     # ---- read and written ----
 
     def loss_sums(self):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,13 @@ from transformers import TrainerCallback, get_scheduler
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from .. import base_model
-from ..runs import checkpoints
+from ..runs import checkpoints, record
 from ..runs.record import Begun, CheckpointBegun, Evaluation, Rehearsed, Rescaled, Skipped, Step
 from ..system import memory
 from ..system.errors import Interrupted, TrainingFailed
 from ..system.events import emit
 from . import saving as saved
+from .best import Best, end_with_best
 from .clock import Clock
 from .divergence import Watch
 from .less_memory import Economy
@@ -36,8 +37,9 @@ from .order import ByLength
 from .out_of_memory import Moment, few
 from .private_names import Hooks, set_rates
 from .rehearsal import allocate_states, largest_micro_batch, rehearse, room_for_a_step, same_random_numbers
+from .samples import answered
 from .saving import Saves, Saving
-from .trained_parameters import Trained, not_finite
+from .trained_parameters import Trained
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Reliability:
     """lengths: the size of each training row, such as its tokens; those of the largest are rehearsed where `rehearse`.
     group_by_length: rows of like length share a step. tokens: a batch is a whole step, and the objective makes micro-batches of
     at most so many of it. watchdog_steps: the window of Watch; None: only non-finite losses end a run. economy: what is done
-    where memory runs out.
+    where memory runs out. best: compares the evaluations, None for no. samples: answers at each evaluation, see samples.answered.
     """
 
     lengths: Sequence[int] = ()
@@ -55,6 +57,8 @@ class Reliability:
     watchdog_steps: int | None = None
     saving: Saving = dataclasses.field(default_factory=Saving)
     economy: Economy = dataclasses.field(default_factory=Economy)
+    best: Best | None = None
+    samples: Callable | None = None
 
 
 class Reliable(Hooks):
@@ -70,6 +74,7 @@ class Reliable(Hooks):
 
     def __init__(self, model, objective, reliability, **arguments):
         self.objective, self.reliability, self.saving = objective, reliability, reliability.saving
+        self.best = reliability.best
         given = {parameter: parameter.data for parameter in model.parameters() if parameter.requires_grad}
         super().__init__(model=model, **arguments)
         for parameter, values in given.items():
@@ -103,6 +108,8 @@ class Reliable(Hooks):
         if state:
             self.watch.restore(state["watch"])
             self.norm = state["norm"]
+            if self.best is not None:
+                self.best.restore(state.get("best"))
             self.economy.restore(state.get("less_memory"))  # older checkpoints have none
             self._restore_scale(state.get("loss_scale"))
         for printer in (PrinterCallback, ProgressCallback):
@@ -131,9 +138,13 @@ class Reliable(Hooks):
                     f"{_sentence(self.remedy)} training.learning_rate, "
                     f"or look at the rows listed in {Path(self.args.output_dir) / 'metrics.jsonl'}"
                 )
-            self._refuse_not_finite(self.trained.state()[0])
+            saved.refuse_not_finite(self, self.trained.state()[0])
             eval_loss = self._last_evaluation() if self.eval_dataset is not None else None
             self.refuse_left()
+            if self.best is not None:
+                ended = end_with_best(self)
+                self._record(ended)
+                eval_loss = ended.eval_loss
         return mean_loss * steps / (steps - left_out), eval_loss  # transformers divides by all
 
     def num_tokens(self):
@@ -197,8 +208,12 @@ class Reliable(Hooks):
         if self.resumed is not None:
             self.restore_loss_sums(self.resumed["loss"])
             self.saved_step = self.state.global_step
-            if self.resumed["evaluation_due"] and not self.evaluate():
-                self.refuse_left()  # the checkpoint still says so
+            if self.resumed["evaluation_due"]:
+                saved.make_up(self)
+
+    def is_over(self):
+        """Whether training has ended before a step of this process."""
+        return self.best is not None and self.best.is_over
 
     def rehearse(self, largest):
         """Run the training rows of these numbers forward and backward, without a trace."""
@@ -315,6 +330,8 @@ class Reliable(Hooks):
         """After a step: say whether to save, and whether to stop."""
         step, to = self.state.global_step, self.saving.to
         due = self.saves.now(step, step >= self.state.max_steps)
+        if self.best is not None and step >= self.state.max_steps:
+            control.should_evaluate = True  # before the last checkpoint, which is to know of it
         if self.failure is not None:
             self.evaluation_due = control.should_evaluate
             control.should_training_stop, control.should_evaluate, control.should_log = True, False, True
@@ -356,12 +373,23 @@ class Reliable(Hooks):
         try:
             # the same random numbers: a run that goes on from before an evaluation is the same run
             with self.clock.outside(), same_random_numbers(self.model):
-                return super().evaluate(*args, **kwargs)
+                samples = answered(self.reliability.samples, self.model, self._go_on)
+                metrics = super().evaluate(*args, **kwargs)
         except _Left:
             if self.is_in_train:
                 self.evaluation_due, self.control.should_evaluate = True, False
                 self.control.should_save, self.control.should_training_stop = self.saving.to is not None, True
             return {}
+        if samples:
+            self._record(record.Samples(self.state.global_step, self.state.epoch, samples, self.clock.elapsed()))
+        if self.best is not None and (self.best.take(self.state.global_step, metrics) or self.best.is_over):
+            self.control.should_save = self.saving.to is not None
+            self.control.should_training_stop |= self.best.is_over
+        return metrics
+
+    def _go_on(self):
+        if self.saving.stop.number is not None:
+            raise _Left
 
     def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
         # transformers takes the mean of the batches' means, whatever is in them; this is the mean over all items
@@ -372,8 +400,7 @@ class Reliable(Hooks):
         return output
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        if self.saving.stop.number is not None:
-            raise _Left
+        self._go_on()
         when = f"in the evaluation after step {self.state.global_step}"
         self.moment = Moment(when, inputs, inputs.pop("rows", ()), evaluates=True)
         predict = super().prediction_step
@@ -394,6 +421,8 @@ class Reliable(Hooks):
 
     def _last_evaluation(self):
         """Return the held-out loss after training; raises as `refuse_left` does, after a checkpoint, where it is left."""
+        if self.best is not None and self.best.last_step == self.state.global_step:
+            return self.best.last_loss
         metrics = self.evaluate() if self.saving.stop.number is None else {}
         if metrics:
             return metrics["eval_loss"]
@@ -415,7 +444,7 @@ class Reliable(Hooks):
         with self.clock.outside():
             step = self.state.global_step
             tensors, state = saved.contents(self)
-            self._refuse_not_finite(tensors)
+            saved.refuse_not_finite(self, tensors)
             emit(CheckpointBegun(step))
             library = dataclasses.asdict(dataclasses.replace(self.state, log_history=[], stateful_callbacks={}))
             written = self.saving.to.write(step, tensors, state, library, self.saving.limit)
@@ -430,15 +459,6 @@ class Reliable(Hooks):
 
     def restore_random_numbers(self):
         checkpoints.restore_random_state(self.resumed["random"], self.model.device)
-
-    def _refuse_not_finite(self, tensors):
-        broken = not_finite(tensors)
-        if broken:
-            why = f"\n  {self.failure}" if self.failure is not None else ""
-            raise TrainingFailed(
-                f"{broken[0]} contains non-finite values after step {self.state.global_step}; it was not saved. "
-                f"Earlier checkpoints are intact: lower training.learning_rate{why}"
-            )
 
 
 def _sum(losses):

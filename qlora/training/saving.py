@@ -11,8 +11,10 @@ import torch
 
 from ..runs import checkpoints
 from ..system import memory
+from ..system.errors import TrainingFailed
 from ..system.signals import Stop
-from .rehearsal import random_states
+from .rehearsal import random_states, same_random_numbers
+from .trained_parameters import not_finite
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ def contents(trainer):
         "tokens": trainer.num_tokens(),
         "evaluation_due": trainer.evaluation_due,
         "watch": trainer.watch.state(),
+        "best": trainer.best and trainer.best.state(),
         "less_memory": trainer.economy.state(),
         "loss_scale": trainer.scaling and trainer.scaling.state(),
         "norm": trainer.norm,
@@ -108,6 +111,27 @@ def save_unfinished(trainer):
     except (RuntimeError, MemoryError) as error:
         if not memory.is_refusal(error):
             raise
+
+
+def make_up(trainer):
+    """Make the evaluation that was left when the checkpoint was written, and the checkpoint that is due after it."""
+    if not trainer.evaluate():
+        trainer.refuse_left()  # the checkpoint still says so
+    elif trainer.control.should_save:
+        with same_random_numbers(trainer.model):
+            trainer.restore_random_numbers()  # which transformers does later
+            trainer.save()
+
+
+def refuse_not_finite(trainer, tensors):
+    """Raise TrainingFailed, before anything is saved, if a number of {name: tensor} is not finite."""
+    broken = not_finite(tensors)
+    if broken:
+        why = f"\n  {trainer.failure}" if trainer.failure is not None else ""
+        raise TrainingFailed(
+            f"{broken[0]} contains non-finite values after step {trainer.state.global_step}; it was not saved. "
+            f"Earlier checkpoints are intact: lower training.learning_rate{why}"
+        )
 
 
 def settled(device):

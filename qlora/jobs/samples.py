@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from .. import data
 from ..data import chat
 from ..evaluation import generate, scores
+from ..kernels import attention
 from ..system.errors import InputError
 from ..system.events import note
 
@@ -52,9 +53,12 @@ def asked_of(model, tokenizer, asked):
     most = scores.most_tokens(tokenizer, [one.expected for one in asked])
     stops = chat.stop_token_ids(tokenizer, model.generation_config)
 
+    attending = attention.as_now(model)
+
     def samples(go_on):
         for one in fitting:
-            answer = generate.stream(model, tokenizer, one.prompt, stops, most, lambda _: go_on())
+            with attending():  # in training rows are joined, and kept apart by `segments`
+                answer = generate.stream(model, tokenizer, one.prompt, stops, most, lambda _: go_on())
             yield {"prompt": one.messages, "expected": one.expected, "answer": answer}
 
     return samples

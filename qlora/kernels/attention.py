@@ -234,3 +234,18 @@ def within_documents(model, plain=False):
         yield
     finally:
         model.config._attn_implementation = before  # which was checked when the model was loaded
+
+
+def as_now(model):
+    """Return a function that opens a block in which `model` attends as it does now, also within `within_documents`."""
+    own = model.config._attn_implementation
+
+    @contextlib.contextmanager
+    def attending():
+        then, model.config._attn_implementation = model.config._attn_implementation, own
+        try:
+            yield
+        finally:
+            model.config._attn_implementation = then
+
+    return attending

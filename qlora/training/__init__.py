@@ -52,7 +52,8 @@ class Settings:
     tokens_per_micro_batch: the rows of a step are joined into micro-batches of at most so many, where the model's rows can be
     joined and are not packed already; None: as many rows as the section says. rehearse: run the largest micro-batch once
     before the first step; it changes no number. installed: the kernels that the model computes with. objective: an
-    objectives.Objective; None: the supervised one. samples: yields answers at each evaluation, see samples.answered; None for none.
+    objectives.Objective; None: the supervised one. samples: yields answers at each evaluation, see
+    samples.answered; None for none.
     """
 
     training: Any

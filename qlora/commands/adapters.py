@@ -53,6 +53,9 @@ def _show_run(one):
     show(f"          {', '.join(filter(None, trained))}")
     if scores:
         show(f"          {', '.join(scores)}")
+    if one["checkpoints"]:
+        steps = [f"{kept['step']:,}{' (best)' * kept['best']}" for kept in one["checkpoints"]]
+        show(f"          checkpoints of steps {', '.join(steps)}")
     if one["state"] != "finished":
         show(f"          {one['state']}")
 

@@ -28,10 +28,11 @@ from ..terminal.export import advise, say_done, show_proof, warn
 def export(target, out, dtype=None, overrides=(), *, model=None, data=None, compare_bases=False, gguf=None) -> dict:
     """Write the merged model of `target` to folder `out`; return the contents of its export_report.json.
 
-    target: a finished run, or a PEFT adapter folder that was trained on `model`; or a list of "RUN:WEIGHT", whose adapters
-    are added up. Each weight is dequantize(NF4(W)) and what the adapter does to it, in float32, cast once to `dtype`
-    ("float16", "bfloat16", "float32"; the recipe's export.dtype by default). The folder is written beside `out`, compared
-    with the live model on rows (of file `data`, or those that the run held out), and renamed to `out` only if it agrees.
+    target: a finished run, a checkpoint of one (RUN/checkpoints/step-N), or a PEFT adapter folder that was trained on `model`; or
+    a list of "RUN:WEIGHT", whose adapters are added up. Each weight is dequantize(NF4(W)) and what the adapter does to it, in
+    float32, cast once to `dtype` ("float16", "bfloat16", "float32"; the recipe's export.dtype by default). The folder is written
+    beside `out`, compared with the live model on rows (of file `data`, or those that the run held out), and renamed to `out` only
+    if it agrees.
     export.base=original adds to the weights of the files instead. compare_bases: measure both, as they are and as served
     in 4 bit. gguf: "f16", "q8_0" or "q4_k_m", to add a GGUF file and an Ollama Modelfile. export.int8=true writes the merged
     model in dynamic int8 instead, proven too. What cannot become one with its base is written as an adapter alone, proven beside

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import shlex
@@ -19,6 +20,7 @@ from ..recipe import Data, Export, Model, Quantization, Recipe
 from ..runs.folder import RunDir
 from ..system.errors import InputError
 from ..system.events import note
+from . import checkpoint_run
 from .chosen_task import encoder_of, proof_of, task_of
 from .opened_model import load_tokenizer, open_tokenizer, refuse_changed_base, refuse_other_base, this_machine
 from .run_facts import origin_of
@@ -57,18 +59,19 @@ class Trained:
     fitted: bool
     live_model: str = "recorded"
     origins: tuple = ()  # exporter.model_card.Origin of each run
-    temporary: Any = None  # what `folder` is in, if that goes away with the `with` block
+    temporary: Any = None  # closes what `folder` is in, if that goes away with the `with` block
 
     def __enter__(self):
         return self
 
     def __exit__(self, *exception):
         if self.temporary is not None:
-            self.temporary.cleanup()
+            self.temporary.close()
 
 
 def open_trained(targets, base=None, data_file=None, overrides=()) -> Trained:
-    """Return, for a `with` block, what is in `targets`: a run, or a PEFT adapter folder that was trained on `base`.
+    """Return, for a `with` block, what is in `targets`: a run, a checkpoint of one (RUN/checkpoints/step-N), or a PEFT adapter
+    folder that was trained on `base`.
 
     Several are strings "RUN:WEIGHT" of runs on one base; their adapters are added up. data_file: rows for the proof; by
     default those that the run kept, or a few sentences of our own.
@@ -97,6 +100,8 @@ def _of_one(target, base, overrides):
         if base is not None:
             raise InputError(f"{target} is a run, which records its base; leave --model out, or give {target}/adapter")
         trained = _of_run(RunDir.open(target), overrides)
+    elif (run := checkpoint_run.run_of(target)) is not None:
+        trained = _of_checkpoint(target, run, base, overrides)
     elif (Path(target) / methods.CONFIG).is_file():
         trained = _of_adapter(Path(target), base, overrides)
     else:
@@ -105,8 +110,23 @@ def _of_one(target, base, overrides):
     return trained
 
 
+def _of_checkpoint(folder, run, base, overrides):
+    """Return what a checkpoint of a run has, as if the training had ended there."""
+    if base is not None:
+        raise InputError(f"{folder} is a checkpoint of {run.path}, which records its base; leave --model out")
+    with contextlib.ExitStack() as stack:
+        made = stack.enter_context(checkpoint_run.as_run(folder, run))
+        trained = _of_run(made, overrides)
+        trained.name, trained.inputs = str(folder), [*trained.inputs, run.path]
+        trained.temporary = stack.pop_all()
+    return trained
+
+
 def _of_several(weighted, base, overrides):
     """Return the weighted sum of several runs, as if it had been trained: with the rows of the first."""
+    for target, _ in weighted:
+        if checkpoint_run.run_of(target) is not None:
+            raise InputError(f"{target} is a checkpoint; export it by itself, and add up the adapters of runs")
     found = [_of_one(target, base, overrides) for target, _ in weighted]
     first = found[0]
     for other in found[1:]:
@@ -120,14 +140,11 @@ def _of_several(weighted, base, overrides):
                 f"{other.name}: trained on another base than {first.name}; adapters of different bases cannot be summed"
             )
     weights = [weight for _, weight in weighted]
-    temporary = tempfile.TemporaryDirectory()
-    try:
-        folders, trust = [one.folder for one in found], first.model.trust_remote_code
-        folder = combine(folders, weights, first.config, trust, temporary.name)
+    with contextlib.ExitStack() as stack:
+        place = stack.enter_context(tempfile.TemporaryDirectory())
+        folder = combine([one.folder for one in found], weights, first.config, first.model.trust_remote_code, place)
         read = methods.read(folder)
-    except BaseException:
-        temporary.cleanup()
-        raise
+        temporary = stack.pop_all()
     named = " + ".join(f"{weight:g} * {target}" for target, weight in weighted)
     note(f"adapter   {named}: r = {read.config['r']}, the sum of the ranks")
     return dataclasses.replace(

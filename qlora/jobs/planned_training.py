@@ -117,10 +117,13 @@ def refuse_full_host(found):
 def refuse_full_disk(recipe, found):
     """Raise InputError where the disk has no room for the checkpoints that will be there at a time, and the adapter."""
     training, run = recipe.training, RunDir(recipe.output_dir)
-    count = 0
-    if training.save_steps is not None:
-        saves = None if found.steps is None else -(-found.steps // training.save_steps)
-        limit = None if training.save_total_limit is None else training.save_total_limit + 1  # the new one comes first
+    every = [training.save_steps, training.eval_steps if training.looks_for_best else None]
+    every, count = [steps for steps in every if steps is not None], 0
+    if every:
+        saves = None if found.steps is None else sum(-(-found.steps // steps) for steps in every)
+        limit = training.save_total_limit
+        # the new one comes first, and each may know of another best
+        limit = None if limit is None else limit * (2 if training.looks_for_best else 1) + 1
         count = min((number for number in (saves, limit) if number is not None), default=1)
     there = Checkpoints(run.checkpoints, None).num_bytes()
     needed = max(0, count * found.checkpoint_bytes - there) + found.components["adapter"]

@@ -67,7 +67,7 @@ def _measured(run):
     """Return rows [what, before, after] as text."""
     lines = record.read(run)
     losses = [line.loss for line in lines if isinstance(line, record.Step)]
-    held_out = [line.eval_loss for line in lines if isinstance(line, record.Evaluation)]
+    held_out = [line.eval_loss for line in lines if isinstance(line, record.Evaluation | record.Best)]
     rows = [["loss in training, first and last step", f"{losses[0]:.4f}", f"{losses[-1]:.4f}"]] if losses else []
     rows += [["held-out loss at the end", "", f"{held_out[-1]:.4f}"]] if held_out else []
     if (after := run.scores()) is not None:

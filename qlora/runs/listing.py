@@ -9,6 +9,7 @@ from ..recipe.comparison import FILE, RESULT
 from ..system import files
 from ..system.errors import InputError, QLoRAError
 from . import record
+from .checkpoints import Checkpoints
 from .folder import RunDir
 
 
@@ -16,8 +17,9 @@ def listed(folder) -> list:
     """Return what is known of every comparison, run, checkpoint and adapter under `folder`, newest first; the trainings of a
     comparison after it, in its order.
 
-    Each is {"path", "kind", "base", "state", "steps", "loss", "eval_loss", "metrics", "time", "comparison"}; what is not known is
-    None. state: "finished", "unfinished", or what is wrong with it in words. A comparison has "kind": "comparison", and as
+    Each is {"path", "kind", "base", "state", "steps", "loss", "eval_loss", "metrics", "time", "comparison", "checkpoints"}; what
+    is not known is None. checkpoints: of a run, [{"step", "best"}], oldest first; best: of the best evaluation, where they are
+    compared. state: "finished", "unfinished", or what is wrong with it in words. A comparison has "kind": "comparison", and as
     "comparison" {"metric", "rows"}; a training of one has {"path", "variant", "settings", "seed", "status", "score",
     "best"} there, path: of the comparison; score: of its metric, as {"value", "low", "high"}; best: True, "no difference shown"
     or None.
@@ -40,7 +42,7 @@ def listed(folder) -> list:
 
 def _of_comparison(folder):
     """Return the entry of a comparison, and {name of a training's folder: what the comparison says of it}."""
-    entry = dict.fromkeys(("base", "steps", "loss", "eval_loss", "metrics", "comparison"))
+    entry = dict.fromkeys(("base", "steps", "loss", "eval_loss", "metrics", "comparison", "checkpoints"))
     entry |= {"path": str(folder), "kind": "comparison", "state": "unfinished", "time": folder.stat().st_mtime}
     file = folder / RESULT
     if not file.is_file():
@@ -66,7 +68,7 @@ def _of_comparison(folder):
 
 def _entry(path, folder=None):
     """Return the entry of the adapter in `path`, as part of run `folder` where it is one."""
-    entry = dict.fromkeys(("kind", "base", "steps", "loss", "eval_loss", "metrics", "comparison"))
+    entry = dict.fromkeys(("kind", "base", "steps", "loss", "eval_loss", "metrics", "comparison", "checkpoints"))
     entry |= {"path": str(folder or path), "state": "finished", "time": (folder or path).stat().st_mtime}
     try:
         config = methods.read_config(path)
@@ -83,6 +85,11 @@ def _entry(path, folder=None):
 
 def _of_run(folder):
     run = RunDir(folder)
+    found = Checkpoints(run.checkpoints, None).listed()
+    return _entry_of(run, folder) | {"checkpoints": [{"step": step, "best": best} for step, best in found]}
+
+
+def _entry_of(run, folder):
     if not run.adapter.is_dir():
         entry = _entry(folder, folder) | {"state": "unfinished", "time": folder.stat().st_mtime}
     else:

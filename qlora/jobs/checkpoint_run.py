@@ -1,0 +1,57 @@
+"""A checkpoint of a run as a run of its own, whose training ended there: for export."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import shutil
+import tempfile
+from pathlib import Path
+
+from ..runs.checkpoints import Checkpoints, read_tensors
+from ..runs.folder import RunDir
+from . import model_to_train, resumed_run
+from .prepared_data import prepare
+
+
+def run_of(folder):
+    """Return the RunDir that a folder RUN/checkpoints/step-N is of; None of any other folder."""
+    folder = Path(folder)
+    inside = folder.is_dir() and folder.parent.name == "checkpoints" and re.fullmatch(r"step-\d+", folder.name)
+    return RunDir(folder.parent.parent) if inside and RunDir.is_run(folder.parent.parent) else None
+
+
+@contextlib.contextmanager
+def as_run(folder, run):
+    """Yield a finished run with the adapter of checkpoint `folder` of `run`; it goes away with the block.
+
+    The model is made as for training, from the recipe, the data and the base of the run: a checkpoint has nothing but numbers.
+
+    Raises:
+        InputError: the checkpoint is damaged, or recipe, data or base are no longer those of the run.
+    """
+    folder, environment = Path(folder), run.environment()
+    kept = Checkpoints(run.checkpoints, environment.get("id"))
+    kept.verify(folder)
+    with tempfile.TemporaryDirectory() as place:
+        made = RunDir(Path(place) / f"{run.path.resolve().name}-{folder.name}")
+        made.path.mkdir()
+        resumed = resumed_run.Resumed(run, kept, folder, environment, ())
+        for file in (run.recipe_file, run.environment_file, run.data_report_file, run.proof_rows_file):
+            shutil.copyfile(file, made.path / file.name)
+        lines = run.metrics_file.read_text(encoding="utf-8").splitlines(keepends=True)
+        made.metrics_file.write_text("".join(lines[: resumed.state["lines"]]), encoding="utf-8")
+        _save_adapter(resumed, made)
+        yield made
+
+
+def _save_adapter(resumed, made):
+    """Write what a Resumed run would go on with into the run folder `made`."""
+    from ..training.trained_parameters import Trained
+
+    prepared = prepare(resumed.run.recipe())
+    fingerprint = resumed_run.of_recipe(prepared.recipe, prepared)
+    resumed.refuse_changes(fingerprint)
+    opened = model_to_train.open_trainable(prepared, fingerprint, resumed, resumed.tokens_per_micro_batch)
+    Trained(opened.model).restore(read_tensors(resumed.checkpoint), resumed.state)
+    model_to_train.save_adapter(made, prepared, opened)

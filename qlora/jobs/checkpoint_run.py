@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ..runs.checkpoints import Checkpoints, read_tensors
 from ..runs.folder import RunDir
+from ..system.errors import InputError
 from . import model_to_train, resumed_run
 from .prepared_data import prepare
 
@@ -17,7 +18,7 @@ from .prepared_data import prepare
 def run_of(folder):
     """Return the RunDir that a folder RUN/checkpoints/step-N is of; None of any other folder."""
     folder = Path(folder)
-    inside = folder.is_dir() and folder.parent.name == "checkpoints" and re.fullmatch(r"step-\d+", folder.name)
+    inside = folder.parent.name == "checkpoints" and re.fullmatch(r"step-\d+", folder.name)
     return RunDir(folder.parent.parent) if inside and RunDir.is_run(folder.parent.parent) else None
 
 
@@ -32,14 +33,20 @@ def as_run(folder, run):
     """
     folder, environment = Path(folder), run.environment()
     kept = Checkpoints(run.checkpoints, environment.get("id"))
+    if not folder.is_dir():
+        steps = ", ".join(f"step-{step}" for step, _ in kept.listed())
+        raise InputError(f"no checkpoint at {folder}; {run.checkpoints} has {steps or 'none'}")
     kept.verify(folder)
     with tempfile.TemporaryDirectory() as place:
         made = RunDir(Path(place) / f"{run.path.resolve().name}-{folder.name}")
         made.path.mkdir()
-        resumed = resumed_run.Resumed(run, kept, folder, environment, ())
-        for file in (run.recipe_file, run.environment_file, run.data_report_file, run.proof_rows_file):
-            shutil.copyfile(file, made.path / file.name)
-        lines = run.metrics_file.read_text(encoding="utf-8").splitlines(keepends=True)
+        resumed = resumed_run.Resumed(run, kept, folder, environment, (), what_for="export")
+        try:
+            for file in (run.recipe_file, run.environment_file, run.data_report_file, run.proof_rows_file):
+                shutil.copyfile(file, made.path / file.name)
+            lines = run.metrics_file.read_text(encoding="utf-8").splitlines(keepends=True)
+        except OSError as error:
+            raise InputError(f"{error.filename}: {error.strerror}; the run folder is damaged") from None
         made.metrics_file.write_text("".join(lines[: resumed.state["lines"]]), encoding="utf-8")
         _save_adapter(resumed, made)
         yield made

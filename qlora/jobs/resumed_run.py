@@ -101,7 +101,7 @@ def _digest(*pieces):
 @dataclass
 class Resumed:
     """A run that is resumed. checkpoint: the folder to resume from; allowed: fields that may have changed; fixed_length: it
-    cannot be made longer."""
+    cannot be made longer; what_for: in words."""
 
     run: RunDir
     kept: Checkpoints
@@ -109,6 +109,7 @@ class Resumed:
     environment: dict
     allowed: tuple
     fixed_length: bool = False
+    what_for: str = "resume"
 
     def __post_init__(self):
         self.state = read_state(self.checkpoint)
@@ -133,12 +134,13 @@ class Resumed:
             many = f"{len(refused)} settings" if len(refused) > 1 else "1 setting"
             lines = [f"{name}: was {_said(then.get(name))}, is {_said(now.get(name))}" for name in refused]
             allow = " ".join(f"--allow-change {name}" for name in refused)
+            accept = f", or accept the change with {allow}" if self.what_for == "resume" else ""
             raise InputError(
                 "\n  ".join(
                     [
-                        f"cannot resume: {many} changed since {self.checkpoint}",
+                        f"cannot {self.what_for}: {many} changed since {self.checkpoint}",
                         *lines,
-                        f"change it back, or accept the change with {allow}",
+                        f"change it back{accept}",
                     ]
                 )
             )

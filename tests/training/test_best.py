@@ -98,6 +98,10 @@ def test_the_best_is_kept_found_again_and_exported(recipe_of, tmp_path, monkeypa
 
     # killed before its adapter was there, it has nothing to train any more
     shutil.rmtree(resumed.adapter)
+    with open_trained([resumed.checkpoints / f"step-{best}"]) as trained:
+        there = load_file(trained.folder / "adapter_model.safetensors")
+    assert not trained.folder.exists()
+    assert all(torch.equal(tensor, there[name]) for name, tensor in weights(run).items())
     again = train(recipe_of("other", **settings), resume=True)
     assert_same_run(run, again)
 
@@ -107,10 +111,8 @@ def test_the_best_is_kept_found_again_and_exported(recipe_of, tmp_path, monkeypa
     assert entry["eval_loss"] == losses[best]
     assert f"checkpoints of steps {best} (best), {end.step}" in capsys.readouterr().out
 
-    with open_trained([run.checkpoints / f"step-{best}"]) as trained:
-        there = load_file(trained.folder / "adapter_model.safetensors")
-    assert not trained.folder.exists()
-    assert all(torch.equal(tensor, there[name]) for name, tensor in weights(run).items())
+    with pytest.raises(InputError, match=rf"no checkpoint at .*step-99; .* has step-{best}, step-{end.step}"):
+        export(run.checkpoints / "step-99", tmp_path / "none")
     assert export(run.checkpoints / f"step-{end.step}", tmp_path / "last")["verified"]
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from ..system.errors import InputError, ProofFailed
 from . import answer_metrics
+from .intervals import OF_LOSS
 
 BUILT_IN = "built-in"
 GENERAL_TEXT = Path(__file__).with_name("general_text.jsonl")
@@ -154,7 +155,7 @@ class Asked:
 
 def values_of(result: dict) -> dict[str, float]:
     """Return {name: number} of what a result of `evaluate` has measured, "forgetting" too where it has."""
-    found = {name: result[name] for name in ("loss", "perplexity", "bits_per_byte") if name in result}
+    found = {name: result[name] for name in OF_LOSS if name in result}
     found |= {name: metric["value"] for name, metric in result["metrics"].items()}
     forgetting = result.get("forgetting", {})
     return found | ({"forgetting": forgetting["value"]} if "value" in forgetting else {})

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 RESAMPLES = 2000
+OF_LOSS = ("loss", "perplexity", "bits_per_byte")  # lower is better
 _AT_ONCE = 2**22  # counts in memory: 32 MiB
 _Z = 1.959963984540054  # of 95 %, two-sided
 
@@ -62,6 +63,12 @@ def summed(parts_NK: np.ndarray) -> np.ndarray:
 
 def with_interval(value, low, high):
     return {"value": value, "low": low, "high": high}
+
+
+def is_share(name) -> bool:
+    """True if the metric `name` is a share of 1, shown in percent: all are but losses, and lm-eval's TASK.METRIC, which are of
+    all kinds."""
+    return name not in (*OF_LOSS, "forgetting") and "." not in name
 
 
 def in_words(metric, digits=1):

@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from ..evaluation.intervals import OF_LOSS
 from ..exporter import REPORT
 from ..runs import record
 from ..runs.folder import RunDir
@@ -254,13 +255,12 @@ def _scores_shown(run, name, scores):
         return {"missing": f"not evaluated: {command('eval', run.path)}"}
     file = run.score_files(name)[0]
     try:
-        found = {name: scores.get(name) for name in ("rows", "loss", "loss_interval", "perplexity", "tokens", "metrics", "change",
-                                                     "forgetting", "latency", "majority")}  # fmt: skip
+        of_loss = [name + end for name in OF_LOSS for end in ("", "_interval")]
+        names = ("rows", *of_loss, "tokens", "metrics", "change", "forgetting", "latency", "majority")
+        found = {name: scores.get(name) for name in names}
         found["command"] = scores.get("data", {}).get("command") or command("eval", run.path)
         before = scores.get("before") or {}
-        found["before"] = {
-            name: before.get(name) for name in ("loss", "loss_interval", "perplexity", "metrics")
-        } or None
+        found["before"] = before and {name: before.get(name) for name in (*of_loss, "metrics")}
         if labels := scores.get("labels"):
             found["classes"] = _classes(labels, scores["per_class"], scores["confusion"])
         float(found["loss"])

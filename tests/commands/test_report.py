@@ -82,6 +82,14 @@ def test_a_page_of_a_finished_run_says_all_of_it(finished, tmp_path):
     assert learned["words"] in page.text
     assert proven["answer"] == fits["answer"] == "yes"
     assert one["norms"] == norms(finished / "adapter")
+    answers = [json.loads(line) for line in (finished / "answers.jsonl").read_text().splitlines()]
+    right = sum(row["after"]["exact_match"] == [1.0, 1.0] for row in answers)
+    counts = one["answers"]["counts"]
+    assert one["answers"]["metric"] == "exact_match"
+    assert counts.get("right", 0) + counts.get("fixed", 0) == right < len(answers) == sum(counts.values())
+    low, high = (f"{end:.4f}" for end in scores["bits_per_byte_interval"])
+    assert f"bits per byte{scores['before']['bits_per_byte']:.4f}" in page.text
+    assert f"{scores['bits_per_byte']:.4f} ({low} to {high})" in page.text
     lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     assert one["curves"]["loss"] == [[line["step"], line["loss"]] for line in lines if "loss" in line]
     sample = "".join(text for text, is_trained in one["data"]["sample"]["rows"][0] if is_trained)
@@ -360,6 +368,11 @@ def test_adapters_lists_a_comparison_as_what_it_is(compared, run, capsys):
     assert re.search(r"lora +1 +50% \(20% to 80%\) +best", shown)
     assert re.search(r"full<b> +1 +does not fit", shown)
     assert "lora-seed-1" not in shown  # a line of its comparison, no entry of its own
+    change(compared / "comparison.json", lambda one: one.update(metric="bits_per_byte", lower_is_better=True))
+    change(compared / "comparison.json", lambda one: one["rows"][0].update(bits_per_byte=1.25))
+    adapters(compared.parent)
+    assert re.search(r"lora +1 +1\.2500 +best", capsys.readouterr().out)  # no share
+    assert report(compared)["comparison"]["verdicts"][0]["words"].startswith("bits per byte 0.5000 (0.2000 to 0.8000)")
     (compared / "comparison.json").write_text("{}")
     [damaged] = [one for one in adapters(compared) if one["kind"] == "comparison"]
     assert damaged["state"].startswith("damaged: ")

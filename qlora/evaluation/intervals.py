@@ -30,6 +30,11 @@ def wilson(right: float, total: int) -> tuple[float, float]:
     return (0.0 if right == 0 else middle - half), (1.0 if right == total else middle + half)
 
 
+def of_error(value: float, error: float) -> tuple[float, float]:
+    """Return the interval of a number with this standard error."""
+    return value - _Z * error, value + _Z * error
+
+
 def of_share(parts_N2: np.ndarray) -> bool:
     """True if parts are (right or not, 1) for each row, so that Wilson's interval is that of their ratio."""
     return parts_N2.shape[1] == 2 and bool((parts_N2[:, 1] == 1).all() and np.isin(parts_N2[:, 0], (0, 1)).all())

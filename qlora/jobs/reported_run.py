@@ -89,7 +89,7 @@ def _state(run, recipe, lines, data):
         total = math.ceil(data["steps_per_epoch"] * training.num_train_epochs)
     found: dict[str, Any] = {"what": "finished", "message": "", "step": step, "of": total or None}
     go_on = command("train", run.recipe_file, "--resume")
-    if run.in_use():
+    if run.in_use() and not run.adapter.is_dir():  # a finished one is measured by who has it
         found |= {"what": "training", "message": "it was training when this page was made"}
     elif (ended := run.ended()) is not None:
         found |= {"what": str(ended.get("status")), "message": cut(str(ended.get("message")))}

@@ -14,6 +14,7 @@ from qlora.commands.eval import evaluate
 from qlora.commands.export import export
 from qlora.commands.report import report
 from qlora.jobs.adapter_norms import norms
+from qlora.runs.folder import RunDir
 from qlora.system.errors import InputError
 
 CHAPTERS = {"scores", "training", "memory", "data", "answers", "norms", "export", "recipe", "environment"}
@@ -137,7 +138,10 @@ def test_what_is_not_there_is_said_with_the_command_for_it(run, tmp_path):
 
 
 def test_a_run_that_stopped_or_failed_says_where_and_why(run, tmp_path):
-    shutil.rmtree(run / "adapter")
+    with RunDir(run).locked():
+        assert report(run)["runs"][0]["state"]["what"] == "finished"  # `qlora compare RUN --served` has it
+        shutil.rmtree(run / "adapter")
+        assert report(run)["runs"][0]["state"]["what"] == "training"
     state = report(run)["runs"][0]["state"]
     assert (state["what"], state["step"], state["of"]) == ("ended", 2, 2)
     assert "ended without a word" in state["message"]

@@ -107,8 +107,11 @@ def paired(one, other) -> dict:
         note("measured on other rows each: no paired difference")
         return {}
     found = {}
-    for name in left.parts.keys() & right.parts.keys():
-        value = compared_runs.value_of(name, left)
-        if value is not None:
-            found[name] = intervals.change(value, left.parts[name], right.parts[name])
+    for name in [name for name in left.parts if name in right.parts]:
+        try:
+            value = compared_runs.value_of(name, left)
+        except InputError as error:  # measured elsewhere, with an extra that is not installed here
+            note(f"no change of {name}: {error}")
+            continue
+        found[name] = intervals.change(value, left.parts[name], right.parts[name])
     return found

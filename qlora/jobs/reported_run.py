@@ -337,6 +337,10 @@ def _export(place, report):
     models = {"live": "as trained, live", "merged": "exported", "beside": "exported, beside its base",
               "beside_original": "exported, beside the base in 16 bit", "base_model": "base alone"}  # fmt: skip
     try:
+        shown = {name: report.get(name) for name in _OF_EXPORT} | {"cast": report.get("cast")}
+        if int8 := report.get("int8"):  # the folder has that; what it was made of was proven first
+            models |= {"merged": "merged, before int8", "int8": "exported"}
+            shown |= {"dtype": f"int8, the rest in {int8['dtype_beside']}", "cast": None}
         scores = [[said, report[name]] for name, said in models.items() if report.get(name)]
         scores += [[one["model"], one] for one in report.get("comparison") or ()]
         names = ("loss", "kl", "top1", "logits")
@@ -345,9 +349,8 @@ def _export(place, report):
         return {
             "path": str(place.parent),
             "made_of_this_run": report.get("adapter_sha256") is not None,
-            **{name: report.get(name) for name in _OF_EXPORT},
+            **shown,
             "scores": [[said, {name: one.get(name) for name in names}] for said, one in scores],
-            "cast": report.get("cast"),
             "worst_modules": [[one["name"], one["cast_loss"], one["delta_norm"]] for one in worst],
         }
     except (LookupError, TypeError, AttributeError) as error:

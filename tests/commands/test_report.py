@@ -118,6 +118,10 @@ def test_an_export_is_known_by_what_it_was_made_of(finished, run, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
     shutil.copy(exported / "export_report.json", other)
+    stored = {"dtype_beside": "bfloat16", "loss": 1.5, "kl": 0.25, "top1": 0.9}
+    change(other / "export_report.json", lambda one: one.update(int8=stored))
+    proven = report([run, other])["runs"][0]["verdicts"][1]["words"]
+    assert "(int8, the rest in bfloat16) answers as the live model: KL 2.5e-01, same first choice at 90.00%" in proven
     change(other / "export_report.json", lambda one: one.update(adapter_sha256={"adapter_model.safetensors": "0"}))
     assert len(report(run)["runs"][0]["exports"]) == 0  # beside it, and of something else
     with pytest.raises(InputError, match=r"was not exported from .*other weights"):

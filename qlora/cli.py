@@ -17,6 +17,7 @@ from .system.launched import refuse_several
 from .system.quiet_libraries import hush_libraries
 from .system.secrets import redacted
 from .system.signals import handled
+from .system.streams import Lasting
 
 app = typer.Typer(
     name="qlora",
@@ -408,7 +409,7 @@ def main():
     if sys.getfilesystemencoding() == "ascii":  # LC_ALL=C with PYTHONUTF8=0: no name with an umlaut could be opened
         os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
     # None: this process was started without one
-    sys.stdout, sys.stderr = (stream and _Lasting(stream) for stream in (sys.stdout, sys.stderr))
+    sys.stdout, sys.stderr = (stream and Lasting(stream) for stream in (sys.stdout, sys.stderr))
     sys.excepthook = _show_bug
     with handled(leaves=True):
         _main()
@@ -470,31 +471,3 @@ def _fail(message, code):
         message = folded(message)
     print(message, file=sys.stderr)
     sys.exit(code)
-
-
-class _Lasting:
-    """A text stream whose reader may leave, as a closed pipe or terminal does: what is written then is dropped; and
-    which writes \\xe9 for what its encoding lacks."""
-
-    def __init__(self, stream):
-        self._stream = stream
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
-
-    def __getattr__(self, name):
-        return getattr(self._stream, name)
-
-    def write(self, text):
-        self._try(lambda: self._stream.write(text))
-        return len(text)
-
-    def flush(self):
-        self._try(self._stream.flush)
-
-    def _try(self, action):
-        try:
-            action()
-        except OSError as error:
-            if error.errno not in (errno.EPIPE, errno.EIO):
-                raise OSError(error.errno, error.strerror, self._stream.name) from None
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.text import Text
 
-from ..evaluation.intervals import in_words
+from ..evaluation.intervals import in_words, is_share
 from ..recipe.comparison import settings_in_words
 from ..runs.listing import listed
 from ..system.errors import InputError
@@ -79,7 +79,7 @@ def _show_comparison(one):
 def _score(metric, row):
     if row["status"] != "done" or row["score"] is None:
         return row["status"]
-    return f"{row['score']['value']:.4f}" if metric == "loss" else in_words(row["score"], 0)
+    return in_words(row["score"], 0) if is_share(metric) else f"{row['score']['value']:.4f}"
 
 
 def _when(one):

@@ -7,6 +7,7 @@ import shlex
 import time
 
 from .. import base_model
+from ..evaluation.intervals import OF_LOSS, is_share
 from ..jobs import comparison_table, differences, merged_latency
 from ..jobs.compared_runs import DONE, TO_DO, UNFINISHED, Folder, measured, row_of, train_one
 from ..jobs.planned_training import plan_training
@@ -164,11 +165,12 @@ def _cell(value):
 
 
 def _scores(rows, change):
-    """Return a line for the loss and each metric of both runs, with what changed."""
+    """Return a line for each number of the loss and each metric of both runs, with what changed."""
     lines = []
-    for name in ("loss", *dict.fromkeys(name for row in rows for name in row["metrics"])):
-        values = [row["loss"] if name == "loss" else row["metrics"].get(name, {}).get("value") for row in rows]
-        form, signed = (".4f", "+.4f") if name == "loss" else (".1%", "+.1%")
+    of_loss = [name for name in OF_LOSS if any(row[name] is not None for row in rows)]
+    for name in (*of_loss, *dict.fromkeys(name for row in rows for name in row["metrics"])):
+        values = [row[name] if name in OF_LOSS else row["metrics"].get(name, {}).get("value") for row in rows]
+        form, signed = (".1%", "+.1%") if is_share(name) else (".4f", "+.4f")
         line = [name.replace("_", " "), *("" if value is None else format(value, form) for value in values)]
         found = change.get(name)
         line += (

@@ -52,10 +52,9 @@ def evaluate(target, data_file=None, overrides=(), max_rows=None, **asked) -> di
         ProofFailed: what is required was not met; the result is written all the same.
     """
     wanted = Asked(**asked)
-    if data_file is not None and (wanted.choices is not None or wanted.tasks):
-        raise InputError("--data is for rows of your own, not for --choices or --lm-eval; leave it out")
+    wanted.refuse_beside(data_file)
     if wanted.tasks:
-        lm_eval_tasks.refuse_missing()
+        lm_eval_tasks.named(wanted)
     launched.refuse_several(f"qlora eval {target}")
     say_device()
     questions = None if wanted.choices is None else choice_rows.prompted(target, overrides, wanted, max_rows)
@@ -131,7 +130,12 @@ def _of_choices(subject, wanted, max_rows, questions, of) -> _Found:
     before, after = _before_and_after(subject, functools.partial(choices.score, *measure), _CHOICES)
     result = _result(len(questions), before, after)
     result["data"] = of | {"held_out": False, "by_text": wanted.by_text, "chat": wanted.chat}
-    words = [f"{of['shots']}-shots"] * (of["shots"] > 0) + ["by-text"] * wanted.by_text + ["chat"] * wanted.chat
+    words = (
+        ["choices"]
+        + [f"{of['shots']}-shots"] * (of["shots"] > 0)
+        + ["by-text"] * wanted.by_text
+        + ["chat"] * wanted.chat
+    )
     rows = ({"prompt": one.messages if wanted.chat else one.text, "choices": [*one.choices]} for one in questions)
     name = _name(of["files"][0], max_rows, *words)
     return _Found(result, _answers(rows, before, after), name, max_rows)
@@ -239,7 +243,8 @@ def _command(target, data_file, overrides, max_rows, wanted):
     options += [] if wanted.extract is None else ["--extract", wanted.extract]
     options += ["--latency"] if wanted.latency else []
     options += ["--lm-eval", ",".join(wanted.tasks)] if wanted.tasks else []
-    named = {"--forgetting": wanted.forgetting, "--choices": wanted.choices, "--include-path": wanted.include_path}
+    forgetting = wanted.forgetting or (wanted.general_text and BUILT_IN)
+    named = {"--forgetting": forgetting, "--choices": wanted.choices, "--include-path": wanted.include_path}
     named |= {"--shots": wanted.shots, "--examples": wanted.examples, "--batch-size": wanted.batch_size}
     options += [part for name, value in named.items() if value is not None for part in (name, str(value))]
     options += ["--by-text"] * wanted.by_text + ["--chat"] * wanted.chat

@@ -11,6 +11,7 @@ from typing import Any
 
 from ..system.errors import InputError, ProofFailed
 from . import answer_metrics
+from .intervals import OF_LOSS
 
 BUILT_IN = "built-in"
 GENERAL_TEXT = Path(__file__).with_name("general_text.jsonl")
@@ -79,6 +80,8 @@ class Asked:
         self._refuse_without()
         if self.answers is not None and not Path(self.answers).absolute().parent.is_dir():
             raise InputError(f"--answers {self.answers}: there is no folder {Path(self.answers).parent}")
+        if self.answers is not None and Path(self.answers).is_dir():
+            raise InputError(f"--answers {self.answers}: is a folder; name a file in it")
 
     def _refuse_without(self):
         """Raise InputError for an option that has no effect without another, or beside it."""
@@ -98,6 +101,14 @@ class Asked:
             raise InputError(f"{useless[0]} is for answers to rows of your own; leave it out with {other}")
         if self.examples is not None and not self.shots:
             raise InputError("--examples FILE: give --shots too, how many of them stand before each question")
+
+    def refuse_beside(self, data_file):
+        """Raise InputError where a file of rows is given that would not be read, or that `answers` would overwrite."""
+        if data_file is not None and (self.choices is not None or self.tasks):
+            raise InputError("--data is for rows of your own, not for --choices or --lm-eval; leave it out")
+        for read in filter(None, (data_file, self.choices, self.examples, self.forgetting)):
+            if self.answers is not None and Path(self.answers).resolve() == Path(read).resolve():
+                raise InputError(f"--answers {self.answers}: would overwrite the rows that are read; name another file")
 
     def _of_words(self):
         """Return {option: whether it is asked for} of those that are for generated answers."""
@@ -126,7 +137,8 @@ class Asked:
         run has, which knows its base."""
         if self.max_forgetting is not None and not is_run:
             raise InputError("--max-forgetting is for a run: a model by itself has no loss before its training")
-        of_words = {"--choices": self.choices is not None, "--lm-eval": self.tasks, **self._of_words()}
+        of_words = {"--choices": self.choices is not None, "--lm-eval": self.tasks, "--batch-size": self.batch_size}
+        of_words |= self._of_words()
         for option, asked in of_words.items():
             if has_classes and asked:
                 raise InputError(f"{option} is for answers in words, and this model answers with classes; leave it out")
@@ -154,7 +166,7 @@ class Asked:
 
 def values_of(result: dict) -> dict[str, float]:
     """Return {name: number} of what a result of `evaluate` has measured, "forgetting" too where it has."""
-    found = {name: result[name] for name in ("loss", "perplexity", "bits_per_byte") if name in result}
+    found = {name: result[name] for name in OF_LOSS if name in result}
     found |= {name: metric["value"] for name, metric in result["metrics"].items()}
     forgetting = result.get("forgetting", {})
     return found | ({"forgetting": forgetting["value"]} if "value" in forgetting else {})

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 RESAMPLES = 2000
+OF_LOSS = ("loss", "perplexity", "bits_per_byte")  # lower is better
 _AT_ONCE = 2**22  # counts in memory: 32 MiB
 _Z = 1.959963984540054  # of 95 %, two-sided
 
@@ -27,6 +28,11 @@ def wilson(right: float, total: int) -> tuple[float, float]:
     half = _Z * math.sqrt(share * (1 - share) / total + square / (4 * total * total)) / (1 + square / total)
     # exactly 0 and 1 at the ends, where rounding may leave them to the wrong side of the share
     return (0.0 if right == 0 else middle - half), (1.0 if right == total else middle + half)
+
+
+def of_error(value: float, error: float) -> tuple[float, float]:
+    """Return the interval of a number with this standard error."""
+    return value - _Z * error, value + _Z * error
 
 
 def of_share(parts_N2: np.ndarray) -> bool:
@@ -62,6 +68,12 @@ def summed(parts_NK: np.ndarray) -> np.ndarray:
 
 def with_interval(value, low, high):
     return {"value": value, "low": low, "high": high}
+
+
+def is_share(name) -> bool:
+    """True if the metric `name` is a share of 1, shown in percent: all are but losses, and lm-eval's TASK.METRIC, which are of
+    all kinds."""
+    return name not in (*OF_LOSS, "forgetting") and "." not in name
 
 
 def in_words(metric, digits=1):

@@ -12,6 +12,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,8 +24,8 @@ from ..system.events import note, progress
 from . import intervals
 from .asked import Asked
 from .intervals import with_interval
+from .scores import mean
 
-_Z = 1.959963984540054  # of 95 %, two-sided
 _NO_FILTER = "none"
 _ON_A_GPU = 8  # rows together: lm-eval keeps the logits of all their tokens, 0.8 GiB of float32 a row of 1,600 and 128,000 words
 
@@ -40,9 +41,9 @@ class Number:
 
     def to_json(self):
         if self.parts_N2 is not None:
-            return with_interval(self.value, *intervals.interval(_mean, self.parts_N2))
-        half = None if self.error is None else _Z * self.error
-        return with_interval(self.value, *((None, None) if half is None else (self.value - half, self.value + half)))
+            return with_interval(self.value, *intervals.interval(mean, self.parts_N2))
+        ends = (None, None) if self.error is None else intervals.of_error(self.value, self.error)
+        return with_interval(self.value, *ends)
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class TaskScores:
             if number.parts_N2 is None or then.parts_N2 is None:
                 found[name] = with_interval(number.value - then.value, None, None)
             else:
-                found[name] = intervals.change(_mean, then.parts_N2, number.parts_N2)
+                found[name] = intervals.change(mean, then.parts_N2, number.parts_N2)
         return found
 
     def rows(self, before: TaskScores | None) -> list[dict]:
@@ -87,15 +88,10 @@ def score(model, tokenizer, asked: Asked, max_rows=None, what="lm-eval") -> Task
     """Return what lm-eval measures of a model on `asked.tasks`, the first max_rows rows of each; its own bars show how far it is.
 
     Raises:
-        InputError: lm-eval is not installed, there is no such task, or what it needs cannot be had; says what lm-eval says.
+        InputError: as `named`, or what a task needs cannot be had; says what lm-eval says.
     """
     lm_eval, tasks, huggingface = refuse_missing()
-    manager = _manager(tasks, asked.include_path)
-    names = []
-    for name in asked.tasks:
-        if not (found := manager.match_tasks([name])):
-            raise InputError(f"--lm-eval {name}: lm-eval has no such task; `lm_eval ls tasks` lists them")
-        names += found
+    names = named(asked)
     limit, taken = base_model.num_positions(model.config), methods.num_positions(model)
 
     def evaluated(batch_size):
@@ -109,7 +105,7 @@ def score(model, tokenizer, asked: Asked, max_rows=None, what="lm-eval") -> Task
         return lm_eval.simple_evaluate(
             model=live,
             tasks=names,
-            task_manager=manager,
+            task_manager=_manager(tasks, asked.include_path),
             num_fewshot=asked.shots,
             limit=max_rows,
             apply_chat_template=asked.chat,
@@ -119,6 +115,23 @@ def score(model, tokenizer, asked: Asked, max_rows=None, what="lm-eval") -> Task
     with _warnings_counted():
         found = _where_it_fits(evaluated, asked.batch_size or (1 if model.device.type == "cpu" else _ON_A_GPU), names)
     return TaskScores(_numbers(found), found["samples"])
+
+
+def named(asked: Asked) -> list[str]:
+    """Return the names of `asked.tasks`, those that a pattern such as mmlu_* stands for.
+
+    Raises:
+        InputError: lm-eval is not installed, or there is no such task or folder of tasks.
+    """
+    _, tasks, _ = refuse_missing()
+    if asked.include_path is not None and not Path(asked.include_path).is_dir():
+        raise InputError(f"--include-path {asked.include_path}: there is no such folder")
+    manager, names = _manager(tasks, asked.include_path), []
+    for name in asked.tasks:
+        if not (found := manager.match_tasks([name])):
+            raise InputError(f"--lm-eval {name}: lm-eval has no such task; `lm_eval ls tasks` lists them")
+        names += found
+    return names
 
 
 @functools.cache
@@ -200,10 +213,6 @@ def _parts(samples, metric, filter_name, value):
 
 def _is_number(value):
     return isinstance(value, (int, float, np.number)) and math.isfinite(value)
-
-
-def _mean(sums):
-    return float(sums[0] / sums[1])
 
 
 def _prompt(sample):

@@ -37,7 +37,7 @@ def losses(model, examples):
 
 @torch.no_grad()
 def log_probabilities(model, examples, columns):
-    """Return, for each of `examples`, log softmax of the next-token logits after its positions `columns` (a range).
+    """Return, for each of `examples`, log softmax of the next-token logits after its positions `columns`, in order.
 
     (T, V) float32 on the CPU each, all from one forward pass.
     """
@@ -51,7 +51,7 @@ def log_probabilities(model, examples, columns):
 
 @torch.no_grad()
 def logits(model, rows, columns):
-    """Return the next-token logits after the positions `columns` (a range each) of `rows` (token ids): (T, V) float32 each.
+    """Return the next-token logits after the positions `columns` (ascending) of each of `rows` (token ids): (T, V) float32 each.
 
     One forward pass: shorter rows are padded on the right, where a causal model does not look, and only the wanted positions
     reach the head.
@@ -61,7 +61,7 @@ def logits(model, rows, columns):
     wanted_BT = torch.zeros(ids_BT.shape, dtype=torch.bool)
     for number, (row, positions) in enumerate(zip(rows, columns, strict=True)):
         ids_BT[number, : lengths[number]] = torch.tensor(row)
-        wanted_BT[number, positions.start : positions.stop] = True
+        wanted_BT[number, list(positions)] = True
     ids_BT, wanted_BT = ids_BT.to(model.device), wanted_BT.to(model.device)
     head, width = model.get_output_embeddings(), ids_BT.shape[1]
     hook = head.register_forward_pre_hook(

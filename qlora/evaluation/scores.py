@@ -17,8 +17,7 @@ from .answer_metrics import AnswerMetric
 from .asked import Asked
 from .intervals import with_interval
 
-LOSS, PERPLEXITY, BITS_PER_BYTE = "loss", "perplexity", "bits_per_byte"
-LOWER_IS_BETTER = (LOSS, PERPLEXITY, BITS_PER_BYTE)
+LOSS, PERPLEXITY, BITS_PER_BYTE = intervals.OF_LOSS
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,8 @@ def of_model(model):
     """Return answers(row) -> log probabilities (T, V) of each trained token of it, float32 on the CPU."""
 
     def answers(row):
-        at = torch.tensor(trained_at(row))
-        (log_p_TV,) = metrics.log_probabilities(model, [row], [range(int(at[0]) - 1, int(at[-1]))])
-        return log_p_TV[at - at[0]]
+        (log_p_TV,) = metrics.log_probabilities(model, [row], [[at - 1 for at in trained_at(row)]])
+        return log_p_TV
 
     return answers
 

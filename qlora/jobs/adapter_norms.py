@@ -66,7 +66,7 @@ def _tensors(path):
         if one["dtype"] == "BF16":
             numbers = (np.frombuffer(one["data"], np.uint16).astype(np.uint32) << 16).view(np.float32)
         elif one["dtype"] in _DTYPES:
-            numbers = np.frombuffer(one["data"], _DTYPES[one["dtype"]]).astype(np.float32)
+            numbers = np.frombuffer(one["data"], _DTYPES[one["dtype"]]).astype(np.float32, copy=False)
         else:
             continue  # indices and the like
         arrays[name.removeprefix("base_model.model.")] = numbers.reshape(one["shape"])

@@ -28,6 +28,7 @@ import numpy as np
 
 from ..evaluation import answer_metrics, scores
 from ..evaluation.asked import Asked
+from ..evaluation.intervals import OF_LOSS
 from ..recipe import as_yaml
 from ..recipe.comparison import FILE, Comparison, Entry, entries
 from ..runs import record
@@ -257,7 +258,7 @@ def row_of(run: RunDir, name=None, status=DONE, message="") -> dict[str, Any]:
         found["trainable_share"] = counts["trainable"] / counts["total"]
     found["saved_bytes"] = sum(file.stat().st_size for file in run.adapter.glob("*.safetensors"))
     if (result := run.scores(name)) is not None:
-        found |= {name: result.get(name) for name in ("metrics", *scores.LOWER_IS_BETTER)}
+        found |= {name: result.get(name) for name in ("metrics", *OF_LOSS)}
         found["forgetting"] = (result.get("forgetting") or {}).get("value")
         found["latency_seconds"] = (result.get("latency") or {}).get("token")
     return found

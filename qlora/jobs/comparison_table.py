@@ -9,7 +9,7 @@ from statistics import mean
 
 import numpy as np
 
-from ..evaluation import comparing, intervals, scores
+from ..evaluation import comparing, intervals
 from ..system.errors import InputError
 from ..system.events import note
 from . import compared_runs
@@ -33,7 +33,7 @@ def of_folder(folder: Folder, path) -> dict:
     return {
         "name": Path(path).stem,
         "metric": wanted.metric,
-        "lower_is_better": wanted.metric in scores.LOWER_IS_BETTER,
+        "lower_is_better": wanted.metric in intervals.OF_LOSS,
         "command": shlex.join(["qlora", "compare", str(path)]),
         "rows": rows,
         "summary": _summary(wanted.metric, done) if done else [],
@@ -63,7 +63,7 @@ def _summary(metric, done):
         )
         for group in settings.values()
     ]
-    found = comparing.summary(runs, value, metric in scores.LOWER_IS_BETTER)
+    found = comparing.summary(runs, value, metric in intervals.OF_LOSS)
     for one, group in zip(found, settings.values(), strict=True):
         one |= {name: _mean([row[name] for _, row, _ in group]) for name in NUMBERS}
     return found
@@ -107,8 +107,11 @@ def paired(one, other) -> dict:
         note("measured on other rows each: no paired difference")
         return {}
     found = {}
-    for name in left.parts.keys() & right.parts.keys():
-        value = compared_runs.value_of(name, left)
-        if value is not None:
-            found[name] = intervals.change(value, left.parts[name], right.parts[name])
+    for name in [name for name in left.parts if name in right.parts]:
+        try:
+            value = compared_runs.value_of(name, left)
+        except InputError as error:  # measured elsewhere, with an extra that is not installed here
+            note(f"no change of {name}: {error}")
+            continue
+        found[name] = intervals.change(value, left.parts[name], right.parts[name])
     return found

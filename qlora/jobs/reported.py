@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from ..evaluation.intervals import OF_LOSS
 from ..exporter import REPORT
 from ..recipe.comparison import FILE, RESULT, Comparison
 from ..runs import record
@@ -121,7 +122,7 @@ def _best_first(runs, compared):
 
     def rank(run):
         row = next((one for one in compared["rows"] if Path(one["run"]).name == run.path.name), {})
-        value = row.get("loss") if metric == "loss" else row.get("metrics", {}).get(metric, {}).get("value")
+        value = row.get(metric) if metric in OF_LOSS else row.get("metrics", {}).get(metric, {}).get("value")
         return math.inf if value is None else (value if lower else -value)
 
     return sorted(runs, key=rank)

@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from ..evaluation.intervals import OF_LOSS
 from ..exporter import REPORT
 from ..runs import record
 from ..runs.folder import RunDir
@@ -88,7 +89,7 @@ def _state(run, recipe, lines, data):
         total = math.ceil(data["steps_per_epoch"] * training.num_train_epochs)
     found: dict[str, Any] = {"what": "finished", "message": "", "step": step, "of": total or None}
     go_on = command("train", run.recipe_file, "--resume")
-    if run.in_use():
+    if run.in_use() and not run.adapter.is_dir():  # a finished one is measured by who has it
         found |= {"what": "training", "message": "it was training when this page was made"}
     elif (ended := run.ended()) is not None:
         found |= {"what": str(ended.get("status")), "message": cut(str(ended.get("message")))}
@@ -254,13 +255,12 @@ def _scores_shown(run, name, scores):
         return {"missing": f"not evaluated: {command('eval', run.path)}"}
     file = run.score_files(name)[0]
     try:
-        found = {name: scores.get(name) for name in ("rows", "loss", "loss_interval", "perplexity", "tokens", "metrics", "change",
-                                                     "forgetting", "latency", "majority")}  # fmt: skip
+        of_loss = [name + end for name in OF_LOSS for end in ("", "_interval")]
+        names = ("rows", *of_loss, "tokens", "metrics", "change", "forgetting", "latency", "majority")
+        found = {name: scores.get(name) for name in names}
         found["command"] = scores.get("data", {}).get("command") or command("eval", run.path)
         before = scores.get("before") or {}
-        found["before"] = {
-            name: before.get(name) for name in ("loss", "loss_interval", "perplexity", "metrics")
-        } or None
+        found["before"] = before and {name: before.get(name) for name in (*of_loss, "metrics")}
         if labels := scores.get("labels"):
             found["classes"] = _classes(labels, scores["per_class"], scores["confusion"])
         float(found["loss"])
@@ -337,6 +337,10 @@ def _export(place, report):
     models = {"live": "as trained, live", "merged": "exported", "beside": "exported, beside its base",
               "beside_original": "exported, beside the base in 16 bit", "base_model": "base alone"}  # fmt: skip
     try:
+        shown = {name: report.get(name) for name in _OF_EXPORT} | {"cast": report.get("cast")}
+        if int8 := report.get("int8"):  # the folder has that; what it was made of was proven first
+            models |= {"merged": "merged, before int8", "int8": "exported"}
+            shown |= {"dtype": f"int8, the rest in {int8['dtype_beside']}", "cast": None}
         scores = [[said, report[name]] for name, said in models.items() if report.get(name)]
         scores += [[one["model"], one] for one in report.get("comparison") or ()]
         names = ("loss", "kl", "top1", "logits")
@@ -345,9 +349,8 @@ def _export(place, report):
         return {
             "path": str(place.parent),
             "made_of_this_run": report.get("adapter_sha256") is not None,
-            **{name: report.get(name) for name in _OF_EXPORT},
+            **shown,
             "scores": [[said, {name: one.get(name) for name in names}] for said, one in scores],
-            "cast": report.get("cast"),
             "worst_modules": [[one["name"], one["cast_loss"], one["delta_norm"]] for one in worst],
         }
     except (LookupError, TypeError, AttributeError) as error:

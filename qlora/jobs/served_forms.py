@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import gc
 import importlib.util
 import io
 import itertools
@@ -104,6 +103,7 @@ def measure(job, names, scratch) -> list[dict]:
     model = Prover(job.trained, job.plan, job.device).adapted(job.trained.folder)
     job.reference = Reference(of_model(model), job.rows, scratch / "trained.f32")
     del model
+    memory.free_cached()
     found = []
     for wanted, group in itertools.groupby(names, key=lambda name: FORMS[name].merge):
         with scratch_folder(scratch / "merged") as merged:
@@ -111,7 +111,7 @@ def measure(job, names, scratch) -> list[dict]:
             for name in group:
                 with scratch_folder(scratch / "form") as folder:
                     row = problem or _attempt(FORMS[name].measure, job, merged, folder)
-                gc.collect()  # peft models hold themselves in cycles
+                memory.free_cached()  # peft models hold themselves in cycles
                 found.append({"name": name, "what": FORMS[name].what, **_NOTHING, **row})
                 note(f"served    {name}: {_in_words(found[-1])}")
     return found

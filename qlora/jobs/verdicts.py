@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 
+from ..evaluation.intervals import OF_LOSS, is_share
 from ..recipe.comparison import settings_in_words
 from ..system.units import size
 
@@ -56,14 +57,12 @@ def number_of(name, value, signed=False):
     """Return a metric's value as text: a share in percent, a loss with four digits; "?" of one that is no finite number."""
     if value is None or not math.isfinite(value):
         return "?"
-    if name in ("loss", "forgetting"):
-        return f"{value:+.4f}" if signed else f"{value:.4f}"
-    return f"{value:+.1%}" if signed else f"{value:.1%}"
+    return format(value, ("+" if signed else "") + (".1%" if is_share(name) else ".4f"))
 
 
 def change_in_words(name, change):
     """Return "+12.0% (8.1% to 15.2%)" of {"value", "low", "high"}; "points" of a share, since it is a difference."""
-    unit = "" if name in ("loss", "forgetting") else " points"
+    unit = " points" if is_share(name) else ""
     value, low, high = (number_of(name, change[key], signed=True).rstrip("%") for key in ("value", "low", "high"))
     return f"{value}{unit} (95 %: {low} to {high})"
 
@@ -101,7 +100,7 @@ def _direction(name, change):
     """Return YES or NO where the whole interval of a change lies on one side of 0, else NOT_SHOWN."""
     if change["low"] is None or change["high"] is None:
         return NOT_SHOWN
-    low, high = (-change["high"], -change["low"]) if name == "loss" else (change["low"], change["high"])
+    low, high = (-change["high"], -change["low"]) if name in OF_LOSS else (change["low"], change["high"])
     return YES if low > 0 else NO if high < 0 else NOT_SHOWN
 
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 from markupsafe import Markup
 
+from ..evaluation.intervals import OF_LOSS, is_share
 from ..jobs.verdicts import change_in_words, number_of
 from ..recipe.comparison import settings_in_words
 from ..system.units import duration, size
@@ -62,7 +63,7 @@ def _title(found):
 
 
 def _number(name, value):
-    return "" if value is None else number_of("loss" if name == "perplexity" else name, value)
+    return "" if value is None else number_of(name, value)
 
 
 def _counts(run):
@@ -99,19 +100,12 @@ def _before(run):
 def _scores(scores):
     """Return [(name, before, after, change in words)], the first two {"value", "low", "high"}."""
 
-    def loss(side):
-        low, high = side.get("loss_interval") or (None, None)
-        return {"value": side["loss"], "low": low, "high": high}
+    def of_loss(side, name):
+        low, high = side.get(f"{name}_interval") or (None, None)
+        return None if side.get(name) is None else {"value": side[name], "low": low, "high": high}
 
     before, change = scores["before"] or {}, scores["change"] or {}
-    rows: list = [("loss", loss(before) if before else None, loss(scores))]
-    if scores.get("perplexity") is not None:
-        then = before.get("perplexity")
-        flat = [
-            None if value is None else {"value": value, "low": None, "high": None}
-            for value in (then, scores["perplexity"])
-        ]
-        rows.append(("perplexity", *flat))
+    rows = [(name, of_loss(before, name), of_loss(scores, name)) for name in OF_LOSS if scores.get(name) is not None]
     rows += [
         (name, (before.get("metrics") or {}).get(name), metric) for name, metric in (scores["metrics"] or {}).items()
     ]
@@ -272,7 +266,7 @@ def _of_comparison(found):
     variants, title = _variants(found), found["metric"].replace("_", " ")
 
     def form(value):
-        return charts.number(value) if found["metric"] == "loss" else f"{100 * value:.3g}%"
+        return f"{100 * value:.3g}%" if is_share(found["metric"]) else charts.number(value)
 
     points = [
         charts.Line(one["variant"], [(one["peak_bytes"] / 2**30, one["mean"])], variants[one["variant"]], dots=True)

@@ -53,8 +53,8 @@ def _of_comparison(folder):
         best = {(one["variant"], repr(one["settings"])): one["best"] for one in found["summary"]}
         for row in found["rows"]:
             score = row["metrics"].get(metric)
-            if metric == "loss" and row["loss"] is not None:
-                score = {"value": row["loss"], "low": None, "high": None}
+            if score is None and row.get(metric) is not None:  # of a loss
+                score = {"value": row[metric], "low": None, "high": None}
             chosen = best.get((row["variant"], repr(row["settings"])))
             said = {key: row[key] for key in ("variant", "settings", "seed", "status")}
             rows[Path(row["run"]).name] = {"path": str(folder), **said, "score": score, "best": chosen}

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+from ..evaluation.intervals import OF_LOSS, is_share
 from .classes import show_classes
 from .tables import show, table
-
-_OF_LOSS = ("loss", "perplexity", "bits_per_byte")
 
 
 def show_result(target, result, answers=None):
@@ -16,7 +15,7 @@ def show_result(target, result, answers=None):
     else:
         header = ["", str(target), "95 %"]
     rows = [
-        _row(name, result) for name in (*_OF_LOSS, *result["metrics"]) if name in result or name in result["metrics"]
+        _row(name, result) for name in (*OF_LOSS, *result["metrics"]) if name in result or name in result["metrics"]
     ]
     table(_what(result), header, rows)
     if classes:
@@ -44,11 +43,10 @@ def _what(result):
 
 def _row(name, result):
     """Return a line of the table: before and after with the change, or the number, and the interval of that."""
-    of_task = "tasks" in result["data"]  # lm-eval has numbers of all kinds, and `--require` takes its names
-    form, signed = (".1%", "+.1%") if name in result["metrics"] and not of_task else (".4f", "+.4f")
+    form, signed = (".1%", "+.1%") if is_share(name) else (".4f", "+.4f")
     columns = [result["before"], result] if "before" in result else [result]
-    values = [column[name] if name in _OF_LOSS else column["metrics"][name]["value"] for column in columns]
-    line = [name if of_task else name.replace("_", " "), *(format(value, form) for value in values)]
+    values = [column[name] if name in OF_LOSS else column["metrics"][name]["value"] for column in columns]
+    line = [name if "." in name else name.replace("_", " "), *(format(value, form) for value in values)]
     if "before" in result:
         change = result["change"][name]
         return [*line, format(change["value"], signed), _interval(change["low"], change["high"], signed)]

@@ -11,6 +11,7 @@ import pytest
 from qlora import cli
 from qlora.commands.adapters import adapters
 from qlora.commands.compare import compare, compare_runs
+from qlora.evaluation import answer_metrics
 from qlora.jobs import compared_runs, comparison_table
 from qlora.jobs.compared_runs import Folder
 from qlora.recipe import as_yaml
@@ -276,7 +277,7 @@ def test_classes_are_compared_by_accuracy(classify_recipe, in_process, tmp_path)
     )
 
 
-def test_two_runs_side_by_side(comparison, in_process, tmp_path, capsys):
+def test_two_runs_side_by_side(comparison, in_process, tmp_path, capsys, monkeypatch):
     compare(comparison(variants={"lora": None, "wide": {"lora.r": 8, "training.max_steps": 6}}))
     one, other = tmp_path / "compared" / "lora", tmp_path / "compared" / "wide"
     capsys.readouterr()
@@ -293,5 +294,14 @@ def test_two_runs_side_by_side(comparison, in_process, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "lora.r" in shown
     assert "training time" in shown
+    bits = "{:+.4f}".format(found["change"]["bits_per_byte"]["value"])
+    assert re.search(rf"bits per byte .* {re.escape(bits)} ", shown)
+
+    def not_installed(name, references):
+        raise InputError(f"{name}: an extra is not installed")
+
+    monkeypatch.setattr(answer_metrics, "named", not_installed)  # measured on another machine
+    assert list(compare_runs(one, other)["change"]) == ["loss", "bits_per_byte"]
+    assert "no change of exact_match: exact_match: an extra is not installed" in capsys.readouterr().err
     with pytest.raises(InputError, match="no run at"):
         compare_runs(one, tmp_path / "nothing")

@@ -10,6 +10,7 @@ from qlora.commands.eval import evaluate
 from qlora.commands.train import train
 from qlora.data.sources import File
 from qlora.evaluation import generate
+from qlora.evaluation.asked import Asked
 from qlora.jobs import run_facts
 from qlora.system.errors import InputError, ProofFailed
 from tests.conftest import messages, write_jsonl
@@ -179,6 +180,11 @@ def test_a_part_of_the_answers_is_compared(make_recipe, tmp_path, monkeypatch):
         ({"batch_size": 0}, "batch_size 0"),
         ({"max_forgetting": float("nan")}, "max_forgetting nan"),
         ({"answers": "no such folder/a.jsonl"}, "--answers no such folder/a.jsonl: there is no folder no such folder"),
+        ({"answers": "."}, "--answers .: is a folder; name a file in it"),
+        (
+            {"answers": "./a.jsonl", "data_file": "a.jsonl"},
+            r"--answers ./a\.jsonl: would overwrite the rows that are read",
+        ),
         ({"shots": 5}, "--shots is for --choices FILE or --lm-eval TASK"),
         ({"by_text": True}, "--by-text is for --choices FILE"),
         ({"choices": "a.csv", "shots": -1}, "shots -1: at least 0"),
@@ -195,6 +201,15 @@ def test_a_part_of_the_answers_is_compared(make_recipe, tmp_path, monkeypatch):
 def test_what_is_asked_wrongly_is_refused_before_anything_is_loaded(asked, said):
     with pytest.raises(InputError, match=said):
         evaluate("there is no such run", **asked)
+
+
+@pytest.mark.parametrize(
+    "asked", [{"batch_size": 2}, {"metrics": ["macro_f1"]}, {"choices": "a.csv"}, {"latency": True}]
+)
+def test_what_only_answers_in_words_have_is_refused_of_classes(asked):
+    with pytest.raises(InputError, match="is for answers in words, and this model answers with classes"):
+        Asked(**asked).refuse_for(has_classes=True, is_run=True)
+    Asked(**asked).refuse_for(has_classes=False, is_run=True)
 
 
 def test_a_requirement_of_what_was_not_measured_is_refused(make_recipe):

@@ -40,7 +40,7 @@ def test_choices_are_scored_before_and_after_into_evals(make_recipe, unplanned, 
     acc = found["metrics"]["acc"]
     assert found["change"]["acc"]["value"] == acc["value"] - found["before"]["metrics"]["acc"]["value"]
     assert acc["low"] < acc["value"] < acc["high"]
-    name = f"questions-{File(str(questions), None).digest()[:8]}-by-text"
+    name = f"questions-{File(str(questions), None).digest()[:8]}-choices-by-text"
     assert json.loads((run.evals / f"{name}.json").read_text()) == found
     assert json.loads(run.eval_file.read_text()) == own  # never taken for the run's own score
     rows = lines_of(run.evals / f"{name}-answers.jsonl")

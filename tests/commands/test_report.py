@@ -14,6 +14,7 @@ from qlora.commands.eval import evaluate
 from qlora.commands.export import export
 from qlora.commands.report import report
 from qlora.jobs.adapter_norms import norms
+from qlora.runs.folder import RunDir
 from qlora.system.errors import InputError
 
 CHAPTERS = {"scores", "training", "memory", "data", "answers", "norms", "export", "recipe", "environment"}
@@ -82,6 +83,14 @@ def test_a_page_of_a_finished_run_says_all_of_it(finished, tmp_path):
     assert learned["words"] in page.text
     assert proven["answer"] == fits["answer"] == "yes"
     assert one["norms"] == norms(finished / "adapter")
+    answers = [json.loads(line) for line in (finished / "answers.jsonl").read_text().splitlines()]
+    right = sum(row["after"]["exact_match"] == [1.0, 1.0] for row in answers)
+    counts = one["answers"]["counts"]
+    assert one["answers"]["metric"] == "exact_match"
+    assert counts.get("right", 0) + counts.get("fixed", 0) == right < len(answers) == sum(counts.values())
+    low, high = (f"{end:.4f}" for end in scores["bits_per_byte_interval"])
+    assert f"bits per byte{scores['before']['bits_per_byte']:.4f}" in page.text
+    assert f"{scores['bits_per_byte']:.4f} ({low} to {high})" in page.text
     lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     assert one["curves"]["loss"] == [[line["step"], line["loss"]] for line in lines if "loss" in line]
     sample = "".join(text for text, is_trained in one["data"]["sample"]["rows"][0] if is_trained)
@@ -109,6 +118,10 @@ def test_an_export_is_known_by_what_it_was_made_of(finished, run, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
     shutil.copy(exported / "export_report.json", other)
+    stored = {"dtype_beside": "bfloat16", "loss": 1.5, "kl": 0.25, "top1": 0.9}
+    change(other / "export_report.json", lambda one: one.update(int8=stored))
+    proven = report([run, other])["runs"][0]["verdicts"][1]["words"]
+    assert "(int8, the rest in bfloat16) answers as the live model: KL 2.5e-01, same first choice at 90.00%" in proven
     change(other / "export_report.json", lambda one: one.update(adapter_sha256={"adapter_model.safetensors": "0"}))
     assert len(report(run)["runs"][0]["exports"]) == 0  # beside it, and of something else
     with pytest.raises(InputError, match=r"was not exported from .*other weights"):
@@ -129,7 +142,10 @@ def test_what_is_not_there_is_said_with_the_command_for_it(run, tmp_path):
 
 
 def test_a_run_that_stopped_or_failed_says_where_and_why(run, tmp_path):
-    shutil.rmtree(run / "adapter")
+    with RunDir(run).locked():
+        assert report(run)["runs"][0]["state"]["what"] == "finished"  # `qlora compare RUN --served` has it
+        shutil.rmtree(run / "adapter")
+        assert report(run)["runs"][0]["state"]["what"] == "training"
     state = report(run)["runs"][0]["state"]
     assert (state["what"], state["step"], state["of"]) == ("ended", 2, 2)
     assert "ended without a word" in state["message"]
@@ -360,6 +376,11 @@ def test_adapters_lists_a_comparison_as_what_it_is(compared, run, capsys):
     assert re.search(r"lora +1 +50% \(20% to 80%\) +best", shown)
     assert re.search(r"full<b> +1 +does not fit", shown)
     assert "lora-seed-1" not in shown  # a line of its comparison, no entry of its own
+    change(compared / "comparison.json", lambda one: one.update(metric="bits_per_byte", lower_is_better=True))
+    change(compared / "comparison.json", lambda one: one["rows"][0].update(bits_per_byte=1.25))
+    adapters(compared.parent)
+    assert re.search(r"lora +1 +1\.2500 +best", capsys.readouterr().out)  # no share
+    assert report(compared)["comparison"]["verdicts"][0]["words"].startswith("bits per byte 0.5000 (0.2000 to 0.8000)")
     (compared / "comparison.json").write_text("{}")
     [damaged] = [one for one in adapters(compared) if one["kind"] == "comparison"]
     assert damaged["state"].startswith("damaged: ")

@@ -9,6 +9,7 @@ import time
 import pytest
 
 from qlora import cli
+from qlora.system.streams import Lasting
 from tests import forked
 from tests.conftest import CONVERSATIONS
 
@@ -119,7 +120,7 @@ def test_out_of_memory_exits_3_with_a_remedy(recipe_file):
 def test_a_full_disk_under_what_is_printed_is_named(monkeypatch, capsys):
     """As in `qlora adapters > /full/disk/list`."""
     with open("/dev/full", "w") as full:
-        monkeypatch.setattr(cli, "app", lambda: cli._Lasting(full).write("x" * 2**20))
+        monkeypatch.setattr(cli, "app", lambda: Lasting(full).write("x" * 2**20))
         with pytest.raises(SystemExit, match="2"):
             cli._main()
         monkeypatch.undo()

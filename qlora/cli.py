@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import sys
@@ -423,11 +422,11 @@ def chat(
     as_json: Json = False,
 ):
     """Chat with a run or a model; greedy decoding, streamed. /adapter NAME switches between adapters."""
-    routing = {"adapters": _named_runs(adapter or ()), "adapter": use}
-    if prompt is None:
-        hush_libraries()
-        from .commands.chat import talk
+    hush_libraries()
+    from .commands.chat import named_runs, talk
 
+    routing = {"adapters": named_runs(adapter or ()), "adapter": use}
+    if prompt is None:
         talk(target, system, max_new_tokens, overrides or (), **routing)
         return
     on_text = None if as_json else lambda piece: print(piece, end="", flush=True)
@@ -436,19 +435,6 @@ def chat(
         _print_json({"answer": answer})
     else:
         print()
-
-
-def _named_runs(pairs):
-    """Return {name: run folder} of NAME=RUN words."""
-    found: dict = {}
-    for pair in pairs:
-        name, equals, run = pair.partition("=")
-        if not (name and equals and run):
-            raise InputError(f"--adapter {pair}: write NAME=RUN, such as --adapter b=runs/b")
-        if name in found:
-            raise InputError(f"--adapter {name}: given twice, for {found[name]} and {run}")
-        found[name] = run
-    return found
 
 
 def main():

@@ -9,12 +9,12 @@ from pathlib import Path
 from ..jobs.first_recipe import GOALS, choose, machine_of
 from ..recipe import Recipe, commented, migration
 from ..system.errors import InputError
-from ..system.events import note
+from ..system.events import note, notes_once
 from ..system.storage import write_text
 from ..system.units import duration, size
 from ..terminal import shown
 from ..terminal.data import say_report
-from ..terminal.tables import show, text_table
+from ..terminal.tables import show
 
 
 @shown()
@@ -31,7 +31,8 @@ def init(model, data, card=None, goal="quality", out="recipe.yaml", overrides=()
     """
     _refuse_existing(out)
     machine = machine_of(card)
-    chosen = choose(model, data, machine, goal, overrides)
+    with notes_once():
+        chosen = choose(model, data, machine, goal, overrides)
     say_report(chosen.prepared)
     found = chosen.plan
     time = "" if found.hours is None else f", at least {duration(3600 * found.hours)}"
@@ -58,9 +59,8 @@ def migrate(file, out="recipe.yaml", overrides=()) -> dict:
     Recipe.from_dict(commented.values_of(lines))
     header = [f"made of {file}, a file of {found.tool}", f"look at it: qlora data {out}; qlora plan {out}"]
     _write(out, header, lines, found.footer())
-    for title, what in (("no counterpart here", found.no_counterpart), ("not needed here", found.not_needed)):
-        if what:
-            text_table(title, [found.tool, ""], [[name, why] for name, why in what.items()])
+    if found.no_counterpart:
+        note(f"          no counterpart: {', '.join(found.no_counterpart)}; the last lines of the recipe say more")
     return {"recipe": str(out), "tool": found.tool, "carried": found.carried, "not_needed": found.not_needed,
             "no_counterpart": found.no_counterpart, "defaults": found.defaults, "unset": found.unset}  # fmt: skip
 

@@ -72,9 +72,10 @@ def _classes(seen, keys):
 
 def _words(path, keys, known):
     """Return Looked of rows of words; raises InputError where their columns could mean anything."""
-    if known == "text":
-        return Looked("text-generation", None, "rows of format text")
     asked, answered = (next((key for key in keys if key.lower() in names), None) for names in (_ASKED, _ANSWERED))
+    if known == "text" and answered is None:
+        return Looked("text-generation", None, "rows of format text")
+    asked = "text" if known == "text" else asked
     if asked is None or answered is None:
         raise InputError(
             f"{path}: columns {', '.join(keys) or 'none'} are of no known format; say which is asked and which is answered, "

@@ -70,10 +70,9 @@ def machine_of(card) -> Machine:
         budget = budget_of_device(plain, device)
         return Machine("cpu", Budget(budget.num_bytes, "memory that is free"), this_machine())
     try:
-        parse_size(str(card))
+        return Machine("cuda", Budget(parse_size(str(card)), "as given"), computer_of(None))
     except ValueError:
         return Machine("cuda", budget_of(plain, card=card), computer_of(card))
-    return Machine("cuda", budget_of(plain, vram=card), computer_of(None))
 
 
 def choose(model, data_file, machine: Machine, goal, overrides=(), output_dir=None) -> Chosen:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from . import reading
+from . import Recipe, reading
 
 _COLUMN = 46  # where the reasons begin, unless a value is longer
 
@@ -49,10 +49,11 @@ def overridden(lines, overrides) -> list[Line]:
 def as_text(header, lines, footer=()) -> str:
     """Return `lines` as YAML that reads back to `values_of(lines)`; header, footer: lines of comments, without the #.
 
-    Fields of a section stand together, in the order in which they are given.
+    Sections stand in the order of docs/recipe.md.
     """
     by_section: dict[str, list] = {}
-    for line in lines:
+    order = list(Recipe.model_fields)
+    for line in sorted(lines, key=lambda line: order.index(line.field.partition(".")[0])):
         section, _, name = line.field.rpartition(".")
         by_section.setdefault(section or line.field, []).append((section, name, line))
     found = [_comment(one) for one in header]
@@ -76,6 +77,10 @@ def _plain(text):
 
 def _flow(value):
     """Return a plain value as YAML on one line."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_flow(key)}: {_flow(inner)}" for key, inner in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_flow, value)) + "]"
     stream = io.StringIO()
     yaml = YAML(pure=True)
     yaml.default_flow_style, yaml.width = True, 100_000

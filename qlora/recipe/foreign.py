@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..system import secrets
 from .commented import Line
 from .optimizers import OPTIMIZERS
 
@@ -40,8 +41,10 @@ class Draft:
         self.lines.append(Line(ours, value, theirs))
         self.carried[theirs] = ours
 
-    def lacks(self, theirs, value, why="no counterpart"):
-        self.no_counterpart[theirs] = f"{_short(value)}: {why}"
+    def lacks(self, theirs, value, why=""):
+        """Name a field that is not carried over, and why; a value that may be a password is not repeated."""
+        said = "(not repeated)" if secrets.names_secret(theirs.rpartition(".")[2]) else _short(value)
+        self.no_counterpart[theirs] = f"{said}; {why}" if why else said
 
     def carry(self, rules):
         """Carry over every field that `rules`, {their field: (ours, function of the value)}, has; ValueError says why not."""
@@ -100,7 +103,8 @@ def number(value) -> float:
     """Return a float; YAML 1.1 reads 1e-4 as a word, and so these tools take words."""
     if isinstance(value, bool):
         raise ValueError("not a number")
-    return float(value)
+    found = float(value)
+    return int(found) if found.is_integer() else found
 
 
 def share(value) -> float:
@@ -148,5 +152,5 @@ def warmup(draft, steps, max_steps):
 
 
 def _short(value):
-    said = str(value)
+    said = secrets.redacted(str(value))
     return said if len(said) <= 60 else f"{said[:57]}..."

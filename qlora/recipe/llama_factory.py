@@ -55,7 +55,8 @@ _REST = {
 _NOT_NEEDED = {
     **dict.fromkeys(("bf16", "fp16", "pure_bf16", "tf32"), "the card decides (quantization.compute_dtype)"),
     **dict.fromkeys(("flash_attn", "use_unsloth", "enable_liger_kernel"), "attention and kernels are chosen by themselves"),
-    **dict.fromkeys(("do_train", "do_eval", "eval_strategy", "evaluation_strategy"), "training.eval_steps says it"),
+    **dict.fromkeys(("do_eval", "eval_strategy", "evaluation_strategy"), "training.eval_steps says it"),
+    "do_train": "qlora train does",
     "save_strategy": "training.save_steps says when",
     "overwrite_cache": "tokenized rows are kept by what they are made of",
     "plot_loss": "qlora report draws it",
@@ -171,7 +172,7 @@ def _source(draft, theirs, name, where, described):
     """Return a source of ours for the data set `name`; what dataset_info.json says and we do not take is named."""
     if described is None:
         path = name if "." in name else f"{where.rstrip('/')}/{name}.json"
-        draft.lacks(theirs, name, f"dataset_info.json was not found, so {path} is a guess: set data.train")
+        draft.lacks(f"{theirs} {name}", path, "a guess, as dataset_info.json does not name it: set data.train")
         return {"path": path}
     said = dict(described)
     folder = said.pop("_folder")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..system import files
 from ..system.errors import InputError
-from . import axolotl, llama_factory, reading
+from . import axolotl, llama_factory, yaml_document
 from .foreign import Draft
 
 
@@ -13,9 +14,14 @@ def read(path) -> Draft:
     """Return the Draft of a YAML file of axolotl or LLaMA-Factory.
 
     Raises:
-        InputError: it is of neither, is no YAML, holds a token or password, or trains something else than answers.
+        InputError: it is not there, is of neither, is no YAML, or trains something else than answers.
     """
-    values, _ = reading.from_file(path, (), what="file to read settings from")
+    try:
+        values, _ = yaml_document.parse(files.read(path, "the file of settings"), path)
+    except FileNotFoundError:
+        raise InputError(f"no file at {path}; give a YAML file of axolotl or LLaMA-Factory") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: a file of settings is one YAML mapping")
     try:
         if axolotl.KEY in values:
             return axolotl.read(values)

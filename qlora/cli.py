@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import sys
@@ -12,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .system.errors import DoesNotFit, InputError, Interrupted, QLoRAError
+from .system.errors import SURROUNDINGS, DoesNotFit, InputError, Interrupted, QLoRAError
 from .system.launched import refuse_several
 from .system.quiet_libraries import hush_libraries
 from .system.secrets import redacted
@@ -79,6 +78,53 @@ def _run(verb, as_json, *args, steps=True, **kwargs):
 def _print_json(value):
     utf8 = "utf" in (getattr(sys.stdout, "encoding", None) or "").lower()
     print(json.dumps(value, indent=2, ensure_ascii=not utf8))
+
+
+@app.command(
+    epilog="Example:  qlora init --model Qwen/Qwen2.5-7B-Instruct --data mine.jsonl --card 4090 --goal quality"
+)
+def init(
+    overrides: Overrides = None,
+    model: Annotated[str | None, typer.Option(help="a folder, or OWNER/NAME on the hub")] = None,
+    data: Annotated[str | None, typer.Option(help="a file, glob or folder of rows, which are read")] = None,
+    card: Annotated[
+        str | None, typer.Option(help="such as 4090, 12GiB or cpu; default: the GPU of this machine")
+    ] = None,
+    goal: Annotated[str | None, typer.Option(help="quality, speed, long (rows) or small (adapter)")] = None,
+    source: Annotated[
+        str | None, typer.Option("--from", metavar="FILE", help="instead: read a YAML file of axolotl or LLaMA-Factory")
+    ] = None,
+    out: Annotated[str, typer.Option(help="the recipe to write; never overwritten")] = "recipe.yaml",
+    as_json: Json = False,
+):
+    """Write a short recipe that fits, each line with its reason; asks for what is not given. Exit code 3 if nothing fits."""
+    if source is not None:
+        if any(given is not None for given in (model, data, card, goal)):
+            raise InputError("--from reads all from its file; leave out --model, --data, --card and --goal")
+        _run("migrate", as_json, source, out, overrides or ())
+        return
+    hush_libraries()
+    from .commands.init import ask
+
+    _run("init", as_json, *ask(model, data, card, goal), out, overrides or ())
+
+
+@app.command(epilog="Example:  qlora recipes copy bert-base-uncased/sst2 --out mine.yaml")
+def recipes(
+    action: Annotated[str | None, typer.Argument(metavar="[show|copy]", help="print one, or copy it")] = None,
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="as `qlora recipes` lists it")] = None,
+    out: Annotated[str | None, typer.Option(help="with copy: where to; default: its own file name")] = None,
+    card: Annotated[str | None, typer.Option(help="of the list: plan each for this card, such as 4090")] = None,
+    as_json: Json = False,
+):
+    """List the recipes that ship with qlora, print one, or copy it to change it; nothing is overwritten."""
+    if action not in (None, "show", "copy") or (action is None) != (name is None):
+        raise InputError("type qlora recipes, qlora recipes show NAME, or qlora recipes copy NAME [--out FILE]")
+    if (out and action != "copy") or (card and action):
+        raise InputError("--out is for qlora recipes copy NAME, and --card for qlora recipes")
+    verb = {None: "list_recipes", "show": "show_recipe", "copy": "copy_recipe"}[action]
+    arguments = {None: [card], "show": [name], "copy": [name, out]}[action]
+    _run(verb, as_json, *arguments, steps=False)
 
 
 @app.command(epilog="Example:  qlora doctor runs --json")
@@ -376,11 +422,11 @@ def chat(
     as_json: Json = False,
 ):
     """Chat with a run or a model; greedy decoding, streamed. /adapter NAME switches between adapters."""
-    routing = {"adapters": _named_runs(adapter or ()), "adapter": use}
-    if prompt is None:
-        hush_libraries()
-        from .commands.chat import talk
+    hush_libraries()
+    from .commands.chat import named_runs, talk
 
+    routing = {"adapters": named_runs(adapter or ()), "adapter": use}
+    if prompt is None:
         talk(target, system, max_new_tokens, overrides or (), **routing)
         return
     on_text = None if as_json else lambda piece: print(piece, end="", flush=True)
@@ -389,19 +435,6 @@ def chat(
         _print_json({"answer": answer})
     else:
         print()
-
-
-def _named_runs(pairs):
-    """Return {name: run folder} of NAME=RUN words."""
-    found: dict = {}
-    for pair in pairs:
-        name, equals, run = pair.partition("=")
-        if not (name and equals and run):
-            raise InputError(f"--adapter {pair}: write NAME=RUN, such as --adapter b=runs/b")
-        if name in found:
-            raise InputError(f"--adapter {name}: given twice, for {found[name]} and {run}")
-        found[name] = run
-    return found
 
 
 def main():
@@ -434,10 +467,10 @@ def _main():
     except KeyboardInterrupt:
         _fail("interrupted", 130)
     except OSError as error:
-        if error.errno not in _SURROUNDINGS:
+        if error.errno not in SURROUNDINGS:
             raise
         place = f"{error.filename}: {error.strerror}" if error.filename else error
-        _fail(f"{place}; {_SURROUNDINGS[error.errno]}", InputError.exit_code)
+        _fail(f"{place}; {SURROUNDINGS[error.errno]}", InputError.exit_code)
     except Exception as error:
         from .system.memory import is_refusal, refused
 
@@ -445,22 +478,6 @@ def _main():
             raise
         remedy = "free some memory, or use fewer or shorter rows or a smaller model"
         _fail(f"out of memory: {refused(error)}\n  {remedy}", DoesNotFit.exit_code)
-
-
-# what the system says of the surroundings of this process, wherever it says so; and what to do
-_SURROUNDINGS = {
-    errno.ENOSPC: "free some space and run this again",
-    errno.EDQUOT: "free some space and run this again",
-    errno.EFBIG: "raise the limit on the size of a file (ulimit -f) and run this again",
-    errno.EMFILE: "raise the limit on open files (ulimit -n) and run this again",
-    errno.ENFILE: "the system has too many files open; run this again later",
-    errno.EROFS: "choose a folder that can be written to",
-    errno.EACCES: "choose a folder that you have permission for",
-    errno.EPERM: "choose a folder that you have permission for",
-    errno.ENAMETOOLONG: "choose a shorter name",
-    errno.ELOOP: "the symbolic links form a loop; fix them",
-    errno.EIO: "the disk reports an error; see the system log",
-}
 
 
 def _fail(message, code):

@@ -142,6 +142,8 @@ def test_files_and_verbs_that_documents_name_exist(document):
         assert (ROOT / name).is_file(), name
     for verb in re.findall(r"^ +qlora (\w+)", text, flags=re.MULTILINE):
         assert verb in {
+            "init",
+            "recipes",
             "doctor",
             "plan",
             "data",

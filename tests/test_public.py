@@ -17,21 +17,31 @@ from qlora import (
     compare,
     compare_runs,
     compare_served,
+    copy_recipe,
     doctor,
     evaluate,
     export,
+    init,
     inspect_data,
     list_cards,
+    list_recipes,
+    migrate,
     plan,
     plan_methods,
     push,
     quiet,
     report,
+    show_recipe,
     train,
 )
 
 # a script of somebody else may name any of these arguments
 SIGNATURES = {
+    "init": "(model, data, card=None, goal='quality', out='recipe.yaml', overrides=()) -> 'dict'",
+    "migrate": "(file, out='recipe.yaml', overrides=()) -> 'dict'",
+    "list_recipes": "(card=None) -> 'dict'",
+    "show_recipe": "(name) -> 'str'",
+    "copy_recipe": "(name, out=None) -> 'str'",
     "doctor": "(folder='runs') -> 'dict'",
     "train": "(recipe: 'Recipe', resume=False, allow_change=()) -> 'RunDir'",
     "plan": "(recipe: 'Recipe', vram=None, card=None, plot=None) -> 'dict'",
@@ -58,6 +68,11 @@ def test_every_public_name_works_after_all_the_others(make_recipe, tmp_path, mon
     made = make_recipe()
     (tmp_path / "mine.yaml").write_text(made.to_yaml())
     recipe = Recipe.load("mine.yaml", ["training.max_steps=3"])
+    assert init(made.model.name_or_path, made.data.train[0].path, "4090", "small", "small.yaml")["plan"]["fits"]
+    Path("axolotl.yml").write_text("base_model: x\nadapter: qlora\ndatasets: [{path: mine.jsonl}]\n")
+    assert migrate("axolotl.yml", "migrated.yaml")["carried"]["base_model"] == "model.name_or_path"
+    assert "quickstart" in [one["name"] for one in list_recipes()["recipes"]]
+    assert show_recipe("quickstart") == Path(copy_recipe("quickstart")).read_text()
     assert doctor()["checks"][0]["name"] == "python"
     assert inspect_data(recipe)["rows"] > 0
     assert plan(recipe, "24GiB")["fits"]

@@ -1,6 +1,23 @@
 """The errors that a user sees, each with its exit code."""
 
+import errno
+
 from .secrets import redacted
+
+# what the system says of the surroundings of this process, wherever it says so; and what to do
+SURROUNDINGS = {
+    errno.ENOSPC: "free some space and run this again",
+    errno.EDQUOT: "free some space and run this again",
+    errno.EFBIG: "raise the limit on the size of a file (ulimit -f) and run this again",
+    errno.EMFILE: "raise the limit on open files (ulimit -n) and run this again",
+    errno.ENFILE: "the system has too many files open; run this again later",
+    errno.EROFS: "choose a folder that can be written to",
+    errno.EACCES: "choose a folder that you have permission for",
+    errno.EPERM: "choose a folder that you have permission for",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ELOOP: "the symbolic links form a loop; fix them",
+    errno.EIO: "the disk reports an error; see the system log",
+}
 
 
 class QLoRAError(Exception):

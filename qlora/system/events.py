@@ -40,6 +40,27 @@ def note(text):
     emit(Note(str(text)))
 
 
+@contextlib.contextmanager
+def notes_once():
+    """Say no note of the block twice, for whoever goes the same way several times."""
+    said: set[str] = set()
+    listeners = _listeners.get()
+
+    def hear(event):
+        if isinstance(event, Note):
+            if event.text in said:
+                return
+            said.add(event.text)
+        for listener in listeners:
+            listener(event)
+
+    token = _listeners.set((hear,))
+    try:
+        yield
+    finally:
+        _listeners.reset(token)
+
+
 @dataclass(frozen=True)
 class Progress:
     """Some work, of which `done` of `total` is done; total is None where nobody knows.

@@ -1,0 +1,119 @@
+"""qlora init: a short recipe that fits, from four answers; or from the file of another tool."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+
+from ..jobs.first_recipe import GOALS, choose, machine_of
+from ..recipe import Recipe, commented, migration
+from ..system.errors import InputError
+from ..system.events import note, notes_once
+from ..system.storage import write_text
+from ..system.units import duration, size
+from ..terminal import shown
+from ..terminal.data import say_report
+from ..terminal.tables import show
+
+
+@shown()
+def init(model, data, card=None, goal="quality", out="recipe.yaml", overrides=()) -> dict:
+    """Write a short recipe that fits to `out`, each line with its reason; return {"recipe", "values", "plan"}.
+
+    model: a folder or a name on the hub. data: a file, glob or folder of rows, which are read. card: a card such as 4090, memory
+    such as 12GiB, or cpu; None: the GPU of this machine. goal: quality, speed, long (rows) or small (adapter). overrides:
+    `section.field=value` that the recipe keeps. No weights are read, and nothing is overwritten.
+
+    Raises:
+        InputError: an argument, the model or the data is wrong, or `out` exists.
+        DoesNotFit: nothing fits; says what would.
+    """
+    _refuse_existing(out)
+    machine = machine_of(card)
+    with notes_once():
+        chosen = choose(model, data, machine, goal, overrides)
+    say_report(chosen.prepared)
+    found = chosen.plan
+    time = "" if found.hours is None else f", at least {duration(3600 * found.hours)}"
+    steps = "" if found.steps is None else f"; {found.steps:,} steps{time}"
+    planned = f"planned: {size(found.peak_bytes)} of {size(found.budget_bytes)} ({machine.budget.why}){steps}"
+    header = [f"goal {goal}: {GOALS[goal]}", planned, f"train it: qlora train {out}"]
+    _write(out, header, chosen.lines)
+    return {"recipe": str(out), "values": chosen.recipe.model_dump(), "plan": dataclasses.asdict(found)}
+
+
+@shown()
+def migrate(file, out="recipe.yaml", overrides=()) -> dict:
+    """Write the recipe that says what an axolotl or LLaMA-Factory file says; return what became of each of its fields.
+
+    {"recipe", "tool", "carried": {their field: ours}, "not_needed", "no_counterpart": {their field: why}, "defaults": {our field:
+    why}, "unset": [their fields]}. The last lines of the recipe name what it does not carry over.
+
+    Raises:
+        InputError: the file is of neither tool, trains something else than answers, or `out` exists.
+    """
+    _refuse_existing(out)
+    found = migration.read(file)
+    lines = commented.overridden(found.lines, overrides)
+    Recipe.from_dict(commented.values_of(lines))
+    header = [f"made of {file}, a file of {found.tool}", f"look at it: qlora data {out}; qlora plan {out}"]
+    _write(out, header, lines, found.footer())
+    if found.no_counterpart:
+        note(f"          no counterpart: {', '.join(found.no_counterpart)}; the last lines of the recipe say more")
+    return {"recipe": str(out), "tool": found.tool, "carried": found.carried, "not_needed": found.not_needed,
+            "no_counterpart": found.no_counterpart, "defaults": found.defaults, "unset": found.unset}  # fmt: skip
+
+
+def ask(model=None, data=None, card=None, goal=None):
+    """Return (model, data, card, goal), asking on the terminal for what is None.
+
+    Raises:
+        InputError: there is no terminal; names the flags.
+    """
+    import torch
+
+    if not sys.stdin.isatty():
+        here = card is not None or torch.cuda.is_available()
+        missing = [
+            flag for flag, given in (("--model", model), ("--data", data), ("--card", here or None)) if given is None
+        ]
+        if missing:
+            raise InputError(
+                f"qlora init: {', '.join(missing)} missing, and there is no terminal to ask on; as in qlora init --model FOLDER "
+                "--data rows.jsonl --card 4090 --goal quality"
+            )
+        return model, data, card, goal or "quality"
+    model = model or _answer("model: a folder, or OWNER/NAME on the hub")
+    data = data or _answer("data: a file of rows (JSONL, JSON, CSV, Parquet)")
+    if card is None and not torch.cuda.is_available():
+        card = _answer("card: such as 4090, 3060 or T4, its memory such as 12GiB, or cpu", "4090")
+    for name, what in GOALS.items() if goal is None else ():
+        note(f"  {name:<8} {what}")
+    return model, data, card, goal or _answer(f"goal: {', '.join(GOALS)}", "quality")
+
+
+def _answer(question, default=None):
+    import typer
+
+    return str(typer.prompt(question, default=default, err=True)).strip()
+
+
+def _refuse_existing(out):
+    path = Path(out)
+    if path.exists() or path.is_symlink():
+        raise InputError(f"{out} exists; qlora init never overwrites: choose another name with --out")
+
+
+def _write(out, header, lines, footer=()):
+    """Write the recipe, show it, and say what to type next."""
+    text = commented.as_text(header, lines, footer)
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    _refuse_existing(out)  # planning takes a while
+    write_text(out, text)
+    show("")
+    for line in text.splitlines():
+        show(line)
+    show("")
+    note(f"recipe    {out}")
+    note(f"next      qlora train {out}")

@@ -1,0 +1,134 @@
+"""qlora init and qlora recipes as a user has them: what is written is a recipe that fits, or nothing is written."""
+
+import csv
+import sys
+from pathlib import Path
+
+import pytest
+
+from qlora import cli
+from qlora.commands import init as verb
+from qlora.commands.init import ask, init
+from qlora.commands.recipes import copy_recipe, list_recipes, show_recipe
+from qlora.jobs.data_looked_at import look
+from qlora.recipe import Recipe
+from qlora.system.errors import DoesNotFit, InputError
+from tests.classifiers import ROWS
+from tests.conftest import CONVERSATIONS, messages, write_jsonl
+
+
+@pytest.fixture
+def rows(tmp_path):
+    return write_jsonl(tmp_path / "rows.jsonl", [{"messages": messages(turns)} for turns in CONVERSATIONS])
+
+
+def test_the_recipe_fits_each_line_has_its_reason_and_nothing_is_overwritten(tiny_model, rows, tmp_path):
+    out = tmp_path / "new" / "mine.yaml"
+    given = ["training.learning_rate=0.005", "quantization=null"]
+    found = init(tiny_model(), rows, "4090", "small", out, given)
+    recipe = Recipe.load(out)
+    assert found["plan"]["fits"]
+    assert recipe.model_dump() == found["values"]
+    assert (recipe.lora.r, recipe.training.learning_rate, recipe.quantization) == (4, 0.005, None)
+    fields = [line for line in out.read_text().splitlines() if ": " in line and not line.startswith("#")]
+    assert len(fields) >= 10
+    assert all("# " in line for line in fields), fields
+    assert f"qlora train {out}" in out.read_text()
+    with pytest.raises(InputError, match="never overwrites"):
+        init(tiny_model(), rows, "4090", "small", out)
+
+
+def test_labels_beside_texts_make_it_classification(tiny_base, tmp_path):
+    path = tmp_path / "rows.csv"
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerows([("sentence", "label"), *((row["text"], row["label"]) for row in ROWS)])
+    init(tiny_base(), path, "24GiB", "small", tmp_path / "mine.yaml")
+    recipe = Recipe.load(tmp_path / "mine.yaml")
+    assert recipe.task == "text-classification"
+    assert recipe.data.columns == {"text": "sentence", "label": "label"}
+    assert "2 classes: neg (40), pos (40)" in (tmp_path / "mine.yaml").read_text()
+
+
+def test_what_does_not_fit_says_what_would(tiny_model, rows, tmp_path):
+    with pytest.raises(DoesNotFit, match=r"no recipe fits(.|\n)*a card such as RTX"):
+        init(tiny_model(), rows, "10MiB", "small", tmp_path / "mine.yaml")
+    assert not (tmp_path / "mine.yaml").exists()
+
+
+def test_preference_pairs_are_refused(tiny_model, tmp_path):
+    pairs = write_jsonl(tmp_path / "pairs.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}])
+    with pytest.raises(InputError, match="a preference pair, for DPO"):
+        init(tiny_model(), pairs, "4090", "small", tmp_path / "mine.yaml")
+
+
+@pytest.mark.parametrize(
+    ("row", "task", "columns"),
+    [
+        ({"question": "q", "answer": "a"}, "text-generation", {"prompt": "question", "completion": "answer"}),
+        ({"mr": "q", "ref": "a"}, "text-generation", {"prompt": "mr", "completion": "ref"}),
+        ({"text": "long", "summary": "short"}, "text-generation", {"prompt": "text", "completion": "summary"}),
+        ({"instruction": "q", "output": "a", "label": 1}, "text-generation", None),
+        ({"text": "t"}, "text-generation", None),
+        ({"text": "t", "label": 1}, "text-classification", None),
+        ({"premise": "t", "hypothesis": "u", "label": 1}, "text-classification",
+         {"text": "premise", "text_pair": "hypothesis", "label": "label"}),
+    ],
+)  # fmt: skip
+def test_columns_say_the_task(row, task, columns, tmp_path):
+    found = look(write_jsonl(tmp_path / "rows.jsonl", [row] * 3))
+    assert (found.task, found.columns) == (task, columns)
+
+
+def test_columns_that_say_nothing_are_asked_for(tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"a": "x", "b": "y"}])
+    with pytest.raises(InputError, match=r"columns a, b are of no known format(.|\n)*\{prompt: a, completion: b\}"):
+        look(path)
+
+
+def test_many_labels_are_no_classes(tmp_path):
+    rows = [{"text": f"t{number}", "label": f"said {number}"} for number in range(50)]
+    assert look(write_jsonl(tmp_path / "rows.jsonl", rows)).task == "text-generation"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["init"], "--model, --data, --card missing"),
+        (["init", "--from", "x.yml", "--goal", "speed"], "--from reads all from its file"),
+        (["init", "--model", "none", "--data", "none.jsonl", "--card", "4090"], "no data file at none.jsonl"),
+        (["init", "--model", "none", "--data", "none.jsonl", "--card", "4090", "--goal", "best"], "--goal 'best'"),
+        (["init", "--model", "none", "--data", "none.jsonl", "--card", "4091"], "unknown card"),
+        (["recipes", "show"], "type qlora recipes"),
+        (["recipes", "show", "bert/sst2"], "did you mean"),
+        (["recipes", "--out", "x"], "--out is for"),
+        (["recipes", "--card", "4091"], "unknown card"),
+    ],
+)
+def test_wrong_arguments_exit_2(arguments, said, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["qlora", *arguments])
+    with pytest.raises(SystemExit, match="2"):
+        cli._main()
+    assert said in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_on_a_terminal_what_is_missing_is_asked_for(monkeypatch):
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    asked = []
+    monkeypatch.setattr(verb, "_answer", lambda question, default=None: asked.append(question) or default or "x")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert ask(model="m") == ("m", "x", "4090", "quality")
+    assert [question.partition(":")[0] for question in asked] == ["data", "card", "goal"]
+
+
+def test_what_ships_is_listed_shown_and_copied(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    root = Path(cli.__file__).parents[1] / "recipes"
+    names = [one["name"] for one in list_recipes()["recipes"]]
+    assert names == [path.relative_to(root).with_suffix("").as_posix() for path in sorted(root.rglob("*.yaml"))]
+    assert copy_recipe("gpt2") == "imdb.yaml"
+    assert Path("imdb.yaml").read_text() == show_recipe("recipes/gpt2/imdb.yaml")
+    with pytest.raises(InputError, match="never overwrites"):
+        copy_recipe("gpt2/imdb")

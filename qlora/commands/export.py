@@ -9,6 +9,7 @@ from pathlib import Path
 from .. import base_model
 from ..exporter import REPORT
 from ..exporter.proof import refuse_unproven
+from ..jobs import checkpoint_run
 from ..jobs.export_beside import card_beside, plan_beside, report_beside, write_beside
 from ..jobs.export_folder import card_of, plan_export, report_of, write_model
 from ..jobs.export_gguf import add_gguf
@@ -19,7 +20,7 @@ from ..system import launched, memory
 from ..system.devices import say_device
 from ..system.errors import Interrupted
 from ..system.events import note
-from ..system.storage import alone, new_folder, scratch_folder, write_json
+from ..system.storage import alone, new_folder, refuse_inside, scratch_folder, write_json
 from ..terminal import shown
 from ..terminal.export import advise, say_done, show_proof, warn
 
@@ -50,6 +51,7 @@ def export(target, out, dtype=None, overrides=(), *, model=None, data=None, comp
         overrides = [*overrides, f"export.dtype={dtype}"]
     start, out = time.monotonic(), Path(out)
     targets = [target] if isinstance(target, (str, Path)) else list(target)
+    refuse_inside(out, [run.checkpoints for one in targets if (run := checkpoint_run.run_of(one)) is not None])
     try:
         with open_trained(targets, model, data, overrides) as trained:
             inputs = [] if data is None else [Path(data)]

@@ -111,6 +111,8 @@ def test_the_best_is_kept_found_again_and_exported(recipe_of, tmp_path, monkeypa
     assert entry["eval_loss"] == losses[best]
     assert f"checkpoints of steps {best} (best), {end.step}" in capsys.readouterr().out
 
+    with pytest.raises(InputError, match=r"inside .*checkpoints, which is an input; choose another folder"):
+        export(run.checkpoints / f"step-{best}", run.checkpoints / f"step-{best}" / "out")
     with pytest.raises(InputError, match=rf"no checkpoint at .*step-99; .* has step-{best}, step-{end.step}"):
         export(run.checkpoints / "step-99", tmp_path / "none")
     assert export(run.checkpoints / f"step-{end.step}", tmp_path / "last")["verified"]

@@ -110,6 +110,12 @@ CONVERSATIONS = [
 ]
 
 
+def some_slow(cases, slow):
+    """Return `cases` for parametrize; those named in `slow` are of the slow tier: they join what others of them have alone."""
+    assert set(slow) <= set(cases)
+    return [pytest.param(case, marks=pytest.mark.slow) if case in slow else case for case in cases]
+
+
 def messages(turns):
     return [{"role": role, "content": content} for role, content in turns]
 

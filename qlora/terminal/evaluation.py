@@ -13,11 +13,11 @@ def show_result(target, result, answers=None):
     if before:
         header = ["", "base under a new head" if classes else "before", "after", "change", "95 %"]
     else:
-        header = ["", str(target), "95 %"]
+        header = ["", "score", "95 %"]
     rows = [
         _row(name, result) for name in (*OF_LOSS, *result["metrics"]) if name in result or name in result["metrics"]
     ]
-    table(_what(result), header, rows)
+    table(_what(result) if before else f"{target}\n{_what(result)}", header, rows)
     if classes:
         show_classes(result)
     if found := result.get("forgetting"):

@@ -16,7 +16,7 @@ from qlora.commands.push import push
 from qlora.commands.train import train
 from qlora.recipe import Model
 from qlora.system.errors import InputError
-from tests.conftest import CHATML, SHAPE, VOCAB_SIZE, make_tokenizer
+from tests.conftest import CHATML, SHAPE, VOCAB_SIZE, make_tokenizer, some_slow
 
 _ROPE = {"rope_type": "default", "rope_theta": 1e6}
 _TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 28,
@@ -159,7 +159,7 @@ EXPORTED = [
 ]  # the others are alike
 
 
-@pytest.mark.parametrize("family", EXPORTED)
+@pytest.mark.parametrize("family", some_slow(EXPORTED, ("qwen3_5_moe", "mistral3", "qwen2_5_vl")))
 @pytest.mark.usefixtures("unplanned")
 def test_the_text_half_is_trained_and_all_else_kept(checkpoint, family, make_recipe, tmp_path, capsys):
     folder, out = checkpoint(family), tmp_path / "out"

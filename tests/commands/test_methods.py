@@ -14,6 +14,7 @@ from qlora.commands.train import train
 from qlora.jobs.opened_model import open_subject
 from qlora.recipe import Recipe
 from qlora.system.errors import InputError
+from tests.conftest import some_slow
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
@@ -73,7 +74,10 @@ UNMERGEABLE = {
 }
 
 
-@pytest.mark.parametrize("case", UNMERGEABLE)
+JOINING = ("prefix tuning of experts", "prompt tuning of experts", "prompt tuning of GPT-2")
+
+
+@pytest.mark.parametrize("case", some_slow(UNMERGEABLE, JOINING))
 def test_what_cannot_be_merged_trains_scores_answers_and_says_what_to_do_instead(make_recipe, tmp_path, case):
     family, sections = UNMERGEABLE[case]
     run = train(make_recipe(family, **sections, training={"max_steps": 4, "learning_rate": 3e-2}))

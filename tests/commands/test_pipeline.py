@@ -20,7 +20,7 @@ from qlora.recipe import Recipe
 from qlora.runs.folder import RunDir
 from qlora.system.errors import DoesNotFit, InputError, ProofFailed
 from qlora.system.units import size
-from tests.conftest import CONVERSATIONS, FAMILIES, messages, write_jsonl
+from tests.conftest import CONVERSATIONS, FAMILIES, messages, some_slow, write_jsonl
 
 
 def logits(model, ids):
@@ -28,7 +28,7 @@ def logits(model, ids):
         return model(input_ids=ids).logits.float()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", some_slow(FAMILIES, ("mistral", "gemma", "phi")))
 def test_exported_is_trained_and_not_base(trained_once, tmp_path, family):
     run = trained_once(family)
     recipe = run.recipe()

@@ -29,17 +29,29 @@ pytestmark = pytest.mark.skipif(not FILES.is_dir(), reason=f"no copies of public
 @pytest.mark.parametrize(
     ("name", "rows", "shape", "settings"),
     [
-        ("alpaca_en_6k.json", 6000, "alpaca", {}),
+        pytest.param("alpaca_en_6k.json", 6000, "alpaca", {}, marks=pytest.mark.slow),
         ("alpaca_zh_1k.json", 1000, "alpaca", {}),
         ("c4_raw.jsonl", 200, "text", {}),
-        ("e2e_cleaned.csv", 4299, "completion", {"columns": {"prompt": "mr", "completion": "ref"}}),
+        pytest.param(
+            "e2e_cleaned.csv",
+            4299,
+            "completion",
+            {"columns": {"prompt": "mr", "completion": "ref"}},
+            marks=pytest.mark.slow,
+        ),
         ("glaive_toolcall_en_sharegpt.json", 200, "sharegpt", TOOLS),
-        ("gsm8k_train_2k.jsonl", 2000, "completion", {"columns": {"prompt": "question", "completion": "answer"}}),
+        pytest.param(
+            "gsm8k_train_2k.jsonl",
+            2000,
+            "completion",
+            {"columns": {"prompt": "question", "completion": "answer"}},
+            marks=pytest.mark.slow,
+        ),
         ("mmlu_dev_fewshot.jsonl", 285, "completion", {"columns": MMLU}),
         ("mmlu_val.jsonl", 1531, "completion", {"columns": {"prompt": "input", "completion": "output"}}),
         ("oasst1_messages.jsonl", 723, "messages", {}),
         ("oasst_zh_history.json", 519, "alpaca", {}),
-        ("sgd_tool_dialogues.jsonl", 300, "messages", TOOLS),
+        pytest.param("sgd_tool_dialogues.jsonl", 300, "messages", TOOLS, marks=pytest.mark.slow),
         ("snips_json_dev.jsonl", 700, "messages", {}),
         pytest.param("snips_json_train.jsonl", 12806, "messages", {}, marks=pytest.mark.slow),  # as the rows of dev
         ("sst2_dev.csv", 872, "completion", SST2),

@@ -117,6 +117,7 @@ def test_the_bases_own_files_are_kept(make_recipe, tiny_model, tmp_path):
     assert after["rope_parameters"]["rope_theta"] == after["rope_theta"] == 500000
 
 
+@pytest.mark.slow  # it installs transformers 4
 def test_transformers_4_reads_what_transformers_5_does(older, make_recipe, tiny_model, tmp_path, unplanned):
     (tmp_path / "template.jinja").write_text("Chat:\n" + CHATML)
     outs = {}

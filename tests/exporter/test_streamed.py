@@ -327,6 +327,7 @@ def measure(folder, rows):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.slow
 def test_memory_stays_under_the_bound_that_is_said_in_advance(tokenizer, tmp_path):
     config = transformers.LlamaConfig(
         vocab_size=8_000, hidden_size=768, intermediate_size=2048, num_hidden_layers=8, num_attention_heads=12,

@@ -15,7 +15,7 @@ from qlora.kernels import nf4
 from qlora.methods import initial_weights
 from qlora.recipe import Lora, Model, Quantization
 from qlora.system.errors import InputError, TrainingFailed
-from tests.conftest import CONVERSATIONS, encode, messages
+from tests.conftest import CONVERSATIONS, encode, messages, some_slow
 from tests.methods.folders import IDS
 
 
@@ -197,7 +197,12 @@ def logits(model):
 LAYERS = ["dora", "dora-conv1d", "bias-all", "tied-head", "tied-as-one", "adalora", "dora-tokens", "loftq", "norms"]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+JOINING = ("dora-conv1d-16bit", "bias-all-16bit", "tied-as-one-by-the-head", "wte", "adalora-conv1d-16bit", "adalora-more",
+           "pissa-conv1d-rslora", "eva-dora-rslora", "eva-conv1d", "loftq-conv1d", "dora-biases-rslora",
+           "embedding-and-head")  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", some_slow(KINDS, JOINING))
 def test_every_kind_computes_after_loading_and_exporting_what_was_trained(trained, tmp_path, kind):
     model, recipe, run = trained(*KINDS[kind])
     expected = logits(model)

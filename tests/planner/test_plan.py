@@ -138,9 +138,9 @@ SOME, OTHERS = ((0, 192), (2, 768), (4, 1024)), ((0, 1024), (2, 384), (4, 192))
     ("name", "r", "loads"),
     [
         ("large llama", 16, SOME),
-        ("large qwen2", 16, SOME + OTHERS),
-        ("large qwen2", 64, OTHERS),
-        ("large phi3", 64, SOME),
+        pytest.param("large qwen2", 16, SOME + OTHERS, marks=pytest.mark.slow),
+        pytest.param("large qwen2", 64, OTHERS, marks=pytest.mark.slow),
+        pytest.param("large phi3", 64, SOME, marks=pytest.mark.slow),
     ],
 )
 def test_the_peak_is_that_of_real_training_steps(load_shape, name, r, loads):

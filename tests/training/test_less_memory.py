@@ -79,7 +79,10 @@ def same_weights(one, other):
     "how",
     [
         {"lora": DROPOUT, "gradient_accumulation_steps": 2, "neftune_noise_alpha": 5.0},
-        {"lora": DROPOUT, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+        pytest.param(
+            {"lora": DROPOUT, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+            marks=pytest.mark.slow,
+        ),
         {"lora": DROPOUT, "rehearse": True},
         JOINED | {"lora": DROPOUT, "neftune_noise_alpha": 5.0, "group_by_length": True, "max_steps": 3},
         JOINED | {"quantization": FLOAT16, "rehearse": True, "max_steps": 3},

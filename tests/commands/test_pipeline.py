@@ -285,7 +285,9 @@ def test_what_does_not_fit_is_refused_before_a_weight_is_read(make_recipe, monke
     assert not Path(recipe.output_dir).exists()
 
 
-@pytest.mark.parametrize(("family", "planned"), [("bloom", True), ("stablelm", True), ("lfm2", False)])
+@pytest.mark.parametrize(
+    ("family", "planned"), [("bloom", True), pytest.param("stablelm", True, marks=pytest.mark.slow), ("lfm2", False)]
+)
 def test_architectures_that_allow_less_train_all_the_same(make_recipe, tmp_path, capsys, family, planned):
     losses = {}
     for setting in ("auto", "off"):

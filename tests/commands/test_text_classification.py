@@ -19,6 +19,7 @@ from qlora.system.errors import InputError, Interrupted
 from qlora.training.objectives.classification import Trainer
 from tests import forked
 from tests.classifiers import BAD, FAMILIES, GOOD, ROWS
+from tests.conftest import some_slow
 
 pytestmark = pytest.mark.usefixtures("unplanned")  # tests/planner/test_plan_of_classes.py is about plans
 
@@ -52,7 +53,7 @@ LEARN_FAST = ("distilbert", "llama", "qwen2")  # of random numbers, in some step
 TEXTS = [ROWS[0]["text"], "film number 9 is awful and 无聊 , a poor thing", "fine"]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", some_slow(FAMILIES, ("roberta", "llama")))
 def test_it_trains_scores_and_exports_a_folder_that_a_pipeline_opens(classify_recipe, tmp_path, family):
     recipe = classify_recipe(family, training={"max_steps": 24})
     run = train(recipe)

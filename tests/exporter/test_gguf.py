@@ -149,6 +149,7 @@ def test_q8_0_is_within_half_a_step_of_every_weight(written, family):
 
 
 @needs_smollm2
+@pytest.mark.slow
 def test_every_weight_of_smollm2_is_in_the_file(tmp_path):
     export_gguf.write(SMOLLM2, tmp_path / "out.gguf", "f16")
     count = 0

@@ -129,6 +129,7 @@ print(memory.anonymous_bytes() - before)
 """
 
 
+@pytest.mark.slow
 def test_batches_of_many_sizes_do_not_fill_the_memory_with_code():
     """Two-sided: with what the libraries do by themselves it grows, where they have such caches at all."""
     capacity = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "1024", "LRU_CACHE_CAPACITY": "1024"}

@@ -340,7 +340,7 @@ def test_what_was_set_aside_makes_no_room(make_recipe, tmp_path, monkeypatch, na
         refuse_full_disk(recipe, plan)
 
 
-@pytest.mark.parametrize("left", [0, 400_000])
+@pytest.mark.parametrize("left", [0, pytest.param(400_000, marks=pytest.mark.slow)])
 def test_a_disk_that_fills_up_while_training_is_survived(recipe_file, tmp_path, left):
     said = on_a_disk_of(12_000_000, tmp_path, recipe_file, full_at=2, left=left)
     assert re.search(r"No space left on device.* free", said)

@@ -162,15 +162,15 @@ def test_with_kernels_off_the_peak_is_that_of_real_training_steps(load_shape):
 @pytest.mark.parametrize(
     ("lora", "token_ids"),
     [
-        (Lora(lora_dropout=0.1), ()),
+        pytest.param(Lora(lora_dropout=0.1), (), marks=pytest.mark.slow),
         (Lora(use_dora=True), ()),
-        (Lora(modules_to_save=["lm_head"]), ()),
+        pytest.param(Lora(modules_to_save=["lm_head"]), (), marks=pytest.mark.slow),
         (Lora(target_modules=["q_proj", "v_proj"]), ()),
         (Lora(target_modules=["q_proj", "v_proj"], layers_to_transform=[2]), ()),
         (Adalora(), ()),
         (Ia3(), ()),
         (Oft(), ()),
-        (Hira(), ()),
+        pytest.param(Hira(), (), marks=pytest.mark.slow),
         (Bottleneck(where="houlsby"), ()),
         (PrefixTuning(num_virtual_tokens=64), ()),
         (PromptTuning(num_virtual_tokens=64), ()),

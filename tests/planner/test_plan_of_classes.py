@@ -34,7 +34,13 @@ SHAPES = {
 
 @pytest.mark.parametrize(
     ("name", "method"),
-    [*((name, Lora(r=16)) for name in SHAPES), ("bert", Bottleneck(where="houlsby")), ("bert", Full())],
+    [
+        ("modernbert", Lora(r=16)),
+        pytest.param("bert", Lora(r=16), marks=pytest.mark.slow),
+        ("llama", Lora(r=16)),
+        ("bert", Bottleneck(where="houlsby")),
+        ("bert", Full()),
+    ],
     ids=lambda one: one if isinstance(one, str) else one.key,
 )
 def test_the_peak_is_that_of_real_training_steps(tmp_path, name, method):

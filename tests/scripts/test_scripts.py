@@ -12,15 +12,15 @@ SCRIPTS = ROOT / "scripts"
 QUICK = {
     "measure_master_weights.py": "--model MODEL --data ROWS --steps 3 --rates 1e-3",
     "benchmark_kernels.py": "--model MODEL --tokens 32 --rounds 1 --json OUT",
-    "benchmark_counts.py": "--model MODEL --data ROWS --micro-batches 2",
     "longest_rows.py": "--layers 2",
     "benchmark_latency.py": "--model MODEL --methods dora,bottleneck,prompt_tuning --rank 4 --prompt 8 --tokens 3 --rounds 1",
-    "benchmark_load.py": "--gib 0.02 --shards 2 --rounds 1",
     "random_model.py": "--shape tiny --tokenizer MODEL --out OUT",
     "quickstart_data.py": "OUT --train-rows 4 --test-rows 2",
     "quickstart_answer.py": "MODEL",
 }
 SLOW = {
+    "benchmark_counts.py": "--model MODEL --data ROWS --micro-batches 2",
+    "benchmark_load.py": "--gib 0.02 --shards 2 --rounds 1",
     "benchmark_threads.py": "--busy 0 --steps 1 --rounds 1 --layers 1 --tokens 32 --threads 1",
     "benchmark_data.py": "--model MODEL --data ALPACA --rows 8 --repeats 1 --max-length 256",
     "benchmark_train.py": "--model MODEL --full-rows 32 --steps 4 --rounds 1 --batch 2 --json OUT",

@@ -422,11 +422,13 @@ def chat(
     as_json: Json = False,
 ):
     """Chat with a run or a model; greedy decoding, streamed. /adapter NAME switches between adapters."""
-    hush_libraries()
-    from .commands.chat import named_runs, talk
+    from .runs.folder import named_runs
 
     routing = {"adapters": named_runs(adapter or ()), "adapter": use}
     if prompt is None:
+        hush_libraries()
+        from .commands.chat import talk
+
         talk(target, system, max_new_tokens, overrides or (), **routing)
         return
     on_text = None if as_json else lambda piece: print(piece, end="", flush=True)

@@ -143,16 +143,3 @@ def _in_words(name):
 
 def _opening(system):
     return [] if system is None else [{"role": "system", "content": system}]
-
-
-def named_runs(pairs):
-    """Return {name: run folder} of NAME=RUN words."""
-    found: dict = {}
-    for pair in pairs:
-        name, equals, run = pair.partition("=")
-        if not (name and equals and run):
-            raise InputError(f"--adapter {pair}: write NAME=RUN, such as --adapter b=runs/b")
-        if name in found:
-            raise InputError(f"--adapter {name}: given twice, for {found[name]} and {run}")
-        found[name] = run
-    return found

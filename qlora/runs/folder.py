@@ -205,3 +205,16 @@ class RunDir:
             return json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise InputError(f"{file}: {error}; the run folder is damaged") from None
+
+
+def named_runs(pairs):
+    """Return {name: run folder} of NAME=RUN words."""
+    found: dict = {}
+    for pair in pairs:
+        name, equals, run = pair.partition("=")
+        if not (name and equals and run):
+            raise InputError(f"--adapter {pair}: write NAME=RUN, such as --adapter b=runs/b")
+        if name in found:
+            raise InputError(f"--adapter {name}: given twice, for {found[name]} and {run}")
+        found[name] = run
+    return found

@@ -70,7 +70,12 @@ def test_names_are_escaped_and_many_lines_are_told_apart():
 
 def test_nothing_is_drawn_of_nothing_and_one_point_is_a_dot():
     assert charts.chart("loss", [charts.Line("a", [])]) == ""
-    assert parsed(charts.chart("loss", [charts.Line("a", [[5, 1.0]])])).find(".//circle") is not None
+    figure = parsed(charts.chart("loss", [charts.Line("a", [[5, 1.0]])]))
+    dot, hit = figure.findall(".//circle")
+    assert [dot.get("class"), hit.get("class")] == ["dot k0", "hit k0"]
+    assert (dot.get("cx"), dot.get("cy")) == (hit.get("cx"), hit.get("cy"))
+    assert hit.find("title").text == "step 5: 1"
+    assert figure.find(".//path") is None
 
 
 def test_a_hundred_thousand_points_do_not_make_a_large_page():

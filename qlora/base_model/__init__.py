@@ -15,7 +15,7 @@ from .config import as_its_files_say, load_config, own_labels, read_config
 from .empty_weights import is_stand_in, replace_by_stand_ins, stand_in
 from .folder import Checkpoint, find, refuse_generation, tensor_names, weight_files
 from .image_processor import load_image_processor, pixel_values
-from .layers import decoder_layers, is_conv1d, linear_names, num_parameters, numel, tensors, tied, token_ends
+from .layers import decoder_layers, is_conv1d, linear_names, num_bytes, num_parameters, numel, tensors, tied, token_ends
 from .limits import num_positions, refuse_rows, said_of_positions
 from .loading import default_device, load
 from .meta import load_on_meta, names_to_quantize, on_meta
@@ -39,13 +39,64 @@ from .tasks import of_folder as task_of_folder
 from .tasks import of_model as task_of
 from .tokenizer import load_tokenizer
 
-__all__ = ["DTYPE_WHEN_QUANTIZED", "GENERATION", "OF_TORCH", "Checkpoint", "Computer", "Task", "add_rows",
-           "add_tokens", "as_its_files_say", "as_recorded", "asked", "computer", "decoder_layers",
-           "default_device", "digest", "digests", "dtype_of", "field", "find", "floating_dtype",
-           "image_processor", "is_conv1d", "is_stand_in", "linear_names", "load", "load_config",
-           "load_image_processor", "load_on_meta", "load_tokenizer", "names_to_quantize", "num_parameters",
-           "num_positions", "numel", "on_meta", "own_labels", "pixel_values", "quantized_modules",
-           "read_config", "refuse_generation", "refuse_other_codes", "refuse_rows", "replace_by_stand_ins",
-           "restore_codes", "said_of_positions", "settle", "stand_in", "stored_quantization", "task_of", "task_of_folder",
-           "tensor_names", "tensors", "tied", "to_float32", "token_ends", "token_modules", "weight_files",
-           "whole_config", "written_names"]  # fmt: skip
+__all__ = [
+    "DTYPE_WHEN_QUANTIZED",
+    "GENERATION",
+    "OF_TORCH",
+    "Checkpoint",
+    "Computer",
+    "Task",
+    "add_rows",
+    "add_tokens",
+    "as_its_files_say",
+    "as_recorded",
+    "asked",
+    "computer",
+    "decoder_layers",
+    "default_device",
+    "digest",
+    "digests",
+    "dtype_of",
+    "field",
+    "find",
+    "floating_dtype",
+    "image_processor",
+    "is_conv1d",
+    "is_stand_in",
+    "linear_names",
+    "load",
+    "load_config",
+    "load_image_processor",
+    "load_on_meta",
+    "load_tokenizer",
+    "names_to_quantize",
+    "num_bytes",
+    "num_parameters",
+    "num_positions",
+    "numel",
+    "on_meta",
+    "own_labels",
+    "pixel_values",
+    "quantized_modules",
+    "read_config",
+    "refuse_generation",
+    "refuse_other_codes",
+    "refuse_rows",
+    "replace_by_stand_ins",
+    "restore_codes",
+    "said_of_positions",
+    "settle",
+    "stand_in",
+    "stored_quantization",
+    "task_of",
+    "task_of_folder",
+    "tensor_names",
+    "tensors",
+    "tied",
+    "to_float32",
+    "token_ends",
+    "token_modules",
+    "weight_files",
+    "whole_config",
+    "written_names",
+]  # fmt: skip

@@ -57,6 +57,11 @@ def tensors(model):
     return [t for t in (*model.parameters(), *model.buffers(), *constants) if t is not None]
 
 
+def num_bytes(tensors):
+    """Return the bytes of tensors, shared ones once; 4-bit weights in 4 bit."""
+    return sum({id(tensor): tensor.numel() * tensor.element_size() for tensor in tensors}.values())
+
+
 def numel(weight):
     """Return how many numbers a weight stands for, in 4 bit or not."""
     state = getattr(weight, "quant_state", None)

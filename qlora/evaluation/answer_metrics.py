@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ..system.errors import InputError
-from . import text_overlap
+from . import intervals, text_overlap
 
 
 class AnswerMetric(Protocol):
@@ -34,8 +34,7 @@ class ExactMatch:
     def row(self, answer, reference):
         return float(answer.strip() == reference.strip()), 1.0
 
-    def value(self, sums):
-        return float(sums[0] / sums[1])
+    value = staticmethod(intervals.ratio)
 
 
 class JsonFields:
@@ -50,7 +49,7 @@ class JsonFields:
         return float(sum(key in found and found[key] == value for key, value in fields.items())), float(len(fields))
 
     def value(self, sums):
-        return float(sums[0] / sums[1]) if sums[1] else 0.0
+        return intervals.ratio(sums) if sums[1] else 0.0
 
 
 class MacroF1:

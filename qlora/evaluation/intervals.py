@@ -21,6 +21,11 @@ _AT_ONCE = 2**22  # counts in memory: 32 MiB
 _Z = 1.959963984540054  # of 95 %, two-sided
 
 
+def ratio(sums) -> float:
+    """Return the ratio of two sums: a share of right answers, nats a token, bits a byte."""
+    return float(sums[0] / sums[1])
+
+
 def wilson(right: float, total: int) -> tuple[float, float]:
     """Return the interval of the share right / total."""
     share, square = right / total, _Z * _Z

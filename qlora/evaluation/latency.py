@@ -22,6 +22,11 @@ def seconds_of(model, tokenizer, prompt, num_tokens=NUM_TOKENS, repeats=REPEATS)
     for _ in range(1 + repeats):
         first.append(seconds_of_answer(model, ids, 1, tokenizer.pad_token_id))
         whole.append(seconds_of_answer(model, ids, 1 + num_tokens, tokenizer.pad_token_id))
+    return medians(first, whole, num_tokens)
+
+
+def medians(first, whole, num_tokens):
+    """Return {"first_token", "token"} of seconds to the first token, and to `num_tokens` more; the first times do not count."""
     to_first, in_all = statistics.median(first[1:]), statistics.median(whole[1:])
     return {"first_token": to_first, "token": max(0.0, in_all - to_first) / num_tokens}
 

@@ -23,8 +23,7 @@ from ..system.errors import InputError
 from ..system.events import note, progress
 from . import intervals
 from .asked import Asked
-from .intervals import with_interval
-from .scores import mean
+from .intervals import ratio, with_interval
 
 _NO_FILTER = "none"
 _ON_A_GPU = 8  # rows together: lm-eval keeps the logits of all their tokens, 0.8 GiB of float32 a row of 1,600 and 128,000 words
@@ -41,7 +40,7 @@ class Number:
 
     def to_json(self):
         if self.parts_N2 is not None:
-            return with_interval(self.value, *intervals.interval(mean, self.parts_N2))
+            return with_interval(self.value, *intervals.interval(ratio, self.parts_N2))
         ends = (None, None) if self.error is None else intervals.of_error(self.value, self.error)
         return with_interval(self.value, *ends)
 
@@ -69,7 +68,7 @@ class TaskScores:
             if number.parts_N2 is None or then.parts_N2 is None:
                 found[name] = with_interval(number.value - then.value, None, None)
             else:
-                found[name] = intervals.change(mean, then.parts_N2, number.parts_N2)
+                found[name] = intervals.change(ratio, then.parts_N2, number.parts_N2)
         return found
 
     def rows(self, before: TaskScores | None) -> list[dict]:

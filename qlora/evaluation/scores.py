@@ -15,7 +15,7 @@ from ..system.errors import InputError
 from . import answer_metrics, generate, intervals, metrics
 from .answer_metrics import AnswerMetric
 from .asked import Asked
-from .intervals import with_interval
+from .intervals import ratio, with_interval
 
 LOSS, PERPLEXITY, BITS_PER_BYTE = intervals.OF_LOSS
 
@@ -38,11 +38,11 @@ class Score:
 
     def of_loss(self) -> dict[str, tuple[Callable, np.ndarray]]:
         """Return {name: (function of sums, (N, 2) parts)} of the loss and what follows from it."""
-        found: dict[str, tuple[Callable, np.ndarray]] = {LOSS: (mean, self.loss_N2)}
+        found: dict[str, tuple[Callable, np.ndarray]] = {LOSS: (ratio, self.loss_N2)}
         if self.per_token:
             found[PERPLEXITY] = (_perplexity, self.loss_N2)
         if self.bytes_N is not None and self.bytes_N.all():  # else a resample may have none
-            found[BITS_PER_BYTE] = (mean, np.stack([self.loss_N2[:, 0] / math.log(2), self.bytes_N], 1))
+            found[BITS_PER_BYTE] = (ratio, np.stack([self.loss_N2[:, 0] / math.log(2), self.bytes_N], 1))
         return found
 
     def to_json(self) -> dict:
@@ -71,13 +71,8 @@ class Score:
         return {name: intervals.change(*value_then_now) for name, value_then_now in of.items()}
 
 
-def mean(sums):
-    """Return the ratio of two sums: nats a token, bits a byte."""
-    return float(sums[0] / sums[1])
-
-
 def _perplexity(sums):
-    return metrics.perplexity(mean(sums))
+    return metrics.perplexity(ratio(sums))
 
 
 def score(model, tokenizer, stops, rows, conversations, asked=Asked(), what="answering") -> Score:  # noqa: B008 (frozen)
@@ -118,12 +113,12 @@ def forgetting(model, rows, adapted) -> dict:
     """Return {"after", "tokens"}: the loss on `rows` that were not trained on, nats a token; where a model is `adapted`, with
     its loss "before", and the rise since then as {"value", "low", "high"}."""
     after = np.array(metrics.losses(model, rows))
-    found = {"after": mean(intervals.summed(after)), "tokens": int(after[:, 1].sum())}
+    found = {"after": ratio(intervals.summed(after)), "tokens": int(after[:, 1].sum())}
     if not adapted:
         return found
     with model.disable_adapter():
         before = np.array(metrics.losses(model, rows))
-    return found | {"before": mean(intervals.summed(before))} | intervals.change(mean, before, after)
+    return found | {"before": ratio(intervals.summed(before))} | intervals.change(ratio, before, after)
 
 
 def prompt_of(tokenizer, conversation):

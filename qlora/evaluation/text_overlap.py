@@ -9,6 +9,7 @@ import importlib
 import re
 
 from ..system.errors import InputError
+from .intervals import ratio
 
 ROUGES = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 
@@ -30,8 +31,7 @@ class Rouge:
     def row(self, answer, reference):
         return float(self.scorer.score(reference, answer)[self.name].fmeasure), 1.0
 
-    def value(self, sums):
-        return float(sums[0] / sums[1])
+    value = staticmethod(ratio)
 
 
 class Corpus:

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import safetensors
 
+from ..recipe.methods import pattern_of
 from ..system import bounded, files
 from ..system.errors import InputError
 
@@ -101,10 +102,7 @@ def _scaling(folder, config, module):
 
 
 def _of_pattern(patterns, module, default):
-    if not patterns:
-        return default
-    matching = (name for name in patterns if re.match(rf"(.*\.)?({name})$", module))
-    key = bounded.call(lambda: next(matching, None))
+    key = bounded.call(lambda: pattern_of(patterns, module)) if patterns else None
     return default if key is None else patterns[key]
 
 

@@ -28,7 +28,7 @@ import numpy as np
 
 from ..evaluation import answer_metrics, scores
 from ..evaluation.asked import Asked
-from ..evaluation.intervals import OF_LOSS
+from ..evaluation.intervals import OF_LOSS, ratio
 from ..recipe import as_yaml
 from ..recipe.comparison import FILE, Comparison, Entry, entries
 from ..runs import record
@@ -238,7 +238,7 @@ def value_of(name, found: Measured):
     if name not in found.parts:
         return None
     if name in (scores.LOSS, scores.BITS_PER_BYTE):
-        return scores.mean
+        return ratio
     return answer_metrics.named(name, [expected for _, expected in found.rows]).value
 
 

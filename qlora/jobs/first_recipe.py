@@ -94,20 +94,20 @@ def choose(model, data_file, machine: Machine, goal, overrides=(), output_dir=No
     prepared = prepare(_recipe([*start, *rough], overrides), weights=False, on=machine.on)
     refuse_pointless(prepared.report)
     common = [*_said_of_rows(start, prepared, looked), *_training(prepared, looked.task)]
-    fitting, failed = [], None
+    fitting, planned = [], []
     candidates = list(_CANDIDATES[goal])
     if goal != "small":
         candidates.append((_NF4, *_RANK_FLOOR))
     for candidate in candidates:
         lines = [*common, *_candidate(*candidate)]
         found, job = _fitted(lines, prepared, machine, goal, limit, overrides)
-        failed = job if failed is None or planner.plan(job).peak_bytes < planner.plan(failed).peak_bytes else failed
+        planned.append(job)
         if found is not None:
             fitting.append(found)
             if goal != "speed":
                 break
     if not fitting:
-        raise DoesNotFit(_what_would(failed, prepared))
+        raise DoesNotFit(_what_would(min(planned, key=lambda job: planner.plan(job).peak_bytes)))
     return max(fitting, key=lambda one: one.plan.tokens_per_second or 0)
 
 
@@ -252,7 +252,7 @@ def _job(prepared, recipe, machine):
         ) from None
 
 
-def _what_would(job, prepared):
+def _what_would(job):
     """Return in words why `job` does not fit, and what would."""
     found, changes = planner.plan(job), [one for one in planner.suggestions(job) if one["fits"]]
     lines = [

@@ -7,7 +7,6 @@ import dataclasses
 import importlib.util
 import io
 import itertools
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -236,21 +235,19 @@ def _seconds_in_llama(served, prompt, repeats=latency.REPEATS):
         for _ in range(latency.NUM_TOKENS):
             served.eval([int(served.scores[served.n_tokens - 1].argmax())])
         whole.append(time.perf_counter() - begun)
-    to_first, in_all = (sorted(times[1:])[repeats // 2] for times in (first, whole))
-    return {"first_token": to_first, "token": (in_all - to_first) / latency.NUM_TOKENS}
+    return latency.medians(first, whole, latency.NUM_TOKENS)
 
 
 def _speed(seconds):
-    a_second = 1 / seconds["token"] if seconds["token"] > 0 else math.inf
     return {
-        "tokens_per_second": a_second if math.isfinite(a_second) else None,
+        "tokens_per_second": 1 / seconds["token"] if seconds["token"] > 0 else None,
         "first_token_seconds": seconds["first_token"],
     }
 
 
 def _bytes_of(model):
     """Return the bytes of a model's tensors: what a folder of it holds, 4-bit weights in 4 bit."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in base_model.tensors(model))
+    return base_model.num_bytes(base_model.tensors(model))
 
 
 def _bytes_in(folder):

@@ -18,6 +18,7 @@ from ..system.storage import write_json
 from .adapter import Adapter
 from .contract import Description, Trainable, one_group
 from .folder import WHOLE, refuse_not_finite
+from .peft_model import copy_into
 
 _SHARD = "5GB"
 
@@ -102,11 +103,9 @@ def load(model, adapter, token_ids=()):
     return model.requires_grad_(False).eval()
 
 
-@torch.no_grad()
 def _give(model, values, away):
     """values: {parameter: its numbers}. away: {name: those of a parameter that is read when it is needed, exporter.streamed}."""
-    for parameter, value in values.items():
-        parameter.copy_(value)
+    copy_into(values)
     if hasattr(model, "read_instead"):
         model.read_instead.clear()
         model.read_instead.update(away)

@@ -12,6 +12,7 @@ import types
 import torch
 
 from .. import base_model
+from ..recipe.methods import pattern_of
 from ..system.errors import InputError
 from . import initial_weights, low_rank, peft_model, targets
 from .adapter import Sorted, refuse_unknown_settings
@@ -180,7 +181,7 @@ def _update(found, module, alpha, rank):
 
 def _rank(section, name):
     """Return (field of the recipe, the rank that it gives a layer)."""
-    pattern = low_rank.pattern_of(section.rank_pattern, name)
+    pattern = pattern_of(section.rank_pattern, name)
     return (
         ("lora.r", section.r) if pattern is None else (f"lora.rank_pattern {pattern!r}", section.rank_pattern[pattern])
     )
@@ -190,7 +191,7 @@ def _refuse_patterns(section, layers):
     problems = []
     for field in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(section, field):
-            matches = any(low_rank.pattern_of([pattern], name) for name in layers)
+            matches = any(pattern_of([pattern], name) for name in layers)
             problems += [] if matches else [f"lora.{field}: {pattern!r} matches no layer that gets an adapter"]
     if problems:
         leaves = sorted({name.rpartition(".")[2] for name in layers})

@@ -14,6 +14,7 @@ from typing import ClassVar
 
 import torch
 
+from ..recipe.methods import pattern_of
 from ..system.errors import InputError
 from . import peft_model
 from .contract import Update
@@ -170,11 +171,6 @@ def _of(pattern, module, default):
     """Return the value of the key of `pattern` that is, ends or matches the module's name, as PEFT reads it."""
     key = pattern_of(pattern or {}, module)
     return default if key is None else pattern[key]
-
-
-def pattern_of(patterns, name):
-    """Return the key of `patterns` that PEFT applies to the layer `name`, or None; as its get_pattern_key."""
-    return next((pattern for pattern in patterns if re.match(rf"(.*\.)?({pattern})$", name)), None)
 
 
 def factors(found, module, rank, needed=(), may_have=()):

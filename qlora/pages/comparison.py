@@ -10,6 +10,7 @@ from ..recipe.comparison import settings_in_words
 from ..system.errors import InputError
 from ..system.events import note
 from ..system.units import duration, size
+from . import markdown
 
 _COLUMNS = ("variant", "settings", "seed", "status", *NUMBERS, "run", "message")
 
@@ -82,9 +83,7 @@ def as_markdown(found) -> str:
     kept = [
         number for number, name in enumerate(header) if number < 3 or any(line[number] for line in lines) or not name
     ]
-    rows = [[line[number].replace("|", "\\|") for number in kept] for line in lines]
-    names = [header[number] for number in kept]
-    table = [f"| {' | '.join(row)} |" for row in (names, ["---"] * len(names), *rows)]
+    table = markdown.table([header[number] for number in kept], [[line[number] for number in kept] for line in lines])
     return "\n".join([f"# {found['name']}", "", f"    {found['command']}", "", *table, "", *found["notes"], ""])
 
 

@@ -6,6 +6,7 @@ import csv
 import io
 
 from ..system.units import size
+from . import markdown
 
 COLUMNS = ["", "size", "tokens/s", "loss", "KL"]
 _NUMBERS = ("bytes", "tokens_per_second", "first_token_seconds", "loss", "kl", "message")
@@ -36,8 +37,7 @@ def _shown(value, form):
 
 def as_markdown(found) -> str:
     """Return served.json in Markdown: the command, a table, and what its words mean."""
-    rows = [COLUMNS, ["---"] * len(COLUMNS), *table_of(found)]
-    lines = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows]
+    lines = markdown.table(COLUMNS, table_of(found))
     more = [f"- {text}" for text in [*remarks(found), *found["notes"]]]
     return "\n".join([f"# {found['run']}, served", "", f"    {found['command']}", "", *lines, "", *more, ""])
 

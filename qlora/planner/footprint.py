@@ -168,10 +168,13 @@ def _outline(config, model_section, quantization, lora, num_new_tokens, device_k
     return Outline(
         device_kind,
         joins,
-        _bytes(base_model.tensors(peft_model)) - _bytes(trained),
+        base_model.num_bytes(base_model.tensors(peft_model)) - base_model.num_bytes(trained),
         np.array([parameter.numel() for parameter in trained], dtype=float),
-        _bytes(trained),
-        {kind: _bytes(p for p in layer.parameters() if p.requires_grad) for kind, layer in zip(step.layers, layers)},  # noqa: B905
+        base_model.num_bytes(trained),
+        {
+            kind: base_model.num_bytes(p for p in layer.parameters() if p.requires_grad)
+            for kind, layer in zip(step.layers, layers)  # noqa: B905
+        },
         read_bytes,
         step,
         Work(
@@ -201,7 +204,7 @@ def _mapped_bytes(peft_model, quantized):
     (memory.Peak); on macOS they are. One that is trained becomes the process's own when the first step writes it."""
     others = {id(weight) for weight in quantized}
     frozen = (p for p in peft_model.parameters() if not p.requires_grad and id(p) not in others)
-    return _bytes(p for p in frozen if p.dtype == torch.bfloat16)
+    return base_model.num_bytes(p for p in frozen if p.dtype == torch.bfloat16)
 
 
 def _read_bytes(model, config, num_new_tokens, device_kind, stay_mapped):
@@ -217,11 +220,6 @@ def _read_bytes(model, config, num_new_tokens, device_kind, stay_mapped):
         if num_new_tokens:  # base_model.add_rows: a larger table, and its mean in float32
             found = max(found, 6 * largest)
     return found
-
-
-def _bytes(tensors):
-    """Return the bytes of these tensors, shared ones once."""
-    return sum({id(t): t.numel() * t.element_size() for t in tensors}.values())
 
 
 def usage(model: Outline, load: Load, training, checkpointed, offload, eval_load=None) -> Usage:

@@ -6,7 +6,7 @@ Names and defaults: its config reference, docs.axolotl.ai/docs/config-reference.
 from __future__ import annotations
 
 from ..system.errors import InputError
-from .foreign import Draft, flag, names, number, optimizer, scheduler, share, text, warmup, whole
+from .foreign import OF_TRAINER, Draft, flag, names, number, optimizer, scheduler, share, text, warmup, whole
 
 KEY = "base_model"
 _LOCAL = (".json", ".jsonl", ".parquet", ".csv", ".tsv", ".txt")
@@ -39,23 +39,11 @@ _REST = {
     "excess_length_strategy": ("data.overlong", lambda value: {"drop": "drop", "truncate": "truncate"}[value]),
     "dataset_processes": ("data.num_proc", whole),
     "num_epochs": ("training.num_train_epochs", number),
-    "max_steps": ("training.max_steps", whole),
     "micro_batch_size": ("training.per_device_train_batch_size", whole),
     "eval_batch_size": ("training.per_device_eval_batch_size", whole),
-    "gradient_accumulation_steps": ("training.gradient_accumulation_steps", whole),
-    "learning_rate": ("training.learning_rate", number),
     "optimizer": ("training.optim", optimizer),
     "lr_scheduler": ("training.lr_scheduler_type", scheduler),
-    "warmup_ratio": ("training.warmup_ratio", number),
-    "weight_decay": ("training.weight_decay", number),
-    "max_grad_norm": ("training.max_grad_norm", number),
-    "neftune_noise_alpha": ("training.neftune_noise_alpha", number),
-    "logging_steps": ("training.logging_steps", whole),
-    "eval_steps": ("training.eval_steps", whole),
-    "save_steps": ("training.save_steps", whole),
-    "save_total_limit": ("training.save_total_limit", whole),
-    "seed": ("training.seed", whole),
-    "output_dir": ("output_dir", text),
+    **OF_TRAINER,
 }
 _ATTENTION = "attention is chosen by itself (model.attn_implementation)"
 _KERNELS = "kernels are chosen by themselves (kernels: auto)"

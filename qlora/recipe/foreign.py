@@ -154,3 +154,13 @@ def warmup(draft, steps, max_steps):
 def _short(value):
     said = secrets.redacted(str(value))
     return said if len(said) <= 60 else f"{said[:57]}..."
+
+
+# what both tools call as transformers' TrainingArguments do, and so do we: {their field: (ours, function of the value)}
+OF_TRAINER = {
+    **{name: (f"training.{name}", whole) for name in ("max_steps", "gradient_accumulation_steps", "logging_steps",
+                                                      "eval_steps", "save_steps", "save_total_limit", "seed")},
+    **{name: (f"training.{name}", number) for name in ("learning_rate", "warmup_ratio", "weight_decay", "max_grad_norm",
+                                                       "neftune_noise_alpha")},
+    "output_dir": ("output_dir", text),
+}  # fmt: skip

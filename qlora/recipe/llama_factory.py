@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..system import files
 from ..system.errors import InputError
-from .foreign import Draft, flag, names, number, optimizer, scheduler, share, text, warmup, whole
+from .foreign import OF_TRAINER, Draft, flag, names, number, optimizer, scheduler, share, text, warmup, whole
 
 KEYS = ("stage", "finetuning_type", "dataset", "template", "cutoff_len", "lora_rank", "lora_target", "do_train")
 
@@ -34,23 +34,11 @@ _REST = {
     "preprocessing_num_workers": ("data.num_proc", whole),
     "per_device_train_batch_size": ("training.per_device_train_batch_size", whole),
     "per_device_eval_batch_size": ("training.per_device_eval_batch_size", whole),
-    "gradient_accumulation_steps": ("training.gradient_accumulation_steps", whole),
-    "learning_rate": ("training.learning_rate", number),
     "num_train_epochs": ("training.num_train_epochs", number),
-    "max_steps": ("training.max_steps", whole),
     "optim": ("training.optim", optimizer),
     "lr_scheduler_type": ("training.lr_scheduler_type", scheduler),
-    "warmup_ratio": ("training.warmup_ratio", number),
-    "weight_decay": ("training.weight_decay", number),
-    "max_grad_norm": ("training.max_grad_norm", number),
-    "neftune_noise_alpha": ("training.neftune_noise_alpha", number),
-    "logging_steps": ("training.logging_steps", whole),
-    "eval_steps": ("training.eval_steps", whole),
-    "save_steps": ("training.save_steps", whole),
-    "save_total_limit": ("training.save_total_limit", whole),
-    "seed": ("training.seed", whole),
     "group_by_length": ("training.group_by_length", flag),
-    "output_dir": ("output_dir", text),
+    **OF_TRAINER,
 }
 _NOT_NEEDED = {
     **dict.fromkeys(("bf16", "fp16", "pure_bf16", "tf32"), "the card decides (quantization.compute_dtype)"),

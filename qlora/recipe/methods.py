@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -263,3 +264,8 @@ class PromptTuning(_VirtualTokens):
 
     prompt_tuning_init_text: Annotated[str, Field(min_length=1)] | None = None
     """a text whose embeddings they start as, repeated or cut to their number; null: those of random tokens"""
+
+
+def pattern_of(patterns, name):
+    """Return the key of `patterns` that PEFT applies to the layer `name`, or None; as its get_pattern_key."""
+    return next((pattern for pattern in patterns if re.match(rf"(.*\.)?({pattern})$", name)), None)

@@ -154,14 +154,13 @@ def _held(trainer) -> dict:
         value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)
     ]
     states = [value for value in states if not getattr(value, "is_paged", False)]  # those are the driver's
-    found = {"adapter": _bytes([*live, *trained.masters.masters]), "optimizer": _bytes(states)}
+    found = {
+        "adapter": base_model.num_bytes([*live, *trained.masters.masters]),
+        "optimizer": base_model.num_bytes(states),
+    }
     if trainer.model.device.type == "cuda":
-        found["weights"] = _bytes(base_model.tensors(trainer.model)) - _bytes(live)
+        found["weights"] = base_model.num_bytes(base_model.tensors(trainer.model)) - base_model.num_bytes(live)
     return found
-
-
-def _bytes(tensors):
-    return sum({id(tensor): tensor.numel() * tensor.element_size() for tensor in tensors}.values())
 
 
 def _economy(model, settings):

@@ -657,13 +657,10 @@ def test_numbers_that_are_not_finite_never_reach_a_checkpoint(recipe_of, monkeyp
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["step-3", "step-4"]
 
 
-def test_an_evaluation_that_is_left_is_made_up_for(recipe_of, monkeypatch):
-
-    settings = {"eval_steps": 3, "max_steps": 6, "gradient_accumulation_steps": 1, "per_device_eval_batch_size": 1}
-    whole, recipe = train(recipe_of("whole", **settings)), recipe_of("other", **settings)
+def stopped_in_evaluations(monkeypatch, recipe, *places):
+    """Train a recipe, stopped before these rows of its evaluations, each counted from where it was resumed; return the run."""
     original = Trainer.prediction_step
-    # 4 rows each: in the evaluation after step 3; the one after step 6, when the other was made up for; the last, likewise
-    for number, at in enumerate((1, 5, 5)):
+    for number, at in enumerate(places):
         calls = iter(range(99))
 
         def stopping(self, *args, calls=calls, at=at, **kwargs):
@@ -676,4 +673,12 @@ def test_an_evaluation_that_is_left_is_made_up_for(recipe_of, monkeypatch):
             with pytest.raises(Interrupted) as caught:
                 train(recipe, resume=number > 0)
         assert caught.value.exit_code == 130
-    assert_same_run(whole, train(recipe, resume=True))
+    return train(recipe, resume=True)
+
+
+def test_an_evaluation_that_is_left_is_made_up_for(recipe_of, monkeypatch):
+
+    settings = {"eval_steps": 3, "max_steps": 6, "gradient_accumulation_steps": 1, "per_device_eval_batch_size": 1}
+    whole, recipe = train(recipe_of("whole", **settings)), recipe_of("other", **settings)
+    # 4 rows each: in the evaluation after step 3; the one after step 6, when the other was made up for; the last, likewise
+    assert_same_run(whole, stopped_in_evaluations(monkeypatch, recipe, 1, 5, 5))

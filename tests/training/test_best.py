@@ -24,10 +24,17 @@ from qlora.runs.checkpoints import Checkpoints, read_tensors
 from qlora.system.errors import InputError, Interrupted
 from qlora.system.events import heard_by
 from qlora.training.best import Best
-from qlora.training.objectives.supervised import Trainer
 from qlora.training.samples import answered
 from tests.conftest import CONVERSATIONS, write_jsonl
-from tests.runs.test_checkpoints import assert_same_run, computed, recipe_of, rows, stopped_and_resumed, weights  # noqa: F401
+from tests.runs.test_checkpoints import (  # noqa: F401 (fixtures)
+    assert_same_run,
+    computed,
+    recipe_of,
+    rows,
+    stopped_and_resumed,
+    stopped_in_evaluations,
+    weights,
+)
 
 pytestmark = pytest.mark.usefixtures("unplanned")
 SMALL = {"gradient_accumulation_steps": 1, "per_device_eval_batch_size": 4, "lr_scheduler_type": "constant"}
@@ -122,21 +129,8 @@ def test_an_evaluation_that_is_left_counts_once(recipe_of, monkeypatch):  # noqa
     settings = {**RISING, "early_stopping_patience": 1, "load_best_model_at_end": True, "per_device_eval_batch_size": 1}
     whole, recipe = train(recipe_of("whole", **settings)), recipe_of("other", **settings)
     (end,) = [line for line in record.read(whole) if isinstance(line, record.Best)]
-    original = Trainer.prediction_step
     # 4 rows each: in the first evaluation, which is the best; then in the one of which patience ends
-    for number, at in enumerate((1, 4 * end.step - 3)):
-        calls = iter(range(99))
-
-        def stopping(self, *args, calls=calls, at=at, **kwargs):
-            if next(calls) == at:
-                signal.raise_signal(signal.SIGINT)
-            return original(self, *args, **kwargs)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(Trainer, "prediction_step", stopping)
-            with pytest.raises(Interrupted):
-                train(recipe, resume=number > 0)
-    assert_same_run(whole, train(recipe, resume=True))
+    assert_same_run(whole, stopped_in_evaluations(monkeypatch, recipe, 1, 4 * end.step - 3))
 
 
 def test_checkpoints_that_are_kept_keep_the_best_that_they_know_of(tmp_path):

@@ -24,6 +24,7 @@ from qlora.runs.checkpoints import Checkpoints, read_tensors
 from qlora.system.errors import InputError, Interrupted
 from qlora.system.events import heard_by
 from qlora.training.best import Best
+from qlora.training.reliable_trainer import Reliable
 from qlora.training.samples import answered
 from tests.conftest import CONVERSATIONS, write_jsonl
 from tests.runs.test_checkpoints import (  # noqa: F401 (fixtures)
@@ -38,8 +39,20 @@ from tests.runs.test_checkpoints import (  # noqa: F401 (fixtures)
 
 pytestmark = pytest.mark.usefixtures("unplanned")
 SMALL = {"gradient_accumulation_steps": 1, "per_device_eval_batch_size": 4, "lr_scheduler_type": "constant"}
-# held-out loss falls, and rises again after the seventh step
-RISING = {**SMALL, "learning_rate": 0.1, "max_steps": 12, "eval_steps": 1, "watchdog_steps": None}
+EVALUATED = {**SMALL, "learning_rate": 0.003, "max_steps": 12, "eval_steps": 1, "watchdog_steps": None}
+
+
+@pytest.fixture
+def rising(monkeypatch):
+    """A held-out loss that rises again after the seventh step: where it does so by itself, a processor's rounding decides."""
+    original = Reliable.evaluation_loop
+
+    def evaluation_loop(self, *args, **kwargs):
+        output = original(self, *args, **kwargs)
+        output.metrics["eval_loss"] += max(self.state.global_step - 7, 0)
+        return output
+
+    monkeypatch.setattr(Reliable, "evaluation_loop", evaluation_loop)
 
 
 def at_step(run, step):
@@ -81,8 +94,8 @@ def test_what_another_metric_was_best_in_is_forgotten():
     assert same == before
 
 
-def test_the_best_is_kept_found_again_and_exported(recipe_of, tmp_path, monkeypatch, capsys):  # noqa: F811
-    settings = {**RISING, "early_stopping_patience": 3, "load_best_model_at_end": True, "save_total_limit": 1}
+def test_the_best_is_kept_found_again_and_exported(recipe_of, rising, tmp_path, monkeypatch, capsys):  # noqa: F811
+    settings = {**EVALUATED, "early_stopping_patience": 3, "load_best_model_at_end": True, "save_total_limit": 1}
     run = train(recipe_of("whole", **settings))
     said = capsys.readouterr().err
     (end,) = [line for line in record.read(run) if isinstance(line, record.Best)]
@@ -125,8 +138,13 @@ def test_the_best_is_kept_found_again_and_exported(recipe_of, tmp_path, monkeypa
     assert export(run.checkpoints / f"step-{end.step}", tmp_path / "last")["verified"]
 
 
-def test_an_evaluation_that_is_left_counts_once(recipe_of, monkeypatch):  # noqa: F811
-    settings = {**RISING, "early_stopping_patience": 1, "load_best_model_at_end": True, "per_device_eval_batch_size": 1}
+def test_an_evaluation_that_is_left_counts_once(recipe_of, rising, monkeypatch):  # noqa: F811
+    settings = {
+        **EVALUATED,
+        "early_stopping_patience": 1,
+        "load_best_model_at_end": True,
+        "per_device_eval_batch_size": 1,
+    }
     whole, recipe = train(recipe_of("whole", **settings)), recipe_of("other", **settings)
     (end,) = [line for line in record.read(whole) if isinstance(line, record.Best)]
     # 4 rows each: in the first evaluation, which is the best; then in the one of which patience ends

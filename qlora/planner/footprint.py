@@ -59,9 +59,9 @@ class Load:
         return self.document if self.joined and not self.packed and self.document else self.length
 
     @property
-    def mask_bytes(self):
-        """Rows of unlike length need a mask of T x T numbers each, as bool and in the model's dtype; others none."""
-        return 3 * self.rows * self.length**2 if self.rows > 1 and not (self.packed or self.joined) else 0
+    def is_padded(self):
+        """Whether it has rows of unlike length, whose padding a mask keeps from being attended to."""
+        return self.rows > 1 and not (self.packed or self.joined)
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,8 @@ class Outline:
     """joins: rows are joined without padding. weights: bytes. trained: numbers in each trained tensor. trained_bytes: all
     of them, as the model holds them; layer_gradients: {kind of layer: bytes}. read_bytes: beside the weights while
     the largest of them is read. work: for its speed. mapped: bytes of the weights that stay mapped files on a CPU. counts: what
-    a row's length is a number of, tokens or images. embedded: virtual tokens before each row.
+    a row's length is a number of, tokens or images. embedded: virtual tokens before each row. shared: of a token, the numbers
+    of keys and values that queries share, and that attention with a mask has for each.
     """
 
     device_kind: str
@@ -104,6 +105,7 @@ class Outline:
     mapped: int = 0
     counts: str = "tokens"
     embedded: int = 0
+    shared: int = 0
 
     @property
     def num_layers(self):
@@ -164,7 +166,8 @@ def _outline(config, model_section, quantization, lora, num_new_tokens, device_k
     text = config.get_text_config()
     heads = getattr(text, "num_attention_heads", 1)
     heads = heads if isinstance(heads, int) else 1  # Swin has a number for each stage
-    width = heads * (getattr(text, "head_dim", None) or text.hidden_size // heads)
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    own = getattr(text, "num_key_value_heads", None) or heads
     return Outline(
         device_kind,
         joins,
@@ -182,13 +185,14 @@ def _outline(config, model_section, quantization, lora, num_new_tokens, device_k
             sum(p.numel() for p in trained if p.dim() == 2),
             head,
             len(layers),
-            width,
+            heads * head_dim,
             bool(quantization),
             positions,
         ),
         _mapped_bytes(peft_model, quantized) if stay_mapped else 0,
         "images" if of_images else "tokens",
         lora.num_embedded,
+        2 * head_dim * (heads - own if isinstance(own, int) and own > 1 else 0),  # one is shared without a copy
     )
 
 
@@ -299,11 +303,24 @@ def _growth(model, load):
     return trace.growth(tokens, load.scored, head, load.document or load.length, padded, squared)
 
 
-def _mask_bytes(model, load):
-    """Return the bytes of the mask of rows of unlike length, beside what the trace has of one."""
-    if model.step.padded:  # what layers make of it is in the trace of padded rows
-        return load.mask_bytes // 3
-    return 0 if model.step.masked else load.mask_bytes
+def _mask(model, load):
+    """Return (bytes of the mask of rows of unlike length, what attention keeps of it in each layer), beside what the trace has.
+
+    A layer makes a number of each bool, and has keys and values for each query.
+    """
+    if model.step.masked or not load.is_padded:
+        return 0, 0
+    numbers = load.rows * (load.length + model.embedded) ** 2
+    tokens = load.rows * (load.length + model.embedded)
+    return numbers, 0 if model.step.padded else 2 * (numbers + tokens * model.shared)  # padded rows: in their trace
+
+
+def _with_mask(pair, kept, checkpointed):
+    """Return the ((rise, change) forward, (rise, change) backward) of a layer that has `kept` bytes more until it is passed."""
+    (rise, change), (rise_back, change_back) = pair
+    if checkpointed:
+        return (rise + kept, change), (rise_back + kept, change_back)
+    return (rise + kept, change + kept), (rise_back, change_back - kept)
 
 
 def _step(model, load, checkpointed, offload, summed):
@@ -313,9 +330,12 @@ def _step(model, load, checkpointed, offload, summed):
         {kind: [segment.rise_and_change(growth) for segment in pair] for kind, pair in pairs.items()}
         for pairs in (step.plain, step.checkpointed)
     ]
-    ways = [each[index < checkpointed][kind] for index, kind in enumerate(step.layers)]
+    mask, kept = _mask(model, load)
+    ways = [
+        _with_mask(each[index < checkpointed][kind], kept, index < checkpointed)
+        for index, kind in enumerate(step.layers)
+    ]
     rise, buffers = step.embedding.rise_and_change(growth)
-    mask = _mask_bytes(model, load)
     level, checkpoints, gradients = buffers, 0.0, 0.0
     one = ways[checkpointed - 1][0][1] if checkpointed else 0.0
 
@@ -353,8 +373,9 @@ def _evaluation(model, load):
         max(step.checkpointed[kind][0].rise_and_change(growth)[i] for kind in set(step.layers)) for i in (0, 1)
     )
     head = step.checkpointed["head"][0].rise_and_change(growth)[0] + hidden
-    work = {"loss_head": head} if head > layer else {"layer_work": layer}
-    return {"buffers": buffers + _mask_bytes(model, load)} | work
+    mask, kept = _mask(model, load)
+    work = {"loss_head": head} if head > layer + kept else {"layer_work": layer + kept}
+    return {"buffers": buffers + mask} | work
 
 
 def _optimizer_bytes(trained, optim):

@@ -91,8 +91,8 @@ class Measured:
         self.hook = None
         self.step(1, 64, 32, 0)  # the states of the optimizer
 
-    def step(self, rows, length, trained, checkpointed, setting="auto"):
-        """Return the most bytes alive. trained: the last tokens of each row. setting: of the kernels.
+    def step(self, rows, length, trained, checkpointed, setting="auto", padding=0):
+        """Return the most bytes alive. trained: the last tokens of each row. setting: of the kernels. padding: of the first row.
 
         The first micro-batch is there for the gradients that it leaves: 8 tokens do that as well as `length`.
         """
@@ -111,6 +111,7 @@ class Measured:
                 else:
                     inputs = {"input_ids": torch.tensor([ids] * rows), "labels": torch.tensor([labels] * rows)}
                     inputs["attention_mask"] = torch.ones_like(inputs["labels"])
+                    inputs["attention_mask"][0, num_tokens - padding :] = 0
                 count = torch.tensor(rows * num_trained)
                 supervised.loss_of_trained_positions(self.model, inputs, count, found.loss).backward()
                 self.masters.take_gradients()
@@ -212,22 +213,27 @@ def test_the_peak_of_trained_weights_is_that_of_real_steps(load_shape, name, sec
 
 
 def test_the_peak_of_several_rows_is_that_of_real_steps(load_shape):
-    real = Measured(load_shape("gemma", Lora()))
     found = predicted(outline_of(SHAPES["gemma"]()), 4, 256, 128, 0).allocated_bytes
-    assert found == pytest.approx(real.step(4, 256, 128, 0), rel=0.05)
-    padded = predicted(outline_of(SHAPES["gemma"](), kernels="off"), 4, 256, 128, 0, joined=False).allocated_bytes
-    without_mask = padded - planner.Load(4, 256, 512).mask_bytes  # these rows are of one length: no mask
-    assert without_mask == pytest.approx(real.step(4, 256, 128, 0, "off"), rel=0.01)
+    assert found == pytest.approx(Measured(load_shape("gemma", Lora())).step(4, 256, 128, 0), rel=0.05)
 
 
-@pytest.mark.parametrize("section", [PrefixTuning(num_virtual_tokens=64), PromptTuning(num_virtual_tokens=64)],
-                         ids=lambda section: section.key)  # fmt: skip
-def test_the_peak_of_several_rows_behind_virtual_tokens_is_that_of_real_steps(load_shape, section):
-    outline = outline_of(SHAPES["qwen2"](), section)
-    found = predicted(outline, 4, 256, 128, 0, joined=False).allocated_bytes
-    if not outline.step.masked:
-        found -= planner.Load(4, 256, 512).mask_bytes  # these rows are of one length: no mask
-    assert found == pytest.approx(Measured(load_shape("qwen2", section)).step(4, 256, 128, 0), rel=0.05)
+@pytest.mark.parametrize(
+    ("name", "section", "near"),
+    [
+        ("qwen2", Lora(), 0.02),
+        pytest.param("llama", Lora(), 0.02, marks=pytest.mark.slow),
+        pytest.param("gemma", Lora(), 0.02, marks=pytest.mark.slow),
+        ("qwen2", PromptTuning(num_virtual_tokens=64), 0.02),
+        ("qwen2", PrefixTuning(num_virtual_tokens=64), 0.05),
+        pytest.param("llama", PrefixTuning(num_virtual_tokens=64), 0.09, marks=pytest.mark.slow),
+    ],
+    ids=lambda value: getattr(value, "key", value),
+)
+def test_the_peak_of_rows_of_unlike_length_is_that_of_real_steps(load_shape, name, section, near):
+    outline, real = outline_of(SHAPES[name](), section, kernels="off"), Measured(load_shape(name, section))
+    for checkpointed in (0, 2, 4):
+        found = predicted(outline, 4, 256, 128, checkpointed, joined=False).allocated_bytes
+        assert found == pytest.approx(real.step(4, 256, 128, checkpointed, "off", padding=3), rel=near)
 
 
 def test_the_count_of_living_tensors_is_the_sum_of_their_bytes():

@@ -110,10 +110,15 @@ CONVERSATIONS = [
 ]
 
 
-def some_slow(cases, slow):
-    """Return `cases` for parametrize; those named in `slow` are of the slow tier: they join what others of them have alone."""
-    assert set(slow) <= set(cases)
-    return [pytest.param(case, marks=pytest.mark.slow) if case in slow else case for case in cases]
+def some_slow(cases, slow=(), but=()):
+    """Return `cases` for parametrize; those in `slow`, or all but those in `but`, are of the slow tier.
+
+    They are more of what the others test, or join what others have alone. A case of several arguments is a tuple.
+    """
+    assert {*slow, *but} <= set(cases)
+    of_slow = {*slow} or {*cases} - {*but}
+    values = {case: case if isinstance(case, tuple) else (case,) for case in cases}
+    return [pytest.param(*values[case], marks=pytest.mark.slow if case in of_slow else ()) for case in cases]
 
 
 def messages(turns):

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from qlora import Recipe, evaluate, export, train
+from tests.conftest import some_slow
 from tests.runs.test_checkpoints import stopped_and_resumed
 
 RECORD = Path(__file__).parent / "golden" / "trajectories.json"
@@ -112,11 +113,11 @@ def check(name, found):
     assert found["tokens"] == expected["tokens"]
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", some_slow(CASES, but=("llama", "adalora", "dora")))
 def test_a_recorded_trajectory_is_the_same_to_the_bit(name, recipe_of, tmp_path, one_thread):
     check(name, trajectory(train(recipe_of(name)), tmp_path / "out"))
 
 
-@pytest.mark.parametrize("name", ["llama", "adalora"])
+@pytest.mark.parametrize("name", some_slow(["llama", "adalora"], ["llama"]))
 def test_a_resumed_run_has_the_recorded_trajectory_too(name, recipe_of, tmp_path, one_thread, monkeypatch):
     check(name, trajectory(stopped_and_resumed(monkeypatch, recipe_of(name), 2), tmp_path / "out"))

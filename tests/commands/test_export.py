@@ -19,7 +19,7 @@ from qlora.commands.train import train
 from qlora.exporter import merge
 from qlora.recipe import Lora, Model, Quantization, Recipe
 from qlora.system.errors import InputError, ProofFailed
-from tests.conftest import CONVERSATIONS, MIXTURES, messages, write_jsonl
+from tests.conftest import CONVERSATIONS, MIXTURES, messages, some_slow, write_jsonl
 
 pytestmark = pytest.mark.usefixtures("unplanned")
 
@@ -298,7 +298,7 @@ def test_both_ways_of_proving_give_the_same_numbers(run, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:The following .*_pattern keys")  # PEFT's own, for experts
-@pytest.mark.parametrize("family", MIXTURES)
+@pytest.mark.parametrize("family", some_slow(MIXTURES, but=["mixtral"]))
 def test_a_mixture_exports_with_its_experts_as_the_files_have_them(make_recipe, tiny_model, tmp_path, family):
     recipe = make_recipe(family, training=OLD_ENOUGH)
     report = export(train(recipe).path, tmp_path / "out", dtype="bfloat16")

@@ -87,6 +87,7 @@ def test_a_run_has_what_it_needs_and_no_tokenizer(trained):
     assert not any("classifier" in name or "patch" in name for name in recorded)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
@@ -108,6 +109,7 @@ def test_other_models_and_methods(models, where, tmp_path, name, changes):  # no
     assert len(in_the_pipeline(tmp_path / "out", where / "eval" / "red" / "16.png")) == 3
 
 
+@pytest.mark.usefixtures("unplanned")
 def test_a_classifier_of_the_same_classes_goes_on_and_one_of_others_begins_anew(trained, where, tmp_path):  # noqa: F811
     _, out, _ = trained
     training = {"max_steps": 1, "learning_rate": 1e-6}
@@ -118,16 +120,18 @@ def test_a_classifier_of_the_same_classes_goes_on_and_one_of_others_begins_anew(
     assert evaluate(anew.path)["before"]["metrics"]["accuracy"]["value"] < 0.9
 
 
+@pytest.mark.usefixtures("unplanned")
 def test_a_run_that_goes_on_is_the_same_to_the_bit(models, where, tmp_path):  # noqa: F811
     lora = {"lora": {"lora_dropout": 0.1}}  # and Swin drops paths at random
-    whole = train(recipe_of(models["swin"], where, tmp_path / "whole", training={"max_steps": 6}, **lora))
-    half = train(recipe_of(models["swin"], where, tmp_path / "half", training={"max_steps": 3}, **lora))
-    on = train(recipe_of(models["swin"], where, half.path, training={"max_steps": 6}, **lora), resume=True)
+    whole = train(recipe_of(models["swin"], where, tmp_path / "whole", training={"max_steps": 3}, **lora))
+    half = train(recipe_of(models["swin"], where, tmp_path / "half", training={"max_steps": 2}, **lora))
+    on = train(recipe_of(models["swin"], where, half.path, training={"max_steps": 3}, **lora), resume=True)
     one, other = (load_file(run.adapter / "adapter_model.safetensors") for run in (whole, on))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 
+@pytest.mark.usefixtures("unplanned")
 def test_an_image_that_changed_is_no_longer_the_same_run(models, where, tmp_path):  # noqa: F811
     shutil.copytree(where, tmp_path / "own")
     recipe = recipe_of(models["vit"], tmp_path / "own", tmp_path / "run", training={"max_steps": 1})
@@ -225,6 +229,7 @@ def test_a_model_of_words_is_refused_for_images(where, tmp_path, tiny_model):  #
         inspect_data(recipe_of(tiny_model("llama"), where, tmp_path / "run"))
 
 
+@pytest.mark.usefixtures("unplanned")
 def test_the_second_head_of_deit_is_left_in_the_files(where, tmp_path):  # noqa: F811
     folder = model_folder(tmp_path, "deit", "ForImageClassificationWithTeacher")
     run = train(recipe_of(folder, where, tmp_path / "run", training={"max_steps": 2}))

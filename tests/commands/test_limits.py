@@ -7,7 +7,7 @@ import pytest
 
 from qlora import chat, evaluate, export, train
 from qlora.system.errors import InputError
-from tests.conftest import messages, write_jsonl
+from tests.conftest import messages, some_slow, write_jsonl
 
 LONG = {"messages": messages([("user", "x " * 600), ("assistant", "x")])}
 SHORT = {"messages": messages([("user", "Hi"), ("assistant", "Ho")])}
@@ -48,6 +48,7 @@ def test_rows_beyond_the_positions_are_refused_by_eval(tiny_model, tmp_path, fam
         evaluate(tiny_model(family), rows)
 
 
+@pytest.mark.slow
 def test_a_model_without_positions_takes_any_row(tiny_model, tmp_path):
     rows = write_jsonl(tmp_path / "test.jsonl", [SHORT, LONG])
     assert evaluate(tiny_model("bloom"), rows)["rows"] == 2
@@ -62,7 +63,7 @@ def test_answers_to_rows_that_just_fit_are_counted(with_positions, tmp_path):
     assert evaluate(model, rows)["rows"] == 2
 
 
-@pytest.mark.parametrize("method", ["prompt_tuning", "prefix_tuning"])
+@pytest.mark.parametrize("method", some_slow(["prompt_tuning", "prefix_tuning"], ["prompt_tuning"]))
 def test_virtual_tokens_take_positions_from_rows_prompts_and_answers(make_recipe, tmp_path, unplanned, capsys, method):
     near = {"messages": messages([("user", "x " * 220), ("assistant", "x")])}  # fits 512 positions, but not 412
     rows, section = write_jsonl(tmp_path / "near.jsonl", [SHORT, near]), {method: {"num_virtual_tokens": 100}}
@@ -78,7 +79,7 @@ def test_virtual_tokens_take_positions_from_rows_prompts_and_answers(make_recipe
     assert "answer cut off: all 512 positions of the model are used" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", some_slow(["gpt2", "llama"], ["llama"]))
 def test_proof_rows_beyond_the_positions_are_refused_by_export(make_recipe, tmp_path, family):
     run = train(make_recipe(family, data={"max_length": 4096}))
     rows = write_jsonl(tmp_path / "proof.jsonl", [SHORT, LONG])

@@ -31,7 +31,7 @@ WHOLE_WAY = {
 }
 
 
-@pytest.mark.parametrize("case", WHOLE_WAY)
+@pytest.mark.parametrize("case", some_slow(WHOLE_WAY, but=("ia3", "full")))
 def test_it_trains_scores_and_exports_proven(make_recipe, tmp_path, case):
     family, sections = WHOLE_WAY[case]
     recipe = make_recipe(family, **sections, training={"max_steps": 4, "learning_rate": 3e-2})
@@ -49,7 +49,7 @@ def test_it_trains_scores_and_exports_proven(make_recipe, tmp_path, case):
     assert planned["components"]["adapter"] > 0
 
 
-@pytest.mark.parametrize("case", ["full", "full of a tied model", "full of some modules"])
+@pytest.mark.parametrize("case", some_slow(["full", "full of a tied model", "full of some modules"], but=["full"]))
 def test_trained_weights_are_proven_layer_by_layer_as_they_are_whole(make_recipe, tmp_path, unplanned, case):
     family, sections = WHOLE_WAY[case]
     run = train(make_recipe(family, **sections, training={"max_steps": 2, "learning_rate": 3e-2}))
@@ -74,10 +74,7 @@ UNMERGEABLE = {
 }
 
 
-JOINING = ("prefix tuning of experts", "prompt tuning of experts", "prompt tuning of GPT-2")
-
-
-@pytest.mark.parametrize("case", some_slow(UNMERGEABLE, JOINING))
+@pytest.mark.parametrize("case", some_slow(UNMERGEABLE, but=("pfeiffer", "prefix tuning")))
 def test_what_cannot_be_merged_trains_scores_answers_and_says_what_to_do_instead(make_recipe, tmp_path, case):
     family, sections = UNMERGEABLE[case]
     run = train(make_recipe(family, **sections, training={"max_steps": 4, "learning_rate": 3e-2}))
@@ -104,6 +101,7 @@ def test_what_cannot_be_merged_trains_scores_answers_and_says_what_to_do_instead
     assert isinstance(chat(run.path, "What is 1 plus 1?", max_new_tokens=4), str)
 
 
+@pytest.mark.slow
 def test_the_recipe_for_gpt2_goes_the_whole_way_on_a_small_one(tiny_model, tmp_path):
     reviews = tmp_path / "imdb.csv"
     with reviews.open("w", newline="") as file:

@@ -11,6 +11,8 @@ import pytest
 from qlora import InputError, Recipe, RunDir, evaluate, export, train
 from qlora.runs import record
 
+pytestmark = pytest.mark.usefixtures("unplanned")
+
 
 @pytest.fixture
 def project(make_recipe, tmp_path, monkeypatch):
@@ -55,6 +57,7 @@ def test_a_copy_goes_on_and_the_original_stays(project):
     assert RunDir(copy).recipe().output_dir == "copy"
 
 
+@pytest.mark.slow
 def test_a_recipe_in_its_own_folder_is_named_without_a_folder(project, monkeypatch):
     monkeypatch.chdir(project / "runs/x")
     assert evaluate(".")["rows"] == 6

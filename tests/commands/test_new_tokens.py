@@ -18,7 +18,7 @@ from qlora.data import chat as chat_format
 from qlora.jobs.prepared_data import prepare
 from qlora.recipe import Recipe
 from qlora.system.errors import InputError
-from tests.conftest import messages, write_jsonl
+from tests.conftest import messages, some_slow, write_jsonl
 
 KEPT = "<|im_start|>"  # in the vocabulary already
 NEW = ["<call>", KEPT, "</call>"]
@@ -67,10 +67,10 @@ def logits(model, ids):
         return model(input_ids=ids).logits.float()
 
 
-@pytest.mark.parametrize(
-    ("family", "spare"),
-    [("llama", False), ("llama", True), ("llama-tied", False), ("qwen2", True), ("gpt2", False), ("gemma2", False)],
-)
+BASES = [("llama", False), ("llama", True), ("llama-tied", False), ("qwen2", True), ("gpt2", False), ("gemma2", False)]
+
+
+@pytest.mark.parametrize(("family", "spare"), some_slow(BASES, but=[("llama", False), ("qwen2", True)]))
 @pytest.mark.usefixtures("unplanned")
 def test_the_exported_rows_are_the_trained_ones_and_all_others_the_bases(recipe_of, tmp_path, family, spare):
     recipe = recipe_of(family, spare)
@@ -180,6 +180,7 @@ def test_what_only_chatml_writes_is_ordinary_where_another_template_is_used(make
     assert prepared.tokenizer.decode([257, 258], skip_special_tokens=True).replace(" ", "") == "<tool_call></tool_call>"
 
 
+@pytest.mark.slow
 def test_without_quantization_and_with_checkpoints_and_packing_rows_are_trained_too(recipe_of, tmp_path):
     recipe = recipe_of("qwen2", False, data={"packing": True}, memory={"gradient_checkpointing": True})
     run = train(Recipe.from_dict({**recipe.model_dump(), "quantization": None}))

@@ -28,7 +28,7 @@ def logits(model, ids):
         return model(input_ids=ids).logits.float()
 
 
-@pytest.mark.parametrize("family", some_slow(FAMILIES, ("mistral", "gemma", "phi")))
+@pytest.mark.parametrize("family", some_slow(FAMILIES, but=("llama", "gpt2")))
 def test_exported_is_trained_and_not_base(trained_once, tmp_path, family):
     run = trained_once(family)
     recipe = run.recipe()
@@ -94,6 +94,7 @@ def test_without_quantization_the_same_code_trains_and_exports(make_recipe, tmp_
     assert {module["quantization_error"] for module in report["modules"]} == {0.0}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unplanned")
 def test_rslora_and_named_modules_export_proven(make_recipe, tmp_path):
     run = train(make_recipe(lora={"use_rslora": True, "target_modules": ["q_proj", "down_proj"]}))
@@ -157,11 +158,11 @@ def test_a_changed_base_is_refused_by_every_verb(trained_once, tmp_path, tiny_mo
             verb()
 
 
-def test_the_run_folder_holds_what_the_contract_says(make_recipe):
-    recipe = make_recipe()
-    run = train(recipe)
-    chosen = Recipe.from_dict(recipe.model_dump(), ["quantization.compute_dtype=bfloat16"])  # what auto is here
-    assert RunDir.open(run.path).recipe() == chosen
+def test_the_run_folder_holds_what_the_contract_says(make_recipe, trained_once):
+    run = trained_once()
+    here = [f"output_dir={run.path}", f"data.train={run.path.parent}/train.jsonl"]
+    chosen = [*here, "quantization.compute_dtype=bfloat16"]  # what auto is here
+    assert RunDir.open(run.path).recipe() == Recipe.from_dict(make_recipe().model_dump(), chosen)
     environment = run.environment()
     assert environment["versions"]["bitsandbytes"]
     assert environment["base_model"]["sha256"].keys() == {"config.json", "model.safetensors"}
@@ -184,9 +185,9 @@ def test_the_same_recipe_gives_the_same_adapter_byte_for_byte(make_recipe, tmp_p
     assert other.read_bytes() != files[0].read_bytes()
 
 
-def test_a_run_that_cannot_be_planned_is_the_run_that_was(make_recipe, tmp_path, request):
+def test_a_run_that_cannot_be_planned_is_the_run_that_was(trained_once, make_recipe, tmp_path, request):
     """So that tests about something else need no plan."""
-    planned = train(make_recipe(output_dir=str(tmp_path / "planned")))
+    planned = trained_once()
     request.getfixturevalue("unplanned")
     run = train(make_recipe(output_dir=str(tmp_path / "unplanned")))
     predicted = [json.loads(one.memory_file.read_text())["predicted_bytes"] for one in (planned, run)]
@@ -286,7 +287,7 @@ def test_what_does_not_fit_is_refused_before_a_weight_is_read(make_recipe, monke
 
 
 @pytest.mark.parametrize(
-    ("family", "planned"), [("bloom", True), pytest.param("stablelm", True, marks=pytest.mark.slow), ("lfm2", False)]
+    ("family", "planned"), some_slow([("bloom", True), ("stablelm", True), ("lfm2", False)], but=[("lfm2", False)])
 )
 def test_architectures_that_allow_less_train_all_the_same(make_recipe, tmp_path, capsys, family, planned):
     losses = {}
@@ -312,10 +313,10 @@ def test_architectures_that_allow_less_train_all_the_same(make_recipe, tmp_path,
 
 
 # gemma2 caps its logits: padded rows, torch's own attention, no packing
-@pytest.mark.parametrize(
-    ("family", "packing"),
-    [(f, p) for f in ("llama", "qwen2", "gemma2", "gpt2") for p in (False, True) if not (f == "gemma2" and p)],
-)
+RUNS = [(f, p) for f in ("llama", "qwen2", "gemma2", "gpt2") for p in (False, True) if not (f == "gemma2" and p)]
+
+
+@pytest.mark.parametrize(("family", "packing"), some_slow(RUNS, but=[("llama", False), ("gemma2", False)]))
 def test_kernels_change_no_loss_of_a_run(make_recipe, tmp_path, capsys, unplanned, family, packing):
     losses, said = {}, {}
     for setting in ("auto", "off"):

@@ -53,7 +53,7 @@ LEARN_FAST = ("distilbert", "llama", "qwen2")  # of random numbers, in some step
 TEXTS = [ROWS[0]["text"], "film number 9 is awful and 无聊 , a poor thing", "fine"]
 
 
-@pytest.mark.parametrize("family", some_slow(FAMILIES, ("roberta", "llama")))
+@pytest.mark.parametrize("family", some_slow(FAMILIES, but=("bert", "qwen2")))
 def test_it_trains_scores_and_exports_a_folder_that_a_pipeline_opens(classify_recipe, tmp_path, family):
     recipe = classify_recipe(family, training={"max_steps": 24})
     run = train(recipe)
@@ -111,7 +111,7 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("case", METHODS)
+@pytest.mark.parametrize("case", some_slow(METHODS, but=("adalora", "dora", "full")))
 def test_the_head_is_trained_whole_with_every_method_and_proven(classify_recipe, tmp_path, case):
     recipe = classify_recipe("bert", **METHODS[case])
     run = train(recipe)
@@ -127,6 +127,7 @@ def test_the_head_is_trained_whole_with_every_method_and_proven(classify_recipe,
         assert (exported.state_dict()[name] - start[name].float()).abs().max() > 1e-3, name
 
 
+@pytest.mark.slow
 def test_bottleneck_adapters_are_exported_with_the_head_and_without_the_base(classify_recipe, tmp_path):
     recipe = classify_recipe(
         "distilbert", bottleneck={"size": 8, "where": "houlsby"}, training={"max_steps": 24, "learning_rate": 1e-2}
@@ -174,7 +175,7 @@ def test_stopped_and_resumed_it_is_the_run_that_was_not(classify_recipe, tmp_pat
     assert any("classifier" in name for name in one)
 
 
-@pytest.mark.parametrize("weights", [None, {"pos": 9.0}])
+@pytest.mark.parametrize("weights", [pytest.param(None, marks=pytest.mark.slow), {"pos": 9.0}])
 def test_the_loss_of_a_step_is_the_weighted_mean_of_its_rows_however_they_are_split(classify_recipe, tmp_path, weights):
     plain = {
         "quantization": None,

@@ -1,6 +1,7 @@
 """The tokens of a training row are those that chat makes of the prompt, and then the answer's own."""
 
 import copy
+import functools
 from pathlib import Path
 
 import pytest
@@ -18,11 +19,16 @@ SMOLLM2 = Path("~/.cache/qlora/SmolLM2-135M-Instruct").expanduser()
 BEGINNINGS = ["", "\n", "\n\n", "\n\n\n", " ", "  ", "    ", "\t", "\t\n", " \n ", "\r\n", "\u00a0", "5", "é", "…", "<"]
 
 
+@functools.cache
+def smollm2():
+    return base_model.load_tokenizer(SMOLLM2, Model(name_or_path=str(SMOLLM2)))
+
+
 def tokenizers():
     yield from ((f"trl {name}", lambda name=name: tokenizer_of(name)) for name in templates())
     yield from ((family.name, family.tokenizer) for family in FAMILIES)
     if SMOLLM2.is_dir():
-        yield "SmolLM2", lambda: base_model.load_tokenizer(SMOLLM2, Model(name_or_path=str(SMOLLM2)))
+        yield "SmolLM2", smollm2
 
 
 def spans(example):
@@ -54,7 +60,7 @@ def test_before_each_answer_stand_the_tokens_that_chat_makes_of_the_prompt(make)
 @pytest.mark.parametrize("begins", BEGINNINGS)
 def test_an_answer_keeps_its_own_white_space(begins):
     """SmolLM2's template writes the words as they are."""
-    tokenizer = base_model.load_tokenizer(SMOLLM2, Model(name_or_path=str(SMOLLM2)))
+    tokenizer = smollm2()
     (example,) = encode(tokenizer, Conversation([_turn("user", "Hi"), _turn("assistant", f"{begins}One.")]))
     [(first, last)] = spans(example)
     assert tokenizer.decode(example.input_ids[first:last]) == f"{begins}One."

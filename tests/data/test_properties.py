@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.conftest import some_slow
 from tests.data import oracle
 from tests.data.families import BY_NAME
 from tests.data.test_templates import as_messages, as_sharegpt, check, encode, tokenizer_of
@@ -41,6 +42,7 @@ message = st.one_of(
     ),
     st.fixed_dictionaries({"from": roles, "value": st.one_of(any_text, junk)}, optional={"weight": junk}),
 )
+
 messages = st.one_of(st.lists(message, max_size=4), junk)
 FIELDS = {
     "messages": messages,
@@ -107,7 +109,7 @@ def conversations(draw, system):
     return turns
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", some_slow(NAMES, but=("qwen2.5", "gemma-3")))
 @SMALL
 @given(data=st.data())
 def test_only_the_answers_and_their_end_tokens_are_trained(name, data):
@@ -118,7 +120,7 @@ def test_only_the_answers_and_their_end_tokens_are_trained(name, data):
     check(family, encode(family, make(turns), train_on), oracle.expected_rows(name, turns, train_on))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", some_slow(NAMES, but=("llama-3.1", "mistral-style")))
 @SMALL
 @given(data=st.data())
 def test_a_control_token_that_a_user_writes_is_not_the_control_token(name, data):
@@ -135,7 +137,7 @@ def test_a_control_token_that_a_user_writes_is_not_the_control_token(name, data)
     assert num_control(turns) == num_control(plain)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", some_slow(NAMES, but=("smollm2",)))
 @SMALL
 @given(question=asked, more=asked, words=answer)
 def test_an_alpaca_row_trains_its_output(name, question, more, words):

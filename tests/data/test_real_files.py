@@ -30,7 +30,7 @@ pytestmark = pytest.mark.skipif(not FILES.is_dir(), reason=f"no copies of public
     ("name", "rows", "shape", "settings"),
     [
         pytest.param("alpaca_en_6k.json", 6000, "alpaca", {}, marks=pytest.mark.slow),
-        ("alpaca_zh_1k.json", 1000, "alpaca", {}),
+        pytest.param("alpaca_zh_1k.json", 1000, "alpaca", {}, marks=pytest.mark.slow),
         ("c4_raw.jsonl", 200, "text", {}),
         pytest.param(
             "e2e_cleaned.csv",
@@ -47,16 +47,22 @@ pytestmark = pytest.mark.skipif(not FILES.is_dir(), reason=f"no copies of public
             {"columns": {"prompt": "question", "completion": "answer"}},
             marks=pytest.mark.slow,
         ),
-        ("mmlu_dev_fewshot.jsonl", 285, "completion", {"columns": MMLU}),
-        ("mmlu_val.jsonl", 1531, "completion", {"columns": {"prompt": "input", "completion": "output"}}),
-        ("oasst1_messages.jsonl", 723, "messages", {}),
+        pytest.param("mmlu_dev_fewshot.jsonl", 285, "completion", {"columns": MMLU}, marks=pytest.mark.slow),
+        pytest.param(
+            "mmlu_val.jsonl",
+            1531,
+            "completion",
+            {"columns": {"prompt": "input", "completion": "output"}},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("oasst1_messages.jsonl", 723, "messages", {}, marks=pytest.mark.slow),
         ("oasst_zh_history.json", 519, "alpaca", {}),
         pytest.param("sgd_tool_dialogues.jsonl", 300, "messages", TOOLS, marks=pytest.mark.slow),
         ("snips_json_dev.jsonl", 700, "messages", {}),
         pytest.param("snips_json_train.jsonl", 12806, "messages", {}, marks=pytest.mark.slow),  # as the rows of dev
         ("sst2_dev.csv", 872, "completion", SST2),
         pytest.param("sst2_train.csv", 6917, "completion", SST2, marks=pytest.mark.slow),  # likewise
-        ("tiny_shakespeare.txt", 1, "text", {}),
+        pytest.param("tiny_shakespeare.txt", 1, "text", {}, marks=pytest.mark.slow),
     ],
 )
 def test_every_row_is_read_and_every_answer_is_trained_to_its_end(name, rows, shape, settings):

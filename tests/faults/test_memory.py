@@ -68,7 +68,11 @@ MIB = 1 << 20
 @pytest.mark.parametrize(
     ("limits", "where"),
     [
-        (f"before(supervised.Trainer, 'rehearse', 0, {32 * MIB})", r"in the rehearsal, before the first step: "),
+        pytest.param(
+            f"before(supervised.Trainer, 'rehearse', 0, {32 * MIB})",
+            r"in the rehearsal, before the first step: ",
+            marks=pytest.mark.slow,
+        ),
         (f"before(supervised.Trainer, 'training_step', 1, {-64 * MIB})", r"in step [23], micro-batch \d+: "),
     ],
 )

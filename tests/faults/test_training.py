@@ -67,7 +67,7 @@ def assert_killed_at_files(result):
 
 
 def test_killed_at_random_moments_and_resumed_the_bits_are_the_same(longer):
-    assert_killed_at_random(killed(longer, "at-random", 4, 1), 4)
+    assert_killed_at_random(killed(longer, "at-random", 2, 1), 2)
 
 
 @pytest.mark.slow

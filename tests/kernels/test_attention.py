@@ -18,7 +18,7 @@ from qlora.kernels.attention import refuse_unsupported, within_documents
 from qlora.recipe import Lora
 from qlora.system.errors import InputError
 from qlora.training.objectives.supervised import join_rows
-from tests.conftest import CONVERSATIONS, FAMILIES, encode, messages
+from tests.conftest import CONVERSATIONS, FAMILIES, encode, messages, some_slow
 
 PACKABLE = [family for family in FAMILIES if family != "gemma2"]
 TURNS = [*CONVERSATIONS[:4], [("user", "Count, please."), ("assistant", "1 2 3 4 5 6 7 8 9")]]
@@ -44,8 +44,12 @@ def gradients(model):
     return found
 
 
+PACKED = [*((family, False) for family in PACKABLE), ("llama", True), ("gpt2", True)]
+
+
 @pytest.mark.parametrize(
-    ("family", "in_one_call"), [*((family, False) for family in PACKABLE), ("llama", True), ("gpt2", True)]
+    ("family", "in_one_call"),
+    some_slow(PACKED, but=[("llama", False), ("gpt2", False), ("phi3", False), ("gpt2", True)]),
 )
 def test_packed_loss_and_gradients_are_those_of_the_rows_alone(load_model, tokenizer, monkeypatch, family, in_one_call):
     model, examples, batch, _ = prepare(load_model, tokenizer, family)
@@ -225,7 +229,7 @@ def test_a_cpu_has_no_capability():
 # ---- what is kept apart ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", PACKABLE)
+@pytest.mark.parametrize("family", some_slow(PACKABLE, but=("llama", "gpt2", "phi3")))
 def test_a_document_does_not_see_its_neighbours(load_model, tokenizer, family):
     model, _, batch, rows = prepare(load_model, tokenizer, family)
     first = rows[0].segments[0]
@@ -280,7 +284,8 @@ class LinearAttention:
         return self
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", some_slow(["llama", "gpt2"], ["gpt2"]))
+@pytest.mark.usefixtures("unplanned")
 def test_a_packed_run_trains_on_every_token_once_and_evaluates_as_an_unpacked_one(make_recipe, tmp_path, family):
     found = {}
     for packing in (True, False):

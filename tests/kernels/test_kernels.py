@@ -17,6 +17,7 @@ from qlora.recipe import Adalora, Lora, Quantization
 from qlora.system import memory
 from qlora.terminal import shown
 from qlora.terminal.training import say_kernels
+from tests.conftest import some_slow
 
 # kinds installed in each family; "all" is what a training installs
 EXPECTED = {
@@ -66,8 +67,13 @@ def gradients(model, setting="off", kinds=None, monkeypatch=None):
     return value.item(), torch.cat([gradient.flatten().float() for gradient in found_gradients]), found
 
 
-@pytest.mark.parametrize("kind", ["lora", "rmsnorm", "swiglu", "all"])
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma", "gpt2", "qwen3", "phi3", "phi"])
+ALL = [(family, "all") for family in ("llama", "qwen2", "gemma", "gpt2", "qwen3", "phi3", "phi")]
+EACH = [(family, kind) for kind in ("lora", "rmsnorm", "swiglu") for family, _ in ALL]
+
+
+@pytest.mark.parametrize(
+    ("family", "kind"), some_slow(ALL + EACH, but=[("llama", "all"), ("gemma", "all"), ("gpt2", "all")])
+)
 def test_gradients_are_those_of_the_plain_modules(load, monkeypatch, family, kind):
     kinds = {name: source for name, source in kernels._KINDS.items() if kind in (name, "all")}
     for dtype in ("float32", "bfloat16", "float16"):
@@ -85,7 +91,7 @@ def test_gradients_are_those_of_the_plain_modules(load, monkeypatch, family, kin
             assert F.cosine_similarity(fast, plain, dim=0) > 0.999
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma", "gpt2"])
+@pytest.mark.parametrize("family", some_slow(["llama", "qwen2", "gemma", "gpt2"], but=["llama"]))
 def test_ten_steps_have_the_losses_of_the_plain_modules(load, family):
     losses = {}
     for setting in ("off", "auto"):
@@ -380,7 +386,7 @@ def test_tiles_are_even_and_cover_all_tokens(num_tokens):
     assert max(sizes) - min(sizes) <= 1
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma", "gpt2"])
+@pytest.mark.parametrize("family", some_slow(["llama", "qwen2", "gemma", "gpt2"], but=["llama"]))
 def test_however_many_layers_are_checkpointed_the_numbers_are_the_same_to_the_bit(load, family):
     results = []
     for number in (0, 1, 2):

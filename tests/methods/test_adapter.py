@@ -7,6 +7,7 @@ import torch
 
 from qlora import methods
 from qlora.system.errors import InputError
+from tests.conftest import some_slow
 from tests.methods.folders import IDS, KEY, ROWS, edit_config, edit_tensors
 from tests.methods.test_methods import logits
 
@@ -103,7 +104,7 @@ def test_rows_for_another_head_or_of_another_width_are_refused(saved, load_model
         read.refuse_mismatch(shapes, {}, {"model.embed_tokens": (512, 64), "lm_head": (512, 64)}, IDS)
 
 
-@pytest.mark.parametrize("family", ["llama", "llama-tied"])
+@pytest.mark.parametrize("family", some_slow(["llama", "llama-tied"], ["llama-tied"]))
 @pytest.mark.parametrize(
     "settings",
     [

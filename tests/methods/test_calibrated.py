@@ -74,8 +74,11 @@ def test_lora_ga_is_made_of_the_gradients_of_the_weights(load_model, family, mon
             torch.testing.assert_close((found @ singular.T).norm(dim=1), found.norm(dim=1), atol=1e-2, rtol=2e-2)
 
 
+MORE = [{"use_dora": True}, {"modules_to_save": ["lm_head"]}]
+
+
 @pytest.mark.parametrize("start", ["corda", "lora_ga"])
-@pytest.mark.parametrize("section", [{}, {"use_dora": True}, {"modules_to_save": ["lm_head"]}], ids=str)
+@pytest.mark.parametrize("section", [{}, *(pytest.param(one, marks=pytest.mark.slow) for one in MORE)], ids=str)
 def test_on_4_bits_it_starts_as_the_base_and_twice_the_same(load_model, tokenizer, start, section):
     examples = [encode(tokenizer, messages(turns)) for turns in CONVERSATIONS]
     section, ids = Lora(r=4, init_lora_weights=start, **section), torch.tensor([IDS])

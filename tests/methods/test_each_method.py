@@ -9,6 +9,7 @@ from qlora import base_model, methods
 from qlora.evaluation.generate import answers
 from qlora.recipe import Bottleneck, Hira, Ia3, Oft, PrefixTuning, PromptTuning
 from qlora.system.errors import InputError
+from tests.conftest import some_slow
 
 IDS = torch.arange(4, 60)[None]
 # section -> PEFT's own config of the same; how far a random number is from where it starts
@@ -21,9 +22,10 @@ PEFT = {
     Hira(r=4): HiraConfig(task_type="CAUSAL_LM", target_modules="all-linear", r=4),
 }
 each_section = pytest.mark.parametrize("section", PEFT, ids=lambda section: section.key)
+CASES = [(family, section) for family in ("llama", "gpt2", "qwen2") for section in PEFT]
 each_case = pytest.mark.parametrize(
     ("family", "section"),
-    [(family, section) for family in ("llama", "gpt2", "qwen2") for section in PEFT],
+    some_slow(CASES, [case for case in CASES if case[0] == "qwen2"]),
     ids=lambda one: one if isinstance(one, str) else one.key,
 )
 

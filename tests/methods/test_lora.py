@@ -9,6 +9,7 @@ from qlora import base_model, methods
 from qlora.commands.train import train
 from qlora.recipe import Adalora, Lora
 from qlora.system.errors import InputError
+from tests.conftest import some_slow
 from tests.methods.test_methods import layers
 
 
@@ -110,7 +111,7 @@ def test_b_learns_so_many_times_faster_than_a(make_recipe, tmp_path, unplanned):
     assert torch.equal(steps[None][name.format("A")], steps[8][name.format("A")])
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
+@pytest.mark.parametrize("family", some_slow(["llama", "qwen2", "gpt2"], ["qwen2", "gpt2"]))
 def test_the_norms_of_a_loaded_dora_are_computed_once_to_the_same_bits(saved, load_model, monkeypatch, family):
     _, folder = saved(family, Lora(r=4, use_dora=True))
     loaded = methods.load(load_model(family), folder)

@@ -52,7 +52,9 @@ def parameters(several, name):
     return [weakref.ref(p) for p in several.choose(name).parameters() if p.data_ptr() not in base]
 
 
-@pytest.mark.parametrize(("family", "sections"), [("llama-tied", KINDS), ("gpt2", GPT2)])
+@pytest.mark.parametrize(
+    ("family", "sections"), [("llama-tied", KINDS), pytest.param("gpt2", GPT2, marks=pytest.mark.slow)]
+)
 def test_each_computes_what_it_computes_alone_and_is_gone_when_it_is_unloaded(
     load_model, alone, tmp_path, family, sections
 ):

@@ -67,7 +67,11 @@ def peaks(folder, section, quantization, steps):
 
 @pytest.mark.parametrize(
     ("name", "section", "quantization"),
-    [("vit", Lora(), Quantization()), ("swin", Lora(), Quantization()), ("vit", Full(), None)],
+    [
+        ("vit", Lora(), Quantization()),
+        pytest.param("swin", Lora(), Quantization(), marks=pytest.mark.slow),
+        pytest.param("vit", Full(), None, marks=pytest.mark.slow),
+    ],
     ids=["vit", "swin", "vit-full"],
 )
 def test_the_peak_is_that_of_real_steps(tmp_path, name, section, quantization):

@@ -31,6 +31,7 @@ from qlora.system.errors import InputError
 from qlora.training.master_weights import MasterWeights
 from qlora.training.objectives import supervised
 from tests.base_model.conftest import stored_bits_per_parameter
+from tests.conftest import some_slow
 
 _SHAPE = {
     "vocab_size": 512,
@@ -152,6 +153,7 @@ def test_the_peak_is_that_of_real_training_steps(load_shape, name, r, loads):
         assert found == pytest.approx(real.step(1, length, length // 2, checkpointed), rel=0.05)
 
 
+@pytest.mark.slow
 def test_with_kernels_off_the_peak_is_that_of_real_training_steps(load_shape):
     outline, real = outline_of(SHAPES["qwen2"](), kernels="off"), Measured(load_shape("qwen2", Lora()))
     for checkpointed, length in ((0, 384), (2, 1024), (4, 768)):
@@ -164,17 +166,17 @@ def test_with_kernels_off_the_peak_is_that_of_real_training_steps(load_shape):
     ("lora", "token_ids"),
     [
         pytest.param(Lora(lora_dropout=0.1), (), marks=pytest.mark.slow),
-        (Lora(use_dora=True), ()),
+        pytest.param(Lora(use_dora=True), (), marks=pytest.mark.slow),
         pytest.param(Lora(modules_to_save=["lm_head"]), (), marks=pytest.mark.slow),
-        (Lora(target_modules=["q_proj", "v_proj"]), ()),
+        pytest.param(Lora(target_modules=["q_proj", "v_proj"]), (), marks=pytest.mark.slow),
         (Lora(target_modules=["q_proj", "v_proj"], layers_to_transform=[2]), ()),
-        (Adalora(), ()),
+        pytest.param(Adalora(), (), marks=pytest.mark.slow),
         (Ia3(), ()),
-        (Oft(), ()),
+        pytest.param(Oft(), (), marks=pytest.mark.slow),
         pytest.param(Hira(), (), marks=pytest.mark.slow),
         (Bottleneck(where="houlsby"), ()),
         (PrefixTuning(num_virtual_tokens=64), ()),
-        (PromptTuning(num_virtual_tokens=64), ()),
+        pytest.param(PromptTuning(num_virtual_tokens=64), (), marks=pytest.mark.slow),
         (Lora(), range(4)),
     ],
     ids=[
@@ -202,7 +204,12 @@ def test_the_peak_of_other_kinds_of_adapters_is_that_of_real_steps(load_shape, l
 
 
 @pytest.mark.parametrize(
-    ("name", "section"), [("llama", Full()), ("qwen2", Full()), ("qwen2", Full(modules=["layers.3", "norm"]))]
+    ("name", "section"),
+    [
+        ("llama", Full()),
+        pytest.param("qwen2", Full(), marks=pytest.mark.slow),
+        pytest.param("qwen2", Full(modules=["layers.3", "norm"]), marks=pytest.mark.slow),
+    ],
 )
 def test_the_peak_of_trained_weights_is_that_of_real_steps(load_shape, name, section):
     outline = outline_of(SHAPES[name](), section, quantization=None)
@@ -223,8 +230,8 @@ def test_the_peak_of_several_rows_is_that_of_real_steps(load_shape):
         ("qwen2", Lora(), 0.02),
         pytest.param("llama", Lora(), 0.02, marks=pytest.mark.slow),
         pytest.param("gemma", Lora(), 0.02, marks=pytest.mark.slow),
-        ("qwen2", PromptTuning(num_virtual_tokens=64), 0.02),
-        ("qwen2", PrefixTuning(num_virtual_tokens=64), 0.05),
+        pytest.param("qwen2", PromptTuning(num_virtual_tokens=64), 0.02, marks=pytest.mark.slow),
+        pytest.param("qwen2", PrefixTuning(num_virtual_tokens=64), 0.05, marks=pytest.mark.slow),
         pytest.param("llama", PrefixTuning(num_virtual_tokens=64), 0.09, marks=pytest.mark.slow),
     ],
     ids=lambda value: getattr(value, "key", value),
@@ -357,6 +364,7 @@ def test_the_peak_grows_with_tokens_and_falls_with_checkpointed_layers(llama2_7b
         assert peaks[0] > 1.3 * peaks[-1]
 
 
+@pytest.mark.slow
 def test_an_outline_between_two_ranks_is_that_of_the_rank():
     config = SEVEN_B["Llama-2-7B"][0]
     low, high, wanted = (outline_of(config, Lora(r=r), "cuda") for r in (16, 32, 64))
@@ -411,6 +419,7 @@ def test_a_large_vocabulary_is_not_quantized_while_it_is_loaded():
     assert outline_of(SHAPES["llama"]()).read_bytes == 16 * layer
 
 
+@pytest.mark.slow
 def test_new_tokens_cost_their_rows_and_no_table():
     config = SEVEN_B["Llama-3-8B"][0]
     plain, rows = (outline_of(config, device_kind="cuda", num_new=number) for number in (0, 4))
@@ -556,7 +565,7 @@ def test_the_planner_cuts_the_vocabulary_as_trl_does():
     assert loss.TRLS_BUFFER == (trace.TOKEN_CHUNK_SIZE, stand_ins.VOCAB_CHUNK_SIZE)
 
 
-@pytest.mark.parametrize("name", ["Llama-2-7B", "Llama-3-8B"])
+@pytest.mark.parametrize("name", some_slow(["Llama-2-7B", "Llama-3-8B"], ["Llama-2-7B"]))
 def test_our_loss_on_a_gpu_takes_no_more_memory_than_trls(monkeypatch, name):
     config = SEVEN_B[name][0]
     ours = outline_of(config, device_kind="cuda")

@@ -37,9 +37,9 @@ SHAPES = {
     [
         ("modernbert", Lora(r=16)),
         pytest.param("bert", Lora(r=16), marks=pytest.mark.slow),
-        ("llama", Lora(r=16)),
-        ("bert", Bottleneck(where="houlsby")),
-        ("bert", Full()),
+        pytest.param("llama", Lora(r=16), marks=pytest.mark.slow),
+        pytest.param("bert", Bottleneck(where="houlsby"), marks=pytest.mark.slow),
+        pytest.param("bert", Full(), marks=pytest.mark.slow),
     ],
     ids=lambda one: one if isinstance(one, str) else one.key,
 )

@@ -23,7 +23,7 @@ from qlora.runs.folder import RunDir
 from qlora.system.errors import DoesNotFit, InputError, Interrupted, TrainingFailed
 from qlora.training.master_weights import MasterWeights
 from qlora.training.objectives.supervised import Trainer
-from tests.conftest import messages, no_plan, write_jsonl
+from tests.conftest import messages, no_plan, some_slow, write_jsonl
 
 pytestmark = pytest.mark.usefixtures("unplanned")
 
@@ -125,6 +125,7 @@ CASES = {
     "rows of like length, evaluations": ({"group_by_length": True, **LOGS}, (5,)),
     "AdaLoRA": ({"adalora": ADALORA}, (1, 2)),  # before ranks shrink, and while
 }  # fmt: skip
+IN_CI = ("8 bit, dropout", "packing, NEFTune, weights")
 MORE = {
     "torch, tokens in a micro-batch": ({"optim": "adamw_torch", "tokens_per_micro_batch": 128,
                                         "per_device_train_batch_size": 1, "warmup_ratio": 0.5}, (3,)),
@@ -137,7 +138,7 @@ LONG = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", some_slow(CASES, but=IN_CI))
 def test_a_run_that_is_stopped_and_resumed_is_the_run_that_was_not(recipe_of, rows, monkeypatch, case):
     settings, steps = CASES[case]
     assert_resumed_equals_whole(recipe_of, rows, monkeypatch, settings | {"max_steps": 6}, steps)
@@ -163,7 +164,7 @@ def test_steps_that_are_not_taken_are_the_same_in_a_resumed_run(recipe_of, monke
     whole = train(recipe_of("whole", **settings))
     watched = trainers[-1].watch.state()
     (said,) = re.findall(r" loss (\d.*), held-out", capsys.readouterr().err)
-    resumed = stopped_and_resumed(monkeypatch, recipe_of("resumed", **settings), 2, 3, 6)
+    resumed = stopped_and_resumed(monkeypatch, recipe_of("resumed", **settings), 3)
     assert_same_run(whole, resumed)
     assert [record["step"] for record in computed(whole) if "not_taken" in record] == [3, 6]
     assert trainers[-1].watch.state() == watched
@@ -420,6 +421,7 @@ def test_only_plain_files_follow_the_umask_and_hold_no_pickle(kept):
 # ---- the same run, or not --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_from_before_joined_steps_goes_on_as_it_was_begun(recipe_of, monkeypatch, capsys):
     by_rows = recipe_of("run", max_steps=4, tokens_per_micro_batch=None)
     for _ in stop_at(monkeypatch, 2):
@@ -563,8 +565,12 @@ def test_without_resume_an_unfinished_run_is_refused_and_the_way_on_is_named(sto
         train(stopped)
 
 
+AN_EPOCH = {"max_steps": None, "num_train_epochs": 1.0, "lr_scheduler_type": "constant",
+            "per_device_train_batch_size": 9, "gradient_accumulation_steps": 1}  # fmt: skip
+
+
 def test_a_finished_run_says_so_and_can_be_made_longer(recipe_of, capsys):
-    recipe = recipe_of("run", max_steps=None, num_train_epochs=1.0, lr_scheduler_type="constant", save_steps=100)
+    recipe = recipe_of("run", **AN_EPOCH, save_steps=100)
     run = train(recipe)
     before = {path: path.stat().st_mtime_ns for path in run.path.rglob("*") if path.name != "lock"}
     first = weights(run)
@@ -580,9 +586,12 @@ def test_a_finished_run_says_so_and_can_be_made_longer(recipe_of, capsys):
     assert longer.recipe().training.num_train_epochs == 2
 
 
-@pytest.mark.parametrize("why", ["an optimizer that is not restored", "out of memory in the rehearsal", "in the way"])
+WHY = ["an optimizer that is not restored", "out of memory in the rehearsal", "in the way"]
+
+
+@pytest.mark.parametrize("why", some_slow(WHY, but=["in the way"]))
 def test_a_finished_run_that_cannot_go_on_is_left_as_it_was(recipe_of, monkeypatch, why):
-    recipe = recipe_of("run", max_steps=None, num_train_epochs=1.0, lr_scheduler_type="constant", save_steps=2)
+    recipe = recipe_of("run", **AN_EPOCH, save_steps=2)
     run = train(recipe)
     longer, allowed = changed(recipe, "training.num_train_epochs=2.0"), ()
     if why.startswith("an optimizer"):
@@ -635,7 +644,7 @@ def test_saves_every_so_many_steps_and_at_the_end_and_says_what_they_cost(recipe
 
 
 def test_no_saving_changes_a_number(recipe_of):
-    one, other = train(recipe_of("one", save_steps=1, max_steps=5)), train(recipe_of("other", max_steps=5))
+    one, other = train(recipe_of("one", save_steps=1, max_steps=3)), train(recipe_of("other", max_steps=3))
     assert not other.checkpoints.exists()
     assert_same_run(one, other)
 
@@ -680,5 +689,5 @@ def test_an_evaluation_that_is_left_is_made_up_for(recipe_of, monkeypatch):
 
     settings = {"eval_steps": 3, "max_steps": 6, "gradient_accumulation_steps": 1, "per_device_eval_batch_size": 1}
     whole, recipe = train(recipe_of("whole", **settings)), recipe_of("other", **settings)
-    # 4 rows each: in the evaluation after step 3; the one after step 6, when the other was made up for; the last, likewise
-    assert_same_run(whole, stopped_in_evaluations(monkeypatch, recipe, 1, 5, 5))
+    # 4 rows each: in the evaluation after step 3; the last, when the one after step 6 and the other were made up for
+    assert_same_run(whole, stopped_in_evaluations(monkeypatch, recipe, 1, 9))

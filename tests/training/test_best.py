@@ -138,6 +138,7 @@ def test_the_best_is_kept_found_again_and_exported(recipe_of, rising, tmp_path, 
     assert export(run.checkpoints / f"step-{end.step}", tmp_path / "last")["verified"]
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_is_left_counts_once(recipe_of, rising, monkeypatch):  # noqa: F811
     settings = {
         **EVALUATED,

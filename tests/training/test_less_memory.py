@@ -78,14 +78,16 @@ def same_weights(one, other):
 @pytest.mark.parametrize(
     "how",
     [
-        {"lora": DROPOUT, "gradient_accumulation_steps": 2, "neftune_noise_alpha": 5.0},
+        pytest.param(
+            {"lora": DROPOUT, "gradient_accumulation_steps": 2, "neftune_noise_alpha": 5.0}, marks=pytest.mark.slow
+        ),
         pytest.param(
             {"lora": DROPOUT, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
             marks=pytest.mark.slow,
         ),
-        {"lora": DROPOUT, "rehearse": True},
+        pytest.param({"lora": DROPOUT, "rehearse": True}, marks=pytest.mark.slow),
         JOINED | {"lora": DROPOUT, "neftune_noise_alpha": 5.0, "group_by_length": True, "max_steps": 3},
-        JOINED | {"quantization": FLOAT16, "rehearse": True, "max_steps": 3},
+        pytest.param(JOINED | {"quantization": FLOAT16, "rehearse": True, "max_steps": 3}, marks=pytest.mark.slow),
     ],
     ids=["accumulated", "batches", "rehearsed", "joined", "joined in float16"],
 )

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from qlora import training
 from qlora.commands.train import train
 from qlora.training.neftune import noisy_embeddings
+from tests.conftest import some_slow
 
 ALPHA, WIDTH = 5.0, 256
 
@@ -106,7 +107,8 @@ def test_there_is_no_noise_in_evaluation_nor_after_the_block(model):
     assert not model.embeddings._forward_hooks
 
 
-@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("packing", some_slow([True, False], [True]))
+@pytest.mark.usefixtures("unplanned")
 def test_training_with_noise_is_another_training_with_the_same_evaluation(make_recipe, tmp_path, monkeypatch, packing):
     models, original = [], training.train
     monkeypatch.setattr(training, "train", lambda model, *a, **kw: models.append(model) or original(model, *a, **kw))
@@ -129,6 +131,7 @@ def test_training_with_noise_is_another_training_with_the_same_evaluation(make_r
     assert runs["still"][2] == pytest.approx(runs["still-five"][2], rel=1e-6)
 
 
+@pytest.mark.usefixtures("unplanned")
 def test_checkpointing_does_not_draw_the_noise_again(make_recipe, tmp_path):
     found = []
     for checkpointing in (False, True):

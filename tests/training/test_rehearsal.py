@@ -12,7 +12,7 @@ from qlora.data import Batches, pack
 from qlora.recipe import Adalora, Lora
 from qlora.training import rehearsal
 from qlora.training.objectives import supervised
-from tests.conftest import encode, messages
+from tests.conftest import encode, messages, some_slow
 from tests.training.conftest import RANK_4, UNEVEN, losses, trained
 
 ADALORA = Adalora(lora_alpha=64, init_r=6, target_r=3, tinit=1, tfinal=2)
@@ -22,10 +22,12 @@ ADALORA = Adalora(lora_alpha=64, init_r=6, target_r=3, tinit=1, tfinal=2)
     ("lora", "settings"),
     [
         (Lora(r=4, lora_dropout=0.2), {"neftune_noise_alpha": 5.0, "gradient_accumulation_steps": 2}),
-        (ADALORA, {"per_device_train_batch_size": 4, "group_by_length": True}),
+        pytest.param(ADALORA, {"per_device_train_batch_size": 4, "group_by_length": True}, marks=pytest.mark.slow),
         (Lora(r=32), {"optim": "paged_lion_8bit", "eval_steps": 2}),  # 32 x 128: states in 8 bits
-        (RANK_4, {"optim": "adamw_torch", "weight_decay": 0.1}),
-        (Lora(r=4, use_dora=True, modules_to_save=["embed_tokens"]), {"optim": "adamw_8bit"}),
+        pytest.param(RANK_4, {"optim": "adamw_torch", "weight_decay": 0.1}, marks=pytest.mark.slow),
+        pytest.param(
+            Lora(r=4, use_dora=True, modules_to_save=["embed_tokens"]), {"optim": "adamw_8bit"}, marks=pytest.mark.slow
+        ),
     ],
 )
 def test_the_rehearsal_leaves_no_trace(fit, lora, settings):
@@ -66,7 +68,7 @@ def padded_tokens(inputs):
     return inputs["input_ids"].numel()
 
 
-@pytest.mark.parametrize("how", ["rows", "grouped", "batches", "packs"])
+@pytest.mark.parametrize("how", some_slow(["rows", "grouped", "batches", "packs"], ["rows", "packs"]))
 def test_no_micro_batch_is_larger_than_the_one_that_was_rehearsed(fit, tokenizer, monkeypatch, how):
     seen = []
     original = SFTTrainer.training_step
@@ -88,7 +90,7 @@ def test_no_micro_batch_is_larger_than_the_one_that_was_rehearsed(fit, tokenizer
     assert min(sizes) < sizes[0]
 
 
-@pytest.mark.parametrize("tokens", [120, 200, 10_000])
+@pytest.mark.parametrize("tokens", some_slow([120, 200, 10_000], [120, 10_000]))
 def test_no_joined_micro_batch_is_larger_than_the_one_that_was_rehearsed(fit, tokenizer, monkeypatch, tokens):
     seen = []
     original = SFTTrainer.training_step

@@ -20,6 +20,7 @@ from qlora.system.errors import DoesNotFit
 from qlora.terminal.training import Steps
 from qlora.training import rehearsal, reliable_trainer
 from qlora.training.reserve import FLOOR, Reserve
+from tests.conftest import some_slow
 from tests.training.conftest import UNEVEN, losses, trained
 
 
@@ -93,6 +94,7 @@ def test_a_plan_that_was_too_low_asks_for_a_larger_reserve(counted):
     assert kept["reserve_bytes"] == max(round(FLOOR * limit), kept["rehearsed_bytes"] - predicted)
 
 
+@pytest.mark.slow
 def test_where_all_layers_are_checkpointed_the_run_goes_on_with_what_is_left(counted):
     plain, _, kept, _ = counted(checkpointed_layers=2)
     found, _, _, changes = counted(checkpointed_layers=2, limit_bytes=kept["rehearsed_bytes"])
@@ -138,7 +140,10 @@ def test_holes_of_the_heap_go_back_to_the_system():
 # ---- the optimizer's step -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "paged_adamw_8bit", "paged_lion_32bit"])
+OPTIMIZERS = ["adamw_torch", "adamw_torch_fused", "paged_adamw_8bit", "paged_lion_32bit"]
+
+
+@pytest.mark.parametrize("optim", some_slow(OPTIMIZERS, but=["paged_adamw_8bit"]))
 def test_the_optimizer_has_its_states_before_the_first_step_and_they_change_no_number(fit, monkeypatch, optim):
     original, found = reliable_trainer.allocate_states, []
 

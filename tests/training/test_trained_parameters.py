@@ -9,7 +9,7 @@ from qlora import base_model, methods
 from qlora.recipe import Adalora
 from qlora.system.errors import InputError, TrainingFailed
 from qlora.training.master_weights import MasterWeights
-from tests.conftest import encode, messages
+from tests.conftest import encode, messages, some_slow
 from tests.training.conftest import UNEVEN, records, trained
 
 
@@ -26,7 +26,7 @@ def singular_values(model):
     return {name: p.detach().flatten() for name, p in model.named_parameters() if ".lora_E." in name}
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", some_slow(["llama", "gpt2"], ["gpt2"]))
 def test_ranks_shrink_to_the_target_on_average_and_what_is_pruned_is_zero(fit, family, tmp_path):
     model, _, run = fit(family=family, lora=ADALORA, max_steps=8, per_device_train_batch_size=8)
     values = singular_values(model)
@@ -45,7 +45,7 @@ def test_ranks_shrink_to_the_target_on_average_and_what_is_pruned_is_zero(fit, f
     }
 
 
-@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("accumulation", some_slow([1, 4], [1]))
 def test_adalora_takes_the_steps_of_pefts_own_loop(fit, load_model, tokenizer, accumulation):
     from peft import AdaLoraConfig, get_peft_model
 

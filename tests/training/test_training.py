@@ -8,12 +8,14 @@ import torch
 from qlora.recipe import Adalora, Lora, Training
 from qlora.system.errors import TrainingFailed
 from qlora.training.objectives import supervised
-from tests.conftest import CONVERSATIONS
+from tests.conftest import CONVERSATIONS, some_slow
 from tests.runs.test_record import KEYS
 from tests.training.conftest import UNEVEN, losses, records, trained
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])  # the others: tests/kernels/test_checkpointing.py
+@pytest.mark.parametrize(
+    "family", some_slow(["llama", "gpt2"], ["gpt2"])
+)  # the others: tests/kernels/test_checkpointing.py
 def test_checkpointing_changes_memory_not_gradients(fit, family):
     settings = {"family": family, "max_steps": 2, "lora": Lora(r=4, lora_dropout=0.1), "held_out": UNEVEN[:3],
                 "gradient_accumulation_steps": 2, "eval_steps": 1}  # fmt: skip
@@ -25,6 +27,7 @@ def test_checkpointing_changes_memory_not_gradients(fit, family):
             assert torch.equal(value, trained(other[0])[name]), name
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(fit):
     lora = Lora(r=4, lora_dropout=0.1)
     one, same, other = (trained(fit(lora=lora, max_steps=3, seed=seed)[0]) for seed in (1, 1, 2))
@@ -32,7 +35,10 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(fit):
     assert any(not torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.parametrize("optim", get_args(Training.model_fields["optim"].annotation))
+OPTIMIZERS = get_args(Training.model_fields["optim"].annotation)
+
+
+@pytest.mark.parametrize("optim", some_slow(OPTIMIZERS, but=("adamw_torch", "paged_adamw_8bit", "paged_lion_32bit")))
 def test_every_optimizer_learns(fit, optim):
     learning_rate = 1e-3 if "lion" in optim else 1e-2
     _, _, run = fit(optim=optim, max_steps=8, learning_rate=learning_rate, per_device_train_batch_size=8)
@@ -57,7 +63,7 @@ def test_the_default_optimizer_is_the_paged_8_bit_one(load_model, fit, monkeypat
     assert torch.uint8 in states
 
 
-@pytest.mark.parametrize("family", ["llama", "llama-tied", "gpt2"])
+@pytest.mark.parametrize("family", some_slow(["llama", "llama-tied", "gpt2"], but=["llama-tied"]))
 def test_checkpointing_does_not_change_the_rows_of_new_tokens(fit, family):
     on, off = (fit(family=family, checkpointed_layers=k, token_ids=[1, 2])[0] for k in (2, 0))
     rows = {name: tensor for name, tensor in trained(off).items() if "trainable_tokens" in name}
@@ -84,10 +90,15 @@ def test_a_loss_that_is_never_finite_stops_the_run_with_the_weights_it_had(fit, 
     assert all(torch.equal(now[name], value) for name, value in before.items())
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant_with_warmup"])
-@pytest.mark.parametrize(
-    ("num_steps", "ratio", "warmup"), [(1, 0.03, 0), (1, 0.9, 0), (2, 0.9, 1), (6, 0.5, 3), (4, 0.0, 0)]
-)
+WARMUPS = [
+    (*lengths, schedule)
+    for lengths in ((1, 0.03, 0), (1, 0.9, 0), (2, 0.9, 1), (6, 0.5, 3), (4, 0.0, 0))
+    for schedule in ("cosine", "linear", "constant_with_warmup")
+]
+TWO = [(2, 0.9, 1, "cosine"), (6, 0.5, 3, "linear")]
+
+
+@pytest.mark.parametrize(("num_steps", "ratio", "warmup", "schedule"), some_slow(WARMUPS, but=TWO))
 def test_a_warmup_starts_above_zero_and_is_never_the_whole_run(fit, num_steps, ratio, warmup, schedule):
     _, result, run = fit(
         max_steps=num_steps, warmup_ratio=ratio, lr_scheduler_type=schedule, learning_rate=1e-2, rehearse=False
@@ -113,7 +124,10 @@ def test_no_limit_on_the_norm_is_no_clipping(fit):
 ADALORA = Adalora(lora_alpha=64, init_r=6, target_r=3, tinit=1, tfinal=2)
 
 
-@pytest.mark.parametrize("lora", [ADALORA, Lora(r=4, use_dora=True, modules_to_save=["embed_tokens", "lm_head"])])
+DORA = Lora(r=4, use_dora=True, modules_to_save=["embed_tokens", "lm_head"])
+
+
+@pytest.mark.parametrize("lora", [ADALORA, pytest.param(DORA, marks=pytest.mark.slow)])
 def test_checkpointing_does_not_change_what_other_kinds_learn(fit, lora):
     plain, checkpointed = (fit(lora=lora, max_steps=4, checkpointed_layers=k) for k in (0, 2))
     assert [r["loss"] for r in records(plain[2])] == [r["loss"] for r in records(checkpointed[2])]

@@ -12,11 +12,11 @@ from qlora.data import Batches, pack
 from qlora.evaluation import metrics
 from qlora.recipe import Adalora, Lora
 from qlora.training.objectives import supervised
-from tests.conftest import CONVERSATIONS, encode, messages
+from tests.conftest import CONVERSATIONS, encode, messages, some_slow
 from tests.training.conftest import UNEVEN, records
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", some_slow(["llama", "gpt2"], ["gpt2"]))
 def test_sixteen_times_one_is_one_times_sixteen(fit, family):
     # Exact in real arithmetic; in float32 the sums differ by their order. Rows are padded in one case and not in the
     # other. Gradients are compared by their norm: Adam's first step is lr * sign(gradient), which hides their size.
@@ -42,8 +42,11 @@ def test_the_logged_loss_is_the_mean_over_trained_tokens(fit, load_model, tokeni
     assert abs(sum(means) / len(means) / (total / count) - 1) > 1e-3  # the mean of means is another number
 
 
+SPLIT = [(7, 2), (9, 8), (5, 5), (3, 8), (1, 4), (8, 7)]  # rows, rows a batch
+
+
 @pytest.mark.parametrize("joined", [False, True])
-@pytest.mark.parametrize(("num_rows", "batch_size"), [(7, 2), (9, 8), (5, 5), (3, 8), (1, 4), (8, 7)])
+@pytest.mark.parametrize(("num_rows", "batch_size"), some_slow(SPLIT, but=[(7, 2), (1, 4)]))
 def test_the_held_out_loss_is_the_mean_over_tokens_whatever_the_batches(fit, tokenizer, num_rows, batch_size, joined):
     rows = UNEVEN[:num_rows]
     train = [encode(tokenizer, messages(turns)) for turns in CONVERSATIONS]
@@ -75,10 +78,10 @@ ADALORA = Adalora(lora_alpha=64, init_r=6, target_r=3, tinit=1, tfinal=2)
 @pytest.mark.parametrize(
     ("family", "lora"),
     [
-        ("llama", ADALORA),
+        pytest.param("llama", ADALORA, marks=pytest.mark.slow),
         ("llama", Lora(r=4, use_dora=True, modules_to_save=["embed_tokens", "lm_head"])),
         ("llama-tied", Lora(r=4, modules_to_save=["embed_tokens"], ensure_weight_tying=True)),
-        ("phi", Lora(r=4, bias="all", modules_to_save=["lm_head"])),
+        pytest.param("phi", Lora(r=4, bias="all", modules_to_save=["lm_head"]), marks=pytest.mark.slow),
         ("mixtral", Lora(r=4)),  # with the loss that keeps experts in balance
     ],
 )
@@ -111,7 +114,7 @@ def test_micro_batches_by_tokens_take_the_steps_of_micro_batches_by_rows(fit, to
     assert a["tokens"] == b["tokens"]
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", some_slow(["llama", "gpt2"], ["gpt2"]))
 def test_a_step_of_joined_rows_is_the_step_of_one_row_at_a_time(fit, tokenizer, monkeypatch, family):
     # 6 of 16 rows a step: the last of each epoch is short
     settings = {"float32": True, "kernels_setting": "auto", "optim": "adamw_torch", "learning_rate": 1e-3, "max_steps": 10,

@@ -21,7 +21,7 @@ from qlora.jobs.run_facts import origin_of
 from qlora.recipe import Model, Quantization
 from qlora.runs import record
 from qlora.system.errors import InputError
-from tests.conftest import make_tokenizer
+from tests.conftest import make_tokenizer, some_slow
 
 SKIPPED = ["lm_head", "model.layers.1.mlp.up_proj"]
 
@@ -147,7 +147,7 @@ def test_a_run_on_it_is_exported_as_its_own_codes_plus_the_adapter(
         torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("family", ["mixtral", "phi3"])
+@pytest.mark.parametrize("family", some_slow(["mixtral", "phi3"], ["mixtral"]))
 @pytest.mark.usefixtures("unplanned")
 def test_layers_that_are_joined_in_memory_go_the_same_way(prequantized, make_recipe, tmp_path, family):
     """Experts stay in 16 bit, as transformers 5 writes them; query, key and value of phi3 are one matrix."""
@@ -308,7 +308,7 @@ def test_a_config_that_says_otherwise_than_the_files_is_refused_before_training(
 
 
 @pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning")  # PEFT's, of the name that is none
-@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize("named", some_slow([True, False], [False]))
 def test_a_foreign_adapter_is_proven_against_the_model_that_it_was_trained_on(prequantized, tmp_path, capsys, named):
     """Trained by plain PEFT on a folder with a layer in 16 bit, as dynamic quantizations have it."""
     folder = prequantized("llama", True, SKIPPED)

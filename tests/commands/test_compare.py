@@ -259,6 +259,7 @@ def test_a_comparison_is_not_written_over_another_and_goes_on_only_as_it_was(com
     assert [row["status"] for row in more["rows"]] == ["done", "done"]
 
 
+@pytest.mark.slow
 def test_classes_are_compared_by_accuracy(classify_recipe, in_process, tmp_path):
     base, path = tmp_path / "base.yaml", tmp_path / "comparison.yaml"
     base.write_text(classify_recipe("bert").to_yaml())

@@ -251,6 +251,7 @@ def test_an_adapter_needs_a_base_and_a_run_has_one(foreign, run, tiny_model, tmp
         export(tmp_path / "foreign", tmp_path / "out", model=tiny_model("gpt2"))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning")  # PEFT's, about embeddings that it saves
 def test_a_vocabulary_that_another_tool_grew_is_exported_proven(tiny_model, tmp_path):
     section = Model(name_or_path=str(tiny_model("llama")))
@@ -322,6 +323,7 @@ def test_a_mixture_exports_with_its_experts_as_the_files_have_them(make_recipe, 
         ("mamba", {"lora": {"exclude_modules": ["out_proj", "dt_proj"]}, "quantization": None}),
     ],
 )
+@pytest.mark.slow
 def test_parameters_that_are_no_layers_weight_go_over_as_they_are(make_recipe, tiny_model, tmp_path, family, sections):
     run = train(make_recipe(family, training=OLD_ENOUGH, **sections))
     assert export(run.path, tmp_path / "out", dtype="float32")["verified"]
@@ -385,6 +387,7 @@ def test_the_card_tells_no_path_of_this_machine(run, tiny_model, tmp_path):
     assert "Yes, measured" in card
 
 
+@pytest.mark.slow
 def test_what_storing_costs_is_told_and_is_less_in_more_bits(run, tmp_path, capsys):
     losses = {}
     for dtype in ("bfloat16", "float16", "float32"):
@@ -405,6 +408,7 @@ def test_what_storing_costs_is_told_and_is_less_in_more_bits(run, tmp_path, caps
     assert "--dtype float16 keeps 8 times as much" in said
 
 
+@pytest.mark.slow
 def test_numbers_that_float16_makes_zero_are_counted(run, tiny_model, tmp_path, capsys):
     base = shutil.copytree(tiny_model("llama"), tmp_path / "base")
     tensors = load_file(base / "model.safetensors")
@@ -513,6 +517,7 @@ def test_a_gguf_file_and_a_modelfile_lie_in_the_folder_and_the_report_says_what_
     assert "FROM ./out-q8_0.gguf" in (tmp_path / "out" / "Modelfile").read_text()
 
 
+@pytest.mark.slow
 def test_what_no_gguf_file_can_hold_is_refused_before_anything_is_written(run, make_recipe, tmp_path):
     with pytest.raises(InputError, match="--gguf q5: give one of f16, q8_0, q4_k_m"):
         export(run.path, tmp_path / "out", gguf="q5")

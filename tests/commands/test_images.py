@@ -229,6 +229,7 @@ def test_a_model_of_words_is_refused_for_images(where, tmp_path, tiny_model):  #
         inspect_data(recipe_of(tiny_model("llama"), where, tmp_path / "run"))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unplanned")
 def test_the_second_head_of_deit_is_left_in_the_files(where, tmp_path):  # noqa: F811
     folder = model_folder(tmp_path, "deit", "ForImageClassificationWithTeacher")

@@ -70,7 +70,7 @@ def logits(model, ids):
 BASES = [("llama", False), ("llama", True), ("llama-tied", False), ("qwen2", True), ("gpt2", False), ("gemma2", False)]
 
 
-@pytest.mark.parametrize(("family", "spare"), some_slow(BASES, but=[("llama", False), ("qwen2", True)]))
+@pytest.mark.parametrize(("family", "spare"), some_slow(BASES, but=[("llama", False)]))
 @pytest.mark.usefixtures("unplanned")
 def test_the_exported_rows_are_the_trained_ones_and_all_others_the_bases(recipe_of, tmp_path, family, spare):
     recipe = recipe_of(family, spare)
@@ -112,6 +112,7 @@ def test_the_exported_rows_are_the_trained_ones_and_all_others_the_bases(recipe_
     assert difference < 1e-4 * from_base
 
 
+@pytest.mark.usefixtures("unplanned")
 def test_the_model_learns_to_say_new_tokens_and_to_end_with_one(recipe_of, tmp_path):
     (tmp_path / "turns.jinja").write_text(TEMPLATE)
     recipe = recipe_of(

@@ -63,6 +63,7 @@ def test_the_whole_way_in_float16(make_recipe, on_a_t4, tmp_path, capsys):
     assert records(train(longer, resume=True))[-1]["step"] == 5
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unplanned")
 def test_a_base_without_quantization_has_its_dtype_too(make_recipe, on_a_t4, tmp_path):
     recipe = make_recipe(quantization=None, training={"max_steps": 3, "save_steps": 2})

@@ -196,6 +196,7 @@ def test_a_run_that_cannot_be_planned_is_the_run_that_was(trained_once, make_rec
     assert (run.adapter / methods.WEIGHTS).read_bytes() == (planned.adapter / methods.WEIGHTS).read_bytes()
 
 
+@pytest.mark.slow
 def test_eval_measures_before_and_after_and_training_helped(make_recipe):
     run = train(make_recipe(training={"max_steps": 30, "per_device_train_batch_size": 6}))
     result = evaluate(run.path)

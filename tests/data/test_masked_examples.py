@@ -12,8 +12,9 @@ from qlora.data.conversation import Conversation
 from qlora.data.masked_examples import encode, encode_prompt
 from qlora.data.words import without_thoughts
 from qlora.recipe import Model
+from tests.conftest import some_slow
 from tests.data.families import BY_NAME, FAMILIES
-from tests.data.test_matrix import _TOLD, _TOOLS, _turn, templates, tokenizer_of
+from tests.data.test_matrix import _TOLD, _TOOLS, IN_CI, _turn, templates, tokenizer_of
 
 SMOLLM2 = Path("~/.cache/qlora/SmolLM2-135M-Instruct").expanduser()
 BEGINNINGS = ["", "\n", "\n\n", "\n\n\n", " ", "  ", "    ", "\t", "\t\n", " \n ", "\r\n", "\u00a0", "5", "é", "…", "<"]
@@ -141,7 +142,7 @@ def test_dropped_thoughts_leave_words_and_calls():
 # ---- the system message ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", templates())
+@pytest.mark.parametrize("name", some_slow(templates(), but=IN_CI))
 def test_a_system_message_can_become_the_beginning_of_the_first_question(name):
     tokenizer = copy.deepcopy(tokenizer_of(name))
     system, rest = _turn("system", "Speak Latin."), [_turn("user", "Hello."), _turn("assistant", "Salve.")]

@@ -79,6 +79,9 @@ def templates():
     }
 
 
+IN_CI = ("deepseekv3", "gemma3", "gptoss", "llama3_1", "qwen2_5", "qwen3_5_think")  # one of each kind
+
+
 @functools.cache
 def tokenizer_of(name):
     """Return a tokenizer that has the template's markers as tokens."""

@@ -13,6 +13,7 @@ from tests.data.test_matrix import (
     _CALL,
     _TOLD,
     _TOOLS,
+    IN_CI,
     SHAPES,
     _turn,
     outcome,
@@ -40,7 +41,6 @@ def with_messages(name, changed):
     return tokenizer
 
 
-IN_CI = ("deepseekv3", "gemma3", "gptoss", "llama3_1", "qwen2_5", "qwen3_5_think")  # one of each kind
 CALLS = [name for name in templates() if outcome(name, "call") in ("right", "split")]
 
 

@@ -170,6 +170,7 @@ def test_a_signal_ends_a_command_with_its_code_one_line_and_nothing_half_done(re
             assert (kept / "summary.json").exists(), kept
 
 
+@pytest.mark.slow
 def test_a_pipe_that_is_closed_does_not_make_a_command_fail(results):
     folder = results["data, nobody reads"]["folder"]
     command = f"{sys.executable} -m qlora data recipe.yaml | head -n 1; echo ${{PIPESTATUS[0]}}"

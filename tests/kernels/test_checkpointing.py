@@ -187,6 +187,7 @@ def test_two_steps_at_once_and_steps_broken_off_do_not_share_what_they_hold(prep
             assert same(step(model), plain[3])
 
 
+@pytest.mark.slow
 def test_pieces_of_one_size_hold_hidden_states_of_any_length(prepared, monkeypatch):
     # pinned memory comes in powers of two: nothing else is asked for
     monkeypatch.setattr(Host, "piece", 4096)
@@ -232,6 +233,7 @@ class Late:
         return torch.empty(0, dtype=dtype).set_(storage(), *place)
 
 
+@pytest.mark.slow
 def test_copies_may_be_as_late_as_the_events_allow(load_model, monkeypatch):
     late = Late()
     model = methods.attach(load_model(), DROPOUT).train()

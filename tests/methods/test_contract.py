@@ -204,14 +204,14 @@ def test_several_groups_and_a_schedule_resume_to_the_bit(gains, fit, optim):
     "section",
     [
         Lora(r=4, lora_dropout=0.1, loraplus_lr_ratio=16),
-        Adalora(init_r=6, target_r=3, tinit=1, tfinal=1),
+        pytest.param(Adalora(init_r=6, target_r=3, tinit=1, tfinal=1), marks=pytest.mark.slow),
         Ia3(),
-        Oft(module_dropout=0.5),
-        Hira(hira_dropout=0.1),
+        pytest.param(Oft(module_dropout=0.5), marks=pytest.mark.slow),
+        pytest.param(Hira(hira_dropout=0.1), marks=pytest.mark.slow),
         Full(modules=["mlp", "lm_head"]),
         Bottleneck(dropout=0.1),
         PrefixTuning(prefix_projection=True),
-        PromptTuning(),
+        pytest.param(PromptTuning(), marks=pytest.mark.slow),
     ],
     ids=lambda section: section.key,
 )

@@ -14,6 +14,7 @@ from tests.conftest import SHAPE
 MIXTURE = SHAPE | {"vocab_size": 40_000, "num_local_experts": 4, "output_router_logits": True}
 
 
+@pytest.mark.slow
 def test_the_loss_of_experts_on_a_cpu_is_trls_in_the_plan_too(tmp_path):
     torch.manual_seed(0)
     config = transformers.MixtralConfig(**MIXTURE, tie_word_embeddings=False)

@@ -44,12 +44,12 @@ EVALUATED = {**SMALL, "learning_rate": 0.003, "max_steps": 12, "eval_steps": 1, 
 
 @pytest.fixture
 def rising(monkeypatch):
-    """A held-out loss that rises again after the seventh step: where it does so by itself, a processor's rounding decides."""
+    """A held-out loss that rises again after the fourth step: where it does so by itself, a processor's rounding decides."""
     original = Reliable.evaluation_loop
 
     def evaluation_loop(self, *args, **kwargs):
         output = original(self, *args, **kwargs)
-        output.metrics["eval_loss"] += max(self.state.global_step - 7, 0)
+        output.metrics["eval_loss"] += max(self.state.global_step - 4, 0)
         return output
 
     monkeypatch.setattr(Reliable, "evaluation_loop", evaluation_loop)
@@ -251,6 +251,7 @@ def test_where_memory_runs_out_for_an_answer_the_training_goes_on():
     assert "set a lower training.num_samples" in notes[0].text
 
 
+@pytest.mark.slow
 def test_an_answer_is_left_where_training_is_to_stop(make_recipe, monkeypatch):
     recipe = make_recipe(training={"max_steps": 2, "eval_steps": 1, "num_samples": 1})
     original = generate.stream

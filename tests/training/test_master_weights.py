@@ -35,6 +35,7 @@ def test_small_updates_are_not_lost_in_bfloat16(fit):
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.bfloat16}
 
 
+@pytest.mark.slow
 def test_small_updates_of_new_tokens_rows_are_not_lost_in_bfloat16(fit, load_model):
     # numbers over 1/16 lie 2**-11 = 4.9e-4 apart: a step of 5e-5 alone rounds to nothing, twenty of them to one or two
     model, _, _ = fit(max_steps=20, learning_rate=5e-5, optim="adamw_torch", token_ids=[1, 2])

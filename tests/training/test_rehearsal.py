@@ -23,7 +23,8 @@ ADALORA = Adalora(lora_alpha=64, init_r=6, target_r=3, tinit=1, tfinal=2)
     [
         (Lora(r=4, lora_dropout=0.2), {"neftune_noise_alpha": 5.0, "gradient_accumulation_steps": 2}),
         pytest.param(ADALORA, {"per_device_train_batch_size": 4, "group_by_length": True}, marks=pytest.mark.slow),
-        (Lora(r=32), {"optim": "paged_lion_8bit", "eval_steps": 2}),  # 32 x 128: states in 8 bits
+        # 32 x 128: states in 8 bits
+        pytest.param(Lora(r=32), {"optim": "paged_lion_8bit", "eval_steps": 2}, marks=pytest.mark.slow),
         pytest.param(RANK_4, {"optim": "adamw_torch", "weight_decay": 0.1}, marks=pytest.mark.slow),
         pytest.param(
             Lora(r=4, use_dora=True, modules_to_save=["embed_tokens"]), {"optim": "adamw_8bit"}, marks=pytest.mark.slow

@@ -20,7 +20,7 @@ def test_checkpointing_changes_memory_not_gradients(fit, family):
     settings = {"family": family, "max_steps": 2, "lora": Lora(r=4, lora_dropout=0.1), "held_out": UNEVEN[:3],
                 "gradient_accumulation_steps": 2, "eval_steps": 1}  # fmt: skip
     plain = fit(UNEVEN, **settings)
-    for number, offload in ((1, False), (2, False), (1, True), (2, True)):
+    for number, offload in ((1, False), (2, True)):
         other = fit(UNEVEN, checkpointed_layers=number, offload=offload, **settings)
         assert losses(other[2]) == losses(plain[2])
         for name, value in trained(plain[0]).items():

@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -24,6 +25,7 @@ from qlora.commands.train import train
 from qlora.data import masked_examples
 from qlora.data.conversation import Conversation
 from qlora.recipe import Model, Quantization, Recipe
+from qlora.runs.folder import RunDir
 from tests import outlines
 from tests.classifiers import classify_recipe, tiny_base  # noqa: F401 (fixtures)
 
@@ -268,6 +270,12 @@ def trained_once(tiny_model, tmp_path_factory):
         return made[family]
 
     return trained
+
+
+@pytest.fixture
+def own_run(trained_once, tmp_path):
+    """A finished run that the test may write to: a copy of trained_once's in tmp_path. Its rows are not copied."""
+    return RunDir(shutil.copytree(trained_once().path, tmp_path / "run"))
 
 
 def recipe_in(folder, model, sections):

@@ -136,13 +136,12 @@ def test_train_writes_the_same_report(make_recipe):
     assert json.loads(train(recipe).data_report_file.read_text()) == report
 
 
-def test_held_out_rows_that_are_all_bad_are_an_error_and_no_evaluation_less(make_recipe, tmp_path):
+def test_held_out_rows_that_are_all_bad_are_an_error_and_no_evaluation_less(make_recipe, own_run, tmp_path):
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"messages": []}\n{"messages": [{"role": "user", "content": "no answer"}]}\n')
     recipe = make_recipe(data={"eval_fraction": 0.0, "eval": str(bad), "on_bad_row": "skip"})
     with pytest.raises(InputError, match=r"no rows left to evaluate on\n  .*bad.jsonl: 2 of 2 rows dropped"):
         inspect_data(recipe)
-    run = train(make_recipe())
     with pytest.raises(InputError, match=r"no rows left to evaluate on in .*bad.jsonl: all were dropped"):
-        evaluate(run.path, bad, ["data.on_bad_row=skip"])
-    assert not run.eval_file.exists()
+        evaluate(own_run.path, bad, ["data.on_bad_row=skip"])
+    assert not own_run.eval_file.exists()

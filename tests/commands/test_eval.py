@@ -58,32 +58,30 @@ def test_a_changed_file_of_held_out_rows_is_told_apart(make_recipe, tmp_path):
         evaluate(run.path)
 
 
-def test_other_rows_never_become_the_runs_own_score(make_recipe, tmp_path):
-    run = train(make_recipe())
-    own = evaluate(run.path)
+def test_other_rows_never_become_the_runs_own_score(own_run, tmp_path):
+    own = evaluate(own_run.path)
     other = tmp_path / "other rows.jsonl"
     write_jsonl(other, [{"messages": messages([("user", "Hm?"), ("assistant", "No.")])}])
-    found = evaluate(run.path, other)
-    few = evaluate(run.path, max_rows=2)
-    assert json.loads(run.eval_file.read_text()) == own
+    found = evaluate(own_run.path, other)
+    few = evaluate(own_run.path, max_rows=2)
+    assert json.loads(own_run.eval_file.read_text()) == own
     digest = File(str(other), None).digest()
     expected = {f"other rows-{digest[:8]}": found, "held-out-2-rows": few}
-    assert {path.name for path in run.evals.iterdir()} == {
+    assert {path.name for path in own_run.evals.iterdir()} == {
         name + end for name in expected for end in (".json", "-answers.jsonl")
     }
-    assert {name: json.loads((run.evals / f"{name}.json").read_text()) for name in expected} == expected
+    assert {name: json.loads((own_run.evals / f"{name}.json").read_text()) for name in expected} == expected
     assert found["data"]["held_out"] is False
     assert found["data"]["files"] == [{"path": str(other), "sha256": digest}]
-    assert found["data"]["command"] == f"qlora eval {run.path} --data '{other}'"
+    assert found["data"]["command"] == f"qlora eval {own_run.path} --data '{other}'"
     assert few["data"] | {"rows_in_all": 6, "rows": 2, "held_out": True} == few["data"]
-    [listed] = [entry for entry in adapters(tmp_path) if entry["path"] == str(run.path)]
+    [listed] = [entry for entry in adapters(tmp_path) if entry["path"] == str(own_run.path)]
     assert listed["metrics"] == own["metrics"]
 
 
-def test_every_answer_is_kept_beside_the_score_with_what_it_counts(make_recipe):
-    run = train(make_recipe())
-    result = evaluate(run.path)
-    rows = [json.loads(line) for line in run.answers_file.read_text().splitlines()]
+def test_every_answer_is_kept_beside_the_score_with_what_it_counts(own_run):
+    result = evaluate(own_run.path)
+    rows = [json.loads(line) for line in own_run.answers_file.read_text().splitlines()]
     assert len(rows) == result["rows"] == 6
     for row in rows:
         [question] = row["prompt"]
@@ -108,35 +106,33 @@ def test_every_answer_is_kept_beside_the_score_with_what_it_counts(make_recipe):
         assert result["change"][name]["value"] == pytest.approx(result[name] - result["before"][name])
 
 
-def test_a_gate_fails_with_both_numbers_after_the_score_is_written(make_recipe):
-    run = train(make_recipe())
-    met = evaluate(run.path, require=["loss>0", "exact_match<=1"], max_forgetting=100.0)
-    run.eval_file.unlink()
+def test_a_gate_fails_with_both_numbers_after_the_score_is_written(own_run):
+    met = evaluate(own_run.path, require=["loss>0", "exact_match<=1"], max_forgetting=100.0)
+    own_run.eval_file.unlink()
     with pytest.raises(ProofFailed) as failed:
-        evaluate(run.path, require=["loss > 100", "exact_match>=0.9", "perplexity>1"], max_forgetting=100)
+        evaluate(own_run.path, require=["loss > 100", "exact_match>=0.9", "perplexity>1"], max_forgetting=100)
     assert str(failed.value).splitlines() == [
         "the evaluation does not meet what is required:",
         f"  loss is {met['loss']:.4f}, required is > 100",
         "  exact_match is 0.0000, required is >= 0.9",
     ]
     assert failed.value.exit_code == 4
-    assert json.loads(run.eval_file.read_text())["loss"] == met["loss"]
+    assert json.loads(own_run.eval_file.read_text())["loss"] == met["loss"]
 
 
-def test_forgetting_is_the_rise_of_the_loss_on_other_text(make_recipe, tmp_path):
-    run = train(make_recipe())
+def test_forgetting_is_the_rise_of_the_loss_on_other_text(own_run, tmp_path):
     own = write_jsonl(tmp_path / "general.jsonl", [{"text": f"Some words about the number {n}."} for n in range(5)])
-    found = evaluate(run.path, forgetting=str(own), latency=True)
+    found = evaluate(own_run.path, forgetting=str(own), latency=True)
     forgotten = found["forgetting"]
     assert forgotten["value"] == forgotten["after"] - forgotten["before"] != 0
     assert forgotten["low"] <= forgotten["value"] <= forgotten["high"]
     assert forgotten["data"] == str(own)
-    assert evaluate(run.path, own)["loss"] == pytest.approx(
+    assert evaluate(own_run.path, own)["loss"] == pytest.approx(
         forgotten["after"], rel=1e-6
     )  # the same rows, the same loss
     assert 0 < found["latency"]["token"] < 10
     assert 0 < found["latency"]["first_token"] < 10
-    assert evaluate(run.path, forgetting="built-in")["forgetting"]["tokens"] > 1000
+    assert evaluate(own_run.path, forgetting="built-in")["forgetting"]["tokens"] > 1000
 
 
 def test_what_a_model_by_itself_has_forgotten_is_not_made_up(make_recipe, tmp_path, tiny_model):
@@ -212,21 +208,19 @@ def test_what_only_answers_in_words_have_is_refused_of_classes(asked):
     Asked(**asked).refuse_for(has_classes=False, is_run=True)
 
 
-def test_a_requirement_of_what_was_not_measured_is_refused(make_recipe):
-    run = train(make_recipe())
+def test_a_requirement_of_what_was_not_measured_is_refused(own_run):
     with pytest.raises(
         InputError, match=r"--require json_fields: not measured on these rows; there are loss, perplexity, "
     ):
-        evaluate(run.path, require=["json_fields>0.5"])
+        evaluate(own_run.path, require=["json_fields>0.5"])
 
 
-def test_scores_of_older_versions_are_read(make_recipe, tmp_path):
+def test_scores_of_older_versions_are_read(own_run, tmp_path):
     """They have a metric as a number, without an interval."""
-    run = train(make_recipe())
-    result = evaluate(run.path)
+    result = evaluate(own_run.path)
     old = result | {"metrics": {"exact_match": 0.25}, "before": result["before"] | {"metrics": {"exact_match": 0.0}}}
-    run.eval_file.write_text(json.dumps(old))
-    assert run.scores()["metrics"] == {"exact_match": {"value": 0.25, "low": None, "high": None}}
-    [listed] = [entry for entry in adapters(tmp_path) if entry["path"] == str(run.path)]
+    own_run.eval_file.write_text(json.dumps(old))
+    assert own_run.scores()["metrics"] == {"exact_match": {"value": 0.25, "low": None, "high": None}}
+    [listed] = [entry for entry in adapters(tmp_path) if entry["path"] == str(own_run.path)]
     assert listed["metrics"]["exact_match"]["value"] == 0.25
-    assert ["exact match on 6 rows (qlora eval)", "0.0%", "25.0%"] in run_facts.origin_of(run).measured
+    assert ["exact match on 6 rows (qlora eval)", "0.0%", "25.0%"] in run_facts.origin_of(own_run).measured

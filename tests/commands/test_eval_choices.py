@@ -30,10 +30,9 @@ def lines_of(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def test_choices_are_scored_before_and_after_into_evals(make_recipe, unplanned, questions, tmp_path):
-    run = train(make_recipe())
-    own = evaluate(run.path)
-    found = evaluate(run.path, choices=str(questions), by_text=True, require=["acc>=0", "acc_norm<=1"])
+def test_choices_are_scored_before_and_after_into_evals(own_run, questions, tmp_path):
+    own = evaluate(own_run.path)
+    found = evaluate(own_run.path, choices=str(questions), by_text=True, require=["acc>=0", "acc_norm<=1"])
     assert found["rows"] == 12
     assert found["loss"] != found["before"]["loss"]
     assert set(found["change"]) == {"loss", "perplexity", "bits_per_byte", "acc", "acc_norm"}
@@ -41,9 +40,9 @@ def test_choices_are_scored_before_and_after_into_evals(make_recipe, unplanned, 
     assert found["change"]["acc"]["value"] == acc["value"] - found["before"]["metrics"]["acc"]["value"]
     assert acc["low"] < acc["value"] < acc["high"]
     name = f"questions-{File(str(questions), None).digest()[:8]}-choices-by-text"
-    assert json.loads((run.evals / f"{name}.json").read_text()) == found
-    assert json.loads(run.eval_file.read_text()) == own  # never taken for the run's own score
-    rows = lines_of(run.evals / f"{name}-answers.jsonl")
+    assert json.loads((own_run.evals / f"{name}.json").read_text()) == found
+    assert json.loads(own_run.eval_file.read_text()) == own  # never taken for the run's own score
+    rows = lines_of(own_run.evals / f"{name}-answers.jsonl")
     assert rows[0]["prompt"] == "Question: What is 0 plus 0?\nAnswer:"
     assert rows[0]["choices"] == ["0", "0", "many of them"]
     for when, score in (("before", found["before"]), ("after", found)):
@@ -51,15 +50,15 @@ def test_choices_are_scored_before_and_after_into_evals(make_recipe, unplanned, 
         counted = [bool(row[when]["acc"][0]) for row in rows if len({*row["choices"]}) == 3]
         assert right == counted
         assert sum(row[when]["acc"][0] for row in rows) / 12 == pytest.approx(score["metrics"]["acc"]["value"])
-    assert found["data"]["command"] == f"qlora eval {run.path} --choices {questions} --by-text"
+    assert found["data"]["command"] == f"qlora eval {own_run.path} --choices {questions} --by-text"
     with pytest.raises(
         InputError, match=r"--shots 2: there are no training rows with `question`, .* give --examples FILE"
     ):
-        evaluate(run.path, choices=str(questions), shots=2)
-    shown = evaluate(run.path, choices=str(questions), shots=2, examples=str(questions), chat=True, max_rows=3)
+        evaluate(own_run.path, choices=str(questions), shots=2)
+    shown = evaluate(own_run.path, choices=str(questions), shots=2, examples=str(questions), chat=True, max_rows=3)
     assert shown["data"]["rows"] == 3
     assert (shown["data"]["rows_in_all"], shown["data"]["shots"]) == (12, 2)
-    [kept] = run.evals.glob("*-2-shots-chat-3-rows-answers.jsonl")
+    [kept] = own_run.evals.glob("*-2-shots-chat-3-rows-answers.jsonl")
     assert [one["role"] for one in lines_of(kept)[0]["prompt"]] == ["user", "assistant"] * 2 + ["user"]
 
 
@@ -104,14 +103,13 @@ def test_bad_questions_are_refused_and_nothing_is_written(tiny_model, tmp_path):
     assert not (tmp_path / "answers.jsonl").exists()
 
 
-def test_metrics_of_libraries_are_measured_row_by_row_with_intervals(make_recipe, unplanned, tmp_path, monkeypatch):
+def test_metrics_of_libraries_are_measured_row_by_row_with_intervals(own_run, tmp_path, monkeypatch):
     for module in ("sacrebleu", "rouge_score"):
         pytest.importorskip(module, reason="the extra `eval` is not installed")
     monkeypatch.setattr(intervals, "RESAMPLES", 100)  # 2,000 are 5 s
-    run = train(make_recipe())
     names = ["rougeL", "bleu", "chrf"]
-    found = evaluate(run.path, metrics=names, require=["rougeL<=1"])
-    rows = lines_of(run.answers_file)
+    found = evaluate(own_run.path, metrics=names, require=["rougeL<=1"])
+    rows = lines_of(own_run.answers_file)
     for name in names:
         metric = answer_metrics.named(name, ())
         for when, score in (("before", found["before"]), ("after", found)):
@@ -127,4 +125,4 @@ def test_metrics_of_libraries_are_measured_row_by_row_with_intervals(make_recipe
     assert found["metrics"]["chrf"]["value"] > 0
     text = write_jsonl(tmp_path / "text.jsonl", [{"text": "Some words."}])
     with pytest.raises(InputError, match="--metric is for answers, and the rows are plain text"):
-        evaluate(run.path, text, metrics=["rougeL"])
+        evaluate(own_run.path, text, metrics=["rougeL"])

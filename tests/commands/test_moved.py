@@ -8,26 +8,38 @@ from pathlib import Path
 
 import pytest
 
-from qlora import InputError, Recipe, RunDir, evaluate, export, train
+from qlora import InputError, Recipe, RunDir, evaluate, export, planner, train
 from qlora.runs import record
+from tests.conftest import no_plan, recipe_in
 
 pytestmark = pytest.mark.usefixtures("unplanned")
 
 
-@pytest.fixture
-def project(make_recipe, tmp_path, monkeypatch):
-    """Return a folder with model, rows and a run in it, all named by relative paths, after a chdir to another one."""
-    project, elsewhere = tmp_path / "project", tmp_path / "elsewhere"
-    recipe = make_recipe(training={"save_steps": 1})
-    for folder in (project / "data", elsewhere):
-        folder.mkdir(parents=True)
+@pytest.fixture(scope="module")
+def made_once(tiny_model, tmp_path_factory):
+    """Return (a folder with model, rows and a run in it, all named by relative paths; a copy of it)."""
+    root = tmp_path_factory.mktemp("moved")
+    project, recipe = root / "project", recipe_in(root, tiny_model(), {"training": {"save_steps": 1}})
+    (project / "data").mkdir(parents=True)
     shutil.copytree(recipe.model.name_or_path, project / "models/base")
     shutil.copy(recipe.data.train[0].path, project / "data/train.jsonl")
-    monkeypatch.chdir(project)
     relative = ["model.name_or_path=models/base", "data.train=data/*.jsonl", "output_dir=runs/x"]
-    (project / "mine.yaml").write_text(recipe.to_yaml())
-    train(Recipe.load("mine.yaml", relative))
-    monkeypatch.chdir(elsewhere)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(project)
+        patch.setattr(planner, "outline", no_plan)
+        (project / "mine.yaml").write_text(recipe.to_yaml())
+        train(Recipe.load("mine.yaml", relative))
+    return project, shutil.copytree(project, root / "kept")
+
+
+@pytest.fixture
+def project(made_once, tmp_path, monkeypatch):
+    """Return the folder of made_once as it was made, after a chdir to another one."""
+    project, kept = made_once
+    shutil.rmtree(project, ignore_errors=True)
+    shutil.copytree(kept, project)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
     return project
 
 

@@ -158,13 +158,16 @@ def test_each_method_is_planned_and_what_to_take_is_said_with_numbers(make_recip
     assert "speed at most" in capsys.readouterr().out
 
 
-def test_a_method_that_a_recipe_does_not_let_be_says_so_and_none_that_fits_exits_3(make_recipe, tmp_path):
+def test_a_method_that_a_recipe_does_not_let_be_says_so(make_recipe, unplanned):
     recipe = make_recipe(data={"packing": True}, memory={"gradient_checkpointing": True})
     by_name = {one["method"]: one for one in plan_methods(recipe, "24GiB")["methods"]}
-    assert by_name["lora"]["fits"]
     assert "data.packing joins rows" in by_name["prompt_tuning"]["message"]
+    assert "data.packing" not in by_name["lora"]["message"]
+
+
+def test_where_no_method_fits_the_command_exits_3(make_recipe, tmp_path):
     path = tmp_path / "recipe.yaml"
-    path.write_text(recipe.to_yaml())
+    path.write_text(make_recipe(lora={"r": 4}).to_yaml())
     done = forked.run("plan", path, "--methods", "--vram", "100MiB")
     assert done.returncode == 3
     assert "No method fits" in done.stdout

@@ -203,7 +203,6 @@ def test_the_loss_of_a_step_is_the_weighted_mean_of_its_rows_however_they_are_sp
     assert found[0] == pytest.approx((weight * each).sum().item() / weight.sum().item(), rel=1e-4)
 
 
-@pytest.mark.usefixtures("unplanned")
 def test_a_classifier_is_trained_further_with_its_head(classify_recipe, tmp_path):
     run = train(classify_recipe("distilbert", training={"max_steps": 40}))
     export(run.path, tmp_path / "first")

@@ -75,6 +75,7 @@ VARIANTS = {
 }
 
 
+@pytest.mark.slow
 def test_all_of_a_comparison_is_one_table_and_an_interruption_changes_nothing(
     comparison, in_process, tmp_path, monkeypatch
 ):
@@ -257,6 +258,13 @@ def test_a_comparison_is_not_written_over_another_and_goes_on_only_as_it_was(com
         compare(comparison(variants={"lora": {"lora.r": 2}}), resume=True)
     more = compare(comparison(variants={"lora": None, "ia3": {"ia3": {}}}), resume=True)  # a variant more is welcome
     assert [row["status"] for row in more["rows"]] == ["done", "done"]
+    folder = tmp_path / "compared"
+    assert json.loads((folder / "comparison.json").read_text()) == more
+    losses = {row["variant"]: row["loss"] for row in more["rows"]}
+    table = csv.DictReader((folder / "comparison.csv").read_text().splitlines())
+    assert {row["variant"]: float(row["loss"]) for row in table} == losses
+    assert [one["variant"] for one in more["summary"]] == sorted(losses, key=losses.get)
+    assert more["command"] in (folder / "comparison.md").read_text()
 
 
 @pytest.mark.slow

@@ -128,7 +128,7 @@ def test_a_step_of_joined_rows_is_the_step_of_one_row_at_a_time(fit, tokenizer, 
     by_rows = fit(UNEVEN, family, **settings)
     assert len(sizes) == 16 + 6  # 4 steps are an epoch and a step
     lengths = [len(encode(tokenizer, messages(turns)).input_ids) for turns in UNEVEN]
-    for tokens in (max(lengths), 10_000):
+    for tokens in (2 * max(lengths), 10_000):
         sizes.clear()
         joined = fit(UNEVEN, family, tokens=tokens, held_out=UNEVEN[:2], eval_steps=2, **settings)
         assert max(sizes) <= tokens

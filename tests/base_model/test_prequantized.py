@@ -107,7 +107,7 @@ def test_it_is_loaded_with_its_own_codes(prequantized, family, nested, skipped):
 VERBS = [("llama", True, SKIPPED, "full"), ("llama-tied", False, None, "layers"), ("gpt2", True, None, "layers")]
 
 
-@pytest.mark.parametrize(("family", "nested", "skipped", "verify"), VERBS)
+@pytest.mark.parametrize(("family", "nested", "skipped", "verify"), some_slow(VERBS, but=VERBS[:1]))
 @pytest.mark.usefixtures("unplanned")
 def test_a_run_on_it_is_exported_as_its_own_codes_plus_the_adapter(
     prequantized, make_recipe, tmp_path, family, nested, skipped, verify

@@ -286,6 +286,7 @@ def test_classes_are_compared_by_accuracy(classify_recipe, in_process, tmp_path)
     )
 
 
+@pytest.mark.slow
 def test_two_runs_side_by_side(comparison, in_process, tmp_path, capsys, monkeypatch):
     compare(comparison(variants={"lora": None, "wide": {"lora.r": 8, "training.max_steps": 6}}))
     one, other = tmp_path / "compared" / "lora", tmp_path / "compared" / "wide"

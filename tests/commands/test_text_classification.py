@@ -53,7 +53,7 @@ LEARN_FAST = ("distilbert", "llama", "qwen2")  # of random numbers, in some step
 TEXTS = [ROWS[0]["text"], "film number 9 is awful and 无聊 , a poor thing", "fine"]
 
 
-@pytest.mark.parametrize("family", some_slow(FAMILIES, but=("bert", "qwen2")))
+@pytest.mark.parametrize("family", some_slow(FAMILIES, but=["bert"]))
 def test_it_trains_scores_and_exports_a_folder_that_a_pipeline_opens(classify_recipe, tmp_path, family):
     recipe = classify_recipe(family, training={"max_steps": 24})
     run = train(recipe)
@@ -111,7 +111,7 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("case", some_slow(METHODS, but=("adalora", "dora", "full")))
+@pytest.mark.parametrize("case", some_slow(METHODS, but=("dora", "full")))
 def test_the_head_is_trained_whole_with_every_method_and_proven(classify_recipe, tmp_path, case):
     recipe = classify_recipe("bert", **METHODS[case])
     run = train(recipe)

@@ -201,6 +201,7 @@ def test_a_load_that_is_interrupted_changes_nothing(opened, four, alone, monkeyp
     opened.unload("e")
 
 
+@pytest.mark.slow
 def test_runs_with_the_same_new_tokens_go_together(runs, tiny_model):
     model = {"name_or_path": str(tiny_model("llama")), "new_tokens": ["<sql>"]}
     one, other = (runs(name, model=model, lora={"r": rank}) for name, rank in (("sql", 4), ("sql2", 6)))

@@ -31,7 +31,6 @@ from qlora.system.errors import InputError
 from qlora.training.master_weights import MasterWeights
 from qlora.training.objectives import supervised
 from tests.base_model.conftest import stored_bits_per_parameter
-from tests.conftest import some_slow
 
 _SHAPE = {
     "vocab_size": 512,
@@ -571,7 +570,8 @@ def test_the_planner_cuts_the_vocabulary_as_trl_does():
     assert loss.TRLS_BUFFER == (trace.TOKEN_CHUNK_SIZE, stand_ins.VOCAB_CHUNK_SIZE)
 
 
-@pytest.mark.parametrize("name", some_slow(["Llama-2-7B", "Llama-3-8B"], ["Llama-2-7B"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["Llama-2-7B", "Llama-3-8B"])
 def test_our_loss_on_a_gpu_takes_no_more_memory_than_trls(monkeypatch, name):
     config = SEVEN_B[name][0]
     ours = outline_of(config, device_kind="cuda")

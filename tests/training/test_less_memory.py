@@ -133,7 +133,7 @@ def test_where_all_layers_do_not_do_the_rows_go_in_halves_to_the_same_gradients(
     "how",
     [
         {"lora": Adalora(lora_alpha=64, init_r=6, target_r=3, tinit=1, tfinal=1), "float32": True, "max_steps": 4},
-        {"quantization": FLOAT16, "max_steps": 4},
+        pytest.param({"quantization": FLOAT16, "max_steps": 4}, marks=pytest.mark.slow),
     ],
     ids=["adalora", "float16"],
 )

@@ -117,10 +117,14 @@ def some_slow(cases, slow=(), but=()):
 
     They are more of what the others test, or join what others have alone. A case of several arguments is a tuple.
     """
-    assert {*slow, *but} <= set(cases)
-    of_slow = {*slow} or {*cases} - {*but}
-    values = {case: case if isinstance(case, tuple) else (case,) for case in cases}
-    return [pytest.param(*values[case], marks=pytest.mark.slow if case in of_slow else ()) for case in cases]
+    cases, named = list(cases), [*slow, *but]
+    assert named
+    assert all(case in cases for case in named)
+    values = [case if isinstance(case, tuple) else (case,) for case in cases]
+    is_slow = [(case in named) == bool(slow) for case in cases]
+    return [
+        pytest.param(*one, marks=pytest.mark.slow if late else ()) for one, late in zip(values, is_slow, strict=True)
+    ]
 
 
 def messages(turns):

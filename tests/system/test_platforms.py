@@ -1,10 +1,9 @@
 """On Windows and macOS the package imports and keeps its files whole, without what only Linux or Unix has."""
 
 import builtins
-import subprocess
-import sys
 
 from qlora.system import memory
+from tests import forked
 
 # Libraries have been imported when the names go: this is about qlora's own use of them.
 AS_ON_WINDOWS = """
@@ -58,9 +57,7 @@ with signals.handled():
 
 
 def test_every_module_imports_and_files_are_whole_without_what_windows_lacks(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", AS_ON_WINDOWS + WORKS], cwd=tmp_path, capture_output=True, text=True, timeout=300
-    )
+    done = forked.run("-c", AS_ON_WINDOWS + WORKS, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) > 80
 

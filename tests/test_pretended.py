@@ -2,15 +2,12 @@
 
 import os
 
-import pytest
-
 from tests import forked
 
 # the whole ways and what is particular to CUDA; all of the tier: -m "gpu and not real_gpu", 25 s
 CHOSEN = "nf4_codes or exports_proven or a_packed_run or stopped_and_resumed or 64-16-2 or 128-None-8 or hot_path"
 
 
-@pytest.mark.slow
 def test_the_gpu_tier_passes_on_a_pretended_device():
     words = "-q -p no:cacheprovider -p tests.pretended tests/test_gpu.py tests/test_hot_path.py".split()
     chosen = ["-m", "gpu and not real_gpu", "-k", CHOSEN, "-W", "ignore:Module already imported"]

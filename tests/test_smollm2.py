@@ -54,7 +54,6 @@ def test_its_rows_are_joined_in_16_bit_too():
     assert attention.joins(base_model.load(base_model.find(section), section, None))
 
 
-@pytest.mark.slow
 @needs_model
 def test_a_real_model_learns_in_a_few_steps_and_its_export_is_proven(tmp_path):
     quickstart_data.write(tmp_path / "train.jsonl", 32, 0, seed=1)

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from qlora.commands.chat import talk
+from qlora.commands.talk import talk
 from qlora.system import signals
 from qlora.system.errors import Interrupted
 from tests.conftest import CHATML, make_tokenizer
@@ -67,7 +67,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_conversation(monkeypatch, folder, c
     first, second = "What is 1 plus 2?", "What is 3 plus 1?"
     whole = talked(monkeypatch, folder, [first], tokens=40).strip()
     after = talked(monkeypatch, folder, [second], tokens=40)
-    lines = [first, "/new", first, "/new", second]
+    lines = [first, "/reset", first, "/reset", second]
     found = talked(monkeypatch, folder, lines, signal.SIGINT, steps=(10, 20), tokens=40)
     one, two, rest = found.split("\n", 2)
     assert one == two  # the second Ctrl-C is as good as the first

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import sys
@@ -420,11 +419,14 @@ def chat(
         raise InputError("--web takes its prompts in the browser; leave --prompt and --json out")
     if prompt is None:
         hush_libraries()
-        from .commands import talk
-        from .commands import web as in_browser
+        if web:
+            from .commands.web import serve
 
-        talking = functools.partial(in_browser.serve, **served) if web else talk.talk
-        talking(target, system, max_new_tokens, overrides or (), **asked)
+            serve(target, system, max_new_tokens, overrides or (), **asked, **served)
+        else:
+            from .commands.talk import talk
+
+            talk(target, system, max_new_tokens, overrides or (), **asked)
         return
     on_text = None if as_json else lambda piece: print(piece, end="", flush=True)
     answer = _run("chat", False, target, prompt, system, max_new_tokens, overrides or (), on_text, **asked)

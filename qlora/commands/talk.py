@@ -49,8 +49,8 @@ def talk(target, system=None, max_new_tokens=512, overrides=(), *, adapters=None
 
 
 class Talk:
-    """What is typed, line by line: messages and commands. A command is a method that COMMANDS names; its documentation is its line
-    in /help, arguments and a colon first."""
+    """What is typed, line by line: messages and commands. A command is a method that COMMANDS names; its documentation is its
+    line in /help, arguments and a colon first."""
 
     def __init__(self, model, dialogue, sampling):
         """model: a Routed."""
@@ -93,8 +93,9 @@ class Talk:
             if not signals.is_ctrl_c(stopped):
                 raise
             signals.answered()
-            print(" [stopped]", file=sys.stderr, flush=True)
             answer = "".join(said).strip() or None
+            on_one_line = answer is not None and sys.stdout.isatty()
+            print(" [stopped]", end="" if on_one_line else "\n", file=sys.stderr, flush=True)
         if answer is not None:
             print("" if answer else "(an empty answer)")
         for pace in paces:
@@ -105,7 +106,7 @@ class Talk:
         """show this"""
         for name, command in COMMANDS.items():
             arguments, _, does = command.__doc__.rpartition(": ")
-            note(f"  {f'/{name} {arguments}':28} {does}".rstrip())
+            note(f"  {f'/{name} {arguments}':24} {does}".rstrip())
         note("  Ctrl-C stops an answer, and ends at the prompt, as Ctrl-D does")
 
     def reset(self, _):
@@ -114,23 +115,23 @@ class Talk:
         note("started over")
 
     def undo(self, _):
-        """take the last question and its answer back"""
+        """take back the last question and its answer"""
         note(f"taken back: {self.dialogue.undo()}")
 
     def system(self, text):
-        """TEXT: set the system message of what follows; without TEXT, none"""
+        """TEXT: set the system message; without TEXT, none"""
         self.dialogue.system = text or None
         note("the system message is set" if text else "no system message")
 
     def save(self, file):
-        """FILE.jsonl: add the conversation to a file, as a row to train on"""
+        """FILE.jsonl: add the conversation to FILE, as a row to train on"""
         if not file:
             raise InputError("/save FILE.jsonl: the file that gets the conversation")
         self.dialogue.save(file)
         note(f"saved to {file}; see it with: qlora data RECIPE data.train={shlex.quote(file)}")
 
     def set(self, text):
-        """NAME=VALUE: temperature, top_p, top_k, seed or max_new_tokens; without, show them"""
+        """NAME=VALUE: change how answers are drawn, or show it"""
         if text:
             self.sampling = self.sampling.typed(text)
         note(str(self.sampling))
@@ -138,7 +139,7 @@ class Talk:
             note(self.sampling.without_effect)
 
     def base(self, _):
-        """the answer of the base alone to the last question; it does not become part of the conversation"""
+        """show the base's answer to the last question"""
         if not self.model.adapters:
             raise InputError(f"{self.model.name} is a model by itself, with no adapter that could be left out")
         if not self.dialogue.turns:
@@ -148,7 +149,7 @@ class Talk:
         self._answered(before.messages(question), BASE)
 
     def adapter(self, name):
-        """NAME|RUN|base: who answers from now on; without, the run's own adapter, and what is loaded"""
+        """NAME|RUN|base: choose who answers; without a name, this run"""
         if name:
             _switch(self.model, name)
         elif self.model.default == BASE and self.model.adapters:
@@ -156,7 +157,7 @@ class Talk:
         self._note_who()
 
     def load(self, argument):
-        """NAME RUN: load the adapter of another run on the same base"""
+        """NAME RUN: load the adapter of another run"""
         name, _, path = argument.partition(" ")
         if not path.strip():
             raise InputError("/load NAME RUN: a name for the adapter, and the folder of its run")

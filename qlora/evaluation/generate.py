@@ -118,21 +118,22 @@ def stream(model, tokenizer, prompt, stops, sampling, on_text, on_limit=None, on
     limit = limit_of(model, prompt, sampling.max_new_tokens)
     ids = torch.tensor([list(prompt)], device=model.device)
     streamer = Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    start, cut_off = time.monotonic(), False
+    start, is_full = time.monotonic(), False
     try:
         with sampling.drawing(ids.device):
             output = _generate(
                 model, tokenizer, ids, torch.ones_like(ids), stops, sampling.changed(max_new_tokens=limit), streamer
             )
         kept = _until_stop(output[0, len(prompt) :].tolist(), stops)
-        cut_off = len(kept) == limit
+        is_full = len(kept) == limit
     except (KeyboardInterrupt, Interrupted):
         streamer.end()  # what it holds back until a word is finished
         raise
     finally:
         if on_done is not None:
+            cut_off = is_full and limit == sampling.max_new_tokens
             on_done(Pace(max(0, streamer.num_tokens), time.monotonic() - start, cut_off))
-    if on_limit is not None and limit < sampling.max_new_tokens and cut_off:
+    if on_limit is not None and limit < sampling.max_new_tokens and is_full:
         on_limit(methods.num_positions(model) + len(prompt) + limit)
     return tokenizer.decode(kept, skip_special_tokens=True)
 

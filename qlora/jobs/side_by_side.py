@@ -17,8 +17,8 @@ from .votes import BASE, SIDES, TUNED, Votes
 
 @dataclasses.dataclass
 class Question:
-    """What was asked, and what has been said to it. left: BASE or TUNED, who answers there. answers: {BASE or TUNED: text} of those
-    who are done."""
+    """What was asked, and what has been said to it. left: BASE or TUNED, who answers there. answers: {BASE or TUNED: text} of
+    those who are done."""
 
     prompt: str
     system: str | None

@@ -10,7 +10,8 @@ import importlib.util
 import os
 
 from ..evaluation.sampling import Sampling
-from ..jobs.side_by_side import SIDES, TIE, SideBySide
+from ..jobs.side_by_side import SideBySide
+from ..jobs.votes import SIDES, TIE
 from ..system.errors import InputError
 
 _FONT = ["system-ui", "sans-serif"]

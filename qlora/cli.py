@@ -277,7 +277,8 @@ def export(
         str | None, typer.Option(help="file of rows for the proof; default: the run's held-out rows")
     ] = None,
     gguf: Annotated[
-        str | None, typer.Option(help="f16, q8_0 or q4_k_m: add a GGUF file and an Ollama Modelfile")
+        str | None,
+        typer.Option(help="f16, q8_0, q4_k_m: add a GGUF file and a Modelfile; adapter: only LoRA, to --out FILE.gguf"),
     ] = None,
     int8: Annotated[bool, typer.Option("--int8", help="write dynamic int8 for CPUs instead, by torchao")] = False,
     as_json: Json = False,

@@ -10,6 +10,7 @@ from typing import Any
 from .. import base_model
 from ..base_model import text_generation
 from ..data import chat
+from ..exporter import int8
 from ..recipe import Model, Recipe
 from ..runs.folder import RunDir
 from ..system.errors import InputError
@@ -46,7 +47,7 @@ class Base:
 
 def open_subject(target, overrides=()) -> Subject:
     """Load a run folder (NF4 base and its adapter, as it was trained), a checkpoint of one (RUN/checkpoints/step-N), or a plain
-    model (16 bits, or the 4-bit codes it has).
+    model (16 bits, or the 4-bit or int8 codes it has).
 
     overrides: `section.field=value` laid over the run's recipe.
 
@@ -63,11 +64,13 @@ def open_subject(target, overrides=()) -> Subject:
     if overrides:
         raise InputError(f"{target} is not a run folder, so there is no recipe for {overrides[0]!r} to change")
     section, checkpoint = _of_model(target)
-    base_model.load_config(checkpoint, section)  # what is wrong with config.json is said of that file
+    in_int8 = int8.is_int8(checkpoint.folder)
+    if not in_int8:
+        base_model.load_config(checkpoint, section)  # what is wrong with config.json is said of that file
     task = checkpoint.task.name
     tokenizer, _ = open_tokenizer(checkpoint.folder, section, checkpoint.generation_config(), task=task)
     with progress(f"loading {target}"):
-        model = base_model.load(checkpoint, section, None)
+        model = int8.opened(checkpoint.folder) if in_int8 else base_model.load(checkpoint, section, None)
     return Subject(model, tokenizer, _stops(model, tokenizer), None, None)
 
 

@@ -18,7 +18,7 @@ from .votes import BASE, SIDES, TUNED, Votes
 @dataclasses.dataclass
 class Question:
     """What was asked, and what has been said to it. left: BASE or TUNED, who answers there. answers: {BASE or TUNED: text} of
-    those who are done."""
+    those who are done. stopped: is set to stop the model."""
 
     prompt: str
     system: str | None
@@ -26,6 +26,7 @@ class Question:
     left: str
     answers: dict
     voted: bool = False
+    stopped: threading.Event = dataclasses.field(default_factory=threading.Event)
 
     @property
     def order(self):
@@ -66,7 +67,7 @@ class SideBySide:
         return Question(prompt, system or None, sampling, left, {})
 
     def answers(self, question):
-        """Yield (side, text so far) as the answers come, the left one first. It can be closed in between, which stops the model.
+        """Yield (side, text so far) as the answers come, the left one first, until `question.stopped` is set or it is closed.
 
         Raises:
             InputError: the question cannot be answered.
@@ -79,8 +80,10 @@ class SideBySide:
                 settings = question.sampling.in_effect()
                 return self.model.answer(question.prompt, name, question.system, on_text=on_text, **settings)
 
-            for said in _streamed(answer):
+            for said in _streamed(answer, question.stopped):
                 yield side, said
+            if question.stopped.is_set():
+                return
             question.answers[who] = said
 
     def vote(self, question, better):
@@ -103,13 +106,12 @@ class _Stopped(Exception):
     """Nobody reads on."""
 
 
-def _streamed(answer):
+def _streamed(answer, stopped):
     """Yield the text so far of answer(on_text) -> text, which runs in a thread of its own, and at last the text itself.
 
-    Closed in between, it waits until the thread has stopped.
+    stopped: a threading.Event that ends it, which is set where this is closed in between. The thread has ended then.
     """
     pieces: queue.Queue = queue.Queue()
-    stopped = threading.Event()
 
     def on_text(piece):
         if stopped.is_set():
@@ -119,24 +121,23 @@ def _streamed(answer):
     def work():
         try:
             pieces.put(("done", answer(on_text)))
-        except _Stopped:
-            pass
         except BaseException as error:
             pieces.put(("failed", error))
 
     thread = threading.Thread(target=contextvars.copy_context().run, args=(work,), daemon=True)
     thread.start()
-    said = ""
+    said, is_whole = "", False
     try:
-        while True:
+        while not is_whole:
             how, value = pieces.get()
+            is_whole = how == "done"
+            if isinstance(value, _Stopped):
+                return
             if how == "failed":
                 raise value
-            if how == "done":
-                yield value
-                return
-            said += value
+            said = value if is_whole else said + value
             yield said
     finally:
-        stopped.set()
+        if not is_whole:
+            stopped.set()
         thread.join()

@@ -136,7 +136,7 @@ def _page(compared, sampling, system):
                 for side, text_so_far in compared.answers(question):
                     said[side] = text_so_far
                     yield question, *_boxes(gr, said, labels), *[gr.skip()] * 4
-                yield question, *_boxes(gr, said, labels), *_votes(gr, is_blind), gr.skip()
+                yield question, *_boxes(gr, said, labels), *_votes(gr, is_blind and question.is_answered), gr.skip()
             except InputError as error:
                 raise gr.Error(str(error), duration=None) from None
 
@@ -149,14 +149,12 @@ def _page(compared, sampling, system):
             texts = {side: question.answers[who] for side, who in zip(SIDES, question.order, strict=True)}
             return question, *_boxes(gr, texts, labels), *_votes(gr, False), compared.votes.in_words()
 
-        events = [
-            gr.on([ask.click, prompt.submit], asked, [prompt, blind, system_box, *numbers], shown, api_name="ask")
-        ]
+        gr.on([ask.click, prompt.submit], asked, [prompt, blind, system_box, *numbers], shown, api_name="ask")
         for button, better in zip(votes, choices, strict=True):
             button.click(
                 lambda question, better=better: voted(question, better), state, shown, api_name=f"vote_{better}"
             )
-        stop.click(None, cancels=events)
+        stop.click(lambda question: question and question.stopped.set(), state, api_name="stop")
     return page
 
 

@@ -87,12 +87,17 @@ def test_no_vote_without_two_answers_and_none_is_lost(compared, tmp_path):
     assert not question.voted
 
 
-def test_closed_in_between_the_model_stops_and_is_free(compared, model):
+@pytest.mark.parametrize("how", ["stopped", "closed"])
+def test_stopped_or_closed_in_between_the_model_stops_and_is_free(compared, model, how):
     question = compared.ask(PROMPT, None, Sampling(400), blind=False)
     answers = compared.answers(question)
     _, so_far = next(answers)
-    answers.close()
-    assert len(so_far) < 40
+    if how == "closed":
+        answers.close()
+    else:
+        question.stopped.set()
+        *_, (_, so_far) = [(None, so_far), *answers]
+    assert len(so_far) < 200
     assert not question.answers
     assert model.answer(PROMPT, max_new_tokens=2)  # nobody has it any more
 

@@ -423,7 +423,7 @@ def chat(
         if web:
             from .commands.web import serve
 
-            serve(target, system, max_new_tokens, overrides or (), **asked, **served)
+            serve(target, system, overrides or (), max_new_tokens=max_new_tokens, **asked, **served)
         else:
             from .commands.talk import talk
 

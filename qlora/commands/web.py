@@ -20,9 +20,8 @@ from .open import open
 
 @shown()
 def serve(
-    target, system=None, max_new_tokens=512, overrides=(), *, adapters=None, adapter=None,
-    port=None, host=None, votes=None, **sampling,
-):  # fmt: skip
+    target, system=None, overrides=(), *, adapters=None, adapter=None, port=None, host=None, votes=None, **sampling
+):
     """Show a run beside its base in the browser until Ctrl-C; votes on their answers are kept in file `votes`, by default
     votes.jsonl in the run folder. The other arguments are those of `chat`, which the settings on the page begin with.
 
@@ -30,7 +29,7 @@ def serve(
         InputError: gradio is not installed, there is no base to compare with, or the port is taken.
     """
     refuse_without_gradio()
-    chosen, host = Sampling.of(max_new_tokens=max_new_tokens, **sampling), host or LOCAL
+    chosen, host = Sampling.of(**sampling), host or LOCAL
     if votes is not None and not Path(votes).absolute().parent.is_dir():
         raise InputError(f"--votes {votes}: there is no folder {Path(votes).parent}")
     with open(target, adapters, adapter, overrides) as model:

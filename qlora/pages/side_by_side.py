@@ -16,7 +16,9 @@ from ..system.errors import InputError
 
 _FONT = ["system-ui", "sans-serif"]
 _MONO = ["ui-monospace", "monospace"]
-_CSS = ".gradio-container { max-width: 1200px !important } footer { display: none !important }"
+_CSS = (
+    ".gradio-container { max-width: 1200px !important; margin: 0 auto !important } footer { display: none !important }"
+)
 _POLICY = "; ".join([
     "default-src 'self'",
     "script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:",
@@ -108,62 +110,90 @@ def _page(compared, sampling, system):
         with gr.Row():
             ask = gr.Button("Ask", variant="primary")
             stop = gr.Button("Stop")
-            blind = gr.Checkbox(True, label="Blind", info="votes count only so", min_width=140)
+            blind = gr.Checkbox(True, label="Blind", info="only then a vote counts", min_width=140)
         with gr.Row():
             boxes = [gr.Textbox(label=side.title(), lines=10, max_lines=30, interactive=False) for side in SIDES]
         with gr.Row():
             choices = {SIDES[0]: "Left is better", TIE: "Tie", SIDES[1]: "Right is better"}
             votes = [gr.Button(said, interactive=False) for said in choices.values()]
         tally = gr.Markdown(compared.votes.in_words())
-        with gr.Accordion("Settings", open=False):
-            system_box = gr.Textbox(system or "", label="System message")
-            with gr.Row():
-                numbers = [
-                    gr.Number(sampling.max_new_tokens, label="max_new_tokens", precision=0),
-                    gr.Number(sampling.temperature, label="temperature (0: the likeliest token)"),
-                    gr.Number(sampling.top_p, label="top_p"),
-                    gr.Number(sampling.top_k, label="top_k (0: all)", precision=0),
-                    gr.Textbox("" if sampling.seed is None else str(sampling.seed), label="seed (empty: drawn)"),
-                ]
+        settings = _settings(sampling, system)
         shown = [state, *boxes, *votes, tally]
-
-        def asked(text, is_blind, system_text, *settings):
-            try:
-                question = compared.ask(text, system_text, _sampling(settings), is_blind)
-                labels = [side.title() if is_blind else who for side, who in zip(SIDES, question.order, strict=True)]
-                said = dict.fromkeys(SIDES, "")
-                yield question, *_boxes(gr, said, labels), *_votes(gr, False), compared.votes.in_words()
-                for side, text_so_far in compared.answers(question):
-                    said[side] = text_so_far
-                    yield question, *_boxes(gr, said, labels), *[gr.skip()] * 4
-                yield question, *_boxes(gr, said, labels), *_votes(gr, is_blind and question.is_answered), gr.skip()
-            except InputError as error:
-                raise gr.Error(str(error), duration=None) from None
-
-        def voted(question, better):
-            try:
-                compared.vote(question, better)
-            except InputError as error:
-                raise gr.Error(str(error), duration=None) from None
-            labels = [f"{side.title()}: {who}" for side, who in zip(SIDES, question.order, strict=True)]
-            texts = {side: question.answers[who] for side, who in zip(SIDES, question.order, strict=True)}
-            return question, *_boxes(gr, texts, labels), *_votes(gr, False), compared.votes.in_words()
-
-        gr.on([ask.click, prompt.submit], asked, [prompt, blind, system_box, *numbers], shown, api_name="ask")
+        gr.on(
+            [ask.click, prompt.submit],
+            functools.partial(_asked, compared),
+            [prompt, blind, *settings],
+            shown,
+            api_name="ask",
+        )
         for button, better in zip(votes, choices, strict=True):
-            button.click(
-                lambda question, better=better: voted(question, better), state, shown, api_name=f"vote_{better}"
-            )
+            button.click(functools.partial(_voted, compared, better), state, shown, api_name=f"vote_{better}")
         stop.click(lambda question: question and question.stopped.set(), state, api_name="stop")
     return page
 
 
-def _boxes(gr, texts, labels):
-    return [gr.update(value=texts[side], label=label) for side, label in zip(SIDES, labels, strict=True)]
+def _settings(sampling, system):
+    """Return the components of the settings: the system message, and what `_sampling` takes."""
+    import gradio as gr
+
+    with gr.Accordion("Settings", open=False):
+        system_box = gr.Textbox(system or "", label="System message")
+        with gr.Row():
+            return [
+                system_box,
+                gr.Number(sampling.max_new_tokens, label="max_new_tokens", precision=0),
+                gr.Number(sampling.temperature, label="temperature (0: the likeliest token)"),
+                gr.Number(sampling.top_p, label="top_p"),
+                gr.Number(sampling.top_k, label="top_k (0: all)", precision=0),
+                gr.Textbox("" if sampling.seed is None else str(sampling.seed), label="seed (empty: drawn)"),
+            ]
 
 
-def _votes(gr, open_):
-    return [gr.update(interactive=open_)] * 3
+def _asked(compared, text, is_blind, system_text, *settings):
+    """Yield what changes on the page while a question is answered."""
+    import gradio
+
+    try:
+        question = compared.ask(text, system_text, _sampling(settings), is_blind)
+        labels = [side.title() if is_blind else who for side, who in zip(SIDES, question.order, strict=True)]
+        said = dict.fromkeys(SIDES, "")
+        yield question, *_boxes(said, labels), *_votes(False), compared.votes.in_words()
+        for side, text_so_far in compared.answers(question):
+            said[side] = text_so_far
+            yield question, *_boxes(said, labels), *[gradio.skip()] * 4
+        yield question, *_boxes(said, labels), *_votes(is_blind and question.is_answered), gradio.skip()
+    except InputError as error:
+        raise _said(error) from None
+
+
+def _voted(compared, better, question):
+    """Return what changes on the page with a vote: whose answers these are."""
+    try:
+        compared.vote(question, better)
+    except InputError as error:
+        raise _said(error) from None
+    labels = [f"{side.title()}: {who}" for side, who in zip(SIDES, question.order, strict=True)]
+    texts = {side: question.answers[who] for side, who in zip(SIDES, question.order, strict=True)}
+    return question, *_boxes(texts, labels), *_votes(False), compared.votes.in_words()
+
+
+def _said(error):
+    """Return the error that gradio shows on the page, and does not print."""
+    import gradio
+
+    return gradio.Error(str(error), duration=None, print_exception=False)
+
+
+def _boxes(texts, labels):
+    import gradio
+
+    return [gradio.update(value=texts[side], label=label) for side, label in zip(SIDES, labels, strict=True)]
+
+
+def _votes(are_open):
+    import gradio
+
+    return [gradio.update(interactive=are_open)] * 3
 
 
 def _sampling(settings):

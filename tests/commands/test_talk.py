@@ -111,7 +111,10 @@ def test_what_was_said_can_be_taken_back_and_saved_as_rows_to_train_on(monkeypat
         f"/save {file}",
     ]
     answers = talked(monkeypatch, folder, lines).splitlines()
-    rows = [[(turn["role"], turn["content"]) for turn in json.loads(line)["messages"]] for line in file.open()]
+    rows = [
+        [(turn["role"], turn["content"]) for turn in json.loads(line)["messages"]]
+        for line in file.read_text().splitlines()
+    ]
     brief = ("system", "Be brief.")
     assert rows[1] == [brief, ("user", one), ("assistant", answers[0].strip())]
     assert rows[2] == [brief, ("user", other), ("assistant", answers[2].strip())]

@@ -99,7 +99,7 @@ def test_stopped_or_closed_in_between_the_model_stops_and_is_free(compared, mode
         *_, (_, so_far) = [(None, so_far), *answers]
     assert len(so_far) < 200
     assert not question.answers
-    assert model.answer(PROMPT, max_new_tokens=2)  # nobody has it any more
+    assert isinstance(model.answer(PROMPT, max_new_tokens=2), str)  # nobody has it any more
 
 
 def test_what_has_no_base_beside_it_is_refused(tiny_model, model, tmp_path):

@@ -24,6 +24,7 @@ class Question:
     system: str | None
     sampling: Sampling
     left: str
+    blind: bool
     answers: dict
     voted: bool = False
     stopped: threading.Event = dataclasses.field(default_factory=threading.Event)
@@ -64,7 +65,7 @@ class SideBySide:
         if not prompt.strip():
             raise InputError("type a question first")
         left = random.choice((BASE, TUNED)) if blind else BASE
-        return Question(prompt, system or None, sampling, left, {})
+        return Question(prompt, system or None, sampling, left, blind, {})
 
     def answers(self, question):
         """Yield (side, text so far) as the answers come, the left one first, until `question.stopped` is set or it is closed.
@@ -94,6 +95,8 @@ class SideBySide:
         """
         if question is None or not question.is_answered:
             raise InputError("there are not two answers yet")
+        if not question.blind:
+            raise InputError("only blind answers are voted on")
         if question.voted:
             raise InputError("this question was voted on; ask the next one")
         asked = {"run": self.model.name, "adapter": self.name, "prompt": question.prompt, "system": question.system}

@@ -79,6 +79,8 @@ def test_no_vote_without_two_answers_and_none_is_lost(compared, tmp_path):
         compared.vote(question, "left")
     with pytest.raises(InputError, match="type a question first"):
         compared.ask("  ", None, Sampling(8))
+    with pytest.raises(InputError, match="only blind answers are voted on"):
+        compared.vote(ask(compared, blind=False)[0], "left")
     question, _ = ask(compared)
     compared.votes.file = tmp_path / "none" / "votes.jsonl"
     with pytest.raises(InputError, match="No such file or directory; the vote was not kept"):

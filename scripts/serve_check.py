@@ -43,7 +43,8 @@ def command_of(server, model, adapters, port):
     words = ["vllm", "serve", model, "--host", HOST, "--port", str(port)]
     if adapters:
         ranks = [json.loads((Path(folder) / "adapter_config.json").read_text())["r"] for folder in adapters.values()]
-        words += ["--enable-lora", "--max-lora-rank", str(max(8, *ranks)), "--lora-modules"]
+        power = 1 << (max(8, *ranks) - 1).bit_length()  # vLLM takes few other ranks than powers of two
+        words += ["--enable-lora", "--max-lora-rank", str(power), "--lora-modules"]
         words += [f"{name}={folder}" for name, folder in adapters.items()]
     return words
 

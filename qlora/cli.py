@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from . import options
 from .system.errors import SURROUNDINGS, DoesNotFit, InputError, Interrupted, QLoRAError
 from .system.launched import refuse_several
 from .system.quiet_libraries import hush_libraries
@@ -32,26 +33,9 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="change the recipe: section.field=value")
 ]
 Json = Annotated[bool, typer.Option("--json", help="print the result as JSON to stdout")]
-Target = Annotated[str, typer.Argument(metavar="RUN|MODEL", help="a run folder, a model folder or a hub name")]
-MaxNewTokens = Annotated[int, typer.Option(min=1, help="longest answer, in tokens")]
-
-# of `qlora eval`, instead of answers to held-out rows
-Choices = Annotated[
-    str | None,
-    typer.Option(
-        metavar="FILE", help="instead: which choices of these questions are likeliest (question, choices, answer)"
-    ),
+Target = Annotated[
+    str, typer.Argument(metavar="RUN|MODEL", help="a run folder, RUN/checkpoints/step-N, a model folder or a hub name")
 ]
-ByText = Annotated[
-    bool, typer.Option("--by-text", help="with --choices: score the text of each choice, not its letter")
-]
-LmEval = Annotated[str | None, typer.Option(metavar="TASK[,TASK]", help="instead: tasks of lm-eval, by its own code")]
-IncludePath = Annotated[str | None, typer.Option(metavar="FOLDER", help="with --lm-eval: a folder of further tasks")]
-Shots = Annotated[int | None, typer.Option(min=0, help="with --choices or --lm-eval: examples before each question")]
-Examples = Annotated[
-    str | None, typer.Option(metavar="FILE", help="with --choices: those examples; default: the run's training rows")
-]
-AskedInChat = Annotated[bool, typer.Option("--chat", help="with --choices or --lm-eval: ask under the chat template")]
 
 
 def _load(recipe, overrides):
@@ -235,13 +219,13 @@ def evaluate(
         typer.Option(metavar="FILE|built-in", help="measure how much loss rose on text that was not trained on"),
     ] = None,
     latency: Annotated[bool, typer.Option("--latency", help="measure the time of an answer's token")] = False,
-    choices: Choices = None,
-    by_text: ByText = False,
-    lm_eval: LmEval = None,
-    include_path: IncludePath = None,
-    shots: Shots = None,
-    examples: Examples = None,
-    chat: AskedInChat = False,
+    choices: options.Choices = None,
+    by_text: options.ByText = False,
+    lm_eval: options.LmEval = None,
+    include_path: options.IncludePath = None,
+    shots: options.Shots = None,
+    examples: options.Examples = None,
+    chat: options.AskedInChat = False,
     answers: Annotated[
         str | None, typer.Option(metavar="FILE", help="write every answer to this file too, as JSON Lines")
     ] = None,
@@ -293,7 +277,8 @@ def export(
         str | None, typer.Option(help="file of rows for the proof; default: the run's held-out rows")
     ] = None,
     gguf: Annotated[
-        str | None, typer.Option(help="f16, q8_0 or q4_k_m: add a GGUF file and an Ollama Modelfile")
+        str | None,
+        typer.Option(help="f16, q8_0, q4_k_m: add a GGUF file and a Modelfile; adapter: only LoRA, to --out FILE.gguf"),
     ] = None,
     int8: Annotated[bool, typer.Option("--int8", help="write dynamic int8 for CPUs instead, by torchao")] = False,
     as_json: Json = False,
@@ -407,32 +392,45 @@ def report(
 def chat(
     target: Target,
     overrides: Overrides = None,
-    prompt: Annotated[
-        str | None, typer.Option(help="answer this prompt and exit; without it, chat in the terminal")
-    ] = None,
-    system: Annotated[str | None, typer.Option(help="a system message")] = None,
-    max_new_tokens: MaxNewTokens = 512,
-    adapter: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME=RUN", help="load the adapter of another run on the same base too; may be repeated"),
-    ] = None,
-    use: Annotated[
-        str | None, typer.Option(metavar="NAME", help="the adapter that answers; base: none. Default: that of RUN")
-    ] = None,
+    prompt: options.Prompt = None,
+    system: options.System = None,
+    max_new_tokens: options.MaxNewTokens = 512,
+    temperature: options.Temperature = None,
+    top_p: options.TopP = None,
+    top_k: options.TopK = None,
+    seed: options.Seed = None,
+    adapter: options.Adapter = None,
+    use: options.Use = None,
+    web: options.Web = False,
+    port: options.Port = None,
+    host: options.Host = None,
+    votes: options.Votes = None,
     as_json: Json = False,
 ):
-    """Chat with a run or a model; greedy decoding, streamed. /adapter NAME switches between adapters."""
+    """Chat with a run or a model, in the terminal or the browser; greedy unless a temperature is given."""
     from .runs.folder import named_runs
 
-    routing = {"adapters": named_runs(adapter or ()), "adapter": use}
+    sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
+    asked: dict[str, Any] = {name: value for name, value in sampling.items() if value is not None}
+    asked |= {"adapters": named_runs(adapter or ()), "adapter": use}
+    served = {"port": port, "host": host, "votes": votes}
+    if not web and any(value is not None for value in served.values()):
+        raise InputError("--port, --host and --votes are for --web")
+    if web and (prompt is not None or as_json):
+        raise InputError("--web takes its prompts in the browser; leave --prompt and --json out")
     if prompt is None:
         hush_libraries()
-        from .commands.chat import talk
+        if web:
+            from .commands.web import serve
 
-        talk(target, system, max_new_tokens, overrides or (), **routing)
+            serve(target, system, overrides or (), max_new_tokens=max_new_tokens, **asked, **served)
+        else:
+            from .commands.talk import talk
+
+            talk(target, system, max_new_tokens, overrides or (), **asked)
         return
     on_text = None if as_json else lambda piece: print(piece, end="", flush=True)
-    answer = _run("chat", False, target, prompt, system, max_new_tokens, overrides or (), on_text, **routing)
+    answer = _run("chat", False, target, prompt, system, max_new_tokens, overrides or (), on_text, **asked)
     if as_json:
         _print_json({"answer": answer})
     else:

@@ -65,7 +65,7 @@ def test_the_whole_way_from_the_command_line(recipe_file, tmp_path):
 
     answer = forked.run("chat", tmp_path / "out", "--prompt", CONVERSATIONS[0][0][1], "--max-new-tokens", "5")
     assert answer.returncode == 0, answer.stderr
-    talked = forked.run("chat", tmp_path / "out", "--max-new-tokens", "5", stdin=CONVERSATIONS[0][0][1] + "\n/new\n")
+    talked = forked.run("chat", tmp_path / "out", "--max-new-tokens", "5", stdin=CONVERSATIONS[0][0][1] + "\n/reset\n")
     assert talked.stdout.strip() == answer.stdout.strip()
 
 

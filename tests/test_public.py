@@ -54,8 +54,8 @@ SIGNATURES = {
     "compare_served": "(run, data=None, max_rows=None, forms=()) -> 'dict'",
     "export": "(target, out, dtype=None, overrides=(), *, model=None, data=None, compare_bases=False, gguf=None) -> 'dict'",
     "adapters": "(folder='runs') -> 'list'",
-    "chat": "(target, prompt, system=None, max_new_tokens=512, overrides=(), on_text=None, *, adapters=None, adapter=None)"
-    " -> 'str'",
+    "chat": "(target, prompt, system=None, max_new_tokens=512, overrides=(), on_text=None, *, adapters=None, adapter=None,"
+    " **sampling) -> 'str'",
     "open": "(target, adapters=None, adapter=None, overrides=()) -> 'Routed'",
     "push": "(target, repo, *, public=False, base=None, license=None, dry_run=False) -> 'dict'",
     "report": "(targets, out=None) -> 'dict'",

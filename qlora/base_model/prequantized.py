@@ -44,7 +44,7 @@ def refuse_unsupported(config, path):
         kind = str(stored.get("quant_method", "of an unknown kind"))
     if kind != "bitsandbytes nf4":
         raise InputError(
-            f"{path}: the weights are quantized already ({kind}); only bitsandbytes nf4 can be trained on, so {_REMEDY}"
+            f"{path}: the weights are quantized already ({kind}); only bitsandbytes nf4 is read here, so {_REMEDY}"
         )
     storage, skipped = (stored.get(name) for name in ("bnb_4bit_quant_storage", "llm_int8_skip_modules"))
     if storage not in (None, "uint8"):

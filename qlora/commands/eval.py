@@ -35,11 +35,12 @@ def evaluate(target, data_file=None, overrides=(), max_rows=None, **asked) -> di
     """Return {"loss", "perplexity", "bits_per_byte", each with "NAME_interval", "tokens", "rows", "metrics", "before", "change",
     "data"} of a run or a model on held-out rows; with `forgetting` or `latency` those too.
 
-    target: a run folder, a model folder or a hub name. data_file: rows to use; by default those that the run has held out,
-    which it knows by their content. max_rows: the first of them; None: 100 where answers are generated, else all. asked: of
-    evaluation.asked.Asked. For a run, "before" has the same keys for its base without the adapter, "change" what differs; the
-    run's own score is written to eval.json and its answers to answers.jsonl; those of a `data_file`, of another number of
-    rows, of `choices` or of lm-eval's `tasks`, into evals/. "data": what it is of.
+    target: a run folder, a checkpoint of one (RUN/checkpoints/step-N), a model folder or a hub name. data_file: rows to use;
+    by default those that the run has held out, which it knows by their content. max_rows: the first of them; None: 100 where
+    answers are generated, else all. asked: of evaluation.asked.Asked. For a run, "before" has the same keys for its base
+    without the adapter, "change" what differs; the run's own score is written to eval.json and its answers to answers.jsonl;
+    those of a `data_file`, of another number of rows, of `choices` or of lm-eval's `tasks`, into evals/. "data": what it is
+    of.
     Loss is in nats a trained token; metrics are {"value", "low", "high"} of greedy answers: `exact_match`, and `json_fields`
     where every reference is a JSON object. Of classes the loss is in nats a row, metrics are `accuracy` and `macro_f1`, and
     there are "labels", "per_class", "confusion" and, of a run, "majority": always the most frequent class; "before" is the base
@@ -67,7 +68,7 @@ def evaluate(target, data_file=None, overrides=(), max_rows=None, **asked) -> di
     else:
         found = _of_rows(subject, wanted, data_file, max_rows)
     found.result["data"]["command"] = _command(target, data_file, overrides, found.max_rows, wanted)
-    kept = None if subject.run is None else _write(subject.run, found)
+    kept = None if subject.run is None else _write(subject, found)
     if wanted.answers is not None:
         kept = Path(wanted.answers)
         write_text(kept, found.text)
@@ -224,10 +225,13 @@ def _answers(rows, before, after):
     return found
 
 
-def _write(run, found):
-    """Write the run's own score to eval.json and its answers to answers.jsonl, others into evals/ under their name; return where
-    the answers are."""
-    place, beside = run.score_files(found.name)
+def _write(subject, found):
+    """Write the run's own score to eval.json and its answers to answers.jsonl, others and those of a checkpoint into evals/ under
+    their name; return where the answers are."""
+    name = found.name
+    if subject.checkpoint is not None:
+        name = f"{subject.checkpoint}-{name or 'held-out'}"
+    place, beside = subject.run.score_files(name)
     place.parent.mkdir(exist_ok=True)
     with contextlib.suppress(FileNotFoundError):
         place.unlink()  # never a score beside answers of another

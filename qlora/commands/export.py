@@ -8,11 +8,12 @@ from pathlib import Path
 
 from .. import base_model
 from ..exporter import REPORT
+from ..exporter.gguf.adapter import KIND as ADAPTER
 from ..exporter.proof import refuse_unproven
 from ..jobs import checkpoint_run
 from ..jobs.export_beside import card_beside, plan_beside, report_beside, write_beside
 from ..jobs.export_folder import card_of, plan_export, report_of, write_model
-from ..jobs.export_gguf import add_gguf
+from ..jobs.export_gguf import add_gguf, write_adapter
 from ..jobs.export_int8 import add_int8
 from ..jobs.export_proof import Prover
 from ..jobs.opened_adapter import open_trained
@@ -35,7 +36,8 @@ def export(target, out, dtype=None, overrides=(), *, model=None, data=None, comp
     beside `out`, compared with the live model on rows (of file `data`, or those that the run held out), and renamed to `out` only
     if it agrees.
     export.base=original adds to the weights of the files instead. compare_bases: measure both, as they are and as served
-    in 4 bit. gguf: "f16", "q8_0" or "q4_k_m", to add a GGUF file and an Ollama Modelfile. export.int8=true writes the merged
+    in 4 bit. gguf: "f16", "q8_0" or "q4_k_m", to add a GGUF file and an Ollama Modelfile; "adapter" to write nothing but a LoRA
+    adapter, for llama.cpp's --lora, to the file `out`. export.int8=true writes the merged
     model in dynamic int8 instead, proven too. What cannot become one with its base is written as an adapter alone, proven beside
     the base that it was trained on.
 
@@ -55,9 +57,12 @@ def export(target, out, dtype=None, overrides=(), *, model=None, data=None, comp
     try:
         with open_trained(targets, model, data, overrides) as trained:
             inputs = [] if data is None else [Path(data)]
+            unused = {"--dtype": dtype, "--compare-bases": compare_bases, "--int8": trained.export.int8,
+                      "export.base": trained.export.base == "original"}  # fmt: skip
+            if gguf == ADAPTER:
+                return write_adapter(trained, out, unused | {"--data": data})
             if trained.adapter.unmergeable:
-                unused = {"--dtype": dtype, "--gguf": gguf, "--compare-bases": compare_bases, "--int8": trained.export.int8,
-                          "export.base": trained.export.base == "original"}  # fmt: skip
+                unused["--gguf"] = gguf
                 return _export_beside(trained, plan_beside(trained, out, inputs, unused), out, start)
             plan = plan_export(trained, out, inputs, compare_bases, gguf)
             return _export(trained, plan, out, compare_bases, gguf, start)

@@ -1,8 +1,10 @@
-"""Greedy answers from a model: many at once, or one that streams."""
+"""Answers from a model: many at once, greedily, or one that streams."""
 
 from __future__ import annotations
 
 import itertools
+import time
+from dataclasses import dataclass
 
 import torch
 
@@ -11,6 +13,20 @@ from ..system.errors import InputError, Interrupted
 from ..system.events import note, progress
 from .asked import BATCH_SIZE
 from .batches import in_batches, room_for
+from .sampling import Sampling
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How long an answer took. cut_off: it ended at max_new_tokens."""
+
+    num_tokens: int
+    seconds: float
+    cut_off: bool
+
+    @property
+    def tokens_per_second(self):
+        return self.num_tokens / max(self.seconds, 1e-9)
 
 
 def answers(model, tokenizer, prompts, stops, max_new_tokens, batch_size=BATCH_SIZE, what="answering"):
@@ -37,7 +53,7 @@ def answers(model, tokenizer, prompts, stops, max_new_tokens, batch_size=BATCH_S
             ]
             ids = torch.tensor(rows, device=model.device)
             mask = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in pads], device=model.device)
-            output = _generate(model, tokenizer, ids, mask, stops, limits[some[0]])
+            output = _generate(model, tokenizer, ids, mask, stops, Sampling(limits[some[0]]))
             for index, row in zip(some, output[:, longest:].tolist(), strict=True):
                 texts[index] = tokenizer.decode(_until_stop(row, stops), skip_special_tokens=True)
             advance(len(some))
@@ -77,10 +93,11 @@ def limit_of(model, prompt, max_new_tokens):
     return min(max_new_tokens, positions - taken - len(prompt))
 
 
-def stream(model, tokenizer, prompt, stops, max_new_tokens, on_text, on_limit=None):
+def stream(model, tokenizer, prompt, stops, sampling, on_text, on_limit=None, on_done=None):
     """Return the answer text to one prompt (token ids); on_text(piece) is called as words are finished.
 
-    on_limit(positions): called where the answer was cut short because the model has no more positions.
+    sampling: a Sampling. on_limit(positions): called where the answer was cut short because the model has no more positions.
+    on_done(Pace): called at the end, of what there is where it was interrupted too.
 
     Raises:
         InputError: the prompt fills all positions of the model.
@@ -88,32 +105,44 @@ def stream(model, tokenizer, prompt, stops, max_new_tokens, on_text, on_limit=No
     from transformers import TextStreamer
 
     class Streamer(TextStreamer):
+        num_tokens = -len(prompt)  # it is given those first
+
+        def put(self, value):
+            self.num_tokens += value.numel()
+            super().put(value)
+
         def on_finalized_text(self, text, stream_end=False):
             if text:
                 on_text(text)
 
-    limit = limit_of(model, prompt, max_new_tokens)
+    limit = limit_of(model, prompt, sampling.max_new_tokens)
     ids = torch.tensor([list(prompt)], device=model.device)
     streamer = Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    start, is_full = time.monotonic(), False
     try:
-        output = _generate(model, tokenizer, ids, torch.ones_like(ids), stops, limit, streamer)
+        with sampling.drawing(ids.device):
+            output = _generate(
+                model, tokenizer, ids, torch.ones_like(ids), stops, sampling.changed(max_new_tokens=limit), streamer
+            )
+        kept = _until_stop(output[0, len(prompt) :].tolist(), stops)
+        is_full = len(kept) == limit
     except (KeyboardInterrupt, Interrupted):
         streamer.end()  # what it holds back until a word is finished
         raise
-    found = output[0, len(prompt) :].tolist()
-    kept = _until_stop(found, stops)
-    if on_limit is not None and limit < max_new_tokens and len(kept) == limit:
+    finally:
+        if on_done is not None:
+            cut_off = is_full and limit == sampling.max_new_tokens
+            on_done(Pace(max(0, streamer.num_tokens), time.monotonic() - start, cut_off))
+    if on_limit is not None and limit < sampling.max_new_tokens and is_full:
         on_limit(methods.num_positions(model) + len(prompt) + limit)
     return tokenizer.decode(kept, skip_special_tokens=True)
 
 
 @torch.no_grad()
-def _generate(model, tokenizer, ids, mask, stops, max_new_tokens, streamer=None):
+def _generate(model, tokenizer, ids, mask, stops, sampling, streamer=None):
     from transformers import GenerationConfig
 
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=sorted(stops), pad_token_id=tokenizer.pad_token_id
-    )
+    config = GenerationConfig(**sampling.settings(), eos_token_id=sorted(stops), pad_token_id=tokenizer.pad_token_id)
     return model.generate(input_ids=ids, attention_mask=mask, generation_config=config, streamer=streamer)
 
 

@@ -8,6 +8,7 @@ Source: torchao's Int8DynamicActivationInt8WeightConfig.
 from __future__ import annotations
 
 import importlib.util
+import json
 import math
 import shutil
 
@@ -15,15 +16,18 @@ import torch
 from safetensors import safe_open
 
 from .. import base_model
+from ..base_model.messages import said
 from ..system import files
 from ..system.errors import InputError, ProofFailed
 from ..system.storage import write_json
+from .proof import open_folder
 
 # KL(trained, int8) in nats a position. Measured on SmolLM2-135M: 0.033 after 20 steps of the quickstart, and 0.065 on plain text,
 # of which the weights are 0.005 and the activations the rest. A mistake in a weight is found in the weight
 # (`refuse_other_weights`); this limit is that of GGUF's q4_k_m, and says that the model is still of use.
 KL_LIMIT = 0.3
 
+_CONFIG = "Int8DynamicActivationInt8WeightConfig"
 _CODES, _SCALE = "._weight_qdata", "._weight_scale"
 
 
@@ -31,6 +35,26 @@ def refuse_without_torchao():
     """Raise InputError unless torchao is installed."""
     if importlib.util.find_spec("torchao") is None:
         raise InputError("int8 needs the package torchao; run: pip install 'qlora-trainer[int8]'")
+
+
+def is_int8(folder):
+    """True if the model in `folder` is in the int8 that `write` writes."""
+    said = files.read_object(folder / "config.json").get("quantization_config")
+    return isinstance(said, dict) and said.get("quant_method") == "torchao" and _CONFIG in json.dumps(said)
+
+
+def opened(folder, trust_remote_code=False):
+    """Return the int8 model in `folder`, on the CPU, as plain transformers opens it.
+
+    Raises:
+        InputError: torchao is not installed, or the folder is damaged.
+    """
+    refuse_without_torchao()
+    base_model.weight_files(folder)  # refuses what is not safetensors
+    try:
+        return open_folder(folder, torch.device("cpu"), "auto", trust_remote_code)
+    except Exception as error:  # torchao makes tensors of what the files say
+        raise InputError(f"{folder}: cannot load the model: {said(error)}") from error
 
 
 def dtype_beside(dtype):

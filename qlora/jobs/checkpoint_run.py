@@ -1,8 +1,9 @@
-"""A checkpoint of a run as a run of its own, whose training ended there: for export."""
+"""A checkpoint of a run as a run of its own, whose training ended there: for export, eval and chat."""
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import re
 import shutil
 import tempfile
@@ -23,10 +24,26 @@ def run_of(folder):
 
 
 @contextlib.contextmanager
-def as_run(folder, run):
+def finished(target, what_for):
+    """Yield the finished run in folder `target`, or what `as_run` makes of a checkpoint there.
+
+    Raises:
+        InputError: there is neither; or as `as_run` does.
+    """
+    run = run_of(target)
+    if run is None:
+        yield RunDir.open(target)
+        return
+    with as_run(target, run, what_for) as made:
+        yield made
+
+
+@contextlib.contextmanager
+def as_run(folder, run, what_for):
     """Yield a finished run with the adapter of checkpoint `folder` of `run`; it goes away with the block.
 
     The model is made as for training, from the recipe, the data and the base of the run: a checkpoint has nothing but numbers.
+    what_for: it is opened, in words.
 
     Raises:
         InputError: the checkpoint is damaged, or recipe, data or base are no longer those of the run.
@@ -40,7 +57,7 @@ def as_run(folder, run):
     with tempfile.TemporaryDirectory() as place:
         made = RunDir(Path(place) / f"{run.path.resolve().name}-{folder.name}")
         made.path.mkdir()
-        resumed = resumed_run.Resumed(run, kept, folder, environment, (), what_for="export")
+        resumed = resumed_run.Resumed(run, kept, folder, environment, (), what_for=what_for)
         try:
             for file in (run.recipe_file, run.environment_file, run.data_report_file, run.proof_rows_file):
                 shutil.copyfile(file, made.path / file.name)
@@ -62,3 +79,5 @@ def _save_adapter(resumed, made):
     opened = model_to_train.open_trainable(prepared, fingerprint, resumed, resumed.tokens_per_micro_batch)
     Trained(opened.model).restore(read_tensors(resumed.checkpoint), resumed.state)
     model_to_train.save_adapter(made, prepared, opened)
+    del opened
+    gc.collect()  # peft models hold themselves in cycles, and the base is loaded again

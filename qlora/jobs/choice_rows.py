@@ -9,6 +9,7 @@ from ..evaluation.choices import Prompted
 from ..recipe import Recipe
 from ..runs.folder import RunDir
 from ..system.errors import InputError
+from .checkpoint_run import run_of
 
 
 def prompted(target, overrides, asked, max_rows=None) -> tuple[list[Prompted], dict]:
@@ -35,7 +36,8 @@ def _sources(target, overrides, asked) -> list[str]:
     """Return the paths of the files that examples are taken from."""
     if asked.examples is not None:
         return [str(asked.examples)]
-    recipe = Recipe.load(RunDir(target).recipe_file, overrides) if RunDir.is_run(target) else None
+    run = RunDir(target) if RunDir.is_run(target) else run_of(target)
+    recipe = None if run is None else Recipe.load(run.recipe_file, overrides)
     files = [file for source in recipe.data.train for file in open_source(source)] if recipe else []
     found = [file for file in files if isinstance(file, File)]
     for file in found:

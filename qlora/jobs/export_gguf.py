@@ -1,14 +1,20 @@
-"""What export adds for servers on request: a GGUF file and an Ollama Modelfile, from the folder that was just proven."""
+"""What export writes for servers on request: a GGUF file and an Ollama Modelfile, from the folder that was just proven; or the
+adapter alone as a GGUF file."""
 
 from __future__ import annotations
 
 import dataclasses
+import shlex
+
+import torch
 
 from ..data import chat
-from ..exporter.gguf import converter, llama_cpp_tools, ollama, proof
+from ..exporter import merge
+from ..exporter.gguf import adapter, converter, llama_cpp_tools, ollama, proof
 from ..system.errors import InputError
 from ..system.events import note, progress
 from ..system.units import size
+from .chosen_task import refuse_classes
 
 _SIZE = {"f16": 1.0, "q8_0": 0.54, "q4_k_m": 1.35}  # of 2 bytes a number; q4_k_m with the f16 file that it is made from
 
@@ -62,3 +68,32 @@ def add_gguf(trained, folder, name, kind, plan):
     (folder / "Modelfile").write_text(text, encoding="utf-8")
     note("ollama    Modelfile: its prompts are identical to the chat template's")
     return report | {"modelfile": "Modelfile"}
+
+
+def write_adapter(trained, out, unused) -> dict:
+    """Write the adapter of a Trained to the file `out` as GGUF, for llama.cpp's --lora; return what adapter.write does.
+
+    unused: {option: whether it was given}, of those that a merge has.
+
+    Raises:
+        InputError: an option that means nothing here, no new file can be written at `out`, or what llama.cpp does not take.
+        ProofFailed: the file does not hold what was trained.
+    """
+    given = [name for name, there in unused.items() if there]
+    if given:
+        raise InputError(f"--gguf adapter writes the adapter as it is, in float32; leave {', '.join(given)} out")
+    if out.suffix != ".gguf":
+        raise InputError(f"--gguf adapter writes one file; give its name, which ends in .gguf, with --out, not {out}")
+    converter.refuse_taken(out)
+    trained.adapter.refuse_untrained()
+    refuse_classes(trained.checkpoint.task.file, "--gguf adapter")
+    what = (trained.adapter, trained.checkpoint.folder, trained.config)
+    merged = f"merge it: qlora export {shlex.quote(trained.name)} --out FOLDER --gguf f16"
+    adapter.refuse(*what, trained.adapter.unmergeable or merged)
+    merge.plan(trained.checkpoint, trained.config, torch.float32, trained.model.trust_remote_code, trained.adapter)
+    found = adapter.write(*what, out, out.stem)
+    note(
+        f"gguf      {out}, {size(found['bytes'])}: {found['modules']} layers, read back and compared; not tried in llama.cpp"
+    )
+    note("          it answers as trained beside the base in 4 bit; beside another GGUF of the base it may differ")
+    return found

@@ -115,7 +115,7 @@ def _of_checkpoint(folder, run, base, overrides):
     if base is not None:
         raise InputError(f"{folder} is a checkpoint of {run.path}, which records its base; leave --model out")
     with contextlib.ExitStack() as stack:
-        made = stack.enter_context(checkpoint_run.as_run(folder, run))
+        made = stack.enter_context(checkpoint_run.as_run(folder, run, "export"))
         trained = _of_run(made, overrides)
         trained.name, trained.inputs = str(folder), [*trained.inputs, run.path]
         trained.temporary = stack.pop_all()

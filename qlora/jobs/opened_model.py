@@ -1,7 +1,8 @@
-"""Opens the model that eval and chat use: a run folder (base + adapter) or any model folder or hub name."""
+"""Opens the model that eval and chat use: a run folder or a checkpoint of it (base + adapter), a model folder, a hub name."""
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from .. import base_model
 from ..base_model import text_generation
 from ..data import chat
+from ..exporter import int8
 from ..recipe import Model, Recipe
 from ..runs.folder import RunDir
 from ..system.errors import InputError
@@ -18,13 +20,15 @@ from .chosen_task import task_of
 
 @dataclass
 class Subject:
-    """A model ready to answer. `run` and `recipe` are None for a plain model."""
+    """A model ready to answer. `run` and `recipe` are None for a plain model. checkpoint: of the run, such as "step-20"; None
+    for what it ended with."""
 
     model: Any
     tokenizer: Any
     stops: set
     recipe: Recipe | None
     run: RunDir | None
+    checkpoint: str | None = None
 
 
 @dataclass(frozen=True)
@@ -42,30 +46,42 @@ class Base:
 
 
 def open_subject(target, overrides=()) -> Subject:
-    """Load a run folder (NF4 base and its adapter, as it was trained) or a plain model (16 bits, or the 4-bit codes it has).
+    """Load a run folder (NF4 base and its adapter, as it was trained), a checkpoint of one (RUN/checkpoints/step-N), or a plain
+    model (16 bits, or the 4-bit or int8 codes it has).
 
     overrides: `section.field=value` laid over the run's recipe.
 
     Raises:
         InputError: neither a finished run nor a model; or the base is no longer the one that was trained on.
     """
+    from . import checkpoint_run  # which prepares data, for which it opens tokenizers here
+
     if RunDir.is_run(target):
         return _open_run(RunDir.open(target), overrides)
+    if (run := checkpoint_run.run_of(target)) is not None:
+        with checkpoint_run.as_run(target, run, "open it") as made:
+            return dataclasses.replace(_open_run(made, overrides), run=run, checkpoint=Path(target).name)
     if overrides:
         raise InputError(f"{target} is not a run folder, so there is no recipe for {overrides[0]!r} to change")
     section, checkpoint = _of_model(target)
-    base_model.load_config(checkpoint, section)  # what is wrong with config.json is said of that file
+    in_int8 = int8.is_int8(checkpoint.folder)
+    if not in_int8:
+        base_model.load_config(checkpoint, section)  # what is wrong with config.json is said of that file
     task = checkpoint.task.name
     tokenizer, _ = open_tokenizer(checkpoint.folder, section, checkpoint.generation_config(), task=task)
     with progress(f"loading {target}"):
-        model = base_model.load(checkpoint, section, None)
+        model = int8.opened(checkpoint.folder) if in_int8 else base_model.load(checkpoint, section, None)
     return Subject(model, tokenizer, _stops(model, tokenizer), None, None)
 
 
 def task_of_target(target):
     """Return the task of a run folder or a model, a file of base_model/, before a weight is read; raises like open_subject."""
+    from . import checkpoint_run
+
     if RunDir.is_run(target):
         return task_of(RunDir.open(target).recipe()).file
+    if (run := checkpoint_run.run_of(target)) is not None:
+        return task_of(run.recipe()).file
     return _of_model(target)[1].task.file
 
 

@@ -14,9 +14,11 @@ from .. import base_model
 from ..data import chat
 from ..data.masked_examples import encode_prompt
 from ..evaluation import generate
+from ..evaluation.sampling import Sampling
 from ..runs.folder import RunDir
 from ..system.errors import InputError
 from ..system.events import note, progress
+from .checkpoint_run import finished, run_of
 from .chosen_task import refuse_classes, refuse_images
 from .opened_model import base_of, open_subject, open_tokenizer, task_of_target
 
@@ -47,21 +49,25 @@ class Routed:
         self._several: Any = Several(model)
         self._voices, self._token_ids = voices, list(token_ids)
         self._lock, self._busy = threading.Lock(), None
+        self._opened = contextlib.ExitStack()  # runs that checkpoints are as long as it is open
 
     @property
     def adapters(self):
         """The names of the adapters that are loaded, in that order."""
         return [name for name in self._voices if name != BASE]
 
-    def answer(self, prompt, adapter=None, system=None, max_new_tokens=512, on_text=None):
-        """Return the greedy answer to one prompt: a text, or messages [{"role", "content"}, ...] that end with a question.
+    def answer(self, prompt, adapter=None, system=None, max_new_tokens=512, on_text=None, *, on_done=None, **sampling):
+        """Return the answer to one prompt: a text, or messages [{"role", "content"}, ...] that end with a question.
 
         adapter: the name of the one that answers, "base" for the base alone; None: of the run that was opened. system: a
-        system message before it. on_text(piece) is called with the text as it comes.
+        system message before it. on_text(piece) is called with the text as it comes, on_done(evaluation.generate.Pace) at its
+        end. sampling: temperature, top_p, top_k and seed of evaluation.sampling.Sampling; without them it is greedy.
 
         Raises:
-            InputError: no such adapter, a conversation that its chat template refuses, or one that is too long.
+            InputError: no such adapter, a conversation that its chat template refuses, or one that is too long; a setting that
+                means nothing.
         """
+        chosen = Sampling.of(max_new_tokens=max_new_tokens, **sampling)
         with self._alone():
             name = self._named(adapter)
             ids = self._encoded(name, prompt, system, max_new_tokens)
@@ -70,9 +76,10 @@ class Routed:
                 self._voices[name].tokenizer,
                 ids,
                 self._voices[name].stops,
-                max_new_tokens,
+                chosen,
                 on_text or (lambda piece: None),
                 lambda limit: note(f"\nanswer cut off: all {limit:,} positions of the model are used"),
+                on_done,
             ).strip()
 
     def answers(self, prompts, adapter=None, system=None, max_new_tokens=512, batch_size=25):
@@ -86,6 +93,7 @@ class Routed:
         """
         if isinstance(prompts, str):
             raise InputError("answers takes a list of prompts; answer takes one")
+        Sampling(max_new_tokens)
         prompts = list(prompts)
         names = [adapter] * len(prompts) if adapter is None or isinstance(adapter, str) else list(adapter)
         if len(names) != len(prompts):
@@ -119,7 +127,7 @@ class Routed:
             self.default = name
 
     def load(self, name, path):
-        """Load the adapter of the finished run in `path` as `name`; the base stays as it is in memory.
+        """Load the adapter of the finished run or checkpoint in `path` as `name`; the base stays as it is in memory.
 
         Raises:
             InputError: the name is taken; no finished run on the same base with the same tokens, or an adapter that cannot
@@ -131,7 +139,9 @@ class Routed:
             first = self._voices[BASE].run
             if first is None:
                 raise InputError(f"{self.name}: {_NO_RUN}")
-            self._add(name, _run_on(first, path))
+            with contextlib.ExitStack() as stack:
+                self._add(name, _run_on(first, path, stack))
+                self._opened.push(stack.pop_all())
 
     def _add(self, name, run):
         tokenizer = self._tokenizer_of(run)
@@ -172,10 +182,15 @@ class Routed:
         there = RunDir(path).path.resolve()
         return next((name for name in self.adapters if self._voices[name].run.path.resolve() == there), None)
 
+    def folder_of(self, name):
+        """Return the folder of the adapter that is loaded as `name`."""
+        return self._voices[name].run.adapter
+
     def close(self):
         """Free the base and all adapters; nothing can be asked any more."""
         with self._alone():
             self._several, self._voices = None, {}
+            self._opened.close()
         gc.collect()
 
     def __enter__(self):
@@ -209,8 +224,6 @@ class Routed:
 
     def _encoded(self, name, prompt, system, max_new_tokens):
         """Return the token ids that `name` is shown before it answers; raises InputError if it cannot answer."""
-        if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-            raise InputError(f"max_new_tokens is {max_new_tokens!r}; give a number from 1")
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         if not isinstance(messages, list) or not all(map(_is_message, messages)):
             raise InputError('a prompt is a text, or a list of messages, {"role": "user", "content": "..."}')
@@ -236,7 +249,7 @@ class Routed:
 
 
 def open_routed(target, adapters=None, adapter=None, overrides=()) -> Routed:
-    """Return the Routed of a run or a plain model; adapters: {name: run folder} on the same base.
+    """Return the Routed of a run, a checkpoint of one or a plain model; adapters: {name: run folder} on the same base.
 
     The adapter of the run that is opened is called like its folder. adapter: the name that answers where none is given, None
     for that. What is wrong is said before a weight is read. overrides: `section.field=value` laid over the run's recipe.
@@ -250,29 +263,31 @@ def open_routed(target, adapters=None, adapter=None, overrides=()) -> Routed:
     task = task_of_target(target)
     refuse_images(task, "a conversation")
     refuse_classes(task, "a conversation", "; classify a text with --prompt TEXT")
-    if not RunDir.is_run(target):
+    if not RunDir.is_run(target) and run_of(target) is None:
         if adapters or adapter not in (None, BASE):
             raise InputError(f"{target}: {_NO_RUN}")
         subject = open_subject(target, overrides)
         return Routed(target, subject.model, {BASE: _Voice(subject.tokenizer, subject.stops, None)}, BASE)
-    run = RunDir.open(target)
-    own = run.path.resolve().name
-    own = str(run.path.resolve()) if own == BASE else own
-    runs = {own: run}
-    for name, path in adapters.items():
-        _refuse_name(name, runs)
-        runs[name] = _run_on(run, path)
-    default = own if adapter is None else adapter
-    if default not in (*runs, BASE):
-        raise InputError(_no_adapter(default, runs))
-    base = base_of(run, overrides)
-    with progress(f"loading {base.checkpoint.name_or_path}"):
-        model = base.load()
-    voices = {BASE: _Voice(base.tokenizer, chat.stop_token_ids(base.tokenizer, model.generation_config), run)}
-    routed = Routed(target, model, voices, default, base.checkpoint.new_tokens.values())
-    for name, one in runs.items():
-        routed._add(name, one)
-    routed.choose(default)
+    with contextlib.ExitStack() as stack:
+        run = stack.enter_context(finished(target, "open it"))
+        own = run.path.resolve().name
+        own = str(run.path.resolve()) if own == BASE else own
+        runs = {own: run}
+        for name, path in adapters.items():
+            _refuse_name(name, runs)
+            runs[name] = _run_on(run, path, stack)
+        default = own if adapter is None else adapter
+        if default not in (*runs, BASE):
+            raise InputError(_no_adapter(default, runs))
+        base = base_of(run, overrides)
+        with progress(f"loading {base.checkpoint.name_or_path}"):
+            model = base.load()
+        voices = {BASE: _Voice(base.tokenizer, chat.stop_token_ids(base.tokenizer, model.generation_config), run)}
+        routed = Routed(target, model, voices, default, base.checkpoint.new_tokens.values())
+        for name, one in runs.items():
+            routed._add(name, one)
+        routed.choose(default)
+        routed._opened = stack.pop_all()
     return routed
 
 
@@ -289,11 +304,12 @@ def _refuse_name(name, taken):
         raise InputError(f"an adapter called {name!r} is loaded already; unload it, or give this one another name")
 
 
-def _run_on(first, path):
-    """Return the finished run in `path`; raises InputError unless it was trained on the same base as the run `first`."""
+def _run_on(first, path, stack):
+    """Return the finished run in `path`, of a checkpoint for as long as `stack` is open; raises InputError unless it was trained
+    on the same base as the run `first`."""
     from .. import methods
 
-    run = RunDir.open(path)
+    run = stack.enter_context(finished(path, "open it"))
     ours, theirs = (one.environment()["base_model"]["sha256"] for one in (first, run))
     problems = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
     problems += [

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from .. import data
 from ..data import chat
 from ..evaluation import generate, scores
+from ..evaluation.sampling import Sampling
 from ..kernels import attention
 from ..system.errors import InputError
 from ..system.events import note
@@ -58,7 +59,7 @@ def asked_of(model, tokenizer, asked):
     def samples(go_on):
         for one in fitting:
             with attending():  # in training rows are joined, and kept apart by `segments`
-                answer = generate.stream(model, tokenizer, one.prompt, stops, most, lambda _: go_on())
+                answer = generate.stream(model, tokenizer, one.prompt, stops, Sampling(most), lambda _: go_on())
             yield {"prompt": one.messages, "expected": one.expected, "answer": answer}
 
     return samples

@@ -16,6 +16,7 @@ data_report.json
 eval.json         the score on the run's own held-out rows, and what they were
 answers.jsonl     its answers: an object a row, with what was asked and expected, and what each answer counts
 evals/            scores on other rows, never taken for the run's own
+votes.jsonl       blind votes between its answers and its base's, a line each
 served.json       what it costs and keeps in each form that it can be served in; .md and .csv say the same
 """
 
@@ -49,6 +50,7 @@ class RunDir:
         self.eval_file = self.path / "eval.json"
         self.answers_file = self.path / "answers.jsonl"
         self.evals = self.path / "evals"
+        self.votes_file = self.path / "votes.jsonl"
         self.served_files = [self.path / f"served.{kind}" for kind in ("json", "md", "csv")]
         self.checkpoints = self.path / "checkpoints"
         self.lock_file = self.path / "lock"

@@ -73,6 +73,11 @@ def answered():
     _came = False
 
 
+def is_ctrl_c(stopped):
+    """True if a KeyboardInterrupt or Interrupted came from SIGINT."""
+    return getattr(stopped, "number", signal.SIGINT) == signal.SIGINT
+
+
 def _on_signal(number, frame):
     global _came
     if _dropping:  # what is raised here is dropped too: under load the timer may be faster than the start of its thread

@@ -34,6 +34,23 @@ def write_text(path, text):
         raise
 
 
+def add_line(path, value):
+    """Write `value` as one more line of JSON at the end of the file `path`, whole or not at all; the file may be new."""
+    with open(path, "ab+") as file:
+        start = file.seek(0, os.SEEK_END)
+        if start:
+            file.seek(-1, os.SEEK_END)
+        unended = start > 0 and file.read(1) != b"\n"
+        line = json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n"
+        try:
+            file.write(("\n" * unended + line).encode("utf-8"))
+            file.flush()
+            os.fsync(file.fileno())
+        except BaseException:  # a signal too
+            file.truncate(start)
+            raise
+
+
 def sha256(path, stop=None):
     """Return the hex SHA-256 of a file, read in pieces of 1 MiB; of its beginning if `stop`, a threading.Event, is set."""
     digest = hashlib.sha256()

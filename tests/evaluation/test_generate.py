@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from qlora.evaluation import generate
+from qlora.evaluation.sampling import Sampling
 from qlora.system import events
 
 
@@ -37,6 +38,6 @@ def test_a_stop_token_ends_the_answer_and_is_not_part_of_it(load_model, tokenize
 def test_streaming_gives_the_same_text_in_pieces(load_model, tokenizer, prompts):
     model = load_model("llama", None).float()
     pieces = []
-    text = generate.stream(model, tokenizer, prompts[2], {2}, 12, pieces.append)
+    text = generate.stream(model, tokenizer, prompts[2], {2}, Sampling(12), pieces.append)
     assert text == generate.answers(model, tokenizer, [prompts[2]], {2}, 12)[0]
     assert "".join(pieces).strip() == text.strip()

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -11,12 +12,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from qlora import base_model
+from qlora.commands.chat import chat
+from qlora.commands.eval import evaluate
 from qlora.commands.export import export
 from qlora.exporter import int8, merge, proof
 from qlora.jobs import export_int8
 from qlora.recipe import Model
 from qlora.system.errors import InputError, ProofFailed
-from tests.conftest import encode
+from tests.conftest import CONVERSATIONS, encode, messages
 
 pytestmark = pytest.mark.usefixtures("unplanned")
 needs_torchao = pytest.mark.skipif(
@@ -165,3 +168,40 @@ def test_a_model_with_classes_is_refused():
     checkpoint = SimpleNamespace(task=base_model.Task("text-classification"))
     with pytest.raises(InputError, match="--int8 is for text-generation, and this is a model for text-classification"):
         export_int8.refuse(SimpleNamespace(checkpoint=checkpoint), None, {})
+
+
+@needs_torchao
+def test_eval_and_chat_open_it_and_a_damaged_one_is_refused(exported, trained_once, tmp_path):
+    out, _ = exported
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"messages": messages(turns)}) + "\n" for turns in CONVERSATIONS[:4]))
+    live, stored = evaluate(trained_once("llama").path, rows), evaluate(out, rows)
+    assert 0 < abs(stored["loss"] - live["loss"]) < 0.3
+    assert isinstance(chat(out, "What is 1 plus 2?", max_new_tokens=4), str)
+    broken = shutil.copytree(out, tmp_path / "broken")
+    next(broken.glob("*.safetensors")).write_bytes(b"no tensors")
+    with pytest.raises(InputError, match="broken"):
+        chat(broken, "Hi")
+
+
+def test_without_torchao_chat_and_eval_say_what_to_install_and_nothing_of_training(tiny_model, tmp_path, monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "torchao" else found(name, *rest)
+    )
+    folder = shutil.copytree(tiny_model("llama"), tmp_path / "int8")
+    config = json.loads((folder / "config.json").read_text())
+    kind = {"default": {"_type": "Int8DynamicActivationInt8WeightConfig", "_data": {}, "_version": 2}}
+    config["quantization_config"] = {"quant_method": "torchao", "quant_type": kind}
+    (folder / "config.json").write_text(json.dumps(config))
+    for ask in (lambda: chat(folder, "Hi"), lambda: evaluate(folder, tmp_path / "rows.jsonl")):
+        with pytest.raises(
+            InputError, match=r"int8 needs the package torchao; run: pip install 'qlora-trainer\[int8\]'"
+        ):
+            ask()
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        InputError, match=r"quantized already \(gptq\); only bitsandbytes nf4 is read here, so give the 16-bit"
+    ):
+        chat(folder, "Hi")

@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 
 import qlora
 from qlora import base_model, cli
-from qlora.commands.chat import chat, talk
+from qlora.commands.chat import chat
+from qlora.commands.talk import talk
 from qlora.commands.train import train
 from qlora.jobs.routed import open_routed
 from qlora.methods import several

@@ -17,6 +17,7 @@ QUICK = {
     "random_model.py": "--shape tiny --tokenizer MODEL --out OUT",
     "quickstart_data.py": "OUT --train-rows 4 --test-rows 2",
     "quickstart_answer.py": "MODEL",
+    "serve_check.py": "MODEL --server vllm --dry-run",
 }
 SLOW = {
     "benchmark_counts.py": "--model MODEL --data ROWS --micro-batches 2",

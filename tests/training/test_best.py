@@ -15,6 +15,7 @@ from qlora.commands.eval import evaluate
 from qlora.commands.export import export
 from qlora.commands.train import train
 from qlora.evaluation import generate, scores
+from qlora.evaluation.sampling import Sampling
 from qlora.jobs.eval_rows import held_out_rows
 from qlora.jobs.opened_adapter import open_trained
 from qlora.jobs.opened_model import open_subject
@@ -221,7 +222,8 @@ def test_samples_change_no_number_and_are_the_models_answers(make_recipe, tmp_pa
     most = scores.most_tokens(subject.tokenizer, expected)
     for sample, row in zip(told[-1].samples, held_out, strict=True):
         prompt = scores.prompt_of(subject.tokenizer, row)
-        answer = generate.stream(subject.model, subject.tokenizer, prompt, subject.stops, most, lambda text: None)
+        of = (subject.model, subject.tokenizer, prompt, subject.stops)
+        answer = generate.stream(*of, Sampling(most), lambda text: None)
         assert sample["answer"] == answer
     assert f"step 2  expected  {expected[0]}" in said
     events = b"".join(file.read_bytes() for file in run.tensorboard.rglob("*") if file.is_file())

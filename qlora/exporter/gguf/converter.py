@@ -29,10 +29,10 @@ def refuse(folder, config, tokenizer, stops, kind):
     folder: of the base, for what is said; config and tokenizer: of the model that will be exported.
     """
     if kind not in KINDS:
-        raise InputError(f"--gguf {kind}: give one of {', '.join(KINDS)}")
+        raise InputError(f"--gguf {kind}: give one of {', '.join(KINDS)}, or adapter")
     if kind == "q4_k_m":
         llama_cpp_tools.quantizer()
-    _refuse_without_gguf()
+    refuse_without_gguf()
     if llama_cpp_tools.converter() is not None:
         return
     import gguf
@@ -54,16 +54,13 @@ def write(folder, out_file, kind, on_bytes=None):
     folder, out_file = Path(folder), Path(out_file)
     if kind not in KINDS:
         raise InputError(f"--gguf {kind}: give one of {', '.join(KINDS)}")
-    if out_file.exists():
-        raise InputError(f"{out_file} already exists and is not overwritten; remove it or choose another name")
-    if not out_file.parent.is_dir():
-        raise InputError(f"{out_file}: there is no folder {out_file.parent}")
+    refuse_taken(out_file)
     quantize = llama_cpp_tools.quantizer() if kind == "q4_k_m" else None
     first = "f16" if quantize else kind
     converter = llama_cpp_tools.converter()
-    _refuse_without_gguf()
-    with _partial(out_file) as partial:
-        converted = partial.with_name(f"{partial.name}.f16") if quantize else partial
+    refuse_without_gguf()
+    with partial(out_file) as unfinished:
+        converted = unfinished.with_name(f"{unfinished.name}.f16") if quantize else unfinished
         try:
             if converter is not None:
                 command = [sys.executable, str(converter), str(folder), "--outtype", first, "--outfile", str(converted)]
@@ -72,14 +69,23 @@ def write(folder, out_file, kind, on_bytes=None):
             else:
                 _convert(folder, converted, first, on_bytes)
             if quantize:
-                quantize(converted, partial)
+                quantize(converted, unfinished)
         finally:
             if quantize:
                 converted.unlink(missing_ok=True)
     return out_file.stat().st_size
 
 
-def _refuse_without_gguf():
+def refuse_taken(out_file):
+    """Raise InputError if no new file can be written at `out_file`."""
+    if out_file.exists():
+        raise InputError(f"{out_file} already exists and is not overwritten; remove it or choose another name")
+    if not out_file.parent.is_dir():
+        raise InputError(f"{out_file}: there is no folder {out_file.parent}")
+
+
+def refuse_without_gguf():
+    """Raise InputError unless the package gguf is installed."""
     if importlib.util.find_spec("gguf") is None:
         raise InputError("--gguf needs the package gguf; run: pip install gguf llama-cpp-python")
 
@@ -95,15 +101,15 @@ def _refuse_other_output(file, program):
 
 
 @contextlib.contextmanager
-def _partial(out_file):
+def partial(out_file):
     """Yield OUT_FILE.partial to write; flush it to disk and rename it when the block ends well, remove it when not."""
-    partial = out_file.with_name(f"{out_file.name}.partial")
+    file = out_file.with_name(f"{out_file.name}.partial")
     try:
-        yield partial
-        fsync(partial)
-        os.rename(partial, out_file)
+        yield file
+        fsync(file)
+        os.rename(file, out_file)
     except BaseException:
-        partial.unlink(missing_ok=True)
+        file.unlink(missing_ok=True)
         raise
 
 

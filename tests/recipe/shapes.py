@@ -1,10 +1,14 @@
-"""The published shapes of models that recipes name: {model: (config.json, as far as sizes depend on it; billions of parameters, as
-its page or report counts them, with the vision tower where there is one; public files that have the shape)}."""
+"""The published shapes of models that recipes name.
 
-_QWEN3 = {"model_type": "qwen3", "vocab_size": 151936, "head_dim": 128, "num_key_value_heads": 8, "max_position_embeddings": 40960,
-          "rms_norm_eps": 1e-6, "rope_theta": 1000000, "eos_token_id": 151645}  # fmt: skip
+{model: (config.json, as far as sizes depend on it; billions of parameters, as its page or report counts them, with the vision
+tower where there is one; public files that have the shape)}.
+"""
+
+_QWEN3 = {"model_type": "qwen3", "vocab_size": 151936, "head_dim": 128, "num_key_value_heads": 8,
+          "max_position_embeddings": 40960, "rms_norm_eps": 1e-6, "rope_theta": 1000000, "eos_token_id": 151645}  # fmt: skip
 _LLAMA3 = {"model_type": "llama", "vocab_size": 128256, "num_key_value_heads": 8, "max_position_embeddings": 131072,
-           "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "bos_token_id": 128000, "eos_token_id": [128001, 128008, 128009]}  # fmt: skip
+           "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "bos_token_id": 128000,
+           "eos_token_id": [128001, 128008, 128009]}  # fmt: skip
 _SCALED = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,

@@ -10,8 +10,8 @@ import transformers
 
 from qlora import planner
 from qlora.jobs.plan_job import Budget, computer_of, without_data
-from qlora.planner.cards import CARDS
 from qlora.recipe import Recipe
+from qlora.system.cards import CARDS
 from tests.conftest import some_slow
 from tests.recipe.shapes import SHAPES
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from ..system.errors import InputError
+from .errors import InputError
 
 GiB = 2**30
 
@@ -132,6 +132,11 @@ def _called(name):
 
 def _words(lower):
     return _NOISE.sub("", _SIZE.sub("", lower))
+
+
+def short(card):
+    """Return the name of a Card as one types it: without spaces, as in 3060-12gb."""
+    return card.name.lower().removeprefix("rtx ").replace(" ", "-")
 
 
 def listing():

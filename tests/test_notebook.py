@@ -1,7 +1,6 @@
 """notebooks/quickstart.ipynb: committed without outputs, all that it calls exists; and, slowly, run from top to bottom."""
 
 import ast
-import copy
 import importlib
 import inspect
 import json
@@ -17,7 +16,8 @@ import qlora
 from qlora import Recipe
 
 ROOT = Path(__file__).parents[1]
-NOTEBOOK = json.loads((ROOT / "notebooks" / "quickstart.ipynb").read_text(encoding="utf-8"))
+FILE = ROOT / "notebooks" / "quickstart.ipynb"
+NOTEBOOK = json.loads(FILE.read_text(encoding="utf-8"))
 CODE = [cell for cell in NOTEBOOK["cells"] if cell["cell_type"] == "code"]
 MODEL = quickstart_model.cache_folder() / "SmolLM2-135M-Instruct"
 
@@ -72,7 +72,7 @@ def test_its_recipe_loads(monkeypatch):
 def test_it_runs_from_top_to_bottom_and_shows_progress(tmp_path):
     nbclient = pytest.importorskip("nbclient")
     nbformat = pytest.importorskip("nbformat")
-    notebook = nbformat.from_dict(copy.deepcopy(NOTEBOOK))
+    notebook = nbformat.read(FILE, as_version=4)
     (at,) = [n for n, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", ())]
     asked = f"STEPS, ROWS, HELD_OUT, FOLDER = 2, 40, 4, {str(tmp_path / 'small')!r}"
     notebook.cells.insert(at + 1, nbformat.v4.new_code_cell(asked))

@@ -71,6 +71,13 @@ def test_the_dockerfile_builds_for_either_device_and_starts_our_command():
     assert lines("USER")[-1] not in ("USER root", "USER 0")
 
 
+def test_a_user_that_the_image_does_not_know_can_run_it():
+    """torch asks for a name and a home at the first step: pytorch/pytorch 140765, KeyError: getpwuid(): uid not found."""
+    given = dict(pair.split("=") for line in lines("ENV") for pair in line.split()[1:])
+    assert given["USER"]
+    assert given["HOME"] in " ".join(lines("RUN")).partition("mkdir -m 1777")[2].split()
+
+
 def test_what_the_image_is_made_of_is_sent_to_docker_and_nothing_else():
     rules = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and not line.startswith("#")]
     assert rules[0] == "*"

@@ -93,7 +93,7 @@ def _readings(keys, seen):
     long = sorted(keys, key=lambda key: -sum(len(str(row.get(key) or "")) for row in seen))
     values = {key: len({str(row.get(key)) for row in seen}) for key in long[1:]}
     few = [key for key, many in values.items() if 1 < many <= min(_MOST_CLASSES, len(seen) // 2)]
-    other = min(few, key=values.get) if few else long[1]
+    other = min(few, key=lambda key: values[key]) if few else long[1]
     if few:
         yield f"data.columns='{_flow(text=long[0], label=other)}' for classes ({values[other]} in the first {len(seen)} rows)"
     asked, answered = sorted([long[0], other], key=keys.index)

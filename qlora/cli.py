@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from . import options
+from .completion import action_argument, card_option, name_argument
 from .system.errors import SURROUNDINGS, DoesNotFit, InputError, Interrupted, QLoRAError
 from .system.launched import refuse_several
 from .system.quiet_libraries import hush_libraries
@@ -22,7 +23,6 @@ from .system.streams import Lasting
 app = typer.Typer(
     name="qlora",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     help="4-bit LoRA fine-tuning on one consumer GPU, with proof.",
@@ -72,7 +72,7 @@ def init(
     model: Annotated[str | None, typer.Option(help="a folder, or OWNER/NAME on the hub")] = None,
     data: Annotated[str | None, typer.Option(help="a file, glob or folder of rows, which are read")] = None,
     card: Annotated[
-        str | None, typer.Option(help="such as 4090, 12GiB or cpu; default: the GPU of this machine")
+        str | None, card_option(help="such as 4090, 12GiB or cpu; default: the GPU of this machine")
     ] = None,
     goal: Annotated[str | None, typer.Option(help="quality, speed, long (rows) or small (adapter)")] = None,
     source: Annotated[
@@ -95,10 +95,10 @@ def init(
 
 @app.command(epilog="Example:  qlora recipes copy bert-base-uncased/sst2 --out mine.yaml")
 def recipes(
-    action: Annotated[str | None, typer.Argument(metavar="[show|copy]", help="print one, or copy it")] = None,
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="as `qlora recipes` lists it")] = None,
+    action: Annotated[str | None, action_argument(metavar="[show|copy]", help="print one, or copy it")] = None,
+    name: Annotated[str | None, name_argument(metavar="[NAME]", help="as `qlora recipes` lists it")] = None,
     out: Annotated[str | None, typer.Option(help="with copy: where to; default: its own file name")] = None,
-    card: Annotated[str | None, typer.Option(help="of the list: plan each for this card, such as 4090")] = None,
+    card: Annotated[str | None, card_option(help="of the list: plan each for this card, such as 4090")] = None,
     as_json: Json = False,
 ):
     """List the recipes that ship with qlora, print one, or copy it to change it; nothing is overwritten."""
@@ -156,7 +156,7 @@ def plan(
     overrides: Overrides = None,
     vram: Annotated[str | None, typer.Option(help="available memory, such as 24GiB; default: the GPU's")] = None,
     card: Annotated[
-        str | None, typer.Option(help="plan for this card, such as 3060, 4090 or T4; `--card list` prints all")
+        str | None, card_option(help="plan for this card, such as 3060, 4090 or T4; `--card list` prints all")
     ] = None,
     plot: Annotated[str | None, typer.Option(help="draw memory by sequence length into this PNG or SVG")] = None,
     methods: Annotated[bool, typer.Option("--methods", help="what each method would cost, and which to take")] = False,

@@ -25,7 +25,7 @@ LEVELS = [
     {"jobs"},
     {"terminal", "pages"},
     {"commands"},
-    {"cli", "options"},
+    {"cli", "completion", "options"},
     {"__main__", "__init__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}

@@ -40,6 +40,8 @@ def init(model, data, card=None, goal="quality", out="recipe.yaml", overrides=()
     planned = f"planned: {size(found.peak_bytes)} of {size(found.budget_bytes)} ({machine.budget.why}){steps}"
     header = [f"goal {goal}: {GOALS[goal]}", planned, f"train it: qlora train {out}"]
     _write(out, header, chosen.lines)
+    run = chosen.recipe.output_dir
+    note(f"then      whether it worked: qlora eval {run}; qlora report {run} --out {Path(run).name}.html")
     return {"recipe": str(out), "values": chosen.recipe.model_dump(), "plan": dataclasses.asdict(found)}
 
 

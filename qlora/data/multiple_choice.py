@@ -62,7 +62,7 @@ def _columns(file):
 def _first(file):
     try:
         with open(file.path, encoding="utf-8-sig", newline="") as stream:
-            return next(csv.reader(stream, delimiter=table.SEPARATORS[file.suffix]), None)
+            return next(csv.reader(stream, delimiter=table.separator(file)), None)
     except (OSError, UnicodeDecodeError, csv.Error):
         return None  # what is wrong is said on reading
 

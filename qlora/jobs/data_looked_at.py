@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from dataclasses import dataclass
 
 from ..data import formats, labels, sources
@@ -47,7 +48,7 @@ def look(path) -> Looked:
     known = next((name for name, one in formats.FORMATS.items() if set(one.KEYS) <= set(keys)), None)
     if known not in (None, "text"):
         return Looked("text-generation", None, f"rows of format {known}")
-    return _classes(seen, keys) or _words(path, keys, known)
+    return _classes(seen, keys) or _words(path, keys, known, seen)
 
 
 def _classes(seen, keys):
@@ -70,7 +71,7 @@ def _classes(seen, keys):
     return Looked("text-classification", columns, f"{label!r} has {len(classes)} values in the first {len(seen)} rows")
 
 
-def _words(path, keys, known):
+def _words(path, keys, known, seen):
     """Return Looked of rows of words; raises InputError where their columns could mean anything."""
     asked, answered = (next((key for key in keys if key.lower() in names), None) for names in (_ASKED, _ANSWERED))
     if known == "text" and answered is None:
@@ -78,7 +79,27 @@ def _words(path, keys, known):
     asked = "text" if known == "text" else asked
     if asked is None or answered is None:
         raise InputError(
-            f"{path}: columns {', '.join(keys) or 'none'} are of no known format; say which is asked and which is answered, "
-            f"as in data.columns='{{prompt: {keys[0] if keys else '...'}, completion: {keys[-1] if len(keys) > 1 else '...'}}}'"
+            f"{path}: columns {', '.join(keys) or 'none'} are of no known format; say what they are, as in\n  "
+            + "\n  ".join(_readings(keys, seen))
         )
     return Looked("text-generation", {"prompt": asked, "completion": answered}, f"columns {', '.join(keys)}")
+
+
+def _readings(keys, seen):
+    """Yield what columns of any names may be, as data.columns: a text and its class, a question and its answer."""
+    if len(keys) < 2:
+        yield "data.columns='{prompt: COLUMN, completion: COLUMN}'"
+        return
+    long = sorted(keys, key=lambda key: -sum(len(str(row.get(key) or "")) for row in seen))
+    values = {key: len({str(row.get(key)) for row in seen}) for key in long[1:]}
+    few = [key for key, many in values.items() if 1 < many <= min(_MOST_CLASSES, len(seen) // 2)]
+    other = min(few, key=lambda key: values[key]) if few else long[1]
+    if few:
+        yield f"data.columns='{_flow(text=long[0], label=other)}' for classes ({values[other]} in the first {len(seen)} rows)"
+    asked, answered = sorted([long[0], other], key=keys.index)
+    yield f"data.columns='{_flow(prompt=asked, completion=answered)}' for answers in words"
+
+
+def _flow(**columns):
+    written = (f"{name}: {key if key.isidentifier() else json.dumps(key)}" for name, key in columns.items())
+    return f"{{{', '.join(written)}}}"

@@ -122,6 +122,8 @@ def _looked(data_file, given):
         if not columns:
             raise
         found = Looked("text-generation", None, "columns as given")
+    if columns and "label" in columns:
+        found = Looked("text-classification", None, "columns as given")
     return Looked(task or found.task, None if columns or (task and task != found.task) else found.columns, found.why)
 
 

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..recipe.optimizers import DEFAULT, OPTIMIZERS
-from . import cards, speed
-from .cards import Card, card_of
+from ..system import cards
+from ..system.cards import Card, card_of
+from . import speed
 from .footprint import CONTEXT_BYTES, Load, NoPlan, Outline, Usage, checkpoint_bytes, outline, usage
 
 __all__ = ["CONTEXT_BYTES", "Job", "Load", "NoPlan", "Plan", "at_length", "at_rows", "backwards", "card_of", "cards",

@@ -123,6 +123,7 @@ def trace(peft_model, device_kind, packed, setting="auto"):
     shapes: dict = {}
     padded = base_model.task_of(model).HAS_CLASSES
     with _cut(model, layers, chosen), kernels.installed(peft_model, setting) as found, _training(peft_model):
+        _warm_up_positions(model)
         ways = []
         for number in (0, len(chosen)):
             with checkpointing.checkpointed(chosen, number):
@@ -145,6 +146,13 @@ def trace(peft_model, device_kind, packed, setting="auto"):
         head = len(weight), weight.element_size(), device_kind
     step = Step(tuple(names[kind] for kind in kinds), ways[0]["embedding"], plain, checkpointed, head, padded)
     return step, found.joined
+
+
+def _warm_up_positions(model):
+    """Call what computes rotary positions of longrope (Phi) once: it keeps the frequencies of long texts from then on."""
+    for module in model.modules():
+        if getattr(module, "rope_type", None) == "longrope":
+            module(torch.empty(1, 1, 1, device="meta"), torch.empty(1, 1, dtype=torch.long, device="meta"))
 
 
 def _kind(layer):

@@ -12,7 +12,9 @@ from ..system.events import Note
 console = Console(stderr=True, highlight=False, emoji=False)
 WIDTH = 80  # columns of a line on a terminal
 _INDENT = " " * 10  # under the words of a line, which begin there
-_COMMAND = re.compile(r"qlora (?:doctor|plan|data|train|eval|export|compare|chat|push|adapters) [^,;`\n]*")
+_COMMAND = re.compile(
+    r"qlora (?:init|recipes|doctor|plan|data|train|eval|export|compare|report|chat|push|adapters) [^,;`\n]*"
+)
 
 
 def hear(event):

@@ -86,6 +86,23 @@ def test_columns_that_say_nothing_are_asked_for(tmp_path):
         look(path)
 
 
+def test_columns_of_any_names_are_offered_by_what_they_hold(tmp_path):
+    rows = [
+        {"Nr": n, "Anfrage": f"Wo bleibt Paket {n}?", "Art der": "ab"[n % 2], "Datum": f"{n}.3.2026"} for n in range(9)
+    ]
+    with pytest.raises(InputError) as caught:
+        look(write_jsonl(tmp_path / "rows.jsonl", rows))
+    assert """data.columns='{text: Anfrage, label: "Art der"}' for classes (2 in""" in str(caught.value)
+    assert """data.columns='{prompt: Anfrage, completion: "Art der"}' for answers""" in str(caught.value)
+
+
+def test_columns_that_name_a_label_make_it_classification(tiny_base, tmp_path):
+    rows = [{"Text": row["text"], "Art": row["label"]} for row in ROWS]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    init(tiny_base(), path, "24GiB", "small", tmp_path / "mine.yaml", ["data.columns={text: Text, label: Art}"])
+    assert Recipe.load(tmp_path / "mine.yaml").task == "text-classification"
+
+
 def test_many_labels_are_no_classes(tmp_path):
     rows = [{"text": f"t{number}", "label": f"said {number}"} for number in range(50)]
     assert look(write_jsonl(tmp_path / "rows.jsonl", rows)).task == "text-generation"

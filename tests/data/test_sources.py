@@ -151,6 +151,24 @@ def test_tables_come_back_exactly(tmp_path_factory, rows, kind):
     assert [tuple(row.value.values()) for row in read_rows(path)] == rows
 
 
+@pytest.mark.parametrize("separator", [";", "\t", "|"])
+def test_a_csv_file_of_a_spreadsheet_may_have_another_separator(tmp_path, separator):
+    text = '\ufeff"Frage, kurz"|"Antwort"\n"Was kostet 1,50; oder mehr?"|"a ""b"" c"\n'
+    rows = read_rows(write_as(tmp_path, "d.csv", text.replace("|", separator)))
+    assert [row.value for row in rows] == [{"Frage, kurz": "Was kostet 1,50; oder mehr?", "Antwort": 'a "b" c'}]
+
+
+@pytest.mark.parametrize("text", ["a,b;c\n1,2;3\n", "text\none; two\n", '"a;b"\n"1;2"\n'])
+def test_a_semicolon_beside_commas_or_in_a_single_column_separates_nothing(tmp_path, text):
+    assert not [
+        row for row in read_rows(write_as(tmp_path, "d.csv", text)) if len(row.value) != 1 + text.count(",") // 2
+    ]
+
+
+def test_a_quote_that_is_not_doubled_is_refused_with_what_to_do(tmp_path):
+    assert "is written twice" in refusal(write_as(tmp_path, "d.csv", 'a,b\n"say "hi"",2\n'))
+
+
 def test_rows_with_too_few_or_too_many_fields_are_named(tmp_path):
     path = write_as(tmp_path, "d.csv", "a,b\n1,2\n1\n1,2,3\n")
     assert problems(path) == [(3, "1 fields, the header has 2"), (4, "3 fields, the header has 2")]

@@ -149,7 +149,32 @@ def test_a_layer_that_computes_something_else_is_found(monkeypatch):
     monkeypatch.setattr(bitsandbytes.nn.Linear4bit, "forward", lambda self, x: 1.05 * forward(self, x))
     check = tried("nf4", computing.nf4_step)
     assert not check.ok
-    assert "5.0% off the dequantized weight" in check.found
+    assert "forward 5.0% and backward" in check.found
+
+
+def test_a_layer_whose_gradient_is_wrong_is_found(monkeypatch):
+    import bitsandbytes
+
+    forward = bitsandbytes.nn.Linear4bit.forward
+    monkeypatch.setattr(
+        bitsandbytes.nn.Linear4bit, "forward", lambda self, x: forward(self, 1.05 * x - 0.05 * x.detach())
+    )
+    check = tried("nf4", computing.nf4_step)
+    assert not check.ok
+    assert "forward 0." in check.found
+
+
+def test_whether_there_is_a_login_is_said_and_the_token_is_not(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    check = tried("hub", surroundings.hub)
+    assert check.ok
+    assert "no login" in check.found
+    assert "hf auth login" in check.remedy
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: "hf_secret")
+    check = tried("hub", surroundings.hub)
+    assert "a login is stored" in check.found
+    assert "hf_secret" not in f"{check}"
+    assert "hf auth login" not in (check.remedy or "")
 
 
 def test_the_limits_of_a_container_are_read(tmp_path):

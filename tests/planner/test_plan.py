@@ -11,7 +11,7 @@ from bitsandbytes.optim import AdamW
 
 from qlora import base_model, kernels, methods, planner
 from qlora.kernels import checkpointing, loss
-from qlora.planner import cards, footprint, stand_ins, trace
+from qlora.planner import footprint, stand_ins, trace
 from qlora.recipe import (
     Adalora,
     Bottleneck,
@@ -26,7 +26,7 @@ from qlora.recipe import (
     Quantization,
     Training,
 )
-from qlora.system import memory
+from qlora.system import cards, memory
 from qlora.system.errors import InputError
 from qlora.training.master_weights import MasterWeights
 from qlora.training.objectives import supervised

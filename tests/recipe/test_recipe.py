@@ -53,7 +53,19 @@ def test_every_recipe_on_disk_loads_and_says_what_it_costs(path):
 
 
 def test_there_are_recipes_for_the_models_people_have():
-    assert {path.parent.name for path in RECIPES} >= {"gpt2", "llama-2-7b", "llama-3.1-8b", "mistral-7b", "qwen2.5-7b"}
+    assert {path.parent.name for path in RECIPES} >= {
+        *(
+            "qwen3-0.6b",
+            "qwen3-4b",
+            "qwen3-8b",
+            "qwen3-14b",
+            "llama-3.2-1b",
+            "llama-3.2-3b",
+            "llama-3.1-8b",
+            "gemma-3-4b",
+        ),
+        *("mistral-7b", "phi-4-mini", "smollm3-3b", "qwen2.5-7b", "llama-2-7b", "gpt2"),
+    }
 
 
 def test_resolved_recipe_reads_back_equal(tmp_path):

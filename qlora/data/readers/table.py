@@ -8,6 +8,22 @@ from ...system.errors import InputError
 from . import lines
 
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
+_OTHERS = ";\t|"  # of .csv files; a spreadsheet with a decimal comma writes semicolons
+_QUOTES = 'a quote within a quoted field is written twice (""), and a field that begins with one ends with one'
+
+
+def separator(file):
+    """Return the character between the fields of a table: that of its suffix, or one that its header has instead."""
+    usual = SEPARATORS[file.suffix]
+    with open(file.path, encoding="utf-8-sig", errors="replace", newline="") as stream:
+        first = next((line for _, line in lines.lines(file.path, stream) if line.strip()), "")
+    if file.suffix != ".csv" or len(_fields(first, usual)) > 1:
+        return usual
+    return next((other for other in _OTHERS if len(found := _fields(first, other)) > 1 and all(found)), usual)
+
+
+def _fields(line, delimiter):
+    return next(csv.reader([line], delimiter=delimiter), [])
 
 
 def header(file):
@@ -22,8 +38,8 @@ def rows(file, names=False, columns=None):
     csv.field_size_limit(lines.LONGEST)
     lines.open_file(path).close()
     with open(path, encoding="utf-8-sig", newline="") as stream:
-        reader = csv.reader(_counted(file, stream), delimiter=SEPARATORS[file.suffix], strict=True)
         try:
+            reader = csv.reader(_counted(file, stream), delimiter=separator(file), strict=True)
             for fields in reader:
                 start, line = line, reader.line_num + 1
                 if not any(value.strip() for value in fields):
@@ -40,7 +56,7 @@ def rows(file, names=False, columns=None):
                 else:
                     yield lines.Row(start, dict(zip(header, fields, strict=True)))
         except csv.Error as error:
-            raise InputError(f"{path} line {line}: {error}; cannot tell where this row ends") from None
+            raise InputError(f"{path} line {line}: {error}; cannot tell where this row ends; {_QUOTES}") from None
         except UnicodeDecodeError:
             lines.refuse_encoding(path)
 

@@ -16,10 +16,11 @@ def _device():
 
 
 def nf4_step():
-    """Quantize a layer to NF4 on the CPU and on the device: equal codes. Train a low-rank update of it: finite numbers."""
+    """Quantize a layer to NF4 on the CPU and on the device: equal codes. Train a low-rank update of it: a forward and a backward
+    pass as with the dequantized weight in float32."""
     import torch
 
-    codes, deviation, loss, gradients = _step(torch.device("cpu"))
+    codes, deviations, loss, gradients = _step(torch.device("cpu"))
     found = f"loss {loss:.4f} on the CPU"
     if _device().type == "cuda":
         on_device = _step(_device())
@@ -30,17 +31,17 @@ def nf4_step():
                 f"{differ:.1%} of the codes differ between CPU and GPU",
                 "reinstall bitsandbytes: see versions",
             )
-        _, deviation, loss, gradients = on_device
+        _, deviations, loss, gradients = on_device
         found = f"equal codes on CPU and GPU; loss {loss:.4f} on the GPU"
     finite = all(torch.isfinite(gradient).all() for gradient in gradients) and loss == loss
-    ok = finite and deviation < _DEVIATION and all(gradient.abs().sum() > 0 for gradient in gradients)
+    ok = finite and max(deviations) < _DEVIATION and all(gradient.abs().sum() > 0 for gradient in gradients)
     found += "" if finite else ", not finite"
-    found += f", {deviation:.1%} off the dequantized weight"
+    found += ", forward {:.1%} and backward {:.1%} off the dequantized weight".format(*deviations)
     return ok, found, None if ok else "python -m pip install --force-reinstall --no-deps bitsandbytes"
 
 
 def _step(device):
-    """Return (codes on the CPU, share by which the layer's output is off, loss, gradients of A and B)."""
+    """Return (codes on the CPU, shares by which output and gradient of the input are off, loss, gradients of A and B)."""
     import torch
     from bitsandbytes.functional import dequantize_4bit
     from bitsandbytes.nn import Linear4bit
@@ -52,14 +53,23 @@ def _step(device):
     layer.weight.data = draw(_OUT, _IN) * 0.05
     layer = layer.to(device)
     A_RI, B_OR = ((draw(*shape) * 0.05).to(device).requires_grad_() for shape in ((_RANK, _IN), (_OUT, _RANK)))
-    x_TI, target_TO = draw(32, _IN).to(device), draw(32, _OUT).to(device)
+    x_TI, target_TO = draw(32, _IN).to(device).requires_grad_(), draw(32, _OUT).to(device)
     output_TO = layer(x_TI)
-    weight_OI = dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
-    expected_TO = x_TI.float() @ weight_OI.T
-    deviation = ((output_TO.float() - expected_TO).norm() / expected_TO.norm()).item()
     loss = (output_TO + x_TI @ A_RI.T @ B_OR.T - target_TO).float().square().mean()
     loss.backward()
-    return layer.weight.data.flatten().cpu(), deviation, loss.item(), (A_RI.grad, B_OR.grad)
+
+    weight_OI = dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
+    exact_TI = x_TI.detach().float().requires_grad_()
+    expected_TO = exact_TI @ weight_OI.T
+    update_OI = B_OR.detach().float() @ A_RI.detach().float()
+    (expected_TO + exact_TI @ update_OI.T - target_TO.float()).square().mean().backward()
+    deviations = _off(output_TO, expected_TO), _off(x_TI.grad, exact_TI.grad)
+    return layer.weight.data.flatten().cpu(), deviations, loss.item(), (A_RI.grad, B_OR.grad)
+
+
+def _off(found, expected):
+    """Return the norm of the difference over that of `expected`."""
+    return ((found.detach().float() - expected.detach().float()).norm() / expected.detach().float().norm()).item()
 
 
 def optimizer_step():
@@ -99,7 +109,7 @@ def attention():
     module = SimpleNamespace(num_key_value_groups=1)
     found, _ = kernel.segment_attention(module, query, key, value, None, lengths)
     expected = kernel.one_by_one(module, query, key, value, lengths)
-    deviation = ((found.float() - expected.float()).norm() / expected.float().norm()).item()
+    deviation = _off(found, expected)
     if device.type == "cpu":
         how = "in blocks"
     elif kernel.takes_one_call(module, query, value, kernel._capability(query.device)):

@@ -130,16 +130,19 @@ def _write_rate(path):
 
 
 def hub():
-    """Where downloaded models are kept, and whether they may be downloaded. Nothing is sent."""
-    from huggingface_hub import constants
+    """Where downloaded models are kept, whether they may be downloaded, and whether there is a login. Nothing is sent."""
+    from huggingface_hub import constants, get_token
 
     cache = Path(constants.HF_HUB_CACHE)
     place = next(parent for parent in (cache, *cache.absolute().parents) if parent.exists())
     free = storage.free_disk_bytes(place)
     offline = ", HF_HUB_OFFLINE is set: only what is there can be used" if constants.HF_HUB_OFFLINE else ""
-    found = f"cache {cache}, {size(free)} free{offline}"
+    login = get_token() is not None
+    found = f"cache {cache}, {size(free)} free{offline}; {'a login is stored' if login else 'no login'}"
     try:
         tempfile.TemporaryFile(dir=place).close()
     except OSError as error:
         return False, f"{found}, {error.strerror}", "HF_HOME=ANOTHER_FOLDER; or give model.name_or_path a local folder"
-    return True, found, "HF_HOME=ANOTHER_FOLDER: a 7B takes 15 GB" if free < 20 * 2**30 else None
+    better = ["HF_HOME=ANOTHER_FOLDER: a 7B takes 15 GB"] if free < 20 * 2**30 else []
+    better += [] if login else ["hf auth login, for models that ask for one, such as Llama and Gemma"]
+    return True, found, "; ".join(better) or None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from ..system.errors import InputError
+from .errors import InputError
 
 GiB = 2**30
 
@@ -41,12 +41,14 @@ class Card:
 CARDS = (
     Card("RTX 2080 Ti", 11, 10.76, 53.8e12, 616e9, False),  # NVIDIA Turing whitepaper; JDAI-CV/image-captioning#11
     Card("RTX 3060 12GB", 12, 11.75, 25.5e12, 360e9),  # [C]; TencentARC/PhotoMaker#47, Kunhao-Liu/StyleGaussian#12
+    Card("RTX 3070", 8, 7.78, 40.6e12, 448e9),  # [C]; akshitac8/OW-DETR#46, meta-llama/codellama#82
     Card("RTX 3080 10GB", 10, 9.78, 59.5e12, 760e9),  # NVIDIA GA102 whitepaper; zai-org/CogVideo#34
     Card("RTX 3080 12GB", 12, 11.75, 61.3e12, 912e9),  # [C]; [S] 3060
     Card(
         "RTX 3090", 24, 23.68, 71e12, 936e9
     ),  # NVIDIA GA102 whitepaper, table 9; 3DTopia/OpenLRM#42, GaoLii/DSP#10 (23.70)
     Card("RTX 3090 Ti", 24, 23.68, 80e12, 1008e9),  # [C]; [S] 3090
+    Card("RTX 4060", 8, 7.75, 30.2e12, 272e9),  # [C]; ESRSchao/EdgeRegNet#2
     Card("RTX 4060 Ti 16GB", 16, 15.6, 44.1e12, 288e9),  # [C]; [S] RTX A4000, DengKaiCQ/VGGT-Long#6 (15.61)
     Card("RTX 4070", 12, 11.6, 58.3e12, 504e9),  # [C]; [S], less than the 4070 Ti's 11.73
     Card("RTX 4070 Super", 12, 11.6, 71.0e12, 504e9),  # [C]; [S]
@@ -130,6 +132,11 @@ def _called(name):
 
 def _words(lower):
     return _NOISE.sub("", _SIZE.sub("", lower))
+
+
+def short(card):
+    """Return the name of a Card as one types it: without spaces, as in 3060-12gb."""
+    return card.name.lower().removeprefix("rtx ").replace(" ", "-")
 
 
 def listing():

@@ -101,13 +101,14 @@ class Reliable(Hooks):
         self.copies = {}  # of the model's buffers, as rehearsal.way_back keeps them
         self.evaluated = None  # of the evaluation at hand: the summed loss, and how many items it is of
         self.evaluation_due = False  # one after this step has been left
+        self.held_out = None  # [step, loss] of the last evaluation
         self.saved_step = None
         self.resumed = state = self.saving.state()
         self.tokens, self.num_lines = (state["tokens"], state["lines"]) if state else (0, 0)
         self.clock = Clock(state["seconds"], state["outside_seconds"], state["tokens"]) if state else Clock()
         if state:
             self.watch.restore(state["watch"])
-            self.norm = state["norm"]
+            self.norm, self.held_out = state["norm"], state.get("held_out")  # older checkpoints do not have the second
             if self.best is not None:
                 self.best.restore(state.get("best"))
             self.economy.restore(state.get("less_memory"))  # older checkpoints have none
@@ -380,6 +381,7 @@ class Reliable(Hooks):
                 self.evaluation_due, self.control.should_evaluate = True, False
                 self.control.should_save, self.control.should_training_stop = self.saving.to is not None, True
             return {}
+        self.held_out = [self.state.global_step, metrics["eval_loss"]]
         if samples:
             self._record(record.Samples(self.state.global_step, self.state.epoch, samples, self.clock.elapsed()))
         if self.best is not None and (self.best.take(self.state.global_step, metrics) or self.best.is_over):
@@ -421,8 +423,8 @@ class Reliable(Hooks):
 
     def _last_evaluation(self):
         """Return the held-out loss after training; raises as `refuse_left` does, after a checkpoint, where it is left."""
-        if self.best is not None and self.best.last_step == self.state.global_step:
-            return self.best.last_loss
+        if self.held_out is not None and self.held_out[0] == self.state.global_step:
+            return self.held_out[1]
         metrics = self.evaluate() if self.saving.stop.number is None else {}
         if metrics:
             return metrics["eval_loss"]

@@ -52,6 +52,7 @@ def contents(trainer):
         "loss": trainer.loss_sums(),
         "tokens": trainer.num_tokens(),
         "evaluation_due": trainer.evaluation_due,
+        "held_out": trainer.held_out,
         "watch": trainer.watch.state(),
         "best": trainer.best and trainer.best.state(),
         "less_memory": trainer.economy.state(),

@@ -211,9 +211,7 @@ def test_samples_change_no_number_and_are_the_models_answers(make_recipe, tmp_pa
     assert [line for line in lines if "samples" not in line] == computed(silent)
     assert all(torch.equal(tensor, weights(silent)[name]) for name, tensor in weights(run).items())
 
-    assert [line.step for line in told] == [2, 4, 4]  # the last evaluation too
-    assert told[1].samples == told[2].samples
-    assert [len(line.samples) for line in told] == [2, 2, 2]
+    assert [(line.step, len(line.samples)) for line in told] == [(2, 2), (4, 2)]
     expected = [one["expected"] for one in told[0].samples]
     assert all(one in [turns[1][1] for turns in CONVERSATIONS] for one in expected)
     subject = open_subject(run.path)

@@ -25,7 +25,7 @@ from ..runs import checkpoints, record
 from ..runs.record import Begun, CheckpointBegun, Evaluation, Rehearsed, Rescaled, Skipped, Step
 from ..system import memory
 from ..system.errors import Interrupted, TrainingFailed
-from ..system.events import emit
+from ..system.events import emit, progress
 from . import saving as saved
 from .best import Best, end_with_best
 from .clock import Clock
@@ -391,10 +391,11 @@ class Reliable(Hooks):
         if self.saving.stop.number is not None:
             raise _Left
 
-    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
+    def evaluation_loop(self, dataloader, *args, metric_key_prefix="eval", **kwargs):
         # transformers takes the mean of the batches' means, whatever is in them; this is the mean over all items
         self.evaluated = torch.zeros(2, dtype=torch.float64, device=self.args.device)
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        with progress("evaluating", len(dataloader), "batches") as self.advance_evaluation:
+            output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         total, count = self.evaluated.tolist()
         output.metrics[f"{metric_key_prefix}_loss"] = total / count
         return output
@@ -416,8 +417,9 @@ class Reliable(Hooks):
             self.evaluated += torch.stack([found[0].double() * count, count.double()])
             return found
 
-        # of halves the first: its loss is not used, `evaluated` has them all
-        return self.economy.run(self, score, divisible=prediction_loss_only)[0]
+        scored = self.economy.run(self, score, divisible=prediction_loss_only)
+        self.advance_evaluation(1)
+        return scored[0]  # of halves the first: its loss is not used, `evaluated` has them all
 
     def _last_evaluation(self):
         """Return the held-out loss after training; raises as `refuse_left` does, after a checkpoint, where it is left."""

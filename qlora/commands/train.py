@@ -7,7 +7,7 @@ import errno
 import shlex
 
 from .. import base_model, kernels, training
-from ..jobs import adapter_norms, chosen_task, model_to_train, resumed_run, samples
+from ..jobs import adapter_norms, chosen_task, findings, model_to_train, resumed_run, samples
 from ..jobs.planned_training import plan_training
 from ..jobs.prepared_data import prepare
 from ..recipe import Recipe
@@ -21,6 +21,7 @@ from ..system.events import emit, heard_by, progress
 from ..terminal import shown
 from ..terminal.data import say_report
 from ..terminal.training import (
+    say_findings,
     say_kernels,
     say_micro_batches,
     say_model,
@@ -152,6 +153,7 @@ def _saying_how_to_go_on(run):
         how = [_how_to_go_on(run).removeprefix("; ")] if any(run.checkpoints.glob("step-*")) else []
         raise DoesNotFit("\n  ".join([str(error), *how])) from None
     except TrainingFailed as failed:
+        say_findings(findings.of_run(run))
         lower = " training.learning_rate=LOWER --allow-change training.learning_rate"
         change = lower if "lower training.learning_rate" in str(failed).lower() else ""
         for field in ("quantization.compute_dtype", "model.dtype"):

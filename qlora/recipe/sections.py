@@ -258,7 +258,7 @@ class Training(Section):
     paper"""
     report_to: Annotated[
         list[Literal["tensorboard", "trackio", "wandb", "mlflow"]], BeforeValidator(_names_or_none)
-    ] = Field(["tensorboard"])
+    ] = Field(default=["tensorboard"])
     """where the numbers go beside metrics.jsonl: tensorboard, trackio, wandb, mlflow, or several, `[tensorboard, wandb]`; none:
     nowhere. See [watching.md](watching.md#trackers)"""
     logging_steps: Positive = 1

@@ -250,7 +250,7 @@ class CheckpointSaved:
 def recorded(run, tensorboard=True):
     """Keep in metrics.jsonl, and in tensorboard/, of a RunDir what is emitted in the block."""
     with contextlib.ExitStack() as stack:
-        listeners = [MetricsFile(run.metrics_file), *([TensorBoard(run.tensorboard)] if tensorboard else [])]
+        listeners: list[Any] = [MetricsFile(run.metrics_file), *([TensorBoard(run.tensorboard)] if tensorboard else [])]
         for listener in listeners:
             stack.enter_context(contextlib.closing(listener))
         stack.enter_context(heard_by(*listeners))

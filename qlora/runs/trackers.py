@@ -1,6 +1,7 @@
-"""Trackers beside TensorBoard, through transformers' integrations: trackio, wandb, mlflow. None of them may slow or end a training.
+"""Trackers beside TensorBoard, through transformers' integrations: trackio, wandb, mlflow.
 
-Each has a thread of its own, which alone talks to it: a library that waits for its server makes nobody else wait.
+None may slow or end a training. Each has a thread of its own, which alone talks to it: a library that waits for its server makes
+nobody else wait.
 """
 
 from __future__ import annotations
@@ -79,7 +80,9 @@ class Tracker:
     def begin(self):
         self.thread.start()
         if not self.has_begun.wait(_BEGIN):
-            note(f"tracker   {self.kind.name} has not answered in {_BEGIN} s; what it is told waits, the training does not")
+            note(
+                f"tracker   {self.kind.name} has not answered in {_BEGIN} s; what it is told waits, the training does not"
+            )
 
     def end(self, failed):
         self.todo.put(failed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 
 from rich.table import Table
@@ -97,14 +98,22 @@ class View:
         """Return [(label, words)]."""
         step = self.step
         if step is None:
-            return [("step", f"the first of {self.total:,} is running"), ("memory", self._memory()), ("busy", self._busy())]
+            return [
+                ("step", f"the first of {self.total:,} is running"),
+                ("memory", self._memory()),
+                ("busy", self._busy()),
+            ]
         epochs = f"{step.epoch:.2f} of {step.epoch * self.total / step.step:.2f}"
         found = [
             ("step", f"{step.step:,} of {self.total:,}, epoch {epochs}"),
             ("loss", f"{step.loss:.4f}" + self._smoothed()),
             ("held out", self._held_out()),
-            ("rate", f"{step.learning_rate:.2e}" + ("" if step.grad_norm is None else f", gradient norm {step.grad_norm:.3g}")),
-            ("speed", self._speed()),
+            (
+                "rate",
+                f"{step.learning_rate:.2e}"
+                + ("" if step.grad_norm is None else f", gradient norm {step.grad_norm:.3g}"),
+            ),
+            ("speed", self._speed(step.tokens_per_second)),
             ("memory", self._memory()),
             ("busy", self._busy()),
         ]
@@ -122,8 +131,7 @@ class View:
         lowest = "" if one is best else f"; lowest {best.eval_loss:.4f} at step {best.step:,}"
         return f"{one.eval_loss:.4f} at step {one.step:,}{more}{lowest}"
 
-    def _speed(self):
-        rate = self.step.tokens_per_second
+    def _speed(self, rate):
         share = f", {rate / self.roofline:.0%} of the plan's most" if self.roofline else ""
         return f"{rate:,.0f} {self.counts}/s{share}"
 
@@ -150,7 +158,7 @@ def sparkline(values, width, ascii_only=False):
     """Return `values` as at most `width` bars of eight heights, each the mean of a stretch; from the least to the greatest."""
     count = min(width, len(values))
     ends = [len(values) * at // count for at in range(count + 1)]
-    means = [sum(values[low:high]) / (high - low) for low, high in zip(ends, ends[1:], strict=False)]
+    means = [sum(values[low:high]) / (high - low) for low, high in itertools.pairwise(ends)]
     levels = _ASCII if ascii_only else _LEVELS
     low, high = min(means), max(means)
     if not high > low:

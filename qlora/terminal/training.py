@@ -8,6 +8,7 @@ import time
 from collections import deque
 
 from .. import base_model, methods
+from ..jobs import findings
 from ..runs import record
 from ..system.events import Progress, emit, note
 from ..system.units import duration, size
@@ -18,7 +19,7 @@ TRAINING = "training"  # the Progress of the steps
 
 
 class Steps:
-    """Tells of the steps of a training: a live view above the bar of `bars` on a terminal, a plain line now and then elsewhere."""
+    """Tells of the steps of a training: a view above the bar of `bars` on a terminal, a plain line now and then elsewhere."""
 
     def __init__(self, bars):
         self.bars, self.view = bars, live.View()
@@ -32,7 +33,8 @@ class Steps:
             if event.what == TRAINING and event.ended:
                 self.bars.panel = None
         elif isinstance(event, record.Begun):
-            self.bars.panel = self.view if live.is_wanted() else None
+            if live.is_wanted():
+                self.bars.panel = self.view
             self.total, self.counts = event.total_steps, event.counts
             self.recent.clear()
             self.said = self.last_save = time.monotonic()
@@ -198,6 +200,12 @@ def say_model(prepared, opened):
         )
 
 
+def say_findings(found):
+    """Say why a training went wrong, if that can be said: jobs.findings.Findings."""
+    for one in found:
+        note(f"why       {one.name}: {one.words}. Change {one.change}")
+
+
 def say_trained(result, planned, run):
     """Say what came of the training of a run. result: a training.Result."""
     peak = f"peak {size(result.peak_bytes)}"
@@ -209,5 +217,6 @@ def say_trained(result, planned, run):
         f"evaluations and checkpoints; {peak}; "
         f"loss {result.loss:.4f}" + ("" if result.eval_loss is None else f", held-out {result.eval_loss:.4f}")
     )
+    say_findings(findings.of_run(run))
     named = shlex.quote(str(run.path))
     note(f"{run.adapter.name} in {run.adapter}; next: qlora eval {named}, qlora export {named} --out FOLDER")

@@ -13,6 +13,7 @@ import io
 import os
 import queue
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 from ..system import files
@@ -216,7 +217,11 @@ class _Wandb(_Kind):
         except wandb.errors.CommError:
             wandb.init(**given, mode="offline")
         if wandb.run is not None and wandb.run.settings.mode == "offline":
-            note(f"tracker   wandb is offline; later:  wandb sync {os.path.dirname(wandb.run.dir)}")  # noqa: PTH120
+            self._say_offline(identity)
+
+    def _say_offline(self, identity):
+        append = "" if identity is None else "--append "  # a second folder of the same run
+        note(f"tracker   wandb is offline; later:  wandb sync {append}{Path(self.wandb.run.dir).parent}")
 
     def _may_connect(self):
         if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):

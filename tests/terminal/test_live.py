@@ -84,7 +84,7 @@ def test_all_that_is_known_is_seen_at_once(screen, width):
         "held out  2.2500 at step 50, accuracy 0.5000",
         "rate      2.00e-04, gradient norm 0.5",
         "500 tokens/s, 25% of the plan's most",
-        "now, peak 3 GiB of 20 GiB",
+        "now, peak 3.00 GiB of 20.00 GiB",
         "CPU ",
         "asked     What is 0 plus 1?",
         "expected  1",

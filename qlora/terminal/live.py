@@ -88,11 +88,11 @@ class View:
             grid.add_row(*(cell for pair in pairs for cell in pair))
         yield Text()
         if len(self.losses) > 1:
-            yield _line("losses", Text(sparkline(self.losses, width - _LABEL, ascii_only), "green"))
+            yield _line("losses", Text(sparkline(self.losses, width - _LABEL, ascii_only), "green"), width)
         yield grid
         if self.sample is not None:
             for label, text in zip(("asked", "expected", "answer"), texts_of(self.sample), strict=True):
-                yield _line(label, Text(text))
+                yield _line(label, Text(text), width)
 
     def _facts(self):
         """Return [(label, words)]."""
@@ -146,10 +146,10 @@ class View:
         return ", ".join(f"{said} {found[name]:.0%}" for name, said in names.items() if name in found)
 
 
-def _line(label, text):
+def _line(label, text, width):
     grid = Table.grid(padding=(0, 1))
     grid.add_column(width=_LABEL - 1, style="dim", no_wrap=True)
-    grid.add_column(no_wrap=True, overflow="ellipsis")
+    grid.add_column(width=width - _LABEL, no_wrap=True, overflow="ellipsis")  # else a long text takes the label's place
     grid.add_row(label, text)
     return grid
 

@@ -11,6 +11,7 @@ from qlora import train
 from qlora.jobs import findings
 from qlora.jobs.findings import Facts
 from qlora.runs.record import Best, Evaluation, Skipped, Step
+from tests.conftest import CONVERSATIONS, messages, write_jsonl
 
 FACTS = Facts(learning_rate=2e-4, rows=100, trained=2_000, tokens=10_000)
 HIGH, LOW = "the learning rate is too high", "the learning rate is too low"
@@ -196,5 +197,10 @@ def test_a_training_whose_answers_cannot_follow_from_the_prompts(found, tiny_mod
     assert found(base, max_steps=12) == [expected]
 
 
-def test_a_training_that_overfits(found):
-    assert found(data={"eval_fraction": 0.5}, learning_rate=3e-2, max_steps=40, eval_steps=5) == ["it overfits"]
+def test_a_training_that_overfits(found, tmp_path):
+    rows = [{"messages": messages(turns)} for turns in CONVERSATIONS]
+    few, others = write_jsonl(tmp_path / "few.jsonl", rows[:4]), write_jsonl(tmp_path / "others.jsonl", rows[12:20])
+    data = {"train": str(few), "eval": str(others), "eval_fraction": 0.0}
+    assert found(data=data, learning_rate=2e-2, lr_scheduler_type="constant", max_steps=48, eval_steps=4) == [
+        "it overfits"
+    ]

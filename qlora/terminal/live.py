@@ -34,10 +34,10 @@ class View:
     def __init__(self):
         self.load = Load()
         self.limit_bytes = self.roofline = None
-        self._forget(0, "tokens")
+        self._forget(0, 0, "tokens")
 
-    def _forget(self, total, counts):
-        self.total, self.counts = total, counts
+    def _forget(self, taken, total, counts):
+        self.taken, self.total, self.counts = taken, total, counts
         self.step: record.Step | None = None
         self.held_out: record.Evaluation | None = None
         self.best: record.Evaluation | None = None
@@ -50,7 +50,7 @@ class View:
             self.limit_bytes = event.limit_bytes
             self.roofline = None if event.plan is None else event.plan.tokens_per_second
         elif isinstance(event, record.Begun):
-            self._forget(event.total_steps, event.counts)
+            self._forget(event.step, event.total_steps, event.counts)
         elif isinstance(event, record.Step):
             self.step = event
             self._keep(event.loss)
@@ -99,7 +99,7 @@ class View:
         step = self.step
         if step is None:
             return [
-                ("step", f"the first of {self.total:,} is running"),
+                ("step", f"{self.taken + 1:,} of {self.total:,} is running"),
                 ("memory", self._memory()),
                 ("busy", self._busy()),
             ]

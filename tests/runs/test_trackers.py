@@ -89,12 +89,21 @@ def library(tmp_path, monkeypatch):
 
     def library(name):
         lines = STAND_INS[name].splitlines()
-        (folder / f"{name}.py").write_text("\n".join(line.removeprefix(" " * 8) for line in lines))
-        monkeypatch.delitem(sys.modules, name, raising=False)
+        place = folder / name
+        files = {
+            place: "\n".join(line.removeprefix(" " * 8) for line in lines),
+            place / "sdk": "",
+            place / "sdk" / "lib": "",
+        }
+        files[place / "sdk" / "lib" / "config_util"] = "class ConfigError(Exception): pass"
+        for package, text in files.items():
+            package.mkdir()
+            (package / "__init__.py").write_text(text)
+            module = ".".join(package.relative_to(folder).parts)
+            monkeypatch.setitem(sys.modules, module, None)  # so that it is gone after the test
+            del sys.modules[module]
         importlib.invalidate_caches()
-        module = importlib.import_module(name)
-        monkeypatch.setitem(sys.modules, name, module)
-        return module
+        return importlib.import_module(name)
 
     return library
 

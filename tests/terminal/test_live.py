@@ -105,9 +105,9 @@ def test_all_that_is_known_is_seen_at_once(screen, width):
 def test_before_the_first_step_it_says_so(screen):
     it = screen(80)
     with shown(), events.progress(training.TRAINING):
-        emit_all(Begun(0, 1000, 0))
+        emit_all(Begun(5, 1000, 0))
         it.draw()
-        assert "the first of 1,000 is running" in it.seen().text
+        assert "step      6 of 1,000 is running" in it.seen().text
 
 
 def test_what_is_said_meanwhile_stands_above_it_whole_and_the_view_goes_away(screen, make_recipe, unplanned):
@@ -163,7 +163,7 @@ def test_the_next_training_begins_with_an_empty_view(screen):
         with events.progress(training.TRAINING):
             emit_all(Begun(0, 10, 0))
             it.draw()
-            assert "the first of 10 is running" in it.seen().text
+            assert "step      1 of 10 is running" in it.seen().text
 
 
 @pytest.mark.parametrize("setting", [("CI", "true"), ("TERM", "dumb")])

@@ -198,9 +198,10 @@ def test_a_training_whose_answers_cannot_follow_from_the_prompts(found, tiny_mod
 
 
 def test_a_training_that_overfits(found, tmp_path):
-    rows = [{"messages": messages(turns)} for turns in CONVERSATIONS]
-    few, others = write_jsonl(tmp_path / "few.jsonl", rows[:4]), write_jsonl(tmp_path / "others.jsonl", rows[12:20])
-    data = {"train": str(few), "eval": str(others), "eval_fraction": 0.0}
-    assert found(data=data, learning_rate=2e-2, lr_scheduler_type="constant", max_steps=48, eval_steps=4) == [
-        "it overfits"
-    ]
+    # what is held out is answered in words that the training rows do not have: the surer of those, the worse at these
+    held_out = [[("user", f"What is {a} plus {a}?"), ("assistant", "Zebra, quick zebra!")] for a in range(7, 10)]
+    train = [{"messages": messages(turns)} for turns in CONVERSATIONS]
+    files = [write_jsonl(tmp_path / "few.jsonl", train)]
+    files += [write_jsonl(tmp_path / "others.jsonl", [{"messages": messages(turns)} for turns in held_out])]
+    data = {"train": str(files[0]), "eval": str(files[1]), "eval_fraction": 0.0}
+    assert found(data=data, lr_scheduler_type="constant", max_steps=40, eval_steps=4) == ["it overfits"]

@@ -275,6 +275,7 @@ def test_a_training_is_the_same_with_a_tracker_and_tensorboard_has_load_and_norm
     assert json.loads(both.trackers_file.read_text()) == {"trackio": of(fake, "init")[0]["name"]}
 
 
+@pytest.mark.filterwarnings("ignore")  # of libraries about each other
 @pytest.mark.parametrize("name", STAND_INS)
 def test_the_library_itself_takes_it(run, name, tmp_path, monkeypatch):
     pytest.importorskip(name)

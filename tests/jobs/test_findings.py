@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from qlora import train
-from qlora.jobs import findings
+from qlora.jobs import findings, reported_run
 from qlora.jobs.findings import Facts
 from qlora.runs.record import Best, Evaluation, Skipped, Step
 from tests.conftest import CONVERSATIONS, messages, write_jsonl
@@ -168,6 +168,9 @@ def found(make_recipe, unplanned, capsys):
         assert [line.split(": ")[0] for line in said.splitlines() if line.startswith("why")] == [
             f"why       {one.name}" for one in kept
         ]
+        assert [one["words"] for one in reported_run.facts(run)["findings"]] == [
+            one.words for one in kept
+        ]  # and the report
         return [one.name for one in kept]
 
     return found

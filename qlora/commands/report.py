@@ -35,6 +35,8 @@ def report(targets, out=None) -> dict:
         show(f"{run['path']}: {run['state']['what']} at step {run['state']['step']:,}")
         for one in run["verdicts"]:
             show(f"  {one['question']} {one['answer']}: {one['words']}")
+        for one in run["findings"]:
+            show(f"  Why? {one['name']}: {one['words']}. Change {one['change']}")
     if place is not None:
         _write(place, text, found)
     return found

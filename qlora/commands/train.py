@@ -7,19 +7,21 @@ import errno
 import shlex
 
 from .. import base_model, kernels, training
-from ..jobs import chosen_task, model_to_train, resumed_run, samples
+from ..jobs import adapter_norms, chosen_task, findings, model_to_train, resumed_run, samples
 from ..jobs.planned_training import plan_training
 from ..jobs.prepared_data import prepare
 from ..recipe import Recipe
+from ..runs import record, trackers
 from ..runs.checkpoints import Checkpoints
 from ..runs.folder import RunDir
 from ..system import launched, signals
 from ..system.devices import say_device
 from ..system.errors import DoesNotFit, InputError, Interrupted, TrainingFailed
-from ..system.events import heard_by, progress
+from ..system.events import emit, heard_by, progress
 from ..terminal import shown
 from ..terminal.data import say_report
 from ..terminal.training import (
+    say_findings,
     say_kernels,
     say_micro_batches,
     say_model,
@@ -62,6 +64,7 @@ def train(recipe: Recipe, resume=False, allow_change=()) -> RunDir:
 
 def _train(recipe, resumed):
     """Train from the beginning, or go on with a Resumed run."""
+    trackers.refuse_missing(recipe.training.report_to)
     say_device()
     recipe = recipe if resumed is None else resumed.as_begun(recipe)
     prepared = prepare(recipe)
@@ -87,7 +90,7 @@ def _train(recipe, resumed):
             model_to_train.refuse_unjoinable(recipe, opened.model, installed)
             say_kernels(installed, opened.model.device)
             say_micro_batches(recipe, planned, installed)
-            with progress("training"), heard_by(model_to_train.begins(run, prepared, opened, resumed)):
+            with _told(run, prepared, opened, resumed):
                 result = training.train(
                     opened.model,
                     prepared.tokenizer,
@@ -115,9 +118,23 @@ def _train(recipe, resumed):
                         stop=stop,
                     ),
                 )
+                emit(record.Trained(result.steps, result.numbers()))
             model_to_train.save_adapter(run, prepared, opened)
     say_trained(result, planned, run)
     return run
+
+
+@contextlib.contextmanager
+def _told(run, prepared, opened, resumed):
+    """Let the run folder and the trackers hear the training in the block."""
+    recipe, environment = prepared.recipe, opened.environment
+    reports = recipe.training.report_to
+    listeners = [model_to_train.begins(run, prepared, opened, resumed)]
+    if reports and recipe.method.saved_in == "adapter":
+        listeners.append(adapter_norms.of_checkpoints(recipe.method))
+    settings = trackers.flat(recipe.model_dump(mode="json")) | {"device": environment["device"]}
+    with trackers.tracked(run, reports, settings), progress("training"), heard_by(*listeners):
+        yield
 
 
 @contextlib.contextmanager
@@ -136,6 +153,7 @@ def _saying_how_to_go_on(run):
         how = [_how_to_go_on(run).removeprefix("; ")] if any(run.checkpoints.glob("step-*")) else []
         raise DoesNotFit("\n  ".join([str(error), *how])) from None
     except TrainingFailed as failed:
+        say_findings(findings.of_run(run))
         lower = " training.learning_rate=LOWER --allow-change training.learning_rate"
         change = lower if "lower training.learning_rate" in str(failed).lower() else ""
         for field in ("quantization.compute_dtype", "model.dtype"):

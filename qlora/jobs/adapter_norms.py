@@ -14,10 +14,14 @@ import numpy as np
 import safetensors
 
 from ..recipe.methods import pattern_of
+from ..runs import record
+from ..runs.checkpoints import TENSORS
 from ..system import bounded, files
 from ..system.errors import InputError
+from ..system.events import emit, note
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_TRAINED = "weights/base_model.model."  # of a checkpoint's tensors
 _LARGEST = 2**32  # bytes that are read at once
 _DTYPES = {"F32": np.float32, "F16": np.float16, "F64": np.float64}
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<part>[AB])(\.weight)?")
@@ -54,6 +58,41 @@ def norms(folder) -> dict:
     else:
         what, found = "of the saved numbers", _of_any(tensors)
     return {"of": what} | _by_layer(found)
+
+
+def of_checkpoints(method):
+    """Return a listener that emits the record.Norms of each checkpoint that is saved; method: a recipe's section, of an adapter.
+
+    They are read from the file: asking the model would make a GPU wait.
+    """
+
+    def hear(event):
+        if not isinstance(event, record.CheckpointSaved):
+            return
+        try:
+            layers = _of_checkpoint(Path(event.path), method)
+        except InputError as error:
+            note(f"norms     left out: {error}")
+            return
+        emit(record.Norms(event.step, {f"adapter_norm/layer_{number:02}": norm for number, norm in layers.items()}))
+
+    return hear
+
+
+def _of_checkpoint(folder, method):
+    """Return {layer: norm} of the weights in a checkpoint, its modules taken together."""
+    tensors = {}
+    with safetensors.safe_open(folder / TENSORS, "np") as file:
+        for name in file.keys():  # noqa: SIM118 (no mapping)
+            if name.startswith(_TRAINED):
+                tensors[name.removeprefix(_TRAINED).replace(".default", "")] = file.get_tensor(name)
+    of_lora = method.key == "lora"
+    found = _by_layer(_of_lora(folder, method.model_dump(), tensors) if of_lora else _of_any(tensors))
+    columns = zip(*found["modules"].values(), strict=True) if found["modules"] else ()
+    return {
+        number: math.sqrt(sum(norm**2 for norm in column if norm is not None))
+        for number, column in zip(found["layers"], columns, strict=True)
+    }
 
 
 def _tensors(path):

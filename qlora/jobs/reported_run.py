@@ -18,7 +18,7 @@ from ..runs import record
 from ..runs.folder import RunDir
 from ..system import files
 from ..system.errors import InputError
-from . import verdicts
+from . import findings, verdicts
 from .adapter_norms import norms
 from .reported_answers import answers, cut
 
@@ -65,6 +65,7 @@ def facts(run: RunDir, exports=(), most_points=400, most_rows=200) -> dict[str, 
         "recipe": run.recipe_file.read_text(encoding="utf-8"),
         "environment": _environment(environment),
     }
+    found["findings"] = [vars(one) for one in findings.of_run(run)]
     found["verdicts"] = verdicts.of(found)
     return found
 

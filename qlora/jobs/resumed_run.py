@@ -36,6 +36,7 @@ _FREE = {
         f"training.{name}"
         for name in (
             "logging_steps",
+            "report_to",
             "eval_steps",
             "save_steps",
             "save_total_limit",

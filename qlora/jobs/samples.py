@@ -10,7 +10,7 @@ from ..evaluation import generate, scores
 from ..evaluation.sampling import Sampling
 from ..kernels import attention
 from ..system.errors import InputError
-from ..system.events import note
+from ..system.events import note, progress
 
 
 @dataclass(frozen=True)
@@ -57,10 +57,12 @@ def asked_of(model, tokenizer, asked):
     attending = attention.as_now(model)
 
     def samples(go_on):
-        for one in fitting:
-            with attending():  # in training rows are joined, and kept apart by `segments`
-                answer = generate.stream(model, tokenizer, one.prompt, stops, Sampling(most), lambda _: go_on())
-            yield {"prompt": one.messages, "expected": one.expected, "answer": answer}
+        with progress("answering", len(fitting), "rows") as advance:
+            for one in fitting:
+                with attending():  # in training rows are joined, and kept apart by `segments`
+                    answer = generate.stream(model, tokenizer, one.prompt, stops, Sampling(most), lambda _: go_on())
+                advance(1)
+                yield {"prompt": one.messages, "expected": one.expected, "answer": answer}
 
     return samples
 

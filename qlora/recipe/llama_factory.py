@@ -48,7 +48,7 @@ _NOT_NEEDED = {
     "save_strategy": "training.save_steps says when",
     "overwrite_cache": "tokenized rows are kept by what they are made of",
     "plot_loss": "qlora report draws it",
-    "report_to": "TensorBoard files are always written",
+    "report_to": "TensorBoard files are written; other trackers: training.report_to",
     "save_only_model": "checkpoints can always be resumed",
     "template": "the model's own chat template is used; another is data.chat_template",
     "ddp_timeout": "one process here",

@@ -218,6 +218,11 @@ def _auto_or_tokens(value):
     raise ValueError("should be auto, null or a number of tokens")
 
 
+def _names_or_none(value):
+    """One name is a list of it, as in transformers."""
+    return {"none": [], None: []}.get(value, [value]) if value is None or isinstance(value, str) else value
+
+
 class Training(Section):
     num_train_epochs: Annotated[float, Field(gt=0, le=1e6)] = 1.0
     """passes over the training rows"""
@@ -251,6 +256,11 @@ class Training(Section):
     neftune_noise_alpha: Annotated[float, Field(gt=0)] | None = None
     """noise on the embeddings while training, of size alpha / sqrt(tokens of the document * width); 5 to 15 in the
     paper"""
+    report_to: Annotated[
+        list[Literal["tensorboard", "trackio", "wandb", "mlflow"]], BeforeValidator(_names_or_none)
+    ] = Field(default=["tensorboard"])
+    """where the numbers go beside metrics.jsonl: tensorboard, trackio, wandb, mlflow, or several, `[tensorboard, wandb]`; none:
+    nowhere. See [watching.md](watching.md#trackers)"""
     logging_steps: Positive = 1
     """a line in metrics.jsonl every so many steps"""
     eval_steps: Positive | None = None

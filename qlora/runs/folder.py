@@ -13,6 +13,7 @@ metrics.jsonl     one JSON object a logged step; TensorBoard events in tensorboa
 ended.json        how a training ended that did not finish: {"status", "message"}; goes away when it goes on
 proof_rows.json   token ids of the rows that export's proof uses, so that it needs no data file
 data_report.json
+trackers.json     which run of trackio, wandb or mlflow this one is
 eval.json         the score on the run's own held-out rows, and what they were
 answers.jsonl     its answers: an object a row, with what was asked and expected, and what each answer counts
 evals/            scores on other rows, never taken for the run's own
@@ -45,6 +46,7 @@ class RunDir:
         self.memory_file = self.path / "memory.json"
         self.ended_file = self.path / "ended.json"
         self.tensorboard = self.path / "tensorboard"
+        self.trackers_file = self.path / "trackers.json"
         self.data_report_file = self.path / "data_report.json"
         self.proof_rows_file = self.path / "proof_rows.json"
         self.eval_file = self.path / "eval.json"

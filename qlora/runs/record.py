@@ -16,6 +16,7 @@ from typing import Any
 
 from ..system.errors import InputError
 from ..system.events import heard_by
+from ..system.load import Load
 from ..system.storage import write_text
 
 # ---- events that are lines of metrics.jsonl ---------------------------------------------------------------------------
@@ -210,6 +211,22 @@ class Begun:
 
 
 @dataclass(frozen=True)
+class Norms:
+    """How much what is trained changes, as of a checkpoint. numbers: {"adapter_norm/layer_00": norm}."""
+
+    step: int
+    numbers: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The training has ended well. numbers: what came of it, {"final_loss", ...}."""
+
+    step: int
+    numbers: dict[str, float]
+
+
+@dataclass(frozen=True)
 class CheckpointBegun:
     """A checkpoint is about to be written. What was recorded until now must be on the disk when this returns."""
 
@@ -230,13 +247,13 @@ class CheckpointSaved:
 
 
 @contextlib.contextmanager
-def recorded(run):
-    """Keep in metrics.jsonl and tensorboard/ of a RunDir what is emitted in the block."""
-    with (
-        contextlib.closing(MetricsFile(run.metrics_file)) as lines,
-        contextlib.closing(TensorBoard(run.tensorboard)) as board,
-        heard_by(lines, board),
-    ):
+def recorded(run, tensorboard=True):
+    """Keep in metrics.jsonl, and in tensorboard/, of a RunDir what is emitted in the block."""
+    with contextlib.ExitStack() as stack:
+        listeners: list[Any] = [MetricsFile(run.metrics_file), *([TensorBoard(run.tensorboard)] if tensorboard else [])]
+        for listener in listeners:
+            stack.enter_context(contextlib.closing(listener))
+        stack.enter_context(heard_by(*listeners))
         yield
 
 
@@ -263,10 +280,11 @@ class MetricsFile:
 
 
 class TensorBoard:
-    """A listener: writes the numbers of steps and evaluations, and the samples, as TensorBoard events into `folder`."""
+    """A listener: writes the numbers of steps and evaluations, how busy the machine is, norms and the samples, as TensorBoard
+    events into `folder`."""
 
     def __init__(self, folder):
-        self.folder = folder
+        self.folder, self.load = folder, Load()
         self.board: Any = None
 
     def __call__(self, event):
@@ -278,6 +296,12 @@ class TensorBoard:
             numbers = to_json(event)
             for key in numbers.keys() - {"step", "epoch", "time"}:
                 self.board.add_scalar(key, numbers[key], event.step)
+            if isinstance(event, Step):
+                for key, number in self.load.now().items():
+                    self.board.add_scalar(f"system/{key}", number, event.step)
+        elif isinstance(event, Norms):
+            for key, number in event.numbers.items():
+                self.board.add_scalar(key, number, event.step)
         elif isinstance(event, Samples):
             for number, sample in enumerate(event.samples, 1):
                 self.board.add_text(f"sample {number}", _as_text(sample), event.step)

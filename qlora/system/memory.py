@@ -126,6 +126,11 @@ def available_bytes(device):
     return psutil.virtual_memory().available
 
 
+def held_bytes():
+    """Return what this process holds now, in the terms of `Peak`. torch counts it on the host: no GPU is asked."""
+    return torch.cuda.memory_allocated() if torch.cuda.is_available() else anonymous_bytes()
+
+
 class Peak:
     """The most memory that this process has held since a `with` block began: `bytes`.
 

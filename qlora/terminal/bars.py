@@ -13,15 +13,19 @@ from ..system.events import Progress
 from ..system.units import duration, size
 from . import lines
 
+REFRESH = 2  # drawings a second: each takes milliseconds of the thread that computes
 EVERY = 20  # seconds between plain lines
 RECENT = 120  # seconds whose pace says how long the rest takes
 
 
 class Bars:
-    """Shows Progress events: one live display while some work has begun and not ended, a bar for each piece of it."""
+    """Shows Progress events: one live display while some work has begun and not ended, a bar for each piece of it.
+
+    panel: what rich draws above them; None: nothing.
+    """
 
     def __init__(self):
-        self.live = None
+        self.live = self.panel = None
         self.tasks = {}  # what -> number of its bar
         self.begun = {}  # what -> when, and when a line was said of it last
 
@@ -40,8 +44,9 @@ class Bars:
         if self.live is None:
             text = TextColumn("{task.description}", table_column=Column(overflow="fold"))
             columns = (SpinnerColumn(), text, _Bar(), _Numbers(), TimeElapsedColumn(), _Left())
-            self.live = Live(*columns, console=lines.console, transient=True, speed_estimate_period=RECENT)
+            self.live = _Live(self, *columns)
             self.live.start()
+            lines.console.show_cursor(True)  # rich hides it, and whoever is killed cannot show it again
         if event.what not in self.tasks:
             self.tasks[event.what] = self.live.add_task(event.what, total=event.total, unit="", detail="")
         task = self.tasks[event.what]
@@ -65,6 +70,25 @@ class Bars:
                 left = duration((event.total - event.done) / rate)
                 lines.say(f"{event.what:<8}   {size(event.done)} of {size(event.total)}, {size(rate)}/s, {left} left")
             self.begun[event.what] = start, now
+
+
+class _Live(Live):
+    """The bars of `bars`, under its panel."""
+
+    def __init__(self, bars, *columns):
+        self.bars = bars
+        super().__init__(
+            *columns,
+            console=lines.console,
+            transient=True,
+            speed_estimate_period=RECENT,
+            refresh_per_second=REFRESH,
+        )
+
+    def get_renderables(self):
+        if self.bars.panel is not None:
+            yield self.bars.panel
+        yield from super().get_renderables()
 
 
 class _Bar(BarColumn):

@@ -8,24 +8,33 @@ import time
 from collections import deque
 
 from .. import base_model, methods
+from ..jobs import findings
 from ..runs import record
-from ..system.events import Progress, note
+from ..system.events import Progress, emit, note
 from ..system.units import duration, size
-from . import lines
+from . import lines, live
 from .bars import EVERY, RECENT
+
+TRAINING = "training"  # the Progress of the steps
 
 
 class Steps:
-    """Tells of the steps of a training: in the bar of `bars` on a terminal, a plain line now and then elsewhere."""
+    """Tells of the steps of a training: a view above the bar of `bars` on a terminal, a plain line now and then elsewhere."""
 
     def __init__(self, bars):
-        self.bars = bars
+        self.bars, self.view = bars, live.View()
         self.said = self.last_save = time.monotonic()
         self.recent = deque()  # (step, when) of those logged in the last RECENT seconds, and the one before them
         self.total, self.counts = 0, "tokens"
 
     def hear(self, event):
-        if isinstance(event, record.Begun):
+        self.view.hear(event)
+        if isinstance(event, Progress):
+            if event.what == TRAINING and event.ended:
+                self.bars.panel = None
+        elif isinstance(event, record.Begun):
+            if live.is_wanted():
+                self.bars.panel = self.view
             self.total, self.counts = event.total_steps, event.counts
             self.recent.clear()
             self.said = self.last_save = time.monotonic()
@@ -65,7 +74,8 @@ class Steps:
             self.recent.popleft()
         loss, rate = f"{event.loss:.4f}", f"{event.tokens_per_second:,.0f}"
         if lines.can_redraw():
-            self.bars.draw(Progress("training", step, total, "steps", f"loss {loss}  {rate} {self.counts}/s"))
+            detail = "" if self.bars.panel is not None else f"loss {loss}  {rate} {self.counts}/s"
+            self.bars.draw(Progress(TRAINING, step, total, "steps", detail))
             return
         if now - self.said > EVERY or step == total or len(self.recent) == 1:
             # the first step is slow (allocation, warm-up), and the machine may have had less to do before
@@ -75,23 +85,11 @@ class Steps:
             self.said = now
 
 
-_LONGEST = 300  # characters of a text of a sample; metrics.jsonl has all of it
-
-
 def _say_sample(step, sample):
-    """Say what the last message asked, what it expects, and the answer."""
-    texts = (sample["prompt"][-1].get("content") or "", sample["expected"], sample["answer"])
-    asked, expected, answer = (_in_one_line(str(text)) for text in texts)
+    asked, expected, answer = live.texts_of(sample)
     lines.say(f"          step {step}  asked     {asked}")
     lines.say(f"          step {step}  expected  {expected}")
     lines.say(f"          step {step}  answer    {answer}")
-
-
-def _in_one_line(text):
-    """Return a text without line ends and characters that nobody sees, or that a terminal would obey."""
-    text = " ".join(text.split())
-    shown = "".join(letter if letter.isprintable() else "\ufffd" for letter in text[:_LONGEST])
-    return shown + "..." * (len(text) > _LONGEST)
 
 
 def _say_best(event):
@@ -124,7 +122,8 @@ def say_seen(recipe, batches):
 
 
 def say_planned(planned):
-    """Say what a jobs.planned_training.Planned run is to take."""
+    """Say what a jobs.planned_training.Planned run is to take; the live view has the numbers of it."""
+    emit(planned)
     found = planned.plan
     if found is None:
         note(f"plan      none: this architecture cannot be planned ({planned.why_none})")
@@ -201,6 +200,12 @@ def say_model(prepared, opened):
         )
 
 
+def say_findings(found):
+    """Say why a training went wrong, if that can be said: jobs.findings.Findings."""
+    for one in found:
+        note(f"why       {one.name}: {one.words}. Change {one.change}")
+
+
 def say_trained(result, planned, run):
     """Say what came of the training of a run. result: a training.Result."""
     peak = f"peak {size(result.peak_bytes)}"
@@ -212,5 +217,6 @@ def say_trained(result, planned, run):
         f"evaluations and checkpoints; {peak}; "
         f"loss {result.loss:.4f}" + ("" if result.eval_loss is None else f", held-out {result.eval_loss:.4f}")
     )
+    say_findings(findings.of_run(run))
     named = shlex.quote(str(run.path))
     note(f"{run.adapter.name} in {run.adapter}; next: qlora eval {named}, qlora export {named} --out FOLDER")

@@ -25,7 +25,7 @@ from .neftune import noisy_embeddings
 from .objectives.classification import lengths_of
 from .objectives.supervised import Supervised
 from .out_of_memory import too_much, what_would_help
-from .reliable_trainer import Reliability
+from .reliability import Reliability
 from .reserve import Reserve
 from .saving import Saving, save_unfinished
 
@@ -87,6 +87,12 @@ class Result:
     peak_bytes: int
     rehearsed_bytes: int | None
 
+    def numbers(self):
+        """Return {"final_loss", ...} for trackers."""
+        found = {"final_loss": self.loss, "final_eval_loss": self.eval_loss, "final_tokens": self.tokens}
+        found |= {"final_seconds": self.seconds, "final_peak_bytes": self.peak_bytes}
+        return {name: value for name, value in found.items() if value is not None}
+
 
 def train(model, tokenizer, rows: Rows, settings: Settings, run, saving=None) -> Result:
     """Train the adapters of `model`, a PeftModel whose adapters alone require gradients, in place.
@@ -110,7 +116,7 @@ def train(model, tokenizer, rows: Rows, settings: Settings, run, saving=None) ->
     measured |= {"predicted_bytes": settings.predicted_bytes, "limit_bytes": settings.limit_bytes}
     measured |= {"predicted_components": dict(settings.predicted_components), "tokens_per_micro_batch": tokens}
     try:
-        with recorded(run), _computing(model, economy.layers, settings, joined):
+        with recorded(run, "tensorboard" in section.report_to), _computing(model, economy.layers, settings, joined):
             loss, eval_loss = trainer.fit()
     except (RuntimeError, MemoryError) as error:
         if not memory.is_refusal(error):

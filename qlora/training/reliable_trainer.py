@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +23,11 @@ from ..runs import checkpoints, record
 from ..runs.record import Begun, CheckpointBegun, Evaluation, Rehearsed, Rescaled, Skipped, Step
 from ..system import memory
 from ..system.errors import Interrupted, TrainingFailed
-from ..system.events import emit
+from ..system.events import emit, progress
 from . import saving as saved
-from .best import Best, end_with_best
+from .best import end_with_best
 from .clock import Clock
 from .divergence import Watch
-from .less_memory import Economy
 from .loss_scale import LossScale
 from .optimizer import without_waits
 from .order import ByLength
@@ -38,27 +35,8 @@ from .out_of_memory import Moment, few
 from .private_names import Hooks, set_rates
 from .rehearsal import allocate_states, largest_micro_batch, rehearse, room_for_a_step, same_random_numbers
 from .samples import answered
-from .saving import Saves, Saving
+from .saving import Saves
 from .trained_parameters import Trained
-
-
-@dataclass(frozen=True)
-class Reliability:
-    """lengths: the size of each training row, such as its tokens; those of the largest are rehearsed where `rehearse`.
-    group_by_length: rows of like length share a step. tokens: a batch is a whole step, and the objective makes micro-batches of
-    at most so many of it. watchdog_steps: the window of Watch; None: only non-finite losses end a run. economy: what is done
-    where memory runs out. best: compares the evaluations, None for no. samples: answers at each evaluation, see samples.answered.
-    """
-
-    lengths: Sequence[int] = ()
-    rehearse: bool = True
-    group_by_length: bool = False
-    tokens: int | None = None
-    watchdog_steps: int | None = None
-    saving: Saving = dataclasses.field(default_factory=Saving)
-    economy: Economy = dataclasses.field(default_factory=Economy)
-    best: Best | None = None
-    samples: Callable | None = None
 
 
 class Reliable(Hooks):
@@ -393,10 +371,11 @@ class Reliable(Hooks):
         if self.saving.stop.number is not None:
             raise _Left
 
-    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
+    def evaluation_loop(self, dataloader, *args, metric_key_prefix="eval", **kwargs):
         # transformers takes the mean of the batches' means, whatever is in them; this is the mean over all items
         self.evaluated = torch.zeros(2, dtype=torch.float64, device=self.args.device)
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        with progress("evaluating", len(dataloader), "batches") as self.advance_evaluation:
+            output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         total, count = self.evaluated.tolist()
         output.metrics[f"{metric_key_prefix}_loss"] = total / count
         return output
@@ -418,8 +397,9 @@ class Reliable(Hooks):
             self.evaluated += torch.stack([found[0].double() * count, count.double()])
             return found
 
-        # of halves the first: its loss is not used, `evaluated` has them all
-        return self.economy.run(self, score, divisible=prediction_loss_only)[0]
+        scored = self.economy.run(self, score, divisible=prediction_loss_only)
+        self.advance_evaluation(1)
+        return scored[0]  # of halves the first: its loss is not used, `evaluated` has them all
 
     def _last_evaluation(self):
         """Return the held-out loss after training; raises as `refuse_left` does, after a checkpoint, where it is left."""

@@ -18,7 +18,8 @@ from qlora.system.events import heard_by
 from qlora.system.signals import Stop
 from qlora.training import loss_scale
 from qlora.training.objectives import Objective
-from qlora.training.reliable_trainer import Reliability, Reliable
+from qlora.training.reliability import Reliability
+from qlora.training.reliable_trainer import Reliable
 from qlora.training.saving import Saving
 
 ARGUMENTS = {

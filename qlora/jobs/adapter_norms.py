@@ -15,7 +15,6 @@ import safetensors
 
 from ..recipe.methods import pattern_of
 from ..runs import record
-from ..runs.checkpoints import TENSORS
 from ..system import bounded, files
 from ..system.errors import InputError
 from ..system.events import emit, note
@@ -81,11 +80,13 @@ def of_checkpoints(method):
 
 def _of_checkpoint(folder, method):
     """Return {layer: norm} of the weights in a checkpoint, its modules taken together."""
+    from ..runs.checkpoints import TENSORS  # with torch, which has to read them: NumPy knows no bfloat16
+
     tensors = {}
-    with safetensors.safe_open(folder / TENSORS, "np") as file:
+    with safetensors.safe_open(folder / TENSORS, "pt") as file:
         for name in file.keys():  # noqa: SIM118 (no mapping)
             if name.startswith(_TRAINED):
-                tensors[name.removeprefix(_TRAINED).replace(".default", "")] = file.get_tensor(name)
+                tensors[name.removeprefix(_TRAINED).replace(".default", "")] = file.get_tensor(name).float().numpy()
     of_lora = method.key == "lora"
     found = _by_layer(_of_lora(folder, method.model_dump(), tensors) if of_lora else _of_any(tensors))
     columns = zip(*found["modules"].values(), strict=True) if found["modules"] else ()

@@ -9,9 +9,9 @@ import transformers
 from safetensors.torch import load_file
 
 from qlora import base_model, chat, evaluate, inspect_data, methods
-from qlora.commands.chat import talk
 from qlora.commands.export import export
 from qlora.commands.push import push
+from qlora.commands.talk import talk
 from qlora.commands.train import train
 from qlora.jobs.chosen_task import task_of
 from qlora.recipe import Recipe

@@ -7,8 +7,12 @@ import torch
 from safetensors.torch import save_file
 
 from qlora import methods
-from qlora.jobs.adapter_norms import norms
+from qlora.jobs.adapter_norms import norms, of_checkpoints
+from qlora.recipe import Lora
+from qlora.runs import record
+from qlora.runs.checkpoints import TENSORS
 from qlora.system.errors import InputError
+from qlora.system.events import heard_by
 
 
 def write(folder, tensors, **config):
@@ -53,6 +57,25 @@ def test_they_agree_with_what_the_merge_adds(trained_once):
         expected = update.scaling * (update.B_OR.float() @ update.A_RI.float()).norm().item()
         assert found["modules"][module][layer] == pytest.approx(expected, rel=1e-4)
     assert "manifest.json" in {path.name for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_checkpoint_has_the_norms_of_its_adapter_by_layer(tmp_path, dtype):
+    parts = {"A": torch.ones(2, 8), "B": torch.full((6, 2), 0.5)}
+    names = {"A": "lora_A.default.weight", "B": "lora_B.default.weight"}
+    save_file(
+        {f"weights/base_model.model.layers.{n}.{module}.{names[part]}": ((n + 1) * tensor).to(dtype)
+         for n in (0, 1) for module in ("q", "v") for part, tensor in parts.items()}
+        | {"optimizer/masters": torch.ones(3)},
+        tmp_path / TENSORS,
+    )  # fmt: skip
+    heard = []
+    with heard_by(heard.append):
+        of_checkpoints(Lora(r=2, lora_alpha=4))(record.CheckpointSaved(tmp_path, 5, 0, 0.0))
+    (found,) = heard
+    one = 2 * (parts["B"] @ parts["A"]).norm().item() * 2**0.5  # of two modules
+    assert found.step == 5
+    assert list(found.numbers.values()) == pytest.approx([one, 4 * one])
 
 
 def test_other_methods_have_norms_of_what_is_saved(tmp_path):

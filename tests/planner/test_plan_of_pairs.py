@@ -37,6 +37,8 @@ def test_the_peak_is_that_of_real_training_steps(tmp_path, tokenizer):
     masters = MasterWeights([p for p in model.parameters() if p.requires_grad])
     optimizer = AdamW(masters.masters, lr=1e-4, optim_bits=8)
     live = memory.LiveTensors(*base_model.tensors(model), *masters.masters)
+    base = model.get_base_model()  # embedding and head are mapped from their file, which is not counted on a CPU
+    mapped = base_model.num_bytes([base.get_input_embeddings().weight, base.get_output_embeddings().weight])
     objective = Preference(Dpo(), 0, joined=True, lean=True)
 
     def step(many, length, checkpointed):
@@ -61,7 +63,7 @@ def test_the_peak_is_that_of_real_training_steps(tmp_path, tokenizer):
             optimizer.step()
             masters.give_weights()
             masters.clear_gradients()
-        return live.peak
+        return live.peak - mapped
 
     step(1, 64, 0)  # the states of the optimizer
     for many, length, checkpointed in ((2, 128, 0), (1, 512, 0), (2, 256, 4)):
@@ -69,7 +71,7 @@ def test_the_peak_is_that_of_real_training_steps(tmp_path, tokenizer):
         load = planner.Load(1, tokens, tokens // 2, joined=True, document=length, alone=False, pairs=True)
         training = Training(gradient_accumulation_steps=2)
         expected = planner.usage(outline, load, training, checkpointed, False).allocated_bytes
-        assert expected == pytest.approx(step(many, length, checkpointed), rel=0.05), (many, length, checkpointed)
+        assert expected == pytest.approx(step(many, length, checkpointed), rel=0.02), (many, length, checkpointed)
 
 
 def test_a_recipe_of_pairs_is_planned_with_both_sequences(make_recipe, tmp_path):

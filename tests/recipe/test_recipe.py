@@ -12,8 +12,8 @@ from ruamel.yaml import YAML
 from qlora.recipe import (
     Adalora,
     Bottleneck,
-    Dpo,
     Data,
+    Dpo,
     Full,
     Hira,
     Ia3,

@@ -37,5 +37,5 @@ def judged(score: Score, model, pairs) -> Score:
     ones = np.ones(len(margin_N))
     parts = {ACCURACY: np.stack([(margin_N > 0).astype(float), ones], 1), MARGIN: np.stack([margin_N, ones], 1)}
     return dataclasses.replace(
-        score, metrics={**score.metrics, **dict.fromkeys(parts, _Mean())}, parts={**score.parts, **parts}
+        score, metrics={**dict.fromkeys(parts, _Mean()), **score.metrics}, parts={**parts, **score.parts}
     )

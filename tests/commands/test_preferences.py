@@ -6,9 +6,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from qlora.commands.adapters import adapters
 from qlora.commands.data import inspect_data
 from qlora.commands.eval import evaluate
 from qlora.commands.export import export
+from qlora.commands.report import report
 from qlora.commands.train import train
 from qlora.jobs.prepared_data import prepare
 from qlora.recipe import Recipe
@@ -142,10 +144,34 @@ def test_the_reference_of_a_run_that_starts_from_an_adapter_is_that_adapter(pair
 
 
 @pytest.mark.usefixtures("unplanned")
-def test_an_export_is_proven_on_the_chosen_answers(pairs, tmp_path):
+def test_an_export_is_proven_on_the_chosen_answers_and_reports_know_the_run(pairs, tmp_path):
     run = train(pairs())
     export([run.path], tmp_path / "model")
     assert json.loads((tmp_path / "model" / "export_report.json").read_text())["verified"]
+    evaluate(run.path)
+    found = report([run.path], tmp_path / "page.html")
+    assert "preference accuracy" in json.dumps(found)
+    [listed] = adapters(str(tmp_path))
+    assert str(run.path) in json.dumps(listed)
+
+
+@pytest.mark.usefixtures("unplanned")
+@pytest.mark.parametrize("together", ["auto", None])
+def test_a_step_is_the_same_however_its_pairs_are_split(pairs, tmp_path, together):
+    steps = []
+    for rows, micro_batches in ((4, 1), (2, 2), (1, 4)):
+        training = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": micro_batches, "max_steps": 2}
+        recipe = pairs(
+            training=training | {"tokens_per_micro_batch": together, "optim": "adamw_torch", "learning_rate": 1e-3},
+            model={"dtype": "float32"},
+            quantization=None,
+            output_dir=str(tmp_path / f"run{rows}"),
+        )
+        steps.append([one for one in records(train(recipe)) if "loss" in one])
+    for others in steps[1:]:
+        for one, other in zip(steps[0], others, strict=True):
+            for key in ("loss", "grad_norm", "rewards/margins", "logps/chosen"):
+                assert other[key] == pytest.approx(one[key], rel=1e-3, abs=1e-5), key
 
 
 def test_data_shows_both_answers(pairs, capsys):

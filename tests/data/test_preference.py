@@ -180,3 +180,16 @@ def test_a_table_without_answers_is_refused(tokenizer, tmp_path):
     section = Data.of_file(file, {"columns": {"completion": "prompt"}})
     with pytest.raises(InputError, match=r"data.columns.completion: preference pairs have prompt"):
         data.load(section.train, tokenizer, section, 0, data.Preferences)
+
+
+def test_an_answer_that_would_merge_with_the_prompt_leaves_the_prompt_alone(tokenizer):
+    """A prompt that ends with a space, before "46" and "$46": one tokenization of both would give the two other prompts."""
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST] {% else %}{{ m['content'] }}"
+        "<|im_end|>{% endif %}{% endfor %}"
+    )
+    pair = one(tokenizer, {"prompt": "How is it?", "chosen": " is 46", "rejected": "$46"})
+    begins = [next(at for at, i in enumerate(e.labels) if i >= 0) for e in (pair.chosen, pair.rejected)]
+    assert pair.chosen.input_ids[: begins[0]] == pair.rejected.input_ids[: begins[1]]
+    assert tokenizer.decode(pair.chosen.input_ids[: begins[0]]) == "[INST] How is it? [/INST] "
+    assert tokenizer.decode([i for i in pair.rejected.labels if i >= 0]) == "$46<|im_end|>"

@@ -70,17 +70,17 @@ def proof_of(task):
     return class_proof if task.HAS_CLASSES else proof
 
 
-def objective_of(prepared, model, installed, tokens):
+def objective_of(prepared, model, installed, planned):
     """Return the objective of Prepared data for a model to train; None for the supervised one, which training makes itself.
 
-    installed: kernels.Installed. tokens: of joined micro-batches, at most.
+    installed: kernels.Installed. planned: planned_training.Planned.
     """
     section = prepared.recipe.objective
     if section is not None:
         from ..training.objectives.preference import Preference
 
-        joined = installed.joined
-        return Preference(section, prepared.tokenizer.pad_token_id, joined, installed.loss, tokens if joined else None)
+        tokens = planned.tokens_per_micro_batch if installed.joined else None
+        return Preference(section, prepared.tokenizer.pad_token_id, installed.joined, installed.loss, tokens)
     if not prepared.checkpoint.task.file.HAS_CLASSES:
         return None
     from ..training.objectives.classification import Classification  # with trl, which `data` and `plan` do without

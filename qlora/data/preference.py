@@ -262,8 +262,10 @@ def read(value, mapped=None, ignore=()):
 def _refuse_without_answers(row):
     missing = [key for key in (CHOSEN, REJECTED) if key not in row]
     if len(missing) == 2:
+        judged = isinstance(row.get("label", row.get("kto_tag")), bool)
+        what = "one answer, judged by itself (KTO), which is no pair" if judged else "a row for supervised training"
         raise ValueError(
-            f"has neither chosen nor rejected, only {', '.join(map(str, row)) or 'nothing'}: a row for supervised training; "
+            f"has neither chosen nor rejected, only {', '.join(map(str, row)) or 'nothing'}: {what}; "
             "give pairs, name their columns in data.columns, or leave the objective out of the recipe"
         )
     if missing:

@@ -104,7 +104,7 @@ def _train(recipe, resumed):
                         planned.limit_bytes,
                         planned.tokens_per_micro_batch,
                         installed=installed,
-                        objective=chosen_task.objective_of(prepared, opened.model),
+                        objective=chosen_task.objective_of(prepared, opened.model, installed, planned),
                         predicted_components=planned.components,
                         samples=samples.asked_of(opened.model, prepared.tokenizer, asked),
                     ),

@@ -7,18 +7,20 @@ import random
 import numpy as np
 
 from ..system.errors import InputError
-from . import image, labels, tokenized
+from . import image, labels, preference, tokenized
 from .encoder import Settings
 from .labelled import TEXT, Labelled, LabelledText, Pad
 from .labelled_images import KeptImage, LabelledImage, LabelledImages, Pixels, image_sizes
 from .masked_examples import IGNORE_INDEX, Example
 from .packing import Batches, Packed, Packs, best_fit, pack
+from .preference import Answers, Pair, Preferences
 from .rows import Rows, copies, hold_out, weighted
 from .supervised import Supervised
 
 __all__ = [
     "IGNORE_INDEX",
     "TEXT",
+    "Answers",
     "Batches",
     "Example",
     "KeptImage",
@@ -29,7 +31,9 @@ __all__ = [
     "Packed",
     "Packs",
     "Pad",
+    "Pair",
     "Pixels",
+    "Preferences",
     "Rows",
     "Supervised",
     "best_fit",
@@ -41,6 +45,7 @@ __all__ = [
     "labels",
     "load",
     "pack",
+    "preference",
     "report",
     "weighted",
 ]
@@ -97,8 +102,8 @@ def _picks(files, max_rows, seed):
 
 
 def conversations(rows):
-    """Return the Conversations that the examples of `rows` come from (of another Encoder: what it reads), one a row of a
-    file, read from the files again.
+    """Return the Conversations that the examples of `rows` come from (of pairs those of the chosen answers, of another Encoder
+    what it reads), one a row of a file, read from the files again.
 
     Raises:
         InputError: a file is not what it was.

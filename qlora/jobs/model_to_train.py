@@ -16,7 +16,7 @@ from ..system.errors import InputError
 from ..system.events import progress
 from ..system.storage import new_folder, write_json
 from . import resumed_run, started_from
-from .chosen_task import proof_of
+from .chosen_task import as_supervised, proof_of
 from .prepared_data import refuse_pointless
 
 
@@ -88,7 +88,7 @@ def open_trainable(prepared, fingerprint, resumed=None, tokens=None) -> ModelToT
             recipe.training.seed,
             checkpoint.new_tokens.values(),
             checkpoint,
-            prepared.examples,
+            as_supervised(prepared.examples, recipe.objective),
             started_from.folder_of(recipe.model),
         )
     trainable, total = base_model.num_parameters(model)
@@ -133,9 +133,8 @@ def _write(run, prepared, trainable, resumed):
         resumed.begin(prepared.recipe)
     run.ended_file.unlink(missing_ok=True)
     held_out, proof = prepared.eval_examples, proof_of(prepared.checkpoint.task.file)
-    rows = proof.proof_rows(
-        held_out if len(held_out) else prepared.examples, getattr(prepared.config.get_text_config(), "vocab_size", None)
-    )
+    rows = as_supervised(held_out if len(held_out) else prepared.examples, prepared.recipe.objective)
+    rows = proof.proof_rows(rows, getattr(prepared.config.get_text_config(), "vocab_size", None))
     write_json(run.data_report_file, prepared.report)
     write_json(run.proof_rows_file, proof.to_json(rows, "held-out rows" if len(held_out) else "training rows"))
     write_json(run.environment_file, trainable.environment)

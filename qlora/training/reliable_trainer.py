@@ -91,6 +91,7 @@ class Reliable(Hooks):
                 self.best.restore(state.get("best"))
             self.economy.restore(state.get("less_memory"))  # older checkpoints have none
             self._restore_scale(state.get("loss_scale"))
+            self.objective.restore(state.get("objective"))
         for printer in (PrinterCallback, ProgressCallback):
             self.remove_callback(printer)
         self.add_callback(_Moments(self))
@@ -180,6 +181,7 @@ class Reliable(Hooks):
         if self.reliability.rehearse and len(self.reliability.lengths):
             rows, tokens = self.args.per_device_train_batch_size, self.reliability.tokens
             self.rehearse(largest_micro_batch(self.reliability.lengths, rows, tokens))
+        self.objective.begin(self)
         emit(Begun(self.state.global_step, self.state.max_steps, self.num_lines, self.objective.counts()))
         self.clock.begin()
         self.begun = True

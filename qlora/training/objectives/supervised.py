@@ -138,21 +138,27 @@ def loss_of_trained_positions(model, inputs, num_items, lean=False):
     metrics. Equality with trl's loss is a test.
     lean: by kernels.loss. inputs without `trained`: it is read from the labels.
     """
-    labels, trained = inputs["labels"], inputs.get("trained")
-    trained = (labels != IGNORE_INDEX).cpu().numpy() if trained is None else trained
-    columns, at, places = _positions(trained, labels.device, "segments" in inputs)
-    body = {key: value for key, value in inputs.items() if key not in ("labels", *_ON_THE_HOST)}
-    if lean:
-        head = model.get_base_model().get_output_embeddings()
-        scored = loss.hidden_states(model, head, columns, **body).flatten(0, 1)
-    else:
-        scored = model(**body, use_cache=False, logits_to_keep=columns).logits.flatten(0, 1)
-    scored = scored if at is None else scored.index_select(0, at)
-    targets = labels.flatten().index_select(0, places)
+    scored, targets, head = scored_positions(model, inputs, lean)
     total = (
         loss.cross_entropy(scored, head, targets) if lean else F.cross_entropy(scored.float(), targets, reduction="sum")
     )
     return total / (len(targets) if num_items is None else num_items)
+
+
+def scored_positions(model, inputs, lean):
+    """Return (logits, targets (N), None) of the trained positions of a batch, row by row; lean: (hidden states, targets, head)
+    instead."""
+    labels, trained = inputs["labels"], inputs.get("trained")
+    trained = (labels != IGNORE_INDEX).cpu().numpy() if trained is None else trained
+    columns, at, places = _positions(trained, labels.device, "segments" in inputs)
+    body = {key: value for key, value in inputs.items() if key not in ("labels", *_ON_THE_HOST)}
+    head = model.get_base_model().get_output_embeddings() if lean else None
+    if lean:
+        scored = loss.hidden_states(model, head, columns, **body).flatten(0, 1)
+    else:
+        scored = model(**body, use_cache=False, logits_to_keep=columns).logits.flatten(0, 1)
+    scored = scored if at is None else scored.index_select(0, at)
+    return scored, labels.flatten().index_select(0, places), head
 
 
 def _positions(trained_BT, device, joined):

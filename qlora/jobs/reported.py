@@ -51,6 +51,7 @@ def gather(targets) -> dict[str, Any]:
         "curves": _curves(runs, compared) if len(runs) > 1 else [],
         "names": [run.path.name for run in runs],
         "differences": differences.between(*runs) if 1 < len(runs) <= _COLUMNS else {},
+        "differences_command": command("compare", *(run.path for run in runs)) if len(runs) == 2 else None,
     }
     return _plain(found)
 

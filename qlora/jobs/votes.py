@@ -84,7 +84,7 @@ class Votes:
         self.given.append(vote)
 
     def won(self):
-        """Return {"value", "low", "high", "of"}: how often the tuned model won where one of both did, at 95 %; None: no one did."""
+        """Return {"value", "low", "high", "of"}: how often the tuned model won where one did, at 95 %; None: never."""
         counts = self.counts
         decided = counts[BASE] + counts[TUNED]
         if not decided:

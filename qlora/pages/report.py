@@ -127,6 +127,13 @@ def _cell(value):
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
+def _differences(names, rows):
+    """Return (header, rows) of what differs, [name, of a run, ...] each: a column a run; of more runs than names a row a run."""
+    table = [["", *names], *([name, *map(_cell, values)] for name, *values in rows)]
+    header, *lines = map(list, zip(*table, strict=True)) if len(names) > len(rows) else table
+    return header, lines
+
+
 def _optional(value, shown):
     return "" if value is None else shown(value)
 
@@ -225,8 +232,8 @@ def _served_remarks(found):
 
 _WORDS = SimpleNamespace(
     number=_number, counts=_counts, components=_components, data_facts=_data_facts, before=_before, scores=_scores,
-    settings=settings_in_words, cell=_cell, comparison=_comparison, side_by_side=_side_by_side, change=change_in_words,
-    differing=marked.pieces, best=_best, served=_served, served_remarks=_served_remarks,
+    settings=settings_in_words, differences=_differences, comparison=_comparison, side_by_side=_side_by_side,
+    change=change_in_words, differing=marked.pieces, best=_best, served=_served, served_remarks=_served_remarks,
 )  # fmt: skip
 
 # ---- charts ----------------------------------------------------------------------------------------------------------

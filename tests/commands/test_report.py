@@ -10,6 +10,7 @@ import pytest
 
 from qlora import cli, methods
 from qlora.commands.adapters import adapters
+from qlora.commands.data import inspect_data
 from qlora.commands.eval import evaluate
 from qlora.commands.export import export
 from qlora.commands.report import report
@@ -525,4 +526,47 @@ def test_lengths_are_drawn_as_the_data_page_draws_them(finished, tmp_path):
     found = report(finished, tmp_path / "page.html")["runs"][0]["data"]
     bars = found["length"]["histogram"]
     assert sum(count for *_, count in bars) == found["rows"]
-    assert Page(tmp_path / "page.html").classes.count("bar") == len(bars)
+    assert Page(tmp_path / "page.html").classes.count("bar") == sum(count > 0 for *_, count in bars)
+
+
+def test_of_more_runs_than_settings_each_run_has_a_row(run, finished, tmp_path):
+    third = Path(shutil.copytree(run, tmp_path / "third"))
+    for folder, rate in ((run, "0.02"), (third, "0.03")):
+        text = (folder / "recipe.yaml").read_text()
+        (folder / "recipe.yaml").write_text(re.sub(r"learning_rate: .*", f"learning_rate: {rate}", text))
+    found = report([finished, run, third] if finished.name != run.name else [run, third], tmp_path / "page.html")
+    [(name, *values)] = found["differences"]["recipe"]
+    assert name == "training.learning_rate"
+    source = Page(tmp_path / "page.html").source
+    for value in values:
+        assert f'<td data-name="training.learning_rate">{value:g}' in source
+
+
+def test_a_table_of_many_columns_is_cards_on_a_phone(finished, tmp_path):
+    report(finished, tmp_path / "page.html")
+    inspect_data(RunDir(finished).recipe(), html=tmp_path / "data.html")
+    for file in ("page.html", "data.html"):
+        source = Page(tmp_path / file).source
+        assert "width=device-width" in source
+        cards = re.findall(r'<table class="cards">(.*?)</table>', source, flags=re.DOTALL)
+        assert cards
+        for table in cards:
+            names = re.findall(r"<th>([^<]*)", table)
+            for line in table.split("<tr>")[2:]:
+                assert re.findall(r'<td data-name="([^"]*)"', line)[-len(names) + 1 :] == names[1:]
+        for table in re.findall(r"<table(?! class=\"cards)[^>]*>.*?</table>", source, flags=re.DOTALL):
+            most = max(len(re.findall("<t[dh]", line)) for line in table.split("<tr")[1:])
+            assert (
+                most <= 4 or "layer" in table
+            )  # what is wider than a phone scrolls by itself, with the page standing still
+
+
+def test_a_classifier_has_its_best_accuracy_and_nothing_of_answers_in_words(classify_recipe, tmp_path):
+    best = {"eval_steps": 2, "load_best_model_at_end": True, "metric_for_best_model": "eval_accuracy"}
+    run = train(classify_recipe(training=best))
+    found = report(run.path, tmp_path / "page.html")["runs"][0]
+    page = Page(tmp_path / "page.html")
+    assert f"Best evaluation: step {found['best']['best_step']}, accuracy {found['best']['value']:.1%}; " in page.text
+    assert page.classes.count("mark") == 2  # in the chart of the losses, and in that of the accuracy
+    for said in ("Answers while it trained", "Blind votes", "served in"):
+        assert said not in page.text

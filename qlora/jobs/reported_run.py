@@ -28,10 +28,11 @@ _EVENTS, _SOURCES, _REASONS, _CLASSES, _SAMPLES, _SAMPLE_TOKENS = 50, 50, 20, 30
 _OF_EXPORT = ("verified", "verify", "base", "dtype", "bytes", "seconds", "gguf", "live_model", "rows", "why")
 
 
-def facts(run: RunDir, exports=(), most_points=400, most_rows=200) -> dict[str, Any]:
+def facts(run: RunDir, exports, most_points, most_rows, most_samples, most_votes) -> dict[str, Any]:
     """Return what is known of a run, finished or not.
 
-    exports: folders that are said to hold its export; those beside it are found. most_points: of a curve; most_rows: of answers.
+    exports: folders that are said to hold its export; those beside it are found. most_points: of a curve; most_rows: of answers;
+    most_samples: (questions, steps) of the samples; most_votes: the last ones.
 
     Raises:
         InputError: no run, or a file of it is damaged; names the file.
@@ -52,7 +53,7 @@ def facts(run: RunDir, exports=(), most_points=400, most_rows=200) -> dict[str, 
         "state": _state(run, recipe, lines, data),
         "curves": curves(lines, most_points),
         "best": reported_samples.best(lines),
-        "samples": _samples(run, lines),
+        "samples": _samples(run, lines, *most_samples),
         "events": _events(lines),
         "speed": _speed(lines, environment),
         "memory": _memory(run),
@@ -60,7 +61,7 @@ def facts(run: RunDir, exports=(), most_points=400, most_rows=200) -> dict[str, 
         "scores": _scores_shown(run, name, scores),
         "other_scores": _other_scores(run, name),
         "answers": _answers(run, name, scores, most_rows),
-        "votes": reported_use.votes(run, _made_of(run), command("chat", run.path, "--web")),
+        "votes": reported_use.votes(run, _made_of(run), command("chat", run.path, "--web"), most_votes),
         "norms": norms(run.adapter)
         if run.adapter.is_dir()
         else {"missing": "nothing is saved before the training ends"},
@@ -136,9 +137,9 @@ def _y(point):
     return point[1]
 
 
-def _samples(run, lines):
+def _samples(run, lines, *most):
     try:
-        return reported_samples.samples(lines)
+        return reported_samples.samples(lines, *most)
     except (LookupError, TypeError, AttributeError) as error:
         raise InputError(f"{run.metrics_file}: a sample: {error!r}; the run folder is damaged") from None
 

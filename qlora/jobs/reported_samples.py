@@ -8,7 +8,7 @@ from typing import Any
 from ..runs import record
 from .reported_answers import asked, cut
 
-_QUESTIONS, _STEPS, _TEXT = 6, 8, 600
+_TEXT = 600  # characters
 
 
 def best(lines) -> dict[str, Any] | None:
@@ -17,7 +17,7 @@ def best(lines) -> dict[str, Any] | None:
     return record.to_json(ends[-1]) if ends else None
 
 
-def samples(lines, most_steps=_STEPS) -> dict[str, Any]:
+def samples(lines, most_questions, most_steps) -> dict[str, Any]:
     """Return {"questions": [{"asked", "expected", "answers": [[step, text], ...], "left_out"}, ...], "left_out"} of the lines of
     metrics.jsonl; without a sample {"missing"}. left_out: how many steps, and how many questions, are not shown.
 
@@ -40,9 +40,9 @@ def samples(lines, most_steps=_STEPS) -> dict[str, Any]:
     return {
         "questions": [
             {"asked": asked(one), "expected": cut(one["expected"], _TEXT)} | _answers(given, at_best, most_steps)
-            for one, given in list(found.values())[:_QUESTIONS]
+            for one, given in list(found.values())[:most_questions]
         ],
-        "left_out": max(0, len(found) - _QUESTIONS),
+        "left_out": max(0, len(found) - most_questions),
     }
 
 

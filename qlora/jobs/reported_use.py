@@ -9,7 +9,7 @@ from ..system.errors import InputError
 from .reported_answers import cut
 from .votes import BASE, SIDES, TIE, TUNED, Votes
 
-_VOTES = 20  # the last ones
+_TEXT = 600  # characters
 _NUMBERS = ("bytes", "tokens_per_second", "first_token_seconds", "loss", "kl")
 
 
@@ -35,11 +35,11 @@ def served(run, command) -> dict[str, Any]:
         raise InputError(f"{file}: {error!r}; damaged; write it again: {command}") from None
 
 
-def votes(run, weights, command) -> dict[str, Any]:
+def votes(run, weights, command, most) -> dict[str, Any]:
     """Return {"words", "counts", "won", "others", "left": [won, of], "shown", "left_out"} of votes.jsonl of a RunDir; without a
     vote {"missing", "command"}. weights: {file: sha256} of the run as it is. command: that asks for votes.
 
-    left: how often the answer on the left won where one did, whosever it was. shown: the last votes, the newest first.
+    left: how often the answer on the left won where one did, whosever it was. shown: the last `most` votes, the newest first.
 
     Raises:
         InputError: a line is not a vote.
@@ -50,9 +50,9 @@ def votes(run, weights, command) -> dict[str, Any]:
     try:
         decided = [vote["better"] for vote in found.given if vote["winner"] != TIE]
         shown = [
-            {"asked": cut(vote["prompt"], 600), "winner": vote["winner"], "time": str(vote["time"])}
-            | {who: cut(vote["answers"][who], 600) for who in (BASE, TUNED)}
-            for vote in found.given[: -_VOTES - 1 : -1]
+            {"asked": cut(vote["prompt"], _TEXT), "winner": vote["winner"], "time": str(vote["time"])}
+            | {who: cut(vote["answers"][who], _TEXT) for who in (BASE, TUNED)}
+            for vote in found.given[: -most - 1 : -1]
         ]
     except (LookupError, TypeError) as error:
         raise InputError(f"{found.file}: {error!r}; a line is not a vote of qlora chat --web; remove it") from None

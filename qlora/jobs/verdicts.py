@@ -129,10 +129,10 @@ def _by_losses(facts, evaluate):
             (first, then), (last, now) = points[0], points[-1]
             if name == "eval_loss" and _has_best(facts):
                 last, now = facts["best"]["best_step"], facts["best"]["eval_loss"]
-            words = (
-                f"not evaluated; {said} {then:.4f} at step {first:,}, {now:.4f} at step {last:,}, without an interval"
-            )
-            return _said(UNKNOWN, words, evaluate)
+            course = f"{then:.4f} at step {first:,}, {now:.4f} at step {last:,}"
+            if last == first:
+                course = f"{now:.4f} at step {last:,}, which was the best"
+            return _said(UNKNOWN, f"not evaluated; {said} {course}, without an interval", evaluate)
     return _said(UNKNOWN, "not evaluated, and no losses were logged", evaluate)
 
 

@@ -261,15 +261,15 @@ def _of_run(run):
     title = "loss, nats a token" if run["task"] == "text-generation" else "loss, nats a row"
     best = run["best"]
     mark = best and (best["best_step"], "best")
+    measured = best and best["metric"].removeprefix("eval_")  # the name of its curve, but that of the loss
     found = [charts.chart(title, losses, has_legend=True, mark=mark)]
     for key in [*_SHOWN, *(name for name in curves if name not in _SHOWN)]:
         if key not in ("loss", "eval_loss"):
             title, form, zero = _SHOWN.get(key, (key.replace("_", " "), charts.number, False))
             title = title.replace("tokens", _counts(run))
             line = charts.Line(title, curves.get(key, []))
-            found.append(
-                charts.chart(title, [line], form=form, zero=zero, mark=mark if best and key == best["metric"] else None)
-            )
+            here = mark if key == measured else None
+            found.append(charts.chart(title, [line], form=form, zero=zero, mark=here))
     return [one for one in found if one]
 
 

@@ -450,7 +450,7 @@ def test_of_many_samples_the_first_last_best_and_some_between_are_shown():
     steps = range(10, 2001, 10)
     lines = [record.Samples(step, 1.0, tuple(sample(place, step) for place in range(9)), 1.0) for step in steps]
     lines.append(record.Best(2000, 1.0, 130, "eval_loss", 1.0, False, 1.5, None, 1.0))
-    found = samples(lines)
+    found = samples(lines, 6, 8)
     assert (len(found["questions"]), found["left_out"]) == (6, 3)
     for place, one in enumerate(found["questions"]):
         shown = [step for step, _ in one["answers"]]
@@ -461,7 +461,7 @@ def test_of_many_samples_the_first_last_best_and_some_between_are_shown():
         assert [text for _, text in one["answers"]] == [f"{place} at {step}" for step in shown]
         assert len(one["expected"]) < 700
     again = record.Samples(2000, 1.0, (sample(0, "the end"),), 2.0)  # the same step measured twice: the later one
-    assert samples([*lines, again])["questions"][0]["answers"][-1] == [2000, "0 at the end"]
+    assert samples([*lines, again], 6, 8)["questions"][0]["answers"][-1] == [2000, "0 at the end"]
 
 
 def test_a_best_step_that_was_loaded_does_not_overfit(run):
@@ -516,10 +516,14 @@ def test_blind_votes_are_counted_for_the_weights_that_the_run_has(run, tmp_path)
     assert "the answer on the left won 2 of 3" in page.text
     assert "Is it so?" in page.text
     assert "Before?" not in page.text
-    for _ in range(30):
-        votes.add({"prompt": "Again?"}, "base", answers, "tie")
-    found = report(run)["runs"][0]["votes"]
+    for number in range(30):
+        text = HOSTILE[number % len(HOSTILE)].replace("\ud800", "")  # which no browser sends
+        votes.add({"prompt": text}, "base", {"base": text, "tuned": text}, "tie")
+    found = report(run, tmp_path / "page.html")["runs"][0]["votes"]
     assert (len(found["shown"]), found["left_out"]) == (20, 14)
+    page = Page(tmp_path / "page.html")  # refuses what it must not have
+    assert "<script>alert(1)</script>" in page.text
+    assert not re.search("[\x00\x1b\u202e]", page.source)
 
 
 def test_lengths_are_drawn_as_the_data_page_draws_them(finished, tmp_path):
@@ -551,7 +555,7 @@ def test_a_table_of_many_columns_is_cards_on_a_phone(finished, tmp_path):
         cards = re.findall(r'<table class="cards">(.*?)</table>', source, flags=re.DOTALL)
         assert cards
         for table in cards:
-            names = re.findall(r"<th>([^<]*)", table)
+            names = [name.strip() for name in re.findall(r"<th>([^<]*)", table)]
             for line in table.split("<tr>")[2:]:
                 assert re.findall(r'<td data-name="([^"]*)"', line)[-len(names) + 1 :] == names[1:]
         for table in re.findall(r"<table(?! class=\"cards)[^>]*>.*?</table>", source, flags=re.DOTALL):

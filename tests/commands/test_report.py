@@ -421,7 +421,7 @@ def test_every_chapter_with_a_table_says_its_command(finished, tmp_path):
     assert one["exports"][0]["command"] == f"qlora export {finished} --out ANOTHER_FOLDER --dtype float32"
 
 
-def test_what_it_answered_and_which_step_was_the_best_is_shown(make_recipe, tmp_path):
+def test_what_it_answered_and_which_step_was_the_best_is_shown(make_recipe, finished, tmp_path):
     training = {"max_steps": 3, "eval_steps": 1, "num_samples": 1, "load_best_model_at_end": True, "learning_rate": 0.5}
     run = train(make_recipe(training=training))
     lines = record.read(run)
@@ -440,6 +440,8 @@ def test_what_it_answered_and_which_step_was_the_best_is_shown(make_recipe, tmp_
     assert question["answers"] == said
     assert len(said) == 3
     assert question["expected"] in page.text
+    report([run.path, finished], tmp_path / "page.html")
+    assert f"{end.eval_loss:.4f} (step {end.best_step})" in Page(tmp_path / "page.html").text
 
 
 def test_of_many_samples_the_first_last_best_and_some_between_are_shown():

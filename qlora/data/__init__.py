@@ -50,6 +50,8 @@ __all__ = [
     "weighted",
 ]
 
+_BARS = 10  # of the histogram of lengths
+
 
 def load(source_list, tokenizer, section, seed, encoder=Supervised):
     """Return a tokenized Part for each file that `source_list` (of the recipe's data.train or data.eval) names.
@@ -147,8 +149,16 @@ def report(rows, parts, stops, batches, batches_per_step):
             "p50": int(lengths[len(lengths) // 2]),
             "p95": int(lengths[int(len(lengths) * 0.95)]),
             "max": int(lengths[-1]),
+            "histogram": _histogram(lengths),
         },
         **words,
         "packing_efficiency": batches.efficiency if isinstance(batches, Packs) else None,
         "steps_per_epoch": -(-len(batches) // batches_per_step),
     }
+
+
+def _histogram(lengths):
+    """Return [[from, to, rows], ...]: how many of `lengths`, an array, lie in each of 10 equal ranges up to the longest."""
+    step = -(-int(lengths.max()) // _BARS)
+    counts = np.bincount(np.minimum((lengths - 1) // step, _BARS - 1), minlength=_BARS).tolist()
+    return [[index * step + 1, (index + 1) * step, count] for index, count in enumerate(counts)]

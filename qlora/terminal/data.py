@@ -7,7 +7,7 @@ from rich.text import Text
 from .. import data
 from ..data import preference
 from ..jobs.prepared_data import dropped_rows
-from ..pages.data import altered, histogram, pieces
+from ..pages.data import altered, pieces
 from ..pages.images import sizes_in_words
 from ..system.events import note
 from .tables import has_color, show, table
@@ -117,7 +117,7 @@ def show_lengths(prepared):
     if not prepared.checkpoint.task.file.HAS_TOKENS:
         show(f"steps     {prepared.report['steps_per_epoch']:,} per epoch")
         return
-    bars = histogram(prepared.examples.lengths)
+    bars = prepared.report["length"]["histogram"]
     tallest = max(count for *_, count in bars)
     show(f"lengths   of {prepared.report['rows']:,} rows; max_length is {prepared.recipe.data.max_length:,}")
     for first, last, count in bars:

@@ -86,7 +86,8 @@ def _train(recipe, resumed):
             say_resumed(resumed, opened.environment)
         say_model(prepared, opened)
         # a signal is noted until adapter/ is there: what training has made is never thrown away
-        with kernels.installed(opened.model, recipe.kernels) as installed, signals.noted() as stop:
+        setting = kernels.setting_of(recipe, prepared.config)
+        with kernels.installed(opened.model, setting) as installed, signals.noted() as stop:
             model_to_train.refuse_unjoinable(recipe, opened.model, installed)
             say_kernels(installed, opened.model.device)
             say_micro_batches(recipe, planned, installed)

@@ -41,7 +41,7 @@ def refuse_untrainable(prepared):
     refuse_pointless(prepared.report)
     _refuse_what_quantizing_undoes(recipe.quantization, checkpoint.folder)
     if recipe.data.packing:
-        attention.refuse_unsupported(prepared.config)
+        attention.refuse_unsupported(prepared.config, recipe.data.max_length)
     merge.plan(checkpoint, prepared.config, base_model.dtype_of(recipe.export.dtype), recipe.model.trust_remote_code)
 
 

@@ -6,7 +6,7 @@ import shutil
 from dataclasses import dataclass
 from typing import Any
 
-from .. import base_model, methods
+from .. import base_model, kernels, methods
 from ..exporter import REPORT, merge
 from ..kernels import attention
 from ..runs.environment import environment
@@ -152,6 +152,11 @@ def save_adapter(run, prepared, trainable):
                 checkpoint.folder / base_model.image_processor.FILE, folder / base_model.image_processor.FILE
             )
         methods.seal(folder, trainable.environment["base_model"]["sha256"])
+
+
+def kernels_of(prepared, model):
+    """Return the block in which a model is trained on Prepared data: kernels.installed."""
+    return kernels.installed(model, kernels.setting_of(prepared.recipe, prepared.config))
 
 
 def refuse_unjoinable(recipe, model, installed):

@@ -3,6 +3,7 @@
 import inspect
 import json
 import math
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -18,7 +19,7 @@ from qlora.kernels.attention import refuse_unsupported, within_documents
 from qlora.recipe import Lora
 from qlora.system.errors import InputError
 from qlora.training.objectives.supervised import join_rows
-from tests.conftest import CONVERSATIONS, FAMILIES, encode, messages, some_slow
+from tests.conftest import CONVERSATIONS, FAMILIES, encode, messages, recipe_in, some_slow
 
 PACKABLE = [family for family in FAMILIES if family != "gemma2"]
 TURNS = [*CONVERSATIONS[:4], [("user", "Count, please."), ("assistant", "1 2 3 4 5 6 7 8 9")]]
@@ -345,3 +346,20 @@ def test_rows_of_longrope_are_joined_only_where_none_has_other_factors():
         InputError, match=r"rows over 32 tokens \(longrope\).*data.max_length is 33; set data.packing=false"
     ):
         refuse_unsupported(model.config, 33)
+
+
+def test_a_training_of_longrope_joins_no_rows_where_one_may_have_other_factors(tiny_model, tmp_path, capsys):
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model("phi3"), model)
+    config = json.loads((model / "config.json").read_text())
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 127}
+    rope |= {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+    config |= {"rope_parameters": rope, "original_max_position_embeddings": 127}
+    (model / "config.json").write_text(json.dumps(config))
+    for length in (127, 128):
+        train(recipe_in(tmp_path, model, {"data": {"max_length": length}, "output_dir": str(tmp_path / str(length))}))
+        said = capsys.readouterr().err
+        assert ("batches without padding" in said) is (length == 127)
+        assert ("rows of this model are not joined" in said) is (length == 128)
+    with pytest.raises(InputError, match=r"longrope.*set data.packing=false"):
+        train(recipe_in(tmp_path, model, {"data": {"packing": True}}))

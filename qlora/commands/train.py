@@ -6,7 +6,7 @@ import contextlib
 import errno
 import shlex
 
-from .. import base_model, kernels, training
+from .. import base_model, training
 from ..jobs import adapter_norms, chosen_task, findings, model_to_train, resumed_run, samples
 from ..jobs.planned_training import plan_training
 from ..jobs.prepared_data import prepare
@@ -86,7 +86,7 @@ def _train(recipe, resumed):
             say_resumed(resumed, opened.environment)
         say_model(prepared, opened)
         # a signal is noted until adapter/ is there: what training has made is never thrown away
-        with kernels.installed(opened.model, recipe.kernels) as installed, signals.noted() as stop:
+        with model_to_train.kernels_of(prepared, opened.model) as installed, signals.noted() as stop:
             model_to_train.refuse_unjoinable(recipe, opened.model, installed)
             say_kernels(installed, opened.model.device)
             say_micro_batches(recipe, planned, installed)

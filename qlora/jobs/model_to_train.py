@@ -6,7 +6,7 @@ import shutil
 from dataclasses import dataclass
 from typing import Any
 
-from .. import base_model, methods
+from .. import base_model, kernels, methods
 from ..exporter import REPORT, merge
 from ..kernels import attention
 from ..runs.environment import environment
@@ -41,7 +41,7 @@ def refuse_untrainable(prepared):
     refuse_pointless(prepared.report)
     _refuse_what_quantizing_undoes(recipe.quantization, checkpoint.folder)
     if recipe.data.packing:
-        attention.refuse_unsupported(prepared.config)
+        attention.refuse_unsupported(prepared.config, recipe.data.max_length)
     merge.plan(checkpoint, prepared.config, base_model.dtype_of(recipe.export.dtype), recipe.model.trust_remote_code)
 
 
@@ -152,6 +152,11 @@ def save_adapter(run, prepared, trainable):
                 checkpoint.folder / base_model.image_processor.FILE, folder / base_model.image_processor.FILE
             )
         methods.seal(folder, trainable.environment["base_model"]["sha256"])
+
+
+def kernels_of(prepared, model):
+    """Return the block in which a model is trained on Prepared data: kernels.installed."""
+    return kernels.installed(model, kernels.setting_of(prepared.recipe, prepared.config))
 
 
 def refuse_unjoinable(recipe, model, installed):

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .. import base_model, data, planner
+from .. import base_model, data, kernels, planner
 from ..data import Batches, Packs
 from ..kernels import attention
 from ..recipe import parse_size
@@ -127,7 +127,7 @@ def job_of(prepared, device_kind, budget: Budget, tokens=None):
             sequences = examples.longest if examples.are_pairs else None
             steps = joined_steps(examples.lengths, examples.num_trained, training.rows_per_step, tokens, sequences)
         may_pack = not (prepared.checkpoint.task.file.HAS_CLASSES or examples.are_pairs)
-        if may_pack and attention.why_not(prepared.config) is None:
+        if may_pack and attention.why_not(prepared.config, recipe.data.max_length) is None:
             packs = data.pack(examples, training.filled_to or recipe.data.max_length)
             numbers |= {"packed_load": _packed_load(packs, examples, 1), "packed_micro_batches": len(packs)}
     if len(held_out):
@@ -206,12 +206,13 @@ def without_data(recipe, device_kind, budget: Budget, on):
 def _outlines(recipe, config, num_new_tokens, device_kind):
     """Return remade(lora, num_new_tokens, packed) -> Outline, each made once."""
     made = {}
+    setting = kernels.setting_of(recipe, config)
 
     def remade(lora=recipe.method, num_new_tokens=num_new_tokens, packed=recipe.data.packing):
         key = (repr(lora), num_new_tokens, packed and device_kind == "cpu")  # on a GPU packing allocates the same
         if key not in made:
             made[key] = planner.outline(
-                config, recipe.model, recipe.quantization, lora, num_new_tokens, device_kind, packed, recipe.kernels
+                config, recipe.model, recipe.quantization, lora, num_new_tokens, device_kind, packed, setting
             )
         return made[key]
 

@@ -17,12 +17,12 @@ from ..exporter import REPORT
 from ..runs import record
 from ..runs.folder import RunDir
 from ..system import files
+from ..system.adapter_files import MANIFEST
 from ..system.errors import InputError
 from . import findings, reported_samples, reported_use, verdicts
 from .adapter_norms import norms
 from .reported_answers import answers, cut
 
-MANIFEST = "manifest.json"
 _FOLDERS = 1000  # beside a run, that may hold an export of it
 _EVENTS, _SOURCES, _REASONS, _CLASSES, _SAMPLES, _SAMPLE_TOKENS = 50, 50, 20, 30, 3, 600
 _OF_EXPORT = ("verified", "verify", "base", "dtype", "bytes", "seconds", "gguf", "live_model", "rows", "why")

@@ -29,7 +29,9 @@ def of_comparison(found) -> list[dict]:
     others = sorted({row["status"] for row in found["rows"] if row["status"] != "done"})
     words = f"{len(ended)} of {len(found['rows'])} trainings" + (f"; others: {', '.join(others)}" if others else "")
     open_ones = bool(others) and set(others) <= {"to do", "unfinished"}
-    whole = _said(UNKNOWN if open_ones else NO if others else YES, words, f"{found['command']} --resume" if others else None)
+    whole = _said(
+        UNKNOWN if open_ones else NO if others else YES, words, f"{found['command']} --resume" if others else None
+    )
     return [{"question": "Which is best?", **_best(found, chosen)}, {"question": "Did all end well?", **whole}]
 
 

@@ -86,7 +86,9 @@ class Reliable(Hooks):
         self.clock = Clock(state["seconds"], state["outside_seconds"], state["tokens"]) if state else Clock()
         if state:
             self.watch.restore(state["watch"])
-            self.norm, self.held_out = state["norm"], state.get("held_out")  # older checkpoints do not have the second
+            self.norm = state["norm"]
+            if state["fingerprint"] == self.saving.fingerprint:  # else the held-out rows may be others
+                self.held_out = state.get("held_out")
             if self.best is not None:
                 self.best.restore(state.get("best"))
             self.economy.restore(state.get("less_memory"))  # older checkpoints have none

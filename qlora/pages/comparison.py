@@ -47,7 +47,7 @@ def table_of(found) -> tuple[list[str], list[list[str]]]:
                 number(one["mean"]),
                 f"{number(one['low'])} to {number(one['high'])}",
                 "" if one["spread"] is None else number(one["spread"]),
-                _shown(one["loss"], ".4f"),
+                "" if found["metric"] == "loss" else _shown(one["loss"], ".4f"),
                 _shown(one["forgetting"], "+.4f"),
                 "" if one["seconds"] is None else duration(one["seconds"]),
                 "" if one["peak_bytes"] is None else size(one["peak_bytes"]),

@@ -166,5 +166,8 @@ def _by_setting(axes, found, colors, field):
         axes.fill_between(xs, lows, highs, color=color, alpha=0.12, linewidth=0)
     if min(values) > 0 and max(values) > 5 * min(values):
         axes.set_xscale("log")
+        tried = sorted(set(values))
+        axes.set_xticks(tried, [f"{value:g}" for value in tried])
+        axes.minorticks_off()
     axes.set_xlabel(field)
     axes.legend(fontsize=8, frameon=False)

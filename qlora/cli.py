@@ -459,11 +459,12 @@ def _main():
         _fail(f"the current directory: {error.strerror}; cd to a folder that exists", InputError.exit_code)
     try:
         app()
-    except QLoRAError as error:
+    except (QLoRAError, Interrupted) as error:
         if error.is_said or (error.is_said is None and not launched.is_first()):  # another process says it
             sys.exit(error.exit_code)
-        interrupted = f"{sys.argv[1]} interrupted; no partial output was left" if isinstance(error, Interrupted) else ""
-        _fail(str(error) or interrupted, error.exit_code)
+        if isinstance(error, Interrupted):
+            _fail(error.message or f"{sys.argv[1]} interrupted; no partial output was left", error.exit_code)
+        _fail(error, error.exit_code)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
     except OSError as error:

@@ -18,8 +18,8 @@ from ..runs.folder import RunDir
 from ..system import launched, signals
 from ..system.devices import say_device
 from ..system.errors import DoesNotFit, InputError, Interrupted, TrainingFailed
-from ..system.events import emit, heard_by, note, progress
-from ..terminal import quiet, shown
+from ..system.events import emit, heard_by, note, progress, unheard
+from ..terminal import shown
 from ..terminal.data import say_report
 from ..terminal.training import (
     say_findings,
@@ -56,7 +56,7 @@ def train(recipe: Recipe, resume=False, allow_change=()) -> RunDir:
     if launched_as is not None:
         processes.refuse_unsupported(recipe, launched_as.count)
         if launched_as.rank > 0:
-            with quiet(), processes.started(launched_as) as all_of_them, launched.alone():
+            with unheard(), processes.started(launched_as) as all_of_them, launched.alone():
                 return _help(recipe, all_of_them)
     with processes.started(launched_as) as all_of_them, _saying_how_to_go_on(run), launched.alone():
         if resume:

@@ -79,3 +79,4 @@ class Interrupted(BaseException):
     def __init__(self, number, message=None):
         super().__init__(message)
         self.number, self.message, self.exit_code = number, message, 128 + number
+        self.is_said: bool | None = None  # as of QLoRAError

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import logging
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -149,9 +150,9 @@ class Processes:
         """Leave the block when all do: the first may still be writing. An error that all have raised is said by the first."""
         try:
             yield
-        except QLoRAError as error:
+        except (TrainingFailed, Interrupted) as error:
             # what was decided from the same numbers; others, such as a full disk, are of one process alone
-            if self.count > 1 and isinstance(error, (TrainingFailed, Interrupted)) and not isinstance(error, Lost):
+            if self.count > 1 and not isinstance(error, Lost):
                 self.wait()
                 error.is_said = not self.is_first
             raise
@@ -186,13 +187,22 @@ def started(launched_as):
         dist.init_process_group(backend, store=mine.store, rank=rank, world_size=count, timeout=_PATIENCE)
     except (RuntimeError, ValueError) as error:
         raise InputError(f"the processes do not find each other: {str(error).splitlines()[0]}") from None
+    logger = logging.getLogger("transformers.training_args")
+    logger.addFilter(_not_of_ddp)
     try:
         yield mine
         dist.destroy_process_group()
-    except QLoRAError as error:
+    except (QLoRAError, Interrupted) as error:
         if error.is_said is None:
             error.is_said = mine.has_spoken()
         raise
+    finally:
+        logger.removeFilter(_not_of_ddp)
+
+
+def _not_of_ddp(record):
+    """Whether a warning is not that the process group is not for transformers: it is not."""
+    return "torch.distributed process group is initialized" not in record.getMessage()
 
 
 def _take_own_card(launched_as):

@@ -222,6 +222,9 @@ def refuse_unsupported(recipe, count):
     training = recipe.training
     if recipe.task != text_generation.NAME:
         raise InputError(f"task {recipe.task}: several processes are for {text_generation.NAME}; start one")
+    if recipe.objective is not None:
+        name = type(recipe.objective).__name__.lower()
+        raise InputError(f"{name}: several processes are for supervised training; start one")
     rows, micro_batches = training.rows_per_step, training.gradient_accumulation_steps
     by_tokens = training.tokens_per_micro_batch is not None and not recipe.data.packing
     what, many = ("rows", rows) if by_tokens else ("micro-batches", micro_batches)

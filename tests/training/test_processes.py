@@ -30,10 +30,10 @@ def surroundings(count, rank, port):
 class Started:
     """The processes of a training, as torchrun starts them: the store by which they find each other is not theirs."""
 
-    def __init__(self, recipe_file, *arguments, count=2):
+    def __init__(self, recipe_file, *arguments, count=2, before=("train",)):
         self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self.processes = [
-            forked.Process("train", recipe_file, *arguments, environ=surroundings(count, rank, self.store.port))
+            forked.Process(*before, recipe_file, *arguments, environ=surroundings(count, rank, self.store.port))
             for rank in range(count)
         ]
 
@@ -146,6 +146,13 @@ def test_a_batch_that_does_not_divide_is_refused(make_recipe):
         processes.refuse_unsupported(recipe, 3)
 
 
+def test_other_objectives_and_tasks_are_refused(make_recipe):
+    with pytest.raises(InputError, match="dpo: several processes are for supervised training"):
+        processes.refuse_unsupported(make_recipe(dpo={}), 2)
+    with pytest.raises(InputError, match="task text-classification: several processes"):
+        processes.refuse_unsupported(make_recipe(task="text-classification", data={"eval_fraction": 0.25}), 2)
+
+
 def test_what_is_wrong_is_said_once(make_recipe, tmp_path):
     recipe = make_recipe(data={"train": str(tmp_path / "none.jsonl")}, training=STEPS)
     two, _ = written(recipe, tmp_path, "two")
@@ -192,13 +199,40 @@ def test_dropout_does_not_depend_on_the_number_of_processes(make_recipe, tmp_pat
     assert found[0] == pytest.approx(found[1], abs=ROUNDING)
 
 
+BROKEN = """
+import math, os, sys
+from qlora import Recipe, train
+from qlora.training.objectives import supervised
+
+real, calls, rank = supervised.loss_of_trained_positions, 0, os.environ["RANK"]
+
+def broken(model, *rest):
+    global calls
+    calls += model.training
+    loss = real(model, *rest)
+    return loss * math.nan if rank == "1" and calls == 3 and model.training else loss  # the first is rehearsed
+
+supervised.loss_of_trained_positions = broken
+train(Recipe.load(sys.argv[1]))
+"""
+
+
 def test_a_step_that_is_not_finite_in_one_process_is_skipped_in_all(make_recipe, tmp_path):
-    """The adapter overflows at this rate after the first step; no process waits for another that has skipped."""
-    recipe = make_recipe(
-        training={**STEPS, "max_steps": 8, "learning_rate": 1e30, "max_grad_norm": 0, "logging_steps": 1}
-    )
-    two, both = written(recipe, tmp_path, "two")
+    two, both = written(make_recipe(training={**STEPS, "logging_steps": 1}), tmp_path, "two")
+    (tmp_path / "broken.py").write_text(BROKEN)
+    ended = Started(two, before=[tmp_path / "broken.py"]).finish()
+    assert [code for code, *_ in ended] == [0, 0], ended
+    lines = [json.loads(line) for line in both.metrics_file.read_text().splitlines()]
+    (skipped,) = [line for line in lines if "not_taken" in line]
+    assert skipped["step"] == 2
+    assert len(skipped["rows"]) in range(1, 8)  # those of the micro-batch of the other process, and not the step's
+
+
+@pytest.mark.slow
+def test_a_loss_that_diverges_ends_all_with_one_message(make_recipe, tmp_path):
+    diverging = {"learning_rate": 30.0, "max_steps": 40, "warmup_ratio": 0.3, "watchdog_steps": 8, "save_steps": 3}
+    two, both = written(make_recipe(training={**STEPS, **diverging}), tmp_path, "two")
     ended = Started(two).finish()
-    assert [code for code, *_ in ended] == [1, 1]
-    assert sum("qlora:" in err for *_, err in ended) == 1, ended
-    assert not both.adapter.exists()
+    assert [code for code, *_ in ended] == [1, 1], ended
+    assert sum("the loss has diverged" in err for *_, err in ended) == 1
+    assert list(both.checkpoints.glob("step-*"))

@@ -9,6 +9,7 @@ all told as events of runs/record.py.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -67,9 +68,7 @@ class Reliable(Hooks):
         self.watch = Watch(reliability.watchdog_steps, **first)
         self.saves = Saves(self.saving.every, self.watch)
         self.peak = memory.Peak()
-        self.rehearsed_bytes = None
-        self.economy = reliability.economy
-        self.begun = False
+        self.rehearsed_bytes, self.begun, self.economy = None, False, reliability.economy
         self.failure = None  # why training ends before its time
         self.moment = Moment("before the first step")
         self.micro_batches = []  # of the step at hand: (numbers of its rows, loss on the device)
@@ -79,8 +78,7 @@ class Reliable(Hooks):
         self.copies = {}  # of the model's buffers, as rehearsal.way_back keeps them
         self.evaluated = None  # of the evaluation at hand: the summed loss, and how many items it is of
         self.evaluation_due = False  # one after this step has been left
-        self.held_out = None  # [step, loss] of the last evaluation
-        self.saved_step = None
+        self.held_out = self.saved_step = None  # [step, loss] of the last evaluation; the step of the last checkpoint
         self.resumed = state = self.saving.state()
         self.tokens, self.num_lines = (state["tokens"], state["lines"]) if state else (0, 0)
         self.clock = Clock(state["seconds"], state["outside_seconds"], state["tokens"]) if state else Clock()
@@ -390,7 +388,7 @@ class Reliable(Hooks):
         # transformers takes the mean of the batches' means, whatever is in them; this is the mean over all items
         self.evaluated = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         with progress("evaluating", len(dataloader), "batches") as self.advance_evaluation:
-            self.num_evaluated = 0
+            self.shares = map(self.processes.owns, itertools.count())
             output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         total, count = self.processes.sums(self.evaluated.tolist())
         self.failure = self.processes.first_said(self.failure)
@@ -403,9 +401,8 @@ class Reliable(Hooks):
         self._go_on()
         when = f"in the evaluation after step {self.state.global_step}"
         self.moment = Moment(when, inputs, inputs.pop("rows", ()), evaluates=True)
-        predict, number = super().prediction_step, self.num_evaluated
-        self.num_evaluated += 1
-        if not self.processes.owns(number):
+        predict = super().prediction_step
+        if not next(self.shares):
             self.advance_evaluation(1)
             return torch.zeros((), device=self.args.device), None, None
 

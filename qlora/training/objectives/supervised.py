@@ -28,7 +28,7 @@ from . import Objective
 @dataclass(frozen=True)
 class Supervised(Objective):
     """tokenizer: pads. joined: a batch is one row without padding. lean: the loss by kernels.loss. tokens: a joined batch is
-    computed as micro-batches of at most so many.
+    computed as micro-batches of at most so many. parts: as at least so many, where it has the rows.
 
     A batch has what the host must know of it as arrays, which stay on the host: `trained` (B, T), whether a label is trained;
     with padding `lengths` (B). To look for it on a GPU would make the host wait.
@@ -38,6 +38,7 @@ class Supervised(Objective):
     joined: bool = False
     lean: bool = False
     tokens: int | None = None
+    parts: int = 1
 
     def trainer(self, model, rows, arguments, reliability):
         """rows: training.Rows of sequences of data.Example; those to train on may be data.Packs or data.Batches."""
@@ -71,9 +72,12 @@ class Supervised(Objective):
     def micro_batches(self, inputs, rows):
         """As few as best fit makes of at most `tokens`, each in the order of the batch."""
         segments = inputs.get("segments")
-        if self.tokens is None or segments is None or sum(segments) <= self.tokens:
+        if self.tokens is None or segments is None:
             return [(inputs, rows)]
-        return list(_split(inputs, rows, data.best_fit(segments, max(self.tokens, *segments))))
+        tokens = min(self.tokens, -(-sum(segments) // self.parts))
+        if sum(segments) <= tokens:
+            return [(inputs, rows)]
+        return list(_split(inputs, rows, data.best_fit(segments, max(tokens, *segments))))
 
     def cut(self, inputs, tokens):
         """At least the first row whole."""

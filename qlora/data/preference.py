@@ -32,6 +32,7 @@ from .supervised import without_thoughts
 CHOSEN, REJECTED = "chosen", "rejected"
 _PROMPTS = ("prompt", "messages", "conversations", "instruction")  # the first that a row has is its prompt
 _NAMES = (*_PROMPTS, "input", *CONTEXT, CHOSEN, REJECTED)
+_MESSAGE = re.compile(r"prompt \+ completion\[(\d+)\]")  # as formats.read numbers them
 _TURNS = re.compile(r"\n\n(Human|Assistant):")  # of Anthropic's HH
 _SCORES = (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"), ("chosen_rating", "rejected_rating"))
 
@@ -93,8 +94,8 @@ class Preferred:
         return dataclasses.replace(said, messages=said.messages[: said.completion]).key()
 
     def pair_key(self):
-        """Return the same for rows of the same prompt and answers."""
-        both = f"{self.chosen.key()} {self.rejected.key()}".encode()
+        """Return the same for rows of the same prompt and answers, of which the same is trained."""
+        both = str([(one.key(), one.completion, one.flags) for one in (self.chosen, self.rejected)]).encode()
         return int.from_bytes(hashlib.blake2b(both, digest_size=8).digest(), "little")
 
 
@@ -157,6 +158,11 @@ class Preferences:
         if examples[0] == examples[1]:
             raise ValueError("chosen and rejected are the same answer: there is nothing to prefer")
         fitted = [self._fitted(example) for example in examples]
+        if fitted[0] == fitted[1]:
+            raise TooLong(
+                f"chosen and rejected are the same up to data.max_length {self.settings.max_length:,}",
+                f"the same up to max_length {self.settings.max_length}",
+            )
         counts = {
             "rows_truncated": int(fitted != examples),
             "rows_merged": int(any(one.merged for one in both)),
@@ -250,13 +256,26 @@ def read(value, mapped=None, ignore=()):
         prompt = _prompt(row, name)
     taken = {CHOSEN, REJECTED, "input", "completion", *_PROMPTS}
     rest = {key: inner for key, inner in row.items() if key not in taken}
-    said = [formats.read({**rest, "prompt": prompt, "completion": one}, "completion", ignore)[1] for one in answers]
+    said = [_conversation({**rest, "prompt": prompt, "completion": one}, key, len(prompt), ignore)
+            for one, key in zip(answers, (CHOSEN, REJECTED), strict=True)]  # fmt: skip
     used = {CHOSEN, REJECTED, *CONTEXT, name} | ({"input"} if name == "instruction" else set())
     unused = {str(key) for key, inner in value.items() if key not in used and not is_empty(inner)}
     unused = {*columns.unused(value, mapped)} if mapped else unused
     unused |= {key for one in said for key in one.unused}
     found = Preferred(said[0], said[1], _better(value), tuple(sorted(unused)))
     return " + ".join([*filter(None, [name]), CHOSEN, REJECTED]), found
+
+
+def _conversation(row, key, num_prompt, ignore):
+    """Return the Conversation of a row's prompt and of its answer `key`; what is wrong with that is said of it by its name."""
+    try:
+        return formats.read(row, "completion", ignore)[1]
+    except ValueError as error:
+        raise ValueError(_MESSAGE.sub(lambda found: _named(int(found[1]), key, num_prompt), str(error))) from None
+
+
+def _named(at, key, num_prompt):
+    return f"prompt[{at}]" if at < num_prompt else f"{key}[{at - num_prompt}]"
 
 
 def _refuse_without_answers(row):
@@ -336,7 +355,11 @@ def _refuse_other_prompt(given, prompt):
 
 def _prompt(row, name):
     """Return the messages of a row's prompt."""
-    given = messages_in(row[name]) if name else None
+    if name is None:
+        raise ValueError(
+            f"has no prompt: give {', '.join(_PROMPTS[:-1])} or {_PROMPTS[-1]}, or whole conversations as answers"
+        )
+    given = messages_in(row[name])
     if name == "instruction":
         for key in ("instruction", "input"):
             if not isinstance(row.get(key), str) and (key == "instruction" or row.get(key) is not None):
@@ -345,9 +368,7 @@ def _prompt(row, name):
     if isinstance(given, str) and name in ("prompt", "instruction"):
         return [{"role": "user", "content": given}]
     if not isinstance(given, list):
-        raise ValueError(
-            f"{name or 'prompt'} is {kind_of(given)}, not {'a string or ' * (name == 'prompt')}a list of messages"
-        )
+        raise ValueError(f"{name} is {kind_of(given)}, not {'a string or ' * (name == 'prompt')}a list of messages")
     return given
 
 

@@ -197,3 +197,31 @@ def test_an_answer_that_would_merge_with_the_prompt_leaves_the_prompt_alone(toke
     assert pair.chosen.input_ids[: begins[0]] == pair.rejected.input_ids[: begins[1]]
     assert tokenizer.decode(pair.chosen.input_ids[: begins[0]]) == "[INST] How is it? [/INST] "
     assert tokenizer.decode([i for i in pair.rejected.labels if i >= 0]) == "$46<|im_end|>"
+
+
+def test_what_is_wrong_with_an_answer_is_said_by_its_name(tokenizer):
+    for row, message in (
+        ({**PAIR, "rejected": {"role": "assistant", "content": ""}}, r"rejected\[0\].content is empty"),
+        ({**PAIR, "chosen": [GOOD, BAD]}, r"chosen\[1\]: two assistant messages in a row"),
+        ({**PAIR, "prompt": [{"role": "user", "content": ""}]}, r"prompt\[0\].content is empty"),
+        ({"chosen": [GOOD], "rejected": [BAD]}, "has no prompt: give prompt, messages, conversations or instruction"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            one(tokenizer, row)
+
+
+def test_answers_that_are_the_same_once_they_are_cut_are_left_out(tokenizer):
+    row = {**PAIR, "chosen": "a" * 300, "rejected": "a" * 300 + "b"}
+    with pytest.raises(TooLong, match=r"the same up to data\.max_length 100"):
+        one(tokenizer, row, max_length=100, overlong="truncate")
+
+
+def test_pairs_of_the_same_words_of_which_other_answers_are_trained_have_other_keys(tokenizer):
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "add", "arguments": {}}}]}
+    found = {"role": "tool", "content": "3", "name": "add"}
+    said = [
+        {"prompt": [ASKED], "chosen": [call, found, GOOD], "rejected": [call, found, BAD]},
+        {"prompt": [ASKED, call, found], "chosen": [GOOD], "rejected": [BAD]},
+    ]
+    keys = {preference.read(row)[1].pair_key() for row in said}
+    assert len(keys) == 2

@@ -60,9 +60,7 @@ class Preference(Objective):
 
     def trainer(self, model, rows, arguments, reliability):
         """rows: training.Rows of sequences of data.Pair."""
-        for module in model.modules():  # as trl does: a reference has none, and the difference would be noise
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0
+        self.without_dropout(model)
         return Trainer(
             model,
             self,
@@ -72,6 +70,12 @@ class Preference(Objective):
             eval_dataset=Referred(rows.held_out) if rows.held_out else None,
             data_collator=self.collate,
         )
+
+    def without_dropout(self, model):
+        """As trl does: a reference has none, and the difference would be noise."""
+        for module in model.modules() if self.section.has_reference else ():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
 
     def begin(self, trainer):
         if self.section.has_reference:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import logsigmoid
 
+_LEAST = 1e-7  # nats: an answer is not taken to be surer, because the odds of a certain one are infinite
+
 
 def of(section, logps_P2, reference_P2, counts_P2):
     """Return (losses (P), rewards (P, 2)) by the recipe's section dpo or orpo. counts: trained tokens of the answers."""
@@ -34,7 +36,8 @@ def orpo(section, logps_P2, counts_P2):
     trl's ORPOTrainer has the prompt's tokens in the cross entropy too; here it is that of supervised training.
     """
     mean_P2 = logps_P2 / counts_P2.clamp(min=1)
-    odds_P2 = mean_P2 - _log1mexp(mean_P2)
+    sure_P2 = mean_P2.clamp(max=-_LEAST)
+    odds_P2 = sure_P2 - _log1mexp(sure_P2)
     losses_P = -mean_P2[:, 0] - section.beta * logsigmoid(odds_P2[:, 0] - odds_P2[:, 1])
     return losses_P, section.beta * mean_P2
 

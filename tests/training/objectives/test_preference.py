@@ -18,6 +18,7 @@ from qlora.data.encoder import Settings
 from qlora.kernels import attention
 from qlora.recipe import Dpo, Lora, Orpo, Quantization
 from qlora.recipe.objectives import Loss
+from qlora.training.objectives import preference_losses
 from qlora.training.objectives.preference import Preference
 
 ROWS = [
@@ -212,3 +213,19 @@ def test_what_was_seen_is_a_mean_over_pairs_and_comes_back():
     assert found["rewards/accuracies"] == 0.5
     assert found["logps/rejected"] == -6.0
     assert restored.state() is None
+
+
+def test_orpo_of_answers_that_are_certain_is_finite():
+    logps = torch.tensor([[0.0, -3.0], [-3.0, 0.0], [0.0, 0.0]], requires_grad=True)
+    losses, _ = preference_losses.of(Orpo(), logps, torch.zeros(3, 2), torch.ones(3, 2, dtype=torch.long))
+    losses.sum().backward()
+    assert losses.isfinite().all()
+    assert logps.grad.isfinite().all()
+
+
+def test_only_what_is_compared_with_a_reference_loses_its_dropout(tokenizer):
+    for section, left in ((Dpo(), 0.0), (Orpo(), 0.1)):
+        dropout = torch.nn.Dropout(0.1)
+        objective = Preference(section, tokenizer.pad_token_id)
+        objective.without_dropout(torch.nn.Sequential(dropout))
+        assert dropout.p == left

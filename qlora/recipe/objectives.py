@@ -90,7 +90,7 @@ def with_defaults(values, objectives):
     return {**values, "training": {"learning_rate": given[0].learning_rate, **training}}
 
 
-_DROPOUTS = ("lora_dropout", "hira_dropout", "module_dropout", "dropout")
+DROPOUTS = ("lora_dropout", "hira_dropout", "module_dropout", "dropout")
 
 
 def refuse(recipe):
@@ -119,7 +119,7 @@ def refuse(recipe):
         )
     if training.neftune_noise_alpha is not None:
         raise ValueError(f"training.neftune_noise_alpha is for supervised training; leave it out with {key}")
-    noisy = [name for name in _DROPOUTS if getattr(recipe.method, name, 0)]
+    noisy = [name for name in DROPOUTS if getattr(recipe.method, name, 0)]
     if noisy and objective.has_reference:
         raise ValueError(
             f"{recipe.method.key}.{noisy[0]}: {key} compares the model with its reference, which has no dropout; leave it out"

@@ -38,8 +38,8 @@ def settle(trainer, objective):
     if trainer.resumed is not None:
         _read(file, datasets)
         return
-    for rows in datasets.values():
-        rows.logps_N2 = _computed(trainer, objective, rows)
+    for name, rows in datasets.items():
+        rows.logps_N2 = _computed(trainer, objective, rows, name)
     digests = {name: _digest(rows.examples) for name, rows in datasets.items()}
     write_bytes(file, save({name: rows.logps_N2 for name, rows in datasets.items()}, digests))
 
@@ -62,8 +62,8 @@ def _read(file, datasets):
 
 
 def _digest(examples):
-    """Return a hash of the rows and their order."""
-    return hashlib.sha256(_keys(examples).tobytes()).hexdigest()
+    """Return a hash of the rows and their order, and of how long their tokens are: rows may be cut or templated otherwise."""
+    return hashlib.sha256(_keys(examples).tobytes() + np.array(lengths_of(examples), np.int64).tobytes()).hexdigest()
 
 
 def _keys(examples):
@@ -75,7 +75,7 @@ def _keys(examples):
 
 
 @torch.no_grad()
-def _computed(trainer, objective, rows):
+def _computed(trainer, objective, rows, name):
     """Return (N, 2): each pair once, however often it is there; in the order of their lengths, up to a micro-batch at a time."""
     model, lengths = trainer.model, np.array(lengths_of(rows.examples))
     _, first, where = np.unique(_keys(rows.examples), return_index=True, return_inverse=True)
@@ -103,7 +103,7 @@ def _computed(trainer, objective, rows):
         model.train(training)
     if not found.isfinite().all():
         number = int((~found.isfinite()).any(1).nonzero()[0])
-        raise InputError(
-            f"the reference's log probability of training row {number + 1} is not finite; look at it: qlora data --row"
-        )
+        which = f"training row {number + 1}" if name == "train" else f"held-out row {number + 1}"
+        look = "look at it: qlora data --row" if name == "train" else "look at it in data.eval"
+        raise InputError(f"the reference's log probability of {which} is not finite; {look}")
     return found[torch.from_numpy(first[where])]

@@ -196,3 +196,23 @@ def test_chosen_answers_that_are_much_longer_are_said(pairs, tmp_path, capsys):
     rows = [{**row, "chosen": " ".join([row["chosen"]] * 5)} for row in ROWS]
     inspect_data(pairs(data={"train": str(write_jsonl(tmp_path / "long.jsonl", rows))}))
     assert "CHOSEN ANSWERS ARE MUCH LONGER" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("unplanned")
+def test_an_adapter_that_was_trained_with_dropout_goes_on_without(pairs, make_recipe, tmp_path):
+    first = train(make_recipe(lora={"lora_dropout": 0.1, "use_dora": True}, output_dir=str(tmp_path / "sft")))
+    recipe = pairs(model={"adapter_name_or_path": str(first.path)}, output_dir=str(tmp_path / "dpo"))
+    run = train(recipe)
+    assert next(one for one in records(run) if "loss" in one)["loss"] == pytest.approx(0.693, abs=0.02)
+    assert Recipe.load(run.recipe_file).lora.lora_dropout == 0.0
+    assert evaluate(run.path)["metrics"]["preference_accuracy"]["value"] == 1.0
+
+
+@pytest.mark.usefixtures("unplanned")
+def test_a_run_does_not_go_on_with_rows_that_are_cut_otherwise(pairs, tmp_path):
+    rows = [{**row, "rejected": row["rejected"] * 8} for row in ROWS]
+    data = {"train": str(write_jsonl(tmp_path / "long.jsonl", rows)), "overlong": "truncate"}
+    train(pairs(data=data | {"max_length": 100}))
+    longer = pairs(data=data | {"max_length": 110}, training={"max_steps": 6})
+    with pytest.raises(InputError, match=r"reference.safetensors is of other rows \(train\)"):
+        train(longer, resume=True, allow_change=("data.max_length", "rows"))

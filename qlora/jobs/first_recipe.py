@@ -194,7 +194,7 @@ def _training(prepared, task):
         lines += _of_classes(prepared.report["classes"])
     else:
         lines.append(Line("training.gradient_accumulation_steps", batch, "rows a step; short ones are joined"))
-    lines.append(_rate(prepared.config.get_text_config()))
+    lines.append(_rate(prepared.config.get_text_config(), prepared.recipe.objective))
     steps = max(1, round(rows * (1 - held) / batch) * epochs)
     return [
         *lines,
@@ -202,8 +202,11 @@ def _training(prepared, task):
     ]
 
 
-def _rate(config):
-    """Return the line on the learning rate; docs/comparison.md has what small models do with it."""
+def _rate(config, objective=None):
+    """Return the line on the learning rate, of an objective its own; docs/comparison.md has what small models do with it."""
+    if objective is not None:
+        why = f"{objective.key}'s usual start; compare others with qlora compare"
+        return Line("training.learning_rate", objective.learning_rate, why)
     if getattr(config, "hidden_size", _SMALL + 1) <= _SMALL:
         return Line(
             "training.learning_rate", 5e-4, "a small model: 2e-4, the usual start, is slow; compare with qlora compare"

@@ -157,3 +157,11 @@ def test_what_ships_is_listed_shown_and_copied(tmp_path, monkeypatch):
     assert Path("imdb.yaml").read_text() == show_recipe("recipes/gpt2/imdb.yaml")
     with pytest.raises(InputError, match="never overwrites"):
         copy_recipe("gpt2/imdb")
+
+
+def test_pairs_are_given_the_learning_rate_of_their_objective(tiny_model, tmp_path):
+    pairs = [{"prompt": f"Say {n}", "chosen": f"{n}.", "rejected": "No."} for n in range(12)]
+    rows = write_jsonl(tmp_path / "pairs.jsonl", pairs)
+    found = init(str(tiny_model("llama")), str(rows), "cpu", out=tmp_path / "mine.yaml", overrides=["dpo={}"])
+    assert found["values"]["training"]["learning_rate"] == 5e-6
+    assert "dpo's usual start" in (tmp_path / "mine.yaml").read_text()

@@ -13,8 +13,8 @@ import typer
 
 from . import options
 from .completion import action_argument, card_option, name_argument
+from .system import launched
 from .system.errors import SURROUNDINGS, DoesNotFit, InputError, Interrupted, QLoRAError
-from .system.launched import refuse_several
 from .system.quiet_libraries import hush_libraries
 from .system.secrets import redacted
 from .system.signals import handled
@@ -142,9 +142,8 @@ def train(
     as_json: Json = False,
 ):
     """Train an adapter from a recipe; writes a run folder at its output_dir."""
-    refuse_several(f"qlora train {recipe}")
     run = _run("train", False, _load(recipe, overrides), resume, allow_change or ())
-    if as_json:
+    if as_json and launched.is_first():
         from .runs import record
 
         _print_json({"run": str(run.path), "last": record.to_json(record.read(run)[-1])})
@@ -460,9 +459,11 @@ def _main():
         _fail(f"the current directory: {error.strerror}; cd to a folder that exists", InputError.exit_code)
     try:
         app()
-    except Interrupted as error:
-        _fail(error.message or f"{sys.argv[1]} interrupted; no partial output was left", error.exit_code)
-    except QLoRAError as error:
+    except (QLoRAError, Interrupted) as error:
+        if error.is_said or (error.is_said is None and not launched.is_first()):  # another process says it
+            sys.exit(error.exit_code)
+        if isinstance(error, Interrupted):
+            _fail(error.message or f"{sys.argv[1]} interrupted; no partial output was left", error.exit_code)
         _fail(error, error.exit_code)
     except KeyboardInterrupt:
         _fail("interrupted", 130)

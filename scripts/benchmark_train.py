@@ -14,10 +14,14 @@ checkpoints all layers, as it must on a card that is full; qlora as many as its 
 With --sides qlora,plain,unsloth, unsloth runs too, with --full-rows only: it has its own way with prompts and answers. It
 needs a GPU, and may be in another Python (--unsloth-python), since it wants other versions of transformers and trl. A side
 that fails is said, and left out of the rounds after it. --json FILE has all numbers, written after each run.
+
+--clock cpu counts the seconds that a process computed (all its threads) in place of those that passed: on a CPU that others
+use too, with OMP_NUM_THREADS=1.
 """
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -32,38 +36,26 @@ from pathlib import Path
 
 def ours(args, folder):
     """Return tokens/s and loss of each step, the share of trained tokens, and the predicted peak of qlora."""
-    from qlora import Recipe, train
+    from qlora import train
     from qlora.runs import record
+    from qlora.system.events import heard_by
 
-    run = train(
-        Recipe.from_dict(
-            {
-                "model": {"name_or_path": args.model},
-                "data": {
-                    "train": args.data,
-                    "max_length": args.packing or args.full_rows or 1024,
-                    "packing": bool(args.packing),
-                    "train_on": "all" if args.full_rows else "assistant",
-                },
-                "memory": memory_section(args),
-                "kernels": args.kernels,
-                "training": {
-                    "max_steps": args.steps,
-                    "per_device_train_batch_size": 1 if args.packing else args.batch,
-                    "gradient_accumulation_steps": 1,
-                    "learning_rate": 1e-3,
-                    "warmup_ratio": 0.0,
-                    "optim": "adamw_torch",
-                },
-                "output_dir": str(folder / "run"),
-            }
-        )
-    )
+    clock, marks = CLOCKS[args.clock], []
+
+    def hear(event):
+        if isinstance(event, record.Step):
+            marks.append((clock(), event.tokens))
+
+    with heard_by(hear):
+        run = train(recipe_of(args, folder))
     steps = [line for line in record.read(run) if isinstance(line, record.Step)]
+    rates = [step.tokens_per_second for step in steps]
+    if args.clock != "wall":
+        rates = [None, *((b - a) / (end - start) for (start, a), (end, b) in itertools.pairwise(marks))]
     share = json.loads(run.data_report_file.read_text())["tokens"]
     measured = json.loads(run.memory_file.read_text())
     return {
-        "rates": [step.tokens_per_second for step in steps],
+        "rates": rates,
         "losses": [step.loss for step in steps],
         "trained_share": share["trained"] / share["total"],
         "predicted_bytes": measured["predicted_bytes"],
@@ -71,6 +63,33 @@ def ours(args, folder):
         "checkpointed_layers": measured["checkpointed_layers"],
         "offload": measured["offload"],
     }
+
+
+def recipe_of(args, folder):
+    from qlora import Recipe
+
+    return Recipe.from_dict(
+        {
+            "model": {"name_or_path": args.model},
+            "data": {
+                "train": args.data,
+                "max_length": args.packing or args.full_rows or 1024,
+                "packing": bool(args.packing),
+                "train_on": "all" if args.full_rows else "assistant",
+            },
+            "memory": memory_section(args),
+            "kernels": args.kernels,
+            "training": {
+                "max_steps": args.steps,
+                "per_device_train_batch_size": 1 if args.packing else args.batch,
+                "gradient_accumulation_steps": 1,
+                "learning_rate": 1e-3,
+                "warmup_ratio": 0.0,
+                "optim": "adamw_torch",
+            },
+            "output_dir": str(folder / "run"),
+        }
+    )
 
 
 def memory_section(args):
@@ -107,7 +126,7 @@ def plain(args, folder):
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16, quantization_config=bnb)
     for module in base_model.quantized_modules(model).values():
         module.support_avx512bf16_for_cpu = False  # or it would lose its gradients, see base_model/loading.py
-    clock = clock_of(TrainerCallback)
+    clock = clock_of(TrainerCallback, CLOCKS[args.clock])
     config = SFTConfig(**arguments(args, folder), gradient_checkpointing=args.checkpointing)
     lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
     trainer = SFTTrainer(
@@ -145,8 +164,11 @@ def arguments(args, folder):
     }
 
 
-def clock_of(base):
-    """Return a callback of transformers' Trainer with `rates`, tokens/s from the second step on, and `losses`."""
+CLOCKS = {"wall": time.monotonic, "cpu": time.process_time}
+
+
+def clock_of(base, clock):
+    """Return a callback of transformers' Trainer with `rates`, tokens/s of `clock` from the second step on, and `losses`."""
 
     class Clock(base):
         def __init__(self):
@@ -154,7 +176,7 @@ def clock_of(base):
 
         def on_log(self, args, state, control, logs=None, **kwargs):
             if "loss" in logs:
-                now, tokens = time.monotonic(), logs.get("num_tokens", state.num_input_tokens_seen)
+                now, tokens = clock(), logs.get("num_tokens", state.num_input_tokens_seen)
                 if self.last is not None:
                     self.rates.append((tokens - self.tokens) / (now - self.last))
                 self.tokens, self.last = tokens, now
@@ -185,7 +207,7 @@ def unsloth(args, folder):
         target_modules="q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split(),
         use_gradient_checkpointing="unsloth" if args.checkpointing else False,
     )
-    clock = clock_of(TrainerCallback)
+    clock = clock_of(TrainerCallback, CLOCKS[args.clock])
     trainer = SFTTrainer(
         model=model,
         args=SFTConfig(**arguments(args, folder), dataset_text_field="text", include_num_input_tokens_seen=True),
@@ -288,6 +310,7 @@ def parsed():
     parser.add_argument("--sides", default="qlora,plain", help="of qlora, plain, unsloth; in this order")
     parser.add_argument("--only", choices=SIDES, help="run this side alone, such as where the other does not fit")
     parser.add_argument("--unsloth-python", default=sys.executable, help="a Python that has unsloth")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall")
     parser.add_argument("--kernels", choices=["auto", "off"], default="auto")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)

@@ -42,11 +42,21 @@ def command_of(server, model, adapters, port):
         ]
     words = ["vllm", "serve", model, "--host", HOST, "--port", str(port)]
     if adapters:
-        ranks = [json.loads((Path(folder) / "adapter_config.json").read_text())["r"] for folder in adapters.values()]
-        power = 1 << (max(8, *ranks) - 1).bit_length()  # vLLM takes few other ranks than powers of two
+        power = (
+            1 << (max(8, *map(rank_of, adapters.values())) - 1).bit_length()
+        )  # vLLM takes few other ranks than powers of two
         words += ["--enable-lora", "--max-lora-rank", str(power), "--lora-modules"]
         words += [f"{name}={folder}" for name, folder in adapters.items()]
     return words
+
+
+def rank_of(folder):
+    """Return the rank of the LoRA adapter in a folder."""
+    file = Path(folder) / "adapter_config.json"
+    try:
+        return int(json.loads(file.read_text(encoding="utf-8"))["r"])
+    except (OSError, ValueError, LookupError, TypeError):
+        sys.exit(f"--adapter {folder}: no LoRA adapter there, with a rank r in {file}; for a run give RUN/adapter")
 
 
 def wait_until_up(process, port, seconds):
@@ -90,6 +100,8 @@ def main():
     parser.add_argument("--seconds", type=float, default=600, help="how long it may take to start")
     parser.add_argument("--dry-run", action="store_true")
     given = parser.parse_args()
+    if unnamed := [pair for pair in given.adapter if "=" not in pair]:
+        parser.error(f"--adapter {unnamed[0]}: write NAME=FOLDER")
     adapters = dict(pair.split("=", 1) for pair in given.adapter)
     model = str(Path(given.model).resolve()) if Path(given.model).exists() else given.model
     port = free_port()
@@ -107,7 +119,10 @@ def main():
             print(f"{name}: {ask(port, name, given.prompt, given.max_tokens)}", flush=True)
     finally:
         process.terminate()
-        process.wait(30)
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:  # it would keep the card's memory
+            process.kill()
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from ..system import files
+from ..system import adapter_files, files
 from ..system.errors import InputError
 from ..system.storage import sha256
 from . import file_hashes, multimodal, renamed
@@ -166,7 +166,7 @@ _SIZES = {
 
 def _refuse_folder(folder):
     """Raise InputError unless the folder is that of one model, whose small files can be read."""
-    adapter = folder / "adapter_config.json"
+    adapter = folder / adapter_files.CONFIG
     if adapter.is_file():
         trained_on = files.read_object(adapter).get("base_model_name_or_path")
         what = "there is an adapter in it" if (folder / "config.json").is_file() else "is an adapter, not a model"

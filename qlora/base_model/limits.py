@@ -42,7 +42,7 @@ def refuse_rows(rows, config, taken=0):
             "tokenizer and model do not belong together"
         )
     limit = num_positions(config)
-    lengths = rows.lengths
+    lengths = rows.longest
     too_long = (lengths + taken > limit).nonzero()[0] if limit is not None else ()
     if len(too_long):
         said = said_of_positions(limit, taken)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from .. import base_model, data, methods
 from ..data import masked_examples
-from ..evaluation import answer_metrics, choices, latency, lm_eval_tasks, scores
+from ..evaluation import answer_metrics, choices, latency, lm_eval_tasks, preferences, scores
 from ..evaluation.asked import BUILT_IN, Asked
 from ..evaluation.scores import PERPLEXITY
 from ..jobs import choice_rows, class_scores
@@ -109,8 +109,9 @@ def _of_rows(subject, wanted, data_file, max_rows) -> _Found:
             subject, functools.partial(class_scores.score_of_classes, subject, rows), _CLASSES
         )
     else:
-        of = (subject.model, subject.tokenizer, subject.stops, rows, said, wanted)
-        before, after = _before_and_after(subject, functools.partial(scores.score, *of), _WORDS)
+        before, after = _before_and_after(
+            subject, functools.partial(_score_of_words, subject, rows, said, wanted), _WORDS
+        )
     result = _result(len(said), before, after)
     result |= class_scores.details(subject, rows, after) if has_classes else _beside(subject, said, wanted)
     files = [{"path": str(part.path), "sha256": part.digest} for part in rows.parts]
@@ -123,6 +124,14 @@ def _of_rows(subject, wanted, data_file, max_rows) -> _Found:
     max_rows = None if max_rows == usual else max_rows
     name = held_out_rows_name(max_rows) if data_file is None else _name(files[0], max_rows)
     return _Found(result, _answers(map(_asked, said), before, after), name, max_rows)
+
+
+def _score_of_words(subject, rows, said, wanted, what):
+    """Return the Score on `rows`; on pairs that of the chosen answers, and of what the model prefers."""
+    pairs = rows.are_pairs
+    of = (subject.tokenizer, subject.stops, data.Answers(rows) if pairs else rows, said, wanted, what)
+    found = scores.score(subject.model, *of)
+    return preferences.judged(found, subject.model, rows) if pairs else found
 
 
 def _of_choices(subject, wanted, max_rows, questions, of) -> _Found:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import shlex
+import tempfile
 
-from .. import base_model, kernels, training
+from .. import base_model, training
 from ..jobs import adapter_norms, chosen_task, findings, model_to_train, resumed_run, samples
 from ..jobs.planned_training import plan_training
 from ..jobs.prepared_data import prepare
@@ -17,7 +18,7 @@ from ..runs.folder import RunDir
 from ..system import launched, signals
 from ..system.devices import say_device
 from ..system.errors import DoesNotFit, InputError, Interrupted, TrainingFailed
-from ..system.events import emit, heard_by, progress
+from ..system.events import emit, heard_by, note, progress, unheard
 from ..terminal import shown
 from ..terminal.data import say_report
 from ..terminal.training import (
@@ -30,6 +31,7 @@ from ..terminal.training import (
     say_seen,
     say_trained,
 )
+from ..training import processes
 
 
 @shown()
@@ -45,24 +47,45 @@ def train(recipe: Recipe, resume=False, allow_change=()) -> RunDir:
 
     Raises:
         DoesNotFit: there is not enough memory; the run folder keeps what was measured until then.
-        InputError: the recipe, the data, the model folder or output_dir is wrong; or what is to be resumed; this is one of
-            several processes.
+        InputError: the recipe, the data, the model folder or output_dir is wrong; or what is to be resumed; or this is one of
+            several processes that cannot train this together.
         Interrupted: by SIGINT or SIGTERM; between two steps, and with a checkpoint, where training had begun.
         TrainingFailed: losses or gradients are not finite, the loss has diverged, or an adapter does not move.
     """
-    launched.refuse_several("qlora train RECIPE")
-    run = RunDir(recipe.output_dir)
-    with _saying_how_to_go_on(run), launched.alone():
+    run, launched_as = RunDir(recipe.output_dir), launched.to_train()
+    if launched_as is not None:
+        processes.refuse_unsupported(recipe, launched_as.count)
+        if launched_as.rank > 0:
+            with unheard(), processes.started(launched_as) as all_of_them, launched.alone():
+                return _help(recipe, all_of_them)
+    with processes.started(launched_as) as all_of_them, _saying_how_to_go_on(run), launched.alone():
         if resume:
             with resumed_run.resumed(recipe, allow_change) as resumed:
-                return run if resumed is None else _train(recipe, resumed)
+                if resumed is None:
+                    all_of_them.from_first(None)
+                    return run
+                return _train(recipe, resumed, all_of_them)
         if allow_change:
             raise InputError("--allow-change is for --resume")
         run.refuse_used()
-        return _train(recipe, None)
+        return _train(recipe, None, all_of_them)
 
 
-def _train(recipe, resumed):
+def _help(recipe, all_of_them):
+    """Compute a share of each step of a training that the first process prepares, writes and tells of."""
+    beginning = all_of_them.from_first()
+    if beginning is None:  # there is nothing to do
+        return RunDir(recipe.output_dir)
+    resumed, planned = beginning
+    recipe = recipe if resumed is None else resumed.as_begun(recipe)
+    prepared = prepare(recipe)
+    fingerprint, asked = resumed_run.of_recipe(prepared.recipe, prepared), samples.questions(prepared)
+    with tempfile.TemporaryDirectory() as folder:
+        _train_prepared(prepared, resumed, planned, RunDir(folder), fingerprint, asked, all_of_them)
+    return RunDir(recipe.output_dir)
+
+
+def _train(recipe, resumed, all_of_them):
     """Train from the beginning, or go on with a Resumed run."""
     trackers.refuse_missing(recipe.training.report_to)
     say_device()
@@ -81,47 +104,77 @@ def _train(recipe, resumed):
     say_seen(recipe, prepared.batches)
 
     with RunDir.create(recipe) if resumed is None else contextlib.nullcontext(resumed.run) as run:
-        opened = model_to_train.open_trainable(prepared, fingerprint, resumed, planned.tokens_per_micro_batch)
-        if resumed is not None:
-            say_resumed(resumed, opened.environment)
-        say_model(prepared, opened)
-        # a signal is noted until adapter/ is there: what training has made is never thrown away
-        with kernels.installed(opened.model, recipe.kernels) as installed, signals.noted() as stop:
-            model_to_train.refuse_unjoinable(recipe, opened.model, installed)
-            say_kernels(installed, opened.model.device)
-            say_micro_batches(recipe, planned, installed)
-            with _told(run, prepared, opened, resumed):
-                result = training.train(
-                    opened.model,
-                    prepared.tokenizer,
-                    training.Rows(prepared.batches, prepared.eval_examples),
-                    training.Settings(
-                        recipe.training,
-                        planned.checkpointed_layers,
-                        planned.offload,
-                        recipe.memory.gradient_checkpointing != "auto",
-                        planned.predicted_bytes,
-                        planned.limit_bytes,
-                        planned.tokens_per_micro_batch,
-                        installed=installed,
-                        objective=chosen_task.objective_of(prepared, opened.model),
-                        predicted_components=planned.components,
-                        samples=samples.asked_of(opened.model, prepared.tokenizer, asked),
-                    ),
-                    run,
-                    training.Saving(
-                        to=Checkpoints(run.checkpoints, opened.environment["id"]),
-                        every=recipe.training.save_steps,
-                        limit=recipe.training.save_total_limit,
-                        fingerprint=opened.fingerprint,
-                        resume=resumed and resumed.checkpoint,
-                        stop=stop,
-                    ),
-                )
-                emit(record.Trained(result.steps, result.numbers()))
-            model_to_train.save_adapter(run, prepared, opened)
+        all_of_them.from_first((resumed, planned))
+        result = _train_prepared(prepared, resumed, planned, run, fingerprint, asked, all_of_them)
     say_trained(result, planned, run)
     return run
+
+
+def _train_prepared(prepared, resumed, planned, run, fingerprint, asked, all_of_them):
+    """Train what is prepared and planned; return a training.Result. In each process; only the `run` of the first is kept."""
+    recipe = prepared.recipe
+    opened = model_to_train.open_trainable(prepared, fingerprint, resumed, planned.tokens_per_micro_batch)
+    all_of_them.refuse_differing(opened.fingerprint)
+    _say_processes(all_of_them, resumed, opened)
+    if resumed is not None:
+        say_resumed(resumed, opened.environment)
+    say_model(prepared, opened)
+    # a signal is noted until adapter/ is there: what training has made is never thrown away
+    with (
+        model_to_train.kernels_of(prepared, opened.model) as installed,
+        signals.noted() as stop,
+        all_of_them.ended_together(),
+    ):
+        model_to_train.refuse_unjoinable(recipe, opened.model, installed)
+        say_kernels(installed, opened.model.device)
+        say_micro_batches(recipe, planned, installed)
+        checkpoints = Checkpoints if all_of_them.is_first else processes.WrittenByFirst
+        with _told(run, prepared, opened, resumed) if all_of_them.is_first else contextlib.nullcontext():
+            result = training.train(
+                opened.model,
+                prepared.tokenizer,
+                training.Rows(prepared.batches, prepared.eval_examples),
+                training.Settings(
+                    recipe.training,
+                    planned.checkpointed_layers,
+                    planned.offload,
+                    recipe.memory.gradient_checkpointing != "auto",
+                    planned.predicted_bytes,
+                    planned.limit_bytes,
+                    planned.tokens_per_micro_batch,
+                    installed=installed,
+                    objective=chosen_task.objective_of(prepared, opened.model, installed, planned),
+                    predicted_components=planned.components,
+                    samples=samples.asked_of(opened.model, prepared.tokenizer, asked),
+                    processes=all_of_them,
+                ),
+                run,
+                training.Saving(
+                    to=checkpoints(RunDir(recipe.output_dir).checkpoints, opened.environment["id"]),
+                    every=recipe.training.save_steps,
+                    limit=recipe.training.save_total_limit,
+                    fingerprint=opened.fingerprint,
+                    resume=resumed and resumed.checkpoint,
+                    stop=stop if all_of_them.count == 1 else processes.AgreedStop(stop, all_of_them),
+                ),
+            )
+            emit(record.Trained(result.steps, result.numbers()))
+        if all_of_them.is_first:
+            model_to_train.save_adapter(run, prepared, opened)
+    return result
+
+
+def _say_processes(all_of_them, resumed, opened):
+    """Say how many processes train, and whether a resumed run had others; keep it in environment.json."""
+    opened.environment["id"] = all_of_them.from_first(opened.environment["id"])
+    now, then = all_of_them.count, 1 if resumed is None else resumed.environment.get("processes", 1)
+    if now > 1:
+        opened.environment["processes"] = now
+        note(
+            f"processes {now}, which share the micro-batches of each step; the rows of a step are those of one process"
+        )
+    if resumed is not None and now != then:
+        note(f"processes {now}, the run had {then} until now: the same steps, whose losses differ by rounding")
 
 
 @contextlib.contextmanager

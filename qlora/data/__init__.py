@@ -7,18 +7,20 @@ import random
 import numpy as np
 
 from ..system.errors import InputError
-from . import image, labels, tokenized
+from . import image, labels, preference, tokenized
 from .encoder import Settings
 from .labelled import TEXT, Labelled, LabelledText, Pad
 from .labelled_images import KeptImage, LabelledImage, LabelledImages, Pixels, image_sizes
 from .masked_examples import IGNORE_INDEX, Example
 from .packing import Batches, Packed, Packs, best_fit, pack
+from .preference import Answers, Pair, Preferences
 from .rows import Rows, copies, hold_out, weighted
 from .supervised import Supervised
 
 __all__ = [
     "IGNORE_INDEX",
     "TEXT",
+    "Answers",
     "Batches",
     "Example",
     "KeptImage",
@@ -29,7 +31,9 @@ __all__ = [
     "Packed",
     "Packs",
     "Pad",
+    "Pair",
     "Pixels",
+    "Preferences",
     "Rows",
     "Supervised",
     "best_fit",
@@ -41,9 +45,12 @@ __all__ = [
     "labels",
     "load",
     "pack",
+    "preference",
     "report",
     "weighted",
 ]
+
+_BARS = 10  # of the histogram of lengths
 
 
 def load(source_list, tokenizer, section, seed, encoder=Supervised):
@@ -97,8 +104,8 @@ def _picks(files, max_rows, seed):
 
 
 def conversations(rows):
-    """Return the Conversations that the examples of `rows` come from (of another Encoder: what it reads), one a row of a
-    file, read from the files again.
+    """Return the Conversations that the examples of `rows` come from (of pairs those of the chosen answers, of another Encoder
+    what it reads), one a row of a file, read from the files again.
 
     Raises:
         InputError: a file is not what it was.
@@ -142,8 +149,16 @@ def report(rows, parts, stops, batches, batches_per_step):
             "p50": int(lengths[len(lengths) // 2]),
             "p95": int(lengths[int(len(lengths) * 0.95)]),
             "max": int(lengths[-1]),
+            "histogram": _histogram(lengths),
         },
         **words,
         "packing_efficiency": batches.efficiency if isinstance(batches, Packs) else None,
         "steps_per_epoch": -(-len(batches) // batches_per_step),
     }
+
+
+def _histogram(lengths):
+    """Return [[from, to, rows], ...]: how many of `lengths`, an array, lie in each of 10 equal ranges up to the longest."""
+    step = -(-int(lengths.max()) // _BARS)
+    counts = np.bincount(np.minimum((lengths - 1) // step, _BARS - 1), minlength=_BARS).tolist()
+    return [[index * step + 1, (index + 1) * step, count] for index, count in enumerate(counts)]

@@ -45,6 +45,19 @@ class Rows(Sequence):
         return int(part.lengths[self._index_in[self.part_of == self.parts.index(part)]].sum())
 
     @property
+    def are_pairs(self):
+        return bool(self.parts) and "split" in self.parts[0].encoder.NUMBERS
+
+    @property
+    def longest(self):
+        """Tokens of the longest sequence of each Example, as an array: of a pair, the longer one."""
+        lengths = self.lengths
+        if not self.are_pairs:
+            return lengths
+        split = self.numbers("split")
+        return np.maximum(split, lengths - split)
+
+    @property
     def largest_token(self):
         return max((part.summary["largest_token"] for part in self.parts), default=0)
 

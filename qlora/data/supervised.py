@@ -43,11 +43,7 @@ class Supervised:
         """Return (format name, Conversation) of a row; raises ValueError for what is wrong with it."""
         settings = self.settings
         name, conversation = columns.read(value, settings.columns, settings.format, settings.ignore_keys)
-        if settings.thoughts == "drop":
-            messages = words.without_thoughts(conversation.messages)
-            dropped = messages != conversation.messages
-            conversation = dataclasses.replace(conversation, messages=messages, dropped_thoughts=dropped)
-        return name, conversation
+        return name, without_thoughts(conversation) if settings.thoughts == "drop" else conversation
 
     def encode(self, value):
         tokenizer, settings, masks = self.tokenizer, self.settings, self.settings.thoughts == "mask"
@@ -78,3 +74,10 @@ class Supervised:
     def restored(self, arrays, numbers):
         ids, trained = arrays
         return Example(ids.tolist(), np.where(trained, ids, IGNORE_INDEX).tolist())
+
+
+def without_thoughts(conversation):
+    """Return the conversation without the thoughts of its answers."""
+    messages = words.without_thoughts(conversation.messages)
+    dropped = messages != conversation.messages
+    return dataclasses.replace(conversation, messages=messages, dropped_thoughts=dropped)

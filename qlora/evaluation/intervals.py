@@ -17,6 +17,7 @@ import numpy as np
 
 RESAMPLES = 2000
 OF_LOSS = ("loss", "perplexity", "bits_per_byte")  # lower is better
+MARGIN = "preference_margin"  # nats
 _AT_ONCE = 2**22  # counts in memory: 32 MiB
 _Z = 1.959963984540054  # of 95 %, two-sided
 
@@ -76,9 +77,9 @@ def with_interval(value, low, high):
 
 
 def is_share(name) -> bool:
-    """True if the metric `name` is a share of 1, shown in percent: all are but losses, and lm-eval's TASK.METRIC, which are of
-    all kinds."""
-    return name not in (*OF_LOSS, "forgetting") and "." not in name
+    """True if the metric `name` is a share of 1, shown in percent: all are but losses and margins, and lm-eval's TASK.METRIC,
+    which are of all kinds."""
+    return name not in (*OF_LOSS, MARGIN, "forgetting") and "." not in name
 
 
 def in_words(metric, digits=1):

@@ -16,10 +16,10 @@ import safetensors
 from ..recipe.methods import pattern_of
 from ..runs import record
 from ..system import bounded, files
+from ..system.adapter_files import CONFIG, WEIGHTS
 from ..system.errors import InputError
 from ..system.events import emit, note
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _TRAINED = "weights/base_model.model."  # of a checkpoint's tensors
 _LARGEST = 2**32  # bytes that are read at once
 _DTYPES = {"F32": np.float32, "F16": np.float16, "F64": np.float64}

@@ -23,6 +23,7 @@ _ENCODERS = {
     "text-classification": data.LabelledText,
     "image-classification": data.LabelledImages,
 }
+_ENCODERS_OF_OBJECTIVES = {"dpo": data.Preferences, "orpo": data.Preferences}
 
 
 def task_of(recipe) -> base_model.Task:
@@ -30,9 +31,14 @@ def task_of(recipe) -> base_model.Task:
     return base_model.Task(recipe.task, tuple(recipe.data.labels or ()), recipe.training.seed)
 
 
-def encoder_of(task):
-    """Return what makes examples of rows for a task of this name, see data.encoder."""
-    return _ENCODERS[task]
+def encoder_of(task, objective=None):
+    """Return what makes examples of rows for a task of this name and the recipe's section of an objective, see data.encoder."""
+    return _ENCODERS[task] if objective is None else _ENCODERS_OF_OBJECTIVES[objective.key]
+
+
+def as_supervised(rows, objective):
+    """Return `rows` where one sequence of ids each is wanted: of pairs, the chosen answers."""
+    return rows if objective is None else data.Answers(rows)
 
 
 def settle_labels(recipe, checkpoint):
@@ -64,8 +70,17 @@ def proof_of(task):
     return class_proof if task.HAS_CLASSES else proof
 
 
-def objective_of(prepared, model):
-    """Return the objective of Prepared data for a model to train; None for that of words, which training makes itself."""
+def objective_of(prepared, model, installed, planned):
+    """Return the objective of Prepared data for a model to train; None for the supervised one, which training makes itself.
+
+    installed: kernels.Installed. planned: planned_training.Planned.
+    """
+    section = prepared.recipe.objective
+    if section is not None:
+        from ..training.objectives.preference import Preference
+
+        tokens = planned.tokens_per_micro_batch if installed.joined else None
+        return Preference(section, prepared.tokenizer.pad_token_id, installed.joined, installed.loss, tokens)
     if not prepared.checkpoint.task.file.HAS_CLASSES:
         return None
     from ..training.objectives.classification import Classification  # with trl, which `data` and `plan` do without

@@ -17,7 +17,6 @@ def held_out_rows(subject, data_file=None):
         InputError: there are none, or some of those that the run has held out are no longer in their file.
     """
     recipe, tokenizer, task = subject.recipe, subject.tokenizer, base_model.task_of(subject.model)
-    encoder = encoder_of(task.NAME)
     if data_file is not None:
         settings = recipe.data.model_dump() if recipe else {"max_length": 2**30}
         if task.HAS_CLASSES:  # a text that is cut has a class still
@@ -25,6 +24,7 @@ def held_out_rows(subject, data_file=None):
         else:
             settings["overlong"] = "error"
         section = Data.of_file(data_file, settings)
+        encoder = data.Preferences if not task.HAS_CLASSES and _are_pairs(section) else encoder_of(task.NAME)
         return data.Rows(data.load(section.train, tokenizer, section, seed=0, encoder=encoder))
     if recipe is None or not (recipe.data.eval or recipe.data.eval_fraction):
         raise InputError("no held-out rows: the recipe has neither data.eval nor data.eval_fraction; give --data FILE")
@@ -33,6 +33,7 @@ def held_out_rows(subject, data_file=None):
     recorded = run.environment().get("held_out")
     if not recorded:
         raise InputError(f"{run.environment_file}: does not say which rows were held out; give --data FILE")
+    encoder = encoder_of(task.NAME, recipe.objective)
     rows = data.Rows(data.load(sources, tokenizer, section, recipe.seed_of_rows, encoder))
     keys, found = np.array([int(key, 16) for key in recorded], np.uint64), rows.keys
     missing = int((~np.isin(keys, found)).sum())
@@ -43,6 +44,15 @@ def held_out_rows(subject, data_file=None):
             "on other rows. Restore the file, or evaluate on other rows with --data FILE"
         )
     return rows[np.isin(found, keys)]
+
+
+def _are_pairs(section):
+    """Return whether the rows of a file, in the recipe's section data, are preference pairs: by their columns, or the first."""
+    if section.columns is not None:
+        return {data.preference.CHOSEN, data.preference.REJECTED} <= section.columns.keys()
+    files = data.Preferences.open_source(section.train[0])
+    first = next((row.value for file in files for row in file.rows() if row.problem is None), None)
+    return data.preference.is_pair(first, section.ignore_keys or ())
 
 
 def held_out_rows_name(max_rows):

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import shlex
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ _PER_ROW = 2  # trained tokens: a word and the end
 _WORSE = 0.02  # nats of held-out loss above the lowest, as in verdicts
 _KNOWN = 0.05  # nats: there is nothing left to learn
 _SKIPPED = 3
+_APART, _GAP, _SHARE = 6, 0.5, 0.2  # spreads, nats, and share of the steps of two kinds of losses
+_ELSEWHERE = 1.0  # nats that held-out rows lie above training rows, before any was seen twice
 _COLLAPSED, _HIGH = 0.05, 0.5  # of the first gradient norm; nats: where a loss is low, gradients are too
 
 
@@ -85,7 +88,7 @@ def of(lines, facts: Facts) -> list[Finding]:
     if nothing:
         return nothing
     found = _too_high(steps, skipped, facts) or _does_not_fall(steps, facts)
-    found += _masked(steps, facts, found)
+    found += _masked(steps, facts, found) + _two_kinds(steps, facts) + _held_out_elsewhere(steps, lines, facts)
     return found + _overfits(steps, lines, facts) or _stopped(lines)
 
 
@@ -201,6 +204,49 @@ def _masked(steps, facts, found):
     words = f"{facts.trained:,} of {facts.tokens:,} tokens are trained on ({share:.2%}), {per_row:.1f} a row"
     change = f"data.train_on, or data.chat_template; see which are trained with  qlora data {shlex.quote(facts.recipe)}"
     return [Finding("nearly all labels are masked", words, change)]
+
+
+def _two_kinds(steps, facts):
+    """Losses that jump to and fro between two levels in the second half of the training, with nothing between."""
+    losses = [step.loss for step in steps[len(steps) // 2 :]]
+    fewest = max(_FEWEST // 2, int(_SHARE * len(losses)))
+    if len(losses) < 2 * _FEWEST:
+        return []
+    ordered = sorted(losses)
+    cut = max(range(fewest, len(losses) - fewest + 1), key=lambda at: ordered[at] - ordered[at - 1])
+    low, high = ordered[:cut], ordered[cut:]
+    apart = fmean(high) - fmean(low)
+    jumps = sum((one < high[0]) != (other < high[0]) for one, other in itertools.pairwise(losses))
+    # a loss that fell once, or in a few stretches, is of one kind of rows
+    if apart < max(_GAP, _APART * max(stdev(low), stdev(high))) or jumps < min(len(low), len(high)):
+        return []
+    words = (
+        f"the losses of the last {len(losses)} logged steps jump between two levels, {fmean(low):.2f} ({len(low)} steps) and "
+        f"{fmean(high):.2f} ({len(high)} steps), with nothing between"
+    )
+    look = f"data.train: look at both kinds with  qlora data {shlex.quote(facts.recipe)}; weight them, or take more rows a step"
+    return [Finding("the rows are of two kinds", words, look)]
+
+
+def _held_out_elsewhere(steps, lines, facts):
+    """Held-out rows that are far from the training rows before overfitting can be why."""
+    first = next((line for line in lines if isinstance(line, record.Evaluation)), None)
+    if first is None or first.epoch > 1 or not _finite(first.eval_loss):
+        return []
+    before = [step.loss for step in steps if step.step <= first.step][-_many(steps) :]
+    if len(before) < 3 or first.eval_loss - fmean(before) < max(_ELSEWHERE, _APART * stdev(before)):
+        return []
+    words = (
+        f"at step {first.step:,}, when no row had been seen twice, the held-out loss was {first.eval_loss:.2f} and that of the "
+        f"last {len(before)} training steps {fmean(before):.2f}"
+    )
+    return [
+        Finding(
+            "held-out rows are of another kind than training rows",
+            words,
+            "data.eval, or data.eval_fraction in its place",
+        )
+    ]
 
 
 def _overfits(steps, lines, facts):

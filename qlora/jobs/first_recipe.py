@@ -37,6 +37,7 @@ _CANDIDATES = {
     "small": [(_NF4, 4, "a quarter of the usual 16")],
 }
 _LONGEST = 2**17  # where a model sets no limit
+_SMALL = 1024  # hidden width of the models of about 0.6B and less
 _MAY_DROP = 0.05  # share of the rows that may be too long for the card
 _RANK_FLOOR = (8, "more does not fit")
 
@@ -193,12 +194,24 @@ def _training(prepared, task):
         lines += _of_classes(prepared.report["classes"])
     else:
         lines.append(Line("training.gradient_accumulation_steps", batch, "rows a step; short ones are joined"))
-    lines.append(Line("training.learning_rate", 2e-4, "LoRA's usual start; compare others with qlora compare"))
+    lines.append(_rate(prepared.config.get_text_config(), prepared.recipe.objective))
     steps = max(1, round(rows * (1 - held) / batch) * epochs)
     return [
         *lines,
         Line("training.eval_steps", max(1, steps // 5), f"of about {steps:,} steps: five looks at held-out rows"),
     ]
+
+
+def _rate(config, objective=None):
+    """Return the line on the learning rate, of an objective its own; docs/comparison.md has what small models do with it."""
+    if objective is not None:
+        why = f"{objective.key}'s usual start; compare others with qlora compare"
+        return Line("training.learning_rate", objective.learning_rate, why)
+    if getattr(config, "hidden_size", _SMALL + 1) <= _SMALL:
+        return Line(
+            "training.learning_rate", 5e-4, "a small model: 2e-4, the usual start, is slow; compare with qlora compare"
+        )
+    return Line("training.learning_rate", 2e-4, "LoRA's usual start; compare others with qlora compare")
 
 
 def _of_classes(classes):

@@ -22,20 +22,25 @@ class JoinedSteps:
     num_steps: int
 
 
-def joined_steps(lengths, num_trained, rows, tokens=None) -> list[JoinedSteps]:
+def joined_steps(lengths, num_trained, rows, tokens=None, sequences=None) -> list[JoinedSteps]:
     """Return what the data can be joined into, the smallest micro-batches first: from the longest row up to a whole step.
 
     lengths, num_trained: of each row, in tokens. rows: of a step. tokens: of these micro-batches alone, unless a row is longer.
+    sequences: where rows are pairs, the length of the longer sequence of each.
     """
     lengths, num_trained = (np.asarray(numbers, np.int64) for numbers in (lengths, num_trained))
+    documents = lengths if sequences is None else np.concatenate([sequences, lengths - sequences])
     longest, whole = int(lengths.max()), int(np.sort(lengths)[::-1][:rows].sum())
     sizes = {longest, *(2**power for power in range(30) if max(longest, _SMALLEST) <= 2**power < whole), whole}
     if tokens is not None and tokens >= longest:
         sizes = {min(tokens, whole)}
-    num_steps, mean, found = -(-len(lengths) // rows), attended(lengths), []
+    num_steps, mean, found = -(-len(lengths) // rows), attended(documents), []
     for size in sorted(sizes):
         scored = _most_trained(lengths, num_trained, rows, size)
-        load = planner.Load(1, size, scored, joined=True, document=longest, attended=mean, alone=size == whole)
+        load = planner.Load(
+            1, size, scored, joined=True, document=int(documents.max()), attended=mean, alone=size == whole,
+            pairs=sequences is not None,
+        )  # fmt: skip
         num_micro_batches = round(num_steps * _micro_batches_a_step(lengths, rows, size))
         found.append(JoinedSteps(load, max(num_steps, num_micro_batches), num_steps))
     return found

@@ -6,7 +6,7 @@ import shutil
 from dataclasses import dataclass
 from typing import Any
 
-from .. import base_model, methods
+from .. import base_model, kernels, methods
 from ..exporter import REPORT, merge
 from ..kernels import attention
 from ..runs.environment import environment
@@ -16,7 +16,7 @@ from ..system.errors import InputError
 from ..system.events import progress
 from ..system.storage import new_folder, write_json
 from . import resumed_run, started_from
-from .chosen_task import proof_of
+from .chosen_task import as_supervised, proof_of
 from .prepared_data import refuse_pointless
 
 
@@ -41,7 +41,7 @@ def refuse_untrainable(prepared):
     refuse_pointless(prepared.report)
     _refuse_what_quantizing_undoes(recipe.quantization, checkpoint.folder)
     if recipe.data.packing:
-        attention.refuse_unsupported(prepared.config)
+        attention.refuse_unsupported(prepared.config, recipe.data.max_length)
     merge.plan(checkpoint, prepared.config, base_model.dtype_of(recipe.export.dtype), recipe.model.trust_remote_code)
 
 
@@ -88,7 +88,7 @@ def open_trainable(prepared, fingerprint, resumed=None, tokens=None) -> ModelToT
             recipe.training.seed,
             checkpoint.new_tokens.values(),
             checkpoint,
-            prepared.examples,
+            as_supervised(prepared.examples, recipe.objective),
             started_from.folder_of(recipe.model),
         )
     trainable, total = base_model.num_parameters(model)
@@ -133,9 +133,8 @@ def _write(run, prepared, trainable, resumed):
         resumed.begin(prepared.recipe)
     run.ended_file.unlink(missing_ok=True)
     held_out, proof = prepared.eval_examples, proof_of(prepared.checkpoint.task.file)
-    rows = proof.proof_rows(
-        held_out if len(held_out) else prepared.examples, getattr(prepared.config.get_text_config(), "vocab_size", None)
-    )
+    rows = as_supervised(held_out if len(held_out) else prepared.examples, prepared.recipe.objective)
+    rows = proof.proof_rows(rows, getattr(prepared.config.get_text_config(), "vocab_size", None))
     write_json(run.data_report_file, prepared.report)
     write_json(run.proof_rows_file, proof.to_json(rows, "held-out rows" if len(held_out) else "training rows"))
     write_json(run.environment_file, trainable.environment)
@@ -153,6 +152,11 @@ def save_adapter(run, prepared, trainable):
                 checkpoint.folder / base_model.image_processor.FILE, folder / base_model.image_processor.FILE
             )
         methods.seal(folder, trainable.environment["base_model"]["sha256"])
+
+
+def kernels_of(prepared, model):
+    """Return the block in which a model is trained on Prepared data: kernels.installed."""
+    return kernels.installed(model, kernels.setting_of(prepared.recipe, prepared.config))
 
 
 def refuse_unjoinable(recipe, model, installed):

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .. import base_model, data, planner
+from .. import base_model, data, kernels, planner
 from ..data import Batches, Packs
 from ..kernels import attention
 from ..recipe import parse_size
@@ -124,8 +124,10 @@ def job_of(prepared, device_kind, budget: Budget, tokens=None):
         is_joined = isinstance(batches, Batches)
         load = _load_of_batches(batches, examples, joins) if is_joined else _load(examples, rows, joins, device_kind)
         if training.joins_steps and joins:
-            steps = joined_steps(examples.lengths, examples.num_trained, training.rows_per_step, tokens)
-        if not prepared.checkpoint.task.file.HAS_CLASSES and attention.why_not(prepared.config) is None:
+            sequences = examples.longest if examples.are_pairs else None
+            steps = joined_steps(examples.lengths, examples.num_trained, training.rows_per_step, tokens, sequences)
+        may_pack = not (prepared.checkpoint.task.file.HAS_CLASSES or examples.are_pairs)
+        if may_pack and attention.why_not(prepared.config, recipe.data.max_length) is None:
             packs = data.pack(examples, training.filled_to or recipe.data.max_length)
             numbers |= {"packed_load": _packed_load(packs, examples, 1), "packed_micro_batches": len(packs)}
     if len(held_out):
@@ -149,12 +151,14 @@ def _fastest(job, steps):
 def _load(examples, rows, joined, device_kind):
     """Return the Load of the largest micro-batch of so many of `examples`: padded to the longest, or joined."""
     longest_first = np.sort(examples.lengths)[::-1][:rows]
-    rows, longest = len(longest_first), int(longest_first[0])
+    rows, longest = len(longest_first), int(examples.longest.max())
     length = -(-int(longest_first.sum()) // rows) if joined else longest
-    scored = min(int(np.sort(examples.num_trained)[::-1][:rows].sum()), rows * length)
+    trained = int(np.sort(examples.num_trained)[::-1][:rows].sum())
+    rows *= 2 if examples.are_pairs and not joined else 1  # sequences
+    scored = min(trained, rows * length)
     if device_kind == "cpu" and not joined:
         scored = rows * length  # every column that one of the rows trains has logits of all rows
-    return planner.Load(rows, length, scored, joined=joined, document=longest)
+    return planner.Load(rows, length, scored, joined=joined, document=longest, pairs=examples.are_pairs)
 
 
 def _load_of_batches(batches, examples, joined):
@@ -188,23 +192,27 @@ def without_data(recipe, device_kind, budget: Budget, on):
     rows = training.filled_to // length if training.filled_to else training.per_device_train_batch_size
     remade = _outlines(recipe, config, len(checkpoint.new_tokens), device_kind)
     packed = recipe.data.packing
-    load = planner.Load(rows, length, rows * length, packed, packed or remade().joins)
+    pairs = recipe.objective is not None
+    rows *= 2 if pairs else 1
+    load = planner.Load(rows, length, rows * length, packed, packed or remade().joins, pairs=pairs)
     job = with_outline(recipe, remade, load=load, budget_bytes=budget.num_bytes, card=budget.card)
     if not training.joins_steps or packed or not remade().joins:
         return job
     lengths = np.full(training.rows_per_step, length)
-    return _fastest(job, joined_steps(lengths, lengths, training.rows_per_step))
+    whole = 2 * lengths if pairs else lengths
+    return _fastest(job, joined_steps(whole, whole, training.rows_per_step, sequences=lengths if pairs else None))
 
 
 def _outlines(recipe, config, num_new_tokens, device_kind):
     """Return remade(lora, num_new_tokens, packed) -> Outline, each made once."""
     made = {}
+    setting = kernels.setting_of(recipe, config)
 
     def remade(lora=recipe.method, num_new_tokens=num_new_tokens, packed=recipe.data.packing):
         key = (repr(lora), num_new_tokens, packed and device_kind == "cpu")  # on a GPU packing allocates the same
         if key not in made:
             made[key] = planner.outline(
-                config, recipe.model, recipe.quantization, lora, num_new_tokens, device_kind, packed, recipe.kernels
+                config, recipe.model, recipe.quantization, lora, num_new_tokens, device_kind, packed, setting
             )
         return made[key]
 

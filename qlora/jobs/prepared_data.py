@@ -54,7 +54,7 @@ def prepare(recipe: Recipe, weights=True, on=None) -> Prepared:
     if not checkpoint.task.file.HAS_TOKENS:
         base_model.image_processor.refuse_other_shape(tokenizer, config, checkpoint.folder)
 
-    seed, encoder = recipe.seed_of_rows, encoder_of(recipe.task)
+    seed, encoder = recipe.seed_of_rows, encoder_of(recipe.task, recipe.objective)
     parts = data.load(recipe.data.train, tokenizer, recipe.data, seed, encoder)
     eval_parts = data.load(recipe.data.eval or [], tokenizer, recipe.data, seed, encoder)
     rows = data.Rows(parts)
@@ -81,6 +81,8 @@ def prepare(recipe: Recipe, weights=True, on=None) -> Prepared:
     report["ignored_nothing"] = _ignored_nothing(recipe.data.ignore_keys, report)
     report["not_read"] = sorted({path for source in named for path in encoder.not_read(source)})
     report |= {"eval_rows": len(held_out), **data.copies(once, held_out)}
+    if recipe.objective is not None:
+        report |= data.preference.describe(examples, held_out, parts)
     if has_classes:
         report |= data.labels.balance(examples, held_out, recipe.data.labels)
         class_weights_of(recipe.data, examples)  # what is wrong with them is said before a weight is read

@@ -37,7 +37,7 @@ def gather(targets) -> dict[str, Any]:
     best_first = runs if compared is None else _best_first(runs, compared)
     chosen = best_first[:_WHOLE]
     num_runs, runs = len(runs), runs if len(runs) <= _RUNS else best_first[:_RUNS]
-    most = {1: (400, 200), 2: (300, 100)}.get(len(chosen), (200, 40))
+    most = {1: (400, 200, (6, 8), 20), 2: (300, 100, (4, 6), 10)}.get(len(chosen), (200, 40, (2, 4), 5))
     if exports and len(runs) > 1:
         raise InputError(f"{exports[0]}: an export is named beside the one run that it is of")
     found = {
@@ -51,6 +51,7 @@ def gather(targets) -> dict[str, Any]:
         "curves": _curves(runs, compared) if len(runs) > 1 else [],
         "names": [run.path.name for run in runs],
         "differences": differences.between(*runs) if 1 < len(runs) <= _COLUMNS else {},
+        "differences_command": command("compare", *(run.path for run in runs)) if len(runs) == 2 else None,
     }
     return _plain(found)
 

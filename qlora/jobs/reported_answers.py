@@ -80,7 +80,7 @@ def _shown(row, number, became):
     sides = [row.get(name) or {} for name in ("before", "after")]
     return {
         "number": number,
-        "asked": _asked(row),
+        "asked": asked(row),
         "before": None if "answer" not in sides[0] else cut(sides[0]["answer"]),
         "after": None if "answer" not in sides[1] else cut(sides[1]["answer"]),
         "expected": None if "expected" not in row else cut(row["expected"]),
@@ -89,7 +89,7 @@ def _shown(row, number, became):
     }
 
 
-def _asked(row):
+def asked(row):
     """Return [[who or what, text], ...] of what a row asks."""
     if "prompt" in row:
         messages = row["prompt"]

@@ -17,21 +17,22 @@ from ..exporter import REPORT
 from ..runs import record
 from ..runs.folder import RunDir
 from ..system import files
+from ..system.adapter_files import MANIFEST
 from ..system.errors import InputError
-from . import findings, verdicts
+from . import findings, reported_samples, reported_use, verdicts
 from .adapter_norms import norms
 from .reported_answers import answers, cut
 
-MANIFEST = "manifest.json"
 _FOLDERS = 1000  # beside a run, that may hold an export of it
 _EVENTS, _SOURCES, _REASONS, _CLASSES, _SAMPLES, _SAMPLE_TOKENS = 50, 50, 20, 30, 3, 600
 _OF_EXPORT = ("verified", "verify", "base", "dtype", "bytes", "seconds", "gguf", "live_model", "rows", "why")
 
 
-def facts(run: RunDir, exports=(), most_points=400, most_rows=200) -> dict[str, Any]:
+def facts(run: RunDir, exports, most_points, most_rows, most_samples, most_votes) -> dict[str, Any]:
     """Return what is known of a run, finished or not.
 
-    exports: folders that are said to hold its export; those beside it are found. most_points: of a curve; most_rows: of answers.
+    exports: folders that are said to hold its export; those beside it are found. most_points: of a curve; most_rows: of answers;
+    most_samples: (questions, steps) of the samples; most_votes: the last ones.
 
     Raises:
         InputError: no run, or a file of it is damaged; names the file.
@@ -51,6 +52,8 @@ def facts(run: RunDir, exports=(), most_points=400, most_rows=200) -> dict[str, 
         "base": recipe.model.name_or_path,
         "state": _state(run, recipe, lines, data),
         "curves": curves(lines, most_points),
+        "best": reported_samples.best(lines),
+        "samples": _samples(run, lines, *most_samples),
         "events": _events(lines),
         "speed": _speed(lines, environment),
         "memory": _memory(run),
@@ -58,11 +61,18 @@ def facts(run: RunDir, exports=(), most_points=400, most_rows=200) -> dict[str, 
         "scores": _scores_shown(run, name, scores),
         "other_scores": _other_scores(run, name),
         "answers": _answers(run, name, scores, most_rows),
+        "votes": reported_use.votes(run, _made_of(run), command("chat", run.path, "--web"), most_votes),
         "norms": norms(run.adapter)
         if run.adapter.is_dir()
         else {"missing": "nothing is saved before the training ends"},
         "exports": _exports(run, exports),
+        "served": reported_use.served(run, command("compare", run.path, "--served")),
         "recipe": run.recipe_file.read_text(encoding="utf-8"),
+        "commands": {
+            "train": command("train", run.recipe_file, "output_dir=ANOTHER_FOLDER"),
+            "plan": command("plan", run.recipe_file),
+            "norms": command("report", run.path, "--json"),
+        },
         "environment": _environment(environment),
     }
     found["findings"] = [vars(one) for one in findings.of_run(run)]
@@ -125,6 +135,13 @@ def thinned(points, most):
 
 def _y(point):
     return point[1]
+
+
+def _samples(run, lines, *most):
+    try:
+        return reported_samples.samples(lines, *most)
+    except (LookupError, TypeError, AttributeError) as error:
+        raise InputError(f"{run.metrics_file}: a sample: {error!r}; the run folder is damaged") from None
 
 
 def _events(lines):
@@ -314,8 +331,7 @@ def _exports(run, named):
 
     An export knows the hashes of what it was made of. An older one does not, and counts where it is named.
     """
-    manifest = run.adapter / MANIFEST
-    hashes = {} if not manifest.is_file() else _weights(files.read_object(manifest).get("files") or {})
+    hashes = _made_of(run)
     beside = itertools.islice(run.path.parent.glob(f"*/{REPORT}"), _FOLDERS)
     places = dict.fromkeys([*(Path(one) / REPORT for one in named), *beside])
     found = []
@@ -324,17 +340,25 @@ def _exports(run, named):
         made_of = report.get("adapter_sha256")
         is_named = any(place.parent.samefile(one) for one in named)
         if (hashes and made_of == hashes) or (is_named and made_of is None):
-            found.append(_export(place, report))
+            found.append(_export(run, place, report))
         elif is_named:
             raise InputError(f"{place.parent} was not exported from {run.path}: it was made of other weights")
     return found
 
 
-def _weights(entries):
+def _made_of(run):
+    """Return {file: sha256} of the weights that the run has now; of an unfinished one nothing."""
+    entries = (_object(run.adapter / MANIFEST) or {}).get("files") or {}
     return {name: entry["sha256"] for name, entry in entries.items() if name.endswith(".safetensors")}
 
 
-def _export(place, report):
+def _export_command(run, report):
+    words = ["export", run.path, "--out", "ANOTHER_FOLDER"]
+    words += ["--int8"] if report.get("int8") else ["--dtype", report["dtype"]] if report.get("dtype") else []
+    return command(*words, *(["--base", report["base"]] if report.get("base") == "original" else []))
+
+
+def _export(run, place, report):
     models = {"live": "as trained, live", "merged": "exported", "beside": "exported, beside its base",
               "beside_original": "exported, beside the base in 16 bit", "base_model": "base alone"}  # fmt: skip
     try:
@@ -349,6 +373,7 @@ def _export(place, report):
         worst = sorted(modules, key=lambda one: -one["cast_loss"])[:5]
         return {
             "path": str(place.parent),
+            "command": _export_command(run, report),
             "made_of_this_run": report.get("adapter_sha256") is not None,
             **shown,
             "scores": [[said, {name: one.get(name) for name in names}] for said, one in scores],

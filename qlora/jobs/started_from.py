@@ -6,6 +6,7 @@ from pathlib import Path
 
 from .. import methods
 from ..base_model import text_generation
+from ..recipe.objectives import DROPOUTS
 from ..runs.folder import RunDir
 from ..system.errors import InputError
 from ..system.events import note
@@ -63,6 +64,8 @@ def settle(recipe, checkpoint):
         refuse_other_base(named, base, checkpoint, "model.name_or_path=FOLDER")
     ours = recipe.method
     free = {name: getattr(ours, name) for name in _FREE & ours.model_fields_set if name in type(section).model_fields}
+    if recipe.objective is not None and recipe.objective.has_reference:  # which has none
+        free |= {name: 0.0 for name in DROPOUTS if name in type(section).model_fields}
     taken = {recipe.method.key: None, section.key: section.model_copy(update=free)}
     return recipe.model_copy(update=taken)
 

@@ -28,7 +28,10 @@ def of_comparison(found) -> list[dict]:
     ended = [row for row in found["rows"] if row["status"] == "done"]
     others = sorted({row["status"] for row in found["rows"] if row["status"] != "done"})
     words = f"{len(ended)} of {len(found['rows'])} trainings" + (f"; others: {', '.join(others)}" if others else "")
-    whole = _said(NO if others else YES, words, f"{found['command']} --resume" if others else None)
+    open_ones = bool(others) and set(others) <= {"to do", "unfinished"}
+    whole = _said(
+        UNKNOWN if open_ones else NO if others else YES, words, f"{found['command']} --resume" if others else None
+    )
     return [{"question": "Which is best?", **_best(found, chosen)}, {"question": "Did all end well?", **whole}]
 
 
@@ -107,7 +110,7 @@ def _direction(name, change):
 def _afterwards(facts, scores):
     """Return in words what speaks against it: a held-out loss that had been lower, other text forgotten."""
     words, losses = "", facts["curves"].get("eval_loss", [])
-    if losses:
+    if losses and not _has_best(facts):
         step, least = min(losses, key=lambda point: point[1])
         if losses[-1][1] > least + _WORSE_BY:
             words += f". The held-out loss was lowest at step {step:,} ({least:.4f}), {losses[-1][1]:.4f} at the end: it overfits"
@@ -117,15 +120,22 @@ def _afterwards(facts, scores):
     return words
 
 
+def _has_best(facts):
+    """True if the adapter is that of the best evaluation, and not of the last step."""
+    return bool(facts["best"] and facts["best"]["loaded"])
+
+
 def _by_losses(facts, evaluate):
     for name, said in (("eval_loss", "held-out loss"), ("loss", "training loss")):
         points = facts["curves"].get(name, [])
         if len(points) > 1:
             (first, then), (last, now) = points[0], points[-1]
-            words = (
-                f"not evaluated; {said} {then:.4f} at step {first:,}, {now:.4f} at step {last:,}, without an interval"
-            )
-            return _said(UNKNOWN, words, evaluate)
+            if name == "eval_loss" and _has_best(facts):
+                last, now = facts["best"]["best_step"], facts["best"]["eval_loss"]
+            course = f"{then:.4f} at step {first:,}, {now:.4f} at step {last:,}"
+            if last == first:
+                course = f"{now:.4f} at step {last:,}, which was the best"
+            return _said(UNKNOWN, f"not evaluated; {said} {course}, without an interval", evaluate)
     return _said(UNKNOWN, "not evaluated, and no losses were logged", evaluate)
 
 

@@ -14,8 +14,31 @@ BASE, TUNED, TIE = "base", "tuned", "tie"
 SIDES = ("left", "right")
 
 
+def read(file) -> list[dict]:
+    """Return the votes in a file, in their order.
+
+    Raises:
+        InputError: the file holds something else.
+    """
+    file, found = Path(file), []
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file}: {error}; give another file with --votes") from None
+    for number, line in enumerate(lines, start=1):
+        try:
+            vote = json.loads(line)
+            _ = vote["weights"], {BASE: 0, TUNED: 0, TIE: 0}[vote["winner"]]
+        except (ValueError, LookupError, TypeError):
+            raise InputError(
+                f"{file} line {number}: not a vote; give another file with --votes, or remove the line"
+            ) from None
+        found.append(vote)
+    return found
+
+
 class Votes:
-    """The votes in a file, a JSON object a line, of one trained model. counts: {"base", "tuned", "tie": number}.
+    """The votes in a file, a JSON object a line, of one trained model. given: these votes.
 
     others: how many are in the file of other models, such as the same run before it was trained further; they do not count.
     """
@@ -27,21 +50,14 @@ class Votes:
             InputError: the file holds something else.
         """
         self.file, self._weights = Path(file), weights
-        self.counts, self.others = dict.fromkeys((BASE, TUNED, TIE), 0), 0
-        if not self.file.exists():
-            return
-        try:
-            lines = self.file.read_text(encoding="utf-8").splitlines()
-        except (OSError, ValueError) as error:
-            raise InputError(f"{self.file}: {error}; give another file with --votes") from None
-        for number, line in enumerate(lines, start=1):
-            try:
-                vote = json.loads(line)
-                self._count(vote["winner"], vote["weights"] == weights)
-            except (ValueError, LookupError, TypeError):
-                raise InputError(
-                    f"{self.file} line {number}: not a vote; give another file with --votes, or remove the line"
-                ) from None
+        found = read(file) if self.file.exists() else []
+        self.given = [vote for vote in found if vote["weights"] == weights]
+        self.others = len(found) - len(self.given)
+
+    @property
+    def counts(self):
+        """{"base", "tuned", "tie": number} of those given."""
+        return {who: sum(vote["winner"] == who for vote in self.given) for who in (BASE, TUNED, TIE)}
 
     def add(self, asked, left, answers, better):
         """Write one vote down. asked: what was asked, and how. left: BASE or TUNED, whose answer was there. answers: of both, by
@@ -65,26 +81,29 @@ class Votes:
             add_line(self.file, vote)
         except OSError as error:
             raise InputError(f"{self.file}: {error.strerror}; the vote was not kept") from None
-        self._count(winner, True)
+        self.given.append(vote)
 
-    def _count(self, winner, ours):
-        if ours:
-            self.counts[winner] += 1
-        else:
-            self.others += 1
+    def won(self):
+        """Return {"value", "low", "high", "of"}: how often the tuned model won where one did, at 95 %; None: never."""
+        counts = self.counts
+        decided = counts[BASE] + counts[TUNED]
+        if not decided:
+            return None
+        low, high = wilson(counts[TUNED], decided)
+        return {"value": counts[TUNED] / decided, "low": low, "high": high, "of": decided}
 
     def in_words(self):
-        """Return the counts, and how often the tuned model won where one did, with its interval of 95 %."""
-        total, decided = sum(self.counts.values()), self.counts[BASE] + self.counts[TUNED]
+        """Return the counts, and what `won` says."""
+        counts, won = self.counts, self.won()
+        total = sum(counts.values())
         if not total:
             return "no votes yet"
-        said = f"{total} vote{'s' * (total != 1)}: tuned {self.counts[TUNED]}, base {self.counts[BASE]}, tie {self.counts[TIE]}"
-        if not decided:
+        said = f"{total} vote{'s' * (total != 1)}: tuned {counts[TUNED]}, base {counts[BASE]}, tie {counts[TIE]}"
+        if won is None:
             return said
-        low, high = wilson(self.counts[TUNED], decided)
         return (
-            f"{said}; the tuned model won {self.counts[TUNED] / decided:.0%} of {decided} that were decided "
-            f"({low:.0%} to {high:.0%})"
+            f"{said}; the tuned model won {won['value']:.0%} of {won['of']} that were decided "
+            f"({won['low']:.0%} to {won['high']:.0%})"
         )
 
 

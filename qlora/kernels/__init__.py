@@ -38,9 +38,19 @@ class Installed:
 OFF = Installed()
 
 
+def setting_of(recipe, config):
+    """Return the setting of `installed` for a recipe and the config of its model."""
+    if recipe.kernels == "auto" and attention.why_not(config, recipe.data.max_length):
+        return "apart"
+    return recipe.kernels
+
+
 @contextlib.contextmanager
 def installed(peft_model, setting="auto"):
-    """Compute with kernels while the block runs; yields what is Installed. setting: "auto", or "off" for none."""
+    """Compute with kernels while the block runs; yields what is Installed.
+
+    setting: "auto"; "apart" for the same without joining rows; "off" for none.
+    """
     if setting == "off":
         yield OFF
         return
@@ -48,7 +58,7 @@ def installed(peft_model, setting="auto"):
     by_torch = model.config._attn_implementation == "sdpa"  # else the recipe has asked for another one
     apart = loss.is_behind_virtual_tokens(peft_model)
     words = not base_model.task_of(model).HAS_CLASSES  # a class is that of one row, whatever its tokens
-    joined = words and by_torch and not apart and attention.joins(model)
+    joined = setting != "apart" and words and by_torch and not apart and attention.joins(model)
     found = Installed(joined=joined, loss=words and loss.takes(model))
     try:
         _install(peft_model, found, patched)

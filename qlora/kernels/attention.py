@@ -170,8 +170,11 @@ for _name, _function in ((NAME, segment_attention), (PLAIN, plain_segment_attent
     AttentionInterface.register(_name, _function)
 
 
-def why_not(config):
-    """Return why the documents of a row cannot be kept apart in the architecture of `config`, in words; None if they can."""
+def why_not(config, longest=None):
+    """Return why the documents of a row cannot be kept apart in the architecture of `config`, in words; None if they can.
+
+    longest: the tokens of the longest row that there may be; None: not to be asked.
+    """
     config = config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
     if kinds:
@@ -180,7 +183,24 @@ def why_not(config):
         return "this architecture uses attention logit softcapping"
     if config.model_type in ("qwen2_moe", "phimoe") and getattr(config, "sliding_window", None):
         return "this architecture does not pass its sliding window to the attention function"  # transformers 5.23
+    short = _longrope_positions(config)
+    if short is not None and longest is not None and longest > short:
+        return (
+            f"this model has other rotary factors for rows over {short:,} tokens (longrope), and one such row would change those "
+            f"of the rows beside it; data.max_length is {longest:,}"
+        )
     return None
+
+
+def _longrope_positions(config):
+    """Return the longest row with the short factors of longrope, in tokens; None of other models.
+
+    transformers 5.23 takes short or long factors for a whole batch, by its greatest position (longrope_frequency_update).
+    """
+    found = getattr(config, "rope_parameters", None) or {}
+    kinds = [found, *(one for one in found.values() if isinstance(one, dict))]
+    lengths = [one.get("original_max_position_embeddings") for one in kinds if one.get("rope_type") == "longrope"]
+    return min(filter(None, lengths), default=None)
 
 
 def joins(model):
@@ -214,9 +234,9 @@ def joins(model):
     return bool((together.float() - alone.float()).norm() <= 0.05 * alone.float().norm())
 
 
-def refuse_unsupported(config):
-    """Raise InputError where documents of a packed row cannot be kept apart in this architecture."""
-    reason = why_not(config)
+def refuse_unsupported(config, longest=None):
+    """Raise InputError where documents of a packed row cannot be kept apart in this architecture; longest: see `why_not`."""
+    reason = why_not(config, longest)
     if reason:
         raise InputError(f"data.packing: {reason}; set data.packing=false")
 

@@ -13,10 +13,10 @@ from safetensors.torch import save_file
 
 from .. import base_model
 from ..system import bounded, files
+from ..system.adapter_files import CONFIG, MANIFEST, WEIGHTS
 from ..system.errors import InputError, TrainingFailed
 from ..system.storage import listed, write_json
 
-WEIGHTS, CONFIG, MANIFEST = "adapter_model.safetensors", "adapter_config.json", "manifest.json"
 WHOLE = "full.json"  # beside a model: how it was trained
 PREFIX = "base_model.model."  # PEFT's, before a module's own name
 

@@ -83,10 +83,11 @@ class _Axis:
         return [value for value in found if self.low * 0.999 <= value <= self.high * 1.001][:most]
 
 
-def chart(title, lines, x="step", form=number, zero=False, log_x=False, has_legend=False) -> Markup:
+def chart(title, lines, x="step", form=number, zero=False, log_x=False, has_legend=False, mark=None) -> Markup:
     """Return a figure of these Lines; of none of them with a point, nothing.
 
     x: what the x axis is of. form: a value of y as text. zero: the y axis begins at 0. has_legend: it says which line is which.
+    mark: (x, word) of a place on the x axis, between its ends, or None.
     """
     lines = [line for line in lines if line.points]
     if not lines:
@@ -107,6 +108,8 @@ def chart(title, lines, x="step", form=number, zero=False, log_x=False, has_lege
         f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(visible(f"{title}; {ends}"))}">',
         *_axes(across, up, x, form),
     ]
+    if mark is not None and across.low <= mark[0] <= across.high:
+        parts.append(_marked(across(mark[0]), f"{mark[1]}: {x} {number(mark[0])}", mark[1]))
     parts += [_drawn(line, across, up) for line in lines]
     every = max(1, math.ceil(sum(len(line.points) for line in lines) / _TITLES))
     for line in lines:
@@ -131,6 +134,16 @@ def _axes(across, up, x, form):
         yield f'<text x="{place:.1f}" y="{bottom + 14}" text-anchor="{anchor}">{escape(number(value))}</text>'
     yield f'<line class="axis" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{bottom}" y2="{bottom}"/>'
     yield f'<text x="{(_LEFT + _WIDTH) / 2:.0f}" y="{_HEIGHT - 2}" text-anchor="middle">{escape(visible(x))}</text>'
+
+
+def _marked(place, said, word):
+    on_the_left = place > _WIDTH / 2
+    anchor, beside = ("end", place - 4) if on_the_left else ("start", place + 4)
+    return (
+        f'<g class="mark"><title>{escape(visible(said))}</title>'
+        f'<line x1="{place:.1f}" x2="{place:.1f}" y1="{_TOP}" y2="{_HEIGHT - _BOTTOM}"/>'
+        f'<text x="{beside:.1f}" y="{_TOP + 10}" text-anchor="{anchor}">{escape(visible(word))}</text></g>'
+    )
 
 
 def _drawn(line, across, up):

@@ -47,7 +47,7 @@ def table_of(found) -> tuple[list[str], list[list[str]]]:
                 number(one["mean"]),
                 f"{number(one['low'])} to {number(one['high'])}",
                 "" if one["spread"] is None else number(one["spread"]),
-                _shown(one["loss"], ".4f"),
+                "" if found["metric"] == "loss" else _shown(one["loss"], ".4f"),
                 _shown(one["forgetting"], "+.4f"),
                 "" if one["seconds"] is None else duration(one["seconds"]),
                 "" if one["peak_bytes"] is None else size(one["peak_bytes"]),
@@ -166,5 +166,8 @@ def _by_setting(axes, found, colors, field):
         axes.fill_between(xs, lows, highs, color=color, alpha=0.12, linewidth=0)
     if min(values) > 0 and max(values) > 5 * min(values):
         axes.set_xscale("log")
+        tried = sorted(set(values))
+        axes.set_xticks(tried, [f"{value:g}" for value in tried])
+        axes.minorticks_off()
     axes.set_xlabel(field)
     axes.legend(fontsize=8, frameon=False)

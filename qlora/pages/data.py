@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import itertools
 
-import numpy as np
-
 from ..data.masked_examples import IGNORE_INDEX
 from ..system.errors import InputError
 from ..system.storage import write_text
 from . import images
 from .html import render
 
-BARS = 10
 _SHOWN = 20  # rows of a page, from all over the data
 
 
@@ -38,13 +35,6 @@ def pieces(tokenizer, example, one_by_one=False):
 def _visible(text):
     """A terminal must not obey what a row holds."""
     return text.replace("\x1b", "␛")
-
-
-def histogram(lengths):
-    """Return [(from, to, rows), ...]: how many of `lengths`, an array, lie in each of BARS equal ranges up to the longest."""
-    step = -(-int(lengths.max()) // BARS)
-    counts = np.bincount(np.minimum((lengths - 1) // step, BARS - 1), minlength=BARS).tolist()
-    return [(index * step + 1, (index + 1) * step, count) for index, count in enumerate(counts)]
 
 
 def altered(source):
@@ -84,17 +74,15 @@ def altered(source):
     return lines
 
 
-def page(title, template, report, bars, max_length, rows, pictures=()):
+def page(title, template, report, max_length, rows, pictures=()):
     """Return the HTML of a report. rows: [(where, pieces of the row), ...] to show; pictures: [(where, label, address of a
-    small image), ...] instead, and the bars are not shown."""
+    small image), ...] instead, and no lengths are shown."""
     return render(
         "data.html",
         title=title,
         template=template,
         report=report,
         altered=[(source["path"], altered(source)) for source in report["sources"]],
-        histogram=bars,
-        tallest=max(count for *_, count in bars),
         max_length=max_length,
         rows=[(where, [(text, trained, special) for text, _, trained, special in row]) for where, row in rows],
         pictures=pictures,
@@ -130,8 +118,7 @@ def write_page(file, prepared, row=None):
         ]
     )
     title = f"{recipe.model.name_or_path}, {recipe.output_dir}"
-    bars = histogram(rows.lengths)
-    content = page(title, prepared.template, prepared.report, bars, recipe.data.max_length, shown, pictures)
+    content = page(title, prepared.template, prepared.report, recipe.data.max_length, shown, pictures)
     try:
         write_text(file, content)
     except OSError as error:

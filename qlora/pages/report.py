@@ -11,7 +11,7 @@ from ..evaluation.intervals import OF_LOSS, is_share
 from ..jobs.verdicts import change_in_words, number_of
 from ..recipe.comparison import settings_in_words
 from ..system.units import duration, size
-from . import charts, marked
+from . import charts, marked, served
 from .html import render
 
 _LARGEST = 1_900_000  # bytes of a page
@@ -127,6 +127,13 @@ def _cell(value):
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
+def _differences(names, rows):
+    """Return (header, rows) of what differs, [name, of a run, ...] each: a column a run; of more runs than names a row a run."""
+    table = [["", *names], *([name, *map(_cell, values)] for name, *values in rows)]
+    header, *lines = map(list, zip(*table, strict=True)) if len(names) > len(rows) else table
+    return header, lines
+
+
 def _optional(value, shown):
     return "" if value is None else shown(value)
 
@@ -182,7 +189,7 @@ def _side_by_side(runs):
         shown = ["" if one is None else _with_interval(name, one) for name, one in zip(metrics, values, strict=True)]
         rows.append(
             [run["name"], run["method"], run["state"]["what"], *shown, _number("loss", scores.get("loss")),
-             "" if not held_out else f"{held_out[-1][1]:.4f}", _optional(run["speed"].get("seconds"), duration),
+             "" if not held_out else _held_out(run, held_out), _optional(run["speed"].get("seconds"), duration),
              _optional(memory.get("peak_bytes"), size), run["verdicts"][0]["answer"]]
         )  # fmt: skip
     names = ["run", "method", "state", *(name.replace("_", " ") for name in metrics), "loss (eval)", "held-out loss (training)",
@@ -190,10 +197,43 @@ def _side_by_side(runs):
     return names, rows
 
 
+def _held_out(run, losses):
+    """Return the held-out loss of the adapter: that of the last evaluation, or of the best where that is loaded."""
+    best = run["best"]
+    return (
+        f"{best['eval_loss']:.4f} (step {best['best_step']:,})" if best and best["loaded"] else f"{losses[-1][1]:.4f}"
+    )
+
+
+def _best(run):
+    best, loss = run["best"], run["best"]["metric"] == "eval_loss"
+    name = "held-out loss" if loss else best["metric"].removeprefix("eval_")
+    value = number_of("loss" if loss else name, best["value"])
+    kept = (
+        "the adapter is that of this step"
+        if best["loaded"]
+        else f"the adapter is that of the last step, {best['step']:,}"
+    )
+    words = f"Best evaluation: step {best['best_step']:,}, {name} {value}; {kept}."
+    if best["loaded"]:
+        words += " It was chosen by these held-out rows, so that its score on them is a little too good."
+    if best["stopped_after"] is not None:
+        words += f" The training ended after {best['stopped_after']} evaluations that were no better."
+    return words
+
+
+def _served(found):
+    return served.COLUMNS, served.table_of(found)
+
+
+def _served_remarks(found):
+    return [*served.remarks(found), *found["notes"]]
+
+
 _WORDS = SimpleNamespace(
     number=_number, counts=_counts, components=_components, data_facts=_data_facts, before=_before, scores=_scores,
-    settings=settings_in_words, cell=_cell, comparison=_comparison, side_by_side=_side_by_side, change=change_in_words,
-    differing=marked.pieces,
+    settings=settings_in_words, differences=_differences, comparison=_comparison, side_by_side=_side_by_side,
+    change=change_in_words, differing=marked.pieces, best=_best, served=_served, served_remarks=_served_remarks,
 )  # fmt: skip
 
 # ---- charts ----------------------------------------------------------------------------------------------------------
@@ -219,12 +259,17 @@ def _of_run(run):
     curves = _in_gib(run["curves"])
     losses = [charts.Line(name, curves.get(key, []), n) for n, (key, name) in enumerate(_LOSSES)]
     title = "loss, nats a token" if run["task"] == "text-generation" else "loss, nats a row"
-    found = [charts.chart(title, losses, has_legend=True)]
+    best = run["best"]
+    mark = best and (best["best_step"], "best")
+    measured = best and best["metric"].removeprefix("eval_")  # the name of its curve, but that of the loss
+    found = [charts.chart(title, losses, has_legend=True, mark=mark)]
     for key in [*_SHOWN, *(name for name in curves if name not in _SHOWN)]:
         if key not in ("loss", "eval_loss"):
             title, form, zero = _SHOWN.get(key, (key.replace("_", " "), charts.number, False))
             title = title.replace("tokens", _counts(run))
-            found.append(charts.chart(title, [charts.Line(title, curves.get(key, []))], form=form, zero=zero))
+            line = charts.Line(title, curves.get(key, []))
+            here = mark if key == measured else None
+            found.append(charts.chart(title, [line], form=form, zero=zero, mark=here))
     return [one for one in found if one]
 
 

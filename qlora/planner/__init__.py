@@ -228,7 +228,7 @@ def at_length(job, length):
     """
     load = job.load
     if load.joins_steps:
-        return _at_tokens(job, length, length)
+        return _at_tokens(job, 2 * length if load.pairs else length, length)
     factor = length / load.longest
     document = None if load.document is None else max(1, round(load.document * factor))
     scaled = dataclasses.replace(load, length=max(1, round(load.length * factor)), document=document)

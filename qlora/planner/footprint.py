@@ -33,7 +33,8 @@ class NoPlan(Exception):
 class Load:
     """A micro-batch at its largest. rows: of length `length`, padding counted; scored: its trained positions. joined: the
     rows are one row without padding. document: the longest that is attended to by itself; None: as long as a row; attended:
-    that of a token, in the mean. alone: it is the only one of its step; None: where a step has one by the recipe."""
+    that of a token, in the mean. alone: it is the only one of its step; None: where a step has one by the recipe. pairs: two
+    sequences belong together, which no micro-batch parts."""
 
     rows: int
     length: int
@@ -43,6 +44,7 @@ class Load:
     document: int | None = None
     attended: float | None = None
     alone: bool | None = None
+    pairs: bool = False
 
     @property
     def joins_steps(self):

@@ -13,14 +13,16 @@ from typing import Literal, get_args
 from pydantic import ValidationError, model_validator
 from ruamel.yaml import YAML
 
-from . import error_messages, reading, tasks
+from . import error_messages, objectives, reading, tasks
 from .fields import PathText, Section, parse_size
 from .methods import Adalora, Bottleneck, Full, Hira, Ia3, Lora, Method, Oft, PrefixTuning, PromptTuning
+from .objectives import Dpo, Objective, Orpo
 from .sections import Data, Export, Format, Memory, Model, Quantization, Source, Training
 
 __all__ = [
-    "Adalora", "Bottleneck", "Data", "Export", "Format", "Full", "Hira", "Ia3", "Lora", "Memory", "Method", "Model", "Oft",
-    "PrefixTuning", "PromptTuning", "Quantization", "Recipe", "Section", "Source", "Training", "as_yaml", "parse_size",
+    "Adalora", "Bottleneck", "Data", "Dpo", "Export", "Format", "Full", "Hira", "Ia3", "Lora", "Memory", "Method", "Model",
+    "Objective", "Oft", "Orpo", "PrefixTuning", "PromptTuning", "Quantization", "Recipe", "Section", "Source", "Training",
+    "as_yaml", "parse_size",
 ]  # fmt: skip
 
 
@@ -48,6 +50,10 @@ class Recipe(Section):
     """instead of lora: keys and values before each text"""
     prompt_tuning: PromptTuning | None = None
     """instead of lora: embeddings before each text"""
+    dpo: Dpo | None = None
+    """rows are pairs, of which one answer is preferred: DPO and its relatives ([preferences.md](preferences.md))"""
+    orpo: Orpo | None = None
+    """the same pairs, with supervised training of the preferred answer in one"""
     data: Data
     training: Training = Training()
     memory: Memory = Memory()
@@ -63,6 +69,11 @@ class Recipe(Section):
         return next(iter(self._methods.values()))
 
     @property
+    def objective(self):
+        """The section that says what the loss is; None: that of supervised training."""
+        return next(iter(self._of_kind(Objective).values()), None)
+
+    @property
     def seed_of_rows(self):
         """The seed of which rows are held out, and which are taken of a source with max_rows."""
         return self.training.seed if self.data.seed is None else self.data.seed
@@ -70,16 +81,24 @@ class Recipe(Section):
     @property
     def _methods(self):
         """{name: section} of the methods that are given."""
+        return self._of_kind(Method)
+
+    def _of_kind(self, kind):
         sections = {name: getattr(self, name) for name in type(self).model_fields}
-        return {name: section for name, section in sections.items() if isinstance(section, Method)}
+        return {name: section for name, section in sections.items() if isinstance(section, kind)}
 
     @classmethod
     def names_of_methods(cls):
         """Return the names of the fields that may be a Method, lora first."""
-        kinds = {name: get_args(field.annotation) for name, field in cls.model_fields.items()}
-        return [
-            name for name, found in kinds.items() if any(isinstance(k, type) and issubclass(k, Method) for k in found)
-        ]
+        return list(cls._kinds_of(Method))
+
+    @classmethod
+    def _kinds_of(cls, kind):
+        """{name: class} of the fields that may be a section of this kind."""
+        found = {name: get_args(field.annotation) for name, field in cls.model_fields.items()}
+        return {
+            name: one for name, some in found.items() for one in some if isinstance(one, type) and issubclass(one, kind)
+        }
 
     @model_validator(mode="before")
     @classmethod
@@ -91,6 +110,11 @@ class Recipe(Section):
     @classmethod
     def _defaults_of_the_task(cls, values):
         return tasks.with_defaults(values)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_the_objective(cls, values):
+        return objectives.with_defaults(values, cls._kinds_of(Objective))
 
     @model_validator(mode="after")
     def _one_method(self):
@@ -105,6 +129,14 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _what_the_task_has(self):
         tasks.refuse(self)
+        return self
+
+    @model_validator(mode="after")
+    def _one_objective(self):
+        given = list(self._of_kind(Objective))
+        if len(given) > 1:
+            raise ValueError(f"{', '.join(given[:-1])} and {given[-1]} exclude each other; keep one")
+        objectives.refuse(self)
         return self
 
     @model_validator(mode="after")

@@ -72,6 +72,8 @@ Column = Literal[
     "text_pair",
     "image",
     "label",
+    "chosen",
+    "rejected",
 ]
 
 

@@ -11,6 +11,7 @@ lock              held by the process that trains here; holds its number
 memory.json       layers that were checkpointed, and the memory that was predicted and measured; also after running out
 metrics.jsonl     one JSON object a logged step; TensorBoard events in tensorboard/
 ended.json        how a training ended that did not finish: {"status", "message"}; goes away when it goes on
+reference.safetensors  of preference pairs: the log probability of each answer before the first step
 proof_rows.json   token ids of the rows that export's proof uses, so that it needs no data file
 data_report.json
 trackers.json     which run of trackio, wandb or mlflow this one is
@@ -49,6 +50,7 @@ class RunDir:
         self.trackers_file = self.path / "trackers.json"
         self.data_report_file = self.path / "data_report.json"
         self.proof_rows_file = self.path / "proof_rows.json"
+        self.reference_file = self.path / "reference.safetensors"
         self.eval_file = self.path / "eval.json"
         self.answers_file = self.path / "answers.jsonl"
         self.evals = self.path / "evals"
@@ -92,7 +94,8 @@ class RunDir:
 
     def _remove(self, folder_too):
         """Remove the files of a run that has not begun to train."""
-        mine = (self.recipe_file, self.environment_file, self.data_report_file, self.proof_rows_file, self.memory_file)
+        mine = (self.recipe_file, self.environment_file, self.data_report_file, self.proof_rows_file, self.memory_file,
+                self.reference_file)  # fmt: skip
         for file in mine:
             file.unlink(missing_ok=True)
         remove_lock(self.lock_file)

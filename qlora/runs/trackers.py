@@ -86,6 +86,8 @@ class Tracker:
             )
 
     def end(self, failed):
+        if self.thread.ident is None:  # what came before it was interrupted
+            return
         self.todo.put(failed)
         self.thread.join(_END)
         if self.thread.is_alive():

@@ -24,6 +24,7 @@ class QLoRAError(Exception):
     """One message for the user: what is wrong, where, and what to do. Shown without a traceback; access tokens are removed."""
 
     exit_code = 1
+    is_said: bool | None = None  # by another process of the same training; None: there is none
 
     def __init__(self, message=""):
         super().__init__(redacted(str(message)))
@@ -78,3 +79,4 @@ class Interrupted(BaseException):
     def __init__(self, number, message=None):
         super().__init__(message)
         self.number, self.message, self.exit_code = number, message, 128 + number
+        self.is_said: bool | None = None  # as of QLoRAError

@@ -29,6 +29,16 @@ def heard_by(*listeners):
         _listeners.reset(token)
 
 
+@contextlib.contextmanager
+def unheard():
+    """Let nobody hear what is emitted in the block: another process says it."""
+    token = _listeners.set(())
+    try:
+        yield
+    finally:
+        _listeners.reset(token)
+
+
 @dataclass(frozen=True)
 class Note:
     """A line for a person, which no program would read: what was found, chosen or left out."""

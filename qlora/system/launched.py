@@ -1,9 +1,10 @@
-"""Processes that a launcher (torchrun, accelerate, mpirun, srun) has started together: not supported, so refused by name."""
+"""Processes that a launcher (torchrun, accelerate, mpirun, srun) has started together: for a training; else refused by name."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+from dataclasses import dataclass
 
 from .errors import InputError
 
@@ -25,14 +26,58 @@ def several() -> str | None:
     return None
 
 
+def is_first() -> bool:
+    """Return whether this is the process that speaks for all: alone, or of rank 0."""
+    return several() is None or os.environ.get("RANK", "").strip() in ("", "0")
+
+
 def refuse_several(command):
     """Raise InputError in one of several processes. command: what to start instead, such as "qlora train RECIPE"."""
     found = several()
     if found is not None:
         raise InputError(
-            f"several processes are not supported yet ({found}); start one, without torchrun, accelerate launch, mpirun or "
+            f"several processes are for qlora train alone ({found}); start one, without torchrun, accelerate launch, mpirun or "
             f"srun -n: {command}\n  if it is one already, unset {found.partition('=')[0]}"
         )
+
+
+@dataclass(frozen=True)
+class Launched:
+    """This process, as its launcher says. here: the processes of this machine; local_rank: which of these it is."""
+
+    rank: int
+    count: int
+    local_rank: int
+    here: int
+
+
+def to_train() -> Launched | None:
+    """Return which of several processes of a training this is; None if it is alone.
+
+    Raises:
+        InputError: the launcher is not torchrun or accelerate launch, or shards the model.
+    """
+    found = several()
+    if found is None:
+        return None
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in names if not os.environ.get(name, "").strip()]
+    if missing:
+        raise InputError(
+            f"one of several processes ({found}), but {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not set; start "
+            "them with torchrun or accelerate launch, which set it: torchrun --nproc_per_node N -m qlora train RECIPE\n"
+            f"  if it is one already, unset {found.partition('=')[0]}"
+        )
+    for name, what in (("FSDP", "FSDP"), ("DEEPSPEED", "DeepSpeed"), ("MEGATRON_LM", "Megatron-LM")):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("true", "1", "yes", "on"):
+            raise InputError(
+                f"{what} is not supported: each process has the whole model; leave it out of accelerate's settings"
+            )
+    try:
+        rank, count, local_rank, here = (int(os.environ[name]) for name in names[:4])
+    except ValueError as error:
+        raise InputError(f"{', '.join(names[:4])}: {error}; torchrun and accelerate launch set them") from None
+    return Launched(rank, count, local_rank, here)
 
 
 @contextlib.contextmanager

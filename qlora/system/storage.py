@@ -22,10 +22,15 @@ def write_json(path, value):
 
 def write_text(path, text):
     """Write `text` to `path` atomically."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path, content):
+    """Write bytes to `path` atomically."""
     partial = Path(f"{path}.partial")
     try:
-        with open(partial, "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(partial, "wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)

@@ -5,13 +5,15 @@ from __future__ import annotations
 from rich.text import Text
 
 from .. import data
+from ..data import preference
 from ..jobs.prepared_data import dropped_rows
-from ..pages.data import altered, histogram, pieces
+from ..pages.data import altered, pieces
 from ..pages.images import sizes_in_words
 from ..system.events import note
 from .tables import has_color, show, table
 
 _FEW_CLASSES = 8
+_MUCH_LONGER, _MOST_LONGER = 1.5, 0.7  # times as many tokens, share of the pairs
 
 
 def say_report(prepared):
@@ -45,6 +47,8 @@ def say_report(prepared):
     if "image_sizes" in report:
         what = f"images {sizes_in_words(report['image_sizes'])}"
     note(f"          {report['rows']:,} rows to train on, {report['eval_rows']:,} held out; {what}")
+    if "preference" in report:
+        _say_preference(report["preference"])
     if "classes" in report:
         note(f"          {_copies(report)}")
         _say_classes(report)
@@ -64,10 +68,23 @@ def say_report(prepared):
 def _copies(report):
     found = [f"{report['duplicates']:,} duplicate rows" if report["duplicates"] else "no duplicate rows"]
     if report["eval_rows_in_training"]:
-        found.append(
-            f"{report['eval_rows_in_training']:,} HELD-OUT ROWS ARE ALSO TRAINED ON, so their score means nothing"
-        )
+        what = "HELD-OUT PROMPTS" if "preference" in report else "HELD-OUT ROWS"
+        found.append(f"{report['eval_rows_in_training']:,} {what} ARE ALSO TRAINED ON, so their score means nothing")
     return "; ".join(found)
+
+
+def _say_preference(found):
+    """Say what the pairs are like; loudly where the preferred answer is most often the longer one: that is learned then."""
+    chosen, rejected, longer = found["chosen_tokens"], found["rejected_tokens"], found["chosen_longer"]
+    note(
+        f"pairs     of {found['prompts']:,} prompts; chosen answers have {chosen:.0f} tokens in the mean, rejected ones "
+        f"{rejected:.0f}; chosen is the longer one in {longer:.0%}"
+    )
+    if chosen > _MUCH_LONGER * rejected and longer > _MOST_LONGER:
+        note("          CHOSEN ANSWERS ARE MUCH LONGER: the model may learn to answer at length, and little else")
+    for key, what in (("tied", "score both answers alike"), ("reversed", "score the rejected answer HIGHER")):
+        if found[key]:
+            note(f"          {found[key]:,} rows {what}")
 
 
 def _say_classes(report):
@@ -100,7 +117,7 @@ def show_lengths(prepared):
     if not prepared.checkpoint.task.file.HAS_TOKENS:
         show(f"steps     {prepared.report['steps_per_epoch']:,} per epoch")
         return
-    bars = histogram(prepared.examples.lengths)
+    bars = prepared.report["length"]["histogram"]
     tallest = max(count for *_, count in bars)
     show(f"lengths   of {prepared.report['rows']:,} rows; max_length is {prepared.recipe.data.max_length:,}")
     for first, last, count in bars:
@@ -118,6 +135,11 @@ def show_row(prepared, number, with_ids=False):
     show(f"\nrow {number} ({prepared.examples.where(number - 1)}); {marked}")
     if not prepared.checkpoint.task.file.HAS_TOKENS:
         show("{} x {} pixels; --html FILE shows images".format(*example.size))
+        return
+    if prepared.examples.are_pairs:
+        for name in (preference.CHOSEN, preference.REJECTED):
+            show(f"{name}:")
+            show(_rendered(pieces(prepared.tokenizer, getattr(example, name), with_ids), with_ids))
         return
     show(_rendered(pieces(prepared.tokenizer, example, with_ids), with_ids))
 

@@ -171,7 +171,7 @@ def say_micro_batches(recipe, planned, installed):
         if planned.tokens_before is not None:
             note(f"          {planned.tokens_before:,} before; they no longer fit, so last digits may differ")
         return
-    why = "rows of this architecture are not joined" if planned.plan is not None else "without a plan"
+    why = "rows of this model are not joined" if planned.plan is not None else "without a plan"
     why = "kernels are off" if recipe.kernels == "off" else why
     rows, count = training.per_device_train_batch_size, training.gradient_accumulation_steps
     note(f"batches   {count:,} micro-batch{'es' * (count > 1)} of {rows:,} row{'s' * (rows > 1)} a step: {why}")

@@ -25,6 +25,7 @@ from .neftune import noisy_embeddings
 from .objectives.classification import lengths_of
 from .objectives.supervised import Supervised
 from .out_of_memory import too_much, what_would_help
+from .processes import ALONE, Processes
 from .reliability import Reliability
 from .reserve import Reserve
 from .saving import Saving, save_unfinished
@@ -53,7 +54,7 @@ class Settings:
     joined and are not packed already; None: as many rows as the section says. rehearse: run the largest micro-batch once
     before the first step; it changes no number. installed: the kernels that the model computes with. objective: an
     objectives.Objective; None: the supervised one. samples: yields answers at each evaluation, see
-    samples.answered; None for none.
+    samples.answered; None for none. processes: that share each step.
     """
 
     training: Any
@@ -68,6 +69,7 @@ class Settings:
     objective: Any = None
     predicted_components: Mapping = field(default_factory=dict)
     samples: Callable | None = None
+    processes: Processes = ALONE
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,9 @@ def train(model, tokenizer, rows: Rows, settings: Settings, run, saving=None) ->
     """
     joined, section = settings.installed.joined or isinstance(rows.train, Packs), settings.training
     tokens = None if not joined or isinstance(rows.train, (Packs, Batches)) else settings.tokens_per_micro_batch
-    objective = settings.objective or Supervised(tokenizer, joined, settings.installed.loss, tokens)
+    objective = settings.objective or Supervised(
+        tokenizer, joined, settings.installed.loss, tokens, settings.processes.count
+    )
     economy = _economy(model, settings)
     trainer = _trainer(model, objective, rows, settings, run, saving or Saving(), economy)
     measured: dict[str, Any] = economy.said()
@@ -189,6 +193,7 @@ def _trainer(model, objective, rows, settings, run, saving, economy):
         economy=economy,
         best=best_of(section),
         samples=settings.samples,
+        processes=settings.processes,
     )
     return objective.trainer(model, rows, arguments, reliability)
 

@@ -85,6 +85,12 @@ class Hooks(_Trainer):
         """Take this step's losses back. before: `loss_since_logged` before its first micro-batch."""
         self._tr_loss.copy_(before)
 
+    def add_losses(self, before, losses):
+        """Set the sum of the losses since the last log to `before` and those of this step, in order."""
+        for loss in losses:
+            before = before + loss
+        self.forget_loss(before)
+
     def leave_out_loss(self, before):
         """Take this step's losses out of the logged mean."""
         self.forget_loss(before)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from .best import Best
 from .less_memory import Economy
+from .processes import ALONE, Processes
 from .saving import Saving
 
 
@@ -17,6 +18,7 @@ class Reliability:
     group_by_length: rows of like length share a step. tokens: a batch is a whole step, and the objective makes micro-batches of
     at most so many of it. watchdog_steps: the window of Watch; None: only non-finite losses end a run. economy: what is done
     where memory runs out. best: compares the evaluations, None for no. samples: answers at each evaluation, see samples.answered.
+    processes: that share each step.
     """
 
     lengths: Sequence[int] = ()
@@ -28,3 +30,4 @@ class Reliability:
     economy: Economy = dataclasses.field(default_factory=Economy)
     best: Best | None = None
     samples: Callable | None = None
+    processes: Processes = ALONE

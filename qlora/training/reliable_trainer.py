@@ -9,6 +9,7 @@ all told as events of runs/record.py.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ class Reliable(Hooks):
 
     def __init__(self, model, objective, reliability, **arguments):
         self.objective, self.reliability, self.saving = objective, reliability, reliability.saving
-        self.best = reliability.best
+        self.best, self.processes = reliability.best, reliability.processes
         given = {parameter: parameter.data for parameter in model.parameters() if parameter.requires_grad}
         super().__init__(model=model, **arguments)
         for parameter, values in given.items():
@@ -67,9 +68,7 @@ class Reliable(Hooks):
         self.watch = Watch(reliability.watchdog_steps, **first)
         self.saves = Saves(self.saving.every, self.watch)
         self.peak = memory.Peak()
-        self.rehearsed_bytes = None
-        self.economy = reliability.economy
-        self.begun = False
+        self.rehearsed_bytes, self.begun, self.economy = None, False, reliability.economy
         self.failure = None  # why training ends before its time
         self.moment = Moment("before the first step")
         self.micro_batches = []  # of the step at hand: (numbers of its rows, loss on the device)
@@ -79,18 +78,20 @@ class Reliable(Hooks):
         self.copies = {}  # of the model's buffers, as rehearsal.way_back keeps them
         self.evaluated = None  # of the evaluation at hand: the summed loss, and how many items it is of
         self.evaluation_due = False  # one after this step has been left
-        self.held_out = None  # [step, loss] of the last evaluation
-        self.saved_step = None
+        self.held_out = self.saved_step = None  # [step, loss] of the last evaluation; the step of the last checkpoint
         self.resumed = state = self.saving.state()
         self.tokens, self.num_lines = (state["tokens"], state["lines"]) if state else (0, 0)
         self.clock = Clock(state["seconds"], state["outside_seconds"], state["tokens"]) if state else Clock()
         if state:
             self.watch.restore(state["watch"])
-            self.norm, self.held_out = state["norm"], state.get("held_out")  # older checkpoints do not have the second
+            self.norm = state["norm"]
+            if state["fingerprint"] == self.saving.fingerprint:  # else the held-out rows may be others
+                self.held_out = state.get("held_out")
             if self.best is not None:
                 self.best.restore(state.get("best"))
             self.economy.restore(state.get("less_memory"))  # older checkpoints have none
             self._restore_scale(state.get("loss_scale"))
+            self.objective.restore(state.get("objective"))
         for printer in (PrinterCallback, ProgressCallback):
             self.remove_callback(printer)
         self.add_callback(_Moments(self))
@@ -121,6 +122,7 @@ class Reliable(Hooks):
             eval_loss = self._last_evaluation() if self.eval_dataset is not None else None
             self.refuse_left()
             if self.best is not None:
+                self.processes.wait()  # the first writes the checkpoint of the best
                 ended = end_with_best(self)
                 self._record(ended)
                 eval_loss = ended.eval_loss
@@ -175,11 +177,13 @@ class Reliable(Hooks):
 
     def begin(self):
         """The last things before the first step: rehearse, say that the run begins, make up for an evaluation that was left."""
+        self.processes.same_weights(self.trained.masters)
         self.trained.begin(self.state.max_steps)
         allocate_states(self)
         if self.reliability.rehearse and len(self.reliability.lengths):
             rows, tokens = self.args.per_device_train_batch_size, self.reliability.tokens
             self.rehearse(largest_micro_batch(self.reliability.lengths, rows, tokens))
+        self.objective.begin(self)
         emit(Begun(self.state.global_step, self.state.max_steps, self.num_lines, self.objective.counts()))
         self.clock.begin()
         self.begun = True
@@ -234,7 +238,12 @@ class Reliable(Hooks):
             self.moment = Moment(when, part, rows)
             # kept on the device: reading it here would make the GPU wait at every micro-batch
             self.tokens = self.tokens + self.objective.num_tokens(part)
-            losses.append(self.run_micro_batch(model, num_items_in_batch))
+            number = len(self.micro_batches)
+            if self.processes.owns(number):
+                with self.processes.random_numbers(self.model, self.args.seed, self.state.global_step, number):
+                    losses.append(self.run_micro_batch(model, num_items_in_batch))
+            else:  # another process computes it
+                losses.append(torch.zeros((), device=self.args.device))
             self.micro_batches.append((rows, losses[-1]))
         return _sum(losses)
 
@@ -254,12 +263,16 @@ class Reliable(Hooks):
         step, masters = self.state.global_step + 1, self.trained.masters
         self.moment = Moment(f"in step {step}, when the weights were changed")
         room_for_a_step(self)
+        self.processes.sum_gradients(masters)
         if self.scaling is not None:
             masters.multiply_gradients(1 / self.scaling.scale)
         self.trained.add_penalty()  # here: logged losses stay those of the objective
         norm = masters.clip_gradients(self.args.max_grad_norm)
         losses = [loss for _, loss in self.micro_batches]
         gradient, *losses = torch.stack([norm, *losses]).tolist()  # one wait for a GPU
+        if self.processes.count > 1:
+            losses = self.saving.stop.agree(losses)
+            self.add_losses(self.loss_before, losses)
         self.changes_weights = True
         if all(map(math.isfinite, [gradient, *losses])):
             self.failure = self.watch.take(step, sum(losses))
@@ -375,8 +388,12 @@ class Reliable(Hooks):
         # transformers takes the mean of the batches' means, whatever is in them; this is the mean over all items
         self.evaluated = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         with progress("evaluating", len(dataloader), "batches") as self.advance_evaluation:
+            self.shares = map(self.processes.owns, itertools.count())
             output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
-        total, count = self.evaluated.tolist()
+        total, count = self.processes.sums(self.evaluated.tolist())
+        self.failure = self.processes.first_said(self.failure)
+        if self.failure is not None:
+            raise _Left
         output.metrics[f"{metric_key_prefix}_loss"] = total / count
         return output
 
@@ -385,6 +402,9 @@ class Reliable(Hooks):
         when = f"in the evaluation after step {self.state.global_step}"
         self.moment = Moment(when, inputs, inputs.pop("rows", ()), evaluates=True)
         predict = super().prediction_step
+        if not next(self.shares):
+            self.advance_evaluation(1)
+            return torch.zeros((), device=self.args.device), None, None
 
         def score(part):
             found = predict(model, part, prediction_loss_only, ignore_keys)
@@ -392,7 +412,8 @@ class Reliable(Hooks):
                 self.failure = f"the loss is {found[0].item()} {when}, with {self.moment.batch(self.objective)}"
                 if self.remedy:
                     self.failure += f". {_sentence(self.remedy)} training.learning_rate"
-                raise _Left
+                if self.processes.count == 1:
+                    raise _Left
             count = self.objective.num_items(part).to(found[0].device)
             self.evaluated += torch.stack([found[0].double() * count, count.double()])
             return found

@@ -57,6 +57,7 @@ def contents(trainer):
         "best": trainer.best and trainer.best.state(),
         "less_memory": trainer.economy.state(),
         "loss_scale": trainer.scaling and trainer.scaling.state(),
+        "objective": trainer.objective.state(),
         "norm": trainer.norm,
         "step": trainer.state.global_step,
         "lines": trainer.num_lines,

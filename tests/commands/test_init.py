@@ -3,6 +3,7 @@
 import csv
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -10,6 +11,7 @@ from qlora import cli
 from qlora.commands import init as verb
 from qlora.commands.init import ask, init
 from qlora.commands.recipes import copy_recipe, list_recipes, show_recipe
+from qlora.jobs import first_recipe
 from qlora.jobs.data_looked_at import look
 from qlora.recipe import Recipe
 from qlora.system.errors import DoesNotFit, InputError
@@ -36,6 +38,12 @@ def test_the_recipe_fits_each_line_has_its_reason_and_nothing_is_overwritten(tin
     assert f"qlora train {out}" in out.read_text()
     with pytest.raises(InputError, match="never overwrites"):
         init(tiny_model(), rows, "4090", "small", out)
+
+
+@pytest.mark.parametrize(("width", "rate"), [(576, 5e-4), (1024, 5e-4), (2048, 2e-4), (None, 2e-4)])
+def test_a_small_model_starts_with_a_higher_rate(width, rate):
+    line = first_recipe._rate(SimpleNamespace(**({} if width is None else {"hidden_size": width})))
+    assert (line.field, line.value) == ("training.learning_rate", rate)
 
 
 def test_labels_beside_texts_make_it_classification(tiny_base, tmp_path):
@@ -149,3 +157,11 @@ def test_what_ships_is_listed_shown_and_copied(tmp_path, monkeypatch):
     assert Path("imdb.yaml").read_text() == show_recipe("recipes/gpt2/imdb.yaml")
     with pytest.raises(InputError, match="never overwrites"):
         copy_recipe("gpt2/imdb")
+
+
+def test_pairs_are_given_the_learning_rate_of_their_objective(tiny_model, tmp_path):
+    pairs = [{"prompt": f"Say {n}", "chosen": f"{n}.", "rejected": "No."} for n in range(12)]
+    rows = write_jsonl(tmp_path / "pairs.jsonl", pairs)
+    found = init(str(tiny_model("llama")), str(rows), "cpu", out=tmp_path / "mine.yaml", overrides=["dpo={}"])
+    assert found["values"]["training"]["learning_rate"] == 5e-6
+    assert "dpo's usual start" in (tmp_path / "mine.yaml").read_text()

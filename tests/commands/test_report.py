@@ -10,12 +10,19 @@ import pytest
 
 from qlora import cli, methods
 from qlora.commands.adapters import adapters
+from qlora.commands.data import inspect_data
 from qlora.commands.eval import evaluate
 from qlora.commands.export import export
 from qlora.commands.report import report
+from qlora.commands.served import compare_served
+from qlora.commands.train import train
 from qlora.jobs.adapter_norms import norms
+from qlora.jobs.reported_samples import samples
+from qlora.jobs.votes import Votes
+from qlora.runs import record
 from qlora.runs.folder import RunDir
 from qlora.system.errors import InputError
+from qlora.system.units import size
 
 CHAPTERS = {"scores", "training", "memory", "data", "answers", "norms", "export", "recipe", "environment"}
 
@@ -242,6 +249,9 @@ def test_numbers_that_are_not_finite_and_files_of_older_versions_are_shown(run, 
         ("proof_rows.json", '{"rows": [{}], "from": "x"}', r"proof_rows\.json: .*input_ids.*damaged"),
         ("environment.json", "\x00\x00", r"environment\.json contains only zeros"),
         ("ended.json", "", r"ended\.json is empty"),
+        ("served.json", '{"forms": [{}]}', r"served\.json: .*damaged; write it again: qlora compare .* --served"),
+        ("votes.jsonl", '{"messages": []}\n', r"votes\.jsonl line 1: not a vote"),
+        ("metrics.jsonl", '{"step": 1, "samples": [{}]}\n', r"metrics\.jsonl: a sample: .*prompt.*damaged"),
     ],
 )
 def test_a_damaged_file_is_named_and_nothing_is_written(run, tmp_path, name, content, expected):
@@ -400,3 +410,169 @@ def test_classes_have_their_matrix_and_the_many_only_their_mistakes(run, tmp_pat
     change(run / "eval.json", with_classes(200))
     found = report(run, tmp_path / "page.html")["runs"][0]["scores"]["classes"]
     assert (len(found["mistakes"]), len(found["per_class"]), found["left_out"]) == (30, 30, 170)
+
+
+def test_every_chapter_with_a_table_says_its_command(finished, tmp_path):
+    report(finished, tmp_path / "page.html")
+    chapters = re.split(r'<h2 id="(\w+)">', Page(tmp_path / "page.html").source)
+    for name, content in zip(chapters[1::2], chapters[2::2], strict=True):
+        assert "<table" not in content or 'class="command"' in content or name == "environment", name
+    [one] = report([finished])["runs"]
+    assert one["exports"][0]["command"] == f"qlora export {finished} --out ANOTHER_FOLDER --dtype float32"
+
+
+def test_what_it_answered_and_which_step_was_the_best_is_shown(make_recipe, finished, tmp_path):
+    training = {"max_steps": 3, "eval_steps": 1, "num_samples": 1, "load_best_model_at_end": True, "learning_rate": 0.5}
+    run = train(make_recipe(training=training))
+    lines = record.read(run)
+    [end] = [line for line in lines if isinstance(line, record.Best)]
+    found = report(run.path, tmp_path / "page.html")["runs"][0]
+    page = Page(tmp_path / "page.html")
+    assert (found["best"]["best_step"], found["best"]["loaded"]) == (end.best_step, True)
+    assert (
+        f"Best evaluation: step {end.best_step}, held-out loss {end.value:.4f}; the adapter is that of this"
+        in page.text
+    )
+    assert page.classes.count("mark") == 1
+    assert f"{end.eval_loss:.4f} at step {end.best_step}" in found["verdicts"][0]["words"]  # not the last evaluation's
+    [question] = found["samples"]["questions"]
+    said = [[line.step, line.samples[0]["answer"]] for line in lines if isinstance(line, record.Samples)]
+    assert question["answers"] == said
+    assert len(said) == 3
+    assert question["expected"] in page.text
+    report([run.path, finished], tmp_path / "page.html")
+    assert f"{end.eval_loss:.4f} (step {end.best_step})" in Page(tmp_path / "page.html").text
+
+
+def test_of_many_samples_the_first_last_best_and_some_between_are_shown():
+    def sample(place, step):
+        prompt = [{"role": "user", "content": f"question {place}"}]
+        return {"prompt": prompt, "expected": "yes" * 1000, "answer": f"{place} at {step}"}
+
+    steps = range(10, 2001, 10)
+    lines = [record.Samples(step, 1.0, tuple(sample(place, step) for place in range(9)), 1.0) for step in steps]
+    lines.append(record.Best(2000, 1.0, 130, "eval_loss", 1.0, False, 1.5, None, 1.0))
+    found = samples(lines, 6, 8)
+    assert (len(found["questions"]), found["left_out"]) == (6, 3)
+    for place, one in enumerate(found["questions"]):
+        shown = [step for step, _ in one["answers"]]
+        assert {10, 130, 2000} <= set(shown)
+        assert shown == sorted(shown)
+        assert len(shown) == 9
+        assert len(shown) + one["left_out"] == 200
+        assert [text for _, text in one["answers"]] == [f"{place} at {step}" for step in shown]
+        assert len(one["expected"]) < 700
+    again = record.Samples(2000, 1.0, (sample(0, "the end"),), 2.0)  # the same step measured twice: the later one
+    assert samples([*lines, again], 6, 8)["questions"][0]["answers"][-1] == [2000, "0 at the end"]
+
+
+def test_a_best_step_that_was_loaded_does_not_overfit(run):
+    lines = (run / "metrics.jsonl").read_text()
+    worse = [
+        {"step": 3, "epoch": 1.0, "eval_loss": 1.0, "time": 1.0},
+        {"step": 4, "epoch": 2.0, "eval_loss": 3.0, "time": 1.0},
+    ]
+    end = {
+        "step": 4,
+        "epoch": 2.0,
+        "best_step": 3,
+        "metric": "eval_loss",
+        "value": 1.0,
+        "eval_loss": 1.0,
+        "stopped_after": 1,
+    }
+    for loaded in (True, False):
+        last = [*worse, {**end, "loaded": loaded, "time": 1.0}]
+        (run / "metrics.jsonl").write_text(lines + "".join(json.dumps(one) + "\n" for one in last))
+        [one] = report(run)["runs"]
+        assert ("it overfits" in one["verdicts"][0]["words"]) is not loaded
+
+
+def test_the_forms_it_was_served_in_are_a_table(run, tmp_path):
+    assert report(run)["runs"][0]["served"] == {"missing": "not measured", "command": f"qlora compare {run} --served"}
+    measured = compare_served(run, max_rows=2, forms=["float16", "nf4"])
+    change(run / "served.json", lambda one: one["forms"][1].update(message="<not whole>"))
+    found = report(run, tmp_path / "page.html")["runs"][0]["served"]
+    page = Page(tmp_path / "page.html")
+    assert [one["loss"] for one in found["forms"]] == [one["loss"] for one in measured["forms"]]
+    for one in measured["forms"]:
+        assert f"{one['what']}{size(one['bytes'])}" in page.text
+        assert f"{one['loss']:.4f}{one['kl']:.1e}" in page.text
+    assert "merged, NF4 again: <not whole>" in page.text
+    assert found["command"] in page.text
+
+
+def test_blind_votes_are_counted_for_the_weights_that_the_run_has(run, tmp_path):
+    assert report(run)["runs"][0]["votes"] == {"missing": "no votes yet", "command": f"qlora chat {run} --web"}
+    file, answers = run / "votes.jsonl", {"base": "<b>no</b>", "tuned": "yes"}
+    votes = Votes(file, methods.weight_hashes(run / "adapter"))
+    for left, better in (("tuned", "left"), ("base", "right"), ("base", "left"), ("base", "tie")):
+        votes.add({"prompt": "Is it so?"}, left, answers, better)
+    Votes(file, {"adapter_model.safetensors": "0"}).add({"prompt": "Before?"}, "base", answers, "left")
+    found = report(run, tmp_path / "page.html")["runs"][0]["votes"]
+    page = Page(tmp_path / "page.html")
+    assert found["words"] == votes.in_words()
+    assert (found["counts"], found["others"], found["left"]) == ({"base": 1, "tuned": 2, "tie": 1}, 1, [2, 3])
+    assert [one["winner"] for one in found["shown"]] == ["tie", "base", "tuned", "tuned"]
+    assert "the tuned model won 67% of 3 that were decided" in page.text
+    assert "the answer on the left won 2 of 3" in page.text
+    assert "Is it so?" in page.text
+    assert "Before?" not in page.text
+    for number in range(30):
+        text = HOSTILE[number % len(HOSTILE)].replace("\ud800", "")  # which no browser sends
+        votes.add({"prompt": text}, "base", {"base": text, "tuned": text}, "tie")
+    found = report(run, tmp_path / "page.html")["runs"][0]["votes"]
+    assert (len(found["shown"]), found["left_out"]) == (20, 14)
+    page = Page(tmp_path / "page.html")  # refuses what it must not have
+    assert "<script>alert(1)</script>" in page.text
+    assert not re.search("[\x00\x1b\u202e]", page.source)
+
+
+def test_lengths_are_drawn_as_the_data_page_draws_them(finished, tmp_path):
+    found = report(finished, tmp_path / "page.html")["runs"][0]["data"]
+    bars = found["length"]["histogram"]
+    assert sum(count for *_, count in bars) == found["rows"]
+    assert Page(tmp_path / "page.html").classes.count("bar") == sum(count > 0 for *_, count in bars)
+
+
+def test_of_more_runs_than_settings_each_run_has_a_row(run, finished, tmp_path):
+    third = Path(shutil.copytree(run, tmp_path / "third"))
+    for folder, rate in ((run, "0.02"), (third, "0.03")):
+        text = (folder / "recipe.yaml").read_text()
+        (folder / "recipe.yaml").write_text(re.sub(r"learning_rate: .*", f"learning_rate: {rate}", text))
+    found = report([finished, run, third] if finished.name != run.name else [run, third], tmp_path / "page.html")
+    [(name, *values)] = found["differences"]["recipe"]
+    assert name == "training.learning_rate"
+    source = Page(tmp_path / "page.html").source
+    for value in values:
+        assert f'<td data-name="training.learning_rate">{value:g}' in source
+
+
+def test_a_table_of_many_columns_is_cards_on_a_phone(finished, tmp_path):
+    report(finished, tmp_path / "page.html")
+    inspect_data(RunDir(finished).recipe(), html=tmp_path / "data.html")
+    for file in ("page.html", "data.html"):
+        source = Page(tmp_path / file).source
+        assert "width=device-width" in source
+        cards = re.findall(r'<table class="cards">(.*?)</table>', source, flags=re.DOTALL)
+        assert cards
+        for table in cards:
+            names = [name.strip() for name in re.findall(r"<th>([^<]*)", table)]
+            for line in table.split("<tr>")[2:]:
+                assert re.findall(r'<td data-name="([^"]*)"', line)[-len(names) + 1 :] == names[1:]
+        for table in re.findall(r"<table(?! class=\"cards)[^>]*>.*?</table>", source, flags=re.DOTALL):
+            most = max(len(re.findall("<t[dh]", line)) for line in table.split("<tr")[1:])
+            assert (
+                most <= 4 or "layer" in table
+            )  # what is wider than a phone scrolls by itself, with the page standing still
+
+
+def test_a_classifier_has_its_best_accuracy_and_nothing_of_answers_in_words(classify_recipe, tmp_path):
+    best = {"eval_steps": 2, "load_best_model_at_end": True, "metric_for_best_model": "eval_accuracy"}
+    run = train(classify_recipe(training=best))
+    found = report(run.path, tmp_path / "page.html")["runs"][0]
+    page = Page(tmp_path / "page.html")
+    assert f"Best evaluation: step {found['best']['best_step']}, accuracy {found['best']['value']:.1%}; " in page.text
+    assert page.classes.count("mark") == 2  # in the chart of the losses, and in that of the accuracy
+    for said in ("Answers while it trained", "Blind votes", "served in"):
+        assert said not in page.text

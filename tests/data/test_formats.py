@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora.data import columns, formats, labels
+from qlora.data import columns, formats, labels, preference
 from qlora.data.image_files import IMAGE
 from qlora.data.labelled import PAIR, TEXT
 from qlora.recipe.sections import Column, Format
@@ -144,8 +144,8 @@ def test_the_recipe_names_each_format_that_has_a_file_and_each_key_that_a_format
     files = {path.stem for path in Path(formats.__file__).parent.glob("[!_]*.py")}
     assert files == {*typing.get_args(Format)}
     taken = {key for known in formats.FORMATS.values() for key in known.USED}
-    of_classes = {TEXT, PAIR, IMAGE, labels.COLUMN} - taken
-    assert taken == {*typing.get_args(Column), "functions"} - of_classes  # functions: the old name of tools
+    of_others = {TEXT, PAIR, IMAGE, labels.COLUMN, preference.CHOSEN, preference.REJECTED} - taken
+    assert taken == {*typing.get_args(Column), "functions"} - of_others  # functions: the old name of tools
 
 
 def test_the_document_shows_a_row_of_each_format():

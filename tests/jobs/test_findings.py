@@ -74,6 +74,26 @@ def test_a_fall_that_noise_may_hide_is_no_plateau():
     assert findings.of(steps(noisy, 1e-9), FACTS) == []
 
 
+def test_losses_that_jump_between_two_levels_are_of_rows_of_two_kinds():
+    kinds = [(0.5 if at * 7 % 3 else 2.5) - at / 100 for at in range(40)]
+    (found,) = findings.of(steps(kinds), FACTS)
+    assert found.name == "the rows are of two kinds"
+    assert found.words.startswith("the losses of the last 20 logged steps jump between two levels, 0.2")
+    assert "(13 steps) and 2.20 (7 steps)" in found.words
+    assert not findings.of(steps([2.5] * 5 + [1.5] * 25 + [0.5] * 10), FACTS)  # it fell, and fell again
+    assert not findings.of(steps(kinds[:30]), FACTS)  # too few
+    assert not findings.of(steps([0.5 + at * 7 % 11 / 5 - at / 100 for at in range(40)]), FACTS)  # all sorts, evenly
+
+
+def test_held_out_rows_that_are_far_off_before_any_was_seen_twice_are_of_another_kind():
+    lines = steps(falling())
+    (found,) = findings.of([*lines, evaluation(10, 3.9)], FACTS)
+    assert found.name == "held-out rows are of another kind than training rows"
+    assert "at step 10, when no row had been seen twice, the held-out loss was 3.90" in found.words
+    assert not findings.of([*lines, evaluation(10, 3.6)], FACTS)
+    assert not findings.of([*lines, evaluation(20, 3.9)], FACTS)  # two epochs
+
+
 def test_what_was_known_before_need_not_fall():
     assert findings.of(steps([0.03] * 40), FACTS) == []
 
@@ -168,7 +188,7 @@ def found(make_recipe, unplanned, capsys):
         assert [line.split(": ")[0] for line in said.splitlines() if line.startswith("why")] == [
             f"why       {one.name}" for one in kept
         ]
-        assert [one["words"] for one in reported_run.facts(run)["findings"]] == [
+        assert [one["words"] for one in reported_run.facts(run, (), 10, 10, (2, 2), 10)["findings"]] == [
             one.words for one in kept
         ]  # and the report
         return [one.name for one in kept]

@@ -3,6 +3,7 @@
 import inspect
 import json
 import math
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 import transformers
 from torch.nn.attention.varlen import varlen_attn
 
-from qlora import base_model, methods
+from qlora import base_model, kernels, methods
 from qlora.commands.train import train
 from qlora.data import pack
 from qlora.kernels import attention
@@ -18,7 +19,7 @@ from qlora.kernels.attention import refuse_unsupported, within_documents
 from qlora.recipe import Lora
 from qlora.system.errors import InputError
 from qlora.training.objectives.supervised import join_rows
-from tests.conftest import CONVERSATIONS, FAMILIES, encode, messages, some_slow
+from tests.conftest import CONVERSATIONS, FAMILIES, encode, messages, recipe_in, some_slow
 
 PACKABLE = [family for family in FAMILIES if family != "gemma2"]
 TURNS = [*CONVERSATIONS[:4], [("user", "Count, please."), ("assistant", "1 2 3 4 5 6 7 8 9")]]
@@ -301,3 +302,64 @@ def test_a_packed_run_trains_on_every_token_once_and_evaluates_as_an_unpacked_on
     assert packed_loss == pytest.approx(loss, rel=1e-3)
     assert packed_steps == report["steps_per_epoch"] < steps
     assert 0.8 < report["packing_efficiency"] <= 1
+
+
+def longrope():
+    """Return a small Phi-3 whose rows over 32 tokens have other rotary factors."""
+    torch.manual_seed(0)
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+    rope |= {"short_factor": [1.0] * 4, "long_factor": [4.0, 8.0, 16.0, 32.0]}
+    sizes = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3}
+    config = transformers.Phi3Config(
+        **sizes, **heads, max_position_embeddings=128, original_max_position_embeddings=32, rope_parameters=rope,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    return transformers.Phi3ForCausalLM(config).eval()
+
+
+@torch.no_grad()
+def beside(model, long):
+    """Return how far the logits of a row of ten tokens are from its own beside one of `long` tokens, as a share."""
+    rows = [torch.randint(3, 128, (1, length)) for length in (10, long)]
+    alone = model(input_ids=rows[0], use_cache=False).logits
+    positions = torch.cat([torch.arange(10), torch.arange(long)])[None]
+    with within_documents(model):
+        ids = torch.cat(rows, dim=1)
+        joined = model(input_ids=ids, position_ids=positions, segments=[10, long], use_cache=False).logits[:, :10]
+    return float((joined - alone).norm() / alone.norm())
+
+
+def test_rows_of_longrope_are_joined_only_where_none_has_other_factors():
+    model = longrope()
+    assert beside(model, 32) < 1e-5 < 0.01 < beside(model, 33)  # should the second be small too, the refusal can go
+    recipe = SimpleNamespace(kernels="auto", data=SimpleNamespace(max_length=32))
+    assert kernels.setting_of(recipe, model.config) == "auto"
+    recipe.data.max_length = 33
+    assert kernels.setting_of(recipe, model.config) == "apart"
+    peft_model = methods.attach(model, Lora(r=4))
+    for setting, joined in {"auto": True, "apart": False}.items():
+        with kernels.installed(peft_model, setting) as found:
+            assert found.joined is joined
+    refuse_unsupported(model.config, 32)
+    with pytest.raises(
+        InputError, match=r"rows over 32 tokens \(longrope\).*data.max_length is 33; set data.packing=false"
+    ):
+        refuse_unsupported(model.config, 33)
+
+
+def test_a_training_of_longrope_joins_no_rows_where_one_may_have_other_factors(tiny_model, tmp_path, capsys):
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model("phi3"), model)
+    config = json.loads((model / "config.json").read_text())
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 127}
+    rope |= {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+    config |= {"rope_parameters": rope, "original_max_position_embeddings": 127}
+    (model / "config.json").write_text(json.dumps(config))
+    for length in (127, 128):
+        train(recipe_in(tmp_path, model, {"data": {"max_length": length}, "output_dir": str(tmp_path / str(length))}))
+        said = capsys.readouterr().err
+        assert ("batches without padding" in said) is (length == 127)
+        assert ("rows of this model are not joined" in said) is (length == 128)
+    with pytest.raises(InputError, match=r"longrope.*set data.packing=false"):
+        train(recipe_in(tmp_path, model, {"data": {"packing": True}}))

@@ -107,3 +107,18 @@ def test_differences_are_marked_word_by_word(text, other, expected):
 def test_long_answers_are_compared_as_a_whole():
     text = "word " * 2000
     assert marked.pieces(text, "another") == [(text, False)]
+
+
+def test_a_mark_is_at_its_place_and_none_outside():
+    points = [(step, 1.0 / step) for step in range(10, 101, 10)]
+
+    def marks(x):
+        figure = parsed(charts.chart("loss", [charts.Line("loss", points)], mark=(x, "best")))
+        return [one for one in figure.iter("g") if one.get("class") == "mark"], figure
+
+    [mark], figure = marks(40)
+    [hit] = [one for one in figure.iter("circle") if one.find("title").text.startswith("step 40:")]
+    assert float(mark.find("line").get("x1")) == float(hit.get("cx"))
+    assert mark.find("title").text == "best: step 40"
+    assert mark.find("text").text == "best"
+    assert marks(101)[0] == []

@@ -284,3 +284,26 @@ def test_the_library_itself_takes_it(run, name, tmp_path, monkeypatch):
     notes = told(run, name, Evaluation(1, 0.5, 2.0, 3.0))
     assert not [note for note in notes if "goes on without it" in note]
     assert trackers.known_ids(run).keys() == {name}
+
+
+def test_an_interruption_while_a_tracker_begins_is_not_hidden_by_the_next_that_never_did(tmp_path, monkeypatch):
+    class Kind:
+        name, id = "a tracker", None
+
+        def __init__(self, *_):
+            pass
+
+        def begin(self, identity):
+            pass
+
+        def end(self, failed):
+            assert failed
+
+    def interrupted(tracker):
+        tracker.thread.start()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trackers, "_KINDS", {"wandb": Kind, "mlflow": Kind})
+    monkeypatch.setattr(trackers.Tracker, "begin", interrupted)
+    with pytest.raises(KeyboardInterrupt), trackers.tracked(RunDir(tmp_path), ["wandb", "mlflow"], {}):
+        pass

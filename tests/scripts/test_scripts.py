@@ -15,6 +15,7 @@ QUICK = {
     "longest_rows.py": "--layers 2",
     "benchmark_latency.py": "--model MODEL --methods dora,bottleneck,prompt_tuning --rank 4 --prompt 8 --tokens 3 --rounds 1",
     "random_model.py": "--shape tiny --tokenizer MODEL --out OUT",
+    "preference_data.py": "OUT --train-rows 4 --test-rows 2",
     "quickstart_data.py": "OUT --train-rows 4 --test-rows 2",
     "quickstart_answer.py": "MODEL",
     "serve_check.py": "MODEL --server vllm --dry-run",

@@ -29,6 +29,16 @@ def test_vllm_gets_the_base_and_the_adapters_by_name(trained_once):
     assert (refused.returncode, "whole models only" in refused.stderr) == (1, True)
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [("mine", "--adapter mine: write NAME=FOLDER"), ("mine=nowhere", "for a run give RUN/adapter")],
+)
+def test_an_adapter_that_is_none_is_refused_in_words(given, said):
+    refused = run("BASE", "--server", "vllm", "--adapter", given, "--dry-run")
+    assert said in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(bool(MISSING), reason=f"no {', '.join(MISSING)}; pip install 'transformers[serving]'")
 def test_transformers_serve_answers_the_openai_client_as_the_exported_model(trained_once, tmp_path):

@@ -87,8 +87,8 @@ def refuse_pair(row):
     found = [key for key in PREFERENCE if not is_empty(row.get(key))]
     if found:
         raise ValueError(
-            f"has {', '.join(found)}: a preference pair, for DPO; supervised training does not take it. Map the good answer "
-            "(data.columns.completion: chosen), or leave the keys out with data.ignore_keys"
+            f"has {', '.join(found)}: a preference pair, for DPO; supervised training does not take it. Set dpo={{}} to train on "
+            "pairs, map the good answer (data.columns.completion: chosen), or leave the keys out with data.ignore_keys"
         )
 
 

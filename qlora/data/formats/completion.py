@@ -18,7 +18,7 @@ LISTS = ()
 
 
 def read(row, ignore):
-    prompt, completion = _messages_in(row.get("prompt")), _messages_in(row.get("completion"))
+    prompt, completion = messages_in(row.get("prompt")), messages_in(row.get("completion"))
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
     if isinstance(completion, str):
@@ -28,7 +28,7 @@ def read(row, ignore):
     return converse(prompt + completion, "prompt + completion", row, ignore, completion=len(prompt))
 
 
-def _messages_in(value):
+def messages_in(value):
     """Return the messages that the string `value` is as JSON, as in a cell of a CSV file; or `value`."""
     if isinstance(value, str) and value.lstrip().startswith("[{"):
         with contextlib.suppress(ValueError):

@@ -63,3 +63,13 @@ class Objective:
     def metrics(self, logs) -> dict[str, float]:
         """Return what of a log of the Trainer class is kept in metrics.jsonl beside the loss."""
         return {}
+
+    def begin(self, trainer):
+        """Do what is left between the rehearsal and the first step."""
+
+    def state(self) -> Any:
+        """Return, as JSON, what it has summed since the last log, for a checkpoint."""
+        return None
+
+    def restore(self, state):
+        """Go on from the `state` of a checkpoint; None: it has none."""

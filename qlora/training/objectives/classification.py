@@ -10,15 +10,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import transformers
 from torch.nn import functional as F
-from torch.utils.data import Dataset
 
+from ..plain_trainer import Numbered, PlainTrainer
 from ..private_names import on_one_device
-from ..reliable_trainer import Reliable
 from . import Objective
 
 
@@ -93,20 +91,14 @@ class Classification(Objective):
         return None if self.weights is None else torch.tensor(self.weights, device=device)
 
 
-class Trainer(Reliable, transformers.Trainer):
-    """transformers' Trainer, reliable, which counts right answers in an evaluation."""
+class Trainer(PlainTrainer):
+    """A PlainTrainer which counts right answers in an evaluation."""
 
     objective: Classification
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.model_accepts_loss_kwargs = True  # the loss is divided by the items of the whole step
         self.right = self.answered = 0
-
-    def get_batch_samples(self, *args, **kwargs):
-        """The Trainer's, with the items of a step as the objective counts them: rows may weigh more or less than 1."""
-        samples, _ = super().get_batch_samples(*args, **kwargs)
-        return samples, sum(self.objective.num_items(inputs) for inputs in samples).to(self.args.device)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if not return_outputs:
@@ -121,19 +113,6 @@ class Trainer(Reliable, transformers.Trainer):
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         output.metrics[f"{metric_key_prefix}_accuracy"] = int(self.right) / max(1, self.answered)
         return output
-
-
-class Numbered(Dataset):
-    """A sequence of examples as (number, example), for a DataLoader."""
-
-    def __init__(self, examples):
-        self.examples = examples
-
-    def __len__(self):
-        return len(self.examples)
-
-    def __getitem__(self, index) -> Any:
-        return int(index), self.examples[int(index)]
 
 
 def lengths_of(examples):

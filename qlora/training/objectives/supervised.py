@@ -28,7 +28,7 @@ from . import Objective
 @dataclass(frozen=True)
 class Supervised(Objective):
     """tokenizer: pads. joined: a batch is one row without padding. lean: the loss by kernels.loss. tokens: a joined batch is
-    computed as micro-batches of at most so many.
+    computed as micro-batches of at most so many. parts: as at least so many, where it has the rows.
 
     A batch has what the host must know of it as arrays, which stay on the host: `trained` (B, T), whether a label is trained;
     with padding `lengths` (B). To look for it on a GPU would make the host wait.
@@ -38,6 +38,7 @@ class Supervised(Objective):
     joined: bool = False
     lean: bool = False
     tokens: int | None = None
+    parts: int = 1
 
     def trainer(self, model, rows, arguments, reliability):
         """rows: training.Rows of sequences of data.Example; those to train on may be data.Packs or data.Batches."""
@@ -71,9 +72,12 @@ class Supervised(Objective):
     def micro_batches(self, inputs, rows):
         """As few as best fit makes of at most `tokens`, each in the order of the batch."""
         segments = inputs.get("segments")
-        if self.tokens is None or segments is None or sum(segments) <= self.tokens:
+        if self.tokens is None or segments is None:
             return [(inputs, rows)]
-        return list(_split(inputs, rows, data.best_fit(segments, max(self.tokens, *segments))))
+        tokens = min(self.tokens, -(-sum(segments) // self.parts))
+        if sum(segments) <= tokens:
+            return [(inputs, rows)]
+        return list(_split(inputs, rows, data.best_fit(segments, max(tokens, *segments))))
 
     def cut(self, inputs, tokens):
         """At least the first row whole."""
@@ -138,21 +142,27 @@ def loss_of_trained_positions(model, inputs, num_items, lean=False):
     metrics. Equality with trl's loss is a test.
     lean: by kernels.loss. inputs without `trained`: it is read from the labels.
     """
-    labels, trained = inputs["labels"], inputs.get("trained")
-    trained = (labels != IGNORE_INDEX).cpu().numpy() if trained is None else trained
-    columns, at, places = _positions(trained, labels.device, "segments" in inputs)
-    body = {key: value for key, value in inputs.items() if key not in ("labels", *_ON_THE_HOST)}
-    if lean:
-        head = model.get_base_model().get_output_embeddings()
-        scored = loss.hidden_states(model, head, columns, **body).flatten(0, 1)
-    else:
-        scored = model(**body, use_cache=False, logits_to_keep=columns).logits.flatten(0, 1)
-    scored = scored if at is None else scored.index_select(0, at)
-    targets = labels.flatten().index_select(0, places)
+    scored, targets, head = scored_positions(model, inputs, lean)
     total = (
         loss.cross_entropy(scored, head, targets) if lean else F.cross_entropy(scored.float(), targets, reduction="sum")
     )
     return total / (len(targets) if num_items is None else num_items)
+
+
+def scored_positions(model, inputs, lean):
+    """Return (logits, targets (N), None) of the trained positions of a batch, row by row; lean: (hidden states, targets, head)
+    instead."""
+    labels, trained = inputs["labels"], inputs.get("trained")
+    trained = (labels != IGNORE_INDEX).cpu().numpy() if trained is None else trained
+    columns, at, places = _positions(trained, labels.device, "segments" in inputs)
+    body = {key: value for key, value in inputs.items() if key not in ("labels", *_ON_THE_HOST)}
+    head = model.get_base_model().get_output_embeddings() if lean else None
+    if lean:
+        scored = loss.hidden_states(model, head, columns, **body).flatten(0, 1)
+    else:
+        scored = model(**body, use_cache=False, logits_to_keep=columns).logits.flatten(0, 1)
+    scored = scored if at is None else scored.index_select(0, at)
+    return scored, labels.flatten().index_select(0, places), head
 
 
 def _positions(trained_BT, device, joined):

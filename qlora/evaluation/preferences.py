@@ -1,0 +1,41 @@
+"""Whether a model prefers the chosen answers of pairs: the share for which it thinks them likelier, and by how much.
+
+Log probabilities are sums over an answer's tokens, as in the loss of DPO, so that a longer answer is less likely: what a training
+did is the change from before.
+
+# N pairs
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from ..data import Answers
+from . import intervals, metrics
+from .intervals import MARGIN
+from .scores import Score
+
+ACCURACY = "preference_accuracy"
+
+
+class _Mean:
+    """A mean over rows of what a model says of them, whatever its answer."""
+
+    value = staticmethod(intervals.ratio)
+
+    def row(self, answer, reference):
+        raise NotImplementedError("is of log probabilities, not of an answer")
+
+
+def judged(score: Score, model, pairs) -> Score:
+    """Return the Score of a model on the chosen answers of `pairs`, data.Rows, with what it prefers: preference_accuracy, and
+    preference_margin, in nats an answer."""
+    rejected_N = np.array(metrics.losses(model, Answers(pairs, 1)))[:, 0]
+    margin_N = rejected_N - score.loss_N2[:, 0]  # nats: the less, the likelier
+    ones = np.ones(len(margin_N))
+    parts = {ACCURACY: np.stack([(margin_N > 0).astype(float), ones], 1), MARGIN: np.stack([margin_N, ones], 1)}
+    return dataclasses.replace(
+        score, metrics={**dict.fromkeys(parts, _Mean()), **score.metrics}, parts={**parts, **score.parts}
+    )

@@ -1,0 +1,109 @@
+"""The log probabilities that preference training compares with: those of the model as it is when training begins.
+
+An adapter that starts as nothing is the base; one that is trained further is that adapter. They are computed once, before the
+first step, and kept in the run folder, where a run that goes on reads them: by then the model is another.
+
+# N pairs
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from ..runs.folder import RunDir
+from ..system.errors import InputError, Interrupted
+from ..system.events import progress
+from ..system.storage import write_bytes
+from .objectives.classification import lengths_of
+from .out_of_memory import Moment
+from .rehearsal import same_random_numbers
+
+
+def settle(trainer, objective):
+    """Give the trainer's rows their log probabilities, and the run folder too; those of the run that it goes on with.
+
+    Raises:
+        InputError: a run that goes on has none, or of other rows.
+        Interrupted: by a signal.
+    """
+    file = RunDir(Path(trainer.args.output_dir)).reference_file
+    datasets = {"train": trainer.train_dataset, "held_out": trainer.eval_dataset}
+    datasets = {name: rows for name, rows in datasets.items() if rows is not None}
+    if trainer.resumed is not None:
+        _read(file, datasets)
+        return
+    for name, rows in datasets.items():
+        rows.logps_N2 = _computed(trainer, objective, rows, name)
+    digests = {name: _digest(rows.examples) for name, rows in datasets.items()}
+    write_bytes(file, save({name: rows.logps_N2 for name, rows in datasets.items()}, digests))
+
+
+def _read(file, datasets):
+    """Give the rows what `file` has; raises InputError where it is missing, damaged, or of other rows."""
+    why = "and the model that it was computed with has been trained since; restore it, or start a new run"
+    try:
+        with safe_open(file, "pt") as kept:
+            digests = kept.metadata() or {}
+            found = {name: kept.get_tensor(name) for name in kept.keys()}  # noqa: SIM118 (no dict)
+    except FileNotFoundError:
+        raise InputError(f"{file} is missing, {why}") from None
+    except (SafetensorError, OSError):
+        raise InputError(f"{file} is damaged, {why}") from None
+    for name, rows in datasets.items():
+        if digests.get(name) != _digest(rows.examples):
+            raise InputError(f"{file} is of other rows ({name.replace('_', ' ')}), {why}")
+        rows.logps_N2 = found[name]
+
+
+def _digest(examples):
+    """Return a hash of the rows and their order, and of how long their tokens are: rows may be cut or templated otherwise."""
+    return hashlib.sha256(_keys(examples).tobytes() + np.array(lengths_of(examples), np.int64).tobytes()).hexdigest()
+
+
+def _keys(examples):
+    """Return a number for each pair that is equal for equal ones."""
+    if hasattr(examples, "numbers"):  # not read from disk one by one
+        return examples.numbers("pair", np.uint64)
+    said = (np.array([*one.chosen.input_ids, -1, *one.rejected.input_ids]).tobytes() for one in examples)
+    return np.array([int.from_bytes(hashlib.blake2b(one, digest_size=8).digest(), "little") for one in said], np.uint64)
+
+
+@torch.no_grad()
+def _computed(trainer, objective, rows, name):
+    """Return (N, 2): each pair once, however often it is there; in the order of their lengths, up to a micro-batch at a time."""
+    model, lengths = trainer.model, np.array(lengths_of(rows.examples))
+    _, first, where = np.unique(_keys(rows.examples), return_index=True, return_inverse=True)
+    order = first[np.argsort(-lengths[first], kind="stable")]
+    most = objective.tokens or int(np.sort(lengths)[::-1][: trainer.args.per_device_train_batch_size].sum())
+    found, training, at = torch.zeros(len(rows), 2), model.training, 0
+    model.eval()
+    try:
+        with progress("computing the reference", len(order), "pairs") as advance, same_random_numbers(model):
+            while at < len(order):
+                if trainer.saving.stop.number is not None:
+                    raise Interrupted(trainer.saving.stop.number)
+                size = max(1, int(most // lengths[order[at]]))
+                some = order[at : at + size]
+                batch = objective.collate([rows[int(number)] for number in some])
+                batch.pop("rows")
+                trainer.moment = Moment(
+                    "in the reference's log probabilities, before the first step", batch, some.tolist()
+                )
+                batch = {n: v.to(model.device) if isinstance(v, torch.Tensor) else v for n, v in batch.items()}
+                found[torch.from_numpy(some)] = objective.log_probabilities(model, batch)[0].float().cpu()
+                advance(len(some))
+                at += size
+    finally:
+        model.train(training)
+    if not found.isfinite().all():
+        number = int((~found.isfinite()).any(1).nonzero()[0])
+        which = f"training row {number + 1}" if name == "train" else f"held-out row {number + 1}"
+        look = "look at it: qlora data --row" if name == "train" else "look at it in data.eval"
+        raise InputError(f"the reference's log probability of {which} is not finite; {look}")
+    return found[torch.from_numpy(first[where])]

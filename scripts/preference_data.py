@@ -7,12 +7,10 @@ that has nearly learned the task has it: the day or the month of the date, the h
 subject alone.
 """
 
-import argparse
 import json
 import random
-from pathlib import Path
 
-from quickstart_data import make_row
+from quickstart_data import main, make_row
 
 
 def spoiled(answer, rng):
@@ -44,18 +42,5 @@ def write(path, num_rows, split, seed):
                 file.write(json.dumps(row) + "\n")
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--train-rows", type=int, default=600)
-    parser.add_argument("--test-rows", type=int, default=100)
-    parser.add_argument("--seed", type=int, default=1)
-    args = parser.parse_args()
-    args.folder.mkdir(parents=True, exist_ok=True)
-    write(args.folder / "pairs.jsonl", args.train_rows, 0, args.seed)
-    write(args.folder / "test_pairs.jsonl", args.test_rows, 1, args.seed)
-    print(f"wrote {args.train_rows} training and {args.test_rows} test pairs to {args.folder}")
-
-
 if __name__ == "__main__":
-    main()
+    main(__doc__, write, 600, ("pairs.jsonl", "test_pairs.jsonl"), "pairs")

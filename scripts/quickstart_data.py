@@ -184,17 +184,18 @@ def write(path, num_rows, split, seed):
                 file.write(line + "\n")
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(doc=__doc__, write=write, train_rows=1200, names=("train.jsonl", "test.jsonl"), what="rows"):
+    """Write the files that the command line asks for. write(path, number of rows, split, seed)."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--train-rows", type=int, default=1200)
+    parser.add_argument("--train-rows", type=int, default=train_rows)
     parser.add_argument("--test-rows", type=int, default=100)
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
-    write(args.folder / "train.jsonl", args.train_rows, 0, args.seed)
-    write(args.folder / "test.jsonl", args.test_rows, 1, args.seed)
-    print(f"wrote {args.train_rows} training and {args.test_rows} test rows to {args.folder}")
+    for split, (name, number) in enumerate(zip(names, (args.train_rows, args.test_rows), strict=True)):
+        write(args.folder / name, number, split, args.seed)
+    print(f"wrote {args.train_rows} training and {args.test_rows} test {what} to {args.folder}")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ class Best:
     training; None: never. load: the adapter is to be that of the best.
 
     step, value: of the best evaluation, None before the first; of equal ones the first is the best. loss: its held-out loss.
-    waited: how many evaluations there were since. last_step, last_loss: of the last evaluation.
+    waited: how many evaluations there were since. last_loss: of the last evaluation.
     """
 
     metric: str = "eval_loss"
@@ -25,13 +25,12 @@ class Best:
     value: float | None = None
     loss: float | None = None
     waited: int = 0
-    last_step: int | None = None
     last_loss: float | None = None
 
     def take(self, step, metrics):
         """Count an evaluation after `step`, {name: number}; return whether it is the best so far."""
         value = metrics[self.metric]
-        self.last_step, self.last_loss = step, metrics["eval_loss"]
+        self.last_loss = metrics["eval_loss"]
         sign = 1 if _HIGHER_IS_BETTER[self.metric] else -1
         if self.value is not None and sign * value <= sign * self.value:
             self.waited += 1
@@ -55,7 +54,7 @@ class Best:
                 setattr(self, name, state[name])
 
 
-_STATE = ("step", "value", "loss", "waited", "last_step", "last_loss")
+_STATE = ("step", "value", "loss", "waited", "last_loss")
 
 
 def best_of(section):

@@ -281,7 +281,7 @@ def _named(at, key, num_prompt):
 def _refuse_without_answers(row):
     missing = [key for key in (CHOSEN, REJECTED) if key not in row]
     if len(missing) == 2:
-        judged = isinstance(row.get("label", row.get("kto_tag")), bool)
+        judged = formats.verdict(row) is not None
         what = "one answer, judged by itself (KTO), which is no pair" if judged else "a row for supervised training"
         raise ValueError(
             f"has neither chosen nor rejected, only {', '.join(map(str, row)) or 'nothing'}: {what}; "

@@ -94,13 +94,18 @@ def refuse_pair(row):
 
 def refuse_verdict(row, name):
     """Raise ValueError where the row, of format `name`, says that its answer is a good or a bad one: both would be learned."""
-    for key in _DESIRABLE if name != "text" else ():
-        said = row.get(key)
-        if isinstance(said, bool) or (isinstance(said, str) and said in ("True", "False")):
-            raise ValueError(
-                f"has {key}: {str(said).lower()}, which marks good and bad answers, for KTO; supervised training does not "
-                f"take it, it would learn the bad ones too. Keep the good rows, without {key}"
-            )
+    key = None if name == "text" else verdict(row)
+    if key is not None:
+        raise ValueError(
+            f"has {key}: {str(row[key]).lower()}, which marks good and bad answers, for KTO; supervised training does not "
+            f"take it, it would learn the bad ones too. Keep the good rows, without {key}"
+        )
+
+
+def verdict(row):
+    """Return the key of a row that says whether its answer is a good one, or None."""
+    said = {key: row.get(key) for key in _DESIRABLE}
+    return next((key for key, one in said.items() if isinstance(one, bool) or one in ("True", "False")), None)
 
 
 def _listed(text, name):

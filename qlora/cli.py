@@ -218,6 +218,7 @@ def evaluate(
         typer.Option(metavar="FILE|built-in", help="measure how much loss rose on text that was not trained on"),
     ] = None,
     latency: Annotated[bool, typer.Option("--latency", help="measure the time of an answer's token")] = False,
+    before_of: options.BeforeOf = None,
     choices: options.Choices = None,
     by_text: options.ByText = False,
     lm_eval: options.LmEval = None,
@@ -244,7 +245,7 @@ def evaluate(
     asked: dict[str, Any] = {"metrics": metric or (), "extract": extract, "batch_size": batch_size}
     asked |= {"forgetting": forgetting, "latency": latency, "require": require or (), "max_forgetting": max_forgetting}
     asked |= {"choices": choices, "by_text": by_text, "tasks": tasks, "include_path": include_path, "shots": shots}
-    asked |= {"examples": examples, "chat": chat, "answers": answers}
+    asked |= {"examples": examples, "chat": chat, "answers": answers, "before_of": before_of}
     _run("evaluate", as_json, target, data, overrides or (), max_rows, **asked)
 
 

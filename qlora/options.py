@@ -6,7 +6,11 @@ from typing import Annotated
 
 import typer
 
-# of `qlora eval`, instead of answers to held-out rows
+# of `qlora eval`
+BeforeOf = Annotated[
+    str | None, typer.Option(metavar="RUN", help="take the base's answers of this run, on the same base and rows")
+]
+# instead of answers to held-out rows
 Choices = Annotated[
     str | None,
     typer.Option(

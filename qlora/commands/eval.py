@@ -16,7 +16,7 @@ from ..data import masked_examples
 from ..evaluation import answer_metrics, choices, latency, lm_eval_tasks, preferences, scores
 from ..evaluation.asked import BUILT_IN, Asked
 from ..evaluation.scores import PERPLEXITY
-from ..jobs import choice_rows, class_scores
+from ..jobs import base_scores, choice_rows, class_scores
 from ..jobs.eval_rows import general_rows, held_out_rows, held_out_rows_name
 from ..jobs.opened_model import open_subject
 from ..system import launched
@@ -104,25 +104,28 @@ def _of_rows(subject, wanted, data_file, max_rows) -> _Found:
         raise InputError(f"no rows left to evaluate on in {source}: all were dropped; `qlora data` shows why")
     base_model.refuse_rows(rows, subject.model.config, methods.num_positions(subject.model))
     said = data.conversations(rows)
+    files = [{"path": str(part.path), "sha256": part.digest} for part in rows.parts]
+    max_rows = None if max_rows == usual else max_rows
+    name = held_out_rows_name(max_rows) if data_file is None else _name(files[0], max_rows)
     if has_classes:
         before, after = _before_and_after(
             subject, functools.partial(class_scores.score_of_classes, subject, rows), _CLASSES
         )
     else:
-        before, after = _before_and_after(
-            subject, functools.partial(_score_of_words, subject, rows, said, wanted), _WORDS
-        )
+        measure = functools.partial(_score_of_words, subject, rows, said, wanted)
+        known = None
+        if wanted.before_of is not None:
+            known = functools.partial(base_scores.of_another_run, wanted.before_of, subject.run)
+            known = functools.partial(known, asked=list(map(_asked, said)), name=name, cut=wanted.cut)
+        before, after = _before_and_after(subject, measure, _WORDS, known)
     result = _result(len(said), before, after)
     result |= class_scores.details(subject, rows, after) if has_classes else _beside(subject, said, wanted)
-    files = [{"path": str(part.path), "sha256": part.digest} for part in rows.parts]
     result["data"] = {
         "files": files,
         "held_out": data_file is None,
         "rows": len(said),
         "rows_in_all": len(all_rows.one_each()),
     }
-    max_rows = None if max_rows == usual else max_rows
-    name = held_out_rows_name(max_rows) if data_file is None else _name(files[0], max_rows)
     return _Found(result, _answers(map(_asked, said), before, after), name, max_rows)
 
 
@@ -184,11 +187,14 @@ _CLASSES = ("classifying", "classifying with the base under a new head")
 _CHOICES = ("scoring", "scoring without the adapter")
 
 
-def _before_and_after(subject, measure, words):
-    """Return the Scores (before, after) of a run, (None, Score) of a plain model. measure(what=...) -> Score."""
+def _before_and_after(subject, measure, words, known=None):
+    """Return the Scores (before, after) of a run, (None, Score) of a plain model. measure(what=...) -> Score. known(after=...) ->
+    the Score before, where it need not be measured."""
     after = measure(what=words[0])
     if subject.run is None:
         return None, after
+    if known is not None:
+        return known(after=after), after
     with subject.model.disable_adapter():
         return measure(what=words[1]), after
 

@@ -33,7 +33,7 @@ class Asked:
     metrics: names of answer_metrics beside those that fit the references. extract: a regular expression, of which the group
     (or the whole) of the last match is compared, or a Jinja template with {{ answer }}; for answers and references alike.
     forgetting: a file of rows that were not trained on, or BUILT_IN. latency: measure the time of an answer's token.
-    max_forgetting: nats a token.
+    max_forgetting: nats a token. before_of: an evaluated run, whose base's answers are taken.
 
     Or instead of them:
     choices: a file of questions, see data.multiple_choice; by_text: score the text of each choice, not its letter. tasks: of
@@ -52,6 +52,7 @@ class Asked:
     batch_size: int | None = None
     forgetting: str | None = None
     latency: bool = False
+    before_of: str | None = None
     require: Sequence[str] = ()
     max_forgetting: float | None = None
     answers: str | None = None
@@ -113,7 +114,8 @@ class Asked:
     def _of_words(self):
         """Return {option: whether it is asked for} of those that are for generated answers."""
         forgetting = {"--forgetting": self.forgetting, "--max-forgetting": self.max_forgetting is not None}
-        return {"--metric": self.metrics, "--extract": self.extract, "--latency": self.latency} | forgetting
+        before = {"--latency": self.latency, "--before-of": self.before_of is not None}
+        return {"--metric": self.metrics, "--extract": self.extract} | before | forgetting
 
     @property
     def rows_together(self) -> int:
@@ -137,6 +139,8 @@ class Asked:
         run has, which knows its base."""
         if self.max_forgetting is not None and not is_run:
             raise InputError("--max-forgetting is for a run: a model by itself has no loss before its training")
+        if self.before_of is not None and not is_run:
+            raise InputError("--before-of is for a run: a model by itself has no answers before its training")
         of_words = {"--choices": self.choices is not None, "--lm-eval": self.tasks, "--batch-size": self.batch_size}
         of_words |= self._of_words()
         for option, asked in of_words.items():

@@ -132,7 +132,21 @@ def train_one(folder: Folder, entry: Entry) -> None:
         options += [part for name in _to_measure(wanted) for part in ("--metric", name)]
         options += [] if wanted.extract is None else ["--extract", wanted.extract]
         options += [] if wanted.forgetting is None else ["--forgetting", wanted.forgetting]
+        known = _with_the_same_base(folder, entry)
+        options += [] if known is None else ["--before-of", str(known.path)]
     _ended_well(folder, entry, ["eval", str(run.path), *options])
+
+
+def _with_the_same_base(folder, entry):
+    """Return the run of another training that was evaluated, whose base answers as that of `entry`: it need not be asked
+    again; None where there is none."""
+    sections = ("model", "quantization", "data")
+    of_base = [getattr(entry.recipe, name) for name in sections]
+    for other in folder.entries:
+        same = [getattr(other.recipe, name) for name in sections] == of_base
+        if same and other is not entry and folder.state(other)[0] == DONE:
+            return folder.run(other)
+    return None
 
 
 _ALWAYS = (scores.LOSS, scores.BITS_PER_BYTE, "exact_match", "json_fields")  # or where it fits the rows
@@ -203,15 +217,17 @@ def launch(arguments, log) -> tuple[int, str]:
 @dataclass(frozen=True)
 class Measured:
     """What the folder of a finished run says. result: of eval.json; parts: {metric: (N, K)} of its answers, loss too; rows:
-    what was asked, to see that two are of the same rows."""
+    what was asked, to see that two are of the same rows; answers: to them, none where rows are plain text."""
 
     result: dict
     parts: dict[str, np.ndarray]
     rows: list
+    answers: list
 
 
-def measured(run: RunDir, name=None) -> Measured:
-    """Return what a finished run measured on its held-out rows. name: of the score, see RunDir.score_files.
+def measured(run: RunDir, name=None, when="after") -> Measured:
+    """Return what a finished run measured on its held-out rows, "after" its training or "before". name: of the score, see
+    RunDir.score_files.
 
     Raises:
         InputError: it was not evaluated, or its folder is damaged.
@@ -221,15 +237,19 @@ def measured(run: RunDir, name=None) -> Measured:
         raise InputError(f"{run.path}: not evaluated yet (or by an older version); run:  qlora eval {run.path}")
     try:
         lines = [json.loads(line) for line in answers.read_text(encoding="utf-8").splitlines()]
-        names = [name for name in lines[0]["after"] if name != "answer"]
-        parts = {name: np.array([answer_metrics.from_json(line["after"][name]) for line in lines]) for name in names}
+        found = [line[when] for line in lines]
+        parts = {
+            name: np.array([answer_metrics.from_json(one[name]) for one in found])
+            for name in found[0]
+            if name != "answer"
+        }
         rows = [
             ({key: line[key] for key in line.keys() - {"before", "after", "expected"}}, line.get("expected"))
             for line in lines
         ]
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise InputError(f"{answers}: {error!r}; the run folder is damaged") from None
-    return Measured(result, parts, rows)
+    return Measured(result, parts, rows, [one["answer"] for one in found if "answer" in one])
 
 
 def value_of(name, found: Measured):

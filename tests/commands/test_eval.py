@@ -135,6 +135,40 @@ def test_forgetting_is_the_rise_of_the_loss_on_other_text(own_run, tmp_path):
     assert evaluate(own_run.path, forgetting="built-in")["forgetting"]["tokens"] > 1000
 
 
+def test_a_base_that_another_run_has_asked_is_not_asked_again(own_run, make_recipe, tmp_path, monkeypatch):
+    other = train(make_recipe(training={"learning_rate": 5e-3}, output_dir=str(tmp_path / "other")))
+    measured = evaluate(own_run.path, metrics=["rougeL"], extract=r"\w+")
+    evaluate(other.path)
+    rounds = []
+    answer = generate.answers
+
+    def answers(*args, **kwargs):
+        rounds.append(kwargs["what"])
+        return answer(*args, **kwargs)
+
+    monkeypatch.setattr(generate, "answers", answers)
+    taken = evaluate(own_run.path, metrics=["rougeL"], extract=r"\w+", before_of=str(other.path))
+    assert rounds == ["answering"]
+    assert {k: v for k, v in taken.items() if k != "data"} == {k: v for k, v in measured.items() if k != "data"}
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"data": {"seed": 5}}, "was evaluated on other rows"),
+        ({"quantization": {"use_double_quant": False}}, "its quantization is not that of"),
+        ({"model": {"dtype": "float32"}}, "its device or dtype is not that of"),
+    ],
+)
+def test_what_another_run_has_of_another_base_or_other_rows_is_refused(changed, said, own_run, make_recipe, tmp_path):
+    other = train(make_recipe(**changed, output_dir=str(tmp_path / "other")))
+    with pytest.raises(InputError, match=r"other: not evaluated yet|is not that of"):
+        evaluate(own_run.path, before_of=str(other.path))
+    evaluate(other.path)
+    with pytest.raises(InputError, match=rf"--before-of .*other: {said}.*; leave it out"):
+        evaluate(own_run.path, before_of=str(other.path))
+
+
 def test_what_a_model_by_itself_has_forgotten_is_not_made_up(make_recipe, tmp_path, tiny_model):
     rows = write_jsonl(tmp_path / "rows.jsonl", [{"messages": messages([("user", "Hm?"), ("assistant", "No.")])}])
     with pytest.raises(InputError, match="--max-forgetting is for a run: a model by itself has no loss before"):

@@ -17,7 +17,15 @@ from .errors import InputError
 
 def write_json(path, value):
     """Write `value` to `path` as JSON, atomically; a non-finite number is an error, never `NaN`."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_bytes(path, _json(value, indent=2))
+
+
+def _json(value, indent=None):
+    """Return `value` as JSON and a line end, in UTF-8; half a character, which UTF-8 does not have, as an escape."""
+    try:
+        return (json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    except UnicodeEncodeError:
+        return (json.dumps(value, indent=indent, allow_nan=False) + "\n").encode()
 
 
 def write_text(path, text):
@@ -46,9 +54,9 @@ def add_line(path, value):
         if start:
             file.seek(-1, os.SEEK_END)
         unended = start > 0 and file.read(1) != b"\n"
-        line = json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n"
+        line = _json(value)
         try:
-            file.write(("\n" * unended + line).encode("utf-8"))
+            file.write(b"\n" * unended + line)
             file.flush()
             os.fsync(file.fileno())
         except BaseException:  # a signal too

@@ -158,6 +158,12 @@ def test_a_csv_file_of_a_spreadsheet_may_have_another_separator(tmp_path, separa
     assert [row.value for row in rows] == [{"Frage, kurz": "Was kostet 1,50; oder mehr?", "Antwort": 'a "b" c'}]
 
 
+@pytest.mark.parametrize("declared", ["sep=;\r\n", '"sep=;"\n'])
+def test_the_separator_that_excel_declares_in_the_first_line_is_no_row(tmp_path, declared):
+    path = write_as(tmp_path, "d.csv", f"{declared}a;b\n1,5;2\n")
+    assert [(row.line, row.value) for row in read_rows(path)] == [(3, {"a": "1,5", "b": "2"})]
+
+
 @pytest.mark.parametrize("text", ["a,b;c\n1,2;3\n", "text\none; two\n", '"a;b"\n"1;2"\n'])
 def test_a_semicolon_beside_commas_or_in_a_single_column_separates_nothing(tmp_path, text):
     assert not [

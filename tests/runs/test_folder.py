@@ -1,12 +1,13 @@
 """A folder is whole or absent, and nothing of the user's is overwritten."""
 
+import json
 import os
 
 import pytest
 
 from qlora.runs.folder import RunDir
 from qlora.system.errors import DoesNotFit, InputError, Interrupted, TrainingFailed
-from qlora.system.storage import new_folder, refuse_nonempty, write_json
+from qlora.system.storage import add_line, new_folder, refuse_nonempty, write_json
 
 
 def test_a_new_folder_appears_only_when_the_block_ends_well(tmp_path):
@@ -149,3 +150,14 @@ def test_whether_a_run_is_in_use_is_known_without_touching_it(tmp_path):
         assert run.in_use()
         assert run.lock_file.read_text() == held
     assert not run.in_use()
+
+
+def test_half_a_character_is_kept_as_an_escape(tmp_path):
+    """It has no bytes in UTF-8, and may be in what somebody typed into a browser."""
+    value = {"asked": "half \ud83d", "ä": "ß"}
+    write_json(tmp_path / "a.json", value)
+    add_line(tmp_path / "b.jsonl", value)
+    add_line(tmp_path / "b.jsonl", {"ä": "ß"})
+    assert json.loads((tmp_path / "a.json").read_bytes()) == value
+    assert [json.loads(line) for line in (tmp_path / "b.jsonl").read_bytes().splitlines()] == [value, {"ä": "ß"}]
+    assert "ß".encode() in (tmp_path / "b.jsonl").read_bytes()

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import csv
+import re
 
 from ...system.errors import InputError
 from . import lines
 
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 _OTHERS = ";\t|"  # of .csv files; a spreadsheet with a decimal comma writes semicolons
+_DECLARED = re.compile('"?sep=(.)"?\r?\n?')  # a first line for Excel, which is no row
 _QUOTES = 'a quote within a quoted field is written twice (""), and a field that begins with one ends with one'
 
 
 def separator(file):
-    """Return the character between the fields of a table: that of its suffix, or one that its header has instead."""
+    """Return the character between the fields of a table: that of its suffix, one that its first line declares, or that its
+    header has instead."""
     usual = SEPARATORS[file.suffix]
     with open(file.path, encoding="utf-8-sig", errors="replace", newline="") as stream:
         first = next((line for _, line in lines.lines(file.path, stream) if line.strip()), "")
+    if declared := _DECLARED.fullmatch(first):
+        return declared[1]
     if file.suffix != ".csv" or len(_fields(first, usual)) > 1:
         return usual
     return next((other for other in _OTHERS if len(found := _fields(first, other)) > 1 and all(found)), usual)
@@ -39,10 +44,12 @@ def rows(file, names=False, columns=None):
     lines.open_file(path).close()
     with open(path, encoding="utf-8-sig", newline="") as stream:
         try:
-            reader = csv.reader(_counted(file, stream), delimiter=separator(file), strict=True)
+            delimiter = separator(file)
+            reader = csv.reader(_counted(file, stream), delimiter=delimiter, strict=True)
             for fields in reader:
                 start, line = line, reader.line_num + 1
-                if not any(value.strip() for value in fields):
+                declares = start == 1 and fields in (["sep=", ""], [f"sep={delimiter}"])
+                if declares or not any(value.strip() for value in fields):
                     continue
                 if header is None:
                     header = fields

@@ -154,6 +154,8 @@ def show_row(prepared, number, with_ids=False):
         marked = f"label {prepared.recipe.data.labels[example.label]}"
     else:
         marked = "trained tokens in green" if has_color() else "trained: [[...]]"
+    if prepared.examples.are_judged:
+        marked = f"{'a good' if example.good else 'a BAD'} answer; {marked}"
     show(f"\nrow {number} ({prepared.examples.where(number - 1)}); {marked}")
     if not prepared.checkpoint.task.file.HAS_TOKENS:
         show("{} x {} pixels; --html FILE shows images".format(*example.size))

@@ -15,6 +15,7 @@ from .. import base_model, data, methods
 from ..data import masked_examples
 from ..evaluation import answer_metrics, choices, latency, lm_eval_tasks, preferences, scores
 from ..evaluation.asked import BUILT_IN, Asked
+from ..evaluation.intervals import JUDGED_MARGIN
 from ..evaluation.scores import PERPLEXITY
 from ..jobs import base_scores, choice_rows, class_scores
 from ..jobs.eval_rows import general_rows, held_out_rows, held_out_rows_name
@@ -103,6 +104,9 @@ def _of_rows(subject, wanted, data_file, max_rows) -> _Found:
         source = data_file or "data.eval or data.eval_fraction of the recipe"
         raise InputError(f"no rows left to evaluate on in {source}: all were dropped; `qlora data` shows why")
     base_model.refuse_rows(rows, subject.model.config, methods.num_positions(subject.model))
+    judged = rows if not has_classes and rows.are_judged else None
+    if judged is not None:
+        rows = _good(judged)
     said = data.conversations(rows)
     files = [{"path": str(part.path), "sha256": part.digest} for part in rows.parts]
     max_rows = None if max_rows == usual else max_rows
@@ -120,6 +124,8 @@ def _of_rows(subject, wanted, data_file, max_rows) -> _Found:
         before, after = _before_and_after(subject, measure, _WORDS, known)
     result = _result(len(said), before, after)
     result |= class_scores.details(subject, rows, after) if has_classes else _beside(subject, said, wanted)
+    if judged is not None:
+        _add_margin(subject, judged, result)
     result["data"] = {
         "files": files,
         "held_out": data_file is None,
@@ -127,6 +133,27 @@ def _of_rows(subject, wanted, data_file, max_rows) -> _Found:
         "rows_in_all": len(all_rows.one_each()),
     }
     return _Found(result, _answers(map(_asked, said), before, after), name, max_rows)
+
+
+def _good(rows):
+    """Return the good ones of Rows of Judged, whose loss and answers are measured as those of supervised rows."""
+    good = rows[rows.numbers("good") == 1]
+    if not len(good):
+        raise InputError("no row to evaluate on has a good answer (label: true)")
+    return good
+
+
+def _add_margin(subject, rows, result):
+    """Add to a result by how much likelier good answers are than bad ones, where there are both."""
+    now = preferences.judged_alone(subject.model, rows)
+    if not len(now[1]):
+        return
+    result["metrics"][JUDGED_MARGIN] = preferences.margin_of(now)
+    if subject.run is not None:
+        with subject.model.disable_adapter():
+            before = preferences.judged_alone(subject.model, rows)
+        result["before"]["metrics"][JUDGED_MARGIN] = preferences.margin_of(before)
+        result["change"][JUDGED_MARGIN] = preferences.margin_of(now, before)
 
 
 def _score_of_words(subject, rows, said, wanted, what):

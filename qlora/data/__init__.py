@@ -7,8 +7,9 @@ import random
 import numpy as np
 
 from ..system.errors import InputError
-from . import image, labels, preference, tokenized
+from . import image, judged, labels, preference, tokenized
 from .encoder import Settings
+from .judged import Judged, Judgements, Mismatched
 from .labelled import TEXT, Labelled, LabelledText, Pad
 from .labelled_images import KeptImage, LabelledImage, LabelledImages, Pixels, image_sizes
 from .masked_examples import IGNORE_INDEX, Example
@@ -23,11 +24,14 @@ __all__ = [
     "Answers",
     "Batches",
     "Example",
+    "Judged",
+    "Judgements",
     "KeptImage",
     "Labelled",
     "LabelledImage",
     "LabelledImages",
     "LabelledText",
+    "Mismatched",
     "Packed",
     "Packs",
     "Pad",
@@ -42,6 +46,7 @@ __all__ = [
     "hold_out",
     "image",
     "image_sizes",
+    "judged",
     "labels",
     "load",
     "pack",

@@ -34,6 +34,7 @@ _PROMPTS = ("prompt", "messages", "conversations", "instruction")  # the first t
 _NAMES = (*_PROMPTS, "input", *CONTEXT, CHOSEN, REJECTED)
 _MESSAGE = re.compile(r"prompt \+ completion\[(\d+)\]")  # as formats.read numbers them
 _TURNS = re.compile(r"\n\n(Human|Assistant):")  # of Anthropic's HH
+_NOT_THE_MODEL = ("user", "human", "system")
 _SCORES = (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"), ("chosen_rating", "rejected_rating"))
 
 
@@ -335,7 +336,10 @@ def _parted(answers):
     least = min(len(chosen), len(rejected)) - 1
     same = next((at for at in range(least) if chosen[at] != rejected[at]), least)
     rests = chosen[same:], rejected[same:]
-    if any(_role(message) in ("user", "human", "system") for rest in rests for message in rest):
+    for name, whole in ((CHOSEN, chosen), (REJECTED, rejected)):
+        if _role(whole[-1]) in _NOT_THE_MODEL:
+            raise ValueError(f"{name} ends with a message of the {_role(whole[-1])}; a pair ends with an answer")
+    if any(_role(message) in _NOT_THE_MODEL for rest in rests for message in rest):
         raise ValueError(
             f"chosen and rejected differ in message {same} already; a pair has one prompt and differs in its answer"
         )

@@ -49,6 +49,10 @@ class Rows(Sequence):
         return bool(self.parts) and "split" in self.parts[0].encoder.NUMBERS
 
     @property
+    def are_judged(self):
+        return bool(self.parts) and "good" in self.parts[0].encoder.NUMBERS
+
+    @property
     def longest(self):
         """Tokens of the longest sequence of each Example, as an array: of a pair, the longer one."""
         lengths = self.lengths

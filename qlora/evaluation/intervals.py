@@ -18,6 +18,7 @@ import numpy as np
 RESAMPLES = 2000
 OF_LOSS = ("loss", "perplexity", "bits_per_byte")  # lower is better
 MARGIN = "preference_margin"  # nats
+JUDGED_MARGIN = "desirable_margin"  # nats a token
 _AT_ONCE = 2**22  # counts in memory: 32 MiB
 _Z = 1.959963984540054  # of 95 %, two-sided
 
@@ -79,7 +80,7 @@ def with_interval(value, low, high):
 def is_share(name) -> bool:
     """True if the metric `name` is a share of 1, shown in percent: all are but losses and margins, and lm-eval's TASK.METRIC,
     which are of all kinds."""
-    return name not in (*OF_LOSS, MARGIN, "forgetting") and "." not in name
+    return name not in (*OF_LOSS, MARGIN, JUDGED_MARGIN, "forgetting") and "." not in name
 
 
 def in_words(metric, digits=1):
@@ -110,6 +111,12 @@ def percentiles(values) -> tuple[float, float]:
     """Return the ends of the middle 95 % of `values`."""
     low, high = np.percentile(np.asarray(values, float), (2.5, 97.5))
     return float(low), float(high)
+
+
+def of_two_kinds(value: Callable, one_NK: np.ndarray, other_MK: np.ndarray) -> tuple[float, float]:
+    """Return (low, high) of value(sums of one, sums of other): two kinds of rows, each resampled by itself."""
+    both = zip(resampled(one_NK), resampled(other_MK, seed=1), strict=True)
+    return percentiles([value(*sums) for sums in both])
 
 
 # ---- several runs: S seeds, each measured on the same N rows ---------------------------------------------------------

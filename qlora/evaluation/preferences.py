@@ -20,6 +20,28 @@ from .scores import Score
 ACCURACY = "preference_accuracy"
 
 
+def judged_alone(model, rows):
+    """Return (nats and trained tokens of each good answer (G, 2), of each bad one (M, 2)) of Rows of Judged."""
+    found_N2, good_N = np.array(metrics.losses(model, rows)), rows.numbers("good") == 1
+    return found_N2[good_N], found_N2[~good_N]
+
+
+def margin_of(now, before=None) -> dict:
+    """Return {"value", "low", "high"} of by how much likelier good answers are than bad ones, in nats a token; of what has
+    changed since `before`. Both as of `judged_alone`, on the same rows."""
+
+    def margin(good, bad):
+        return intervals.ratio(bad) - intervals.ratio(good)
+
+    def rise(good, bad):
+        return margin(good[:2], bad[:2]) - margin(good[2:], bad[2:])
+
+    if before is None:
+        return intervals.with_interval(margin(*map(intervals.summed, now)), *intervals.of_two_kinds(margin, *now))
+    both = [np.concatenate([one, then], axis=1) for one, then in zip(now, before, strict=True)]
+    return intervals.with_interval(rise(*map(intervals.summed, both)), *intervals.of_two_kinds(rise, *both))
+
+
 class _Mean:
     """A mean over rows of what a model says of them, whatever its answer."""
 

@@ -23,7 +23,7 @@ _ENCODERS = {
     "text-classification": data.LabelledText,
     "image-classification": data.LabelledImages,
 }
-_ENCODERS_OF_OBJECTIVES = {"dpo": data.Preferences, "orpo": data.Preferences}
+_ENCODERS_OF_OBJECTIVES = {"dpo": data.Preferences, "orpo": data.Preferences, "kto": data.Judgements}
 
 
 def task_of(recipe) -> base_model.Task:
@@ -38,7 +38,7 @@ def encoder_of(task, objective=None):
 
 def as_supervised(rows, objective):
     """Return `rows` where one sequence of ids each is wanted: of pairs, the chosen answers."""
-    return rows if objective is None else data.Answers(rows)
+    return data.Answers(rows) if encoder_of("text-generation", objective) is data.Preferences else rows
 
 
 def settle_labels(recipe, checkpoint):
@@ -77,10 +77,12 @@ def objective_of(prepared, model, installed, planned):
     """
     section = prepared.recipe.objective
     if section is not None:
+        from ..training.objectives.judged import Judgement
         from ..training.objectives.preference import Preference
 
         tokens = planned.tokens_per_micro_batch if installed.joined else None
-        return Preference(section, prepared.tokenizer.pad_token_id, installed.joined, installed.loss, tokens)
+        kind = Judgement if section.key == "kto" else Preference
+        return kind(section, prepared.tokenizer.pad_token_id, installed.joined, installed.loss, tokens)
     if not prepared.checkpoint.task.file.HAS_CLASSES:
         return None
     from ..training.objectives.classification import Classification  # with trl, which `data` and `plan` do without

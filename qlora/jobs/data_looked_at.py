@@ -6,7 +6,7 @@ import itertools
 import json
 from dataclasses import dataclass
 
-from ..data import formats, labels, sources
+from ..data import formats, labels, preference, sources
 from ..recipe import Data
 from ..system.errors import InputError
 
@@ -24,17 +24,19 @@ _PAIRS = (("text", "text_pair"), ("sentence1", "sentence2"), ("premise", "hypoth
 
 @dataclass(frozen=True)
 class Looked:
-    """task: of transformers' names. columns: data.columns, None where the rows have the known names. why: in words."""
+    """task: of transformers' names. columns: data.columns, None where the rows have the known names. why: in words. objective:
+    the recipe's section that takes such rows; None: supervised training."""
 
     task: str
     columns: dict | None
     why: str
+    objective: str | None = None
 
 
 def look(path) -> Looked:
     """Return what the first rows of the data at `path`, a file, glob or folder, are for.
 
-    Preference pairs and rows that are none come back as text-generation, whose reading refuses them with their line.
+    Rows that are none come back as text-generation, whose reading refuses them with their line.
 
     Raises:
         InputError: there is no such file, or nobody can tell which column is asked and which is answered.
@@ -42,10 +44,14 @@ def look(path) -> Looked:
     [source] = Data.of_file(path, {}).train
     rows = itertools.chain.from_iterable(file.rows() for file in sources.open_source(source, None))
     seen = [row.value for row in itertools.islice(rows, _ROWS) if row.problem is None and isinstance(row.value, dict)]
+    if seen and preference.is_pair(seen[0]):
+        return Looked("text-generation", None, "rows are pairs: a good and a bad answer", "dpo")
     if not seen or any(key in seen[0] for key in formats.PREFERENCE):
         return Looked("text-generation", None, "")
     keys = [str(key) for key in seen[0]]
     known = next((name for name, one in formats.FORMATS.items() if set(one.KEYS) <= set(keys)), None)
+    if known not in (None, "text") and formats.verdict(seen[0]) is not None:
+        return Looked("text-generation", None, "rows have one answer, and say whether it is good", "kto")
     if known not in (None, "text"):
         return Looked("text-generation", None, f"rows of format {known}")
     return _classes(seen, keys) or _words(path, keys, known, seen)

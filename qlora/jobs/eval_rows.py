@@ -24,7 +24,7 @@ def held_out_rows(subject, data_file=None):
         else:
             settings["overlong"] = "error"
         section = Data.of_file(data_file, settings)
-        encoder = data.Preferences if not task.HAS_CLASSES and _are_pairs(section) else encoder_of(task.NAME)
+        encoder = encoder_of(task.NAME) if task.HAS_CLASSES else _encoder_for(section, recipe)
         return data.Rows(data.load(section.train, tokenizer, section, seed=0, encoder=encoder))
     if recipe is None or not (recipe.data.eval or recipe.data.eval_fraction):
         raise InputError("no held-out rows: the recipe has neither data.eval nor data.eval_fraction; give --data FILE")
@@ -46,13 +46,20 @@ def held_out_rows(subject, data_file=None):
     return rows[np.isin(found, keys)]
 
 
-def _are_pairs(section):
-    """Return whether the rows of a file, in the recipe's section data, are preference pairs: by their columns, or the first."""
+def _encoder_for(section, recipe):
+    """Return the Encoder of the rows of a file, in the recipe's section data: pairs, judged answers (which pairs are too, for a
+    run that was trained on them), or supervised rows; by their columns, or the first row."""
+    judges = recipe is not None and encoder_of(recipe.task, recipe.objective) is data.Judgements
+    of_pairs = data.Judgements if judges else data.Preferences
+    pair, ignored = {data.preference.CHOSEN, data.preference.REJECTED}, section.ignore_keys or ()
     if section.columns is not None:
-        return {data.preference.CHOSEN, data.preference.REJECTED} <= section.columns.keys()
+        named = section.columns.keys()
+        return of_pairs if pair <= named else data.Judgements if data.judged.LABEL in named else data.Supervised
     files = data.Preferences.open_source(section.train[0])
     first = next((row.value for file in files for row in file.rows() if row.problem is None), None)
-    return data.preference.is_pair(first, section.ignore_keys or ())
+    if data.preference.is_pair(first, ignored):
+        return of_pairs
+    return data.Judgements if data.judged.is_judged(first, ignored) else data.Supervised
 
 
 def held_out_rows_name(max_rows):

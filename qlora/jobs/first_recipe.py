@@ -115,6 +115,8 @@ def choose(model, data_file, machine: Machine, goal, overrides=(), output_dir=No
 def _looked(data_file, given):
     """Return what the rows are for; what the user says of task and columns counts."""
     task, columns = given.get("task"), (given.get("data") or {}).get("columns")
+    if given.keys() & {*Recipe.names_of_objectives()}:
+        return Looked("text-generation", None, "as given")
     if task and columns:
         return Looked(task, None, "as given")
     try:
@@ -125,11 +127,13 @@ def _looked(data_file, given):
         found = Looked("text-generation", None, "columns as given")
     if columns and "label" in columns:
         found = Looked("text-classification", None, "columns as given")
-    return Looked(task or found.task, None if columns or (task and task != found.task) else found.columns, found.why)
+    columns = None if columns or (task and task != found.task) else found.columns
+    return Looked(task or found.task, columns, found.why, found.objective)
 
 
 def _start(model, data_file, looked, output_dir):
     lines = [Line("task", looked.task, looked.why)] if has_classes(looked.task) else []
+    lines += [Line(looked.objective, {}, looked.why)] if looked.objective is not None else []
     lines += [Line("model.name_or_path", str(model)), Line("data.train", str(data_file))]
     if looked.columns:
         lines.append(Line("data.columns", looked.columns, "what the columns of the file are"))

@@ -13,7 +13,7 @@ from ..kernels import attention
 from ..recipe import parse_size
 from ..system import memory
 from ..system.errors import InputError
-from .chosen_task import task_of
+from .chosen_task import encoder_of, task_of
 from .joined_steps import attended, joined_steps
 
 _USUAL_CARD = "4090"
@@ -126,7 +126,7 @@ def job_of(prepared, device_kind, budget: Budget, tokens=None):
         if training.joins_steps and joins:
             sequences = examples.longest if examples.are_pairs else None
             steps = joined_steps(examples.lengths, examples.num_trained, training.rows_per_step, tokens, sequences)
-        may_pack = not (prepared.checkpoint.task.file.HAS_CLASSES or examples.are_pairs)
+        may_pack = not (prepared.checkpoint.task.file.HAS_CLASSES or examples.are_pairs or examples.are_judged)
         if may_pack and attention.why_not(prepared.config, recipe.data.max_length) is None:
             packs = data.pack(examples, training.filled_to or recipe.data.max_length)
             numbers |= {"packed_load": _packed_load(packs, examples, 1), "packed_micro_batches": len(packs)}
@@ -192,7 +192,7 @@ def without_data(recipe, device_kind, budget: Budget, on):
     rows = training.filled_to // length if training.filled_to else training.per_device_train_batch_size
     remade = _outlines(recipe, config, len(checkpoint.new_tokens), device_kind)
     packed = recipe.data.packing
-    pairs = recipe.objective is not None
+    pairs = encoder_of(recipe.task, recipe.objective) is data.Preferences
     rows *= 2 if pairs else 1
     load = planner.Load(rows, length, rows * length, packed, packed or remade().joins, pairs=pairs)
     job = with_outline(recipe, remade, load=load, budget_bytes=budget.num_bytes, card=budget.card)

@@ -82,7 +82,8 @@ def prepare(recipe: Recipe, weights=True, on=None) -> Prepared:
     report["not_read"] = sorted({path for source in named for path in encoder.not_read(source)})
     report |= {"eval_rows": len(held_out), **data.copies(once, held_out)}
     if recipe.objective is not None:
-        report |= data.preference.describe(examples, held_out, parts)
+        what = data.judged if examples.are_judged else data.preference
+        report |= what.describe(examples, held_out, parts)
     if has_classes:
         report |= data.labels.balance(examples, held_out, recipe.data.labels)
         class_weights_of(recipe.data, examples)  # what is wrong with them is said before a weight is read

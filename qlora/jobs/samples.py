@@ -31,7 +31,10 @@ def questions(prepared):
     count = prepared.recipe.training.num_samples
     if not count:
         return []
-    rows = data.conversations(prepared.eval_examples.first_rows(count))
+    held_out = prepared.eval_examples
+    if held_out.are_judged:
+        held_out = held_out[held_out.numbers("good") == 1]  # bad answers are not expected
+    rows = data.conversations(held_out.first_rows(count))
     if not all(row.messages for row in rows):
         raise InputError(
             "training.num_samples: the held-out rows are plain text, to which there is no answer; leave it out"

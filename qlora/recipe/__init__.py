@@ -16,7 +16,7 @@ from ruamel.yaml import YAML
 from . import error_messages, objectives, reading, tasks
 from .fields import PathText, Section, parse_size
 from .methods import Adalora, Bottleneck, Full, Hira, Ia3, Lora, Method, Oft, PrefixTuning, PromptTuning
-from .objectives import Dpo, Objective, Orpo
+from .objectives import Dpo, Kto, Objective, Orpo
 from .sections import Data, Export, Format, Memory, Model, Quantization, Source, Training
 
 __all__ = [
@@ -52,8 +52,10 @@ class Recipe(Section):
     """instead of lora: embeddings before each text"""
     dpo: Dpo | None = None
     """rows are pairs, of which one answer is preferred: DPO and its relatives ([preferences.md](preferences.md))"""
+    kto: Kto | None = None
+    """rows have one answer and a label, whether it is a good one: for thumbs up and down"""
     orpo: Orpo | None = None
-    """the same pairs, with supervised training of the preferred answer in one"""
+    """pairs, with supervised training of the preferred answer in one"""
     data: Data
     training: Training = Training()
     memory: Memory = Memory()
@@ -91,6 +93,11 @@ class Recipe(Section):
     def names_of_methods(cls):
         """Return the names of the fields that may be a Method, lora first."""
         return list(cls._kinds_of(Method))
+
+    @classmethod
+    def names_of_objectives(cls):
+        """Return the names of the fields that may be an Objective."""
+        return list(cls._kinds_of(Objective))
 
     @classmethod
     def _kinds_of(cls, kind):

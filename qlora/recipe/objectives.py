@@ -80,6 +80,21 @@ class Orpo(Objective):
     """weight of the odds ratio beside the cross entropy of the chosen answers; lambda in the paper"""
 
 
+class Kto(Objective):
+    key: ClassVar[str] = "kto"
+    learning_rate: ClassVar[float] = 5e-6
+
+    beta: Number = 0.1
+    """how much it costs to leave the reference: higher stays nearer"""
+    loss_type: Literal["kto", "apo_zero_unpaired"] = "kto"
+    """kto: against the distance from the reference, which a forward pass over mismatched prompts and answers measures in each
+    step; apo_zero_unpaired: without it, where good answers are better than the model's own"""
+    desirable_weight: Number = 1.0
+    """of good answers in the loss; with the weight of bad ones it makes up for unequal numbers"""
+    undesirable_weight: Number = 1.0
+    """of bad answers"""
+
+
 def with_defaults(values, objectives):
     """Return the values of a recipe with the learning rate of its objective, where it has none. objectives: {name: its section's
     class}."""
@@ -103,7 +118,7 @@ def refuse(recipe):
         raise ValueError(f"{key} is for text-generation: answers of task {recipe.task} are classes; leave it out")
     for field, why in (
         ("packing", "the rows of a step are joined without it (training.tokens_per_micro_batch: auto)"),
-        ("train_on", "what is trained is the answer in which the two differ"),
+        ("train_on", "what is trained is the answer that is compared or judged"),
     ):
         if getattr(data, field) != type(data).model_fields[field].default:
             raise ValueError(f"data.{field} is for supervised training; leave it out with {key}: {why}")
@@ -116,6 +131,11 @@ def refuse(recipe):
     if training.filled_to is not None:
         raise ValueError(
             f"training.tokens_per_micro_batch: a number is for supervised training; {key} has auto and null"
+        )
+    if key == "kto" and objective.loss_type == "kto" and training.rows_per_step < 2:
+        raise ValueError(
+            "kto measures its distance from the reference on the rows of a step, and a step has one; set "
+            "training.gradient_accumulation_steps=16, or kto.loss_type=apo_zero_unpaired"
         )
     if training.neftune_noise_alpha is not None:
         raise ValueError(f"training.neftune_noise_alpha is for supervised training; leave it out with {key}")

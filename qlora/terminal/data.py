@@ -14,6 +14,7 @@ from .tables import has_color, show, table
 
 _FEW_CLASSES = 8
 _MUCH_LONGER, _MOST_LONGER = 1.5, 0.7  # times as many tokens, share of the pairs
+_LEAST_RATIO, _MOST_RATIO = 0.95, 1.4  # of good answers to bad ones, weights included; KTO's paper has 1 to 4/3
 
 
 def say_report(prepared):
@@ -49,6 +50,8 @@ def say_report(prepared):
     note(f"          {report['rows']:,} rows to train on, {report['eval_rows']:,} held out; {what}")
     if "preference" in report:
         _say_preference(report["preference"])
+    if "judged" in report:
+        _say_judged(report["judged"], prepared.recipe.objective)
     if "classes" in report:
         note(f"          {_copies(report)}")
         _say_classes(report)
@@ -68,7 +71,7 @@ def say_report(prepared):
 def _copies(report):
     found = [f"{report['duplicates']:,} duplicate rows" if report["duplicates"] else "no duplicate rows"]
     if report["eval_rows_in_training"]:
-        what = "HELD-OUT PROMPTS" if "preference" in report else "HELD-OUT ROWS"
+        what = "HELD-OUT PROMPTS" if report.keys() & {"preference", "judged"} else "HELD-OUT ROWS"
         found.append(f"{report['eval_rows_in_training']:,} {what} ARE ALSO TRAINED ON, so their score means nothing")
     return "; ".join(found)
 
@@ -85,6 +88,25 @@ def _say_preference(found):
     for key, what in (("tied", "score both answers alike"), ("reversed", "score the rejected answer HIGHER")):
         if found[key]:
             note(f"          {found[key]:,} rows {what}")
+
+
+def _say_judged(found, section):
+    """Say how many answers are good and bad; loudly where one kind outweighs the other: KTO then learns little of that one."""
+    good, bad = found["desirable"], found["undesirable"]
+    tokens = {"good": found["desirable_tokens"], "bad": found["undesirable_tokens"]}
+    means = " and ".join(f"{mean:.0f} tokens of {kind} ones" for kind, mean in tokens.items() if mean is not None)
+    note(f"answers   to {found['prompts']:,} prompts: {good:,} good, {bad:,} bad; in the mean {means}")
+    weighed = section.desirable_weight * good, section.undesirable_weight * bad
+    if not all(weighed):
+        note(f"          NO ANSWER IS {'GOOD' if bad else 'BAD'}: there is nothing to tell apart")
+    elif not _LEAST_RATIO <= weighed[0] / weighed[1] <= _MOST_RATIO:
+        more, field = ("GOOD", "undesirable_weight") if weighed[0] > weighed[1] else ("BAD", "desirable_weight")
+        balance = getattr(section, field) * max(weighed) / min(weighed)
+        note(
+            f"          {more} ANSWERS OUTWEIGH THE OTHERS: set kto.{field}={balance:.3g} to make up for their numbers"
+        )
+    if found["contradictory"]:
+        note(f"          {found['contradictory']:,} answers are called GOOD AND BAD")
 
 
 def _say_classes(report):
@@ -132,6 +154,8 @@ def show_row(prepared, number, with_ids=False):
         marked = f"label {prepared.recipe.data.labels[example.label]}"
     else:
         marked = "trained tokens in green" if has_color() else "trained: [[...]]"
+    if prepared.examples.are_judged:
+        marked = f"{'a good' if example.good else 'a BAD'} answer; {marked}"
     show(f"\nrow {number} ({prepared.examples.where(number - 1)}); {marked}")
     if not prepared.checkpoint.task.file.HAS_TOKENS:
         show("{} x {} pixels; --html FILE shows images".format(*example.size))

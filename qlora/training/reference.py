@@ -3,7 +3,7 @@
 An adapter that starts as nothing is the base; one that is trained further is that adapter. They are computed once, before the
 first step, and kept in the run folder, where a run that goes on reads them: by then the model is another.
 
-# N pairs
+# N rows of E sequences: 2 of a pair, 1 of a judged answer
 """
 
 from __future__ import annotations
@@ -33,15 +33,14 @@ def settle(trainer, objective):
         Interrupted: by a signal.
     """
     file = RunDir(Path(trainer.args.output_dir)).reference_file
-    datasets = {"train": trainer.train_dataset, "held_out": trainer.eval_dataset}
-    datasets = {name: rows for name, rows in datasets.items() if rows is not None}
+    datasets = objective.compared(trainer)
     if trainer.resumed is not None:
         _read(file, datasets)
         return
     for name, rows in datasets.items():
-        rows.logps_N2 = _computed(trainer, objective, rows, name)
+        rows.logps_NE = _computed(trainer, objective, rows, name)
     digests = {name: _digest(rows.examples) for name, rows in datasets.items()}
-    write_bytes(file, save({name: rows.logps_N2 for name, rows in datasets.items()}, digests))
+    write_bytes(file, save({name: rows.logps_NE for name, rows in datasets.items()}, digests))
 
 
 def _read(file, datasets):
@@ -58,7 +57,7 @@ def _read(file, datasets):
     for name, rows in datasets.items():
         if digests.get(name) != _digest(rows.examples):
             raise InputError(f"{file} is of other rows ({name.replace('_', ' ')}), {why}")
-        rows.logps_N2 = found[name]
+        rows.logps_NE = found[name]
 
 
 def _digest(examples):
@@ -70,21 +69,21 @@ def _keys(examples):
     """Return a number for each pair that is equal for equal ones."""
     if hasattr(examples, "numbers"):  # not read from disk one by one
         return examples.numbers("pair", np.uint64)
-    said = (np.array([*one.chosen.input_ids, -1, *one.rejected.input_ids]).tobytes() for one in examples)
+    said = (np.array([*one.input_ids, -1, *one.labels]).tobytes() for one in examples)
     return np.array([int.from_bytes(hashlib.blake2b(one, digest_size=8).digest(), "little") for one in said], np.uint64)
 
 
 @torch.no_grad()
 def _computed(trainer, objective, rows, name):
-    """Return (N, 2): each pair once, however often it is there; in the order of their lengths, up to a micro-batch at a time."""
+    """Return (N, E): each row once, however often it is there; in the order of their lengths, up to a micro-batch at a time."""
     model, lengths = trainer.model, np.array(lengths_of(rows.examples))
     _, first, where = np.unique(_keys(rows.examples), return_index=True, return_inverse=True)
     order = first[np.argsort(-lengths[first], kind="stable")]
     most = objective.tokens or int(np.sort(lengths)[::-1][: trainer.args.per_device_train_batch_size].sum())
-    found, training, at = torch.zeros(len(rows), 2), model.training, 0
+    found, training, at = torch.zeros_like(rows.logps_NE), model.training, 0
     model.eval()
     try:
-        with progress("computing the reference", len(order), "pairs") as advance, same_random_numbers(model):
+        with progress("computing the reference", len(order), "rows") as advance, same_random_numbers(model):
             while at < len(order):
                 if trainer.saving.stop.number is not None:
                     raise Interrupted(trainer.saving.stop.number)
@@ -103,7 +102,8 @@ def _computed(trainer, objective, rows, name):
         model.train(training)
     if not found.isfinite().all():
         number = int((~found.isfinite()).any(1).nonzero()[0])
-        which = f"training row {number + 1}" if name == "train" else f"held-out row {number + 1}"
-        look = "look at it: qlora data --row" if name == "train" else "look at it in data.eval"
+        trained = name.startswith("train")
+        which = f"training row {number + 1}" if trained else f"held-out row {number + 1}"
+        look = "look at it: qlora data --row" if trained else "look at it in data.eval"
         raise InputError(f"the reference's log probability of {which} is not finite; {look}")
     return found[torch.from_numpy(first[where])]

@@ -156,8 +156,8 @@ def test_a_base_that_another_run_has_asked_is_not_asked_again(own_run, make_reci
     ("changed", "said"),
     [
         ({"data": {"seed": 5}}, "was evaluated on other rows"),
-        ({"quantization": {"use_double_quant": False}}, "its quantization is not that of"),
-        ({"model": {"dtype": "float32"}}, "its device or dtype is not that of"),
+        ({"quantization": None, "model": {"dtype": "bfloat16"}}, "its base model is not that of"),
+        ({"quantization": {"compute_dtype": "float32"}}, "its quantization is not that of"),
     ],
 )
 def test_what_another_run_has_of_another_base_or_other_rows_is_refused(changed, said, own_run, make_recipe, tmp_path):

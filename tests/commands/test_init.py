@@ -64,10 +64,25 @@ def test_what_does_not_fit_says_what_would(tiny_model, rows, tmp_path):
     assert not (tmp_path / "mine.yaml").exists()
 
 
-def test_preference_pairs_are_refused(tiny_model, tmp_path):
-    pairs = write_jsonl(tmp_path / "pairs.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}])
-    with pytest.raises(InputError, match="a preference pair, for DPO"):
-        init(tiny_model(), pairs, "4090", "small", tmp_path / "mine.yaml")
+@pytest.mark.parametrize(
+    ("row", "objective"),
+    [({"chosen": "b", "rejected": "c"}, "dpo"), ({"completion": "b", "label": False}, "kto")],
+)
+def test_rows_that_are_preferred_or_judged_get_their_objective(tiny_model, tmp_path, row, objective):
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": f"Say {n}", **row} for n in range(12)])
+    found = init(tiny_model(), rows, "4090", "small", tmp_path / "mine.yaml")
+    assert found["values"]["training"]["learning_rate"] == 5e-6
+    assert f"\n{objective}: {{}}" in (tmp_path / "mine.yaml").read_text()
+
+
+def test_another_objective_for_pairs_is_kept(tiny_model, tmp_path):
+    rows = write_jsonl(
+        tmp_path / "rows.jsonl", [{"prompt": f"Say {n}", "chosen": "b", "rejected": "c"} for n in range(12)]
+    )
+    init(tiny_model(), rows, "4090", "small", tmp_path / "mine.yaml", overrides=["orpo={}"])
+    said = (tmp_path / "mine.yaml").read_text()
+    assert "orpo: {}" in said
+    assert "dpo: " not in said
 
 
 @pytest.mark.parametrize(

@@ -85,6 +85,10 @@ def test_columns_and_a_system_message(tokenizer):
         ({"chosen": [ASKED, GOOD]}, "one of chosen and rejected is a whole conversation"),
         ({"prompt": "Else", "chosen": [ASKED, GOOD], "rejected": [ASKED, BAD]}, "prompt says something else"),
         (
+            {"prompt": None, "chosen": [ASKED, GOOD, ASKED], "rejected": [ASKED, BAD, ASKED]},
+            "chosen ends with a message of the user",
+        ),
+        (
             {"prompt": None, "chosen": [ASKED, GOOD], "rejected": [{**ASKED, "content": "x"}, BAD]},
             "differ in message 0",
         ),

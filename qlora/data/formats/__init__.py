@@ -30,7 +30,7 @@ _SHAPES = [" + ".join(f'"{key}"' for key in known.KEYS) for known in FORMATS.val
 SHAPES = f"{', '.join(_SHAPES[:-1])}, or {_SHAPES[-1]}"
 
 PREFERENCE = ("chosen", "rejected", "rejected_response", "rejected_messages")
-_DESIRABLE = ("label", "kto_tag")
+DESIRABLE = ("label", "kto_tag")
 # other unknown keys of a row (id, source, ...) are labels; these would change what the model sees
 _CHANGES_THE_PROMPT = ("images", "image", "audio", "audios", "videos", "documents")
 
@@ -104,7 +104,7 @@ def refuse_verdict(row, name):
 
 def verdict(row):
     """Return the key of a row that says whether its answer is a good one, or None."""
-    said = {key: row.get(key) for key in _DESIRABLE}
+    said = {key: row.get(key) for key in DESIRABLE}
     return next((key for key, one in said.items() if isinstance(one, bool) or one in ("True", "False")), None)
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -40,6 +40,7 @@ _METRICS = (
     "logps/rejected",
 )
 _ON_THE_HOST = ("trained", "lengths")
+_OF_ROWS = ("reference", "good", "kl")  # of a batch: a number or more for each row, of which a sequence or two are
 
 
 @dataclass(frozen=True)
@@ -58,18 +59,33 @@ class Preference(Objective):
     tokens: int | None = None
     seen: Seen = field(default_factory=lambda: Seen())
 
+    each: ClassVar[int] = 2  # sequences of a row
+
     def trainer(self, model, rows, arguments, reliability):
         """rows: training.Rows of sequences of data.Pair."""
         self.without_dropout(model)
-        return Trainer(
+        return self.kind(
             model,
             self,
             dataclasses.replace(reliability, lengths=lengths_of(rows.train)),
             args=on_one_device(transformers.TrainingArguments(**arguments)),
-            train_dataset=Referred(rows.train),
-            eval_dataset=Referred(rows.held_out) if rows.held_out else None,
+            train_dataset=self.referred(rows.train),
+            eval_dataset=self.referred(rows.held_out) if rows.held_out else None,
             data_collator=self.collate,
         )
+
+    @property
+    def kind(self):
+        return Trainer
+
+    def referred(self, rows):
+        """Return the Referred of a sequence of rows."""
+        return Referred(rows, self.each)
+
+    def compared(self, trainer):
+        """Return {name: Referred} of all whose log probabilities by the reference are to be known."""
+        found = {"train": trainer.train_dataset, "held_out": trainer.eval_dataset}
+        return {name: rows for name, rows in found.items() if rows is not None}
 
     def without_dropout(self, model):
         """As trl does: a reference has none, and the difference would be noise."""
@@ -85,8 +101,10 @@ class Preference(Objective):
         """Return a batch of Referred rows: input_ids and labels (B, T), attention_mask where there is padding; joined: (1, T),
         with position_ids and segments. reference: (P, 2); rows: their numbers."""
         numbers, pairs, known = zip(*rows, strict=True)
-        both = [one for pair in pairs for one in (pair.chosen, pair.rejected)]
-        batch = self._joined(both) if self.joined else self._padded(both)
+        return self.batch_of([one for pair in pairs for one in (pair.chosen, pair.rejected)], numbers, known)
+
+    def batch_of(self, sequences, numbers, known):
+        batch = self._joined(sequences) if self.joined else self._padded(sequences)
         trained = (batch["labels"] != IGNORE_INDEX).numpy()
         return {**batch, "trained": trained, "reference": torch.stack(known), "rows": list(numbers)}
 
@@ -112,7 +130,7 @@ class Preference(Objective):
             return [(inputs, rows)]
         part_of = data.best_fit(lengths, max(self.tokens, *lengths))
         parts = [np.flatnonzero(part_of == part).tolist() for part in range(int(part_of.max()) + 1)]
-        return [(_of_pairs(inputs, part), [rows[at] for at in part] if rows else rows) for part in parts]
+        return [(self.some(inputs, part), [rows[at] for at in part] if rows else rows) for part in parts]
 
     def cut(self, inputs, tokens):
         """At least the first pair whole; of the last one so much of each of its answers that it is full."""
@@ -120,13 +138,13 @@ class Preference(Objective):
         whole = max(1, int(np.searchsorted(np.cumsum(lengths), tokens, side="right")))
         left = tokens - sum(lengths[:whole])
         if whole == len(lengths) or left < 2:
-            return _of_pairs(inputs, range(whole))
-        batch = _of_pairs(inputs, range(whole + 1))
+            return self.some(inputs, range(whole))
+        batch = self.some(inputs, range(whole + 1))
         chosen, rejected = batch["segments"][-2:]
         kept = min(max(1, left * chosen // (chosen + rejected)), left - 1)
         start = sum(batch["segments"][:-2])
         columns = np.concatenate([np.arange(start + kept), start + chosen + np.arange(left - kept)])
-        return _of_columns(batch, columns) | {"segments": [*batch["segments"][:-2], kept, left - kept]}
+        return of_columns(batch, columns) | {"segments": [*batch["segments"][:-2], kept, left - kept]}
 
     def num_items(self, inputs):
         """The pairs."""
@@ -138,13 +156,13 @@ class Preference(Objective):
     def lengths(self, inputs):
         """Of each pair the tokens of both sequences."""
         each = inputs["segments"] if "segments" in inputs else inputs["lengths"].tolist()
-        return [one + other for one, other in zip(each[::2], each[1::2], strict=True)]
+        return [sum(each[at : at + self.each]) for at in range(0, len(each), self.each)]
 
     def halves(self, inputs):
         many = len(inputs["reference"])
         if many < 2:
             return ()
-        return _of_pairs(inputs, range(many // 2)), _of_pairs(inputs, range(many // 2, many))
+        return self.some(inputs, range(many // 2)), self.some(inputs, range(many // 2, many))
 
     def loss(self, model, inputs, num_items):
         logps_P2, counts_P2 = self.log_probabilities(model, inputs)
@@ -155,7 +173,7 @@ class Preference(Objective):
 
     def log_probabilities(self, model, inputs):
         """Return (log p of each answer (P, 2), float32; its trained tokens (P, 2))."""
-        body = {name: value for name, value in inputs.items() if name != "reference"}
+        body = {name: value for name, value in inputs.items() if name not in _OF_ROWS}
         counts = _counts(inputs)
         scored, targets, head = scored_positions(model, body, self.lean)
         if self.lean:  # in pieces, because the gradient of each answer's log probability has a factor of its own
@@ -164,10 +182,22 @@ class Preference(Objective):
         else:
             nats_N = F.cross_entropy(scored.float(), targets, reduction="none")
             nats_B = torch.stack([piece.sum() for piece in nats_N.split(counts)])
-        return -nats_B.view(-1, 2), torch.tensor(counts, device=nats_B.device).view(-1, 2)
+        return -nats_B.view(-1, self.each), torch.tensor(counts, device=nats_B.device).view(-1, self.each)
+
+    def some(self, inputs, rows):
+        """Return the batch of some of its rows, by their numbers in it."""
+        rows = list(rows)
+        sequences = [self.each * row + at for row in rows for at in range(self.each)]
+        if "segments" not in inputs:
+            return {name: value[rows if name in _OF_ROWS else sequences] for name, value in inputs.items()}
+        segments = inputs["segments"]
+        ends = np.cumsum(segments)
+        columns = np.concatenate([np.arange(ends[one] - segments[one], ends[one]) for one in sequences])
+        of_rows = {name: inputs[name][rows] for name in _OF_ROWS if name in inputs}
+        return {**of_columns(inputs, columns), "segments": [segments[one] for one in sequences], **of_rows}
 
     def metrics(self, logs):
-        found = {name: logs.get(name, logs.get(f"eval_{name}")) for name in _METRICS}
+        found = {name: logs.get(name, logs.get(f"eval_{name}")) for name in self.seen.NAMES}
         return {name: value for name, value in found.items() if value is not None}
 
     def state(self):
@@ -178,12 +208,14 @@ class Preference(Objective):
 
 
 class Seen:
-    """Sums over pairs since the last log, on the device: of _METRICS, and the number of pairs; None for none."""
+    """Sums over pairs since the last log, on the device: of NAMES, and the number of pairs; None for none."""
+
+    NAMES = _METRICS
 
     def __init__(self):
         self.sums: Any = None
 
-    def add(self, rewards_P2, logps_P2):
+    def add(self, rewards_P2, logps_P2, *_):
         """Pairs whose numbers are not finite are left out: their step is too."""
         chosen, rejected = rewards_P2.double().unbind(1)
         parts = [chosen, rejected, chosen - rejected, (chosen > rejected).double(), *logps_P2.double().unbind(1)]
@@ -231,14 +263,14 @@ class Trainer(PlainTrainer):
 
 
 class Referred(Numbered):
-    """Pairs as (number, pair, log probabilities of its answers by the reference): 0 until these are known."""
+    """Rows as (number, row, log probabilities of its sequences by the reference): 0 until these are known. each: sequences."""
 
-    def __init__(self, pairs):
-        super().__init__(pairs)
-        self.logps_N2 = torch.zeros(len(pairs), 2)
+    def __init__(self, rows, each=2):
+        super().__init__(rows)
+        self.logps_NE = torch.zeros(len(rows), each)
 
     def __getitem__(self, index):
-        return *super().__getitem__(index), self.logps_N2[int(index)]
+        return *super().__getitem__(index), self.logps_NE[int(index)]
 
 
 # ---- parts of a batch ------------------------------------------------------------------------------------------------
@@ -253,24 +285,8 @@ def _counts(inputs):
     return np.add.reduceat(trained_BT[0], starts).tolist()
 
 
-def _of_pairs(inputs, pairs):
-    """Return the batch of some of the pairs, by their numbers in it."""
-    pairs = list(pairs)
-    sequences = [number for pair in pairs for number in (2 * pair, 2 * pair + 1)]
-    if "segments" not in inputs:
-        rows = {name: value[sequences] for name, value in inputs.items() if name != "reference"}
-        return rows | {"reference": inputs["reference"][pairs]}
-    segments = inputs["segments"]
-    ends = np.cumsum(segments)
-    columns = np.concatenate([np.arange(ends[one] - segments[one], ends[one]) for one in sequences])
-    return {
-        **_of_columns(inputs, columns),
-        "segments": [segments[one] for one in sequences],
-        "reference": inputs["reference"][pairs],
-    }
-
-
-def _of_columns(inputs, columns):
+def of_columns(inputs, columns):
     """Return a joined batch with only these of its tokens."""
-    found = {name: value[:, columns] for name, value in inputs.items() if name not in ("segments", "reference")}
-    return found | {"reference": inputs["reference"]}
+    whole = ("segments", *_OF_ROWS)
+    found = {name: value[:, columns] for name, value in inputs.items() if name not in whole}
+    return found | {name: inputs[name] for name in _OF_ROWS if name in inputs}

@@ -9,6 +9,7 @@ all told as events of runs/record.py.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 from pathlib import Path
@@ -394,8 +395,7 @@ class Reliable(Hooks):
             self.shares = map(self.processes.owns, itertools.count())
             output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         if self.processes.lacks_one_of(len(dataloader)):
-            predict = super().prediction_step
-            keep_company(self, lambda batch: predict(self.model, batch, True))
+            keep_company(self, functools.partial(super().prediction_step, self.model, prediction_loss_only=True))
         total, count = self.processes.sums(self.evaluated.tolist())
         self.failure = self.processes.first_said(self.failure)
         if self.failure is not None:

@@ -140,7 +140,7 @@ def is_gathered(model):
 
 @contextlib.contextmanager
 def gathered(model, module):
-    """Hold in the block all codes of the decoder layer that `module` is in, where they are in shares; in all processes at once."""
+    """Hold in the block all codes of the decoder layer that `module` is in, if they are in shares; in all processes at once."""
     there = decoder_layers(model) if is_gathered(model) else ()
     layers = [layer for layer in there if any(part is module for part in layer.modules())]
     for layer in layers:

@@ -26,6 +26,7 @@ from ..runs.record import Begun, CheckpointBegun, Evaluation, Rehearsed, Rescale
 from ..system import memory
 from ..system.errors import Interrupted, TrainingFailed
 from ..system.events import emit, progress
+from . import rehearsal
 from . import saving as saved
 from .best import end_with_best
 from .clock import Clock
@@ -35,14 +36,7 @@ from .optimizer import schedule_of, without_waits
 from .order import ByLength
 from .out_of_memory import Moment, few
 from .private_names import Hooks, set_rates
-from .rehearsal import (
-    allocate_states,
-    keep_company,
-    largest_micro_batch,
-    rehearse,
-    room_for_a_step,
-    same_random_numbers,
-)
+from .rehearsal import allocate_states, largest_micro_batch, rehearse, room_for_a_step, same_random_numbers
 from .samples import answered
 from .saving import Saves
 from .trained_parameters import Trained
@@ -264,7 +258,9 @@ class Reliable(Hooks):
         """Before the optimizer: clip the gradients, or skip the step; return their norm before, or of the last step taken."""
         step, masters, again = self.state.global_step + 1, self.trained.masters, super().training_step
         if self.processes.lacks_one_of(len(self.micro_batches)):
-            keep_company(self, lambda batch: again(self.model_wrapped, batch, self.objective.num_items(batch)))
+            rehearsal.keep_company(
+                self, lambda batch: again(self.model_wrapped, batch, self.objective.num_items(batch))
+            )
         self.moment = Moment(f"in step {step}, when the weights were changed")
         room_for_a_step(self)
         self.processes.sum_gradients(masters)
@@ -395,7 +391,9 @@ class Reliable(Hooks):
             self.shares = map(self.processes.owns, itertools.count())
             output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         if self.processes.lacks_one_of(len(dataloader)):
-            keep_company(self, functools.partial(super().prediction_step, self.model, prediction_loss_only=True))
+            rehearsal.keep_company(
+                self, functools.partial(super().prediction_step, self.model, prediction_loss_only=True)
+            )
         total, count = self.processes.sums(self.evaluated.tolist())
         self.failure = self.processes.first_said(self.failure)
         if self.failure is not None:

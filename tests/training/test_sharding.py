@@ -118,3 +118,14 @@ def test_what_reads_whole_weights_is_refused_by_name(make_recipe, fields, said):
 def test_one_process_is_told_how_to_start_several(make_recipe):
     with pytest.raises(InputError, match=r"several processes.*torchrun --nproc_per_node 2 -m qlora train"):
         train(make_recipe(memory={"sharding": "fsdp"}))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_cards_that_share_the_base_train_what_they_do_with_the_whole_base(make_recipe, tmp_path):
+    recipe = make_recipe(training={**STEPS, **ODD, "logging_steps": 1}, memory={"gradient_checkpointing": 1})
+    file, whole = written(recipe, tmp_path, "whole")
+    assert [code for code, *_ in Started(file).finish()] == [0, 0]
+    both = trained_by_two(recipe, tmp_path, "two")
+    for ours, theirs in zip(losses(both), losses(whole), strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-5)  # the same operations

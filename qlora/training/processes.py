@@ -279,12 +279,12 @@ class WrittenByFirst(Checkpoints):
 
 
 @contextlib.contextmanager
-def _noticing(only=lambda error: "out of memory" not in str(error).lower()):
-    """Say in one line that another process has ended; gloo and NCCL say it in many. only(error): whether it is that."""
+def _noticing(only=lambda error: True):
+    """Say in one line that another process has ended; gloo and NCCL say it in many. only(error): whether it may be that."""
     try:
         yield
     except RuntimeError as error:
-        if not only(error):
+        if "out of memory" in str(error).lower() or not only(error):
             raise
         raise Lost("another process has ended, so this one does too") from None
 

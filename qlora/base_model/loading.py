@@ -42,11 +42,6 @@ def load(checkpoint, section, quantization, device=None, dtype=None, share=None)
     compute_dtype = of_model(section, quantization, config, device)
     is_given, dtype = dtype is not None, dtype or DTYPE_WHEN_QUANTIZED
     stored = stored_quantization(config)
-    if stored and share is not None:
-        raise InputError(
-            f"{checkpoint.folder}: memory.sharding is for weights in 16 bit, and these are in 4 bit already; take the checkpoint "
-            "that they were made of, or leave memory.sharding out"
-        )
     if stored:
         refuse_other_codes(checkpoint, on_meta(config, section.trust_remote_code))
         if device.type == "meta":  # transformers would read the codes
@@ -55,7 +50,7 @@ def load(checkpoint, section, quantization, device=None, dtype=None, share=None)
     elif quantization:
         bnb = _config_of(quantization, compute_dtype, _kept_whole(config, section))
     try:
-        with memory.freed_at_once(), taken(share):
+        with memory.freed_at_once(), taken(share, checkpoint.folder if stored else None):
             model = _read(checkpoint, section, config, bnb, device, dtype)
     except InputError:
         raise

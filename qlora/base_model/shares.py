@@ -40,15 +40,23 @@ class Share:
 
 
 @contextlib.contextmanager
-def taken(share):
+def taken(share, codes_in=None):
     """Let transformers keep in the block, of each 4-bit weight that it has quantized, `share` alone; None: the whole of it.
 
     So a process has one whole weight at a time. The quantizer is replaced in transformers' table, because register_quantizer
     takes new names alone, and PEFT and the Trainer know this one.
+
+    Raises:
+        InputError: the files hold codes already, in the folder `codes_in`.
     """
     if share is None:
         yield
         return
+    if codes_in is not None:
+        raise InputError(
+            f"{codes_in}: memory.sharding is for weights in 16 bit, and these are in 4 bit already; take the checkpoint that they "
+            "were made of, or leave memory.sharding out"
+        )
     from transformers.integrations.bitsandbytes import Bnb4bitQuantize
     from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 

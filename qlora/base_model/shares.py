@@ -54,8 +54,8 @@ def taken(share, codes_in=None):
         return
     if codes_in is not None:
         raise InputError(
-            f"{codes_in}: memory.sharding is for weights in 16 bit, and these are in 4 bit already; take the checkpoint that they "
-            "were made of, or leave memory.sharding out"
+            f"{codes_in}: memory.sharding is for weights in 16 bit, and these are in 4 bit already; take the checkpoint that "
+            "they were made of, or leave memory.sharding out"
         )
     from transformers.integrations.bitsandbytes import Bnb4bitQuantize
     from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING

@@ -105,7 +105,7 @@ def test_when_one_that_holds_a_share_is_killed_the_other_ends_with_one_message(m
     [
         ({"quantization": None}, "quantization: null.*set a quantization"),
         ({"lora": {"use_dora": True}}, r"use_dora.*set lora\.use_dora=false"),
-        ({"lora": {"init_lora_weights": "pissa"}}, "init_lora_weights=pissa.*=true"),
+        ({"lora": {"init_lora_weights": "loftq"}}, "init_lora_weights=loftq.*=true"),
         ({"lora": {"modules_to_save": ["lm_head"]}}, "modules_to_save"),
         ({"lora": {"bias": "all"}}, r"lora\.bias=all"),
     ],

@@ -88,6 +88,17 @@ def test_two_that_share_go_on_from_one(make_recipe, tmp_path):
     assert export(run.path, tmp_path / "model")["verified"]
 
 
+@pytest.mark.slow
+def test_three_hold_shares_of_unequal_size(make_recipe, tmp_path):
+    steps = {**STEPS, "gradient_accumulation_steps": 6, "eval_steps": 3, "logging_steps": 1}
+    recipe = make_recipe(training=steps, quantization=FLOAT32)
+    run = train(recipe.model_copy(update={"output_dir": str(tmp_path / "alone")}))
+    file, three = written(shared(recipe), tmp_path, "three")
+    assert [code for code, *_ in Started(file, count=3).finish()] == [0] * 3
+    for ours, theirs in zip(losses(three), losses(run), strict=True):
+        assert ours == pytest.approx(theirs, abs=ROUNDING)
+
+
 def test_when_one_that_holds_a_share_is_killed_the_other_ends_with_one_message(make_recipe, tmp_path):
     recipe = make_recipe(training={**STEPS, "max_steps": 400, "logging_steps": 1})
     two, both = written(shared(recipe), tmp_path, "two")

@@ -34,6 +34,7 @@ from .quantized import (
     to_float32,
 )
 from .renamed import written_names
+from .shares import Share, code_bytes, gather_in_layers, gathered, is_gathered
 from .tasks import GENERATION, Task
 from .tasks import of_folder as task_of_folder
 from .tasks import of_model as task_of
@@ -45,12 +46,14 @@ __all__ = [
     "OF_TORCH",
     "Checkpoint",
     "Computer",
+    "Share",
     "Task",
     "add_rows",
     "add_tokens",
     "as_its_files_say",
     "as_recorded",
     "asked",
+    "code_bytes",
     "computer",
     "decoder_layers",
     "default_device",
@@ -60,8 +63,11 @@ __all__ = [
     "field",
     "find",
     "floating_dtype",
+    "gather_in_layers",
+    "gathered",
     "image_processor",
     "is_conv1d",
+    "is_gathered",
     "is_stand_in",
     "linear_names",
     "load",

@@ -54,7 +54,10 @@ def tensors(model):
     states = [module.weight.quant_state for module in quantized_modules(model).values()]
     states += [state.state2 for state in states if state.nested]
     constants = [tensor for state in states for tensor in (state.absmax, state.code, getattr(state, "offset", None))]
-    return [t for t in (*model.parameters(), *model.buffers(), *constants) if t is not None]
+    parameters = [
+        getattr(parameter, "_local_tensor", parameter) for parameter in model.parameters()
+    ]  # a share, of a DTensor
+    return [t for t in (*parameters, *model.buffers(), *constants) if t is not None]
 
 
 def num_bytes(tensors):

@@ -16,13 +16,14 @@ from .meta import load_on_meta, on_meta
 from .new_tokens import add_rows
 from .prequantized import refuse_other_codes, stored_quantization
 from .quantized import DTYPE_WHEN_QUANTIZED, cast, dtype_of, quantized_modules
+from .shares import taken
 
 
-def load(checkpoint, section, quantization, device=None, dtype=None):
+def load(checkpoint, section, quantization, device=None, dtype=None, share=None):
     """Return the frozen model of `checkpoint` in eval mode: NF4 under `quantization`, or plain if it is None.
 
     It computes in the dtype that these sections say (compute_dtype.py). dtype: what the files are read in; bfloat16 by
-    default, and where it is given a plain model stays in it.
+    default, and where it is given a plain model stays in it. share: the shares.Share that is kept of the codes; None: all.
 
     Where the files hold NF4 codes, the model has these, and of `quantization` only compute_dtype counts. It has a row for
     each of the checkpoint's new tokens; see `add_rows` for where these start.
@@ -49,7 +50,7 @@ def load(checkpoint, section, quantization, device=None, dtype=None):
     elif quantization:
         bnb = _config_of(quantization, compute_dtype, _kept_whole(config, section))
     try:
-        with memory.freed_at_once():
+        with memory.freed_at_once(), taken(share, checkpoint.folder if stored else None):
             model = _read(checkpoint, section, config, bnb, device, dtype)
     except InputError:
         raise

@@ -70,6 +70,8 @@ def as_recorded(codes, recorded):
 def restore_codes(model, recorded):
     """Give blocks of zeros in a plain model the codes that they had where `recorded`, {name: digest}, was made."""
     for name, module in quantized_modules(model).items():
+        if hasattr(module, "digest_of_codes"):  # shares.py has done so, when it had the whole weight
+            continue
         codes = as_recorded(module.weight.data, recorded[name]) if name in recorded else None
         if codes is not None and codes is not module.weight.data:
             module.weight.data.copy_(codes)
@@ -77,7 +79,8 @@ def restore_codes(model, recorded):
 
 def digests(model):
     """Return {name: digest} of the 4-bit linear layers of a plain model."""
-    return {name: digest(module.weight.data) for name, module in quantized_modules(model).items()}
+    modules = quantized_modules(model).items()
+    return {name: getattr(module, "digest_of_codes", None) or digest(module.weight.data) for name, module in modules}
 
 
 def cast(model, name):

@@ -31,7 +31,7 @@ from ..terminal.training import (
     say_seen,
     say_trained,
 )
-from ..training import processes
+from ..training import processes, sharding
 
 
 @shown()
@@ -53,12 +53,15 @@ def train(recipe: Recipe, resume=False, allow_change=()) -> RunDir:
         TrainingFailed: losses or gradients are not finite, the loss has diverged, or an adapter does not move.
     """
     run, launched_as = RunDir(recipe.output_dir), launched.to_train()
+    is_sharded = recipe.memory.sharding is not None
+    if is_sharded:
+        sharding.refuse_unsupported(recipe, launched_as is not None)
     if launched_as is not None:
         processes.refuse_unsupported(recipe, launched_as.count)
         if launched_as.rank > 0:
-            with unheard(), processes.started(launched_as) as all_of_them, launched.alone():
+            with unheard(), processes.started(launched_as, is_sharded) as all_of_them, launched.alone():
                 return _help(recipe, all_of_them)
-    with processes.started(launched_as) as all_of_them, _saying_how_to_go_on(run), launched.alone():
+    with processes.started(launched_as, is_sharded) as all_of_them, _saying_how_to_go_on(run), launched.alone():
         if resume:
             with resumed_run.resumed(recipe, allow_change) as resumed:
                 if resumed is None:
@@ -80,7 +83,7 @@ def _help(recipe, all_of_them):
     recipe = recipe if resumed is None else resumed.as_begun(recipe)
     prepared = prepare(recipe)
     fingerprint, asked = resumed_run.of_recipe(prepared.recipe, prepared), samples.questions(prepared)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, all_of_them.noticing():
         _train_prepared(prepared, resumed, planned, RunDir(folder), fingerprint, asked, all_of_them)
     return RunDir(recipe.output_dir)
 
@@ -99,13 +102,14 @@ def _train(recipe, resumed, all_of_them):
     if resumed is not None:
         resumed.refuse_changes(fingerprint)
     tokens = None if resumed is None else resumed.tokens_per_micro_batch
-    planned = plan_training(prepared, base_model.default_device(), tokens)
+    planned = plan_training(prepared, base_model.default_device(), tokens, all_of_them.share)
     say_planned(planned)
     say_seen(recipe, prepared.batches)
 
     with RunDir.create(recipe) if resumed is None else contextlib.nullcontext(resumed.run) as run:
         all_of_them.from_first((resumed, planned))
-        result = _train_prepared(prepared, resumed, planned, run, fingerprint, asked, all_of_them)
+        with all_of_them.noticing():
+            result = _train_prepared(prepared, resumed, planned, run, fingerprint, asked, all_of_them)
     say_trained(result, planned, run)
     return run
 
@@ -113,12 +117,14 @@ def _train(recipe, resumed, all_of_them):
 def _train_prepared(prepared, resumed, planned, run, fingerprint, asked, all_of_them):
     """Train what is prepared and planned; return a training.Result. In each process; only the `run` of the first is kept."""
     recipe = prepared.recipe
-    opened = model_to_train.open_trainable(prepared, fingerprint, resumed, planned.tokens_per_micro_batch)
+    tokens, share = planned.tokens_per_micro_batch, all_of_them.share
+    opened = model_to_train.open_trainable(prepared, fingerprint, resumed, tokens, share)
     all_of_them.refuse_differing(opened.fingerprint)
     _say_processes(all_of_them, resumed, opened)
     if resumed is not None:
         say_resumed(resumed, opened.environment)
     say_model(prepared, opened)
+    answers = all_of_them.is_first or all_of_them.sharded  # weights in shares are gathered by all
     # a signal is noted until adapter/ is there: what training has made is never thrown away
     with (
         model_to_train.kernels_of(prepared, opened.model) as installed,
@@ -141,11 +147,11 @@ def _train_prepared(prepared, resumed, planned, run, fingerprint, asked, all_of_
                     recipe.memory.gradient_checkpointing != "auto",
                     planned.predicted_bytes,
                     planned.limit_bytes,
-                    planned.tokens_per_micro_batch,
+                    tokens,
                     installed=installed,
                     objective=chosen_task.objective_of(prepared, opened.model, installed, planned),
                     predicted_components=planned.components,
-                    samples=samples.asked_of(opened.model, prepared.tokenizer, asked),
+                    samples=samples.asked_of(opened.model, prepared.tokenizer, asked) if answers else None,
                     processes=all_of_them,
                 ),
                 run,

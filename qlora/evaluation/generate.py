@@ -143,7 +143,11 @@ def _generate(model, tokenizer, ids, mask, stops, sampling, streamer=None):
     from transformers import GenerationConfig
 
     config = GenerationConfig(**sampling.settings(), eos_token_id=sorted(stops), pad_token_id=tokenizer.pad_token_id)
-    return model.generate(input_ids=ids, attention_mask=mask, generation_config=config, streamer=streamer)
+    # weights in shares are gathered by all processes at each token, so those that have ended go on until all have
+    together = base_model.is_gathered(model)
+    return model.generate(
+        input_ids=ids, attention_mask=mask, generation_config=config, streamer=streamer, synced_gpus=together
+    )
 
 
 def _until_stop(ids, stops):

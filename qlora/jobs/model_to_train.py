@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .. import base_model, kernels, methods
@@ -63,20 +63,24 @@ def _refuse_what_quantizing_undoes(quantization, folder):
         )
 
 
-def open_trainable(prepared, fingerprint, resumed=None, tokens=None) -> ModelToTrain:
+def open_trainable(prepared, fingerprint, resumed=None, tokens=None, share=None) -> ModelToTrain:
     """Load the base of Prepared data, quantize it and attach the adapters.
 
     fingerprint: of the recipe, see resumed_run.of_recipe. resumed: the Resumed run that goes on, or None.
-    tokens: of joined micro-batches, for environment.json.
+    tokens: of joined micro-batches, for environment.json. share: the base_model.Share of the base that this process holds; None:
+    the whole base.
 
     Raises:
         InputError: the base is not causal, or no longer what the resumed run was begun with.
     """
     recipe, checkpoint = prepared.recipe, prepared.checkpoint
     with progress(f"loading {checkpoint.name_or_path}"):
-        model = base_model.load(checkpoint, recipe.model, recipe.quantization)
-        if resumed is not None:  # on another device, maybe
-            base_model.restore_codes(model, resumed.environment["base_model"].get("quantized_sha256", {}))
+        recorded = {} if resumed is None else resumed.environment["base_model"].get("quantized_sha256", {})
+        share = share and replace(share, recorded=recorded)
+        model = base_model.load(checkpoint, recipe.model, recipe.quantization, share=share)
+        base_model.restore_codes(model, recorded)  # of a run on another device, maybe
+        if share is not None:
+            base_model.gather_in_layers(model)
         quantized, hashes = base_model.digests(model), checkpoint.file_hashes()
         of_base = resumed_run.of_base(hashes, quantized)
         if resumed is not None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import psutil
 
-from .. import planner
+from .. import base_model, planner
 from ..runs.checkpoints import Checkpoints
 from ..runs.folder import RunDir
 from ..system import memory
@@ -25,6 +25,7 @@ class Planned:
     limit_bytes: what there is, in the same terms. Without a plan, which is None then, why_none says why, these are None, and the
     rehearsal finds what does not fit.
     tokens_before: the tokens_per_micro_batch of a resumed run, where the memory no longer allows them.
+    elsewhere_bytes: of the `plan`'s weights, those that other processes hold.
     """
 
     checkpointed_layers: int
@@ -34,16 +35,19 @@ class Planned:
     why_none: str = ""
     tokens_before: int | None = None
     limit_bytes: int | None = None
+    elsewhere_bytes: int = 0
 
     @property
     def components(self):
         """What predicted_bytes is made of: {component: bytes}; "process" is what was held before. Empty without a plan."""
         if self.plan is None or self.predicted_bytes is None:
             return {}
-        before = self.predicted_bytes - self.plan.peak_bytes
+        components = dict(self.plan.components)
+        components["weights"] -= self.elsewhere_bytes
+        before = self.predicted_bytes + self.elsewhere_bytes - self.plan.peak_bytes
         if before >= 0:
-            return {"process": before} | self.plan.components
-        found = {name: num_bytes for name, num_bytes in self.plan.components.items() if name != "context"}
+            return {"process": before} | components
+        found = {name: num_bytes for name, num_bytes in components.items() if name != "context"}
         found["optimizer"] -= self.plan.allocated_bytes - self.plan.cuda_bytes  # paged states are not torch's
         return found
 
@@ -52,16 +56,20 @@ class Planned:
         return None if self.plan is None else self.plan.tokens_per_micro_batch
 
 
-def plan_training(prepared, device, tokens=None) -> Planned:
+def plan_training(prepared, device, tokens=None, share=None) -> Planned:
     """Return how the training of Prepared data fits on a device, which may be a CPU.
 
     tokens: the tokens_per_micro_batch of a run that is resumed; other micro-batches would be the same but for rounding.
+    share: the base_model.Share of the base that this process holds; None: the whole base.
 
     Raises:
         DoesNotFit: it does not, or what it offloads does not fit into the host's memory; says what would.
         InputError: the model has fewer layers than are to be checkpointed, offloading has nothing to move, or the disk is full.
     """
-    recipe, budget = prepared.recipe, budget_of_device(prepared.recipe, device)
+    recipe, budget, elsewhere = prepared.recipe, budget_of_device(prepared.recipe, device), 0
+    if share is not None:  # the planner has one process, with the whole base
+        elsewhere = held_elsewhere(base_model.code_bytes(prepared.config, recipe.model), share.count)
+        budget = replace(budget, num_bytes=budget.num_bytes + elsewhere)
     try:
         job = job_of(prepared, device.type, budget, tokens)
     except planner.NoPlan as error:
@@ -77,24 +85,34 @@ def plan_training(prepared, device, tokens=None) -> Planned:
         before, job = tokens, job_of(prepared, device.type, budget)
         found = planner.plan(job)
     if not found.fits:
-        raise DoesNotFit(_what_would_fit(recipe, job, found, device))
+        raise DoesNotFit(_what_would_fit(recipe, job, found, device, elsewhere))
     refuse_full_host(found)
     refuse_full_disk(recipe, found)
     predicted = memory.anonymous_bytes() + found.peak_bytes if device.type == "cpu" else found.cuda_bytes
+    predicted -= elsewhere
     limit = predicted - found.peak_bytes + found.budget_bytes  # on a GPU less what is not torch's
-    return Planned(found.checkpointed_layers, found.offload, predicted, found, tokens_before=before, limit_bytes=limit)
+    return Planned(found.checkpointed_layers, found.offload, predicted, found, "", before, limit, elsewhere)
 
 
-def _what_would_fit(recipe, job, found, device):
-    free = recipe.memory.budget is None
+def held_elsewhere(code_bytes, count):
+    """Return by how many bytes each of `count` processes holds less at its peak where they share the codes of decoder layers, of
+    `code_bytes` each: the others' shares, less a layer at work, the next one that is gathered already, and the copy that it is
+    gathered into. Below 0 for a model of few layers.
+    """
+    return int(sum(code_bytes) * (1 - 1 / count)) - 3 * max(code_bytes)
+
+
+def _what_would_fit(recipe, job, found, device, elsewhere):
+    free, needed = recipe.memory.budget is None, found.peak_bytes - elsewhere
     changes = planner.suggestions(job)
     lines = [
-        f"does not fit: {size(found.peak_bytes)} are needed ({found.where}), {size(job.budget_bytes)} are "
+        f"does not fit: {size(needed)} are needed ({found.where}), {size(job.budget_bytes - elsewhere)} are "
         f"{'free' if free else 'memory.budget'}; "
         + ("what would help, best first:" if changes else "no setting would make it less, a smaller model would")
     ]
     lines += [
-        f"  {change['set']}: {size(change['peak_bytes'])}{', fits' if change['fits'] else ''}" for change in changes
+        f"  {change['set']}: {size(change['peak_bytes'] - elsewhere)}{', fits' if change['fits'] else ''}"
+        for change in changes
     ]
     others = held_by_others(device)
     if free and others > _WORTH_SAYING:

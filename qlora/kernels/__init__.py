@@ -77,7 +77,8 @@ def _install(peft_model, found, patched):
                 continue
             key = (kind, _signature(module))
             if key not in checked:
-                checked[key] = _compared(kind, module, forward, found)
+                with base_model.gathered(peft_model, module):
+                    checked[key] = _compared(kind, module, forward, found)
             if checked[key] is None:
                 continue
             if not checked[key]:

@@ -18,17 +18,19 @@ class Base:
     """The frozen weight (O, I) of a linear layer, and its bias (O) or None."""
 
     def __init__(self, module):
-        self.bias = module.bias
-        self._weight = module.weight
+        self.bias, self._module = module.bias, module
         self._state = getattr(module.weight, "quant_state", None)
 
     def weight(self):
-        """Return W (O, I), of a 4-bit layer made anew: in the dtype that the model computes in."""
+        """Return W (O, I), of a 4-bit layer made anew: in the dtype that the model computes in.
+
+        Codes that processes share are the module's weight only while its decoder layer computes.
+        """
         if self._state is None:
-            return self._weight
+            return self._module.weight
         from bitsandbytes.functional import dequantize_4bit
 
-        return dequantize_4bit(self._weight.data, self._state)
+        return dequantize_4bit(self._module.weight.data, self._state)
 
     def product(self, x_NI):
         """Return W x + bias: a new tensor (N, O)."""

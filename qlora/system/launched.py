@@ -72,6 +72,7 @@ def to_train() -> Launched | None:
         if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("true", "1", "yes", "on"):
             raise InputError(
                 f"{what} is not supported: each process has the whole model; leave it out of accelerate's settings"
+                + ("; for shares of the base set memory.sharding=fsdp" if what == "FSDP" else "")
             )
     try:
         rank, count, local_rank, here = (int(os.environ[name]) for name in names[:4])

@@ -175,7 +175,8 @@ def _held(trainer) -> dict:
 
 def _economy(model, settings):
     layers = Checkpointing(base_model.decoder_layers(model), settings.checkpointed_layers, settings.offload)
-    return Economy(layers, settings.fixed_layers, Reserve(settings.limit_bytes, settings.predicted_bytes))
+    reserve = Reserve(settings.limit_bytes, settings.predicted_bytes)
+    return Economy(layers, settings.fixed_layers, reserve, retries=not settings.processes.sharded)
 
 
 def _trainer(model, objective, rows, settings, run, saving, economy):

@@ -21,10 +21,12 @@ class Economy:
 
     layers: the Checkpointing of the model. fixed: the recipe says how many. changes: the LessMemory of this process, in order;
     waiting: those that are not said yet. reserve: what is to stay free. An out-of-memory error of the optimizer is not met: a
-    step that is half taken cannot be taken again; what it needs is there before (rehearsal.py).
+    step that is half taken cannot be taken again; what it needs is there before (rehearsal.py). retries: False where other
+    processes would have to run again too.
     """
 
-    def __init__(self, layers=None, fixed=False, reserve=None):
+    def __init__(self, layers=None, fixed=False, reserve=None, retries=True):
+        self.retries = retries
         self.layers = layers or Checkpointing([], 0)
         self.reserve = reserve or Reserve()
         self.planned, self.fixed = (self.layers.number, self.layers.offload), fixed
@@ -44,7 +46,7 @@ class Economy:
         if state:
             self.layers.number = min(max(self.layers.number, state["layers"]), len(self.layers.layers))
             self.layers.offload = self.layers.offload or state["offload"]
-            self.halved_from = list(state["halved_from"])
+            self.halved_from = list(state["halved_from"]) if self.retries else [None, None]
 
     def run(self, trainer, compute, keep=None, divisible=True):
         """Return [compute(batch)] of the batch that trainer.moment has, or [compute(part), ...] of parts of its rows.
@@ -86,10 +88,13 @@ class Economy:
         return smallest is not None and _size(moment.inputs) >= smallest and bool(objective.halves(moment.inputs))
 
     def _may_go_on(self, trainer, error, divisible):
-        if not memory.is_refusal(error) or trainer.accelerator.num_processes > 1:  # the others would wait for this one
+        if not memory.is_refusal(error) or not self._may_retry(trainer):
             return False
         more = not trainer.moment.evaluates and self.layers.next(trainer.model.device.type == "cuda") is not None
         return more or (divisible and bool(trainer.objective.halves(trainer.moment.inputs)))
+
+    def _may_retry(self, trainer):
+        return self.retries and trainer.accelerator.num_processes == 1  # else others would wait for this one
 
     def keep_reserve(self, trainer, measured):
         """Take a small step to less memory where too little is left beside the `measured` bytes of a rehearsal.
@@ -97,7 +102,7 @@ class Economy:
         Return whether it was taken, so that another rehearsal is due. Rows are not halved for it: that changes rounding.
         """
         left = self.reserve.learn(measured)
-        if left is None or left >= self.reserve.bytes or trainer.accelerator.num_processes > 1:
+        if left is None or left >= self.reserve.bytes or not self._may_retry(trainer):
             return False
         then = self.layers.next(trainer.model.device.type == "cuda", small=True)
         if then is None:

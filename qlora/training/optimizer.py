@@ -1,10 +1,13 @@
-"""bitsandbytes' optimizers without a wait for the GPU at each parameter."""
+"""bitsandbytes' optimizers without a wait for the GPU at each parameter; the schedule of the learning rate."""
 
 from __future__ import annotations
 
 import functools
 
 import torch
+from transformers import get_scheduler
+
+from .private_names import set_rates
 
 
 @functools.cache
@@ -42,3 +45,18 @@ def without_waits(cls):
 
     WithoutWaits.__name__ = WithoutWaits.__qualname__ = cls.__name__
     return WithoutWaits
+
+
+def schedule_of(args, optimizer, num_steps):
+    """Return the learning rate schedule of transformers, except that the warmup is never the whole run and starts above 0."""
+    kind = args.lr_scheduler_type
+    warmup = 0 if kind == "constant" else min(args.get_warmup_steps(num_steps), num_steps - 1)
+    schedule = get_scheduler(kind, optimizer, warmup, num_steps)
+    schedule.lr_lambdas = [_from_above_zero(rate, warmup) for rate in schedule.lr_lambdas]
+    set_rates(schedule, 0, optimizer)
+    return schedule
+
+
+def _from_above_zero(rate, warmup):
+    """Return the schedule `rate`, step -> share of the full rate, with `warmup` equal steps up to 1."""
+    return lambda step: (step + 1) / (warmup + 1) if step < warmup else rate(step)

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..base_model import text_generation
+from ..base_model import Share, text_generation
 from ..runs.checkpoints import Checkpoints
 from ..runs.record import CheckpointSaved
 from ..system.errors import InputError, Interrupted, QLoRAError, TrainingFailed
@@ -38,20 +38,35 @@ class Lost(TrainingFailed):
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes of a training, and which of them this is. store: what they know each other by."""
+    """The processes of a training, and which of them this is. store: what they know each other by. sharded: each holds a share of
+    the base, so all must run the model equally often."""
 
     rank: int = 0
     count: int = 1
     store: Any = None
+    sharded: bool = False
 
     @property
     def is_first(self):
         """Whether this one writes and prints."""
         return self.rank == 0
 
+    @property
+    def share(self):
+        """The base_model.Share of the base that this process holds; None for the whole base."""
+        return Share(self.rank, self.count) if self.sharded else None
+
     def owns(self, number):
         """Whether the micro-batch of a step, or of an evaluation, with this number is computed here."""
         return number % self.count == self.rank
+
+    def lacks_one_of(self, number):
+        """Whether this process must run one more than its own of `number` micro-batches: others have one more."""
+        return self.sharded and number % self.count > 0 and self.rank >= number % self.count
+
+    def noticing(self):
+        """Return the block in which a model computes; one that gathers its weights may find that another process has ended."""
+        return _noticing(_is_of_processes) if self.sharded else contextlib.nullcontext()
 
     # ---- before the training ----
 
@@ -170,8 +185,9 @@ ALONE = Processes()
 
 
 @contextlib.contextmanager
-def started(launched_as):
-    """Yield the Processes that a launcher has started. launched_as: launched.Launched, or None for one alone.
+def started(launched_as, sharded=False):
+    """Yield the Processes that a launcher has started. launched_as: launched.Launched, or None for one alone. sharded: as of
+    Processes.
 
     An error of the block is marked as said (`is_said`) where another process says it.
     """
@@ -183,7 +199,7 @@ def started(launched_as):
     try:
         store, rank, count = next(iter(dist.rendezvous("env://", timeout=datetime.timedelta(minutes=10))))
         store.set_timeout(_PATIENCE)
-        mine = Processes(rank, count, dist.PrefixStore("qlora", store))
+        mine = Processes(rank, count, dist.PrefixStore("qlora", store), sharded)
         dist.init_process_group(backend, store=mine.store, rank=rank, world_size=count, timeout=_PATIENCE)
     except (RuntimeError, ValueError) as error:
         raise InputError(f"the processes do not find each other: {str(error).splitlines()[0]}") from None
@@ -263,14 +279,18 @@ class WrittenByFirst(Checkpoints):
 
 
 @contextlib.contextmanager
-def _noticing():
-    """Say in one line that another process has ended; gloo and NCCL say it in many."""
+def _noticing(only=lambda error: True):
+    """Say in one line that another process has ended; gloo and NCCL say it in many. only(error): whether it may be that."""
     try:
         yield
     except RuntimeError as error:
-        if "out of memory" in str(error).lower():
+        if "out of memory" in str(error).lower() or not only(error):
             raise
         raise Lost("another process has ended, so this one does too") from None
+
+
+def _is_of_processes(error):
+    return isinstance(error, dist.DistError) or any(name in str(error) for name in ("gloo", "NCCL"))
 
 
 def _chunks(tensors):

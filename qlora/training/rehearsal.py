@@ -22,6 +22,12 @@ def rehearse(trainer, run):
         run()
 
 
+def keep_company(trainer, run):
+    """Call run(the batch at hand) without a trace: other processes run one of theirs, and gather the weights for it."""
+    with undone(trainer):
+        run(dict(trainer.moment.inputs))
+
+
 def largest_micro_batch(lengths, rows, tokens=None):
     """Return the numbers of the longest rows: as many as a micro-batch has, or at most that and enough to fill `tokens`."""
     lengths = np.asarray(lengths)

@@ -9,6 +9,7 @@ all told as events of runs/record.py.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import TrainerCallback, get_scheduler
+from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from .. import base_model
@@ -25,12 +26,13 @@ from ..runs.record import Begun, CheckpointBegun, Evaluation, Rehearsed, Rescale
 from ..system import memory
 from ..system.errors import Interrupted, TrainingFailed
 from ..system.events import emit, progress
+from . import rehearsal
 from . import saving as saved
 from .best import end_with_best
 from .clock import Clock
 from .divergence import Watch
 from .loss_scale import LossScale
-from .optimizer import without_waits
+from .optimizer import schedule_of, without_waits
 from .order import ByLength
 from .out_of_memory import Moment, few
 from .private_names import Hooks, set_rates
@@ -165,14 +167,8 @@ class Reliable(Hooks):
         return getattr(self.optimizer, "optimizer", self.optimizer)
 
     def create_scheduler(self, num_training_steps, optimizer=None):
-        """The schedule of transformers, except that the warmup is never the whole run and starts above 0."""
         if self.lr_scheduler is None:
-            kind, optimizer = self.args.lr_scheduler_type, optimizer or self.optimizer
-            warmup = min(self.args.get_warmup_steps(num_training_steps), num_training_steps - 1)
-            warmup = 0 if kind == "constant" else warmup
-            self.lr_scheduler = schedule = get_scheduler(kind, optimizer, warmup, num_training_steps)
-            schedule.lr_lambdas = [_from_above_zero(rate, warmup) for rate in schedule.lr_lambdas]
-            set_rates(schedule, 0, optimizer)
+            self.lr_scheduler = schedule_of(self.args, optimizer or self.optimizer, num_training_steps)
         return self.lr_scheduler
 
     def begin(self):
@@ -260,7 +256,11 @@ class Reliable(Hooks):
 
     def finish_gradients(self):
         """Before the optimizer: clip the gradients, or skip the step; return their norm before, or of the last step taken."""
-        step, masters = self.state.global_step + 1, self.trained.masters
+        step, masters, again = self.state.global_step + 1, self.trained.masters, super().training_step
+        if self.processes.lacks_one_of(len(self.micro_batches)):
+            rehearsal.keep_company(
+                self, lambda batch: again(self.model_wrapped, batch, self.objective.num_items(batch))
+            )
         self.moment = Moment(f"in step {step}, when the weights were changed")
         room_for_a_step(self)
         self.processes.sum_gradients(masters)
@@ -390,6 +390,10 @@ class Reliable(Hooks):
         with progress("evaluating", len(dataloader), "batches") as self.advance_evaluation:
             self.shares = map(self.processes.owns, itertools.count())
             output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self.processes.lacks_one_of(len(dataloader)):
+            rehearsal.keep_company(
+                self, functools.partial(super().prediction_step, self.model, prediction_loss_only=True)
+            )
         total, count = self.processes.sums(self.evaluated.tolist())
         self.failure = self.processes.first_said(self.failure)
         if self.failure is not None:
@@ -493,8 +497,3 @@ class _Moments(TrainerCallback):
 
 class _Left(Exception):
     """Aborts an evaluation, because training is to stop."""
-
-
-def _from_above_zero(rate, warmup):
-    """Return the schedule `rate`, step -> share of the full rate, with `warmup` equal steps up to 1."""
-    return lambda step: (step + 1) / (warmup + 1) if step < warmup else rate(step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .. import base_model
 from ..system import memory
 from ..system.events import note
 
@@ -19,7 +20,9 @@ def answered(ask, model, go_on):
     try:
         return tuple(ask(go_on))
     except (RuntimeError, MemoryError) as error:
-        if not memory.is_refusal(error):
+        if not memory.is_refusal(error) or base_model.is_gathered(
+            model
+        ):  # the others would still gather weights for theirs
             raise
         memory.release(error)
         memory.free_cached()

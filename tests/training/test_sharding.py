@@ -1,0 +1,142 @@
+"""Two processes that share the base train what one does, with half of the codes each."""
+
+import signal
+
+import pytest
+import torch
+
+from qlora import base_model, train
+from qlora.commands.export import export
+from qlora.recipe import Model, Quantization
+from qlora.system.errors import InputError
+from qlora.training import sharding
+from tests.training.test_processes import FLOAT32, ROUNDING, STEPS, Started, losses, wait_for_steps, written
+
+# 18 rows are 9 micro-batches, of which the third step has one; 6 held-out rows are 3 batches: one process has one more
+ODD = {"tokens_per_micro_batch": None, "per_device_eval_batch_size": 2, "eval_steps": 3, "num_samples": 2}
+
+
+def shared(recipe):
+    return recipe.model_copy(update={"memory": recipe.memory.model_copy(update={"sharding": "fsdp"})})
+
+
+def trained_by_two(recipe, folder, name, *arguments):
+    file, run = written(shared(recipe), folder, name)
+    ended = Started(file, *arguments).finish()
+    assert [code for code, *_ in ended] == [0, 0], ended
+    return run
+
+
+@pytest.mark.parametrize(
+    ("training", "quantization", "rounding"),
+    [
+        (ODD, FLOAT32, ROUNDING),
+        pytest.param({"eval_steps": 3}, FLOAT32, ROUNDING, marks=pytest.mark.slow),  # joined rows
+        pytest.param({"eval_steps": 3}, {"compute_dtype": "bfloat16"}, 5e-3, marks=pytest.mark.slow),  # 8 bits
+    ],
+)
+def test_two_processes_that_share_the_base_train_what_one_does(make_recipe, tmp_path, training, quantization, rounding):
+    training = {**STEPS, "logging_steps": 1, **training}
+    recipe = make_recipe(training=training, quantization=quantization, memory={"gradient_checkpointing": 1})
+    run = train(recipe.model_copy(update={"output_dir": str(tmp_path / "alone")}))
+    both = trained_by_two(recipe, tmp_path, "two")
+    for ours, theirs in zip(losses(both), losses(run), strict=True):
+        assert ours == pytest.approx(theirs, abs=rounding)
+    assert len(losses(both)[0]) == 3
+    ours, theirs = both.environment()["base_model"], run.environment()["base_model"]
+    assert ours["quantized_sha256"] == theirs["quantized_sha256"]
+    assert sorted(path.name for path in both.adapter.iterdir()) == sorted(path.name for path in run.adapter.iterdir())
+
+
+def test_a_process_holds_half_of_the_codes(tiny_model):
+    section = Model(name_or_path=str(tiny_model("llama")))
+    whole, *halves = (
+        base_model.quantized_modules(base_model.load(base_model.find(section), section, Quantization(), share=share))
+        for share in (None, base_model.Share(0, 2), base_model.Share(1, 2))
+    )
+    assert len(whole) == 14
+    for name, module in whole.items():
+        parts = [half[name].weight.data for half in halves]
+        assert torch.equal(torch.cat(parts), module.weight.data)
+        for part, half in zip(parts, halves, strict=True):
+            assert 2 * part.untyped_storage().nbytes() == module.weight.data.numel()
+            assert half[name].digest_of_codes == base_model.digest(module.weight.data)
+
+
+def test_one_process_goes_on_from_two_that_shared_and_its_export_is_proven(make_recipe, tmp_path):
+    steps = {**STEPS, "logging_steps": 1, "lr_scheduler_type": "constant", "save_steps": 2, "max_steps": 2}
+    recipe = make_recipe(training=steps, quantization=FLOAT32)
+    run = trained_by_two(recipe, tmp_path, "two")
+    longer = recipe.model_copy(update={"training": recipe.training.model_copy(update={"max_steps": 4})})
+    alone = train(longer.model_copy(update={"output_dir": str(tmp_path / "alone")}))
+    there = longer.model_copy(update={"output_dir": str(run.path)})
+    train(there, resume=True, allow_change=["training.max_steps"])
+    assert losses(run)[0] == pytest.approx(losses(alone)[0], abs=ROUNDING)
+    assert len(losses(run)[0]) == 4
+    assert export(run.path, tmp_path / "model")["verified"]
+
+
+@pytest.mark.slow
+def test_two_that_share_go_on_from_one(make_recipe, tmp_path):
+    steps = {**STEPS, "logging_steps": 1, "lr_scheduler_type": "constant", "save_steps": 2, "max_steps": 2}
+    recipe = make_recipe(training=steps, quantization=FLOAT32)
+    longer = recipe.model_copy(update={"training": recipe.training.model_copy(update={"max_steps": 4})})
+    alone = train(longer.model_copy(update={"output_dir": str(tmp_path / "alone")}))
+    train(recipe.model_copy(update={"output_dir": str(tmp_path / "two")}))
+    run = trained_by_two(longer, tmp_path, "two", "--resume", "--allow-change", "training.max_steps")
+    assert losses(run)[0] == pytest.approx(losses(alone)[0], abs=ROUNDING)
+    assert export(run.path, tmp_path / "model")["verified"]
+
+
+@pytest.mark.slow
+def test_three_hold_shares_of_unequal_size(make_recipe, tmp_path):
+    steps = {**STEPS, "gradient_accumulation_steps": 6, "eval_steps": 3, "logging_steps": 1}
+    recipe = make_recipe(training=steps, quantization=FLOAT32)
+    run = train(recipe.model_copy(update={"output_dir": str(tmp_path / "alone")}))
+    file, three = written(shared(recipe), tmp_path, "three")
+    assert [code for code, *_ in Started(file, count=3).finish()] == [0] * 3
+    for ours, theirs in zip(losses(three), losses(run), strict=True):
+        assert ours == pytest.approx(theirs, abs=ROUNDING)
+
+
+def test_when_one_that_holds_a_share_is_killed_the_other_ends_with_one_message(make_recipe, tmp_path):
+    recipe = make_recipe(training={**STEPS, "max_steps": 400, "logging_steps": 1})
+    two, both = written(shared(recipe), tmp_path, "two")
+    started = Started(two)
+    wait_for_steps(both, 2)
+    started[1].kill()
+    (code, _, said), (killed, *_) = started.finish()
+    assert (code, killed) == (1, -signal.SIGKILL)
+    assert said.count("another process has ended") == 1
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"quantization": None}, "quantization: null.*set a quantization"),
+        ({"lora": {"use_dora": True}}, r"use_dora.*set lora\.use_dora=false"),
+        ({"lora": {"init_lora_weights": "loftq"}}, "init_lora_weights=loftq.*=true"),
+        ({"lora": {"modules_to_save": ["lm_head"]}}, "modules_to_save"),
+        ({"lora": {"bias": "all"}}, r"lora\.bias=all"),
+    ],
+)
+def test_what_reads_whole_weights_is_refused_by_name(make_recipe, fields, said):
+    with pytest.raises(InputError, match=f"memory.sharding: fsdp does not go with .*{said}"):
+        sharding.refuse_unsupported(make_recipe(memory={"sharding": "fsdp"}, **fields), True)
+
+
+def test_one_process_is_told_how_to_start_several(make_recipe):
+    with pytest.raises(InputError, match=r"several processes.*torchrun --nproc_per_node 2 -m qlora train"):
+        train(make_recipe(memory={"sharding": "fsdp"}))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_cards_that_share_the_base_train_what_they_do_with_the_whole_base(make_recipe, tmp_path):
+    recipe = make_recipe(training={**STEPS, **ODD, "logging_steps": 1}, memory={"gradient_checkpointing": 1})
+    file, whole = written(recipe, tmp_path, "whole")
+    assert [code for code, *_ in Started(file).finish()] == [0, 0]
+    both = trained_by_two(recipe, tmp_path, "two")
+    for ours, theirs in zip(losses(both), losses(whole), strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-5)  # the same operations

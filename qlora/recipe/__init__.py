@@ -93,6 +93,11 @@ class Recipe(Section):
         return list(cls._kinds_of(Method))
 
     @classmethod
+    def names_of_objectives(cls):
+        """Return the names of the fields that may be an Objective."""
+        return list(cls._kinds_of(Objective))
+
+    @classmethod
     def _kinds_of(cls, kind):
         """{name: class} of the fields that may be a section of this kind."""
         found = {name: get_args(field.annotation) for name, field in cls.model_fields.items()}

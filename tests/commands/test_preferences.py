@@ -1,6 +1,7 @@
 """Preference pairs go the whole way: recipe, reference, checkpoint and resume, evaluation, export."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,10 +13,11 @@ from qlora.commands.eval import evaluate
 from qlora.commands.export import export
 from qlora.commands.report import report
 from qlora.commands.train import train
+from qlora.jobs import findings
 from qlora.jobs.prepared_data import prepare
 from qlora.recipe import Recipe
 from qlora.runs.folder import RunDir
-from qlora.system.errors import InputError, Interrupted
+from qlora.system.errors import InputError, Interrupted, TrainingFailed
 from tests.conftest import write_jsonl
 
 ROWS = [
@@ -216,3 +218,52 @@ def test_a_run_does_not_go_on_with_rows_that_are_cut_otherwise(pairs, tmp_path):
     longer = pairs(data=data | {"max_length": 110}, training={"max_steps": 6})
     with pytest.raises(InputError, match=r"reference.safetensors is of other rows \(train\)"):
         train(longer, resume=True, allow_change=("data.max_length", "rows"))
+
+
+def test_the_watch_judges_the_loss_of_the_chosen_answers(pairs, monkeypatch):
+    """Not that of DPO, which goes to 0 where both answers get unlikely, and of ipo is no number of nats."""
+    from qlora.training.divergence import Watch
+
+    seen, original = [], Watch.take
+    monkeypatch.setattr(Watch, "take", lambda self, step, loss: seen.append(loss) or original(self, step, loss))
+    recipe = pairs(
+        dpo={"beta": 0.5, "loss_type": "ipo"}, training={"logging_steps": 1, "per_device_train_batch_size": 3}
+    )
+    run = train(recipe)
+    (count,) = {sum(label >= 0 for label in one.chosen.labels) for one in prepare(recipe).examples}
+    steps = [one for one in records(run) if "loss" in one]
+    assert seen == pytest.approx([-one["logps/chosen"] / count for one in steps], rel=1e-6)
+    assert abs(steps[0]["loss"] - seen[0]) > 1
+
+
+@pytest.mark.usefixtures("unplanned")
+def test_a_training_that_makes_the_chosen_answers_unlikely_is_ended_and_says_why(pairs, capsys):
+    """The loss of DPO is low all the while."""
+    rows = [{**row, "rejected": row["chosen"][:-1] + "!"} for row in ROWS]
+    settings = {"max_steps": 60, "watchdog_steps": 8, "logging_steps": 1, "learning_rate": 1.0, "eval_steps": None}
+    recipe = pairs(training=settings)
+    write_jsonl(Path(recipe.data.train[0].path), rows)
+    with pytest.raises(TrainingFailed, match="the loss of the chosen answers has diverged: the median of the last 8"):
+        train(recipe)
+    run = RunDir(recipe.output_dir)
+    assert [one.name for one in findings.of_run(run)] == ["chosen answers get unlikely too"]
+    assert (
+        "why       chosen answers get unlikely too: the log probability of a chosen answer fell"
+        in capsys.readouterr().err
+    )
+
+
+@pytest.mark.usefixtures("unplanned")
+@pytest.mark.parametrize(
+    ("rate", "both_ways", "expected"),
+    [(1e-8, False, "the learning rate is too low"), (1e-2, True, "no preference is learned"), (1e-2, False, None)],
+)
+def test_rewards_that_say_that_nothing_is_learned(pairs, capsys, rate, both_ways, expected):
+    settings = {"max_steps": 24, "logging_steps": 1, "learning_rate": rate, "eval_steps": None, "save_steps": None}
+    recipe = pairs(training=settings, data={"eval_fraction": 0.0})
+    swapped = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in ROWS] if both_ways else []
+    write_jsonl(Path(recipe.data.train[0].path), [*ROWS, *swapped])
+    run = train(recipe)
+    said = [line.split(": ")[0] for line in capsys.readouterr().err.splitlines() if line.startswith("why")]
+    assert said == ([f"why       {expected}"] if expected else [])
+    assert [one.name for one in findings.of_run(run)] == ([expected] if expected else [])

@@ -43,4 +43,4 @@ def write(path, num_rows, split, seed):
 
 
 if __name__ == "__main__":
-    main(__doc__, write, 600, ("pairs.jsonl", "test_pairs.jsonl"), "pairs")
+    main(__doc__, write, 240, ("pairs.jsonl", "test_pairs.jsonl"), "pairs")

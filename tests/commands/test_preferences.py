@@ -12,6 +12,7 @@ from qlora.commands.data import inspect_data
 from qlora.commands.eval import evaluate
 from qlora.commands.export import export
 from qlora.commands.report import report
+from qlora.commands.served import compare_served
 from qlora.commands.train import train
 from qlora.jobs import findings
 from qlora.jobs.prepared_data import prepare
@@ -38,7 +39,7 @@ def pairs(make_recipe, tmp_path):
     def pairs(objective="dpo", **sections):
         rows = write_jsonl(tmp_path / "pairs.jsonl", ROWS)
         values = {
-            objective: {"beta": 0.5},
+            objective: {"beta": 0.5} | sections.pop(objective, {}),
             "training": {"eval_steps": 2, "max_steps": 4, "save_steps": 2, "learning_rate": 1e-2}
             | sections.pop("training", {}),
             "data": {"train": str(rows)} | sections.pop("data", {}),
@@ -150,6 +151,12 @@ def test_an_export_is_proven_on_the_chosen_answers_and_reports_know_the_run(pair
     run = train(pairs())
     export([run.path], tmp_path / "model")
     assert json.loads((tmp_path / "model" / "export_report.json").read_text())["verified"]
+    others = write_jsonl(tmp_path / "others.jsonl", ROWS[:3])
+    export([run.path], tmp_path / "proven-on-others", data=str(others))
+    proof = json.loads((tmp_path / "proven-on-others" / "export_report.json").read_text())
+    assert (proof["verified"], proof["rows"]["from"]) == (True, "rows of others.jsonl")
+    served = compare_served(run.path, data=str(others), forms=["trained"])
+    assert (served["rows"], served["forms"][0]["message"]) == (3, None)
     evaluate(run.path)
     found = report([run.path], tmp_path / "page.html")
     assert "preference accuracy" in json.dumps(found)
@@ -238,11 +245,9 @@ def test_the_watch_judges_the_loss_of_the_chosen_answers(pairs, monkeypatch):
 
 @pytest.mark.usefixtures("unplanned")
 def test_a_training_that_makes_the_chosen_answers_unlikely_is_ended_and_says_why(pairs, capsys):
-    """The loss of DPO is low all the while."""
-    rows = [{**row, "rejected": row["chosen"][:-1] + "!"} for row in ROWS]
-    settings = {"max_steps": 60, "watchdog_steps": 8, "logging_steps": 1, "learning_rate": 1.0, "eval_steps": None}
-    recipe = pairs(training=settings)
-    write_jsonl(Path(recipe.data.train[0].path), rows)
+    """Its loss falls all the while: that of apo_down is to make both answers less likely, the rejected one more so."""
+    settings = {"max_steps": 80, "watchdog_steps": 8, "logging_steps": 1, "learning_rate": 0.05, "eval_steps": None}
+    recipe = pairs(dpo={"loss_type": "apo_down"}, training=settings)
     with pytest.raises(TrainingFailed, match="the loss of the chosen answers has diverged: the median of the last 8"):
         train(recipe)
     run = RunDir(recipe.output_dir)

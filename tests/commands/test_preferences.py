@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from qlora.commands.adapters import adapters
+from qlora.commands.compare import compare_runs
 from qlora.commands.data import inspect_data
 from qlora.commands.eval import evaluate
 from qlora.commands.export import export
@@ -147,7 +148,7 @@ def test_the_reference_of_a_run_that_starts_from_an_adapter_is_that_adapter(pair
 
 
 @pytest.mark.usefixtures("unplanned")
-def test_an_export_is_proven_on_the_chosen_answers_and_reports_know_the_run(pairs, tmp_path):
+def test_an_export_is_proven_on_the_chosen_answers_and_reports_know_the_run(pairs, tmp_path, capsys):
     run = train(pairs())
     export([run.path], tmp_path / "model")
     assert json.loads((tmp_path / "model" / "export_report.json").read_text())["verified"]
@@ -160,8 +161,13 @@ def test_an_export_is_proven_on_the_chosen_answers_and_reports_know_the_run(pair
     evaluate(run.path)
     found = report([run.path], tmp_path / "page.html")
     assert "preference accuracy" in json.dumps(found)
+    capsys.readouterr()
     [listed] = adapters(str(tmp_path))
     assert str(run.path) in json.dumps(listed)
+    shown = " ".join(capsys.readouterr().out.split())
+    margin = listed["metrics"]["preference_margin"]["value"]
+    assert f"preference margin {margin:.4f} (" in shown  # nats, not a share
+    assert "preference accuracy 100% (" in shown
 
 
 @pytest.mark.usefixtures("unplanned")
@@ -215,6 +221,14 @@ def test_an_adapter_that_was_trained_with_dropout_goes_on_without(pairs, make_re
     assert next(one for one in records(run) if "loss" in one)["loss"] == pytest.approx(0.693, abs=0.02)
     assert Recipe.load(run.recipe_file).lora.lora_dropout == 0.0
     assert evaluate(run.path)["metrics"]["preference_accuracy"]["value"] == 1.0
+    found = report([run.path], tmp_path / "page.html")
+    assert f'"Before" is the base, without {first.path}' in found["runs"][0]["verdicts"][0]["words"]
+    with pytest.raises(InputError, match=r"sft: not evaluated on .*pairs\.jsonl yet; run:  qlora eval .*sft --data"):
+        compare_runs(first.path, run.path, str(tmp_path / "pairs.jsonl"))
+    for one in (first, run):
+        evaluate(one.path, data_file=str(tmp_path / "pairs.jsonl"))
+    change = compare_runs(first.path, run.path, str(tmp_path / "pairs.jsonl"))["change"]
+    assert change["preference_margin"]["low"] > 0
 
 
 @pytest.mark.usefixtures("unplanned")

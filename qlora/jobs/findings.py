@@ -29,7 +29,10 @@ _KNOWN = 0.05  # nats: there is nothing left to learn
 _SKIPPED = 3
 _APART, _GAP, _SHARE = 6, 0.5, 0.2  # spreads, nats, and share of the steps of two kinds of losses
 _ELSEWHERE = 1.0  # nats that held-out rows lie above training rows, before any was seen twice
-_UNLIKELY = 5.0  # nats: an answer is given 150 times less often
+_UNLIKELY, _HALF = (
+    2.0,
+    0.5,
+)  # nats: 7 times less likely; of what it lacked of certainty (docs/preferences.md has a case)
 _NO_MARGIN = 0.1  # nats between two answers
 _GUESSED = 0.55  # of the pairs
 _COLLAPSED, _HIGH = 0.05, 0.5  # of the first gradient norm; nats: where a loss is low, gradients are too
@@ -128,8 +131,8 @@ def _unlikely(steps, facts):
     chosen, margin = (fmean(step.metrics[name] for step in last) for name in ("rewards/chosen", "rewards/margins"))
     now = fmean(step.metrics["logps/chosen"] for step in last)
     fell = -chosen / section.beta
-    # by less than what it lacked of certainty already: usual, of long answers
-    if fell < _UNLIKELY or (fell < -(now + fell) and not diverged):
+    # long answers fall by many nats that are little of theirs
+    if fell < _UNLIKELY or (fell < _HALF * -(now + fell) and not diverged):
         return []
     words = (
         f"the log probability of a chosen answer fell from {now + fell:.1f} (the reference) to {now:.1f} nats in the last "

@@ -260,8 +260,8 @@ def test_the_watch_judges_the_loss_of_the_chosen_answers(pairs, monkeypatch):
 @pytest.mark.usefixtures("unplanned")
 def test_a_training_that_makes_the_chosen_answers_unlikely_is_ended_and_says_why(pairs, capsys):
     """Its loss falls all the while: that of apo_down is to make both answers less likely, the rejected one more so."""
-    settings = {"max_steps": 80, "watchdog_steps": 8, "logging_steps": 1, "learning_rate": 0.05, "eval_steps": None}
-    recipe = pairs(dpo={"loss_type": "apo_down"}, training=settings)
+    settings = {"max_steps": 80, "watchdog_steps": 8, "logging_steps": 1, "learning_rate": 0.05, "warmup_ratio": 0.5}
+    recipe = pairs(dpo={"loss_type": "apo_down"}, training=settings | {"eval_steps": None})
     with pytest.raises(TrainingFailed, match="the loss of the chosen answers has diverged: the median of the last 8"):
         train(recipe)
     run = RunDir(recipe.output_dir)

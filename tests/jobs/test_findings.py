@@ -188,9 +188,10 @@ DPO = dataclasses.replace(FACTS, objective=Dpo())
 @pytest.mark.parametrize(
     ("fell", "reference", "expected"),
     [
-        (6, -4, True),  # from 1.8 % to 0.005 %
-        (4.9, -1, False),
-        (30, -28, True),
+        (2.3, -3.5, True),  # as measured where exact match fell from 42 to 26 %
+        (1.9, -1, False),
+        (15, -28, True),
+        (13, -28, False),
         (100, -280, False),  # usual of long answers, whose margins are as large
         (-3, -4, False),
     ],

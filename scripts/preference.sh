@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Supervised training cut short, then DPO on the model's own mistakes, measured before and after: 10 to 15 minutes on 2 CPU cores.
+# Supervised training cut short, then DPO on the model's own mistakes, measured before and after: about 25 minutes on one CPU core.
 #
 #   ./scripts/preference.sh              SmolLM2-135M-Instruct, from PyPI: no model hub, no account; docs/preferences.md
 set -euo pipefail

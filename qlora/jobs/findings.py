@@ -136,8 +136,8 @@ def _unlikely(steps, facts):
         return []
     words = (
         f"the log probability of a chosen answer fell from {now + fell:.1f} (the reference) to {now:.1f} nats in the last "
-        f"{len(last)} logged steps (rewards/chosen {chosen:.2f}), so a margin of {margin / section.beta:.1f} nats is one between "
-        "answers that are both not given any more"
+        f"{len(last)} logged steps (rewards/chosen {chosen:.2f}), so the margin of {margin / section.beta:.1f} nats is one "
+        "between answers that both got less likely, and others take their place"
     )
     change = _set_rate(facts.learning_rate / 3)
     if "sft" not in dict(getattr(section, "losses", [("sft", 1)])):

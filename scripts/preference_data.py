@@ -2,8 +2,8 @@
 
     python scripts/preference_data.py FOLDER          # writes FOLDER/pairs.jsonl and FOLDER/test_pairs.jsonl
 
-The messages are made as those of scripts/quickstart_data.py, by other draws. The rejected answer has one field wrong: the day or the
-month of the date, the hour, the first name alone, the last word of the subject alone. A model's own mistakes teach it more:
+The messages are made as those of scripts/quickstart_data.py, by other draws. The rejected answer has one field wrong: the day or
+the month of the date, the hour, the first name alone, the last word of the subject alone. A model's own mistakes teach it more:
 scripts/preference_pairs.py.
 """
 

@@ -343,7 +343,7 @@ def compare(
         list[str] | None, typer.Option(metavar="NAME", help="with --served: this form only; may be repeated")
     ] = None,
     data: Annotated[
-        str | None, typer.Option(help="with --served: file of rows; default: the run's held-out rows")
+        str | None, typer.Option(help="with runs: file of rows that they were evaluated on; default: held-out rows")
     ] = None,
     max_rows: Annotated[int | None, typer.Option(min=1, help="with --served: the first N rows; default: 32")] = None,
     as_json: Json = False,
@@ -358,14 +358,14 @@ def compare(
             raise InputError("--served takes one finished run: qlora compare RUN --served")
         _run("compare_served", as_json, first, data, max_rows, form or ())
         return
-    if form or data is not None or max_rows is not None:
-        raise InputError("--form, --data and --max-rows are for one run and --served: qlora compare RUN --served")
+    if form or max_rows is not None or (data is not None and not RunDir.is_run(first)):
+        raise InputError("--form and --max-rows go with --served, --data with runs: qlora compare RUN --served")
     if not RunDir.is_run(first):
         _run("compare", as_json, first, others, resume, dry_run)
     elif len(others) != 1 or resume or dry_run:
         raise InputError("two runs are compared by themselves: qlora compare RUN RUN")
     else:
-        _run("compare_runs", as_json, first, others[0])
+        _run("compare_runs", as_json, first, others[0], data)
 
 
 @app.command(epilog="Example:  qlora report runs/mine --out mine.html")

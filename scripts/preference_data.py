@@ -2,9 +2,9 @@
 
     python scripts/preference_data.py FOLDER          # writes FOLDER/pairs.jsonl and FOLDER/test_pairs.jsonl
 
-The messages are made as those of scripts/quickstart_data.py, by other draws. The rejected answer has one field wrong, as a model
-that has nearly learned the task has it: the day or the month of the date, the hour, the first name alone, the last word of the
-subject alone.
+The messages are made as those of scripts/quickstart_data.py, by other draws. The rejected answer has one field wrong: the day or
+the month of the date, the hour, the first name alone, the last word of the subject alone. A model's own mistakes teach it more:
+scripts/preference_pairs.py.
 """
 
 import json
@@ -43,4 +43,4 @@ def write(path, num_rows, split, seed):
 
 
 if __name__ == "__main__":
-    main(__doc__, write, 600, ("pairs.jsonl", "test_pairs.jsonl"), "pairs")
+    main(__doc__, write, 240, ("pairs.jsonl", "test_pairs.jsonl"), "pairs")

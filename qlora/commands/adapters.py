@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.text import Text
 
-from ..evaluation.intervals import in_words, is_share
+from ..evaluation.intervals import in_words
 from ..recipe.comparison import settings_in_words
 from ..runs.listing import listed
 from ..system.errors import InputError
@@ -47,7 +47,9 @@ def _show_run(one):
     base = f" on {Path(one['base']).name}" if one["base"] else ""
     trained = [(one["kind"] or "") + base, "" if one["steps"] is None else f"{one['steps']:,} steps", _when(one)]
     scores = [f"{name} {one[key]:.4f}" for name, key in _LOSSES.items() if one[key] is not None]
-    scores += [f"{name.replace('_', ' ')} {in_words(metric, 0)}" for name, metric in (one["metrics"] or {}).items()]
+    scores += [
+        f"{name.replace('_', ' ')} {in_words(metric, 0, name)}" for name, metric in (one["metrics"] or {}).items()
+    ]
     show("")
     show(Text(one["path"]))  # whole, to be pasted
     show(f"          {', '.join(filter(None, trained))}")
@@ -79,7 +81,7 @@ def _show_comparison(one):
 def _score(metric, row):
     if row["status"] != "done" or row["score"] is None:
         return row["status"]
-    return in_words(row["score"], 0) if is_share(metric) else f"{row['score']['value']:.4f}"
+    return in_words(row["score"], 0, metric)
 
 
 def _when(one):

@@ -8,7 +8,7 @@ import time
 
 from .. import base_model
 from ..evaluation.intervals import OF_LOSS, is_share
-from ..jobs import comparison_table, differences, merged_latency
+from ..jobs import comparison_table, differences, eval_rows, merged_latency
 from ..jobs.compared_runs import DONE, TO_DO, UNFINISHED, Folder, measured, row_of, train_one
 from ..jobs.planned_training import plan_training
 from ..jobs.prepared_data import prepare
@@ -16,7 +16,7 @@ from ..pages import comparison as page
 from ..recipe.comparison import RESULT, Comparison
 from ..runs.folder import RunDir
 from ..system import launched
-from ..system.errors import DoesNotFit, Interrupted
+from ..system.errors import DoesNotFit, InputError, Interrupted
 from ..system.events import note
 from ..system.storage import locked, write_json, write_text
 from ..system.units import duration, size
@@ -66,10 +66,13 @@ def _plan(folder):
             "training": entry.recipe.training.model_copy(update={"seed": 0, "learning_rate": 1e-4}),
             "output_dir": "x",
         }
-        key = entry.recipe.model_copy(update=changed).to_yaml()
+        if entry.after is not None:  # what it starts from has still to be trained, and takes the same room as a new one
+            changed["model"] = entry.recipe.model.model_copy(update={"adapter_name_or_path": None})
+        recipe = entry.recipe.model_copy(update=changed)
+        key = recipe.to_yaml()
         if key not in known:  # what a training costs does not depend on its seed or learning rate
             try:
-                plan = plan_training(prepare(entry.recipe), device)
+                plan = plan_training(prepare(recipe), device)
                 hours = plan.plan.hours if plan.plan else None
                 known[key] = {
                     "fits": True,
@@ -127,18 +130,24 @@ def _write(folder, path, last=False):
 
 
 @shown()
-def compare_runs(one, other) -> dict:
+def compare_runs(one, other, data=None) -> dict:
     """Return {"rows", "differences", "change"} of two finished runs, and show them side by side.
 
     rows: as of a comparison. differences: of recipe, data, versions and base model: [name, of one, of the other]. change: of
-    each metric from one to the other, where both were measured on the same rows.
+    each metric from one to the other, where both were measured on the same rows. data: the file of them, as of `evaluate`; None:
+    those that they have held out.
 
     Raises:
-        InputError: one of them is no finished run, or its folder is damaged.
+        InputError: one of them is no finished run, or its folder is damaged; or it was not evaluated on `data`.
     """
     runs = [RunDir.open(path) for path in (one, other)]
-    rows, differing = [row_of(run) for run in runs], differences.between(*runs)
-    change = comparison_table.paired(*runs)
+    name = None if data is None else eval_rows.name_of_file(data, runs[0].recipe().task)
+    if missing := [run for run in runs if name is not None and run.scores(name) is None]:
+        raise InputError(
+            f"{missing[0].path}: not evaluated on {data} yet; run:  qlora eval {missing[0].path} --data {data}"
+        )
+    rows, differing = [row_of(run, name) for run in runs], differences.between(*runs)
+    change = comparison_table.paired(runs[0], runs[1], name)
     for what, found in differing.items():
         if found:
             text_table(

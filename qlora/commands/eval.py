@@ -18,7 +18,7 @@ from ..evaluation.asked import BUILT_IN, Asked
 from ..evaluation.intervals import JUDGED_MARGIN
 from ..evaluation.scores import PERPLEXITY
 from ..jobs import base_scores, choice_rows, class_scores
-from ..jobs.eval_rows import general_rows, held_out_rows, held_out_rows_name
+from ..jobs.eval_rows import general_rows, held_out_rows, joined_name, score_name, usual_rows
 from ..jobs.opened_model import open_subject
 from ..system import launched
 from ..system.devices import say_device
@@ -27,8 +27,6 @@ from ..system.events import note
 from ..system.storage import write_json, write_text
 from ..terminal import shown
 from ..terminal.evaluation import show_result
-
-MAX_ROWS = 100  # of the run's own score, where answers are words: a class is one forward pass, and all rows are taken
 
 
 @shown()
@@ -95,8 +93,8 @@ class _Found:
 
 def _of_rows(subject, wanted, data_file, max_rows) -> _Found:
     """Return the loss and the answers, in words or classes, on the run's held-out rows or those of `data_file`."""
-    has_classes = base_model.task_of(subject.model).HAS_CLASSES
-    usual = None if has_classes else MAX_ROWS
+    task = base_model.task_of(subject.model)
+    has_classes, usual = task.HAS_CLASSES, usual_rows(task.NAME)
     max_rows = usual if max_rows is None else max_rows
     all_rows = held_out_rows(subject, data_file)
     rows = all_rows if max_rows is None else all_rows.first_rows(max_rows)
@@ -110,7 +108,8 @@ def _of_rows(subject, wanted, data_file, max_rows) -> _Found:
     said = data.conversations(rows)
     files = [{"path": str(part.path), "sha256": part.digest} for part in rows.parts]
     max_rows = None if max_rows == usual else max_rows
-    name = held_out_rows_name(max_rows) if data_file is None else _name(files[0], max_rows)
+    of_file = {} if data_file is None else {"file": files[0]["path"], "digest": files[0]["sha256"]}
+    name = score_name(task.NAME, max_rows, **of_file)
     if has_classes:
         before, after = _before_and_after(
             subject, functools.partial(class_scores.score_of_classes, subject, rows), _CLASSES
@@ -177,7 +176,8 @@ def _of_choices(subject, wanted, max_rows, questions, of) -> _Found:
         + ["chat"] * wanted.chat
     )
     rows = ({"prompt": one.messages if wanted.chat else one.text, "choices": [*one.choices]} for one in questions)
-    name = _name(of["files"][0], max_rows, *words)
+    file = of["files"][0]
+    name = joined_name(f"{Path(file['path']).stem}-{file['sha256'][:8]}", max_rows, *words)
     return _Found(result, _answers(rows, before, after), name, max_rows)
 
 
@@ -190,22 +190,13 @@ def _of_tasks(subject, wanted, max_rows) -> _Found:
     result["data"] = {"tasks": [*wanted.tasks], "lm_eval": version, "held_out": False, "files": []}
     result["data"] |= {"rows": after.num_rows, "shots": wanted.shots, "chat": wanted.chat}
     words = [f"{wanted.shots}-shots"] * (wanted.shots is not None) + ["chat"] * wanted.chat
-    name = _joined(f"lm-eval-{'+'.join(wanted.tasks)}"[:100], max_rows, *words)
+    name = joined_name(f"lm-eval-{'+'.join(wanted.tasks)}"[:100], max_rows, *words)
     return _Found(result, after.rows(before), re.sub(r"[^\w.+-]", "_", name), max_rows)
 
 
 def _result(num_rows, before, after):
     result = {"rows": num_rows, **after.to_json()}
     return result if before is None else result | {"before": before.to_json(), "change": after.since(before)}
-
-
-def _name(file, max_rows, *words):
-    """Return the name in evals/ of a score on a file, {"path", "sha256"}."""
-    return _joined(f"{Path(file['path']).stem}-{file['sha256'][:8]}", max_rows, *words)
-
-
-def _joined(name, max_rows, *words):
-    return "-".join([name, *words, *([] if max_rows is None else [f"{max_rows}-rows"])])
 
 
 # what is going on with the adapter, and without it

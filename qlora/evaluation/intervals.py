@@ -83,13 +83,16 @@ def is_share(name) -> bool:
     return name not in (*OF_LOSS, MARGIN, JUDGED_MARGIN, "forgetting") and "." not in name
 
 
-def in_words(metric, digits=1):
-    """Return a metric, a share of 1 or {"value", "low", "high"} of one, in words: 93.1%, or 93.1% (92.0% to 94.1%)."""
+def in_words(metric, digits=1, name=""):
+    """Return a metric, a number or {"value", "low", "high"} of one, in words: 93.1%, or 93.1% (92.0% to 94.1%). name: of the
+    metric, which may be no share."""
+    form = f".{digits}%" if is_share(name) else ".4f"
     if not isinstance(metric, dict):
-        return f"{metric:.{digits}%}"
-    if metric["low"] is None:  # written by an older version
-        return in_words(metric["value"], digits)
-    return f"{metric['value']:.{digits}%} ({metric['low']:.{digits}%} to {metric['high']:.{digits}%})"
+        return format(metric, form)
+    value, low, high = (metric[key] for key in ("value", "low", "high"))
+    if low is None:  # of a loss, or written by an older version
+        return format(value, form)
+    return f"{value:{form}} ({low:{form}} to {high:{form}})"
 
 
 def resampled(parts_NK: np.ndarray, seed: int = 0) -> Iterator[np.ndarray]:

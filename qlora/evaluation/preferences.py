@@ -18,6 +18,7 @@ from .intervals import MARGIN
 from .scores import Score
 
 ACCURACY = "preference_accuracy"
+METRICS = (ACCURACY, MARGIN)
 
 
 def judged_alone(model, rows):

@@ -26,10 +26,11 @@ from typing import Any
 
 import numpy as np
 
-from ..evaluation import answer_metrics, scores
+from .. import data
+from ..evaluation import answer_metrics, preferences, scores
 from ..evaluation.asked import Asked
 from ..evaluation.intervals import OF_LOSS, ratio
-from ..recipe import as_yaml
+from ..recipe import Data, as_yaml
 from ..recipe.comparison import FILE, Comparison, Entry, entries
 from ..runs import record
 from ..runs.folder import RunDir
@@ -37,7 +38,8 @@ from ..system import files
 from ..system.errors import DoesNotFit, InputError, Interrupted, TrainingFailed
 from ..system.events import note
 from ..system.storage import refuse_nonempty, write_json, write_text
-from .eval_rows import held_out_rows_name
+from . import eval_rows
+from .chosen_task import encoder_of
 
 # of a row, and of a summary as means over seeds
 NUMBERS = (
@@ -56,7 +58,7 @@ class Folder:
         _to_measure(comparison)  # what is wrong with it is said before anything is trained
         self.path = Path(comparison.output_dir)
         self.file = self.path / FILE
-        self.scores = held_out_rows_name(comparison.max_rows)  # of RunDir.score_files
+        self.scores = _score_name(self)  # of RunDir.score_files
 
     def run(self, entry) -> RunDir:
         return RunDir(entry.recipe.output_dir)
@@ -112,6 +114,41 @@ class Folder:
         write_json(self.failure_file(entry), {"status": status, "message": message})
 
 
+def _score_name(folder):
+    """Return the name of the score that all trainings of a Folder get; see RunDir.score_files.
+
+    Raises:
+        InputError: they would be measured on other rows each, or what decides is not measured on these.
+    """
+    wanted, first = folder.comparison, folder.entries[0].recipe
+    encoder = encoder_of(first.task, first.objective)
+    if wanted.data is None:
+        for entry in folder.entries:
+            if _held_out(entry.recipe) != _held_out(first):
+                raise InputError(
+                    f"{folder.entries[0].name} and {entry.name} hold out other rows each (data.eval, data.eval_fraction, or "
+                    "pairs and rows), so their scores do not say which is better; set data: FILE, rows that all are evaluated on"
+                )
+    else:
+        encoder = eval_rows.encoder_of_file(Data.of_file(wanted.data, {}), first.task)
+    of_pairs = {*preferences.METRICS} & {wanted.metric, *wanted.metrics}
+    if of_pairs and encoder is not data.Preferences:
+        raise InputError(
+            f"{sorted(of_pairs)[0]} is of pairs, and the rows that are evaluated on are none; set data: FILE with chosen and "
+            "rejected answers"
+        )
+    if wanted.data is None:
+        return eval_rows.score_name(first.task, wanted.max_rows)
+    return eval_rows.name_of_file(wanted.data, first.task, wanted.max_rows)
+
+
+def _held_out(recipe):
+    """Return what decides which rows a training holds out, and of what kind they are."""
+    section = recipe.data
+    rows = section.eval or (section.train, section.eval_fraction, recipe.seed_of_rows)
+    return recipe.task, encoder_of(recipe.task, recipe.objective), rows
+
+
 def train_one(folder: Folder, entry: Entry) -> None:
     """Train and evaluate one training of a comparison, or go on with it; what did not end well is in its failure_file.
 
@@ -119,6 +156,10 @@ def train_one(folder: Folder, entry: Entry) -> None:
         Interrupted: by a signal, which the process that trains got too.
     """
     run, wanted = folder.run(entry), folder.comparison
+    start = entry.recipe.model.adapter_name_or_path
+    if entry.after is not None and not RunDir(start).adapter.is_dir():
+        folder.failed(entry, FAILED, f"it starts from {entry.after}, which did not end well")
+        return
     if not run.adapter.is_dir():
         go_on = any(run.checkpoints.glob("step-*"))
         if run.recipe_file.is_file() and not go_on:
@@ -127,6 +168,7 @@ def train_one(folder: Folder, entry: Entry) -> None:
         if not _ended_well(folder, entry, ["train", recipe, *(["--resume"] if go_on else [])]):
             return
     options = [] if wanted.max_rows is None else ["--max-rows", str(wanted.max_rows)]
+    options += [] if wanted.data is None else ["--data", wanted.data]
     if entry.recipe.task == "text-generation":
         options += ["--latency"]
         options += [part for name in _to_measure(wanted) for part in ("--metric", name)]
@@ -140,16 +182,26 @@ def train_one(folder: Folder, entry: Entry) -> None:
 def _with_the_same_base(folder, entry):
     """Return the run of another training that was evaluated, whose base answers as that of `entry`: it need not be asked
     again; None where there is none."""
-    sections = ("model", "quantization", "data")
-    of_base = [getattr(entry.recipe, name) for name in sections]
     for other in folder.entries:
-        same = [getattr(other.recipe, name) for name in sections] == of_base
+        same = _of_the_base(other.recipe) == _of_the_base(entry.recipe)
         if same and other is not entry and folder.state(other)[0] == DONE:
             return folder.run(other)
     return None
 
 
-_ALWAYS = (scores.LOSS, scores.BITS_PER_BYTE, "exact_match", "json_fields")  # or where it fits the rows
+def _of_the_base(recipe):
+    """Return what of a recipe decides how its base answers, before any adapter."""
+    model = recipe.model.model_copy(update={"adapter_name_or_path": None})
+    return model, recipe.quantization, recipe.data.chat_template, recipe.data.system_as_user
+
+
+_ALWAYS = (
+    scores.LOSS,
+    scores.BITS_PER_BYTE,
+    "exact_match",
+    "json_fields",
+    *preferences.METRICS,
+)  # or where it fits the rows
 
 
 def _to_measure(comparison) -> list[str]:
@@ -257,7 +309,7 @@ def value_of(name, found: Measured):
     not measured."""
     if name not in found.parts:
         return None
-    if name in (scores.LOSS, scores.BITS_PER_BYTE):
+    if name in (scores.LOSS, scores.BITS_PER_BYTE, *preferences.METRICS):
         return ratio
     return answer_metrics.named(name, [expected for _, expected in found.rows]).value
 

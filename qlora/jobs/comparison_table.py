@@ -33,6 +33,7 @@ def of_folder(folder: Folder, path) -> dict:
     return {
         "name": Path(path).stem,
         "metric": wanted.metric,
+        "metrics": [name for name in wanted.metrics if name != wanted.metric],
         "lower_is_better": wanted.metric in intervals.OF_LOSS,
         "command": shlex.join(["qlora", "compare", str(path)]),
         "rows": rows,
@@ -65,7 +66,10 @@ def _summary(metric, done):
     ]
     found = comparing.summary(runs, value, metric in intervals.OF_LOSS)
     for one, group in zip(found, settings.values(), strict=True):
-        one |= {name: _mean([row[name] for _, row, _ in group]) for name in NUMBERS}
+        rows = [row for _, row, _ in group]
+        one |= {name: _mean([row[name] for row in rows]) for name in NUMBERS}
+        names = dict.fromkeys(name for row in rows for name in row["metrics"])
+        one["metrics"] = {name: _mean([row["metrics"].get(name, {}).get("value") for row in rows]) for name in names}
     return found
 
 
@@ -96,10 +100,11 @@ def _notes(wanted, rows):
     return notes
 
 
-def paired(one, other) -> dict:
-    """Return {metric: {"value", "low", "high"}} of other minus one, where both runs were measured on the same rows; else {}."""
+def paired(one, other, name=None) -> dict:
+    """Return {metric: {"value", "low", "high"}} of other minus one, where both runs were measured on the same rows; else {}.
+    name: of the score, see RunDir.score_files."""
     try:
-        left, right = compared_runs.measured(one), compared_runs.measured(other)
+        left, right = (compared_runs.measured(run, name) for run in (one, other))
     except InputError as error:
         note(str(error))
         return {}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 
 from .. import base_model, data
-from ..recipe import Data
+from ..recipe import Data, tasks
 from ..system.errors import InputError
 from .chosen_task import encoder_of
 
@@ -24,7 +26,7 @@ def held_out_rows(subject, data_file=None):
         else:
             settings["overlong"] = "error"
         section = Data.of_file(data_file, settings)
-        encoder = encoder_of(task.NAME) if task.HAS_CLASSES else _encoder_for(section, recipe)
+        encoder = encoder_of_file(section, task.NAME, recipe)
         return data.Rows(data.load(section.train, tokenizer, section, seed=0, encoder=encoder))
     if recipe is None or not (recipe.data.eval or recipe.data.eval_fraction):
         raise InputError("no held-out rows: the recipe has neither data.eval nor data.eval_fraction; give --data FILE")
@@ -46,9 +48,11 @@ def held_out_rows(subject, data_file=None):
     return rows[np.isin(found, keys)]
 
 
-def _encoder_for(section, recipe):
-    """Return the Encoder of the rows of a file, in the recipe's section data: pairs, judged answers (which pairs are too, for a
-    run that was trained on them), or supervised rows; by their columns, or the first row."""
+def encoder_of_file(section, task, recipe=None):
+    """Return what makes examples of the rows of a file, in a section data, by their columns or the first row: pairs (judged
+    answers, two each, for the recipe of a run that was trained on these), judged answers, or those of the task."""
+    if tasks.has_classes(task):
+        return encoder_of(task)
     judges = recipe is not None and encoder_of(recipe.task, recipe.objective) is data.Judgements
     of_pairs = data.Judgements if judges else data.Preferences
     pair, ignored = {data.preference.CHOSEN, data.preference.REJECTED}, section.ignore_keys or ()
@@ -62,9 +66,30 @@ def _encoder_for(section, recipe):
     return data.Judgements if data.judged.is_judged(first, ignored) else data.Supervised
 
 
-def held_out_rows_name(max_rows):
-    """Return the name in evals/ of a score on so many of a run's held-out rows; None where max_rows is None, as usual."""
-    return None if max_rows is None else f"held-out-{max_rows}-rows"
+def usual_rows(task):
+    """Return how many rows are measured of a model of this task, by its name; None: all, where an answer is one forward pass."""
+    return None if tasks.has_classes(task) else _ANSWERS
+
+
+def score_name(task, max_rows=None, file=None, digest=None):
+    """Return the name in evals/ of a score on so many of a run's held-out rows, or of those of `file` with this sha256; None for
+    the run's own: on its held-out rows, as many as usual."""
+    if max_rows == usual_rows(task):
+        max_rows = None
+    if file is not None:
+        return joined_name(f"{Path(file).stem}-{digest[:8]}", max_rows)
+    return None if max_rows is None else joined_name("held-out", max_rows)
+
+
+def name_of_file(file, task, max_rows=None):
+    """Return the score_name of a data file, which it reads."""
+    section = Data.of_file(file, {})
+    (first, *_) = encoder_of_file(section, task).open_source(section.train[0])
+    return score_name(task, max_rows, file, first.digest())
+
+
+def joined_name(name, max_rows, *words):
+    return "-".join([name, *words, *([] if max_rows is None else [f"{max_rows}-rows"])])
 
 
 def general_rows(subject, file):
@@ -79,3 +104,4 @@ def general_rows(subject, file):
 
 
 _LONGEST = 2048
+_ANSWERS = 100

@@ -10,6 +10,7 @@ import math
 import shlex
 from dataclasses import dataclass
 from statistics import fmean, median, stdev
+from typing import Any
 
 from ..runs import record
 from ..runs.folder import RunDir
@@ -28,6 +29,12 @@ _KNOWN = 0.05  # nats: there is nothing left to learn
 _SKIPPED = 3
 _APART, _GAP, _SHARE = 6, 0.5, 0.2  # spreads, nats, and share of the steps of two kinds of losses
 _ELSEWHERE = 1.0  # nats that held-out rows lie above training rows, before any was seen twice
+_UNLIKELY, _HALF = (
+    2.0,
+    0.5,
+)  # nats: 7 times less likely; of what it lacked of certainty (docs/preferences.md has a case)
+_NO_MARGIN = 0.1  # nats between two answers
+_GUESSED = 0.55  # of the pairs
 _COLLAPSED, _HIGH = 0.05, 0.5  # of the first gradient norm; nats: where a loss is low, gradients are too
 
 
@@ -46,7 +53,7 @@ class Facts:
 
     learning_rate: the recipe's; fastest: how many times that some weights learn (LoRA+). method: the recipe's section. rows,
     trained, tokens: of the training data, None where unknown. in_epochs: the recipe counts those, not steps. ended: what was said
-    when it ended before its time. recipe: its file, for commands.
+    when it ended before its time. recipe: its file, for commands. objective: the recipe's section, None of supervised training.
     """
 
     learning_rate: float
@@ -58,6 +65,7 @@ class Facts:
     in_epochs: bool = False
     ended: str = ""
     recipe: str = "RECIPE"
+    objective: Any = None
 
 
 def of_run(run: RunDir) -> list[Finding]:
@@ -76,6 +84,7 @@ def of_run(run: RunDir) -> list[Finding]:
         in_epochs=recipe.training.max_steps is None,
         ended=str((run.ended() or {}).get("message") or ""),
         recipe=str(run.recipe_file),
+        objective=recipe.objective,
     )
     return of(record.read(run), facts)
 
@@ -87,7 +96,8 @@ def of(lines, facts: Facts) -> list[Finding]:
     nothing = _nothing_trained(steps, facts)
     if nothing:
         return nothing
-    found = _too_high(steps, skipped, facts) or _does_not_fall(steps, facts)
+    found = _unlikely(steps, facts) or _too_high(steps, skipped, facts)
+    found = found or _not_preferred(steps, facts) or _does_not_fall(steps, facts)
     found += _masked(steps, facts, found) + _two_kinds(steps, facts) + _held_out_elsewhere(steps, lines, facts)
     return found + _overfits(steps, lines, facts) or _stopped(lines)
 
@@ -111,6 +121,66 @@ def _nothing_trained(steps, facts):
     return [Finding("nothing is trained", words, f"{field}: train layers that the answer depends on")]
 
 
+def _unlikely(steps, facts):
+    """Margins that come of both answers being given up: the loss of DPO is low then."""
+    steps = _rewarded(steps, facts)
+    diverged = "has diverged" in facts.ended
+    if len(steps) < (1 if diverged else _FEWEST):
+        return []
+    section, last = facts.objective, steps[-_many(steps) :]
+    chosen, margin = (fmean(step.metrics[name] for step in last) for name in ("rewards/chosen", "rewards/margins"))
+    now = fmean(step.metrics["logps/chosen"] for step in last)
+    fell = -chosen / section.beta
+    # long answers fall by many nats that are little of theirs
+    if fell < _UNLIKELY or (fell < _HALF * -(now + fell) and not diverged):
+        return []
+    words = (
+        f"the log probability of a chosen answer fell from {now + fell:.1f} (the reference) to {now:.1f} nats in the last "
+        f"{len(last)} logged steps (rewards/chosen {chosen:.2f}), so the margin of {margin / section.beta:.1f} nats is one "
+        "between answers that both got less likely, and others take their place"
+    )
+    change = _set_rate(facts.learning_rate / 3)
+    if "sft" not in dict(getattr(section, "losses", [("sft", 1)])):
+        change += f", or {section.key}.loss_type='[{section.losses[0][0]}, sft]', which keeps the chosen answers likely"
+    return [Finding("chosen answers get unlikely too", words, change)]
+
+
+def _not_preferred(steps, facts):
+    """Rewards that say that nothing is learned: no margin, or no more pairs the right way round than by chance."""
+    steps = _rewarded(steps, facts)
+    if len(steps) < _FEWEST:
+        return []
+    last, half = steps[-_many(steps) :], steps[len(steps) // 2 :]
+    margin = fmean(step.metrics["rewards/margins"] for step in last) / facts.objective.beta
+    right = [step.metrics["rewards/accuracies"] for step in half if "rewards/accuracies" in step.metrics]
+    words, rates = (
+        f"the margin of a pair is {margin:.2f} nats in the last {len(last)} logged steps",
+        _rates(steps, facts),
+    )
+    if margin < _NO_MARGIN and rates < _MOVED:
+        words += f", and the learning rates of all steps add up to {rates:.1e}; no weight moves further than about that"
+        higher = f"{_set_rate(10 * facts.learning_rate)} or more, or take more steps"
+        return [Finding("the learning rate is too low", words, higher)]
+    guessed = len(right) >= _FEWEST and fmean(right) < _GUESSED
+    if margin >= _NO_MARGIN and not guessed:
+        return []
+    if right:
+        words += f", and {fmean(right):.0%} of the pairs have the chosen answer ahead; by chance it is half"
+    look = (
+        f"data.train: look at its pairs with  qlora data {shlex.quote(facts.recipe)}: is chosen better, and by more than words "
+        "that differ by chance? Then training.learning_rate, both ways"
+    )
+    return [Finding("no preference is learned", words, look)]
+
+
+def _rewarded(steps, facts):
+    """Return the steps that have rewards, beta times the log probability of an answer less that of the reference."""
+    if facts.objective is None or not facts.objective.has_reference:
+        return []
+    names = ("rewards/chosen", "rewards/margins", "logps/chosen")
+    return [step for step in steps if all(_finite(step.metrics.get(name)) for name in names)]
+
+
 def _too_high(steps, skipped, facts):
     rates = _rates(steps, facts)
     lower = _set_rate(facts.learning_rate / 3)
@@ -122,7 +192,7 @@ def _too_high(steps, skipped, facts):
             f"learning rate of {facts.learning_rate:g}"
         )
         return [Finding(name, words, lower)]
-    if "has diverged" in facts.ended and steps:
+    if "the loss has diverged" in facts.ended and steps:
         low = min(steps, key=lambda step: step.loss)
         words = (
             f"the loss rose from {low.loss:.2f} at step {low.step:,} to {steps[-1].loss:.2f} at step {steps[-1].step:,}"

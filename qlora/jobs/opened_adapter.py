@@ -21,7 +21,8 @@ from ..runs.folder import RunDir
 from ..system.errors import InputError
 from ..system.events import note
 from . import checkpoint_run
-from .chosen_task import encoder_of, proof_of, task_of
+from .chosen_task import proof_of, task_of
+from .eval_rows import encoder_of_file
 from .opened_model import load_tokenizer, open_tokenizer, refuse_changed_base, refuse_other_base, this_machine
 from .run_facts import origin_of
 
@@ -85,12 +86,14 @@ def open_trained(targets, base=None, data_file=None, overrides=()) -> Trained:
         settings = {**trained.data, "eval": None, "overlong": "truncate"}
         section = Data.of_file(data_file, settings)
         task = trained.checkpoint.task
-        rows = data.Rows(data.load(section.train, trained.tokenizer, section, seed=0, encoder=encoder_of(task.name)))
+        encoder = encoder_of_file(section, task.name)
+        rows = data.Rows(data.load(section.train, trained.tokenizer, section, seed=0, encoder=encoder))
         if not len(rows):
             raise InputError(f"{data_file}: no rows left for the proof")
         base_model.refuse_rows(rows, trained.config, trained.adapter.config.get("num_virtual_tokens") or 0)
         num_rows = getattr(trained.config.get_text_config(), "vocab_size", None)
-        trained.rows = proof_of(task.file).proof_rows(rows, num_rows)
+        answers = data.Answers(rows) if rows.are_pairs else rows
+        trained.rows = proof_of(task.file).proof_rows(answers, num_rows)
         trained.rows_from = f"rows of {Path(data_file).name}"
     return trained
 

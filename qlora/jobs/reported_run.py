@@ -50,6 +50,7 @@ def facts(run: RunDir, exports, most_points, most_rows, most_samples, most_votes
         "task": recipe.task,
         "method": recipe.method.key,
         "base": recipe.model.name_or_path,
+        "started_from": recipe.model.adapter_name_or_path,
         "state": _state(run, recipe, lines, data),
         "curves": curves(lines, most_points),
         "best": reported_samples.best(lines),

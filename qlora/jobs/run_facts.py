@@ -75,7 +75,11 @@ def _measured(run):
         where = f" on {after['rows']} rows (qlora eval)"
         rows.append([f"loss{where}", f"{before['loss']:.4f}", f"{after['loss']:.4f}"])
         rows += [
-            [f"{name.replace('_', ' ')}{where}", in_words(before["metrics"][name]), in_words(metric)]
+            [
+                f"{name.replace('_', ' ')}{where}",
+                in_words(before["metrics"][name], name=name),
+                in_words(metric, name=name),
+            ]
             for name, metric in after["metrics"].items()
         ]
     return rows

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from .. import base_model, methods
+from .. import base_model, data, methods
 from ..evaluation import latency
 from ..exporter import int8, merge, proof
 from ..exporter.gguf import converter
@@ -78,7 +78,8 @@ def open_job(run, trained, data_file, max_rows) -> Job:
     refuse_classes(checkpoint.task.file, "qlora compare RUN --served")
     model = base_model.on_meta(trained.config, trained.model.trust_remote_code)
     found = held_out_rows(Subject(model, trained.tokenizer, set(), run.recipe(), run), data_file).first_rows(max_rows)
-    rows = [found[index] for index in range(len(found)) if trained_at(found[index])]
+    answered = data.Answers(found) if found.are_pairs else found
+    rows = [answered[index] for index in range(len(found)) if trained_at(answered[index])]
     if not rows:
         raise InputError(f"no rows left to measure on in {data_file or 'the held-out rows'}; `qlora data` shows why")
     base_model.refuse_rows(found, trained.config, trained.adapter.config.get("num_virtual_tokens") or 0)

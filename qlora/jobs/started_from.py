@@ -45,7 +45,7 @@ def settle(recipe, checkpoint):
     run = RunDir(named) if RunDir.is_run(named) else None
     recorded = None if run is None else run.recipe()
     section = methods.section_of(folder, recorded and recorded.method)
-    _refuse_changes(recipe.method, section, named)
+    _refuse_changes(recipe.method, section, recorded and recorded.method, named)
     if recorded is not None:
         _refuse_other_task(recipe, recorded, named)
     elif recipe.task != text_generation.NAME:
@@ -81,8 +81,8 @@ def _refuse_other_task(ours, theirs, named):
         )
 
 
-def _refuse_changes(ours, theirs, named):
-    """Raise InputError if the recipe asks for something else than the adapter has."""
+def _refuse_changes(ours, theirs, recorded, named):
+    """Raise InputError if the recipe asks for something else than the adapter has, by its folder or as its run was asked for."""
     if not ours.model_fields_set:
         return
     if ours.key != theirs.key:
@@ -90,7 +90,7 @@ def _refuse_changes(ours, theirs, named):
     changed = [
         f"{ours.key}.{name}: {getattr(ours, name)}, but {named} has {getattr(theirs, name)}"
         for name in sorted(ours.model_fields_set - _FREE)
-        if getattr(ours, name) != getattr(theirs, name)
+        if getattr(ours, name) not in (getattr(theirs, name), getattr(recorded, name, None))
     ]
     if changed:
         raise InputError.listing(

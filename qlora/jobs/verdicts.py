@@ -96,6 +96,9 @@ def _learned(facts):
         words += ". It got worse"
     elif answer == NOT_SHOWN:
         words += ". No difference shown: more held-out rows may show one"
+    if start := facts.get("started_from"):
+        of_both = shlex.join(["qlora", "compare", start, facts["path"], "--data", "FILE"])
+        words += f'. "Before" is the base, without {start}: what this run changed of that is  {of_both}'
     return _said(answer, words + _afterwards(facts, scores))
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import csv
+import functools
 import io
 
+from ..evaluation.intervals import OF_LOSS
 from ..jobs.compared_runs import NUMBERS
+from ..jobs.verdicts import number_of
 from ..recipe.comparison import settings_in_words
 from ..system.errors import InputError
 from ..system.events import note
@@ -34,12 +37,13 @@ def as_csv(found) -> str:
 
 def table_of(found) -> tuple[list[str], list[list[str]]]:
     """Return (header, rows) of a comparison: a row for each setting, its means over seeds, and what did not end well."""
-    percent = not found["lower_is_better"]
-    header = ["variant", "setting", found["metric"].replace("_", " "), "95 %", "spread", "loss", "forgetting", "time",
-              "peak", "trained", "saved", "s/token", ""]  # fmt: skip
+    further = [name for name in found.get("metrics", ()) if name not in OF_LOSS]
+    header = ["variant", "setting", found["metric"].replace("_", " "), "95 %", "spread",
+              *(name.replace("_", " ") for name in further), "loss", "forgetting", "time", "peak", "trained", "saved",
+              "s/token", ""]  # fmt: skip
     lines = []
     for one in found["summary"]:
-        number = (lambda value: f"{value:.1%}") if percent else (lambda value: f"{value:.4f}")
+        number = functools.partial(number_of, found["metric"])
         lines.append(
             [
                 one["variant"],
@@ -47,6 +51,7 @@ def table_of(found) -> tuple[list[str], list[list[str]]]:
                 number(one["mean"]),
                 f"{number(one['low'])} to {number(one['high'])}",
                 "" if one["spread"] is None else number(one["spread"]),
+                *(number_of(name, one["metrics"].get(name)) for name in further),
                 "" if found["metric"] == "loss" else _shown(one["loss"], ".4f"),
                 _shown(one["forgetting"], "+.4f"),
                 "" if one["seconds"] is None else duration(one["seconds"]),
@@ -61,7 +66,7 @@ def table_of(found) -> tuple[list[str], list[list[str]]]:
         if row["status"] != "done":
             where = f"{settings_in_words(row['settings'])} seed {row['seed']}".strip()
             reason = (row["message"] or "").split("\n")[0]
-            lines.append([row["variant"], where, row["status"], *[""] * 9, reason[:120]])
+            lines.append([row["variant"], where, row["status"], *[""] * (len(header) - 4), reason[:120]])
     return header, lines
 
 

@@ -140,13 +140,14 @@ def _optional(value, shown):
 
 def _comparison(found):
     """Return (names of the columns, [{"cells", "best", "low", "mean", "high", "ends"}]) of a comparison's summary."""
-    metric = found["metric"]
+    metric, further = found["metric"], found.get("metrics", ())
     names = [
         "variant",
         "setting",
         metric.replace("_", " "),
         "95 %",
         "spread",
+        *(name.replace("_", " ") for name in further),
         "forgetting",
         "time",
         "peak",
@@ -164,6 +165,7 @@ def _comparison(found):
         )
         cells = [one["variant"], settings_in_words(one["settings"]), _number(metric, one["mean"]),
                  f"{_number(metric, one['low'])} to {_number(metric, one['high'])}", _number(metric, one["spread"]),
+                 *(_number(name, one.get("metrics", {}).get(name, one.get(name))) for name in further),
                  _optional(one["forgetting"], "{:+.4f}".format), _optional(one["seconds"], duration),
                  _optional(one["peak_bytes"], size), _optional(one["trainable_share"], "{:.2%}".format),
                  _optional(one["saved_bytes"], size), verdict]  # fmt: skip

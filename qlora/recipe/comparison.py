@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,12 +17,14 @@ from . import Recipe, error_messages, reading
 from .fields import Name, PathText, Positive, Section
 
 BUILT_IN = "built-in"
+AFTER = "after"
 FILE, RESULT = "comparison.yaml", "comparison.json"  # in its output_dir: what is compared, and what came of it
 _PLAIN = r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,60}"
 
 
 class Comparison(Section):
-    """variants: {name: what it changes in the recipe, dotted or nested}, with a `sweep` of its own where it has one."""
+    """variants: {name: what it changes in the recipe, dotted or nested}, with a `sweep` of its own where it has one; with
+    `after`, it starts from the recipe and the adapter of a variant above it."""
 
     base: PathText
     """a recipe; what it says holds wherever a variant says nothing else"""
@@ -39,6 +42,8 @@ class Comparison(Section):
     """the part of answers that is compared, see qlora eval --extract"""
     max_rows: Positive | None = None
     """held-out rows that are measured; null: 100, of a model that answers with classes all"""
+    data: PathText | None = None
+    """rows that all are evaluated on, see qlora eval --data; null: those that they hold out, which have to be the same"""
     forgetting: PathText | None = BUILT_IN
     """rows that were not trained on, whose loss is measured before and after; null: not measured"""
     output_dir: PathText
@@ -60,12 +65,32 @@ class Comparison(Section):
             own = changes.get("sweep", {})
             if not (isinstance(own, dict) and all(isinstance(values, list) and values for values in own.values())):
                 raise ValueError(f"variants.{name}.sweep: should be fields with lists of values")
+            self._refuse_start(name)
         for field, values in self.sweep.items():
             if not values:
                 raise ValueError(f"sweep.{field}: should be a list of values")
         if self.seeds is not None and len(set(self.seeds)) < len(self.seeds):
             raise ValueError("seeds: one of them stands there twice")
         return self
+
+    def sweep_of(self, variant) -> dict[str, list]:
+        return self.variants[variant].get("sweep", self.sweep)
+
+    def _refuse_start(self, name):
+        """Raise ValueError if a variant is to start from what is not known before it is trained."""
+        if AFTER not in self.variants[name]:
+            return
+        start, above = self.variants[name][AFTER], list(self.variants)[: list(self.variants).index(name)]
+        if start not in above:
+            raise ValueError(
+                f"variants.{name}.after: should be a variant above it, which is trained before"
+                + (f": {', '.join(above)}" if above else "; there is none")
+            )
+        if math.prod(map(len, self.sweep_of(start).values())) > 1:
+            raise ValueError(
+                f"variants.{name}.after: {start} is trained with several settings; give it `sweep: {{}}` and the one from which "
+                f"{name} starts"
+            )
 
     @classmethod
     def load(cls, path, overrides=()) -> Comparison:
@@ -83,13 +108,15 @@ class Comparison(Section):
 
 @dataclass(frozen=True)
 class Entry:
-    """One training of a comparison. settings: {dotted field: value} of the sweep. name: of its folder."""
+    """One training of a comparison. settings: {dotted field: value} of the sweep. name: of its folder. after: the name of the one
+    whose adapter it starts from."""
 
     variant: str
     settings: Mapping[str, Any]
     seed: int
     name: str
     recipe: Recipe
+    after: str | None = None
 
 
 def entries(comparison: Comparison) -> list[Entry]:
@@ -100,10 +127,8 @@ def entries(comparison: Comparison) -> list[Entry]:
     """
     values, _ = reading.from_file(comparison.base, ())
     found: dict[str, Entry] = {}
-    for variant, changes in comparison.variants.items():
-        sweep = changes.get("sweep", comparison.sweep)
-        for chosen in itertools.product(*sweep.values()):
-            settings = dict(zip(sweep, chosen, strict=True))
+    for variant in comparison.variants:
+        for settings in _settings(comparison, variant):
             for seed in comparison.seeds or (None,):
                 entry = _entry(comparison, values, variant, settings, seed)
                 if entry.name in found:
@@ -114,10 +139,36 @@ def entries(comparison: Comparison) -> list[Entry]:
     return list(found.values())
 
 
-def _entry(comparison, values, variant, settings, seed):
-    values = copy.deepcopy(values)
-    changes = {key: value for key, value in comparison.variants[variant].items() if key != "sweep"}
-    _leave_method(values, changes)
+def _settings(comparison, variant):
+    """Return {dotted field: value} of each setting of a variant."""
+    sweep = comparison.sweep_of(variant)
+    return [dict(zip(sweep, chosen, strict=True)) for chosen in itertools.product(*sweep.values())]
+
+
+def _entry(comparison, base, variant, settings, seed):
+    values = _values(comparison, base, variant, settings, seed)
+    try:
+        recipe = Recipe.from_dict(values)
+    except InputError as error:
+        where = f"{comparison.base}, variant {variant}"
+        raise InputError(str(error).replace("the recipe has", f"{where}, has", 1)) from None
+    start = recipe.model.adapter_name_or_path if AFTER in comparison.variants[variant] else None
+    after = None if start is None else start.rpartition("/")[2]
+    return Entry(variant, settings, recipe.training.seed, recipe.output_dir.rpartition("/")[2], recipe, after)
+
+
+def _values(comparison, base, variant, settings, seed):
+    """Return the nested values of a training's recipe."""
+    changes = {key: value for key, value in comparison.variants[variant].items() if key not in ("sweep", AFTER)}
+    start = comparison.variants[variant].get(AFTER)
+    if start is None:
+        values = copy.deepcopy(base)
+    else:
+        (alone,) = _settings(comparison, start)
+        values = _values(comparison, base, start, alone, seed)
+        _set(values, ["model", "adapter_name_or_path"], values["output_dir"])
+    for names in (Recipe.names_of_methods(), Recipe.names_of_objectives()):
+        _leave_other(values, changes, names)
     for key, value in [*changes.items(), *settings.items()]:
         _set(values, key.split("."), value)
     if seed is not None:  # of the training alone: every seed is measured on the same rows
@@ -128,12 +179,7 @@ def _entry(comparison, values, variant, settings, seed):
     name = "-".join([variant, *(_word(key, value) for key, value in settings.items())])
     name += "" if seed is None else f"-seed-{seed}"
     values["output_dir"] = f"{comparison.output_dir.rstrip('/')}/{name}"
-    try:
-        recipe = Recipe.from_dict(values)
-    except InputError as error:
-        where = f"{comparison.base}, variant {variant}"
-        raise InputError(str(error).replace("the recipe has", f"{where}, has", 1)) from None
-    return Entry(variant, settings, recipe.training.seed, name, recipe)
+    return values
 
 
 def settings_in_words(settings) -> str:
@@ -144,12 +190,11 @@ def settings_in_words(settings) -> str:
     )
 
 
-def _leave_method(values, changes):
-    """Take the base's method out of `values` where a variant names another: they exclude each other."""
-    methods = Recipe.names_of_methods()
-    named = {key.split(".")[0] for key, value in changes.items() if value is not None} & {*methods}
-    if named:
-        for name in {*methods} - named:
+def _leave_other(values, changes, names):
+    """Take the base's section out of `values` where a variant gives another of `names`: they exclude each other."""
+    given = {key.split(".")[0] for key, value in changes.items() if value is not None} & {*names}
+    if given:
+        for name in {*names} - given:
             values.pop(name, None)
 
 

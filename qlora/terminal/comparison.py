@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..evaluation.intervals import is_share
 from ..recipe.comparison import settings_in_words
 from ..system.units import duration, size
 from .tables import show, table
@@ -11,7 +12,7 @@ _SAME, _BEST = "≈", "*"
 
 def show_comparison(found):
     """Show comparison.json: a table of what ended well, a line for each training that did not, and what the words mean."""
-    percent = not found["lower_is_better"]
+    percent = is_share(found["metric"])
     fields = {field for one in found["summary"] for field in one["settings"]}
     alone = next(iter(fields)) if len(fields) == 1 else None
     header = ["", "setting", found["metric"].replace("_", " "), "95 %", "forgets", "time", "peak"]

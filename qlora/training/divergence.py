@@ -20,11 +20,11 @@ class Watch:
     num_steps: the window. The loss has diverged when the median over the window is RISE above its lowest value so far and
     the mean is above its lowest value by more than noise. The median ignores single bad steps and a few hard rows; the
     mean ignores jumps of the median between easy and hard rows. None: only non-finite losses end the run.
-    first: steps before the first median and mean.
+    what: whose loss it is, in words. first: steps before the first median and mean.
     """
 
-    def __init__(self, num_steps, first=_FIRST):
-        self.num_steps, self.first = num_steps, first
+    def __init__(self, num_steps, what="the loss", first=_FIRST):
+        self.num_steps, self.what, self.first = num_steps, what, first
         self.recent: deque = deque(maxlen=num_steps)  # (step, loss)
         self.lowest = [math.inf, math.inf]  # median; mean, with what chance may add to it
         self.lowest_step = 0  # of the median
@@ -33,9 +33,9 @@ class Watch:
         self.diverged = False
 
     def take(self, step, loss):
-        """Record the loss of a step; return why the run has to end, or None."""
+        """Record the loss of a step, None where there is nothing to judge; return why the run has to end, or None."""
         self.in_a_row, self.taken_here = 0, self.taken_here + 1
-        if self.num_steps is None:
+        if self.num_steps is None or loss is None:
             return None
         self.recent.append((step, loss))
         if len(self.recent) < min(self.first, self.num_steps):
@@ -51,7 +51,7 @@ class Watch:
             return None
         self.diverged = True
         return (
-            f"the loss has diverged: the median of the last {self.num_steps} steps is {median:.2f} in step {step}, it was "
+            f"{self.what} has diverged: the median of the last {self.num_steps} steps is {median:.2f} in step {step}, it was "
             f"{self.lowest[0]:.2f} in step {self.lowest_step}. Lower training.learning_rate, or, if such losses are "
             "expected, set training.watchdog_steps=null"
         )

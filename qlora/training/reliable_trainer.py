@@ -67,7 +67,7 @@ class Reliable(Hooks):
         self.remedy = f"set {_dtype_field(model)}=float32, because float16 ends at 65,504, or " if in_float16 else ""
         # of rows that are sorted by length, the first ones say nothing about the others
         first = {"first": math.inf} if reliability.group_by_length else {}
-        self.watch = Watch(reliability.watchdog_steps, **first)
+        self.watch = Watch(reliability.watchdog_steps, objective.watched_name, **first)
         self.saves = Saves(self.saving.every, self.watch)
         self.peak = memory.Peak()
         self.rehearsed_bytes, self.begun, self.economy = None, False, reliability.economy
@@ -275,7 +275,7 @@ class Reliable(Hooks):
             self.add_losses(self.loss_before, losses)
         self.changes_weights = True
         if all(map(math.isfinite, [gradient, *losses])):
-            self.failure = self.watch.take(step, sum(losses))
+            self.failure = self.watch.take(step, self.objective.watched(sum(losses)))
             self.norm = gradient
             if self.scaling is not None:
                 self.scaling.took()

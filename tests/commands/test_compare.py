@@ -16,7 +16,9 @@ from qlora.jobs import compared_runs, comparison_table
 from qlora.jobs.compared_runs import Folder
 from qlora.recipe import as_yaml
 from qlora.recipe.comparison import Comparison, entries
+from qlora.runs.folder import RunDir
 from qlora.system.errors import InputError, Interrupted, QLoRAError
+from tests.conftest import write_jsonl
 
 
 @pytest.fixture
@@ -228,6 +230,13 @@ def test_a_variant_names_another_method_and_the_bases_leaves(comparison):
         ({"sweep": {"training.learning_rate": ["fast"]}}, r"variant lora, .*training\.learning_rate: .*found 'fast'"),
         ({"sweep": {"training.learning_rate": []}}, r"sweep\.training\.learning_rate: should be a list of values"),
         ({"seeds": [1, 1]}, "seeds: one of them stands there twice"),
+        ({"variants": {"x": {"after": "y"}, "y": {}}}, r"variants\.x\.after: should be a variant above it.*; there is none"),
+        ({"variants": {"y": {}, "x": {"after": ["y"]}}}, r"variants\.x\.after: should be a variant above it.*: y"),
+        ({"variants": {"y": {"sweep": {"lora.r": [1, 2]}}, "x": {"after": "y"}}}, "y is trained with several settings; give"),
+        ({"variants": {"x": {}, "y": {"data.eval_fraction": 0.5}}}, "x and y hold out other rows each .* set data: FILE"),
+        ({"variants": {"x": {}, "y": {"orpo": {}}}}, "x and y hold out other rows each"),
+        ({"metric": "preference_accuracy"}, "preference_accuracy is of pairs, and the rows that are evaluated on are none"),
+        ({"data": "nowhere.jsonl"}, "nowhere.jsonl"),
         ({"base": "nowhere.yaml"}, "no recipe at nowhere.yaml"),
         ({"sweep": {"training.learning_rate": [1e-3, 0.001]}}, "two trainings would be called lora-learning_rate-0.001"),
     ],
@@ -265,6 +274,83 @@ def test_a_comparison_is_not_written_over_another_and_goes_on_only_as_it_was(com
     assert {row["variant"]: float(row["loss"]) for row in table} == losses
     assert [one["variant"] for one in more["summary"]] == sorted(losses, key=losses.get)
     assert more["command"] in (folder / "comparison.md").read_text()
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    rows = [
+        {
+            "prompt": f"What is {a} plus {b}?",
+            "chosen": f"{a} plus {b} is {a + b}.",
+            "rejected": f"{a} plus {b} is {a + b + 1}.",
+        }
+        for a in range(6)
+        for b in range(4)
+    ]
+    return str(write_jsonl(tmp_path / "pairs.jsonl", rows))
+
+
+def test_a_variant_goes_on_from_what_another_has_trained(comparison, pairs):
+    path = comparison(
+        variants={
+            "sft": {"lora.r": 2, "training.max_steps": 3, "sweep": {}},
+            "dpo": {"after": "sft", "dpo": {"beta": 0.2}, "data.train": pairs},
+            "orpo": {"after": "dpo", "orpo": {}, "sweep": {}},
+        },
+        sweep={"training.learning_rate": [1e-4]},
+        seeds=[1, 2],
+        data=pairs,
+    )
+    folder = Folder(Comparison.load(path))
+    by_name = {entry.name: entry for entry in folder.entries}
+    sft, dpo = by_name["sft-seed-2"], by_name["dpo-learning_rate-0.0001-seed-2"]
+    assert (sft.after, dpo.after) == (None, "sft-seed-2")
+    assert dpo.recipe.model.adapter_name_or_path == sft.recipe.output_dir
+    assert (dpo.recipe.lora, dpo.recipe.training.max_steps) == (sft.recipe.lora, 3)
+    assert dpo.recipe.training.learning_rate == 1e-4
+    assert (sft.recipe.training.learning_rate, sft.recipe.objective) == (1e-2, None)
+    orpo = by_name["orpo-seed-1"]
+    assert orpo.after == "dpo-learning_rate-0.0001-seed-1"
+    assert (orpo.recipe.dpo, orpo.recipe.objective.key, orpo.recipe.data.train[0].path) == (None, "orpo", pairs)
+
+
+def test_trainings_with_other_objectives_are_compared_on_the_same_pairs(comparison, in_process, pairs, tmp_path):
+    path = comparison(
+        variants={
+            "sft": None,
+            "sft-dpo": {"after": "sft", "dpo": {}, "data.train": pairs, "training.learning_rate": 1e-3},
+            "orpo": {"orpo": {}, "data.train": pairs},
+        },
+        data=pairs,
+        max_rows=6,
+        metric="preference_accuracy",
+        metrics=["exact_match"],
+    )
+    found = compare(path)
+    assert [row["status"] for row in found["rows"]] == ["done"] * 3
+    folder = tmp_path / "compared"
+    first = next(iter(RunDir(folder / "sft-dpo").metrics_file.read_text().splitlines()))
+    assert json.loads(first)["loss"] == pytest.approx(0.693, abs=0.02)  # its reference is what sft has trained
+    for one in found["summary"]:
+        row = next(row for row in found["rows"] if row["variant"] == one["variant"])
+        assert one["mean"] == row["metrics"]["preference_accuracy"]["value"]
+        assert one["metrics"]["exact_match"] == row["metrics"]["exact_match"]["value"]
+    table = (folder / "comparison.md").read_text()
+    assert "| preference accuracy | 95 % | exact match |" in table
+    assert without_times(compare(path, resume=True)) == without_times(found)
+    assert len(in_process) == 6
+
+
+def test_what_would_start_from_a_training_that_failed_is_a_row_that_says_so(comparison, in_process, monkeypatch):
+    path = comparison(variants={"first": None, "second": {"after": "first"}})
+    monkeypatch.setattr(compared_runs, "launch", lambda arguments, log: (1, "no disk"))
+    first, second = compare(path)["rows"]
+    assert (first["status"], first["message"]) == ("failed", "no disk")
+    assert (second["status"], second["message"]) == ("failed", "it starts from first, which did not end well")
+
+
+def test_as_many_rows_as_usual_are_the_runs_own_score(comparison, in_process):
+    assert compare(comparison(max_rows=100))["rows"][0]["status"] == "done"
 
 
 @pytest.mark.slow

@@ -1,21 +1,25 @@
 """Preference pairs go the whole way: recipe, reference, checkpoint and resume, evaluation, export."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from qlora.commands.adapters import adapters
+from qlora.commands.compare import compare_runs
 from qlora.commands.data import inspect_data
 from qlora.commands.eval import evaluate
 from qlora.commands.export import export
 from qlora.commands.report import report
+from qlora.commands.served import compare_served
 from qlora.commands.train import train
+from qlora.jobs import findings
 from qlora.jobs.prepared_data import prepare
 from qlora.recipe import Recipe
 from qlora.runs.folder import RunDir
-from qlora.system.errors import InputError, Interrupted
+from qlora.system.errors import InputError, Interrupted, TrainingFailed
 from tests.conftest import write_jsonl
 
 ROWS = [
@@ -36,7 +40,7 @@ def pairs(make_recipe, tmp_path):
     def pairs(objective="dpo", **sections):
         rows = write_jsonl(tmp_path / "pairs.jsonl", ROWS)
         values = {
-            objective: {"beta": 0.5},
+            objective: {"beta": 0.5} | sections.pop(objective, {}),
             "training": {"eval_steps": 2, "max_steps": 4, "save_steps": 2, "learning_rate": 1e-2}
             | sections.pop("training", {}),
             "data": {"train": str(rows)} | sections.pop("data", {}),
@@ -144,15 +148,26 @@ def test_the_reference_of_a_run_that_starts_from_an_adapter_is_that_adapter(pair
 
 
 @pytest.mark.usefixtures("unplanned")
-def test_an_export_is_proven_on_the_chosen_answers_and_reports_know_the_run(pairs, tmp_path):
+def test_an_export_is_proven_on_the_chosen_answers_and_reports_know_the_run(pairs, tmp_path, capsys):
     run = train(pairs())
     export([run.path], tmp_path / "model")
     assert json.loads((tmp_path / "model" / "export_report.json").read_text())["verified"]
+    others = write_jsonl(tmp_path / "others.jsonl", ROWS[:3])
+    export([run.path], tmp_path / "proven-on-others", data=str(others))
+    proof = json.loads((tmp_path / "proven-on-others" / "export_report.json").read_text())
+    assert (proof["verified"], proof["rows"]["from"]) == (True, "rows of others.jsonl")
+    served = compare_served(run.path, data=str(others), forms=["trained"])
+    assert (served["rows"], served["forms"][0]["message"]) == (3, None)
     evaluate(run.path)
     found = report([run.path], tmp_path / "page.html")
     assert "preference accuracy" in json.dumps(found)
+    capsys.readouterr()
     [listed] = adapters(str(tmp_path))
     assert str(run.path) in json.dumps(listed)
+    shown = " ".join(capsys.readouterr().out.split())
+    margin = listed["metrics"]["preference_margin"]["value"]
+    assert f"preference margin {margin:.4f} (" in shown  # nats, not a share
+    assert "preference accuracy 100% (" in shown
 
 
 @pytest.mark.usefixtures("unplanned")
@@ -206,6 +221,14 @@ def test_an_adapter_that_was_trained_with_dropout_goes_on_without(pairs, make_re
     assert next(one for one in records(run) if "loss" in one)["loss"] == pytest.approx(0.693, abs=0.02)
     assert Recipe.load(run.recipe_file).lora.lora_dropout == 0.0
     assert evaluate(run.path)["metrics"]["preference_accuracy"]["value"] == 1.0
+    found = report([run.path], tmp_path / "page.html")
+    assert f'"Before" is the base, without {first.path}' in found["runs"][0]["verdicts"][0]["words"]
+    with pytest.raises(InputError, match=r"sft: not evaluated on .*pairs\.jsonl yet; run:  qlora eval .*sft --data"):
+        compare_runs(first.path, run.path, str(tmp_path / "pairs.jsonl"))
+    for one in (first, run):
+        evaluate(one.path, data_file=str(tmp_path / "pairs.jsonl"))
+    change = compare_runs(first.path, run.path, str(tmp_path / "pairs.jsonl"))["change"]
+    assert change["preference_margin"]["low"] > 0
 
 
 @pytest.mark.usefixtures("unplanned")
@@ -216,3 +239,50 @@ def test_a_run_does_not_go_on_with_rows_that_are_cut_otherwise(pairs, tmp_path):
     longer = pairs(data=data | {"max_length": 110}, training={"max_steps": 6})
     with pytest.raises(InputError, match=r"reference.safetensors is of other rows \(train\)"):
         train(longer, resume=True, allow_change=("data.max_length", "rows"))
+
+
+def test_the_watch_judges_the_loss_of_the_chosen_answers(pairs, monkeypatch):
+    """Not that of DPO, which goes to 0 where both answers get unlikely, and of ipo is no number of nats."""
+    from qlora.training.divergence import Watch
+
+    seen, original = [], Watch.take
+    monkeypatch.setattr(Watch, "take", lambda self, step, loss: seen.append(loss) or original(self, step, loss))
+    recipe = pairs(
+        dpo={"beta": 0.5, "loss_type": "ipo"}, training={"logging_steps": 1, "per_device_train_batch_size": 3}
+    )
+    run = train(recipe)
+    (count,) = {sum(label >= 0 for label in one.chosen.labels) for one in prepare(recipe).examples}
+    steps = [one for one in records(run) if "loss" in one]
+    assert seen == pytest.approx([-one["logps/chosen"] / count for one in steps], rel=1e-6)
+    assert abs(steps[0]["loss"] - seen[0]) > 1
+
+
+@pytest.mark.usefixtures("unplanned")
+def test_a_training_that_makes_the_chosen_answers_unlikely_is_ended_and_says_why(pairs, capsys):
+    """Its loss falls all the while: that of apo_down is to make both answers less likely, the rejected one more so."""
+    settings = {"max_steps": 80, "watchdog_steps": 8, "logging_steps": 1, "learning_rate": 0.05, "warmup_ratio": 0.5}
+    recipe = pairs(dpo={"loss_type": "apo_down"}, training=settings | {"eval_steps": None})
+    with pytest.raises(TrainingFailed, match="the loss of the chosen answers has diverged: the median of the last 8"):
+        train(recipe)
+    run = RunDir(recipe.output_dir)
+    assert [one.name for one in findings.of_run(run)] == ["chosen answers get unlikely too"]
+    assert (
+        "why       chosen answers get unlikely too: the log probability of a chosen answer fell"
+        in capsys.readouterr().err
+    )
+
+
+@pytest.mark.usefixtures("unplanned")
+@pytest.mark.parametrize(
+    ("rate", "both_ways", "expected"),
+    [(1e-8, False, "the learning rate is too low"), (1e-2, True, "no preference is learned"), (1e-2, False, None)],
+)
+def test_rewards_that_say_that_nothing_is_learned(pairs, capsys, rate, both_ways, expected):
+    settings = {"max_steps": 24, "logging_steps": 1, "learning_rate": rate, "eval_steps": None, "save_steps": None}
+    recipe = pairs(training=settings, data={"eval_fraction": 0.0})
+    swapped = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in ROWS] if both_ways else []
+    write_jsonl(Path(recipe.data.train[0].path), [*ROWS, *swapped])
+    run = train(recipe)
+    said = [line.split(": ")[0] for line in capsys.readouterr().err.splitlines() if line.startswith("why")]
+    assert said == ([f"why       {expected}"] if expected else [])
+    assert [one.name for one in findings.of_run(run)] == ([expected] if expected else [])

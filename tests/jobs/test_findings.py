@@ -1,5 +1,6 @@
 """Why a training went wrong: each finding by a real training that shows it, and at its threshold; none of a healthy one."""
 
+import dataclasses
 import math
 import shutil
 
@@ -10,6 +11,7 @@ import transformers
 from qlora import train
 from qlora.jobs import findings, reported_run
 from qlora.jobs.findings import Facts
+from qlora.recipe.objectives import Dpo, Orpo
 from qlora.runs.record import Best, Evaluation, Skipped, Step
 from tests.conftest import CONVERSATIONS, messages, write_jsonl
 
@@ -171,6 +173,61 @@ def test_lines_without_numbers_say_nothing():
     empty = [Step(at, None, None, None, None, None, None, None, None) for at in range(1, 40)]
     assert findings.of(empty, FACTS) == []
     assert findings.of([Step(at, 0.0, math.nan, 1e-4, math.nan, 0, 0.0, 0, 0.0) for at in range(1, 40)], FACTS) == []
+
+
+def rewarded(fell, reference, margin=20.0, right=1.0, rate=2e-4, count=40):
+    """Steps of a DPO whose chosen answers have fallen by so many nats from their reference's log probability; beta is 0.1."""
+    numbers = {"rewards/chosen": -fell / 10, "rewards/margins": margin / 10, "rewards/accuracies": right}
+    numbers |= {"logps/chosen": reference - fell}
+    return [Step(**(vars(step) | {"metrics": numbers})) for step in steps(falling(count, 0.7, 0.1), rate)]
+
+
+DPO = dataclasses.replace(FACTS, objective=Dpo())
+
+
+@pytest.mark.parametrize(
+    ("fell", "reference", "expected"),
+    [
+        (2.3, -3.5, True),  # as measured where exact match fell from 42 to 26 %
+        (1.9, -1, False),
+        (15, -28, True),
+        (13, -28, False),
+        (100, -280, False),  # usual of long answers, whose margins are as large
+        (-3, -4, False),
+    ],
+)
+def test_chosen_answers_that_are_given_up_are_a_finding_however_low_the_loss(fell, reference, expected):
+    found = findings.of(rewarded(fell, reference), DPO)
+    assert [one.name for one in found] == ["chosen answers get unlikely too"] * expected
+    if expected:
+        assert f"fell from {reference:.1f} (the reference) to {reference - fell:.1f} nats" in found[0].words
+        assert found[0].change.startswith("training.learning_rate=7e-05, or dpo.loss_type='[sigmoid, sft]'")
+    assert findings.of(rewarded(fell, reference), FACTS) == []
+    kept = dataclasses.replace(FACTS, objective=Dpo(loss_type=["sigmoid", "sft"]))
+    assert all("loss_type" not in one.change for one in findings.of(rewarded(fell, reference), kept))
+    assert findings.of(rewarded(fell, reference), dataclasses.replace(FACTS, objective=Orpo())) == []
+
+
+@pytest.mark.parametrize(
+    ("margin", "right", "rate", "expected"),
+    [
+        (0.09, 0.9, 2e-6, [LOW]),
+        (0.09, 0.9, 2e-4, ["no preference is learned"]),
+        (0.11, 0.9, 2e-6, []),
+        (1.0, 0.54, 2e-4, ["no preference is learned"]),
+        (1.0, 0.56, 2e-4, []),
+    ],
+)
+def test_margins_at_zero_and_pairs_told_apart_by_chance(margin, right, rate, expected):
+    assert names(rewarded(0.0, -4, margin, right, rate), DPO) == expected
+
+
+def test_few_steps_of_rewards_say_nothing():
+    assert findings.of(rewarded(6, -4, count=7), DPO) == findings.of(rewarded(0, -4, 0.0, 0.5, count=7), DPO) == []
+    assert names(rewarded(0, -4, 1.0, 0.4, count=14), DPO) == []
+    assert names(rewarded(0, -4, 1.0, 0.4, count=15), DPO) == [
+        "no preference is learned"
+    ]  # by eight in the second half
 
 
 # ---- trainings -------------------------------------------------------------------------------------------------------

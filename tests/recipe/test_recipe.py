@@ -17,6 +17,7 @@ from qlora.recipe import (
     Full,
     Hira,
     Ia3,
+    Kto,
     Oft,
     Orpo,
     PrefixTuning,
@@ -258,7 +259,7 @@ def test_every_field_is_documented_with_its_default():
     assert all(words.strip() for *_, words in rows)
     recipe = Recipe.from_dict({"model": {"name_or_path": "m"}, "data": {"train": "d"}, "output_dir": "o"}).model_dump()
     fields = {name: value for name, value in recipe.items() if not isinstance(value, dict)}
-    others = [Adalora, Ia3, Oft, Hira, Full, Bottleneck, PrefixTuning, PromptTuning, Dpo, Orpo]
+    others = [Adalora, Ia3, Oft, Hira, Full, Bottleneck, PrefixTuning, PromptTuning, Dpo, Kto, Orpo]
     recipe |= {section.key: section().model_dump() for section in others}
     fields = {name: value for name, value in fields.items() if name not in {section.key for section in others}}
     fields |= {f"{name}.{field}": value for name, section in recipe.items() if isinstance(section, dict)

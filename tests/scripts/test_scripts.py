@@ -16,6 +16,7 @@ QUICK = {
     "benchmark_latency.py": "--model MODEL --methods dora,bottleneck,prompt_tuning --rank 4 --prompt 8 --tokens 3 --rounds 1",
     "random_model.py": "--shape tiny --tokenizer MODEL --out OUT",
     "preference_data.py": "OUT --train-rows 4 --test-rows 2",
+    "preference_pairs.py": "ANSWERS OUT",
     "quickstart_data.py": "OUT --train-rows 4 --test-rows 2",
     "quickstart_answer.py": "MODEL",
     "serve_check.py": "MODEL --server vllm --dry-run",
@@ -30,6 +31,9 @@ SLOW = {
     "measure_plan.py": "--tokenizer MODEL --smollm2 MODEL --only smollm2 --loads 128",
     "benchmark_export.py": "--shape tiny --tokenizer MODEL --folder OUT --rounds 1",
 }
+ANSWERS = [
+    {"prompt": messages([("user", "2 + 2")]), "expected": "4", "after": {"answer": said}} for said in ("4", "5", " ")
+]
 # downloads, and quickstart.sh runs it; those of test_gpu_check.py; no script of its own, tests/test_pretended.py uses it
 ELSEWHERE = {"quickstart_model.py", "gpu_check.py", "gpu_run.py", "gpu_setup.py", "gpu_table.py", "pretended_cuda.py"}
 
@@ -41,6 +45,7 @@ def run(tiny_model, tmp_path):
         "MODEL": tiny_model("llama"),
         "ROWS": write_jsonl(tmp_path / "rows.jsonl", [{"messages": messages(turns)} for turns in CONVERSATIONS]),
         "ALPACA": tmp_path / "alpaca.json",
+        "ANSWERS": write_jsonl(tmp_path / "answers.jsonl", ANSWERS),
         "OUT": tmp_path / "out",
     }
     alpaca = [{"instruction": turns[0][1], "input": "", "output": turns[1][1]} for turns in CONVERSATIONS]
@@ -58,6 +63,12 @@ def run(tiny_model, tmp_path):
 @pytest.mark.parametrize("script", QUICK)
 def test_a_script_runs(run, script):
     assert run(script, QUICK[script])
+
+
+def test_wrong_answers_make_pairs(run, tmp_path):
+    assert run("preference_pairs.py", QUICK["preference_pairs.py"]).startswith("wrote 1 pairs of 3 answers")
+    (pair,) = map(json.loads, (tmp_path / "out").read_text().splitlines())
+    assert pair == {"prompt": messages([("user", "2 + 2")]), "chosen": "4", "rejected": "5"}
 
 
 @pytest.mark.slow

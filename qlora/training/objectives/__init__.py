@@ -15,6 +15,7 @@ class Objective:
     """
 
     tokens: int | None = None
+    watched_name = "the loss"
 
     def trainer(self, model, rows, arguments, reliability) -> Any:
         """Return a reliable_trainer.Reliable of `model`: rows to columns, the collator and the Trainer class.
@@ -59,6 +60,11 @@ class Objective:
     def halves(self, inputs) -> tuple:
         """Return (first, second) half of the rows of a batch, each a batch; () where it has one row, or no parts."""
         return ()
+
+    def watched(self, loss) -> float | None:
+        """Return what divergence.Watch judges of a step that was taken, in nats a token; watched_name: what it is; None: nothing.
+        loss: of the step, a number."""
+        return loss
 
     def metrics(self, logs) -> dict[str, float]:
         """Return what of a log of the Trainer class is kept in metrics.jsonl beside the loss."""

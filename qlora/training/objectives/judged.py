@@ -29,6 +29,7 @@ class Judgement(Preference):
     seen: Seen = field(default_factory=lambda: SeenJudged())
 
     each: ClassVar[int] = 1
+    watched_name = "the loss of the good answers"
 
     @property
     def kind(self):
@@ -64,11 +65,12 @@ class Judgement(Preference):
         return of_columns(batch, np.arange(tokens)) | {"segments": [*batch["segments"][:-1], left]}
 
     def loss(self, model, inputs, num_items):
-        logps_P1, _ = self.log_probabilities(model, inputs)
+        logps_P1, counts_P1 = self.log_probabilities(model, inputs)
         logps_P, good_P = logps_P1[:, 0], inputs["good"].to(logps_P1.device)
         ratios_P = logps_P - inputs["reference"][:, 0].to(logps_P.device)
-        losses_P = preference_losses.judged(self.section, ratios_P, good_P, inputs["kl"].to(logps_P.device))
-        self.seen.add(self.section.beta * ratios_P.detach(), logps_P.detach(), good_P, inputs["kl"].to(logps_P.device))
+        kl_P = inputs["kl"].to(logps_P.device)
+        losses_P = preference_losses.judged(self.section, ratios_P, good_P, kl_P)
+        self.seen.add(self.section.beta * ratios_P.detach(), logps_P.detach(), counts_P1[:, 0], good_P, kl_P)
         return losses_P.sum() / (len(losses_P) if num_items is None else num_items)
 
     @torch.no_grad()
@@ -147,12 +149,14 @@ class JudgementTrainer(Trainer):
 
 class SeenJudged(Seen):
     """Sums since the last log, on the device: rewards, log probabilities and numbers of good rows, the same of bad ones, the
-    distance of each row; None for none."""
+    distance of each row; None for none. step: of the good rows, as of Seen."""
 
     NAMES = ("rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen", "logps/rejected", "kl")
 
-    def add(self, rewards_P, logps_P, good_P, kl_P):
+    def add(self, rewards_P, logps_P, counts_P, good_P, kl_P):
         """Rows whose numbers are not finite are left out: their step is too."""
+        step = torch.stack([torch.where(good_P, one.double(), 0.0).sum() for one in (logps_P, counts_P)])
+        self.step = step if self.step is None else self.step + step
         finite_P = rewards_P.isfinite() & logps_P.isfinite()
         parts = []
         for of_P in (good_P & finite_P, ~good_P & finite_P):

@@ -58,6 +58,7 @@ class Preference(Objective):
     lean: bool = False
     tokens: int | None = None
     seen: Seen = field(default_factory=lambda: Seen())
+    watched_name = "the loss of the chosen answers"
 
     each: ClassVar[int] = 2  # sequences of a row
 
@@ -168,7 +169,7 @@ class Preference(Objective):
         logps_P2, counts_P2 = self.log_probabilities(model, inputs)
         reference_P2 = inputs["reference"].to(logps_P2.device)
         losses_P, rewards_P2 = preference_losses.of(self.section, logps_P2, reference_P2, counts_P2)
-        self.seen.add(rewards_P2.detach(), logps_P2.detach())
+        self.seen.add(rewards_P2.detach(), logps_P2.detach(), counts_P2)
         return losses_P.sum() / (len(losses_P) if num_items is None else num_items)
 
     def log_probabilities(self, model, inputs):
@@ -196,6 +197,10 @@ class Preference(Objective):
         of_rows = {name: inputs[name][rows] for name in _OF_ROWS if name in inputs}
         return {**of_columns(inputs, columns), "segments": [segments[one] for one in sequences], **of_rows}
 
+    def watched(self, loss):
+        """The loss goes to 0 where both answers get unlikely (hinge, sigmoid), or is no number of nats (ipo, sppo_hard)."""
+        return self.seen.chosen_nats()
+
     def metrics(self, logs):
         found = {name: logs.get(name, logs.get(f"eval_{name}")) for name in self.seen.NAMES}
         return {name: value for name, value in found.items() if value is not None}
@@ -208,20 +213,29 @@ class Preference(Objective):
 
 
 class Seen:
-    """Sums over pairs since the last log, on the device: of NAMES, and the number of pairs; None for none."""
+    """Sums over pairs since the last log, on the device: of NAMES, and the number of pairs; None for none. step: of the step
+    at hand, the log probabilities of the chosen answers and their tokens."""
 
     NAMES = _METRICS
 
     def __init__(self):
         self.sums: Any = None
+        self.step: Any = None
 
-    def add(self, rewards_P2, logps_P2, *_):
+    def add(self, rewards_P2, logps_P2, counts_P2, *_):
         """Pairs whose numbers are not finite are left out: their step is too."""
+        step = torch.stack([logps_P2[:, 0].double().sum(), counts_P2[:, 0].double().sum()])
+        self.step = step if self.step is None else self.step + step
         chosen, rejected = rewards_P2.double().unbind(1)
         parts = [chosen, rejected, chosen - rejected, (chosen > rejected).double(), *logps_P2.double().unbind(1)]
         found = torch.stack([*parts, torch.ones_like(chosen)])
         found = torch.where(found.isfinite().all(0), found, 0.0).sum(1)
         self.sums = found if self.sums is None else self.sums.to(found.device) + found
+
+    def chosen_nats(self):
+        """Return the loss of the chosen answers of the step at hand, nats a token; None where it has none; waits for a GPU."""
+        logp, tokens = self.step.tolist()
+        return -logp / tokens if tokens else None
 
     def take(self):
         """Return {name: mean} of what was added, and begin anew; waits for a GPU."""
@@ -241,24 +255,29 @@ class Trainer(PlainTrainer):
         loss = self.objective.loss(model, inputs, None)
         return loss, {"loss": loss}
 
+    def training_step(self, *args, **kwargs):
+        if not self.micro_batches:
+            self.objective.seen.step = None
+        return super().training_step(*args, **kwargs)
+
     def log(self, logs, start_time=None):
         super().log({**logs, **self.objective.seen.take()} if "loss" in logs else logs, start_time)
 
     def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
         seen = self.objective.seen
-        kept, seen.sums = seen.sums, None
+        kept, seen.sums = (seen.sums, seen.step), None
         try:
             output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
             output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in seen.take().items()})
         finally:
-            seen.sums = kept
+            seen.sums, seen.step = kept
         return output
 
     def counters(self):
-        return super().counters() | {"seen": self.objective.seen.sums}
+        return super().counters() | {"seen": (self.objective.seen.sums, self.objective.seen.step)}
 
     def restore_counters(self, counters):
-        self.objective.seen.sums = counters["seen"]
+        self.objective.seen.sums, self.objective.seen.step = counters["seen"]
         super().restore_counters({name: value for name, value in counters.items() if name != "seen"})
 
 

@@ -139,12 +139,27 @@ def test_a_batch_is_cut_to_a_number_of_tokens(adapted, rows, tokenizer, more):
 def test_what_was_seen_is_a_mean_over_each_kind():
     seen = SeenJudged()
     good = torch.tensor([True, False, True])
-    seen.add(torch.tensor([1.0, 3.0, 2.0]), torch.tensor([-4.0, -5.0, -6.0]), good, torch.tensor([0.5] * 3))
-    seen.add(torch.tensor([float("nan")]), torch.tensor([-1.0]), torch.tensor([True]), torch.tensor([9.0]))
+    seen.add(
+        torch.tensor([1.0, 3.0, 2.0]),
+        torch.tensor([-4.0, -5.0, -6.0]),
+        torch.tensor([2, 7, 3]),
+        good,
+        torch.full((3,), 0.5),
+    )
+    assert seen.chosen_nats() == 2.0
+    seen.add(
+        torch.tensor([float("nan")]), torch.tensor([-1.0]), torch.tensor([1]), torch.tensor([True]), torch.tensor([9.0])
+    )
     assert seen.take() == {
         "rewards/chosen": 1.5, "logps/chosen": -5.0, "rewards/rejected": 3.0, "logps/rejected": -5.0,
         "rewards/margins": -1.5, "kl": 0.5,
     }  # fmt: skip
-    seen.add(torch.tensor([1.0]), torch.tensor([-4.0]), torch.tensor([True]), torch.tensor([0.0]))
+    seen.add(torch.tensor([1.0]), torch.tensor([-4.0]), torch.tensor([2]), torch.tensor([True]), torch.tensor([0.0]))
     assert seen.take() == {"rewards/chosen": 1.0, "logps/chosen": -4.0, "kl": 0.0}
     assert seen.take() == {}
+
+
+def test_a_step_without_good_answers_is_not_watched():
+    seen = SeenJudged()
+    seen.add(torch.tensor([1.0]), torch.tensor([-4.0]), torch.tensor([2]), torch.tensor([False]), torch.tensor([0.0]))
+    assert seen.chosen_nats() is None

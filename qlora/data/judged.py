@@ -203,6 +203,12 @@ def _verdict(value, mapped):
     return {name: inner for name, inner in value.items() if name != key}, _VERDICTS[text]
 
 
+def good_of(rows):
+    """Return the Rows of Judged whose answer is good; all of them where none is."""
+    good = rows[rows.numbers("good") == 1]
+    return good if len(good) else rows
+
+
 def is_judged(row, ignore=()):
     """Return whether a row says of its one answer that it is good or bad."""
     return isinstance(row, dict) and formats.verdict({k: v for k, v in row.items() if k not in ignore}) is not None

@@ -243,6 +243,11 @@ def read(value, mapped=None, ignore=()):
         raise ValueError(f"a row is an object with chosen and rejected, not {kind_of(value)}")
     row = {key: inner for key, inner in columns.renamed(value, mapped).items() if key not in ignore}
     _refuse_without_answers(row)
+    if (judged := formats.verdict(row)) is not None:
+        raise ValueError(
+            f"has {judged}: {str(row[judged]).lower()} beside chosen and rejected, which say themselves which answer is better; "
+            f"leave it out with data.ignore_keys: [{judged}]"
+        )
     answers = [_answer(row[key], key) for key in (CHOSEN, REJECTED)]
     name = next((key for key in _PROMPTS if not is_empty(row.get(key))), None)
     if name is None and all(isinstance(one, str) for one in answers):

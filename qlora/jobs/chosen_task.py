@@ -37,8 +37,11 @@ def encoder_of(task, objective=None):
 
 
 def as_supervised(rows, objective):
-    """Return `rows` where one sequence of ids each is wanted: of pairs, the chosen answers."""
-    return data.Answers(rows) if encoder_of("text-generation", objective) is data.Preferences else rows
+    """Return `rows` where one sequence of ids each is wanted: of pairs, the chosen answers; of judged answers the good ones."""
+    encoder = encoder_of("text-generation", objective)
+    if encoder is data.Preferences:
+        return data.Answers(rows)
+    return data.judged.good_of(rows) if encoder is data.Judgements else rows
 
 
 def settle_labels(recipe, checkpoint):

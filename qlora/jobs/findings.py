@@ -153,10 +153,8 @@ def _not_preferred(steps, facts):
     last, half = steps[-_many(steps) :], steps[len(steps) // 2 :]
     margin = fmean(step.metrics["rewards/margins"] for step in last) / facts.objective.beta
     right = [step.metrics["rewards/accuracies"] for step in half if "rewards/accuracies" in step.metrics]
-    words, rates = (
-        f"the margin of a pair is {margin:.2f} nats in the last {len(last)} logged steps",
-        _rates(steps, facts),
-    )
+    rates = _rates(steps, facts)
+    words = f"good answers are {margin:.2f} nats ahead of bad ones in the last {len(last)} logged steps"
     if margin < _NO_MARGIN and rates < _MOVED:
         words += f", and the learning rates of all steps add up to {rates:.1e}; no weight moves further than about that"
         higher = f"{_set_rate(10 * facts.learning_rate)} or more, or take more steps"
@@ -167,8 +165,8 @@ def _not_preferred(steps, facts):
     if right:
         words += f", and {fmean(right):.0%} of the pairs have the chosen answer ahead; by chance it is half"
     look = (
-        f"data.train: look at its pairs with  qlora data {shlex.quote(facts.recipe)}: is chosen better, and by more than words "
-        "that differ by chance? Then training.learning_rate, both ways"
+        f"data.train: look at its rows with  qlora data {shlex.quote(facts.recipe)}: are good answers better, and by more than "
+        "words that differ by chance? Then training.learning_rate, both ways"
     )
     return [Finding("no preference is learned", words, look)]
 

@@ -33,7 +33,7 @@ def questions(prepared):
         return []
     held_out = prepared.eval_examples
     if held_out.are_judged:
-        held_out = held_out[held_out.numbers("good") == 1]  # bad answers are not expected
+        held_out = data.judged.good_of(held_out)  # bad answers are not expected
     rows = data.conversations(held_out.first_rows(count))
     if not all(row.messages for row in rows):
         raise InputError(

@@ -170,9 +170,9 @@ def test_what_does_not_go_with_it_is_refused(judged, sections, said):
         judged(**sections)
 
 
-def test_a_file_of_judged_rows_is_known_by_its_first_row(trained_once, tmp_path):
+def test_a_file_of_judged_rows_is_known_by_its_first_row(own_run, tmp_path):
     path = write_jsonl(tmp_path / "rows.jsonl", ROWS)
-    result = evaluate(trained_once().path, data_file=str(path), max_rows=8)
+    result = evaluate(own_run.path, data_file=str(path), max_rows=8)
     assert result["rows"] == 4
     assert "desirable_margin" in result["metrics"]
 

@@ -79,6 +79,7 @@ def test_columns_and_a_system_message(tokenizer):
         ({"rejected": "3."}, "chosen and rejected are the same answer"),
         ({"rejected": " "}, "rejected is empty"),
         ({"chosen": ""}, "chosen is empty"),
+        ({"label": True}, "has label: true beside chosen and rejected, which say themselves which answer is better"),
         ({"chosen": 3}, "chosen is 3, not a string"),
         ({"prompt": None}, "chosen is a string, and there is no prompt"),
         ({"prompt": 7}, "prompt is 7, not a string or a list"),

@@ -105,7 +105,7 @@ def refuse_verdict(row, name):
 def verdict(row):
     """Return the key of a row that says whether its answer is a good one, or None."""
     said = {key: row.get(key) for key in DESIRABLE}
-    return next((key for key, one in said.items() if isinstance(one, bool) or one in ("True", "False")), None)
+    return next((key for key, one in said.items() if str(one).strip().lower() in ("true", "false")), None)
 
 
 def _listed(text, name):

@@ -10,6 +10,7 @@ micro-batch the two are equal, which is a test.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -97,7 +98,8 @@ class Judgement(Preference):
         finally:
             model.train(training)
             trainer.moment = moment
-        return max(0.0, float(torch.stack(found).sum()) / len(numbers))
+        mean = float(torch.stack(found).sum()) / len(numbers)
+        return max(0.0, mean) if math.isfinite(mean) else math.nan  # a step whose loss is not finite is skipped
 
     def _together(self, lengths, trainer, evaluates):
         """Yield the places of rows that go through the model at once."""

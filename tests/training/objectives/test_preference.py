@@ -201,8 +201,10 @@ def test_a_batch_is_cut_to_a_number_of_tokens(adapted, pairs, tokenizer, more):
 def test_what_was_seen_is_a_mean_over_pairs_and_comes_back():
     seen = Preference(Dpo(), 0).seen
     assert seen.take() == {}
-    seen.add(torch.tensor([[1.0, 0.0], [2.0, 3.0]]), torch.tensor([[-4.0, -5.0], [-6.0, -7.0]]))
-    seen.add(torch.tensor([[math.nan, 0.0]]), torch.tensor([[-4.0, -5.0]]))  # of a step that is skipped
+    seen.add(torch.tensor([[1.0, 0.0], [2.0, 3.0]]), torch.tensor([[-4.0, -5.0], [-6.0, -7.0]]), torch.ones(2, 2))
+    seen.add(
+        torch.tensor([[math.nan, 0.0]]), torch.tensor([[-4.0, -5.0]]), torch.ones(1, 2)
+    )  # of a step that is skipped
     again = Preference(Dpo(), 0)
     again.seen.sums = seen.sums
     restored = Preference(Dpo(), 0)

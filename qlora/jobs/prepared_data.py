@@ -146,10 +146,15 @@ def _nothing_left(to, parts):
 
 
 def refuse_pointless(report):
-    """Raise InputError where training on the rows of `report` would teach the model never to stop, or one class only."""
+    """Raise InputError where training on the rows of `report` would teach the model never to stop, or one class or verdict only."""
     trained = [one["label"] for one in report.get("classes", ()) if one["rows"]]
     if len(trained) == 1:
         raise InputError(f"every training row has the label {trained[0]!r}; there is nothing to tell apart")
+    judged = report.get("judged")
+    if judged is not None and not (judged["desirable"] and judged["undesirable"]):
+        only = "good" if judged["desirable"] else "bad"
+        other = "; supervised training (without kto) learns them" if judged["desirable"] else ""
+        raise InputError(f"every training row is a {only} answer; there is nothing to tell apart{other}")
     if report.get("ends_with_stop_token") == 0:
         raise InputError(
             "no row ends with a stop token, because all are truncated, so the model would never learn to stop; "

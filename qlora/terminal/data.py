@@ -97,9 +97,7 @@ def _say_judged(found, section):
     means = " and ".join(f"{mean:.0f} tokens of {kind} ones" for kind, mean in tokens.items() if mean is not None)
     note(f"answers   to {found['prompts']:,} prompts: {good:,} good, {bad:,} bad; in the mean {means}")
     weighed = section.desirable_weight * good, section.undesirable_weight * bad
-    if not all(weighed):
-        note(f"          NO ANSWER IS {'GOOD' if bad else 'BAD'}: there is nothing to tell apart")
-    elif not _LEAST_RATIO <= weighed[0] / weighed[1] <= _MOST_RATIO:
+    if all(weighed) and not _LEAST_RATIO <= weighed[0] / weighed[1] <= _MOST_RATIO:
         more, field = ("GOOD", "undesirable_weight") if weighed[0] > weighed[1] else ("BAD", "desirable_weight")
         balance = getattr(section, field) * max(weighed) / min(weighed)
         note(

@@ -66,10 +66,12 @@ def test_what_does_not_fit_says_what_would(tiny_model, rows, tmp_path):
 
 @pytest.mark.parametrize(
     ("row", "objective"),
-    [({"chosen": "b", "rejected": "c"}, "dpo"), ({"completion": "b", "label": False}, "kto")],
+    [({"chosen": "b", "rejected": "c"}, "dpo"), ({"completion": "b"}, "kto")],
 )
 def test_rows_that_are_preferred_or_judged_get_their_objective(tiny_model, tmp_path, row, objective):
-    rows = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": f"Say {n}", **row} for n in range(12)])
+    verdicts = [{"label": n % 2 == 0} if objective == "kto" else {} for n in range(12)]
+    rows = [{"prompt": f"Say {n}", **row, **verdict} for n, verdict in enumerate(verdicts)]
+    rows = write_jsonl(tmp_path / "rows.jsonl", rows)
     found = init(tiny_model(), rows, "4090", "small", tmp_path / "mine.yaml")
     assert found["values"]["training"]["learning_rate"] == 5e-6
     assert f"\n{objective}: {{}}" in (tmp_path / "mine.yaml").read_text()

@@ -170,6 +170,12 @@ def test_what_does_not_go_with_it_is_refused(judged, sections, said):
         judged(**sections)
 
 
+def test_answers_of_one_kind_are_refused(judged):
+    recipe = judged(rows=[row for row in ROWS if row["label"]])
+    with pytest.raises(InputError, match=r"every training row is a good answer; .* supervised training"):
+        train(recipe)
+
+
 def test_a_file_of_judged_rows_is_known_by_its_first_row(own_run, tmp_path):
     path = write_jsonl(tmp_path / "rows.jsonl", ROWS)
     result = evaluate(own_run.path, data_file=str(path), max_rows=8)

@@ -174,7 +174,7 @@ def test_without_quantization_there_is_one_base(make_recipe):
         (["RUN", "--served", "--form", "fp16"], "--form fp16: is not one of trained, adapter, float16"),
         (["RUN", "RUN", "--served"], "--served takes one finished run"),
         (["RUN", "--served", "--resume"], "--served takes one finished run"),
-        (["RUN", "--max-rows", "3"], "are for one run and --served"),
+        (["RUN", "--max-rows", "3"], "--form and --max-rows go with --served"),
         (["nothing", "--served"], "no run at nothing"),
         (["RUN", "--served", "--data", "nothing.jsonl"], "nothing.jsonl"),
     ],

@@ -146,7 +146,7 @@ def _nothing_left(to, parts):
 
 
 def refuse_pointless(report):
-    """Raise InputError where training on the rows of `report` would teach the model never to stop, or one class or verdict only."""
+    """Raise InputError where training on the rows of `report` teaches the model never to stop, or only one class or verdict."""
     trained = [one["label"] for one in report.get("classes", ()) if one["rows"]]
     if len(trained) == 1:
         raise InputError(f"every training row has the label {trained[0]!r}; there is nothing to tell apart")

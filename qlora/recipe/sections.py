@@ -324,6 +324,8 @@ class Memory(Section):
     offload: Literal["auto"] | bool = "auto"
     """offload the inputs of checkpointed layers to CPU memory: true, false; auto: where checkpointing all layers is
     not enough"""
+    sharding: Literal["fsdp"] | None = None
+    """fsdp: each process holds a share of the base's weights (several processes); null: the whole base"""
 
 
 class Export(Section):

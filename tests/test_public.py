@@ -47,6 +47,7 @@ SIGNATURES = {
     "plan": "(recipe: 'Recipe', vram=None, card=None, plot=None) -> 'dict'",
     "list_cards": "() -> 'dict'",
     "plan_methods": "(recipe: 'Recipe', vram=None, card=None) -> 'dict'",
+    "plan_processes": "(recipe: 'Recipe', count: 'int', vram=None, card=None, link=None) -> 'dict'",
     "inspect_data": "(recipe: 'Recipe', row=None, tokens=False, html=None) -> 'dict'",
     "evaluate": "(target, data_file=None, overrides=(), max_rows=None, **asked) -> 'dict'",
     "compare": "(path, overrides=(), resume=False, dry_run=False) -> 'dict'",

@@ -56,7 +56,7 @@ def code_bytes(outline: Outline):
 
 
 def held_elsewhere(outline: Outline, count):
-    """Return by how many bytes each of `count` processes holds less at its peak where they share the codes of layers, all alike."""
+    """Return by how many bytes each of `count` processes holds less at its peak where they share the codes of alike layers."""
     codes = code_bytes(outline)
     return round(codes * (1 - 1 / count) - _LAYERS_WHOLE * codes / outline.num_layers)
 
@@ -125,7 +125,7 @@ def _shared(job, count):
 def advice(found: list[Way], sharded: bool) -> str:
     """Return in a sentence or two whether several cards pay. sharded: whether the recipe has memory.sharding."""
     by_name = {way.name: way for way in found}
-    alone, data, shares = by_name[ONE], by_name[DATA_PARALLEL], by_name.get(FSDP)
+    data, shares = by_name[DATA_PARALLEL], by_name.get(FSDP)
     count = data.processes
     if not data.plan.fits:
         if shares is None or not shares.plan.fits:
@@ -133,16 +133,19 @@ def advice(found: list[Way], sharded: bool) -> str:
                 f"It does not fit on {count} of these cards: take more, larger ones, shorter rows or a smaller model."
             )
         first = "It fits with FSDP alone: no card holds the whole base."
-        if shares.compute_seconds is not None and shares.step_seconds > _PAYS * shares.compute_seconds:
-            first += f" Sending is what takes the time: {shares.step_seconds / shares.compute_seconds:.1f} times the computing."
+        if shares.compute_seconds and shares.step_seconds and shares.step_seconds > _PAYS * shares.compute_seconds:
+            slower = shares.step_seconds / shares.compute_seconds
+            first += f" Sending is what takes the time: a step takes {slower:.1f} times its computing."
         return first + ("" if sharded else " Set memory.sharding=fsdp.")
-    if data.speedup is None:
-        return "It fits with the whole base on each card. How fast it is needs a --card."
+    if sharded and shares is not None and shares.plan.fits:
+        data = shares
+    if data.speedup is None or not data.step_seconds or data.communication_seconds is None:
+        return "It fits on each card. How much faster that is, is not known: one card does not hold it, or has no known speed."
     if data.speedup >= _PAYS:
         pays = f"It pays: at most {data.speedup:.2f} times as fast as accumulation on one card"
-        pays += f", {data.communication_seconds / data.step_seconds:.1%} of a step being communication."
+        pays += f"; sending takes {data.communication_seconds:.3g} of {data.step_seconds:.3g} s a step."
     else:
         pays = f"It does not pay: at most {data.speedup:.2f} times as fast as accumulation on one card."
-    if sharded and shares is not None and shares.speedup is not None and shares.speedup < data.speedup:
-        pays += " The whole base fits on each card: memory.sharding=null is faster."
-    return pays if alone.plan.fits else pays.replace("accumulation on ", "")
+    if sharded:
+        pays += " The whole base fits on each card too: memory.sharding=null sends far less."
+    return pays

@@ -44,6 +44,7 @@ _HOME = {
     "plan": "commands.plan",
     "list_cards": "commands.plan",
     "plan_methods": "commands.plan",
+    "plan_processes": "commands.plan",
     "inspect_data": "commands.data",
     "evaluate": "commands.eval",
     "export": "commands.export",

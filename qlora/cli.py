@@ -159,6 +159,8 @@ def plan(
     ] = None,
     plot: Annotated[str | None, typer.Option(help="draw memory by sequence length into this PNG or SVG")] = None,
     methods: Annotated[bool, typer.Option("--methods", help="what each method would cost, and which to take")] = False,
+    processes: Annotated[int | None, typer.Option(help="plan a step on so many cards, beside one")] = None,
+    link: Annotated[float | None, typer.Option(help="GB/s between two cards, for --processes")] = None,
     as_json: Json = False,
 ):
     """Say what training will cost and whether it fits, from config.json alone; exit code 3 if it does not."""
@@ -167,15 +169,16 @@ def plan(
         return
     if recipe is None:
         raise InputError("qlora plan needs a recipe: qlora plan RECIPE; see recipes/")
+    if sum((methods, processes is not None, plot is not None)) > 1 or (link is not None and processes is None):
+        raise InputError("--methods, --plot and --processes (with --link) are plans of their own; give one of them")
     if methods:
-        if plot is not None:
-            raise InputError("--plot draws one method; leave out --methods")
         every = _run("plan_methods", as_json, _load(recipe, overrides), vram, card)
-        if not any(one["fits"] for one in every["methods"]):
-            raise typer.Exit(DoesNotFit.exit_code)
-        return
-    found = _run("plan", as_json, _load(recipe, overrides), vram, card, plot)
-    if not found["fits"]:
+        fits = any(one["fits"] for one in every["methods"])
+    elif processes is not None:
+        fits = _run("plan_processes", as_json, _load(recipe, overrides), processes, vram, card, link)["fits"]
+    else:
+        fits = _run("plan", as_json, _load(recipe, overrides), vram, card, plot)["fits"]
+    if not fits:
         raise typer.Exit(DoesNotFit.exit_code)
 
 

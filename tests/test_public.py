@@ -28,6 +28,7 @@ from qlora import (
     migrate,
     plan,
     plan_methods,
+    plan_processes,
     push,
     quiet,
     report,
@@ -47,6 +48,7 @@ SIGNATURES = {
     "plan": "(recipe: 'Recipe', vram=None, card=None, plot=None) -> 'dict'",
     "list_cards": "() -> 'dict'",
     "plan_methods": "(recipe: 'Recipe', vram=None, card=None) -> 'dict'",
+    "plan_processes": "(recipe: 'Recipe', count: 'int', vram=None, card=None, link=None) -> 'dict'",
     "inspect_data": "(recipe: 'Recipe', row=None, tokens=False, html=None) -> 'dict'",
     "evaluate": "(target, data_file=None, overrides=(), max_rows=None, **asked) -> 'dict'",
     "compare": "(path, overrides=(), resume=False, dry_run=False) -> 'dict'",
@@ -77,6 +79,8 @@ def test_every_public_name_works_after_all_the_others(make_recipe, tmp_path, mon
     assert inspect_data(recipe)["rows"] > 0
     assert plan(recipe, "24GiB")["fits"]
     assert {one["method"] for one in plan_methods(recipe, "24GiB")["methods"]} >= {"lora", "full", "ia3"}
+    shared = Recipe.load("mine.yaml", ["training.gradient_accumulation_steps=2"])
+    assert plan_processes(shared, 2, card="4090")["fits"]
     assert {"RTX 4090", "T4"} <= {card["name"] for card in list_cards()["cards"]}
     run = train(recipe)
     assert isinstance(run, RunDir)

@@ -10,7 +10,9 @@ from ..jobs.method_plans import advice
 from ..jobs.method_plans import plan_methods as plans_of_methods
 from ..jobs.plan_job import budget_of, computer_of, job_of, without_data
 from ..jobs.prepared_data import prepared_if_there
+from ..jobs.several_card_plans import plan_several, refuse_sharded
 from ..pages.plan import draw
+from ..planner import several_cards
 from ..recipe import Recipe
 from ..recipe.tasks import has_classes
 from ..system.errors import InputError
@@ -18,7 +20,7 @@ from ..system.events import note
 from ..system.units import size
 from ..terminal import shown
 from ..terminal.data import say_report
-from ..terminal.plan import say_plan
+from ..terminal.plan import say_plan, say_ways
 from ..terminal.tables import show, table
 
 
@@ -28,9 +30,9 @@ def list_cards() -> dict:
     found = planner.cards.listing()
     rows = [
         [one["name"], size(one["memory_bytes"]), f"{one['flops'] / 1e12:.0f}", f"{one['bandwidth'] / 1e9:,.0f}",
-         "yes" if one["bfloat16"] else "no"] for one in found
+         "yes" if one["bfloat16"] else "no", one["link"]] for one in found
     ]  # fmt: skip
-    table("cards, by the memory that a process sees", ["card", "memory", "TFLOPS", "GB/s", "bfloat16"], rows)
+    table("cards, by the memory that a process sees", ["card", "memory", "TFLOPS", "GB/s", "bfloat16", "link"], rows)
     return {"cards": found}
 
 
@@ -43,6 +45,7 @@ def plan(recipe: Recipe, vram=None, card=None, plot=None) -> dict:
     Raises:
         InputError: the recipe, the data, a size or a card is wrong.
     """
+    refuse_sharded(recipe, "qlora plan RECIPE --processes 2")
     budget, on = budget_of(recipe, vram, card), computer_of(card)
     prepared = prepared_if_there(recipe, on)
     if prepared is not None:
@@ -50,9 +53,7 @@ def plan(recipe: Recipe, vram=None, card=None, plot=None) -> dict:
     try:
         job = without_data(recipe, "cuda", budget, on) if prepared is None else job_of(prepared, "cuda", budget)
     except planner.NoPlan as error:
-        raise InputError(
-            f"{recipe.model.name_or_path}: this architecture is not supported by the planner ({error})"
-        ) from None
+        raise _not_supported(recipe, error) from None
     if plot is not None and job.outline.counts == "images":
         raise InputError("--plot draws memory by the length of rows, and images are alike; leave it out")
     found = planner.plan(job)
@@ -104,3 +105,57 @@ def plan_methods(recipe: Recipe, vram=None, card=None) -> dict:
     for sentence in sentences:
         show(sentence)
     return {"methods": found, "advice": sentences}
+
+
+@shown()
+def plan_processes(recipe: Recipe, count: int, vram=None, card=None, link=None) -> dict:
+    """Print what `count` cards would make of a step, beside one; return {"processes", "fits", "link_bytes_per_second", "ways",
+    "advice"}.
+
+    Each way has the fields of planner.several_cards.Way, and of its plan what is of one card; fits: the way that the recipe says,
+    by memory.sharding. link: GB/s between cards, None: as of the card. vram, card: as of `plan`.
+
+    Raises:
+        InputError: the recipe, the data, a size or a card is wrong, or several processes do not do that.
+    """
+    budget, on = budget_of(recipe, vram, card), computer_of(card)
+    if link is not None and not link > 0:
+        raise InputError(f"--link {link:g}: GB/s between two cards, above 0")
+    speed = budget.card.link_bandwidth if link is None and budget.card else link and link * 1e9
+    prepared = prepared_if_there(recipe, on)
+    try:
+        ways = plan_several(recipe, prepared, budget, on, count, speed)
+    except planner.NoPlan as error:
+        raise _not_supported(recipe, error) from None
+    sharded = recipe.memory.sharding is not None
+    sentence = several_cards.advice(ways, sharded)
+    say_ways(recipe, ways, budget, speed, sentence)
+    wanted = several_cards.FSDP if sharded else several_cards.DATA_PARALLEL
+    return {
+        "processes": count,
+        "fits": any(way.plan.fits for way in ways if way.name == wanted),
+        "rows_per_step": recipe.training.rows_per_step,
+        "link_bytes_per_second": speed,
+        "ways": [_as_json(way) for way in ways],
+        "advice": sentence,
+    }
+
+
+def _as_json(way):
+    fields = dataclasses.asdict(way)
+    plan = fields.pop("plan")
+    kept = (
+        "fits",
+        "peak_bytes",
+        "components",
+        "checkpointed_layers",
+        "offload",
+        "tokens_per_micro_batch",
+        "steps",
+        "hours",
+    )
+    return fields | {name: plan[name] for name in kept}
+
+
+def _not_supported(recipe, error):
+    return InputError(f"{recipe.model.name_or_path}: this architecture is not supported by the planner ({error})")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import psutil
 
 from .. import base_model, planner
+from ..planner import several_cards
 from ..runs.checkpoints import Checkpoints
 from ..runs.folder import RunDir
 from ..system import memory
@@ -68,7 +69,7 @@ def plan_training(prepared, device, tokens=None, share=None) -> Planned:
     """
     recipe, budget, elsewhere = prepared.recipe, budget_of_device(prepared.recipe, device), 0
     if share is not None:  # the planner has one process, with the whole base
-        elsewhere = held_elsewhere(base_model.code_bytes(prepared.config, recipe.model), share.count)
+        elsewhere = several_cards.held_elsewhere(base_model.code_bytes(prepared.config, recipe.model), share.count)
         budget = replace(budget, num_bytes=budget.num_bytes + elsewhere)
     try:
         job = job_of(prepared, device.type, budget, tokens)
@@ -92,14 +93,6 @@ def plan_training(prepared, device, tokens=None, share=None) -> Planned:
     predicted -= elsewhere
     limit = predicted - found.peak_bytes + found.budget_bytes  # on a GPU less what is not torch's
     return Planned(found.checkpointed_layers, found.offload, predicted, found, "", before, limit, elsewhere)
-
-
-def held_elsewhere(code_bytes, count):
-    """Return by how many bytes each of `count` processes holds less at its peak where they share the codes of decoder layers, of
-    `code_bytes` each: the others' shares, less a layer at work, the next one that is gathered already, and the copy that it is
-    gathered into. Below 0 for a model of few layers.
-    """
-    return int(sum(code_bytes) * (1 - 1 / count)) - 3 * max(code_bytes)
 
 
 def _what_would_fit(recipe, job, found, device, elsewhere):

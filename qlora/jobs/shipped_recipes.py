@@ -10,6 +10,7 @@ from ..recipe import Recipe
 from ..system.errors import InputError
 from ..system.shipped import paths
 from .plan_job import budget_of, computer_of, without_data
+from .several_card_plans import refuse_sharded
 
 
 def path_of(name) -> Path:
@@ -45,6 +46,7 @@ def planned(name, card) -> dict:
     recipe = Recipe.load(paths()[name])
     budget = budget_of(recipe, card=card)
     try:
+        refuse_sharded(recipe, f"qlora plan {name} --processes 2 --card {card}")
         found = planner.plan(without_data(recipe, "cuda", budget, computer_of(card)))
     except (InputError, planner.NoPlan) as error:
         return {"card": budget.why, "peak_bytes": None, "fits": None, "message": str(error).partition("\n")[0]}

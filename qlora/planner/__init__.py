@@ -94,7 +94,7 @@ class Plan:
 def plan(job: Job) -> Plan:
     """Return the Plan of `job`, with as few layers checkpointed as it lets be; some milliseconds."""
     layers, offload, found = _choice(job)
-    seconds = _seconds(job, layers)
+    seconds = micro_batch_seconds(job, layers)
     steps = _steps(job)
     per_second = hours = None
     if seconds is not None:
@@ -103,7 +103,7 @@ def plan(job: Job) -> Plan:
             real = min(real, job.num_tokens / job.num_micro_batches)
         per_second = real / seconds
         if steps is not None:
-            hours = steps * _micro_batches_a_step(job) * seconds / 3600
+            hours = steps * micro_batches_a_step(job) * seconds / 3600
     return Plan(
         found.components,
         found.peak_bytes,
@@ -171,7 +171,7 @@ def _choice(job) -> tuple[int, bool, Usage]:
     return best
 
 
-def _seconds(job, layers):
+def micro_batch_seconds(job, layers):
     """Return the least seconds of a mean micro-batch, None without a card."""
     if job.card is None:
         return None
@@ -184,7 +184,8 @@ def _seconds(job, layers):
     return speed.seconds(work, job.card, load.rows, length, scored, recomputed, load.attended)
 
 
-def _micro_batches_a_step(job):
+def micro_batches_a_step(job):
+    """Return how many micro-batches a step has, in the mean."""
     if job.num_steps is None:
         return job.training.gradient_accumulation_steps
     return job.num_micro_batches / job.num_steps
@@ -212,7 +213,7 @@ def backwards(job: Job) -> dict:
     if job.outline.counts == "tokens":
         answers["max_length"] = _largest(lambda length: at_length(job, length))
     if job.load.joins_steps:
-        answers["tokens_per_micro_batch"] = _largest(lambda tokens: _at_tokens(job, tokens))
+        answers["tokens_per_micro_batch"] = _largest(lambda tokens: at_tokens(job, tokens))
     else:
         answers["micro_batch"] = _largest(lambda rows: at_rows(job, rows))
     ranks = _ranks(job)
@@ -228,7 +229,7 @@ def at_length(job, length):
     """
     load = job.load
     if load.joins_steps:
-        return _at_tokens(job, 2 * length if load.pairs else length, length)
+        return at_tokens(job, 2 * length if load.pairs else length, length)
     factor = length / load.longest
     document = None if load.document is None else max(1, round(load.document * factor))
     scaled = dataclasses.replace(load, length=max(1, round(load.length * factor)), document=document)
@@ -241,7 +242,7 @@ def at_rows(job, rows):
     return job.but(load=dataclasses.replace(load, rows=rows, scored=_scaled(load, rows / load.rows)))
 
 
-def _at_tokens(job, tokens, longest=None):
+def at_tokens(job, tokens, longest=None):
     """Return the job with joined micro-batches of this many tokens at most, and with this longest row."""
     load = job.load
     document = longest or min(load.document or tokens, tokens)

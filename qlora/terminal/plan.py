@@ -7,7 +7,7 @@ from rich.text import Text
 from ..pages.plan import COLORS, WORDS
 from ..system.events import note
 from ..system.units import duration, size
-from .tables import show
+from .tables import show, table
 
 
 def say_plan(name, job, found, limits, changes, why, has_classes=False):
@@ -56,6 +56,39 @@ def say_plan(name, job, found, limits, changes, why, has_classes=False):
         fit = ", fits" if change["fits"] and not found.fits else ""
         rate = "" if speed is None else f", at most {speed:,.0f} {counts}/s"
         show(f"{'try' if index == 0 else '':<10}{change['set']}: {size(change['peak_bytes'])}{fit}{rate}")
+
+
+def say_ways(recipe, ways, budget, link, sentence):
+    """Print the planner's Ways of training on several cards, what a step is, and the sentence that says whether it pays."""
+    many = recipe.training.rows_per_step
+    note(f"plan      {recipe.model.name_or_path}: {many:,} row{'s' * (many > 1)} a step, whatever the number of cards")
+    speed = "" if link is None else f"; {link / 1e9:.1f} GB/s between cards"
+    note(f"budget    {size(budget.num_bytes)} a card ({budget.why}){speed}")
+    rows = [
+        [f"{way.name}{f' x {way.processes}' if way.processes > 1 else ''}", size(way.plan.peak_bytes),
+         "yes" if way.plan.fits else "no", f"{way.plan.checkpointed_layers} of {way.plan.num_layers}", str(way.micro_batches),
+         size(way.sent_bytes) if way.sent_bytes else "", _seconds(way.compute_seconds), _seconds(way.communication_seconds),
+         _seconds(way.step_seconds), "" if way.speedup is None else f"{way.speedup:.2f}"]
+        for way in ways
+    ]  # fmt: skip
+    header = [
+        "",
+        "peak",
+        "fits",
+        "checkpointed",
+        "micro-batches",
+        "sent",
+        "computing",
+        "sending",
+        "step",
+        "speed at most",
+    ]
+    table("a step, of each card; seconds at least", header, rows)
+    show(sentence)
+
+
+def _seconds(number):
+    return "" if number is None or number == 0 else f"{number:.3g} s"
 
 
 def limits_in_words(limits, rows="rows"):

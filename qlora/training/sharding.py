@@ -22,6 +22,11 @@ def refuse_unsupported(recipe, are_several):
             raise InputError(f"memory.sharding: fsdp does not go with {what}; {remedy}, or set memory.sharding=null")
 
 
+def can_share(recipe):
+    """Return whether processes can share the base of `recipe`."""
+    return not any(is_so for is_so, *_ in _refused(recipe))
+
+
 def _refused(recipe):
     """Yield (whether it is so, what does not go with shares of the base, what to change)."""
     method, key = recipe.method, recipe.method.key

@@ -46,6 +46,17 @@ SHAPES = {
         14.77,
         f"{_TORCHTUNE}/qwen3/_model_builders.py; {_CONFIGS}",
     ),
+    "Qwen/Qwen3-32B": (
+        {**_QWEN3, **_shape(5120, 25600, 64, 64), "tie_word_embeddings": False},
+        32.8,
+        f"{_TORCHTUNE}/qwen3/_model_builders.py",
+    ),
+    "meta-llama/Llama-3.3-70B-Instruct": (
+        {**_LLAMA3, **_shape(8192, 28672, 80, 64), "head_dim": 128, "rope_scaling": {**_SCALED, "factor": 8.0},
+         "tie_word_embeddings": False},
+        70.6,
+        f"{_TORCHTUNE}/llama3_3/_model_builders.py",
+    ),
     "meta-llama/Llama-3.2-1B-Instruct": (
         {**_LLAMA3, **_shape(2048, 8192, 16, 32), "head_dim": 64, "rope_scaling": {**_SCALED, "factor": 32.0},
          "tie_word_embeddings": True},

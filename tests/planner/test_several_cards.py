@@ -1,0 +1,115 @@
+"""The plan of several cards: what is sent and held by closed forms, and what qlora plan --processes says and refuses."""
+
+import json
+
+import pytest
+
+from qlora.commands.plan import plan, plan_processes
+from qlora.jobs import shipped_recipes
+from qlora.jobs.plan_job import Budget, computer_of
+from qlora.jobs.several_card_plans import plan_several
+from qlora.planner import card_of, several_cards
+from qlora.planner.several_cards import NCCL_BYTES, all_reduce_bytes, gather_bytes
+from qlora.recipe import Recipe
+from qlora.system.cards import CARDS
+from qlora.system.errors import InputError
+from tests import forked
+from tests.conftest import some_slow
+from tests.recipe.shapes import SHAPES
+
+SEVERAL = [("qwen3-32b", 2, 24), ("llama-3.3-70b", 2, 48), ("llama-3.3-70b", 4, 24)]
+
+
+def test_what_is_sent_is_that_of_a_ring():
+    # each of N sends N - 1 pieces of 1/N twice for a sum, once to give its piece to all
+    assert all_reduce_bytes(1000, 2) == 4000
+    assert all_reduce_bytes(1000, 4) == 6000
+    assert gather_bytes(1000, 4) == 750
+    assert all_reduce_bytes(1000, 1) == gather_bytes(1000, 1) == 0
+
+
+@pytest.fixture
+def ways(make_recipe):
+    """ways(count, link): of four rows a step, one a micro-batch."""
+
+    def of(count, link=1e9):
+        values = make_recipe().model_dump()
+        values["training"] |= {
+            "per_device_train_batch_size": 1,
+            "gradient_accumulation_steps": 4,
+            "tokens_per_micro_batch": None,
+        }
+        values["memory"] |= {"gradient_checkpointing": True}
+        card = card_of("3090")
+        budget = Budget(card.memory, card.name, card)
+        return plan_several(Recipe.from_dict(values), None, budget, computer_of("3090"), count, link)
+
+    return of
+
+
+def test_each_way_holds_and_sends_what_the_closed_form_says(ways):
+    one, data, shares = ways(2)
+    assert (one.micro_batches, data.micro_batches, shares.micro_batches) == (4, 2, 2)
+    assert data.plan.peak_bytes == one.plan.peak_bytes + NCCL_BYTES
+    assert data.compute_seconds == pytest.approx(one.compute_seconds / 2)
+    assert data.step_seconds == pytest.approx(data.compute_seconds + data.sent_bytes / 1e9)
+    elsewhere = data.plan.components["weights"] - shares.plan.components["weights"]
+    assert shares.plan.peak_bytes == data.plan.peak_bytes - elsewhere
+    gathered = shares.sent_bytes - data.sent_bytes
+    layers = one.plan.num_layers
+    # each micro-batch gathers half of all codes twice; half of all codes is elsewhere, but for three layers at work
+    assert elsewhere == pytest.approx(gathered / 4 - 3 * gathered / 2 / layers, abs=4)
+    assert shares.step_seconds == pytest.approx(
+        max(shares.compute_seconds, gathered / 1e9) + data.communication_seconds
+    )
+
+
+def test_a_slow_link_does_not_pay_and_a_fast_one_does(ways):
+    assert several_cards.advice(ways(2, link=1e15), sharded=False).startswith("It pays: at most 2.00 times")
+    assert several_cards.advice(ways(2, link=1e3), sharded=False).startswith("It does not pay")
+
+
+def test_a_batch_that_does_not_divide_and_what_several_processes_do_not_do_are_refused(ways, make_recipe):
+    with pytest.raises(InputError, match=r"a step has 4 micro-batches, which 3 processes cannot share equally"):
+        ways(3)
+    with pytest.raises(InputError, match="give 2 or more"):
+        ways(1)
+    with pytest.raises(InputError, match="--link 0"):
+        plan_processes(make_recipe(), 2, card="3090", link=0)
+
+
+def test_a_recipe_of_shares_is_not_planned_for_one_card(make_recipe):
+    values = make_recipe().model_dump() | {"memory": {"sharding": "fsdp"}}
+    with pytest.raises(InputError, match=r"fsdp is for several processes.*--processes 2"):
+        plan(Recipe.from_dict(values), card="3090")
+
+
+def test_the_command_prints_json_and_refuses_two_plans_at_once(make_recipe, tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(make_recipe().to_yaml())
+    overrides = ("training.gradient_accumulation_steps=2",)
+    done = forked.run("plan", file, *overrides, "--processes", "2", "--card", "3090", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert [way["name"] for way in found["ways"]] == ["one card", "data parallel", "fsdp"]
+    assert found["link_bytes_per_second"] == card_of("3090").link_bandwidth
+    for way in found["ways"]:
+        assert sum(way["components"].values()) == way["peak_bytes"]
+    done = forked.run("plan", file, "--processes", "2", "--methods")
+    assert done.returncode == 2
+    assert "give one of them" in done.stderr
+
+
+@pytest.mark.parametrize(("name", "count", "gigabytes"), some_slow(SEVERAL, set(SEVERAL[1:])))
+def test_the_recipes_for_several_cards_fit_those_that_their_headers_name(name, count, gigabytes, tmp_path):
+    path = shipped_recipes.path_of(name)
+    recipe = Recipe.load(path)
+    (tmp_path / "config.json").write_text(json.dumps(SHAPES[recipe.model.name_or_path][0]))
+    recipe = Recipe.load(path, [f"model.name_or_path='{tmp_path}'", "memory.gradient_checkpointing=true",
+                                "training.tokens_per_micro_batch=2048"])  # fmt: skip
+    card = min((card for card in CARDS if card.size == gigabytes), key=lambda card: card.memory)
+    budget = Budget(card.memory, card.name, card)
+    *_, shares = plan_several(recipe, None, budget, computer_of("3090"), count)
+    assert shares.name == several_cards.FSDP
+    assert shares.plan.fits
+    assert f"{count} x {gigabytes} GB: {shares.plan.peak_bytes / 2**30:.1f} GiB" in path.read_text(encoding="utf-8")

@@ -69,7 +69,7 @@ def held_elsewhere_of(outline: Outline, count):
 def ways(job: Job, shares: Job | None, count: int, link: float | None) -> list[Way]:
     """Return the Ways of training `job` on one card and on `count`, each with the budget of job.
 
-    shares: the job with a budget of held_elsewhere_of more, for which its micro-batches may be others; None: no FSDP. link: bytes a
+    shares: the job with a budget of held_elsewhere_of more, for which micro-batches may be others; None: no FSDP. link: bytes a
     second that a card sends; None: no times.
     """
     alone = _way(ONE, job, 1, None)

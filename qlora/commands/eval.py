@@ -118,8 +118,9 @@ def _of_rows(subject, wanted, data_file, max_rows) -> _Found:
         measure = functools.partial(_score_of_words, subject, rows, said, wanted)
         known = None
         if wanted.before_of is not None:
-            known = functools.partial(base_scores.of_another_run, wanted.before_of, subject.run)
-            known = functools.partial(known, asked=list(map(_asked, said)), name=name, cut=wanted.cut)
+            other = base_scores.open_evaluated(wanted.before_of, subject.run, name)
+            known = functools.partial(base_scores.of_another_run, other, asked=list(map(_asked, said)), name=name)
+            known = functools.partial(known, cut=wanted.cut)
         before, after = _before_and_after(subject, measure, _WORDS, known)
     result = _result(len(said), before, after)
     result |= class_scores.details(subject, rows, after) if has_classes else _beside(subject, said, wanted)

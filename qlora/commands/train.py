@@ -95,6 +95,8 @@ def _train(recipe, resumed, all_of_them):
     recipe = recipe if resumed is None else resumed.as_begun(recipe)
     prepared = prepare(recipe)
     recipe = prepared.recipe
+    if recipe.memory.sharding is not None:
+        sharding.refuse_unsupported(recipe, True)  # with what it has taken over from the adapter that it starts from
     say_report(prepared)
     model_to_train.refuse_untrainable(prepared)
     asked = samples.questions(prepared)

@@ -214,6 +214,11 @@ def is_judged(row, ignore=()):
     return isinstance(row, dict) and formats.verdict({k: v for k, v in row.items() if k not in ignore}) is not None
 
 
+def has_label(row, ignore=()):
+    """Return whether a row has the key of a verdict, whatever it says."""
+    return isinstance(row, dict) and any(key in row and key not in ignore for key in formats.DESIRABLE)
+
+
 # ---- what the rows are like ------------------------------------------------------------------------------------------
 
 

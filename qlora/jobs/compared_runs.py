@@ -130,7 +130,7 @@ def _score_name(folder):
                     "pairs and rows), so their scores do not say which is better; set data: FILE, rows that all are evaluated on"
                 )
     else:
-        encoder = eval_rows.encoder_of_file(Data.of_file(wanted.data, {}), first.task)
+        encoder = _encoder_of_all(folder)
     of_pairs = {*preferences.METRICS} & {wanted.metric, *wanted.metrics}
     if of_pairs and encoder is not data.Preferences:
         raise InputError(
@@ -140,6 +140,21 @@ def _score_name(folder):
     if wanted.data is None:
         return eval_rows.score_name(first.task, wanted.max_rows)
     return eval_rows.name_of_file(wanted.data, first.task, wanted.max_rows)
+
+
+def _encoder_of_all(folder):
+    """Return what makes examples of the rows that all are evaluated on; raises InputError unless it is the same for all."""
+    path, found = folder.comparison.data, []
+    for entry in folder.entries:
+        section = Data.of_file(path, entry.recipe.data.model_dump())
+        found.append(eval_rows.encoder_of_file(section, entry.recipe.task, entry.recipe))
+        if section.columns:
+            found[-1].refuse_columns(section.columns)
+        if found[-1] is not found[0]:
+            raise InputError(
+                f"data {path}: read as other rows by {folder.entries[0].name} and {entry.name}; see data.columns of both"
+            )
+    return found[0]
 
 
 def _held_out(recipe):
@@ -182,17 +197,11 @@ def train_one(folder: Folder, entry: Entry) -> None:
 def _with_the_same_base(folder, entry):
     """Return the run of another training that was evaluated, whose base answers as that of `entry`: it need not be asked
     again; None where there is none."""
+    base = of_the_base(folder.run(entry))
     for other in folder.entries:
-        same = _of_the_base(other.recipe) == _of_the_base(entry.recipe)
-        if same and other is not entry and folder.state(other)[0] == DONE:
+        if other is not entry and folder.state(other)[0] == DONE and of_the_base(folder.run(other)) == base:
             return folder.run(other)
     return None
-
-
-def _of_the_base(recipe):
-    """Return what of a recipe decides how its base answers, before any adapter."""
-    model = recipe.model.model_copy(update={"adapter_name_or_path": None})
-    return model, recipe.quantization, recipe.data.chat_template, recipe.data.system_as_user
 
 
 _ALWAYS = (
@@ -264,6 +273,20 @@ def launch(arguments, log) -> tuple[int, str]:
 
 
 # ---- what run folders say --------------------------------------------------------------------------------------------
+
+
+def of_the_base(run: RunDir) -> dict:
+    """Return {what decides how the base of a run answers, and which tokens its loss is of: equal for equal ones}."""
+    there, recipe = run.environment(), run.recipe()
+    base, section = there["base_model"], recipe.data
+    return {
+        "base model": (base["sha256"], base.get("quantized_sha256"), base.get("kept_tensors")),
+        "quantization": recipe.quantization,
+        "device or dtype": (there["device"], there["compute_dtype"], recipe.model.dtype),
+        "chat template": (section.chat_template, section.system_as_user),
+        "data.train_on or data.thoughts": (section.train_on, section.thoughts),
+        "version": there["versions"],
+    }
 
 
 @dataclass(frozen=True)

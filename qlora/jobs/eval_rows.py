@@ -49,21 +49,20 @@ def held_out_rows(subject, data_file=None):
 
 
 def encoder_of_file(section, task, recipe=None):
-    """Return what makes examples of the rows of a file, in a section data, by their columns or the first row: pairs (judged
-    answers, two each, for the recipe of a run that was trained on these), judged answers, or those of the task."""
+    """Return what makes examples of the rows of a file, in a section data, by their columns or the first row: pairs, judged
+    answers, or those of the task. recipe: of a run; one that was trained on judged answers reads their labels as in training."""
     if tasks.has_classes(task):
         return encoder_of(task)
-    judges = recipe is not None and encoder_of(recipe.task, recipe.objective) is data.Judgements
-    of_pairs = data.Judgements if judges else data.Preferences
     pair, ignored = {data.preference.CHOSEN, data.preference.REJECTED}, section.ignore_keys or ()
-    if section.columns is not None:
-        named = section.columns.keys()
-        return of_pairs if pair <= named else data.Judgements if data.judged.LABEL in named else data.Supervised
     files = data.Preferences.open_source(section.train[0])
     first = next((row.value for file in files for row in file.rows() if row.problem is None), None)
-    if data.preference.is_pair(first, ignored):
-        return of_pairs
-    return data.Judgements if data.judged.is_judged(first, ignored) else data.Supervised
+    if pair <= section.columns.keys() if section.columns else data.preference.is_pair(first, ignored):
+        return data.Preferences
+    judges = recipe is not None and encoder_of(recipe.task, recipe.objective) is data.Judgements
+    labelled = data.judged.is_judged(first, ignored) or (judges and data.judged.has_label(first, ignored))
+    if data.judged.LABEL in (section.columns or ()) or (labelled and (judges or not section.columns)):
+        return data.Judgements
+    return data.Supervised
 
 
 def usual_rows(task):
@@ -82,10 +81,10 @@ def score_name(task, max_rows=None, file=None, digest=None):
 
 
 def name_of_file(file, task, max_rows=None):
-    """Return the score_name of a data file, which it reads."""
+    """Return the score_name of a data file, which it reads, of a folder or glob that of the first file."""
     section = Data.of_file(file, {})
     (first, *_) = encoder_of_file(section, task).open_source(section.train[0])
-    return score_name(task, max_rows, file, first.digest())
+    return score_name(task, max_rows, first.path, first.digest())
 
 
 def joined_name(name, max_rows, *words):

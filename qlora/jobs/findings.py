@@ -97,7 +97,9 @@ def of(lines, facts: Facts) -> list[Finding]:
     if nothing:
         return nothing
     found = _unlikely(steps, facts) or _too_high(steps, skipped, facts)
-    found = found or _not_preferred(steps, facts) or _does_not_fall(steps, facts)
+    found = found or _not_preferred(steps, facts)
+    if not _rewarded(steps, facts):  # their loss hardly falls where margins rise
+        found = found or _does_not_fall(steps, facts)
     found += _masked(steps, facts, found) + _two_kinds(steps, facts) + _held_out_elsewhere(steps, lines, facts)
     return found + _overfits(steps, lines, facts) or _stopped(lines)
 
@@ -190,7 +192,7 @@ def _too_high(steps, skipped, facts):
             f"learning rate of {facts.learning_rate:g}"
         )
         return [Finding(name, words, lower)]
-    if "the loss has diverged" in facts.ended and steps:
+    if "has diverged" in facts.ended and steps:
         low = min(steps, key=lambda step: step.loss)
         words = (
             f"the loss rose from {low.loss:.2f} at step {low.step:,} to {steps[-1].loss:.2f} at step {steps[-1].step:,}"

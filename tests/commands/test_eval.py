@@ -156,13 +156,14 @@ def test_a_base_that_another_run_has_asked_is_not_asked_again(own_run, make_reci
     ("changed", "said"),
     [
         ({"data": {"seed": 5}}, "was evaluated on other rows"),
-        ({"quantization": None, "model": {"dtype": "bfloat16"}}, "its base model is not that of"),
-        ({"quantization": {"compute_dtype": "float32"}}, "its quantization is not that of"),
+        ({"data": {"train_on": "last_assistant"}}, "another data.train_on or data.thoughts than"),
+        ({"quantization": None, "model": {"dtype": "bfloat16"}}, "another base model than that of"),
+        ({"quantization": {"compute_dtype": "float32"}}, "another quantization than that of"),
     ],
 )
 def test_what_another_run_has_of_another_base_or_other_rows_is_refused(changed, said, own_run, make_recipe, tmp_path):
     other = train(make_recipe(**changed, output_dir=str(tmp_path / "other")))
-    with pytest.raises(InputError, match=r"other: not evaluated yet|is not that of"):
+    with pytest.raises(InputError, match=r"other: not evaluated yet|than that of"):
         evaluate(own_run.path, before_of=str(other.path))
     evaluate(other.path)
     with pytest.raises(InputError, match=rf"--before-of .*other: {said}.*; leave it out"):

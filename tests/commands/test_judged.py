@@ -130,7 +130,9 @@ def test_pairs_are_judged_rows_too_and_an_export_is_proven(judged, tmp_path, cap
     run = train(recipe)
     assert "18 good, 18 bad" in capsys.readouterr().err
     assert evaluate(run.path)["rows"] == 6
-    assert evaluate(run.path, data_file=recipe.data.train[0].path)["rows"] == 24
+    of_pairs = evaluate(run.path, data_file=recipe.data.train[0].path)  # measured as pairs, as of any run
+    assert of_pairs["rows"] == 24
+    assert "preference_accuracy" in of_pairs["metrics"]
     report = export(run.path, tmp_path / "merged")
     assert report["verified"]
 
@@ -168,6 +170,16 @@ def test_data_says_what_is_wrong_with_the_verdicts(judged, capsys):
 def test_what_does_not_go_with_it_is_refused(judged, sections, said):
     with pytest.raises(InputError, match=said):
         judged(**sections)
+
+
+def test_labels_of_a_file_are_read_as_in_training(judged, tmp_path):
+    run = train(judged())
+    results = []
+    for name, said in (("words", str), ("numbers", int)):
+        rows = [{**row, "label": said(row["label"])} for row in ROWS[:8]]
+        results.append(evaluate(run.path, data_file=str(write_jsonl(tmp_path / f"{name}.jsonl", rows))))
+    assert results[0]["rows"] == results[1]["rows"] == 4
+    assert results[0]["metrics"] == results[1]["metrics"]
 
 
 def test_answers_of_one_kind_are_refused(judged):

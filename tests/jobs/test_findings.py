@@ -11,7 +11,7 @@ import transformers
 from qlora import train
 from qlora.jobs import findings, reported_run
 from qlora.jobs.findings import Facts
-from qlora.recipe.objectives import Dpo, Orpo
+from qlora.recipe.objectives import Dpo, Kto, Orpo
 from qlora.runs.record import Best, Evaluation, Skipped, Step
 from tests.conftest import CONVERSATIONS, messages, write_jsonl
 
@@ -285,3 +285,28 @@ def test_a_training_that_overfits(found, tmp_path):
     files += [write_jsonl(tmp_path / "others.jsonl", [{"messages": messages(turns)} for turns in held_out])]
     data = {"train": str(files[0]), "eval": str(files[1]), "eval_fraction": 0.0}
     assert found(data=data, lr_scheduler_type="constant", max_steps=40, eval_steps=4) == ["it overfits"]
+
+
+def test_an_orpo_training_that_diverged_is_told_what_a_supervised_one_is():
+    """Its message is of the chosen answers, and it has no reference."""
+    rising = steps([2.0, 1.8, 1.5, 3.0, 5.0, 6.5])
+    facts = dataclasses.replace(
+        FACTS, ended="the loss of the chosen answers has diverged: the median", objective=Orpo()
+    )
+    assert names(rising, facts) == [HIGH]
+
+
+@pytest.mark.parametrize("section", [Dpo(), Kto()])
+def test_a_loss_that_hardly_falls_while_margins_rise_is_no_plateau(section):
+    lines = []
+    for number in range(1, 401):
+        margin = 0.18 * number / 400  # beta times nats
+        rewards = {
+            "rewards/chosen": margin / 2,
+            "rewards/margins": margin,
+            "logps/chosen": -20.0,
+            "rewards/accuracies": 0.8,
+        }
+        lines.append(Step(number, 0.0, 0.5 - margin / 8, 5e-6, 1.0, 100 * number, 50.0, 2**30, 1.0 * number, rewards))
+    facts = dataclasses.replace(FACTS, learning_rate=5e-6, objective=section)
+    assert names(lines, facts) == []

@@ -98,7 +98,7 @@ def refuse_verdict(row, name):
     if key is not None:
         raise ValueError(
             f"has {key}: {str(row[key]).lower()}, which marks good and bad answers, for KTO; supervised training does not "
-            f"take it, it would learn the bad ones too. Keep the good rows, without {key}"
+            f"take it, it would learn the bad ones too. Set kto={{}}, or keep the good rows, without {key}"
         )
 
 

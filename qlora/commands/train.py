@@ -80,6 +80,7 @@ def _help(recipe, all_of_them):
     if beginning is None:  # there is nothing to do
         return RunDir(recipe.output_dir)
     resumed, planned = beginning
+    all_of_them.refuse_unshared(RunDir(recipe.output_dir).path)
     recipe = recipe if resumed is None else resumed.as_begun(recipe)
     prepared = prepare(recipe)
     fingerprint, asked = resumed_run.of_recipe(prepared.recipe, prepared), samples.questions(prepared)

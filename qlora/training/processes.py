@@ -91,6 +91,14 @@ class Processes:
                 "give all machines the same files"
             )
 
+    def refuse_unshared(self, run_path):
+        """Raise InputError where this process does not see the run folder that the first has made: it reads checkpoints there."""
+        if not run_path.is_dir():
+            raise InputError(
+                f"process {self.rank} of {self.count} does not see the run folder {run_path}, which the first has made: it reads "
+                "checkpoints there too; set an output_dir that all machines share"
+            )
+
     def same_weights(self, masters):
         """Give the MasterWeights of all processes the numbers of the first."""
         if self.count > 1:

@@ -52,7 +52,7 @@ SIGNATURES = {
     "inspect_data": "(recipe: 'Recipe', row=None, tokens=False, html=None) -> 'dict'",
     "evaluate": "(target, data_file=None, overrides=(), max_rows=None, **asked) -> 'dict'",
     "compare": "(path, overrides=(), resume=False, dry_run=False) -> 'dict'",
-    "compare_runs": "(one, other) -> 'dict'",
+    "compare_runs": "(one, other, data=None) -> 'dict'",
     "compare_served": "(run, data=None, max_rows=None, forms=()) -> 'dict'",
     "export": "(target, out, dtype=None, overrides=(), *, model=None, data=None, compare_bases=False, gguf=None) -> 'dict'",
     "adapters": "(folder='runs') -> 'list'",

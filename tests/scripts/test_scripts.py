@@ -29,6 +29,7 @@ SLOW = {
     "benchmark_train.py": "--model MODEL --full-rows 32 --steps 4 --rounds 1 --batch 2 --json OUT",
     "benchmark_micro_batches.py": "--model MODEL --data ROWS --rows 4 --steps 4 --rounds 1 --tokens 128",
     "measure_plan.py": "--tokenizer MODEL --smollm2 MODEL --only smollm2 --loads 128",
+    "scaling.py": "",
     "benchmark_export.py": "--shape tiny --tokenizer MODEL --folder OUT --rounds 1",
 }
 ANSWERS = [

@@ -18,8 +18,8 @@ from ..terminal.tables import show, text_table
 def list_recipes(card=None) -> dict:
     """Print the recipes that ship with qlora; return {"recipes": [{"name", "path", "model", "task", "method", "about"}]}.
 
-    card: also plan each for it, with rows of data.max_length: adds {"planned": {"card", "peak_bytes", "fits", "message"}}. That
-    reads each model's config.json, on this machine or from the hub.
+    card: also plan each for it, with rows of data.max_length: adds {"planned": {"card", "peak_bytes", "fits", "message",
+    "several_cards"}}. That reads each model's config.json, on this machine or from the hub.
 
     Raises:
         InputError: no recipes came with this installation, or the card is unknown.
@@ -38,6 +38,8 @@ def list_recipes(card=None) -> dict:
 
 
 def _memory(planned):
+    if planned["several_cards"]:
+        return "for several cards: qlora plan --processes"
     if planned["peak_bytes"] is None:
         return "no config.json here"
     return size(planned["peak_bytes"]) + ("" if planned["fits"] else ", does not fit")

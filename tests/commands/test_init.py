@@ -9,9 +9,10 @@ import pytest
 
 from qlora import cli
 from qlora.commands import init as verb
+from qlora.commands import recipes as recipes_verb
 from qlora.commands.init import ask, init
 from qlora.commands.recipes import copy_recipe, list_recipes, show_recipe
-from qlora.jobs import first_recipe
+from qlora.jobs import first_recipe, shipped_recipes
 from qlora.jobs.data_looked_at import look
 from qlora.recipe import Recipe
 from qlora.system.errors import DoesNotFit, InputError
@@ -75,6 +76,14 @@ def test_rows_that_are_preferred_or_judged_get_their_objective(tiny_model, tmp_p
     found = init(tiny_model(), rows, "4090", "small", tmp_path / "mine.yaml")
     assert found["values"]["training"]["learning_rate"] == 5e-6
     assert f"\n{objective}: {{}}" in (tmp_path / "mine.yaml").read_text()
+
+
+def test_a_recipe_for_several_cards_is_listed_as_one():
+    planned = shipped_recipes.planned("qwen3-32b/several_cards", "3090")
+    assert planned["several_cards"]
+    assert planned["peak_bytes"] is None
+    assert planned["message"].endswith("qlora plan qwen3-32b/several_cards --processes 2 --card 3090")
+    assert recipes_verb._memory(planned) == "for several cards: qlora plan --processes"
 
 
 def test_another_objective_for_pairs_is_kept(tiny_model, tmp_path):

@@ -104,7 +104,9 @@ def _of_rows(subject, wanted, data_file, max_rows) -> _Found:
     base_model.refuse_rows(rows, subject.model.config, methods.num_positions(subject.model))
     judged = rows if not has_classes and rows.are_judged else None
     if judged is not None:
-        rows = _good(judged)
+        if not judged.numbers("good").any():
+            raise InputError("no row to evaluate on has a good answer (label: true)")
+        rows = data.as_supervised(judged)
     said = data.conversations(rows)
     files = [{"path": str(part.path), "sha256": part.digest} for part in rows.parts]
     max_rows = None if max_rows == usual else max_rows
@@ -119,13 +121,13 @@ def _of_rows(subject, wanted, data_file, max_rows) -> _Found:
         known = None
         if wanted.before_of is not None:
             other = base_scores.open_evaluated(wanted.before_of, subject.run, name)
-            known = functools.partial(base_scores.of_another_run, other, asked=list(map(_asked, said)), name=name)
-            known = functools.partial(known, cut=wanted.cut)
+            asked = list(map(_asked, said))
+            known = functools.partial(base_scores.of_another_run, other, asked=asked, name=name, cut=wanted.cut)
         before, after = _before_and_after(subject, measure, _WORDS, known)
     result = _result(len(said), before, after)
     result |= class_scores.details(subject, rows, after) if has_classes else _beside(subject, said, wanted)
     if judged is not None:
-        _add_margin(subject, judged, result)
+        _add_margin(subject, judged, result, before, after)
     result["data"] = {
         "files": files,
         "held_out": data_file is None,
@@ -135,23 +137,17 @@ def _of_rows(subject, wanted, data_file, max_rows) -> _Found:
     return _Found(result, _answers(map(_asked, said), before, after), name, max_rows)
 
 
-def _good(rows):
-    """Return the good ones of Rows of Judged, whose loss and answers are measured as those of supervised rows."""
-    good = rows[rows.numbers("good") == 1]
-    if not len(good):
-        raise InputError("no row to evaluate on has a good answer (label: true)")
-    return good
-
-
-def _add_margin(subject, rows, result):
-    """Add to a result by how much likelier good answers are than bad ones, where there are both."""
-    now = preferences.judged_alone(subject.model, rows)
-    if not len(now[1]):
+def _add_margin(subject, rows, result, before, after):
+    """Add to a result by how much likelier good answers are than bad ones, where Rows of Judged have both. before, after: the
+    Scores of the good ones."""
+    bad = rows[rows.numbers("good") == 0]
+    if not len(bad):
         return
+    now = after.loss_N2, preferences.nats_of(subject.model, bad)
     result["metrics"][JUDGED_MARGIN] = preferences.margin_of(now)
     if subject.run is not None:
         with subject.model.disable_adapter():
-            before = preferences.judged_alone(subject.model, rows)
+            before = before.loss_N2, preferences.nats_of(subject.model, bad)
         result["before"]["metrics"][JUDGED_MARGIN] = preferences.margin_of(before)
         result["change"][JUDGED_MARGIN] = preferences.margin_of(now, before)
 
@@ -159,7 +155,7 @@ def _add_margin(subject, rows, result):
 def _score_of_words(subject, rows, said, wanted, what):
     """Return the Score on `rows`; on pairs that of the chosen answers, and of what the model prefers."""
     pairs = rows.are_pairs
-    of = (subject.tokenizer, subject.stops, data.Answers(rows) if pairs else rows, said, wanted, what)
+    of = (subject.tokenizer, subject.stops, data.as_supervised(rows), said, wanted, what)
     found = scores.score(subject.model, *of)
     return preferences.judged(found, subject.model, rows) if pairs else found
 

@@ -40,6 +40,7 @@ __all__ = [
     "Preferences",
     "Rows",
     "Supervised",
+    "as_supervised",
     "best_fit",
     "conversations",
     "copies",
@@ -106,6 +107,13 @@ def _picks(files, max_rows, seed):
         frozenset((drawn[(drawn >= end - n) & (drawn < end)] - (end - n)).tolist())
         for end, n in zip(ends, counts, strict=True)
     ]
+
+
+def as_supervised(rows):
+    """Return Rows where one sequence of ids each is wanted: of pairs the chosen answers, of judged answers the good ones."""
+    if rows.are_pairs:
+        return Answers(rows)
+    return judged.good_of(rows) if rows.are_judged else rows
 
 
 def conversations(rows):

@@ -21,15 +21,15 @@ ACCURACY = "preference_accuracy"
 METRICS = (ACCURACY, MARGIN)
 
 
-def judged_alone(model, rows):
-    """Return (nats and trained tokens of each good answer (G, 2), of each bad one (M, 2)) of Rows of Judged."""
-    found_N2, good_N = np.array(metrics.losses(model, rows)), rows.numbers("good") == 1
-    return found_N2[good_N], found_N2[~good_N]
+def nats_of(model, rows) -> np.ndarray:
+    """Return (N, 2): nats and trained tokens of each answer."""
+    return np.array(metrics.losses(model, rows))
 
 
 def margin_of(now, before=None) -> dict:
     """Return {"value", "low", "high"} of by how much likelier good answers are than bad ones, in nats a token; of what has
-    changed since `before`. Both as of `judged_alone`, on the same rows."""
+    changed since `before`. Both: nats and tokens of the good answers (G, 2) and of the bad ones (M, 2), the
+    same rows."""
 
     def margin(good, bad):
         return intervals.ratio(bad) - intervals.ratio(good)

@@ -36,14 +36,6 @@ def encoder_of(task, objective=None):
     return _ENCODERS[task] if objective is None else _ENCODERS_OF_OBJECTIVES[objective.key]
 
 
-def as_supervised(rows, objective):
-    """Return `rows` where one sequence of ids each is wanted: of pairs, the chosen answers; of judged answers the good ones."""
-    encoder = encoder_of("text-generation", objective)
-    if encoder is data.Preferences:
-        return data.Answers(rows)
-    return data.judged.good_of(rows) if encoder is data.Judgements else rows
-
-
 def settle_labels(recipe, checkpoint):
     """Return (recipe, checkpoint) with the names of the classes, where the task has some.
 

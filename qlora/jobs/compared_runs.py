@@ -197,9 +197,11 @@ def train_one(folder: Folder, entry: Entry) -> None:
 def _with_the_same_base(folder, entry):
     """Return the run of another training that was evaluated, whose base answers as that of `entry`: it need not be asked
     again; None where there is none."""
-    run, others = folder.run(entry), [other for other in folder.entries if other is not entry]
-    done = (folder.run(other) for other in others if folder.state(other)[0] == DONE)
-    return next((other for other in done if of_the_base(other) == of_the_base(run)), None)
+    others = [other for other in folder.entries if other is not entry and folder.state(other)[0] == DONE]
+    if not others:
+        return None
+    base = of_the_base(folder.run(entry))
+    return next((run for run in map(folder.run, others) if of_the_base(run) == base), None)
 
 
 _ALWAYS = (

@@ -6,7 +6,7 @@ import shutil
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .. import base_model, kernels, methods
+from .. import base_model, data, kernels, methods
 from ..exporter import REPORT, merge
 from ..kernels import attention
 from ..runs.environment import environment
@@ -16,7 +16,7 @@ from ..system.errors import InputError
 from ..system.events import progress
 from ..system.storage import new_folder, write_json
 from . import resumed_run, started_from
-from .chosen_task import as_supervised, proof_of
+from .chosen_task import proof_of
 from .prepared_data import refuse_pointless
 
 
@@ -92,7 +92,7 @@ def open_trainable(prepared, fingerprint, resumed=None, tokens=None, share=None)
             recipe.training.seed,
             checkpoint.new_tokens.values(),
             checkpoint,
-            as_supervised(prepared.examples, recipe.objective),
+            data.as_supervised(prepared.examples),
             started_from.folder_of(recipe.model),
         )
     trainable, total = base_model.num_parameters(model)
@@ -137,7 +137,7 @@ def _write(run, prepared, trainable, resumed):
         resumed.begin(prepared.recipe)
     run.ended_file.unlink(missing_ok=True)
     held_out, proof = prepared.eval_examples, proof_of(prepared.checkpoint.task.file)
-    rows = as_supervised(held_out if len(held_out) else prepared.examples, prepared.recipe.objective)
+    rows = data.as_supervised(held_out if len(held_out) else prepared.examples)
     rows = proof.proof_rows(rows, getattr(prepared.config.get_text_config(), "vocab_size", None))
     write_json(run.data_report_file, prepared.report)
     write_json(run.proof_rows_file, proof.to_json(rows, "held-out rows" if len(held_out) else "training rows"))

@@ -92,7 +92,7 @@ def open_trained(targets, base=None, data_file=None, overrides=()) -> Trained:
             raise InputError(f"{data_file}: no rows left for the proof")
         base_model.refuse_rows(rows, trained.config, trained.adapter.config.get("num_virtual_tokens") or 0)
         num_rows = getattr(trained.config.get_text_config(), "vocab_size", None)
-        answers = data.Answers(rows) if rows.are_pairs else rows
+        answers = data.as_supervised(rows)
         trained.rows = proof_of(task.file).proof_rows(answers, num_rows)
         trained.rows_from = f"rows of {Path(data_file).name}"
     return trained

@@ -78,9 +78,7 @@ def open_job(run, trained, data_file, max_rows) -> Job:
     refuse_classes(checkpoint.task.file, "qlora compare RUN --served")
     model = base_model.on_meta(trained.config, trained.model.trust_remote_code)
     found = held_out_rows(Subject(model, trained.tokenizer, set(), run.recipe(), run), data_file).first_rows(max_rows)
-    found = data.judged.good_of(found) if found.are_judged else found
-    answered = data.Answers(found) if found.are_pairs else found
-    rows = [answered[index] for index in range(len(found)) if trained_at(answered[index])]
+    rows = [one for one in data.as_supervised(found) if trained_at(one)]
     if not rows:
         raise InputError(f"no rows left to measure on in {data_file or 'the held-out rows'}; `qlora data` shows why")
     base_model.refuse_rows(found, trained.config, trained.adapter.config.get("num_virtual_tokens") or 0)

@@ -8,10 +8,9 @@ from qlora.commands.eval import evaluate
 from qlora.commands.export import export
 from qlora.commands.train import train
 from qlora.recipe import Recipe
-from qlora.system.errors import InputError, Interrupted
-from qlora.training.objectives.judged import JudgementTrainer
+from qlora.system.errors import InputError
 from tests.commands.test_preferences import ROWS as PAIRS
-from tests.commands.test_preferences import computed, records, weights
+from tests.commands.test_preferences import computed, records, stopped_after_4, weights
 from tests.conftest import write_jsonl
 
 ROWS = [
@@ -65,17 +64,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_bit(judged, tmp_path, monkeypatch
     training = {"logging_steps": 3, "max_steps": 6, "tokens_per_micro_batch": together}
     whole = train(judged(training=training, output_dir=str(tmp_path / "whole")))
     recipe = judged(training=training, output_dir=str(tmp_path / "part"))
-    original = JudgementTrainer.end_step
-
-    def stop_after_4(self, control):
-        if self.state.global_step == 4:
-            self.saving.stop.number = 15
-        original(self, control)
-
-    monkeypatch.setattr(JudgementTrainer, "end_step", stop_after_4)
-    with pytest.raises(Interrupted, match="resume after step 4"):
-        train(recipe)
-    monkeypatch.setattr(JudgementTrainer, "end_step", original)
+    stopped_after_4(recipe, monkeypatch)
     run = train(recipe, resume=True)
     assert computed(run) == computed(whole)
     for name, value in weights(whole).items():

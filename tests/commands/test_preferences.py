@@ -20,6 +20,7 @@ from qlora.jobs.prepared_data import prepare
 from qlora.recipe import Recipe
 from qlora.runs.folder import RunDir
 from qlora.system.errors import InputError, Interrupted, TrainingFailed
+from qlora.training.reliable_trainer import Reliable
 from tests.conftest import write_jsonl
 
 ROWS = [
@@ -84,25 +85,28 @@ def test_a_run_learns_to_prefer_and_its_evaluation_says_so(pairs, objective, cap
     assert evaluate(run.path, data_file=recipe.data.train[0].path)["metrics"]["preference_accuracy"]["value"] == 1.0
 
 
+def stopped_after_4(recipe, monkeypatch):
+    """Train until step 4, where a signal comes."""
+    original = Reliable.end_step
+
+    def end_step(self, control):
+        if self.state.global_step == 4:
+            self.saving.stop.number = 15
+        original(self, control)
+
+    monkeypatch.setattr(Reliable, "end_step", end_step)
+    with pytest.raises(Interrupted, match="resume after step 4"):
+        train(recipe)
+    monkeypatch.setattr(Reliable, "end_step", original)
+
+
 @pytest.mark.usefixtures("unplanned")
 @pytest.mark.parametrize("together", ["auto", None])
 def test_a_run_that_was_stopped_goes_on_to_the_bit(pairs, tmp_path, monkeypatch, together):
     training = {"logging_steps": 3, "max_steps": 6, "tokens_per_micro_batch": together}
     whole = train(pairs(training=training, output_dir=str(tmp_path / "whole")))
     recipe = pairs(training=training, output_dir=str(tmp_path / "part"))
-    from qlora.training.objectives.preference import Trainer
-
-    original = Trainer.end_step
-
-    def stop_after_4(self, control):
-        if self.state.global_step == 4:
-            self.saving.stop.number = 15
-        original(self, control)
-
-    monkeypatch.setattr(Trainer, "end_step", stop_after_4)
-    with pytest.raises(Interrupted, match="resume after step 4"):
-        train(recipe)
-    monkeypatch.setattr(Trainer, "end_step", original)
+    stopped_after_4(recipe, monkeypatch)
     reference = RunDir(recipe.output_dir).reference_file
     before = reference.read_bytes()
     run = train(recipe, resume=True)

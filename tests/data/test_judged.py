@@ -155,3 +155,10 @@ def test_a_mismatched_row_is_a_prompt_with_the_answer_to_another(tokenizer, rows
 def test_rows_of_one_prompt_are_mismatched_with_each_other(rows_of):
     rows = rows_of(ROWS[:2])
     assert data.Mismatched(rows)[0].input_ids == rows[1].input_ids
+
+
+def test_where_one_answer_a_row_is_wanted_bad_ones_are_none(rows_of):
+    rows = rows_of(ROWS)
+    assert list(data.as_supervised(rows)) == [rows[0], rows[2]]
+    pairs = rows_of([{"prompt": "One?", "chosen": "Yes.", "rejected": "No."}])
+    assert list(data.as_supervised(pairs)) == [pairs[0]]

@@ -18,6 +18,7 @@ from tests import forked
 # Sums of float32 gradients in another order: about 1e-7 of each, through a few steps at a high learning rate.
 ROUNDING = 2e-5
 STEPS = {"max_steps": 3, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "num_samples": 0}
+ENDLESS = {**STEPS, "max_steps": 400, "logging_steps": 1}
 FLOAT32 = {"compute_dtype": "float32"}
 
 
@@ -119,7 +120,11 @@ def test_a_signal_saves_once_and_another_number_of_processes_goes_on(make_recipe
 
 
 def test_when_one_is_killed_the_other_ends_with_one_message(make_recipe, tmp_path):
-    two, both = written(make_recipe(training={**STEPS, "max_steps": 400, "logging_steps": 1}), tmp_path, "two")
+    ends_when_the_other_is_killed(make_recipe(training=ENDLESS), tmp_path)
+
+
+def ends_when_the_other_is_killed(recipe, tmp_path):
+    two, both = written(recipe, tmp_path, "two")
     started = Started(two)
     wait_for_steps(both, 2)
     started[1].kill()

@@ -1,7 +1,5 @@
 """Two processes that share the base train what one does, with half of the codes each."""
 
-import signal
-
 import pytest
 import torch
 
@@ -10,7 +8,16 @@ from qlora.commands.export import export
 from qlora.recipe import Model, Quantization
 from qlora.system.errors import InputError
 from qlora.training import sharding
-from tests.training.test_processes import FLOAT32, ROUNDING, STEPS, Started, losses, wait_for_steps, written
+from tests.training.test_processes import (
+    ENDLESS,
+    FLOAT32,
+    ROUNDING,
+    STEPS,
+    Started,
+    ends_when_the_other_is_killed,
+    losses,
+    written,
+)
 
 # 18 rows are 9 micro-batches, of which the third step has one; 6 held-out rows are 3 batches: one process has one more
 ODD = {"tokens_per_micro_batch": None, "per_device_eval_batch_size": 2, "eval_steps": 3, "num_samples": 2}
@@ -100,15 +107,7 @@ def test_three_hold_shares_of_unequal_size(make_recipe, tmp_path):
 
 
 def test_when_one_that_holds_a_share_is_killed_the_other_ends_with_one_message(make_recipe, tmp_path):
-    recipe = make_recipe(training={**STEPS, "max_steps": 400, "logging_steps": 1})
-    two, both = written(shared(recipe), tmp_path, "two")
-    started = Started(two)
-    wait_for_steps(both, 2)
-    started[1].kill()
-    (code, _, said), (killed, *_) = started.finish()
-    assert (code, killed) == (1, -signal.SIGKILL)
-    assert said.count("another process has ended") == 1
-    assert "Traceback" not in said
+    ends_when_the_other_is_killed(shared(make_recipe(training=ENDLESS)), tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ import torch
 from ... import data
 from ..out_of_memory import Moment
 from . import preference_losses
-from .preference import Preference, Referred, Seen, Trainer, of_columns
+from .preference import Preference, Referred, Seen, Trainer
 
 
 @dataclass(frozen=True)
@@ -54,16 +54,6 @@ class Judgement(Preference):
         numbers, judged, known = zip(*rows, strict=True)
         kl = torch.zeros(len(judged))
         return self.batch_of(judged, numbers, known) | {"good": torch.tensor([one.good for one in judged]), "kl": kl}
-
-    def cut(self, inputs, tokens):
-        """At least the first row whole; of the last one so much that it is full."""
-        lengths = self.lengths(inputs)
-        whole = max(1, int(np.searchsorted(np.cumsum(lengths), tokens, side="right")))
-        left = tokens - sum(lengths[:whole])
-        if whole == len(lengths) or left < 1:
-            return self.some(inputs, range(whole))
-        batch = self.some(inputs, range(whole + 1))
-        return of_columns(batch, np.arange(tokens)) | {"segments": [*batch["segments"][:-1], left]}
 
     def loss(self, model, inputs, num_items):
         logps_P1, counts_P1 = self.log_probabilities(model, inputs)

@@ -134,18 +134,18 @@ class Preference(Objective):
         return [(self.some(inputs, part), [rows[at] for at in part] if rows else rows) for part in parts]
 
     def cut(self, inputs, tokens):
-        """At least the first pair whole; of the last one so much of each of its answers that it is full."""
+        """At least the first row whole; of the last one so much of each of its sequences that it is full."""
         lengths = self.lengths(inputs)
         whole = max(1, int(np.searchsorted(np.cumsum(lengths), tokens, side="right")))
         left = tokens - sum(lengths[:whole])
-        if whole == len(lengths) or left < 2:
+        if whole == len(lengths) or left < self.each:
             return self.some(inputs, range(whole))
         batch = self.some(inputs, range(whole + 1))
-        chosen, rejected = batch["segments"][-2:]
-        kept = min(max(1, left * chosen // (chosen + rejected)), left - 1)
-        start = sum(batch["segments"][:-2])
-        columns = np.concatenate([np.arange(start + kept), start + chosen + np.arange(left - kept)])
-        return of_columns(batch, columns) | {"segments": [*batch["segments"][:-2], kept, left - kept]}
+        before, (first, *second) = batch["segments"][: -self.each], batch["segments"][-self.each :]
+        kept = min(max(1, left * first // sum([first, *second])), left - len(second))
+        start = sum(before)
+        columns = np.concatenate([np.arange(start + kept), start + first + np.arange(left - kept)])
+        return _of_columns(batch, columns) | {"segments": [*before, *[kept, left - kept][: self.each]]}
 
     def num_items(self, inputs):
         """The pairs."""
@@ -195,7 +195,7 @@ class Preference(Objective):
         ends = np.cumsum(segments)
         columns = np.concatenate([np.arange(ends[one] - segments[one], ends[one]) for one in sequences])
         of_rows = {name: inputs[name][rows] for name in _OF_ROWS if name in inputs}
-        return {**of_columns(inputs, columns), "segments": [segments[one] for one in sequences], **of_rows}
+        return {**_of_columns(inputs, columns), "segments": [segments[one] for one in sequences], **of_rows}
 
     def watched(self, loss):
         """The loss goes to 0 where both answers get unlikely (hinge, sigmoid), or is no number of nats (ipo, sppo_hard)."""
@@ -304,7 +304,7 @@ def _counts(inputs):
     return np.add.reduceat(trained_BT[0], starts).tolist()
 
 
-def of_columns(inputs, columns):
+def _of_columns(inputs, columns):
     """Return a joined batch with only these of its tokens."""
     whole = ("segments", *_OF_ROWS)
     found = {name: value[:, columns] for name, value in inputs.items() if name not in whole}

@@ -9,7 +9,7 @@ from qlora import base_model, data, kernels
 from qlora.data.encoder import Settings
 from qlora.recipe import Kto, Quantization
 from qlora.training.objectives.judged import Judgement, SeenJudged
-from tests.training.objectives.test_preference import adapted, assert_near, gradients, joined, train
+from tests.training.objectives.test_preference import adapted, assert_near, batch_of, gradients, joined, train
 
 __all__ = ["adapted"]  # a fixture
 
@@ -40,13 +40,6 @@ def mismatched_of(rows):
         labels = [data.IGNORE_INDEX] * len(prompt) + answer
         found.append(data.Judged(data.Example(prompt + answer, labels), False))
     return found
-
-
-def batch_of(objective, rows, reference=None):
-    reference = torch.zeros(len(rows), 1) if reference is None else reference
-    batch = objective.collate(list(zip(range(len(rows)), rows, reference, strict=True)))
-    del batch["rows"]
-    return batch
 
 
 def ways(section, tokenizer):

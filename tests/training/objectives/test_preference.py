@@ -58,7 +58,7 @@ def train(model, seed, adapter="default"):
 
 
 def batch_of(objective, pairs, reference=None):
-    reference = torch.zeros(len(pairs), 2) if reference is None else reference
+    reference = torch.zeros(len(pairs), objective.each) if reference is None else reference
     batch = objective.collate(list(zip(range(len(pairs)), pairs, reference, strict=True)))
     del batch["rows"]
     return batch

@@ -222,6 +222,10 @@ def evaluate(
     ] = None,
     latency: Annotated[bool, typer.Option("--latency", help="measure the time of an answer's token")] = False,
     before_of: options.BeforeOf = None,
+    judge: options.JudgeUrl = None,
+    judge_model: options.JudgeModel = None,
+    judge_against: options.JudgeAgainst = None,
+    judge_criteria: options.JudgeCriteria = None,
     choices: options.Choices = None,
     by_text: options.ByText = False,
     lm_eval: options.LmEval = None,
@@ -248,7 +252,8 @@ def evaluate(
     asked: dict[str, Any] = {"metrics": metric or (), "extract": extract, "batch_size": batch_size}
     asked |= {"forgetting": forgetting, "latency": latency, "require": require or (), "max_forgetting": max_forgetting}
     asked |= {"choices": choices, "by_text": by_text, "tasks": tasks, "include_path": include_path, "shots": shots}
-    asked |= {"examples": examples, "chat": chat, "answers": answers, "before_of": before_of}
+    asked |= {"examples": examples, "chat": chat, "answers": answers, "before_of": before_of, "judge_url": judge}
+    asked |= {"judge_model": judge_model, "judge_against": judge_against, "judge_criteria": judge_criteria}
     _run("evaluate", as_json, target, data, overrides or (), max_rows, **asked)
 
 

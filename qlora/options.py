@@ -10,6 +10,22 @@ import typer
 BeforeOf = Annotated[
     str | None, typer.Option(metavar="RUN", help="take the base's answers of this run, on the same base and rows")
 ]
+JudgeUrl = Annotated[
+    str | None,
+    typer.Option(
+        "--judge", metavar="URL", help="ask a model which answers are better: an OpenAI-compatible endpoint, .../v1"
+    ),
+]
+JudgeModel = Annotated[str | None, typer.Option(metavar="NAME", help="with --judge: the model's name there")]
+JudgeAgainst = Annotated[
+    str | None,
+    typer.Option(
+        metavar="before|expected|RUN", help="with --judge: better than which; default: before, the base's answers"
+    ),
+]
+JudgeCriteria = Annotated[
+    str | None, typer.Option(metavar="TEXT", help="with --judge: what makes an answer better, in words")
+]
 # instead of answers to held-out rows
 Choices = Annotated[
     str | None,

@@ -13,11 +13,11 @@ from pathlib import Path
 
 from .. import base_model, data, methods
 from ..data import masked_examples
-from ..evaluation import answer_metrics, choices, latency, lm_eval_tasks, preferences, scores
+from ..evaluation import answer_metrics, choices, judge, latency, lm_eval_tasks, preferences, scores
 from ..evaluation.asked import BUILT_IN, Asked
 from ..evaluation.intervals import JUDGED_MARGIN
 from ..evaluation.scores import PERPLEXITY
-from ..jobs import base_scores, choice_rows, class_scores
+from ..jobs import base_scores, choice_rows, class_scores, win_rate
 from ..jobs.eval_rows import general_rows, held_out_rows, joined_name, score_name, usual_rows
 from ..jobs.opened_model import open_subject
 from ..system import launched
@@ -32,7 +32,8 @@ from ..terminal.evaluation import show_result
 @shown()
 def evaluate(target, data_file=None, overrides=(), max_rows=None, **asked) -> dict:
     """Return {"loss", "perplexity", "bits_per_byte", each with "NAME_interval", "tokens", "rows", "metrics", "before", "change",
-    "data"} of a run or a model on held-out rows; with `forgetting` or `latency` those too.
+    "data"} of a run or a model on held-out rows; with `forgetting`, `latency` or `judge_url` those too ("judge": as of
+    judge.win_rate).
 
     target: a run folder, a checkpoint of one (RUN/checkpoints/step-N), a model folder or a hub name. data_file: rows to use;
     by default those that the run has held out, which it knows by their content. max_rows: the first of them; None: 100 where
@@ -60,6 +61,7 @@ def evaluate(target, data_file=None, overrides=(), max_rows=None, **asked) -> di
     questions = None if wanted.choices is None else choice_rows.prompted(target, overrides, wanted, max_rows)
     subject = open_subject(target, overrides)
     wanted.refuse_for(base_model.task_of(subject.model).HAS_CLASSES, subject.run is not None)
+    endpoint = None if wanted.judge is None else judge.opened(wanted.judge)
     if wanted.tasks:
         found = _of_tasks(subject, wanted, max_rows)
     elif questions is not None:
@@ -67,10 +69,13 @@ def evaluate(target, data_file=None, overrides=(), max_rows=None, **asked) -> di
     else:
         found = _of_rows(subject, wanted, data_file, max_rows)
     found.result["data"]["command"] = _command(target, data_file, overrides, found.max_rows, wanted)
-    kept = None if subject.run is None else _write(subject, found)
-    if wanted.answers is not None:
-        kept = Path(wanted.answers)
-        write_text(kept, found.text)
+    known = {} if endpoint is None else _known_replies(subject, found, wanted)
+    kept = _write(subject, found, wanted)
+    if endpoint is not None and found.opponents is not None:
+        try:
+            win_rate.add(found.result, found.rows, endpoint, *found.opponents, known)
+        finally:
+            kept = _write(subject, found, wanted)
     show_result(target, found.result, kept)
     wanted.check(found.result)
     return found.result
@@ -79,12 +84,13 @@ def evaluate(target, data_file=None, overrides=(), max_rows=None, **asked) -> di
 @dataclass(frozen=True)
 class _Found:
     """What was measured. rows: a JSON object each, with its answers. name: in evals/; None: the run's own score. max_rows: None
-    for as many as usual."""
+    for as many as usual. opponents: as of win_rate."""
 
     result: dict
     rows: list
     name: str | None
     max_rows: int | None
+    opponents: tuple[str, list[str] | None] | None = None
 
     @property
     def text(self):
@@ -112,6 +118,10 @@ def _of_rows(subject, wanted, data_file, max_rows) -> _Found:
     max_rows = None if max_rows == usual else max_rows
     of_file = {} if data_file is None else {"file": files[0]["path"], "digest": files[0]["sha256"]}
     name = score_name(task.NAME, max_rows, **of_file)
+    asked = list(map(_asked, said))
+    opponents = None
+    if wanted.judge is not None:
+        opponents = win_rate.opponents(wanted.judge_against, subject.run is not None, name, asked)
     if has_classes:
         before, after = _before_and_after(
             subject, functools.partial(class_scores.score_of_classes, subject, rows), _CLASSES
@@ -121,7 +131,6 @@ def _of_rows(subject, wanted, data_file, max_rows) -> _Found:
         known = None
         if wanted.before_of is not None:
             other = base_scores.open_evaluated(wanted.before_of, subject.run, name)
-            asked = list(map(_asked, said))
             known = functools.partial(base_scores.of_another_run, other, asked=asked, name=name, cut=wanted.cut)
         before, after = _before_and_after(subject, measure, _WORDS, known)
     result = _result(len(said), before, after)
@@ -134,7 +143,7 @@ def _of_rows(subject, wanted, data_file, max_rows) -> _Found:
         "rows": len(said),
         "rows_in_all": len(all_rows.one_each()),
     }
-    return _Found(result, _answers(map(_asked, said), before, after), name, max_rows)
+    return _Found(result, _answers(asked, before, after), name, max_rows, opponents)
 
 
 def _add_margin(subject, rows, result, before, after):
@@ -255,19 +264,35 @@ def _answers(rows, before, after):
     return found
 
 
-def _write(subject, found):
-    """Write the run's own score to eval.json and its answers to answers.jsonl, others and those of a checkpoint into evals/ under
-    their name; return where the answers are."""
+def _files(subject, found):
+    """Return (scores, answers) of a run: its own, or those in evals/ of others and of a checkpoint."""
     name = found.name
     if subject.checkpoint is not None:
         name = f"{subject.checkpoint}-{name or 'held-out'}"
-    place, beside = subject.run.score_files(name)
-    place.parent.mkdir(exist_ok=True)
-    with contextlib.suppress(FileNotFoundError):
-        place.unlink()  # never a score beside answers of another
-    write_text(beside, found.text)
-    write_json(place, found.result)
-    return beside
+    return subject.run.score_files(name)
+
+
+def _write(subject, found, wanted):
+    """Write the score of a run and its answers, and the answers to a file that is `wanted`; return where they are."""
+    kept = None
+    if subject.run is not None:
+        place, kept = _files(subject, found)
+        place.parent.mkdir(exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            place.unlink()  # never a score beside answers of another
+        write_text(kept, found.text)
+        write_json(place, found.result)
+    if wanted.answers is not None:
+        kept = Path(wanted.answers)
+        write_text(kept, found.text)
+    return kept
+
+
+def _known_replies(subject, found, wanted):
+    """Return what a judge has said before, see win_rate.known_replies."""
+    places = [] if subject.run is None else [_files(subject, found)[1]]
+    places += [] if wanted.answers is None else [Path(wanted.answers)]
+    return {key: reply for place in places for key, reply in win_rate.known_replies(place).items()}
 
 
 def _command(target, data_file, overrides, max_rows, wanted):
@@ -279,6 +304,8 @@ def _command(target, data_file, overrides, max_rows, wanted):
     options += ["--lm-eval", ",".join(wanted.tasks)] if wanted.tasks else []
     forgetting = wanted.forgetting or (wanted.general_text and BUILT_IN)
     named = {"--forgetting": forgetting, "--choices": wanted.choices, "--include-path": wanted.include_path}
+    named |= {"--judge": wanted.judge_url, "--judge-model": wanted.judge_model}
+    named |= {"--judge-against": wanted.judge_against, "--judge-criteria": wanted.judge_criteria}
     named |= {"--shots": wanted.shots, "--examples": wanted.examples, "--batch-size": wanted.batch_size}
     options += [part for name, value in named.items() if value is not None for part in (name, str(value))]
     options += ["--by-text"] * wanted.by_text + ["--chat"] * wanted.chat

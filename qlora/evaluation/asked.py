@@ -12,8 +12,10 @@ from typing import Any
 from ..system.errors import InputError, ProofFailed
 from . import answer_metrics
 from .intervals import OF_LOSS
+from .judge import Judge
 
 BUILT_IN = "built-in"
+BEFORE, EXPECTED = "before", "expected"
 GENERAL_TEXT = Path(__file__).with_name("general_text.jsonl")
 BATCH_SIZE = 25
 
@@ -33,7 +35,9 @@ class Asked:
     metrics: names of answer_metrics beside those that fit the references. extract: a regular expression, of which the group
     (or the whole) of the last match is compared, or a Jinja template with {{ answer }}; for answers and references alike.
     forgetting: a file of rows that were not trained on, or BUILT_IN. latency: measure the time of an answer's token.
-    max_forgetting: nats a token. before_of: an evaluated run, whose base's answers are taken.
+    max_forgetting: nats a token. before_of: an evaluated run, whose base's answers are taken. judge_url, judge_model,
+    judge_criteria: of a judge.Judge, which says what answers are better than; judge_against: BEFORE, EXPECTED or an evaluated
+    run, whose answers those are; None: BEFORE of a run, EXPECTED of a model.
 
     Or instead of them:
     choices: a file of questions, see data.multiple_choice; by_text: score the text of each choice, not its letter. tasks: of
@@ -55,6 +59,10 @@ class Asked:
     before_of: str | None = None
     require: Sequence[str] = ()
     max_forgetting: float | None = None
+    judge_url: str | None = None
+    judge_model: str | None = None
+    judge_against: str | None = None
+    judge_criteria: str | None = None
     answers: str | None = None
     choices: str | None = None
     by_text: bool = False
@@ -67,7 +75,7 @@ class Asked:
     def __post_init__(self):
         for name in self.metrics:
             answer_metrics.named(name, ())
-        _ = self.cut
+        _ = self.cut, self.judge
         for text in self.require:
             _parsed(text)
         if self.batch_size is not None and self.batch_size < 1:
@@ -86,8 +94,11 @@ class Asked:
 
     def _refuse_without(self):
         """Raise InputError for an option that has no effect without another, or beside it."""
-        choices, tasks = self.choices is not None, bool(self.tasks)
+        choices, tasks, judge = self.choices is not None, bool(self.tasks), self.judge_url is not None
         needs = {
+            "--judge-model": (self.judge_model is not None, judge, "--judge URL"),
+            "--judge-against": (self.judge_against is not None, judge, "--judge URL"),
+            "--judge-criteria": (self.judge_criteria is not None, judge, "--judge URL"),
             "--by-text": (self.by_text, choices, "--choices FILE"),
             "--examples": (self.examples is not None, choices, "--choices FILE"),
             "--include-path": (self.include_path is not None, tasks, "--lm-eval TASK"),
@@ -115,7 +126,8 @@ class Asked:
         """Return {option: whether it is asked for} of those that are for generated answers."""
         forgetting = {"--forgetting": self.forgetting, "--max-forgetting": self.max_forgetting is not None}
         before = {"--latency": self.latency, "--before-of": self.before_of is not None}
-        return {"--metric": self.metrics, "--extract": self.extract} | before | forgetting
+        judge = {"--judge": self.judge_url is not None}
+        return {"--metric": self.metrics, "--extract": self.extract} | before | forgetting | judge
 
     @property
     def rows_together(self) -> int:
@@ -134,6 +146,15 @@ class Asked:
             return None
         return _template(self.extract) if re.search(r"{[{%]", self.extract) else _expression(self.extract)
 
+    @property
+    def judge(self) -> Judge | None:
+        """Who says which answers are better; None: nobody."""
+        if self.judge_url is None:
+            return None
+        if self.judge_model is None:
+            raise InputError("--judge: name its model too, with --judge-model NAME")
+        return Judge(self.judge_url, self.judge_model, self.judge_criteria)
+
     def refuse_for(self, has_classes: bool, is_run: bool):
         """Raise InputError where something is asked that only answers in words have, and the model `has_classes`; or what only a
         run has, which knows its base."""
@@ -141,6 +162,10 @@ class Asked:
             raise InputError("--max-forgetting is for a run: a model by itself has no loss before its training")
         if self.before_of is not None and not is_run:
             raise InputError("--before-of is for a run: a model by itself has no answers before its training")
+        if self.judge_against == BEFORE and not is_run:
+            raise InputError(
+                f"--judge-against {BEFORE} is for a run: a model by itself has no answers before its training"
+            )
         of_words = {"--choices": self.choices is not None, "--lm-eval": self.tasks, "--batch-size": self.batch_size}
         of_words |= self._of_words()
         for option, asked in of_words.items():
@@ -169,11 +194,11 @@ class Asked:
 
 
 def values_of(result: dict) -> dict[str, float]:
-    """Return {name: number} of what a result of `evaluate` has measured, "forgetting" too where it has."""
+    """Return {name: number} of what a result of `evaluate` has measured, "forgetting" and "win_rate" too where it has."""
     found = {name: result[name] for name in OF_LOSS if name in result}
     found |= {name: metric["value"] for name, metric in result["metrics"].items()}
-    forgetting = result.get("forgetting", {})
-    return found | ({"forgetting": forgetting["value"]} if "value" in forgetting else {})
+    further = {"forgetting": result.get("forgetting"), "win_rate": result.get("judge", {}).get("win_rate")}
+    return found | {name: one["value"] for name, one in further.items() if one and "value" in one}
 
 
 def _parsed(text) -> tuple[str, str, float]:

@@ -319,7 +319,7 @@ def measured(run: RunDir, name=None, when="after") -> Measured:
             if name != "answer"
         }
         rows = [
-            ({key: line[key] for key in line.keys() - {"before", "after", "expected"}}, line.get("expected"))
+            ({key: line[key] for key in line.keys() - {"before", "after", "expected", "judge"}}, line.get("expected"))
             for line in lines
         ]
     except (OSError, ValueError, LookupError, TypeError) as error:

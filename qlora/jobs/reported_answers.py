@@ -24,8 +24,8 @@ def answers(file, metrics, most_rows) -> dict[str, Any]:
     """Return {"rows", "counts": {what became of a row: how many}, "metric", "shown": [...], "left_out"} of an answers.jsonl.
 
     metrics: names of what was measured. metric: the one of them that says which are right. shown: at most `most_rows`, got worse
-    and wrong ones first, each {"number" (from 1), "asked", "before", "after", "expected", "became", "loss": [before, after]},
-    long texts cut.
+    and wrong ones first, each {"number" (from 1), "asked", "before", "after", "expected", "became", "loss": [before, after],
+    "judge": its verdict or None}, long texts cut.
 
     Raises:
         InputError: a line is not one of ours; names it.
@@ -85,6 +85,7 @@ def _shown(row, number, became):
         "after": None if "answer" not in sides[1] else cut(sides[1]["answer"]),
         "expected": None if "expected" not in row else cut(row["expected"]),
         "became": became,
+        "judge": row.get("judge", {}).get("verdict"),
         "loss": [side["loss"][0] / side["loss"][1] if side.get("loss") and side["loss"][1] else None for side in sides],
     }
 

@@ -275,7 +275,7 @@ def _scores_shown(run, name, scores):
     file = run.score_files(name)[0]
     try:
         of_loss = [name + end for name in OF_LOSS for end in ("", "_interval")]
-        names = ("rows", *of_loss, "tokens", "metrics", "change", "forgetting", "latency", "majority")
+        names = ("rows", *of_loss, "tokens", "metrics", "change", "forgetting", "latency", "majority", "judge")
         found = {name: scores.get(name) for name in names}
         found["command"] = scores.get("data", {}).get("command") or command("eval", run.path)
         before = scores.get("before") or {}

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from markupsafe import Markup
 
 from ..evaluation.intervals import OF_LOSS, is_share
+from ..evaluation.judge import win_rate_in_words
 from ..jobs.verdicts import change_in_words, number_of
 from ..recipe.comparison import settings_in_words
 from ..system.units import duration, size
@@ -236,6 +237,7 @@ _WORDS = SimpleNamespace(
     number=_number, counts=_counts, components=_components, data_facts=_data_facts, before=_before, scores=_scores,
     settings=settings_in_words, differences=_differences, comparison=_comparison, side_by_side=_side_by_side,
     change=change_in_words, differing=marked.pieces, best=_best, served=_served, served_remarks=_served_remarks,
+    win_rate=win_rate_in_words,
 )  # fmt: skip
 
 # ---- charts ----------------------------------------------------------------------------------------------------------

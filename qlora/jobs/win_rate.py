@@ -63,9 +63,8 @@ def add(result, rows, endpoint, against, others=None, known=()) -> None:
         judged.append(one)
         rows[number]["judge"] = one.to_json() | {"against": others[number]}
 
-    note(
-        f"asks {endpoint.judge.model} about {len(rows):,} rows: their prompts and both answers are sent to {endpoint.judge.host}"
-    )
+    who = endpoint.judge
+    note(f"asks {who.model} about {len(rows):,} rows: their prompts and both answers are sent to {who.host}")
     try:
         judge.compare(endpoint, [_in_words(row["prompt"]) for row in rows], answers, others, dict(known), keep)
     except InputError as error:

@@ -196,12 +196,12 @@ def test_a_model_by_itself_against_what_was_expected(tiny_model, tmp_path):
         (400, "context length exceeded", "400: .*see what it says"),
     ],
 )
-def test_an_endpoint_that_refuses_is_said_before_a_model_is_loaded(status, said, expected):
+def test_an_endpoint_that_refuses_is_said_before_anything_is_answered(tiny_model, status, said, expected):
     with (
         serving(prefers(len), lambda body, number: (status, said)) as (url, _),
         pytest.raises(InputError, match=expected),
     ):
-        evaluate("no/such/run", **asked(url))
+        evaluate(str(tiny_model()), "no such file", **asked(url))
 
 
 def test_an_endpoint_that_is_not_there_or_no_judge(tiny_model, monkeypatch):

@@ -121,7 +121,7 @@ def _of_rows(subject, wanted, data_file, max_rows) -> _Found:
     asked = list(map(_asked, said))
     opponents = None
     if wanted.judge is not None:
-        opponents = win_rate.opponents(wanted.judge_against, subject.run is not None, name, asked)
+        opponents = win_rate.opponents(wanted.judge_against, subject.recipe, name, asked)
     if has_classes:
         before, after = _before_and_after(
             subject, functools.partial(class_scores.score_of_classes, subject, rows), _CLASSES

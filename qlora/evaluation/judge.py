@@ -9,13 +9,15 @@ the rate.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib
 import json
 import os
+import queue
 import re
+import threading
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
@@ -150,7 +152,7 @@ class _Endpoint:
             403: "the key in OPENAI_API_KEY may not use this model",
             404: f"it has no model {self.judge.model}, or the address is wrong: it mostly ends with /v1",
             429: "too many requests, or nothing left to pay with; try again later",
-        }.get(status, "try again later" if status >= 500 else "see what it says")
+        }.get(status, "try again later" if status >= 500 else "see what it says, and the server's log")
         return InputError(f"the judge at {self.judge.host} refuses ({status}: {said[:300]}); {remedy}")
 
 
@@ -214,14 +216,40 @@ def compare(endpoint: _Endpoint, asked: Sequence[str], answers, others, known: M
         replies = [replied(messages) for messages in orders]
         return of_replies(replies)
 
-    with progress("judging", len(asked), "rows") as advance, ThreadPoolExecutor(_AT_ONCE) as pool:
-        waiting = [pool.submit(judged, number) for number in range(len(asked))]
-        try:
-            for number, one in enumerate(waiting):
-                keep(number, one.result())
-                advance(1)
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+    with progress("judging", len(asked), "rows") as advance:
+        for number, one in _in_threads(judged, len(asked)):
+            keep(number, one)
+            advance(1)
+
+
+def _in_threads(work, count):
+    """Yield (number, work(number)) of `count` numbers as they come; raise what one of them raises.
+
+    Threads that nobody waits for: a signal ends the evaluation while they still wait for replies, which may take minutes.
+    """
+    left, done, stopped = queue.SimpleQueue(), queue.SimpleQueue(), threading.Event()
+    for number in range(count):
+        left.put(number)
+
+    def run():
+        with contextlib.suppress(queue.Empty):
+            while not stopped.is_set():
+                number = left.get_nowait()
+                try:
+                    done.put((number, work(number), None))
+                except Exception as error:
+                    done.put((number, None, error))
+
+    for _ in range(min(_AT_ONCE, count)):
+        threading.Thread(target=run, daemon=True).start()
+    try:
+        for _ in range(count):
+            number, found, error = done.get()
+            if error is not None:
+                raise error
+            yield number, found
+    finally:
+        stopped.set()
 
 
 def of_replies(replies: Sequence[Mapping[str, str]]) -> Judged:

@@ -16,16 +16,20 @@ _BY_ORDER, _BY_LENGTH = 1 / 3, 3 / 4  # shares from which on it is said that a j
 _FEW = 10
 
 
-def opponents(against, is_run, name, asked) -> tuple[str, list[str] | None]:
+def opponents(against, recipe, name, asked) -> tuple[str, list[str] | None]:
     """Return whose answers are to be beaten, in words for a file, and those of another run; None: they come with this evaluation.
 
-    against: as Asked.judge_against. is_run: of what is evaluated. name: of the score, see RunDir.score_files. asked: what each
-    row asks, as JSON.
+    against: as Asked.judge_against. recipe: of the run that is evaluated, None of a model. name: of the score, see
+    RunDir.score_files. asked: what each row asks, as JSON.
 
     Raises:
         InputError: the other run was not evaluated on these rows.
     """
-    against = against or (BEFORE if is_run else EXPECTED)
+    if against is None and recipe is not None and (start := recipe.model.adapter_name_or_path):
+        note(
+            f"the judge compares with the base, not with {start} that the training began with: --judge-against {start} does"
+        )
+    against = against or (EXPECTED if recipe is None else BEFORE)
     if against in (BEFORE, EXPECTED):
         return against, None
     if not RunDir.is_run(against):
@@ -57,10 +61,10 @@ def add(result, rows, endpoint, against, others=None, known=()) -> None:
     """
     if others is None:
         others = [row[EXPECTED] if against == EXPECTED else row[BEFORE]["answer"] for row in rows]
-    answers, judged = [row["after"]["answer"] for row in rows], []
+    answers, judged = [row["after"]["answer"] for row in rows], {}
 
     def keep(number, one):
-        judged.append(one)
+        judged[number] = one
         rows[number]["judge"] = one.to_json() | {"against": others[number]}
 
     who = endpoint.judge
@@ -72,7 +76,9 @@ def add(result, rows, endpoint, against, others=None, known=()) -> None:
             f"{error}\n  {len(judged):,} of {len(rows):,} rows are judged, and kept with their answers; the same command goes on"
         ) from None
     of = {"model": who.model, "host": who.host, "criteria": who.criteria}
-    result["judge"] = of | {"against": against} | judge.win_rate(judged, answers, others)
+    result["judge"] = (
+        of | {"against": against} | judge.win_rate([judged[number] for number in range(len(rows))], answers, others)
+    )
     _say_biases(result["judge"])
 
 

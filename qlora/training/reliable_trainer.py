@@ -250,8 +250,7 @@ class Reliable(Hooks):
         # a loss that is a mean of the micro-batch is not the sum of its halves'
         divisible = num_items is not None
         keep = self.trained.masters.take_gradients if reduced else None
-        if self.model.device.type == "cpu":
-            memory.give_back_holes()
+        memory.give_back_holes(self.model.device)
         return _sum(self.economy.run(self, lambda part: step(model, part, num_items), keep, divisible))
 
     def finish_gradients(self):
@@ -268,6 +267,7 @@ class Reliable(Hooks):
             masters.multiply_gradients(1 / self.scaling.scale)
         self.trained.add_penalty()  # here: logged losses stay those of the objective
         norm = masters.clip_gradients(self.args.max_grad_norm)
+        memory.give_back_holes(self.model.device)  # a large parameter is stepped in float32
         losses = [loss for _, loss in self.micro_batches]
         gradient, *losses = torch.stack([norm, *losses]).tolist()  # one wait for a GPU
         if self.processes.count > 1:

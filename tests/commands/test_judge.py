@@ -2,7 +2,9 @@
 
 import contextlib
 import json
+import os
 import shutil
+import signal
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -272,3 +274,28 @@ def test_a_gate_on_the_win_rate(own_run):
     run = own_run
     with serving(prefers(lambda text: 0)) as (url, _), pytest.raises(ProofFailed, match=r"win_rate is 0\.5000"):
         evaluate(run.path, **asked(url, require=["win_rate>0.6"]))
+
+
+def test_a_signal_does_not_wait_for_the_judge(own_run):
+    """A reply may take minutes; what was judged before is kept."""
+    run, released = own_run, threading.Event()
+    first = []
+
+    def said(request, a, b):
+        if len(first) < 2:
+            first.append(request)
+            return "Verdict: A"
+        if len(first) == 2:
+            first.append(request)
+            threading.Timer(1, os.kill, (os.getpid(), signal.SIGINT)).start()
+        released.wait(60)
+        return "Verdict: A"
+
+    try:
+        with serving(said) as (url, _), pytest.raises(KeyboardInterrupt):
+            evaluate(run.path, **asked(url, judge_against="expected"))
+        assert not released.is_set()
+    finally:
+        released.set()
+    assert len(kept(run)) == 6
+    assert "judge" not in json.loads(run.eval_file.read_text())

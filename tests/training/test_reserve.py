@@ -132,7 +132,7 @@ def test_holes_of_the_heap_go_back_to_the_system():
     held, kept = memory.anonymous_bytes(), blocks[1::8]
     del blocks
     memory._given_back = 0.0
-    memory.give_back_holes()
+    memory.give_back_holes(torch.device("cpu"))
     assert memory.anonymous_bytes() < held - 80 * 2**20
     assert len(kept) == 16
 

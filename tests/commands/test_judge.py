@@ -131,10 +131,10 @@ def test_a_reply_without_a_verdict_is_no_tie(own_run):
             evaluate(run.path, **asked(url, judge_against="expected", require=["win_rate>=0.5"]))
 
 
-def test_it_goes_on_where_a_judge_broke_off(own_run):
+def test_it_goes_on_where_a_judge_broke_off(own_run, monkeypatch):
     """The score and what was judged are kept; the same command asks only for what is missing."""
-    run = own_run
-    broken = [True]
+    monkeypatch.setattr("qlora.evaluation.judge._AT_ONCE", 1)
+    run, broken = own_run, [True]
     refuse = lambda body, number: (500, "out of order") if broken and number > 5 else None  # noqa: E731
     with serving(prefers(lambda text: text), refuse) as (url, requests):
         with pytest.raises(InputError, match=r"refuses \(500.*\n.* rows are judged, and kept.*goes on"):
@@ -145,7 +145,8 @@ def test_it_goes_on_where_a_judge_broke_off(own_run):
         first = len(requests)
         found = evaluate(run.path, **asked(url, judge_against="expected"))
         assert sum("judge" in row for row in kept(run)) == found["rows"]
-        assert 1 <= len(requests) - first - 1 <= 2 * (found["rows"] - done)
+        assert done == 2
+        assert len(requests) - first == 1 + 2 * (found["rows"] - done)
         again = len(requests)
         evaluate(run.path, **asked(url, judge_against="expected"))
         assert len(requests) - again == 1

@@ -24,7 +24,8 @@ if __name__ == "__main__":
     parser.add_argument("answers", type=Path)
     parser.add_argument("pairs", type=Path)
     args = parser.parse_args()
-    rows = [json.loads(line) for line in args.answers.read_text(encoding="utf-8").splitlines()]
+    with args.answers.open(encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
     found = list(pairs_of(rows))
     text = "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in found)
     args.pairs.write_text(text, encoding="utf-8", newline="\n")

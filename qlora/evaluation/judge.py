@@ -238,6 +238,7 @@ def _in_threads(work, count):
                 try:
                     done.put((number, work(number), None))
                 except Exception as error:
+                    stopped.set()
                     done.put((number, None, error))
 
     for _ in range(min(_AT_ONCE, count)):

@@ -311,7 +311,7 @@ def measured(run: RunDir, name=None, when="after") -> Measured:
     if result is None or not answers.is_file():
         raise InputError(f"{run.path}: not evaluated yet (or by an older version); run:  qlora eval {run.path}")
     try:
-        lines = [json.loads(line) for line in answers.read_text(encoding="utf-8").splitlines()]
+        lines = list(map(json.loads, files.lines_of(answers)))
         found = [line[when] for line in lines]
         parts = {
             name: np.array([answer_metrics.from_json(one[name]) for one in found])

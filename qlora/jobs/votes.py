@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..evaluation.intervals import wilson
 from ..system.errors import InputError
+from ..system.files import lines_of
 from ..system.storage import add_line
 
 BASE, TUNED, TIE = "base", "tuned", "tie"
@@ -22,7 +23,7 @@ def read(file) -> list[dict]:
     """
     file, found = Path(file), []
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = lines_of(file)
     except (OSError, ValueError) as error:
         raise InputError(f"{file}: {error}; give another file with --votes") from None
     for number, line in enumerate(lines, start=1):

@@ -10,6 +10,7 @@ from ..evaluation.asked import BEFORE, EXPECTED
 from ..runs.folder import RunDir
 from ..system.errors import InputError
 from ..system.events import note
+from ..system.files import lines_of
 from . import compared_runs
 
 _BY_ORDER, _BY_LENGTH = 1 / 3, 3 / 4  # shares from which on it is said that a judge goes by place, or by length
@@ -44,7 +45,7 @@ def known_replies(file) -> dict[str, str]:
     """Return {Judge.key: reply} of the verdicts in an answers.jsonl of an earlier evaluation; {} where there are none."""
     found = {}
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):  # it is written anew
-        for line in file.read_text(encoding="utf-8").splitlines():
+        for line in lines_of(file):
             replies = json.loads(line).get("judge", {}).get("replies", ())
             found |= {one["key"]: one["text"] for one in replies if judge.verdict_in(one["text"])}
     return found

@@ -54,6 +54,17 @@ def read(path, what):
         raise InputError(f"{path} line {line}: {not_utf8(error)}") from None
 
 
+def lines_of(path):
+    """Return the lines of a UTF-8 file as JSON Lines has them: they end with a line feed alone; text may have U+2028 or U+0085,
+    at which str.splitlines would cut.
+
+    Raises:
+        OSError, UnicodeDecodeError: it cannot be read, or is not UTF-8.
+    """
+    with open(path, encoding="utf-8") as file:
+        return list(file)
+
+
 def not_utf8(error):
     """Return in words what a UnicodeDecodeError of UTF-8 says, and the remedy."""
     return f"not UTF-8 (byte 0x{error.object[error.start]:02x}); save the file as UTF-8"

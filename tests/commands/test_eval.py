@@ -11,8 +11,9 @@ from qlora.commands.train import train
 from qlora.data.sources import File
 from qlora.evaluation import generate
 from qlora.evaluation.asked import Asked
-from qlora.jobs import run_facts
+from qlora.jobs import compared_runs, run_facts, votes
 from qlora.system.errors import InputError, ProofFailed
+from qlora.system.files import lines_of
 from tests.conftest import messages, write_jsonl
 
 
@@ -259,3 +260,16 @@ def test_scores_of_older_versions_are_read(own_run, tmp_path):
     [listed] = [entry for entry in adapters(tmp_path) if entry["path"] == str(own_run.path)]
     assert listed["metrics"]["exact_match"]["value"] == 0.25
     assert ["exact match on 6 rows (qlora eval)", "0.0%", "25.0%"] in run_facts.origin_of(own_run).measured
+
+
+def test_answers_with_separators_of_lines_are_read_back(own_run, tmp_path):
+    """U+2028 and U+0085 end a line for str.splitlines, not for JSON Lines: a small model says such things."""
+    evaluate(own_run.path)
+    rows = [json.loads(line) for line in lines_of(own_run.answers_file)]
+    rows[0]["after"]["answer"] = said = "one\u2028two\x85three"
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    own_run.answers_file.write_text(text, encoding="utf-8")
+    assert compared_runs.measured(own_run).answers == [row["after"]["answer"] for row in rows]
+    kept = votes.Votes(tmp_path / "votes.jsonl", {"file": "1"})
+    kept.add({"prompt": said}, votes.BASE, {votes.BASE: said, votes.TUNED: said}, "left")
+    assert votes.read(tmp_path / "votes.jsonl") == kept.given

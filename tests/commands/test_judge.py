@@ -14,6 +14,7 @@ from qlora.commands.eval import evaluate
 from qlora.evaluation.judge import Judge, verdict_in
 from qlora.runs.folder import RunDir
 from qlora.system.errors import InputError, ProofFailed
+from qlora.system.files import lines_of
 from tests.conftest import messages, write_jsonl
 
 pytest.importorskip("openai", reason="the extra `judge` is not installed")
@@ -73,7 +74,7 @@ def asked(url, **settings):
 
 
 def kept(run):
-    return [json.loads(line) for line in run.answers_file.read_text().splitlines()]
+    return list(map(json.loads, lines_of(run.answers_file)))
 
 
 def test_a_judge_of_both_orders(own_run, monkeypatch):

@@ -152,7 +152,7 @@ def _train_prepared(prepared, resumed, planned, run, fingerprint, asked, all_of_
                     planned.limit_bytes,
                     tokens,
                     installed=installed,
-                    objective=chosen_task.objective_of(prepared, opened.model, installed, planned),
+                    objective=chosen_task.objective_of(prepared, opened.model, installed, planned, all_of_them.count),
                     predicted_components=planned.components,
                     samples=samples.asked_of(opened.model, prepared.tokenizer, asked) if answers else None,
                     processes=all_of_them,

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import itertools
 import logging
 import os
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..base_model import Share, text_generation
+from ..base_model import Share
 from ..runs.checkpoints import Checkpoints
 from ..runs.record import CheckpointSaved
 from ..system.errors import InputError, Interrupted, QLoRAError, TrainingFailed
@@ -60,13 +61,21 @@ class Processes:
         """Whether the micro-batch of a step, or of an evaluation, with this number is computed here."""
         return number % self.count == self.rank
 
+    def shares(self, stop):
+        """Yield of one batch after another whether it is computed here; after one of each process all take note of a signal.
+        stop: the Stop of the training."""
+        for number in itertools.count():
+            if number % self.count == 0:
+                stop.agree()
+            yield self.owns(number)
+
     def lacks_one_of(self, number):
         """Whether this process must run one more than its own of `number` micro-batches: others have one more."""
         return self.sharded and number % self.count > 0 and self.rank >= number % self.count
 
     def noticing(self):
         """Return the block in which a model computes; one that gathers its weights may find that another process has ended."""
-        return _noticing(_is_of_processes) if self.sharded else contextlib.nullcontext()
+        return _noticing() if self.sharded else contextlib.nullcontext()
 
     # ---- before the training ----
 
@@ -148,10 +157,24 @@ class Processes:
         """Return the sum over all processes of each of `numbers`, in float64."""
         if self.count == 1:
             return list(numbers)
-        found = torch.tensor([float(number) for number in numbers], dtype=torch.float64)
-        with _noticing():
-            dist.all_reduce(found)
-        return found.tolist()
+        return self.sum_of(torch.tensor([float(number) for number in numbers], dtype=torch.float64)).tolist()
+
+    def sum_of(self, tensor):
+        """Return the sum over all processes of a tensor on the CPU, which may be the tensor itself."""
+        if self.count > 1:
+            with _noticing():
+                dist.all_reduce(tensor)
+        return tensor
+
+    def losses_of_all(self, trainer, losses):
+        """Return the losses of the micro-batches of a step, each of the process that has computed it, and give the trainer what
+        all have measured of the step, and the signal that one has got. losses: 0 where another process has computed it."""
+        if self.count > 1:
+            sums = trainer.saving.stop.agree([*losses, *trainer.objective.measured()])
+            losses, measured = sums[: len(losses)], sums[len(losses) :]
+            trainer.objective.agree(measured)
+            trainer.add_losses(trainer.loss_before, losses)
+        return losses
 
     def first_said(self, text):
         """Return the first text that a process has said; None where none has."""
@@ -244,11 +267,6 @@ def _take_own_card(launched_as):
 def refuse_unsupported(recipe, count):
     """Raise InputError for what several processes do not do, before a row is read."""
     training = recipe.training
-    if recipe.task != text_generation.NAME:
-        raise InputError(f"task {recipe.task}: several processes are for {text_generation.NAME}; start one")
-    if recipe.objective is not None:
-        name = type(recipe.objective).__name__.lower()
-        raise InputError(f"{name}: several processes are for supervised training; start one")
     rows, micro_batches = training.rows_per_step, training.gradient_accumulation_steps
     by_tokens = training.tokens_per_micro_batch is not None and not recipe.data.packing
     what, many = ("rows", rows) if by_tokens else ("micro-batches", micro_batches)
@@ -287,12 +305,12 @@ class WrittenByFirst(Checkpoints):
 
 
 @contextlib.contextmanager
-def _noticing(only=lambda error: True):
-    """Say in one line that another process has ended; gloo and NCCL say it in many. only(error): whether it may be that."""
+def _noticing():
+    """Say in one line that another process has ended; gloo and NCCL say it in many."""
     try:
         yield
     except RuntimeError as error:
-        if "out of memory" in str(error).lower() or not only(error):
+        if "out of memory" in str(error).lower() or not _is_of_processes(error):
             raise
         raise Lost("another process has ended, so this one does too") from None
 

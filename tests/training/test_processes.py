@@ -151,11 +151,24 @@ def test_a_batch_that_does_not_divide_is_refused(make_recipe):
         processes.refuse_unsupported(recipe, 3)
 
 
-def test_other_objectives_and_tasks_are_refused(make_recipe):
-    with pytest.raises(InputError, match="dpo: several processes are for supervised training"):
-        processes.refuse_unsupported(make_recipe(dpo={}), 2)
-    with pytest.raises(InputError, match="task text-classification: several processes"):
-        processes.refuse_unsupported(make_recipe(task="text-classification", data={"eval_fraction": 0.25}), 2)
+@pytest.mark.parametrize(
+    ("said", "is_of_processes"),
+    [
+        ("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:6", True),
+        ("NCCL communicator was aborted on rank 0", True),
+        ("The size of tensor a (3) must match the size of tensor b (4)", False),
+        ("CUDA error: an illegal memory access was encountered", False),
+        ("NCCL error: ncclUnhandledCudaError: Failed to CUDA calloc, out of memory", False),
+    ],
+)
+def test_only_what_processes_say_is_taken_for_a_lost_one(monkeypatch, said, is_of_processes):
+    def fail(tensor):
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(processes.dist, "all_reduce", fail)
+    with pytest.raises(processes.Lost if is_of_processes else RuntimeError) as raised:
+        processes.Processes(0, 2).sums([1])
+    assert (str(raised.value) == said) == (not is_of_processes)
 
 
 def test_what_is_wrong_is_said_once(make_recipe, tmp_path):

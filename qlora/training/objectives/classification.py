@@ -111,7 +111,8 @@ class Trainer(PlainTrainer):
     def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
         self.right = self.answered = 0
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        output.metrics[f"{metric_key_prefix}_accuracy"] = int(self.right) / max(1, self.answered)
+        right, answered = self.processes.sums([int(self.right), self.answered])
+        output.metrics[f"{metric_key_prefix}_accuracy"] = right / max(1, answered)
         return output
 
 

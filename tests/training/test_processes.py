@@ -254,3 +254,46 @@ def test_a_loss_that_diverges_ends_all_with_one_message(make_recipe, tmp_path):
     assert [code for code, *_ in ended] == [1, 1], ended
     assert sum("the loss has diverged" in err for *_, err in ended) == 1
     assert list(both.checkpoints.glob("step-*"))
+
+
+STOPPED = """
+import os, signal, sys
+from qlora import cli
+from qlora.training.reliable_trainer import Reliable
+
+real, numbers = Reliable.prediction_step, []
+is_last = int(os.environ["RANK"]) + 1 == int(os.environ["WORLD_SIZE"])
+
+def stopped(self, *rest, **named):
+    found = real(self, *rest, **named)
+    if is_last and not numbers:
+        os.kill(os.getpid(), signal.SIGTERM)
+    numbers.append(found)
+    return found
+
+Reliable.prediction_step = stopped
+sys.argv = ["qlora", "train", *sys.argv[1:]]
+cli.main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("count", "every"),
+    [(2, None), *(pytest.param(*one, marks=pytest.mark.slow) for one in [(1, None), (1, 3), (2, 3)])],
+)
+def test_a_signal_in_the_last_evaluation_saves_once_and_the_run_ends_when_it_goes_on(
+    make_recipe, tmp_path, count, every
+):
+    training = {**STEPS, "per_device_eval_batch_size": 2, "eval_steps": every}
+    file, run = written(make_recipe(training=training), tmp_path, "run")
+    (tmp_path / "stopped.py").write_text(STOPPED)
+    ended = Started(file, count=count, before=[tmp_path / "stopped.py"]).finish()
+    assert [code for code, *_ in ended] == [143] * count, ended
+    assert sum("resume after step 3" in err for *_, err in ended) == 1
+    assert [path.name for path in run.checkpoints.glob("step-*")] == ["step-3"]
+    assert not run.adapter.exists()
+    assert not losses(run)[1]
+    ended = Started(file, "--resume", count=count).finish()
+    assert [code for code, *_ in ended] == [0] * count, ended
+    assert run.adapter.is_dir()
+    assert len(losses(run)[1]) == 1

@@ -105,7 +105,7 @@ def _train(recipe, resumed, all_of_them):
     if resumed is not None:
         resumed.refuse_changes(fingerprint)
     tokens = None if resumed is None else resumed.tokens_per_micro_batch
-    planned = plan_training(prepared, base_model.default_device(), tokens, all_of_them.share)
+    planned = plan_training(prepared, base_model.default_device(), tokens, all_of_them.share, all_of_them.here)
     say_planned(planned)
     say_seen(recipe, prepared.batches)
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -77,6 +78,7 @@ def test_two_processes_train_what_one_does(make_recipe, tmp_path):
     assert (first, second) == (0, 0), said + err
     assert (out, _ours(err)) == ("", ""), err
     assert "processes 2" in said
+    assert re.search(r"plan +peak .* of .* for each of 2 processes \(", said)
     for ours, theirs in zip(losses(both), losses(run), strict=True):
         assert ours == pytest.approx(theirs, abs=ROUNDING)
     assert len(losses(both)[0]) == 3

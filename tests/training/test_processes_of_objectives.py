@@ -11,6 +11,7 @@ from tests.commands.test_preferences import ROWS as PAIRS
 from tests.commands.test_preferences import computed
 from tests.conftest import write_jsonl
 from tests.training.test_processes import FLOAT32, ROUNDING, STEPS, Started, written
+from tests.training.test_sharding import shared
 
 # 6 held-out rows are 2 batches, of 4 and of 2; the last step of an epoch of 18 rows has fewer
 UNEVEN = {**STEPS, "per_device_eval_batch_size": 4, "eval_steps": 3, "logging_steps": 1}
@@ -138,3 +139,24 @@ def test_a_run_of_two_goes_on_with_one_and_the_other_way_round(preferring, tmp_p
         assert len(lines[0]) == len(lines[1]) > 1
         for expected, found in zip(*lines, strict=True):
             assert found == pytest.approx(expected, abs=ROUNDING, rel=ROUNDING)
+
+
+# 18 rows are 9 micro-batches, of which the third step has one; 6 held-out rows are 3 batches: one process has one more
+ODD = {**UNEVEN, **OF_ROWS, "per_device_eval_batch_size": 2}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("objective", "together"), [("dpo", ODD), ("kto", ODD), ("kto", OF_TOKENS), ("orpo", ODD)])
+def test_two_that_share_the_base_prefer_what_one_does(preferring, tmp_path, objective, together):
+    recipe = preferring(objective, training=together)
+    run, both = alone(recipe, tmp_path), trained_by(2, shared(recipe), tmp_path, "two")
+    assert_same(run, both)
+
+
+@pytest.mark.slow
+def test_two_that_share_the_base_learn_the_classes_that_one_does(classify_recipe, tmp_path):
+    """A batch that a process runs only to gather the weights for another is not counted."""
+    training = {**UNEVEN, "per_device_train_batch_size": 4, "per_device_eval_batch_size": 8}
+    recipe = classify_recipe("llama", training=training, quantization=FLOAT32)
+    run, both = alone(recipe, tmp_path), trained_by(2, shared(recipe), tmp_path, "two")
+    assert_same(run, both)

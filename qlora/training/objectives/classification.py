@@ -95,6 +95,7 @@ class Trainer(PlainTrainer):
     """A PlainTrainer which counts right answers in an evaluation."""
 
     objective: Classification
+    counted = ("right", "answered")
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)

@@ -22,8 +22,8 @@ TRL_COUNTERS = ("_metrics", "_total_train_tokens")  # what trl's trainers count 
 
 
 class Hooks(_Trainer):
-    """Private methods of transformers' Trainer, each handed to a method of `Reliable`; and its sums of losses. counted: attributes
-    in which a class counts what it computes, beside trl's."""
+    """Private methods of transformers' Trainer, each handed to a method of `Reliable`; and its sums of losses. counted: names
+    of attributes in which a class counts what it computes, beside trl's."""
 
     counted: tuple[str, ...] = ()
 

@@ -270,14 +270,17 @@ def refuse_unsupported(recipe, count):
     training = recipe.training
     rows, micro_batches = training.rows_per_step, training.gradient_accumulation_steps
     by_tokens = training.tokens_per_micro_batch is not None and not recipe.data.packing
-    what, many = ("rows", rows) if by_tokens else ("micro-batches", micro_batches)
+    what, many = ("row", rows) if by_tokens else ("micro-batch", micro_batches)
     if many % count:
         fitting = [number for number in range(2, many + 1) if many % number == 0]
         or_start = f", or start {' or '.join(map(str, fitting[:4]))} processes" if fitting else ""
         field = "training.gradient_accumulation_steps"
         higher = -(-micro_batches // count) * count
+        smaller = f" and training.per_device_train_batch_size={rows // higher}" if rows % higher == 0 else ""
+        plural = "" if many == 1 else "s" if by_tokens else "es"
         raise InputError(
-            f"{field}: a step has {many} {what}, which {count} processes cannot share equally; set {field}={higher}{or_start}"
+            f"{field}: a step has {many} {what}{plural}, which {count} processes cannot share equally; "
+            f"set {field}={higher}{smaller}{or_start}"
         )
 
 
@@ -317,7 +320,7 @@ def _noticing():
 
 
 def _is_of_processes(error):
-    return isinstance(error, dist.DistError) or any(name in str(error) for name in ("gloo", "NCCL"))
+    return isinstance(error, dist.DistError) or any(name in str(error).lower() for name in ("gloo", "nccl"))
 
 
 def _chunks(tensors):

@@ -151,6 +151,10 @@ def test_a_batch_that_does_not_divide_is_refused(make_recipe):
         InputError, match=r"gradient_accumulation_steps.*4 micro-batches.*3 processes.*=6, or start 2 or 4"
     ):
         processes.refuse_unsupported(recipe, 3)
+    of_classes = make_recipe(task="text-classification", training={"per_device_train_batch_size": 16})
+    said = "a step has 1 micro-batch, .*gradient_accumulation_steps=2 and training.per_device_train_batch_size=8$"
+    with pytest.raises(InputError, match=said):
+        processes.refuse_unsupported(of_classes, 2)
 
 
 @pytest.mark.parametrize(

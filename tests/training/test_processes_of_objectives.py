@@ -1,5 +1,7 @@
 """Two processes train what one does with pairs, judged answers and classes: losses, rewards, distances, accuracies."""
 
+import signal
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -160,3 +162,97 @@ def test_two_that_share_the_base_learn_the_classes_that_one_does(classify_recipe
     recipe = classify_recipe("llama", training=training, quantization=FLOAT32)
     run, both = alone(recipe, tmp_path), trained_by(2, shared(recipe), tmp_path, "two")
     assert_same(run, both)
+
+
+# a method's own part of a step is that of the summed gradients: AdaLoRA's importance, the rows that full training holds
+METHODS = {
+    "ia3": {"ia3": {}},
+    "oft": {"oft": {}},
+    "hira": {"hira": {"r": 8}},
+    "bottleneck": {"bottleneck": {}},
+    "prefix": {"prefix_tuning": {}},
+    "prompt": {"prompt_tuning": {}},
+    "adalora": {"adalora": {"init_r": 6, "target_r": 4, "tinit": 1, "tfinal": 1, "deltaT": 1}, "training": {"max_steps": 6}},
+    "dora": {"lora": {"use_dora": True, "r": 4}},
+    "full": {"full": {}, "quantization": None, "model": {"dtype": "float32"}},
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHODS)
+def test_two_processes_train_any_method_as_one_does(make_recipe, tmp_path, name):
+    sections = dict(METHODS[name])
+    training = {**UNEVEN, **OF_ROWS, **sections.pop("training", {})}
+    recipe = make_recipe(**{"training": training, "quantization": FLOAT32} | sections)
+    run, both = alone(recipe, tmp_path), trained_by(2, recipe, tmp_path, "two")
+    assert_same(run, both)
+
+
+IN_THE_REFERENCE = """
+import math, os, signal, sys
+from qlora import cli
+from qlora.training.objectives.preference import Preference
+
+real, numbers, is_last, what = Preference.log_probabilities, [], os.environ["RANK"] == "1", sys.argv.pop(1)
+
+def other(self, model, inputs):
+    found, counts = real(self, model, inputs)
+    if not model.training and is_last:
+        numbers.append(None)
+        if what.startswith("SIG") and len(numbers) == 2:
+            os.kill(os.getpid(), getattr(signal, what))
+        if what == "nan" and len(numbers) == 1:
+            found = found * math.nan
+    return found, counts
+
+Preference.log_probabilities = other
+sys.argv = ["qlora", "train", *sys.argv[1:]]
+cli.main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("what", "codes", "said"),
+    [
+        ("SIGTERM", [143, 143], "stopped"),
+        ("SIGKILL", [1, -signal.SIGKILL], "another process has ended"),
+        ("nan", [2, 2], "the reference's log probability of training row"),
+    ],
+)
+def test_what_happens_to_one_in_the_reference_ends_all_with_one_message(preferring, tmp_path, what, codes, said):
+    file, run = written(preferring("dpo", training=OF_ROWS), tmp_path, "two")
+    (tmp_path / "other.py").write_text(IN_THE_REFERENCE)
+    ended = Started(what, file, before=[tmp_path / "other.py"]).finish()
+    assert [code for code, *_ in ended] == codes, ended
+    assert "".join(err for *_, err in ended).count(said) == 1
+    assert "Traceback" not in ended[0][2]
+    assert not run.reference_file.exists()
+
+
+IN_THE_DISTANCE = """
+import math, os, sys
+from qlora import cli
+from qlora.training.objectives.judged import Judgement
+
+real, numbers, is_last = Judgement._summed_ratios, [], os.environ["RANK"] == "1"
+
+def other(*arguments):
+    numbers.append(None)
+    return real(*arguments) * (math.nan if is_last and len(numbers) == 1 else 1)
+
+Judgement._summed_ratios = other
+sys.argv = ["qlora", "train", *sys.argv[1:]]
+cli.main()
+"""
+
+
+@pytest.mark.slow
+def test_a_distance_that_is_not_finite_in_one_process_skips_the_step_in_all(preferring, tmp_path):
+    file, run = written(preferring("kto", training={**OF_ROWS, "eval_steps": None}), tmp_path, "two")
+    (tmp_path / "other.py").write_text(IN_THE_DISTANCE)
+    ended = Started(file, before=[tmp_path / "other.py"]).finish()
+    assert [code for code, *_ in ended] == [0, 0], ended
+    (skipped,) = [line for line in computed(run) if "not_taken" in line]
+    assert (skipped["step"], len(skipped["rows"])) == (1, 8)
+    assert [line["step"] for line in computed(run) if "loss" in line] == [2, 3]

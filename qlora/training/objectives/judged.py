@@ -151,7 +151,7 @@ class SeenJudged(Seen):
 
     def add(self, rewards_P, logps_P, counts_P, good_P, kl_P):
         """Rows whose numbers are not finite are left out: their step is too."""
-        finite_P = rewards_P.isfinite() & logps_P.isfinite()
+        finite_P = rewards_P.isfinite() & logps_P.isfinite() & kl_P.isfinite()
         parts = []
         for of_P in (good_P & finite_P, ~good_P & finite_P):
             parts += [torch.where(of_P, one.double(), 0.0).sum() for one in (rewards_P, logps_P)] + [

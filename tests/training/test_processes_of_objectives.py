@@ -256,3 +256,13 @@ def test_a_distance_that_is_not_finite_in_one_process_skips_the_step_in_all(pref
     (skipped,) = [line for line in computed(run) if "not_taken" in line]
     assert (skipped["step"], len(skipped["rows"])) == (1, 8)
     assert [line["step"] for line in computed(run) if "loss" in line] == [2, 3]
+
+
+@pytest.mark.slow
+def test_rows_that_are_there_twice_have_the_reference_of_one(preferring, tmp_path):
+    recipe = preferring("dpo", rows=PAIRS + PAIRS[:7], training=OF_ROWS)
+    run, both = alone(recipe, tmp_path), trained_by(2, recipe, tmp_path, "two")
+    assert_same(run, both)
+    theirs, ours = load_file(run.reference_file), load_file(both.reference_file)
+    for name, expected in theirs.items():
+        torch.testing.assert_close(ours[name], expected, rtol=1e-5, atol=1e-5)

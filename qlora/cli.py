@@ -169,8 +169,10 @@ def plan(
         return
     if recipe is None:
         raise InputError("qlora plan needs a recipe: qlora plan RECIPE; see recipes/")
-    if sum((methods, processes is not None, plot is not None)) > 1 or (link is not None and processes is None):
-        raise InputError("--methods, --plot and --processes (with --link) are plans of their own; give one of them")
+    if sum((methods, processes is not None, plot is not None)) > 1:
+        raise InputError("--methods, --plot and --processes are plans of their own; give one of them")
+    if link is not None and processes is None:
+        raise InputError("--link is the GB/s between several cards: give --processes too, such as --processes 2")
     if methods:
         every = _run("plan_methods", as_json, _load(recipe, overrides), vram, card)
         fits = any(one["fits"] for one in every["methods"])
@@ -206,10 +208,7 @@ def evaluate(
         int | None,
         typer.Option(min=1, help="use the first N rows; default: 100 where answers are generated, else all"),
     ] = None,
-    metric: Annotated[
-        list[str] | None,
-        typer.Option(help="a further metric of the answers: macro_f1, rougeL, bleu, chrf; may be repeated"),
-    ] = None,
+    metric: options.Metric = None,
     extract: Annotated[
         str | None, typer.Option(help="compare this part of answers: a regular expression, or Jinja with {{ answer }}")
     ] = None,

@@ -7,6 +7,10 @@ from typing import Annotated
 import typer
 
 # of `qlora eval`
+Metric = Annotated[
+    list[str] | None,
+    typer.Option(help="a further metric of the answers: macro_f1, rougeL, bleu, chrf; may be repeated"),
+]
 BeforeOf = Annotated[
     str | None, typer.Option(metavar="RUN", help="take the base's answers of this run, on the same base and rows")
 ]

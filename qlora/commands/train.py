@@ -105,7 +105,7 @@ def _train(recipe, resumed, all_of_them):
     if resumed is not None:
         resumed.refuse_changes(fingerprint)
     tokens = None if resumed is None else resumed.tokens_per_micro_batch
-    planned = plan_training(prepared, base_model.default_device(), tokens, all_of_them.share)
+    planned = plan_training(prepared, base_model.default_device(), tokens, all_of_them.share, all_of_them.here)
     say_planned(planned)
     say_seen(recipe, prepared.batches)
 
@@ -152,7 +152,7 @@ def _train_prepared(prepared, resumed, planned, run, fingerprint, asked, all_of_
                     planned.limit_bytes,
                     tokens,
                     installed=installed,
-                    objective=chosen_task.objective_of(prepared, opened.model, installed, planned),
+                    objective=chosen_task.objective_of(prepared, opened.model, installed, planned, all_of_them.count),
                     predicted_components=planned.components,
                     samples=samples.asked_of(opened.model, prepared.tokenizer, asked) if answers else None,
                     processes=all_of_them,

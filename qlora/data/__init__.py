@@ -13,7 +13,7 @@ from .judged import Judged, Judgements, Mismatched
 from .labelled import TEXT, Labelled, LabelledText, Pad
 from .labelled_images import KeptImage, LabelledImage, LabelledImages, Pixels, image_sizes
 from .masked_examples import IGNORE_INDEX, Example
-from .packing import Batches, Packed, Packs, best_fit, pack
+from .packing import Batches, Packed, Packs, best_fit, joined_parts, pack
 from .preference import Answers, Pair, Preferences
 from .rows import Rows, copies, hold_out, weighted
 from .supervised import Supervised
@@ -47,6 +47,7 @@ __all__ = [
     "hold_out",
     "image",
     "image_sizes",
+    "joined_parts",
     "judged",
     "labels",
     "load",

@@ -129,6 +129,17 @@ def best_fit(lengths, capacity):
     return pack_of
 
 
+def joined_parts(lengths, tokens, parts=1):
+    """Return [[places]] of rows of these lengths that are computed together, in order.
+
+    As few as best fit makes of at most `tokens` tokens, or of one longer row; at least so many `parts`, of about the same number
+    of tokens, where there are the rows.
+    """
+    tokens = min(tokens, -(-sum(lengths) // parts))
+    part_of = best_fit(lengths, max(tokens, *lengths))
+    return [np.flatnonzero(part_of == part).tolist() for part in range(int(part_of.max()) + 1)]
+
+
 def _pairs(order, lengths, block=1 << 16):
     """Yield (index, length) in `order`, as Python numbers, which take 8 times the memory: some at a time."""
     for start in range(0, len(order), block):

@@ -65,10 +65,11 @@ def proof_of(task):
     return class_proof if task.HAS_CLASSES else proof
 
 
-def objective_of(prepared, model, installed, planned):
+def objective_of(prepared, model, installed, planned, parts=1):
     """Return the objective of Prepared data for a model to train; None for the supervised one, which training makes itself.
 
-    installed: kernels.Installed. planned: planned_training.Planned.
+    installed: kernels.Installed. planned: planned_training.Planned. parts: into so many joined rows are
+    cut at least.
     """
     section = prepared.recipe.objective
     if section is not None:
@@ -77,7 +78,7 @@ def objective_of(prepared, model, installed, planned):
 
         tokens = planned.tokens_per_micro_batch if installed.joined else None
         kind = Judgement if section.key == "kto" else Preference
-        return kind(section, prepared.tokenizer.pad_token_id, installed.joined, installed.loss, tokens)
+        return kind(section, prepared.tokenizer.pad_token_id, installed.joined, installed.loss, tokens, parts)
     if not prepared.checkpoint.task.file.HAS_CLASSES:
         return None
     from ..training.objectives.classification import Classification  # with trl, which `data` and `plan` do without

@@ -64,14 +64,16 @@ def computer_of(card):
     return base_model.Computer(found.name, found.bfloat16)
 
 
-def budget_of_device(recipe, device) -> Budget:
-    """Return the Budget of a training on a torch device: memory.budget, or what is free there."""
+def budget_of_device(recipe, device, sharers=1) -> Budget:
+    """Return the Budget of a training on a torch device: memory.budget, or what is free there; on a CPU, whose memory so many
+    processes share, its part of that."""
     import torch
 
     budget, card = recipe.memory.budget, None
     if device.type == "cuda" and torch.cuda.is_available():
         card = card_of_device(device)
-    return Budget(free_bytes(device) if budget is None else parse_size(budget), card=card)
+    free = free_bytes(device) // (1 if device.type == "cuda" else sharers)
+    return Budget(free if budget is None else parse_size(budget), card=card)
 
 
 def card_of_device(device):

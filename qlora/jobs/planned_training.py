@@ -26,7 +26,7 @@ class Planned:
     limit_bytes: what there is, in the same terms. Without a plan, which is None then, why_none says why, these are None, and the
     rehearsal finds what does not fit.
     tokens_before: the tokens_per_micro_batch of a resumed run, where the memory no longer allows them.
-    elsewhere_bytes: of the `plan`'s weights, those that other processes hold.
+    elsewhere_bytes: of the `plan`'s weights, those that other processes hold. sharers: processes that share what is free.
     """
 
     checkpointed_layers: int
@@ -37,6 +37,7 @@ class Planned:
     tokens_before: int | None = None
     limit_bytes: int | None = None
     elsewhere_bytes: int = 0
+    sharers: int = 1
 
     @property
     def components(self):
@@ -57,17 +58,19 @@ class Planned:
         return None if self.plan is None else self.plan.tokens_per_micro_batch
 
 
-def plan_training(prepared, device, tokens=None, share=None) -> Planned:
+def plan_training(prepared, device, tokens=None, share=None, here=1) -> Planned:
     """Return how the training of Prepared data fits on a device, which may be a CPU.
 
     tokens: the tokens_per_micro_batch of a run that is resumed; other micro-batches would be the same but for rounding.
-    share: the base_model.Share of the base that this process holds; None: the whole base.
+    share: the base_model.Share of the base that this process holds; None: the whole base. here: so many processes of this
+    training are on this machine, and share its memory, but not its GPUs.
 
     Raises:
         DoesNotFit: it does not, or what it offloads does not fit into the host's memory; says what would.
         InputError: the model has fewer layers than are to be checkpointed, offloading has nothing to move, or the disk is full.
     """
-    recipe, budget, elsewhere = prepared.recipe, budget_of_device(prepared.recipe, device), 0
+    recipe, budget, elsewhere = prepared.recipe, budget_of_device(prepared.recipe, device, here), 0
+    sharers = here if device.type != "cuda" and recipe.memory.budget is None else 1
     if share is not None:  # the planner has one process, with the whole base
         elsewhere = several_cards.held_elsewhere(base_model.code_bytes(prepared.config, recipe.model), share.count)
         budget = replace(budget, num_bytes=budget.num_bytes + elsewhere)
@@ -86,21 +89,21 @@ def plan_training(prepared, device, tokens=None, share=None) -> Planned:
         before, job = tokens, job_of(prepared, device.type, budget)
         found = planner.plan(job)
     if not found.fits:
-        raise DoesNotFit(_what_would_fit(recipe, job, found, device, elsewhere))
-    refuse_full_host(found)
+        raise DoesNotFit(_what_would_fit(recipe, job, found, device, elsewhere, sharers))
+    refuse_full_host(found, here)
     refuse_full_disk(recipe, found)
     predicted = memory.anonymous_bytes() + found.peak_bytes if device.type == "cpu" else found.cuda_bytes
     predicted -= elsewhere
     limit = predicted - found.peak_bytes + found.budget_bytes  # on a GPU less what is not torch's
-    return Planned(found.checkpointed_layers, found.offload, predicted, found, "", before, limit, elsewhere)
+    return Planned(found.checkpointed_layers, found.offload, predicted, found, "", before, limit, elsewhere, sharers)
 
 
-def _what_would_fit(recipe, job, found, device, elsewhere):
+def _what_would_fit(recipe, job, found, device, elsewhere, sharers):
     free, needed = recipe.memory.budget is None, found.peak_bytes - elsewhere
     changes = planner.suggestions(job)
     lines = [
         f"does not fit: {size(needed)} are needed ({found.where}), {size(job.budget_bytes - elsewhere)} are "
-        f"{'free' if free else 'memory.budget'}; "
+        f"{'free' if free else 'memory.budget'}{for_each_of(sharers)}; "
         + ("what would help, best first:" if changes else "no setting would make it less, a smaller model would")
     ]
     lines += [
@@ -113,15 +116,20 @@ def _what_would_fit(recipe, job, found, device, elsewhere):
     return "\n".join(lines)
 
 
-def refuse_full_host(found):
-    """Raise DoesNotFit where what a Plan moves to the host does not fit into the memory that is free there: it is pinned, and
-    cannot be swapped."""
-    free = psutil.virtual_memory().available
+def for_each_of(sharers):
+    """Return in words that a number of bytes is the share of each of so many processes."""
+    return f" for each of {sharers} processes" if sharers > 1 else ""
+
+
+def refuse_full_host(found, here=1):
+    """Raise DoesNotFit where what a Plan moves to the host does not fit into the memory that is free there, of which each process
+    `here` has its share: it is pinned, and cannot be swapped."""
+    free = psutil.virtual_memory().available // here
     if found.host_bytes > free:
         raise DoesNotFit(
             f"does not fit: memory.offload moves {size(found.host_bytes)} of layer inputs to CPU memory, {size(free)} are free "
-            "there; free some, set a lower data.max_length, or fewer tokens a micro-batch (training.per_device_train_batch_size, "
-            "training.tokens_per_micro_batch)"
+            f"there{for_each_of(here)}; free some, set a lower data.max_length, or fewer tokens a micro-batch "
+            "(training.per_device_train_batch_size, training.tokens_per_micro_batch)"
         )
 
 

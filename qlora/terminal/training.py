@@ -9,6 +9,7 @@ from collections import deque
 
 from .. import base_model, methods
 from ..jobs import findings
+from ..jobs.planned_training import for_each_of
 from ..runs import record
 from ..system.events import Progress, emit, note
 from ..system.units import duration, size
@@ -131,7 +132,7 @@ def say_planned(planned):
     where = ", layer inputs offloaded to CPU memory" if found.offload else ""
     note(
         f"plan      peak {size(found.peak_bytes - planned.elsewhere_bytes)} of "
-        f"{size(found.budget_bytes - planned.elsewhere_bytes)} ({found.where}); "
+        f"{size(found.budget_bytes - planned.elsewhere_bytes)}{for_each_of(planned.sharers)} ({found.where}); "
         f"{found.checkpointed_layers} of {found.num_layers} layers checkpointed{where}"
     )
 

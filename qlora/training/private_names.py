@@ -22,7 +22,10 @@ TRL_COUNTERS = ("_metrics", "_total_train_tokens")  # what trl's trainers count 
 
 
 class Hooks(_Trainer):
-    """Private methods of transformers' Trainer, each handed to a method of `Reliable`; and its sums of losses."""
+    """Private methods of transformers' Trainer, each handed to a method of `Reliable`; and its sums of losses. counted: names
+    of attributes in which a class counts what it computes, beside trl's."""
+
+    counted: tuple[str, ...] = ()
 
     # ---- overridden ----
 
@@ -97,8 +100,9 @@ class Hooks(_Trainer):
         self._globalstep_last_logged += 1  # transformers divides by the steps since then
 
     def counters(self):
-        """Return {name: copy} of trl's counters, where the class has them."""
-        return {name: copy.deepcopy(getattr(self, name)) for name in TRL_COUNTERS if hasattr(self, name)}
+        """Return {name: copy} of the counters that the class has."""
+        names = (*TRL_COUNTERS, *self.counted)
+        return {name: copy.deepcopy(getattr(self, name)) for name in names if hasattr(self, name)}
 
     def restore_counters(self, counters):
         for name, value in counters.items():

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import itertools
 import logging
 import os
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..base_model import Share, text_generation
+from ..base_model import Share
 from ..runs.checkpoints import Checkpoints
 from ..runs.record import CheckpointSaved
 from ..system.errors import InputError, Interrupted, QLoRAError, TrainingFailed
@@ -39,12 +40,13 @@ class Lost(TrainingFailed):
 @dataclass(frozen=True)
 class Processes:
     """The processes of a training, and which of them this is. store: what they know each other by. sharded: each holds a share of
-    the base, so all must run the model equally often."""
+    the base, so all must run the model equally often. here: how many of them are on this machine."""
 
     rank: int = 0
     count: int = 1
     store: Any = None
     sharded: bool = False
+    here: int = 1
 
     @property
     def is_first(self):
@@ -60,13 +62,21 @@ class Processes:
         """Whether the micro-batch of a step, or of an evaluation, with this number is computed here."""
         return number % self.count == self.rank
 
+    def shares(self, stop):
+        """Yield of one batch after another whether it is computed here; after one of each process all take note of a signal.
+        stop: the Stop of the training."""
+        for number in itertools.count():
+            if number % self.count == 0:
+                stop.agree()
+            yield self.owns(number)
+
     def lacks_one_of(self, number):
         """Whether this process must run one more than its own of `number` micro-batches: others have one more."""
         return self.sharded and number % self.count > 0 and self.rank >= number % self.count
 
     def noticing(self):
         """Return the block in which a model computes; one that gathers its weights may find that another process has ended."""
-        return _noticing(_is_of_processes) if self.sharded else contextlib.nullcontext()
+        return _noticing() if self.sharded else contextlib.nullcontext()
 
     # ---- before the training ----
 
@@ -148,10 +158,24 @@ class Processes:
         """Return the sum over all processes of each of `numbers`, in float64."""
         if self.count == 1:
             return list(numbers)
-        found = torch.tensor([float(number) for number in numbers], dtype=torch.float64)
-        with _noticing():
-            dist.all_reduce(found)
-        return found.tolist()
+        return self.sum_of(torch.tensor([float(number) for number in numbers], dtype=torch.float64)).tolist()
+
+    def sum_of(self, tensor):
+        """Return the sum over all processes of a tensor on the CPU, which may be the tensor itself."""
+        if self.count > 1:
+            with _noticing():
+                dist.all_reduce(tensor)
+        return tensor
+
+    def losses_of_all(self, trainer, losses):
+        """Return the losses of the micro-batches of a step, each of the process that has computed it, and give the trainer what
+        all have measured of the step, and the signal that one has got. losses: 0 where another process has computed it."""
+        if self.count > 1:
+            sums = trainer.saving.stop.agree([*losses, *trainer.objective.measured()])
+            losses, measured = sums[: len(losses)], sums[len(losses) :]
+            trainer.objective.agree(measured)
+            trainer.add_losses(trainer.loss_before, losses)
+        return losses
 
     def first_said(self, text):
         """Return the first text that a process has said; None where none has."""
@@ -207,7 +231,7 @@ def started(launched_as, sharded=False):
     try:
         store, rank, count = next(iter(dist.rendezvous("env://", timeout=datetime.timedelta(minutes=10))))
         store.set_timeout(_PATIENCE)
-        mine = Processes(rank, count, dist.PrefixStore("qlora", store), sharded)
+        mine = Processes(rank, count, dist.PrefixStore("qlora", store), sharded, launched_as.here)
         dist.init_process_group(backend, store=mine.store, rank=rank, world_size=count, timeout=_PATIENCE)
     except (RuntimeError, ValueError) as error:
         raise InputError(f"the processes do not find each other: {str(error).splitlines()[0]}") from None
@@ -244,21 +268,19 @@ def _take_own_card(launched_as):
 def refuse_unsupported(recipe, count):
     """Raise InputError for what several processes do not do, before a row is read."""
     training = recipe.training
-    if recipe.task != text_generation.NAME:
-        raise InputError(f"task {recipe.task}: several processes are for {text_generation.NAME}; start one")
-    if recipe.objective is not None:
-        name = type(recipe.objective).__name__.lower()
-        raise InputError(f"{name}: several processes are for supervised training; start one")
     rows, micro_batches = training.rows_per_step, training.gradient_accumulation_steps
     by_tokens = training.tokens_per_micro_batch is not None and not recipe.data.packing
-    what, many = ("rows", rows) if by_tokens else ("micro-batches", micro_batches)
+    what, many = ("row", rows) if by_tokens else ("micro-batch", micro_batches)
     if many % count:
         fitting = [number for number in range(2, many + 1) if many % number == 0]
         or_start = f", or start {' or '.join(map(str, fitting[:4]))} processes" if fitting else ""
         field = "training.gradient_accumulation_steps"
         higher = -(-micro_batches // count) * count
+        smaller = f" and training.per_device_train_batch_size={rows // higher}" if rows % higher == 0 else ""
+        plural = "" if many == 1 else "s" if by_tokens else "es"
         raise InputError(
-            f"{field}: a step has {many} {what}, which {count} processes cannot share equally; set {field}={higher}{or_start}"
+            f"{field}: a step has {many} {what}{plural}, which {count} processes cannot share equally; "
+            f"set {field}={higher}{smaller}{or_start}"
         )
 
 
@@ -287,18 +309,18 @@ class WrittenByFirst(Checkpoints):
 
 
 @contextlib.contextmanager
-def _noticing(only=lambda error: True):
-    """Say in one line that another process has ended; gloo and NCCL say it in many. only(error): whether it may be that."""
+def _noticing():
+    """Say in one line that another process has ended; gloo and NCCL say it in many."""
     try:
         yield
     except RuntimeError as error:
-        if "out of memory" in str(error).lower() or not only(error):
+        if "out of memory" in str(error).lower() or not _is_of_processes(error):
             raise
         raise Lost("another process has ended, so this one does too") from None
 
 
 def _is_of_processes(error):
-    return isinstance(error, dist.DistError) or any(name in str(error) for name in ("gloo", "NCCL"))
+    return isinstance(error, dist.DistError) or any(name in str(error).lower() for name in ("gloo", "nccl"))
 
 
 def _chunks(tensors):

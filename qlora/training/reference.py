@@ -33,18 +33,19 @@ def settle(trainer, objective):
         Interrupted: by a signal.
     """
     file = RunDir(Path(trainer.args.output_dir)).reference_file
-    datasets = objective.compared(trainer)
+    datasets, processes = objective.compared(trainer), trainer.processes
     if trainer.resumed is not None:
-        _read(file, datasets)
-        return
+        found = processes.from_first(_read(file, datasets) if processes.is_first else None)
+    else:
+        found = {name: _computed(trainer, objective, rows, name) for name, rows in datasets.items()}
+        if processes.is_first:
+            write_bytes(file, save(found, {name: _digest(rows.examples) for name, rows in datasets.items()}))
     for name, rows in datasets.items():
-        rows.logps_NE = _computed(trainer, objective, rows, name)
-    digests = {name: _digest(rows.examples) for name, rows in datasets.items()}
-    write_bytes(file, save({name: rows.logps_NE for name, rows in datasets.items()}, digests))
+        rows.logps_NE = found[name]
 
 
 def _read(file, datasets):
-    """Give the rows what `file` has; raises InputError where it is missing, damaged, or of other rows."""
+    """Return {name: (N, E)} that `file` has; raises InputError where it is missing, damaged, or of other rows."""
     why = "and the model that it was computed with has been trained since; restore it, or start a new run"
     try:
         with safe_open(file, "pt") as kept:
@@ -57,7 +58,7 @@ def _read(file, datasets):
     for name, rows in datasets.items():
         if digests.get(name) != _digest(rows.examples):
             raise InputError(f"{file} is of other rows ({name.replace('_', ' ')}), {why}")
-        rows.logps_NE = found[name]
+    return found
 
 
 def _digest(examples):
@@ -75,16 +76,19 @@ def _keys(examples):
 
 @torch.no_grad()
 def _computed(trainer, objective, rows, name):
-    """Return (N, E): each row once, however often it is there; in the order of their lengths, up to a micro-batch at a time."""
+    """Return (N, E): each row once, however often it is there; in the order of their lengths, up to a micro-batch at a time, each
+    by one of the processes."""
     model, lengths = trainer.model, np.array(lengths_of(rows.examples))
     _, first, where = np.unique(_keys(rows.examples), return_index=True, return_inverse=True)
     order = first[np.argsort(-lengths[first], kind="stable")]
     most = objective.tokens or int(np.sort(lengths)[::-1][: trainer.args.per_device_train_batch_size].sum())
-    found, training, at = torch.zeros_like(rows.logps_NE), model.training, 0
+    found, training, at, processes = torch.zeros_like(rows.logps_NE), model.training, 0, trainer.processes
+    shares, num_batches, batch = processes.shares(trainer.saving.stop), 0, {}
     model.eval()
     try:
         with progress("computing the reference", len(order), "rows") as advance, same_random_numbers(model):
             while at < len(order):
+                is_mine, num_batches = next(shares), num_batches + 1
                 if trainer.saving.stop.number is not None:
                     raise Interrupted(trainer.saving.stop.number)
                 size = max(1, int(most // lengths[order[at]]))
@@ -95,11 +99,15 @@ def _computed(trainer, objective, rows, name):
                     "in the reference's log probabilities, before the first step", batch, some.tolist()
                 )
                 batch = {n: v.to(model.device) if isinstance(v, torch.Tensor) else v for n, v in batch.items()}
-                found[torch.from_numpy(some)] = objective.log_probabilities(model, batch)[0].float().cpu()
+                if is_mine:
+                    found[torch.from_numpy(some)] = objective.log_probabilities(model, batch)[0].float().cpu()
                 advance(len(some))
                 at += size
+            if processes.lacks_one_of(num_batches):
+                objective.log_probabilities(model, batch)
     finally:
         model.train(training)
+    found = processes.sum_of(found)
     if not found.isfinite().all():
         number = int((~found.isfinite()).any(1).nonzero()[0])
         trained = name.startswith("train")

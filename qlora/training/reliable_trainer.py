@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -270,9 +269,7 @@ class Reliable(Hooks):
         memory.give_back_holes(self.model.device)  # a large parameter is stepped in float32
         losses = [loss for _, loss in self.micro_batches]
         gradient, *losses = torch.stack([norm, *losses]).tolist()  # one wait for a GPU
-        if self.processes.count > 1:
-            losses = self.saving.stop.agree(losses)
-            self.add_losses(self.loss_before, losses)
+        losses = self.processes.losses_of_all(self, losses)
         self.changes_weights = True
         if all(map(math.isfinite, [gradient, *losses])):
             self.failure = self.watch.take(step, self.objective.watched(sum(losses)))
@@ -388,13 +385,13 @@ class Reliable(Hooks):
         # transformers takes the mean of the batches' means, whatever is in them; this is the mean over all items
         self.evaluated = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         with progress("evaluating", len(dataloader), "batches") as self.advance_evaluation:
-            self.shares = map(self.processes.owns, itertools.count())
+            self.shares = self.processes.shares(self.saving.stop)
             output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         if self.processes.lacks_one_of(len(dataloader)):
             rehearsal.keep_company(
                 self, functools.partial(super().prediction_step, self.model, prediction_loss_only=True)
             )
-        total, count = self.processes.sums(self.evaluated.tolist())
+        total, count = self.saving.stop.agree(self.evaluated.tolist())
         self.failure = self.processes.first_said(self.failure)
         if self.failure is not None:
             raise _Left
@@ -402,11 +399,12 @@ class Reliable(Hooks):
         return output
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        is_mine = next(self.shares)
         self._go_on()
         when = f"in the evaluation after step {self.state.global_step}"
         self.moment = Moment(when, inputs, inputs.pop("rows", ()), evaluates=True)
         predict = super().prediction_step
-        if not next(self.shares):
+        if not is_mine:
             self.advance_evaluation(1)
             return torch.zeros((), device=self.args.device), None, None
 

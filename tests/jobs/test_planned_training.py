@@ -36,6 +36,20 @@ def test_what_does_not_fit_says_what_would(make_recipe, monkeypatch):
         plan_training(prepare(make_recipe(memory={"budget": "10KiB"})), CPU)
 
 
+def test_processes_of_one_machine_plan_each_with_a_share_of_its_memory_and_not_of_a_budget(make_recipe, monkeypatch):
+    monkeypatch.setattr("qlora.system.memory.available_bytes", lambda device: 8 * 2**30)
+    prepared = prepare(make_recipe())
+    found = [plan_training(prepared, CPU, here=here) for here in (1, 4)]
+    assert [one.plan.budget_bytes for one in found] == [8 * 2**30, 2 * 2**30]
+    assert found[1].limit_bytes - found[1].predicted_bytes + found[1].plan.peak_bytes == 2 * 2**30
+    assert [one.sharers for one in found] == [1, 4]
+    given = plan_training(prepare(make_recipe(memory={"budget": "8GiB"})), CPU, here=4)
+    assert (given.plan.budget_bytes, given.sharers) == (8 * 2**30, 1)
+    monkeypatch.setattr("qlora.system.memory.available_bytes", lambda device: 40 * 2**10)
+    with pytest.raises(DoesNotFit, match=r"10 KiB are free for each of 4 processes; "):
+        plan_training(prepared, CPU, here=4)
+
+
 def test_more_layers_than_there_are_is_refused(make_recipe):
     with pytest.raises(InputError, match=r"memory\.gradient_checkpointing is 99, but the model has 2 layers"):
         plan_training(prepare(make_recipe(memory={"gradient_checkpointing": 99})), CPU)

@@ -98,6 +98,9 @@ def test_the_command_prints_json_and_refuses_two_plans_at_once(make_recipe, tmp_
     done = forked.run("plan", file, "--processes", "2", "--methods")
     assert done.returncode == 2
     assert "give one of them" in done.stderr
+    done = forked.run("plan", file, "--link", "2")
+    assert done.returncode == 2
+    assert "--link is the GB/s between several cards: give --processes too" in done.stderr
 
 
 @pytest.mark.parametrize(("name", "count", "gigabytes"), some_slow(SEVERAL, set(SEVERAL[1:])))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -77,6 +78,7 @@ def test_two_processes_train_what_one_does(make_recipe, tmp_path):
     assert (first, second) == (0, 0), said + err
     assert (out, _ours(err)) == ("", ""), err
     assert "processes 2" in said
+    assert re.search(r"plan +peak .* of .* for each of 2 processes \(", said)
     for ours, theirs in zip(losses(both), losses(run), strict=True):
         assert ours == pytest.approx(theirs, abs=ROUNDING)
     assert len(losses(both)[0]) == 3
@@ -149,13 +151,30 @@ def test_a_batch_that_does_not_divide_is_refused(make_recipe):
         InputError, match=r"gradient_accumulation_steps.*4 micro-batches.*3 processes.*=6, or start 2 or 4"
     ):
         processes.refuse_unsupported(recipe, 3)
+    of_classes = make_recipe(task="text-classification", training={"per_device_train_batch_size": 16})
+    said = "a step has 1 micro-batch, .*gradient_accumulation_steps=2 and training.per_device_train_batch_size=8$"
+    with pytest.raises(InputError, match=said):
+        processes.refuse_unsupported(of_classes, 2)
 
 
-def test_other_objectives_and_tasks_are_refused(make_recipe):
-    with pytest.raises(InputError, match="dpo: several processes are for supervised training"):
-        processes.refuse_unsupported(make_recipe(dpo={}), 2)
-    with pytest.raises(InputError, match="task text-classification: several processes"):
-        processes.refuse_unsupported(make_recipe(task="text-classification", data={"eval_fraction": 0.25}), 2)
+@pytest.mark.parametrize(
+    ("said", "is_of_processes"),
+    [
+        ("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:6", True),
+        ("NCCL communicator was aborted on rank 0", True),
+        ("The size of tensor a (3) must match the size of tensor b (4)", False),
+        ("CUDA error: an illegal memory access was encountered", False),
+        ("NCCL error: ncclUnhandledCudaError: Failed to CUDA calloc, out of memory", False),
+    ],
+)
+def test_only_what_processes_say_is_taken_for_a_lost_one(monkeypatch, said, is_of_processes):
+    def fail(tensor):
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(processes.dist, "all_reduce", fail)
+    with pytest.raises(processes.Lost if is_of_processes else RuntimeError) as raised:
+        processes.Processes(0, 2).sums([1])
+    assert (str(raised.value) == said) == (not is_of_processes)
 
 
 def test_what_is_wrong_is_said_once(make_recipe, tmp_path):
@@ -241,3 +260,46 @@ def test_a_loss_that_diverges_ends_all_with_one_message(make_recipe, tmp_path):
     assert [code for code, *_ in ended] == [1, 1], ended
     assert sum("the loss has diverged" in err for *_, err in ended) == 1
     assert list(both.checkpoints.glob("step-*"))
+
+
+STOPPED = """
+import os, signal, sys
+from qlora import cli
+from qlora.training.reliable_trainer import Reliable
+
+real, numbers = Reliable.prediction_step, []
+is_last = int(os.environ["RANK"]) + 1 == int(os.environ["WORLD_SIZE"])
+
+def stopped(self, *rest, **named):
+    found = real(self, *rest, **named)
+    if is_last and not numbers:
+        os.kill(os.getpid(), signal.SIGTERM)
+    numbers.append(found)
+    return found
+
+Reliable.prediction_step = stopped
+sys.argv = ["qlora", "train", *sys.argv[1:]]
+cli.main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("count", "every"),
+    [(2, None), *(pytest.param(*one, marks=pytest.mark.slow) for one in [(1, None), (1, 3), (2, 3)])],
+)
+def test_a_signal_in_the_last_evaluation_saves_once_and_the_run_ends_when_it_goes_on(
+    make_recipe, tmp_path, count, every
+):
+    training = {**STEPS, "per_device_eval_batch_size": 2, "eval_steps": every}
+    file, run = written(make_recipe(training=training), tmp_path, "run")
+    (tmp_path / "stopped.py").write_text(STOPPED)
+    ended = Started(file, count=count, before=[tmp_path / "stopped.py"]).finish()
+    assert [code for code, *_ in ended] == [143] * count, ended
+    assert sum("resume after step 3" in err for *_, err in ended) == 1
+    assert [path.name for path in run.checkpoints.glob("step-*")] == ["step-3"]
+    assert not run.adapter.exists()
+    assert not losses(run)[1]
+    ended = Started(file, "--resume", count=count).finish()
+    assert [code for code, *_ in ended] == [0] * count, ended
+    assert run.adapter.is_dir()
+    assert len(losses(run)[1]) == 1

@@ -66,6 +66,13 @@ class Objective:
         loss: of the step, a number."""
         return loss
 
+    def measured(self) -> list[float]:
+        """Return what was measured of the step at hand beside the loss: numbers, which are summed over all processes."""
+        return []
+
+    def agree(self, sums):
+        """Go on with these sums over all processes of what each has `measured`."""
+
     def metrics(self, logs) -> dict[str, float]:
         """Return what of a log of the Trainer class is kept in metrics.jsonl beside the loss."""
         return {}

@@ -95,6 +95,7 @@ class Trainer(PlainTrainer):
     """A PlainTrainer which counts right answers in an evaluation."""
 
     objective: Classification
+    counted = ("right", "answered")
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -111,7 +112,8 @@ class Trainer(PlainTrainer):
     def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
         self.right = self.answered = 0
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        output.metrics[f"{metric_key_prefix}_accuracy"] = int(self.right) / max(1, self.answered)
+        right, answered = self.processes.sums([int(self.right), self.answered])
+        output.metrics[f"{metric_key_prefix}_accuracy"] = right / max(1, answered)
         return output
 
 

@@ -77,28 +77,31 @@ class Judgement(Preference):
         training, moment = model.training, trainer.moment
         model.eval()
         try:
-            for some in self._together(np.asarray(mismatched.examples.lengths)[numbers], trainer, evaluates):
+            together = self._together(np.asarray(mismatched.examples.lengths)[numbers], trainer, evaluates)
+            for place, some in enumerate(together):
                 rows_of_it = [int(numbers[at]) for at in some]
                 batch = self.collate([mismatched[number] for number in rows_of_it])
                 batch.pop("rows")
                 batch = {n: v.to(model.device) if isinstance(v, torch.Tensor) else v for n, v in batch.items()}
                 when = f"in the distance from the reference, step {trainer.state.global_step + 1}"
                 trainer.moment = Moment(when, batch, rows_of_it, evaluates)
-                found += trainer.economy.run(trainer, lambda part: self._summed_ratios(model, part))
+                if trainer.processes.owns(place):
+                    found += trainer.economy.run(trainer, lambda part: self._summed_ratios(model, part))
+            if trainer.processes.lacks_one_of(len(together)):
+                self._summed_ratios(model, dict(trainer.moment.inputs))
         finally:
             model.train(training)
             trainer.moment = moment
-        mean = float(torch.stack(found).sum()) / len(numbers)
+        (total,) = trainer.processes.sums([float(torch.stack(found).sum()) if found else 0.0])
+        mean = total / len(numbers)
         return max(0.0, mean) if math.isfinite(mean) else math.nan  # a step whose loss is not finite is skipped
 
     def _together(self, lengths, trainer, evaluates):
-        """Yield the places of rows that go through the model at once."""
+        """Return lists of the places of rows that go through the model at once."""
         if self.tokens is not None:
-            part_of = data.best_fit(lengths, max(self.tokens, *lengths))
-            yield from (np.flatnonzero(part_of == part) for part in range(int(part_of.max()) + 1))
-            return
+            return data.joined_parts(lengths, self.tokens, self.parts)
         size = trainer.args.per_device_eval_batch_size if evaluates else trainer.args.per_device_train_batch_size
-        yield from (np.arange(at, min(at + size, len(lengths))) for at in range(0, len(lengths), size))
+        return [range(at, min(at + size, len(lengths))) for at in range(0, len(lengths), size)]
 
     def _summed_ratios(self, model, part):
         logps_P1, _ = self.log_probabilities(model, part)
@@ -144,25 +147,21 @@ class SeenJudged(Seen):
     distance of each row; None for none. step: of the good rows, as of Seen."""
 
     NAMES = ("rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen", "logps/rejected", "kl")
+    NUM_SUMS = 7
 
     def add(self, rewards_P, logps_P, counts_P, good_P, kl_P):
         """Rows whose numbers are not finite are left out: their step is too."""
-        step = torch.stack([torch.where(good_P, one.double(), 0.0).sum() for one in (logps_P, counts_P)])
-        self.step = step if self.step is None else self.step + step
-        finite_P = rewards_P.isfinite() & logps_P.isfinite()
+        finite_P = rewards_P.isfinite() & logps_P.isfinite() & kl_P.isfinite()
         parts = []
         for of_P in (good_P & finite_P, ~good_P & finite_P):
             parts += [torch.where(of_P, one.double(), 0.0).sum() for one in (rewards_P, logps_P)] + [
                 of_P.double().sum()
             ]
         found = torch.stack([*parts, torch.where(finite_P, kl_P.double(), 0.0).sum()])
-        self.sums = found if self.sums is None else self.sums.to(found.device) + found
+        self._add([torch.where(good_P, one, 0) for one in (logps_P, counts_P)], found)
 
-    def take(self):
-        sums, self.sums = self.sums, None
-        if sums is None:
-            return {}
-        reward, logp, good, reward_bad, logp_bad, bad, kl = sums.tolist()
+    def means(self, *sums):
+        reward, logp, good, reward_bad, logp_bad, bad, kl = sums
         found = {}
         if good:
             found |= {"rewards/chosen": reward / good, "logps/chosen": logp / good}

@@ -45,8 +45,8 @@ _OF_ROWS = ("reference", "good", "kl")  # of a batch: a number or more for each 
 
 @dataclass(frozen=True)
 class Preference(Objective):
-    """section: the recipe's, such as dpo. pad_token_id: of padded rows. joined, lean, tokens: as of Supervised. seen: what was
-    measured since the last log.
+    """section: the recipe's, such as dpo. pad_token_id: of padded rows. joined, lean, tokens, parts: as of Supervised. seen: what
+    was measured since the last log.
 
     A batch holds the sequences of a pair one after the other, the chosen one first. As in Supervised, `trained` (B, T) and
     `lengths` (B) are arrays on the host.
@@ -57,6 +57,7 @@ class Preference(Objective):
     joined: bool = False
     lean: bool = False
     tokens: int | None = None
+    parts: int = 1
     seen: Seen = field(default_factory=lambda: Seen())
     watched_name = "the loss of the chosen answers"
 
@@ -125,12 +126,12 @@ class Preference(Objective):
         return {"input_ids": ids, "attention_mask": mask.long(), "labels": labels, "lengths": lengths}
 
     def micro_batches(self, inputs, rows):
-        """As few as best fit makes of at most `tokens`, each in the order of the batch."""
-        lengths = self.lengths(inputs)
-        if self.tokens is None or sum(lengths) <= self.tokens:
+        """As data.joined_parts makes them: a pair stays together."""
+        if self.tokens is None:
             return [(inputs, rows)]
-        part_of = data.best_fit(lengths, max(self.tokens, *lengths))
-        parts = [np.flatnonzero(part_of == part).tolist() for part in range(int(part_of.max()) + 1)]
+        parts = data.joined_parts(self.lengths(inputs), self.tokens, self.parts)
+        if len(parts) == 1:
+            return [(inputs, rows)]
         return [(self.some(inputs, part), [rows[at] for at in part] if rows else rows) for part in parts]
 
     def cut(self, inputs, tokens):
@@ -201,6 +202,12 @@ class Preference(Objective):
         """The loss goes to 0 where both answers get unlikely (hinge, sigmoid), or is no number of nats (ipo, sppo_hard)."""
         return self.seen.chosen_nats()
 
+    def measured(self):
+        return self.seen.of_step()
+
+    def agree(self, sums):
+        self.seen.agree(sums)
+
     def metrics(self, logs):
         found = {name: logs.get(name, logs.get(f"eval_{name}")) for name in self.seen.NAMES}
         return {name: value for name, value in found.items() if value is not None}
@@ -214,33 +221,55 @@ class Preference(Objective):
 
 class Seen:
     """Sums over pairs since the last log, on the device: of NAMES, and the number of pairs; None for none. step: of the step
-    at hand, the log probabilities of the chosen answers and their tokens."""
+    at hand, the log probabilities of the chosen answers and their tokens, and these sums; before: the sums when it began."""
 
     NAMES = _METRICS
+    NUM_SUMS = len(_METRICS) + 1
 
     def __init__(self):
         self.sums: Any = None
         self.step: Any = None
+        self.before: Any = None
+
+    def begin_step(self):
+        self.before, self.step = self.sums, None
 
     def add(self, rewards_P2, logps_P2, counts_P2, *_):
         """Pairs whose numbers are not finite are left out: their step is too."""
-        step = torch.stack([logps_P2[:, 0].double().sum(), counts_P2[:, 0].double().sum()])
-        self.step = step if self.step is None else self.step + step
         chosen, rejected = rewards_P2.double().unbind(1)
         parts = [chosen, rejected, chosen - rejected, (chosen > rejected).double(), *logps_P2.double().unbind(1)]
         found = torch.stack([*parts, torch.ones_like(chosen)])
         found = torch.where(found.isfinite().all(0), found, 0.0).sum(1)
+        self._add([logps_P2[:, 0], counts_P2[:, 0]], found)
+
+    def _add(self, chosen, found):
+        """Add the log probabilities of chosen answers and their tokens to those of the step; found: to all sums."""
+        step = torch.cat([torch.stack([one.double().sum() for one in chosen]), found])
+        self.step = step if self.step is None else self.step + step
         self.sums = found if self.sums is None else self.sums.to(found.device) + found
+
+    def of_step(self):
+        """Return `step` as numbers, whether or not anything was added; waits for a GPU."""
+        return [0.0] * (2 + self.NUM_SUMS) if self.step is None else self.step.tolist()
+
+    def agree(self, numbers):
+        """Make `numbers`, the sums of `of_step` over all processes, those of the step at hand."""
+        self.step = torch.tensor(numbers, dtype=torch.float64)
+        self.sums = self.step[2:] if self.before is None else self.before.cpu() + self.step[2:]
 
     def chosen_nats(self):
         """Return the loss of the chosen answers of the step at hand, nats a token; None where it has none; waits for a GPU."""
-        logp, tokens = self.step.tolist()
+        logp, tokens = self.of_step()[:2]
         return -logp / tokens if tokens else None
 
-    def take(self):
-        """Return {name: mean} of what was added, and begin anew; waits for a GPU."""
+    def take(self, over_all=list):
+        """Return {name: mean} of what was added, and begin anew; waits for a GPU. over_all: returns the sums over all processes
+        of numbers, where these are not agreed on yet."""
         sums, self.sums = self.sums, None
-        *found, many = [0.0] if sums is None else sums.tolist()
+        return self.means(*over_all([0.0] * self.NUM_SUMS if sums is None else sums.tolist()))
+
+    def means(self, *sums):
+        *found, many = sums
         return {name: value / many for name, value in zip(_METRICS, found, strict=True)} if many else {}
 
 
@@ -257,7 +286,7 @@ class Trainer(PlainTrainer):
 
     def training_step(self, *args, **kwargs):
         if not self.micro_batches:
-            self.objective.seen.step = None
+            self.objective.seen.begin_step()
         return super().training_step(*args, **kwargs)
 
     def log(self, logs, start_time=None):
@@ -268,7 +297,8 @@ class Trainer(PlainTrainer):
         kept, seen.sums = (seen.sums, seen.step), None
         try:
             output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-            output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in seen.take().items()})
+            found = seen.take(self.processes.sums)
+            output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})
         finally:
             seen.sums, seen.step = kept
         return output

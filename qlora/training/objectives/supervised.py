@@ -70,14 +70,12 @@ class Supervised(Objective):
         return {**batch, "trained": (batch["labels"] != IGNORE_INDEX).numpy()}
 
     def micro_batches(self, inputs, rows):
-        """As few as best fit makes of at most `tokens`, each in the order of the batch."""
+        """As data.joined_parts makes them."""
         segments = inputs.get("segments")
         if self.tokens is None or segments is None:
             return [(inputs, rows)]
-        tokens = min(self.tokens, -(-sum(segments) // self.parts))
-        if sum(segments) <= tokens:
-            return [(inputs, rows)]
-        return list(_split(inputs, rows, data.best_fit(segments, max(tokens, *segments))))
+        parts = data.joined_parts(segments, self.tokens, self.parts)
+        return [(inputs, rows)] if len(parts) == 1 else list(_split(inputs, rows, parts))
 
     def cut(self, inputs, tokens):
         """At least the first row whole."""
@@ -228,8 +226,8 @@ def _is_array(value):
     return isinstance(value, (torch.Tensor, np.ndarray))
 
 
-def _split(inputs, rows, part_of):
-    """Yield (inputs, rows) of each part of joined rows. part_of: the number of the part that each row goes to."""
+def _split(inputs, rows, parts):
+    """Yield (inputs, rows) of each part of joined rows. parts: the places of the rows that each has."""
     segments = inputs["segments"]
     ends = np.cumsum(segments)
     columns = {name: value for name, value in inputs.items() if _is_array(value)}
@@ -237,8 +235,7 @@ def _split(inputs, rows, part_of):
         name: [value[:, end - length : end] for end, length in zip(ends, segments, strict=True)]
         for name, value in columns.items()
     }
-    for part in range(int(part_of.max()) + 1):
-        chosen = np.flatnonzero(part_of == part).tolist()
+    for chosen in parts:
         joined = {}
         for name, value in columns.items():
             join = torch.cat if torch.is_tensor(value) else np.concatenate

@@ -143,6 +143,9 @@ def test_what_was_seen_is_a_mean_over_each_kind():
     seen.add(
         torch.tensor([float("nan")]), torch.tensor([-1.0]), torch.tensor([1]), torch.tensor([True]), torch.tensor([9.0])
     )
+    seen.add(
+        torch.tensor([9.0]), torch.tensor([-1.0]), torch.tensor([1]), torch.tensor([True]), torch.tensor([float("nan")])
+    )
     assert seen.take() == {
         "rewards/chosen": 1.5, "logps/chosen": -5.0, "rewards/rejected": 3.0, "logps/rejected": -5.0,
         "rewards/margins": -1.5, "kl": 0.5,

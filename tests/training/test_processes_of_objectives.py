@@ -266,3 +266,16 @@ def test_rows_that_are_there_twice_have_the_reference_of_one(preferring, tmp_pat
     theirs, ours = load_file(run.reference_file), load_file(both.reference_file)
     for name, expected in theirs.items():
         torch.testing.assert_close(ours[name], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_reference_that_is_missing_is_said_once(preferring, tmp_path):
+    recipe = preferring("kto", training={"max_steps": 1, "save_steps": 1, "lr_scheduler_type": "constant"})
+    run = trained_by(2, recipe, tmp_path, "two")
+    run.reference_file.unlink()
+    longer = recipe.model_copy(update={"training": recipe.training.model_copy(update={"max_steps": 2})})
+    file, _ = written(longer, tmp_path, "two")
+    first, second = Started(file, "--resume", "--allow-change", "training.max_steps").finish()
+    assert (first[0], second[0] != 0) == (2, True)
+    assert (first[2] + second[2]).count("reference.safetensors is missing") == 1
+    assert "Traceback" not in first[2] + second[2]

@@ -1,11 +1,14 @@
 """Two processes that share the base train what one does, with half of the codes each."""
 
+import json
+
 import pytest
 import torch
 
 from qlora import base_model, train
 from qlora.commands.export import export
 from qlora.recipe import Model, Quantization
+from qlora.runs.checkpoints import read_tensors
 from qlora.system.errors import InputError
 from qlora.training import sharding
 from tests.training.test_processes import (
@@ -53,6 +56,13 @@ def test_two_processes_that_share_the_base_train_what_one_does(make_recipe, tmp_
     ours, theirs = both.environment()["base_model"], run.environment()["base_model"]
     assert ours["quantized_sha256"] == theirs["quantized_sha256"]
     assert sorted(path.name for path in both.adapter.iterdir()) == sorted(path.name for path in run.adapter.iterdir())
+    ours, theirs = (
+        json.loads(one.memory_file.read_text())["measured_components"] for one in (both, run)
+    )  # of the first of two
+    rounded = 2 if quantization["compute_dtype"] == "bfloat16" else 4
+    half = pytest.approx((rounded + 2) / (rounded + 4) * theirs["adapter"], rel=0.02)
+    assert ours["adapter"] == half  # all of the weights, half of the masters
+    assert ours["optimizer"] == pytest.approx(theirs["optimizer"] / 2, rel=0.05)
 
 
 def test_a_process_holds_half_of_the_codes(tiny_model):
@@ -80,6 +90,10 @@ def test_one_process_goes_on_from_two_that_shared_and_its_export_is_proven(make_
     train(there, resume=True, allow_change=["training.max_steps"])
     assert losses(run)[0] == pytest.approx(losses(alone)[0], abs=ROUNDING)
     assert len(losses(run)[0]) == 4
+    ours, theirs = (read_tensors(one.checkpoints / "step-2") for one in (run, alone))
+    assert {name: (tensor.dtype, tensor.shape) for name, tensor in ours.items()} == {
+        name: (tensor.dtype, tensor.shape) for name, tensor in theirs.items()
+    }
     assert export(run.path, tmp_path / "model")["verified"]
 
 
@@ -108,6 +122,16 @@ def test_three_hold_shares_of_unequal_size(make_recipe, tmp_path):
 
 def test_when_one_that_holds_a_share_is_killed_the_other_ends_with_one_message(make_recipe, tmp_path):
     ends_when_the_other_is_killed(shared(make_recipe(training=ENDLESS)), tmp_path)
+
+
+def test_steps_are_skipped_in_both_and_a_training_that_goes_wrong_ends_with_one_message(make_recipe, tmp_path):
+    steps = {**STEPS, "max_steps": 30, "learning_rate": 1000, "lr_scheduler_type": "constant", "logging_steps": 1}
+    recipe = make_recipe(training=steps, quantization={"compute_dtype": "float16"})
+    file, both = written(shared(recipe), tmp_path, "two")
+    ended = Started(file).finish()
+    assert [code for code, *_ in ended] == [1, 1], ended
+    assert sum("training.learning_rate" in err for *_, err in ended) == 1, ended
+    assert '"rows": [' in both.metrics_file.read_text()  # steps that were skipped
 
 
 @pytest.mark.parametrize(

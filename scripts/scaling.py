@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 from qlora.jobs.plan_job import Budget, computer_of, without_data
-from qlora.planner import card_of, several_cards
+from qlora.planner import ALONE, Together, card_of, several_cards
 from qlora.recipe import Recipe
 
 GIB = 2**30
@@ -43,11 +43,10 @@ def main():
         print("|---|---|---|---|---|---|---|---|---|")
         for count in (1, 2, 4, 8, 16, 64):
             for link in ("PCIe 4.0 x8",) if count <= 8 else ("100 Gb/s", "10 Gb/s"):
-                elsewhere = several_cards.held_elsewhere(job.outline, count)
-                shares = job.but(budget_bytes=job.budget_bytes + elsewhere)
-                for way in several_cards.ways(job, shares, max(2, count), LINKS[link]):
-                    if way.processes == count:
-                        print_row(way, link)
+                kinds = [Together(count, shares, link=LINKS[link]) for shares in (False, True)] if count > 1 else []
+                found = several_cards.ways([job.but(together=together) for together in (ALONE, *kinds)])
+                for way in found[1:] or found:
+                    print_row(way, link)
 
 
 def print_row(way, link):

@@ -17,8 +17,6 @@ import torch.distributed as dist
 
 from ..system.errors import InputError
 from .layers import decoder_layers
-from .meta import on_meta
-from .prequantized import names_in_4_bit
 from .quantized import as_recorded, digest, quantized_modules
 
 _QUANTIZER = "bitsandbytes_4bit"
@@ -160,14 +158,13 @@ def gathered(model, module):
             layer.reshard()
 
 
-def code_bytes(config, section):
-    """Return the bytes of the 4-bit codes of each decoder layer of the model with this transformers config."""
-    model = on_meta(config, section.trust_remote_code)
-    names = set(names_in_4_bit(model))
-    in_4_bit = {module for name, module in model.named_modules() if name in names}
-    return [
-        sum(one.weight.numel() // 2 for one in layer.modules() if one in in_4_bit) for layer in decoder_layers(model)
-    ]
+def code_bytes(model):
+    """Return the bytes of each 4-bit weight that is shared, ((weight, ...) of a decoder layer, ...)."""
+    in_4_bit = {id(module): module for module in quantized_modules(model).values()}
+    return tuple(
+        tuple(one.weight.numel() * one.weight.element_size() for one in layer.modules() if id(one) in in_4_bit)
+        for layer in decoder_layers(model)
+    )
 
 
 def _modules(layers):

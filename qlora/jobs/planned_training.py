@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import psutil
 
-from .. import base_model, planner
-from ..planner import several_cards
+from .. import planner
 from ..runs.checkpoints import Checkpoints
 from ..runs.folder import RunDir
 from ..system import memory
@@ -26,7 +25,6 @@ class Planned:
     limit_bytes: what there is, in the same terms. Without a plan, which is None then, why_none says why, these are None, and the
     rehearsal finds what does not fit.
     tokens_before: the tokens_per_micro_batch of a resumed run, where the memory no longer allows them.
-    elsewhere_bytes: of the `plan`'s weights, those that other processes hold.
     """
 
     checkpointed_layers: int
@@ -36,16 +34,14 @@ class Planned:
     why_none: str = ""
     tokens_before: int | None = None
     limit_bytes: int | None = None
-    elsewhere_bytes: int = 0
 
     @property
     def components(self):
         """What predicted_bytes is made of: {component: bytes}; "process" is what was held before. Empty without a plan."""
         if self.plan is None or self.predicted_bytes is None:
             return {}
-        components = dict(self.plan.components)
-        components["weights"] -= self.elsewhere_bytes
-        before = self.predicted_bytes + self.elsewhere_bytes - self.plan.peak_bytes
+        components = self.plan.components
+        before = self.predicted_bytes - self.plan.peak_bytes
         if before >= 0:
             return {"process": before} | components
         found = {name: num_bytes for name, num_bytes in components.items() if name != "context"}
@@ -57,22 +53,19 @@ class Planned:
         return None if self.plan is None else self.plan.tokens_per_micro_batch
 
 
-def plan_training(prepared, device, tokens=None, share=None) -> Planned:
+def plan_training(prepared, device, tokens=None, together=planner.ALONE) -> Planned:
     """Return how the training of Prepared data fits on a device, which may be a CPU.
 
     tokens: the tokens_per_micro_batch of a run that is resumed; other micro-batches would be the same but for rounding.
-    share: the base_model.Share of the base that this process holds; None: the whole base.
+    together: the planner.Together of which this is one process.
 
     Raises:
         DoesNotFit: it does not, or what it offloads does not fit into the host's memory; says what would.
         InputError: the model has fewer layers than are to be checkpointed, offloading has nothing to move, or the disk is full.
     """
-    recipe, budget, elsewhere = prepared.recipe, budget_of_device(prepared.recipe, device), 0
-    if share is not None:  # the planner has one process, with the whole base
-        elsewhere = several_cards.held_elsewhere(base_model.code_bytes(prepared.config, recipe.model), share.count)
-        budget = replace(budget, num_bytes=budget.num_bytes + elsewhere)
+    recipe, budget = prepared.recipe, budget_of_device(prepared.recipe, device)
     try:
-        job = job_of(prepared, device.type, budget, tokens)
+        job = job_of(prepared, device.type, budget, tokens, together)
     except planner.NoPlan as error:
         num_layers = getattr(prepared.config.get_text_config(), "num_hidden_layers", 0)
         refuse_layers(recipe.memory, num_layers)
@@ -83,29 +76,27 @@ def plan_training(prepared, device, tokens=None, share=None) -> Planned:
     found = planner.plan(job)
     before = None
     if tokens is not None and not found.fits:
-        before, job = tokens, job_of(prepared, device.type, budget)
+        before, job = tokens, job_of(prepared, device.type, budget, together=together)
         found = planner.plan(job)
     if not found.fits:
-        raise DoesNotFit(_what_would_fit(recipe, job, found, device, elsewhere))
+        raise DoesNotFit(_what_would_fit(recipe, job, found, device))
     refuse_full_host(found)
     refuse_full_disk(recipe, found)
     predicted = memory.anonymous_bytes() + found.peak_bytes if device.type == "cpu" else found.cuda_bytes
-    predicted -= elsewhere
     limit = predicted - found.peak_bytes + found.budget_bytes  # on a GPU less what is not torch's
-    return Planned(found.checkpointed_layers, found.offload, predicted, found, "", before, limit, elsewhere)
+    return Planned(found.checkpointed_layers, found.offload, predicted, found, "", before, limit)
 
 
-def _what_would_fit(recipe, job, found, device, elsewhere):
-    free, needed = recipe.memory.budget is None, found.peak_bytes - elsewhere
+def _what_would_fit(recipe, job, found, device):
+    free = recipe.memory.budget is None
     changes = planner.suggestions(job)
     lines = [
-        f"does not fit: {size(needed)} are needed ({found.where}), {size(job.budget_bytes - elsewhere)} are "
+        f"does not fit: {size(found.peak_bytes)} are needed ({found.where}), {size(job.budget_bytes)} are "
         f"{'free' if free else 'memory.budget'}; "
         + ("what would help, best first:" if changes else "no setting would make it less, a smaller model would")
     ]
     lines += [
-        f"  {change['set']}: {size(change['peak_bytes'] - elsewhere)}{', fits' if change['fits'] else ''}"
-        for change in changes
+        f"  {change['set']}: {size(change['peak_bytes'])}{', fits' if change['fits'] else ''}" for change in changes
     ]
     others = held_by_others(device)
     if free and others > _WORTH_SAYING:

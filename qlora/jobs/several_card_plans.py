@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-
-from ..planner import several_cards
+from ..planner import ALONE, Together, several_cards
 from ..planner.several_cards import Way
 from ..recipe import Recipe
 from ..system.errors import InputError
@@ -28,17 +26,18 @@ def plan_several(recipe: Recipe, prepared: Prepared | None, budget: Budget, on, 
         raise InputError(f"--processes {count}: give 2 or more; without it, the plan is of one card")
     refuse_unsupported(recipe, count)
 
-    def job(num_bytes):
-        there = dataclasses.replace(budget, num_bytes=num_bytes)
-        return without_data(recipe, "cuda", there, on) if prepared is None else job_of(prepared, "cuda", there)
-
-    whole = job(budget.num_bytes)
-    shares = None
-    if sharding.can_share(recipe):
-        shares = job(budget.num_bytes + several_cards.held_elsewhere_of(whole.outline, count))
     if link is None and budget.card is not None:
         link = budget.card.link_bandwidth
-    return several_cards.ways(whole, shares, count, link)
+    kinds = [ALONE, Together(count, link=link)]
+    if sharding.can_share(recipe):
+        kinds.append(Together(count, shares=True, link=link))
+    return several_cards.ways([_job(recipe, prepared, budget, on, together) for together in kinds])
+
+
+def _job(recipe, prepared, budget, on, together):
+    if prepared is None:
+        return without_data(recipe, "cuda", budget, on, together)
+    return job_of(prepared, "cuda", budget, together=together)
 
 
 def refuse_sharded(recipe: Recipe, command):

@@ -1,4 +1,4 @@
-"""Tensors a group at a time, for torch._foreach: on a GPU one launch a group instead of one a tensor; and shared by processes."""
+"""Tensors a group at a time, for torch._foreach: on a GPU one launch a group instead of one a tensor."""
 
 from __future__ import annotations
 
@@ -17,13 +17,3 @@ def of(sizes, on_gpu, most=None):
             start, total = at, 0
         total += size
     return [*slices, slice(start, len(sizes))] if len(sizes) else []
-
-
-def dealt(sizes, count):
-    """Return for each of tensors with `sizes` numbers which of `count` processes has it: the largest first, each to the one that
-    has least, so that none has more than a fair share and one tensor."""
-    held, owners = [0] * count, [0] * len(sizes)
-    for at in sorted(range(len(sizes)), key=lambda at: -sizes[at]):
-        owners[at] = held.index(min(held))
-        held[owners[at]] += sizes[at]
-    return owners

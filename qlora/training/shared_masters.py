@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
+from ..data import dealt_out
 from ..kernels import groups
 from .master_weights import MasterWeights
 from .private_names import copy_all
@@ -27,7 +28,7 @@ class SharedMasters(MasterWeights):
 
     def __init__(self, live, held, processes):
         self.processes = processes
-        self.owners = groups.dealt([parameter.numel() for parameter in live], processes.count)
+        self.owners = dealt_out([parameter.numel() for parameter in live], processes.count).tolist()
         super().__init__(live, held, [at for at, owner in enumerate(self.owners) if owner == processes.rank])
         self.given = [False] * len(live)  # whether this process had a gradient of it in the step at hand
 

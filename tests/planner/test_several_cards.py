@@ -9,7 +9,7 @@ from qlora.jobs import shipped_recipes
 from qlora.jobs.plan_job import Budget, computer_of
 from qlora.jobs.several_card_plans import plan_several
 from qlora.planner import card_of, several_cards
-from qlora.planner.several_cards import NCCL_BYTES, all_reduce_bytes, gather_bytes
+from qlora.planner.together import NCCL_BYTES, all_reduce_bytes, gather_bytes
 from qlora.recipe import Recipe
 from qlora.system.cards import CARDS
 from qlora.system.errors import InputError
@@ -54,14 +54,37 @@ def test_each_way_holds_and_sends_what_the_closed_form_says(ways):
     assert data.compute_seconds == pytest.approx(one.compute_seconds / 2)
     assert data.step_seconds == pytest.approx(data.compute_seconds + data.sent_bytes / 1e9)
     elsewhere = data.plan.components["weights"] - shares.plan.components["weights"]
-    assert shares.plan.peak_bytes == data.plan.peak_bytes - elsewhere
-    gathered = shares.sent_bytes - data.sent_bytes
-    layers = one.plan.num_layers
+    layers, numbers = one.plan.num_layers, data.sent_bytes / 4  # a sum of float32 over two
+    # the gradients of a micro-batch go to the owners of their masters, and 16-bit weights to all once a step
+    summed, weights = 4 * numbers / 2, 2 * numbers / 2
+    gathered = shares.sent_bytes - 2 * summed - weights
     # each micro-batch gathers half of all codes twice; half of all codes is elsewhere, but for three layers at work
     assert elsewhere == pytest.approx(gathered / 4 - 3 * gathered / 2 / layers, abs=4)
     assert shares.step_seconds == pytest.approx(
-        max(shares.compute_seconds, gathered / 1e9) + data.communication_seconds
+        max(shares.compute_seconds, gathered / 1e9) + (2 * summed + weights) / 1e9
     )
+    adapters = [way.plan.components["adapter"] for way in (data, shares)]
+    assert adapters == [6 * numbers, pytest.approx(4 * numbers, rel=0.02)]  # half of the masters
+    optimizers = [way.plan.components["optimizer"] for way in (data, shares)]
+    assert optimizers[1] == pytest.approx(optimizers[0] / 2, rel=0.02)
+
+
+def test_a_slow_link_takes_fewer_and_larger_micro_batches_as_far_as_memory_allows(make_recipe):
+    values = make_recipe().model_dump()
+    values["training"] |= {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 16}
+    values["data"] |= {"max_length": 512}
+    recipe, card = Recipe.from_dict(values), card_of("3090")
+
+    def planned(link, num_bytes=card.memory):
+        budget = Budget(num_bytes, card.name, card)
+        return plan_several(recipe, None, budget, computer_of("3090"), 2, link)[2]
+
+    fast, slow = planned(1e15), planned(1e5)
+    assert fast.micro_batches > slow.micro_batches == 1  # of 32 rows
+    assert slow.sent_bytes < fast.sent_bytes
+    tight = planned(1e5, (fast.plan.peak_bytes + slow.plan.peak_bytes) // 2)
+    assert tight.plan.fits
+    assert fast.micro_batches > tight.micro_batches > 1
 
 
 def test_a_slow_link_does_not_pay_and_a_fast_one_does(ways):

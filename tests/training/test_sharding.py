@@ -56,13 +56,14 @@ def test_two_processes_that_share_the_base_train_what_one_does(make_recipe, tmp_
     ours, theirs = both.environment()["base_model"], run.environment()["base_model"]
     assert ours["quantized_sha256"] == theirs["quantized_sha256"]
     assert sorted(path.name for path in both.adapter.iterdir()) == sorted(path.name for path in run.adapter.iterdir())
-    ours, theirs = (
-        json.loads(one.memory_file.read_text())["measured_components"] for one in (both, run)
-    )  # of the first of two
+    memory = [json.loads(one.memory_file.read_text()) for one in (both, run)]  # of the first of two
+    ours, theirs = (one["measured_components"] for one in memory)
     rounded = 2 if quantization["compute_dtype"] == "bfloat16" else 4
     half = pytest.approx((rounded + 2) / (rounded + 4) * theirs["adapter"], rel=0.02)
     assert ours["adapter"] == half  # all of the weights, half of the masters
     assert ours["optimizer"] == pytest.approx(theirs["optimizer"] / 2, rel=0.05)
+    for name in ("adapter", "optimizer"):
+        assert memory[0]["predicted_components"][name] == pytest.approx(ours[name], rel=0.05)
 
 
 def test_a_process_holds_half_of_the_codes(tiny_model):

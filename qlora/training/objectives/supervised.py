@@ -28,7 +28,7 @@ from . import Objective
 @dataclass(frozen=True)
 class Supervised(Objective):
     """tokenizer: pads. joined: a batch is one row without padding. lean: the loss by kernels.loss. tokens: a joined batch is
-    computed as micro-batches of at most so many. parts: as at least so many, where it has the rows.
+    computed as micro-batches of at most so many. parts: processes that share them, see data.micro_batches_of.
 
     A batch has what the host must know of it as arrays, which stay on the host: `trained` (B, T), whether a label is trained;
     with padding `lengths` (B). To look for it on a GPU would make the host wait.
@@ -70,14 +70,12 @@ class Supervised(Objective):
         return {**batch, "trained": (batch["labels"] != IGNORE_INDEX).numpy()}
 
     def micro_batches(self, inputs, rows):
-        """As few as best fit makes of at most `tokens`, each in the order of the batch."""
+        """As few as data.micro_batches_of makes of at most `tokens`, each in the order of the batch."""
         segments = inputs.get("segments")
         if self.tokens is None or segments is None:
             return [(inputs, rows)]
-        tokens = min(self.tokens, -(-sum(segments) // self.parts))
-        if sum(segments) <= tokens:
-            return [(inputs, rows)]
-        return list(_split(inputs, rows, data.best_fit(segments, max(tokens, *segments))))
+        part_of = data.micro_batches_of(segments, self.tokens, self.parts)
+        return list(_split(inputs, rows, part_of)) if part_of.any() else [(inputs, rows)]
 
     def cut(self, inputs, tokens):
         """At least the first row whole."""

@@ -105,9 +105,9 @@ def _train(recipe, resumed, all_of_them):
     if resumed is not None:
         resumed.refuse_changes(fingerprint)
     tokens = None if resumed is None else resumed.tokens_per_micro_batch
-    link = None if all_of_them.one_machine else planner.NETWORK
-    together = planner.Together(all_of_them.count, all_of_them.sharded, link=link)
-    planned = plan_training(prepared, base_model.default_device(), tokens, together)
+    link = None if all_of_them.here == all_of_them.count else planner.NETWORK
+    together = planner.Together(all_of_them.count, all_of_them.sharded, recipe.memory.offloads_codes, link)
+    planned = plan_training(prepared, base_model.default_device(), tokens, together, all_of_them.here)
     say_planned(planned)
     say_seen(recipe, prepared.batches)
 

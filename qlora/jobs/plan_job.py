@@ -102,11 +102,12 @@ def held_by_others(device):
     return max(0, total - free - planner.CONTEXT_BYTES)
 
 
-def job_of(prepared, device_kind, budget: Budget, tokens=None, together=planner.ALONE):
+def job_of(prepared, device_kind, budget: Budget, tokens=None, together=planner.ALONE, remade=None):
     """Return the planner.Job of Prepared data. device_kind: "cuda" or "cpu".
 
     tokens: of a micro-batch that the rows of a step are joined into, at most; None, or where a row is longer: as many as are
-    fastest. together: the planner.Together of which it is one process.
+    fastest. together: the planner.Together of which it is one process. remade: of another Job of the same recipe,
+    so that the model is not traced again.
 
     Raises:
         InputError: see with_outline.
@@ -114,7 +115,7 @@ def job_of(prepared, device_kind, budget: Budget, tokens=None, together=planner.
     """
     recipe, training = prepared.recipe, prepared.recipe.training
     examples, batches, held_out = prepared.examples, prepared.batches, prepared.eval_examples
-    remade = _outlines(recipe, prepared.config, len(prepared.checkpoint.new_tokens), device_kind)
+    remade = remade or _outlines(recipe, prepared.config, len(prepared.checkpoint.new_tokens), device_kind)
     joins = remade().joins
     rows = training.per_device_train_batch_size
     numbers = {"num_tokens": int(examples.lengths.sum()), "num_micro_batches": -(-len(batches) // rows)}
@@ -148,6 +149,8 @@ def _fastest(job, steps):
     )
     if card is not None and together.link is None:
         together = dataclasses.replace(together, link=card.link_bandwidth)
+    if card is not None:
+        together = dataclasses.replace(together, host_link=card.host_bandwidth)
     known = {"card": card, "together": together}
     jobs = [
         job.but(load=one.load, num_micro_batches=one.num_micro_batches, num_steps=one.num_steps, **known)
@@ -188,17 +191,17 @@ def _packed_load(packs, examples, rows):
     )
 
 
-def without_data(recipe, device_kind, budget: Budget, on, together=planner.ALONE):
+def without_data(recipe, device_kind, budget: Budget, on, together=planner.ALONE, remade=None):
     """Return the Job of `recipe` for rows of data.max_length, every token trained; raises as job_of does.
 
-    on: the base_model.Computer that is to train. together: as of job_of.
+    on: the base_model.Computer that is to train. together, remade: as of job_of.
     """
     checkpoint = base_model.find(recipe.model, weights=False, task=task_of(recipe))
     config = base_model.load_config(checkpoint, recipe.model)
     recipe = base_model.settle(recipe, config, checkpoint, on)
     training, length = recipe.training, recipe.data.max_length if checkpoint.task.file.HAS_TOKENS else 1
     rows = training.filled_to // length if training.filled_to else training.per_device_train_batch_size
-    remade = _outlines(recipe, config, len(checkpoint.new_tokens), device_kind)
+    remade = remade or _outlines(recipe, config, len(checkpoint.new_tokens), device_kind)
     packed = recipe.data.packing
     pairs = encoder_of(recipe.task, recipe.objective) is data.Preferences
     rows *= 2 if pairs else 1

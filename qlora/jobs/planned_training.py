@@ -53,11 +53,11 @@ class Planned:
         return None if self.plan is None else self.plan.tokens_per_micro_batch
 
 
-def plan_training(prepared, device, tokens=None, together=planner.ALONE) -> Planned:
+def plan_training(prepared, device, tokens=None, together=planner.ALONE, here=1) -> Planned:
     """Return how the training of Prepared data fits on a device, which may be a CPU.
 
     tokens: the tokens_per_micro_batch of a run that is resumed; other micro-batches would be the same but for rounding.
-    together: the planner.Together of which this is one process.
+    together: the planner.Together of which this is one process; here: how many of them are on this machine.
 
     Raises:
         DoesNotFit: it does not, or what it offloads does not fit into the host's memory; says what would.
@@ -80,7 +80,7 @@ def plan_training(prepared, device, tokens=None, together=planner.ALONE) -> Plan
         found = planner.plan(job)
     if not found.fits:
         raise DoesNotFit(_what_would_fit(recipe, job, found, device))
-    refuse_full_host(found)
+    refuse_full_host(found, here, together.offload)
     refuse_full_disk(recipe, found)
     predicted = memory.anonymous_bytes() + found.peak_bytes if device.type == "cpu" else found.cuda_bytes
     limit = predicted - found.peak_bytes + found.budget_bytes  # on a GPU less what is not torch's
@@ -104,13 +104,18 @@ def _what_would_fit(recipe, job, found, device):
     return "\n".join(lines)
 
 
-def refuse_full_host(found):
-    """Raise DoesNotFit where what a Plan moves to the host does not fit into the memory that is free there: it is pinned, and
-    cannot be swapped."""
-    free = psutil.virtual_memory().available
-    if found.host_bytes > free:
+def refuse_full_host(found, here=1, of_codes=False):
+    """Raise DoesNotFit where what the Plan of `here` processes moves to the host does not fit into the memory that is free there:
+    it is pinned, and cannot be swapped. of_codes: the base's codes are part of it."""
+    free, needed = psutil.virtual_memory().available, here * found.host_bytes
+    if needed > free and of_codes:
         raise DoesNotFit(
-            f"does not fit: memory.offload moves {size(found.host_bytes)} of layer inputs to CPU memory, {size(free)} are free "
+            f"does not fit: memory.sharding: fsdp_offload needs {size(needed)} of CPU memory for the {here} processes of this "
+            f"machine, {size(free)} are free there; free some, or set memory.sharding=fsdp"
+        )
+    if needed > free:
+        raise DoesNotFit(
+            f"does not fit: memory.offload moves {size(needed)} of layer inputs to CPU memory, {size(free)} are free "
             "there; free some, set a lower data.max_length, or fewer tokens a micro-batch (training.per_device_train_batch_size, "
             "training.tokens_per_micro_batch)"
         )

@@ -266,9 +266,9 @@ def usage(model: Outline, load: Load, training, checkpointed, offload, eval_load
     lost = CONTEXT_BYTES + LOST_SHARE * (worked + loss_head)
     if not on_cuda:  # logits of a large vocabulary are blocks of their own, which leave no holes
         lost = _lost_on_cpu(model, load, checkpointed, worked)
-    read = always["weights"] + model.read_bytes + (together.loaded_first(model.codes) if on_cuda else 0)
-    if read > sum(always.values()) + sum(parts.values()) + (0 if on_cuda else lost):
-        where, always, parts = "loading", {"weights": read - model.read_bytes}, {"buffers": model.read_bytes}
+    loading = always["weights"] + model.read_bytes
+    if loading > sum(always.values()) + sum(parts.values()) + (0 if on_cuda else lost):
+        where, always, parts = "loading", {"weights": always["weights"]}, {"buffers": model.read_bytes}
         lost = CONTEXT_BYTES + LOST_SHARE * model.read_bytes if on_cuda else 0
     names = ("weights", "adapter", "gradients", "optimizer", "checkpoints", "layer_work", "loss_head", "buffers")
     found = {name: round(always.get(name, 0) + parts.get(name, 0)) for name in names}

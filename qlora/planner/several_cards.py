@@ -10,9 +10,10 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
+from ..system.units import size
 from . import Plan, plan, step
 
-ONE, DATA_PARALLEL, FSDP = "one card", "data parallel", "fsdp"
+ONE, DATA_PARALLEL, FSDP, FSDP_OFFLOAD = "one card", "data parallel", "fsdp", "fsdp_offload"  # as memory.sharding says
 _PAYS = 1.1  # times as fast
 
 
@@ -37,42 +38,37 @@ class Way:
 
 def ways(jobs) -> list[Way]:
     """Return the Ways of training jobs that differ in their Together: the first is alone, the others may be faster."""
-    alone, *others = map(_way, jobs)
+    alone, *others = map(way, jobs)
     seconds = alone.step_seconds if alone.plan.fits else None
     faster = [
-        dataclasses.replace(way, speedup=seconds / way.step_seconds) if seconds and way.step_seconds else way
-        for way in others
+        dataclasses.replace(one, speedup=seconds / one.step_seconds) if seconds and one.step_seconds else one
+        for one in others
     ]
     return [dataclasses.replace(alone, speedup=seconds and 1.0), *faster]
 
 
-def _way(job):
+def way(job) -> Way:
     """Return the Way of a job, without its speedup."""
     found, together = plan(job), job.together
     taken = step(job, found.checkpointed_layers)
-    name = ONE if together.count == 1 else FSDP if together.shares else DATA_PARALLEL
+    name = ONE if together.count == 1 else DATA_PARALLEL
+    if together.shares:
+        name = FSDP_OFFLOAD if together.offload else FSDP
     many = round(taken.micro_batches)
     seconds = (taken.compute_seconds, taken.communication_seconds, taken.seconds)
     return Way(name, together.count, found, many, taken.sent_bytes, *seconds, found.tokens_per_second)
 
 
-def advice(found: list[Way], sharded: bool) -> str:
-    """Return in a sentence or two whether several cards pay. sharded: whether the recipe has memory.sharding."""
+def advice(found: list[Way], sharding: str | None, more: Way | None = None) -> str:
+    """Return in a sentence or two whether several cards pay. sharding: memory.sharding of the recipe. more: where none fits, that
+    of the fewest cards which does; None: none does."""
     by_name = {way.name: way for way in found}
-    data, shares = by_name[DATA_PARALLEL], by_name.get(FSDP)
-    count = data.processes
+    data, in_shares = by_name[DATA_PARALLEL], [by_name[name] for name in (FSDP, FSDP_OFFLOAD) if name in by_name]
+    fitting = [way for way in in_shares if way.plan.fits]
     if not data.plan.fits:
-        if shares is None or not shares.plan.fits:
-            return (
-                f"It does not fit on {count} of these cards: take more, larger ones, shorter rows or a smaller model."
-            )
-        first = "It fits with FSDP alone: no card holds the whole base."
-        if shares.compute_seconds and shares.step_seconds and shares.step_seconds > _PAYS * shares.compute_seconds:
-            slower = shares.step_seconds / shares.compute_seconds
-            first += f" Sending is what takes the time: a step takes {slower:.1f} times its computing."
-        return first + ("" if sharded else " Set memory.sharding=fsdp.")
-    if sharded and shares is not None and shares.plan.fits:
-        data = shares
+        return _of_shares(fitting, sharding) if fitting else _too_few(data.processes, in_shares, more)
+    if fitting and sharding is not None:
+        data = next((way for way in fitting if way.name == sharding), fitting[0])
     if data.speedup is None or not data.step_seconds or data.communication_seconds is None:
         return "It fits on each card. How much faster that is, is not known: one card does not hold it, or has no known speed."
     if data.speedup >= _PAYS:
@@ -80,6 +76,28 @@ def advice(found: list[Way], sharded: bool) -> str:
         pays += f"; sending takes {data.communication_seconds:.3g} of {data.step_seconds:.3g} s a step."
     else:
         pays = f"It does not pay: at most {data.speedup:.2f} times as fast as accumulation on one card."
-    if sharded:
+    if sharding is not None:
         pays += " The whole base fits on each card too: memory.sharding=null sends far less."
     return pays
+
+
+def _of_shares(fitting, sharding):
+    """Say that these ways fit alone, in shares, the first without offloading if that is one of them."""
+    best = fitting[0]
+    said = f"It fits with memory.sharding={best.name} alone: no card holds the whole base"
+    if best.name == FSDP_OFFLOAD:
+        said += f", nor its share beside the rest. Each process needs {size(best.plan.host_bytes)} of CPU memory"
+    said += "."
+    if best.compute_seconds and best.step_seconds and best.step_seconds > _PAYS * best.compute_seconds:
+        slower = best.step_seconds / best.compute_seconds
+        said += f" Sending is what takes the time: a step takes {slower:.1f} times its computing."
+    return said + ("" if sharding == best.name else f" Set memory.sharding={best.name}.")
+
+
+def _too_few(count, in_shares, more):
+    said = f"It does not fit on {count} of these cards."
+    if more is not None:
+        return f"{said} {more.processes} would do: --processes {more.processes} memory.sharding={more.name}."
+    if not in_shares:
+        return f"{said} memory.sharding does not share such a training: take larger cards, shorter rows or a smaller model."
+    return f"{said} Nor on more of them that the batch divides by: take larger ones, shorter rows or a smaller model."

@@ -39,11 +39,6 @@ class Together:
         kept = 0 if self.offload else sum(layers) / self.count
         return round(sum(layers) - kept - _LAYERS_WHOLE * max(layers))
 
-    def loaded_first(self, codes):
-        """Return the bytes of codes that are on the card while the model is read, and not later."""
-        whole = [sum(layer) for layer in codes]
-        return round(sum(whole) / self.count - _LAYERS_WHOLE * max(whole)) if self.offload else 0
-
     def pinned_bytes(self, codes):
         """Return the bytes of CPU memory that the codes of each take: torch rounds a pinned tensor up to a power of two."""
         shares = [-(-one // self.count) for layer in codes for one in layer] if self.offload else []

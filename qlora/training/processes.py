@@ -39,13 +39,13 @@ class Lost(TrainingFailed):
 @dataclass(frozen=True)
 class Processes:
     """The processes of a training, and which of them this is. store: what they know each other by. sharded: each holds a share of
-    the base, so all must run the model equally often. one_machine: whether all are on this one."""
+    the base, so all must run the model equally often. here: how many are on this machine."""
 
     rank: int = 0
     count: int = 1
     store: Any = None
     sharded: bool = False
-    one_machine: bool = True
+    here: int = 1
 
     @property
     def is_first(self):
@@ -227,8 +227,7 @@ def started(launched_as, sharded=False):
     try:
         store, rank, count = next(iter(dist.rendezvous("env://", timeout=datetime.timedelta(minutes=10))))
         store.set_timeout(_PATIENCE)
-        here = launched_as.here == count
-        mine = Processes(rank, count, dist.PrefixStore("qlora", store), sharded, here)
+        mine = Processes(rank, count, dist.PrefixStore("qlora", store), sharded, launched_as.here)
         dist.init_process_group(backend, store=mine.store, rank=rank, world_size=count, timeout=_PATIENCE)
     except (RuntimeError, ValueError) as error:
         raise InputError(f"the processes do not find each other: {str(error).splitlines()[0]}") from None

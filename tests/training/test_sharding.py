@@ -26,12 +26,12 @@ from tests.training.test_processes import (
 ODD = {"tokens_per_micro_batch": None, "per_device_eval_batch_size": 2, "eval_steps": 3, "num_samples": 2}
 
 
-def shared(recipe):
-    return recipe.model_copy(update={"memory": recipe.memory.model_copy(update={"sharding": "fsdp"})})
+def shared(recipe, sharding="fsdp"):
+    return recipe.model_copy(update={"memory": recipe.memory.model_copy(update={"sharding": sharding})})
 
 
-def trained_by_two(recipe, folder, name, *arguments):
-    file, run = written(shared(recipe), folder, name)
+def trained_by_two(recipe, folder, name, *arguments, sharding="fsdp"):
+    file, run = written(shared(recipe, sharding), folder, name)
     ended = Started(file, *arguments).finish()
     assert [code for code, *_ in ended] == [0, 0], ended
     return run
@@ -81,10 +81,10 @@ def test_a_process_holds_half_of_the_codes(tiny_model):
             assert half[name].digest_of_codes == base_model.digest(module.weight.data)
 
 
-def test_one_process_goes_on_from_two_that_shared_and_its_export_is_proven(make_recipe, tmp_path):
+def test_one_process_goes_on_from_two_whose_shares_were_offloaded_and_its_export_is_proven(make_recipe, tmp_path):
     steps = {**STEPS, "logging_steps": 1, "lr_scheduler_type": "constant", "save_steps": 2, "max_steps": 2}
     recipe = make_recipe(training=steps, quantization=FLOAT32)
-    run = trained_by_two(recipe, tmp_path, "two")
+    run = trained_by_two(recipe, tmp_path, "two", sharding="fsdp_offload")
     longer = recipe.model_copy(update={"training": recipe.training.model_copy(update={"max_steps": 4})})
     alone = train(longer.model_copy(update={"output_dir": str(tmp_path / "alone")}))
     there = longer.model_copy(update={"output_dir": str(run.path)})
@@ -123,6 +123,21 @@ def test_three_hold_shares_of_unequal_size(make_recipe, tmp_path):
 
 def test_when_one_that_holds_a_share_is_killed_the_other_ends_with_one_message(make_recipe, tmp_path):
     ends_when_the_other_is_killed(shared(make_recipe(training=ENDLESS)), tmp_path)
+
+
+@pytest.mark.slow
+def test_more_processes_than_trained_tensors(make_recipe, tmp_path):
+    lora = {"target_modules": ["q_proj"], "layers_to_transform": [0]}
+    steps = {**STEPS, "gradient_accumulation_steps": 6, "eval_steps": 3, "logging_steps": 1, "save_steps": 3}
+    recipe = make_recipe(training=steps, quantization=FLOAT32, lora=lora)
+    run = train(recipe.model_copy(update={"output_dir": str(tmp_path / "alone")}))
+    file, three = written(shared(recipe), tmp_path, "three")
+    ended = Started(file, count=3).finish()
+    assert [code for code, *_ in ended] == [0] * 3, ended
+    for ours, theirs in zip(losses(three), losses(run), strict=True):
+        assert ours == pytest.approx(theirs, abs=ROUNDING)
+    ours, theirs = (read_tensors(one.checkpoints / "step-3") for one in (three, run))
+    assert ours.keys() == theirs.keys()
 
 
 def test_steps_are_skipped_in_both_and_a_training_that_goes_wrong_ends_with_one_message(make_recipe, tmp_path):

@@ -74,6 +74,22 @@ shared.everything[shared.owners.index(1)].grad = torch.full(SHAPES[shared.owners
 shared.take_gradients()
 assert shared.clip_gradients(1.0).isnan()
 
+# more processes than parameters: one has nothing, and all go on
+few = SharedMasters(parameters()[:1], [None], ours)
+assert len(few.masters) == (ours.rank == 0)
+optimizer = AdamW8bit([{"params": few.masters}], lr=0.1, min_8bit_size=4096)
+before = few.everything[0].clone()
+few.everything[0].grad = gradients(0, ours.rank)[0]
+few.take_gradients()
+ours.sum_gradients(few)
+assert few.clip_gradients(1.0) > 1
+few.multiply_gradients(1.0)
+optimizer.step()
+few.give_weights()
+assert not torch.equal(few.everything[0], before)
+found, _ = few.collected(*optimizer_state(optimizer, ["the one"][: len(few.masters)]))
+assert bool(found) == ours.is_first
+
 # what one process alone finds wrong ends all
 try:
     with ours.failing_together():

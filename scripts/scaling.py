@@ -7,7 +7,8 @@ import json
 import tempfile
 from pathlib import Path
 
-from qlora.jobs.plan_job import Budget, computer_of, without_data
+from qlora.jobs.plan_job import Budget, computer_of
+from qlora.jobs.several_card_plans import jobs_of_cards
 from qlora.planner import card_of, several_cards
 from qlora.recipe import Recipe
 
@@ -21,40 +22,46 @@ MODELS = {
 LINKS = {"PCIe 4.0 x8": 12.6e9, "100 Gb/s": 10e9, "10 Gb/s": 1e9}  # of a network: four fifths, as of PCIe
 
 
-def job_of(shape, card, folder):
-    """Return the planner's Job of a model of this shape, every layer checkpointed."""
+def jobs_of(shape, card, folder):
+    """Return job(count, offload, link) -> planner.Job of a model of this shape, every layer checkpointed."""
     (folder / "config.json").write_text(json.dumps(_LLAMA | shape))
     recipe = Recipe.from_dict(
         {"model": {"name_or_path": str(folder)}, "data": {"train": "mine.jsonl"}, "output_dir": "runs/scaling", "lora": {},
          "memory": {"gradient_checkpointing": True},
-         "training": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 64, "tokens_per_micro_batch": None}}
+         "training": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 64}}
     )  # fmt: skip
-    return without_data(recipe, "cuda", Budget(card.memory, card.name, card), computer_of(card.name))
+    return jobs_of_cards(recipe, None, Budget(card.memory, card.name, card), computer_of(card.name))
 
 
 def main():
     card = card_of("3090")
-    with tempfile.TemporaryDirectory() as scratch:
-        jobs = {name: job_of(shape, card, Path(scratch)) for name, shape in MODELS.items()}
-    for name, job in jobs.items():
-        print(
-            f"\n| {name} | link | way | GiB a card | fits | sent a step, GB | sending, s | step, s | tokens/s at most |"
-        )
-        print("|---|---|---|---|---|---|---|---|---|")
-        for count in (1, 2, 4, 8, 16, 64):
-            for link in ("PCIe 4.0 x8",) if count <= 8 else ("100 Gb/s", "10 Gb/s"):
-                elsewhere = several_cards.held_elsewhere(job.outline, count)
-                shares = job.but(budget_bytes=job.budget_bytes + elsewhere)
-                for way in several_cards.ways(job, shares, max(2, count), LINKS[link]):
-                    if way.processes == count:
-                        print_row(way, link)
+    for name, shape in MODELS.items():
+        with tempfile.TemporaryDirectory() as scratch:
+            job = jobs_of(shape, card, Path(scratch))
+            columns = [
+                "GiB a card",
+                "fits",
+                "micro-batches",
+                "sent a step, GB",
+                "sending, s",
+                "step, s",
+                "tokens/s at most",
+            ]
+            print("\n|", " | ".join([name, "link", "way", *columns]), "|")
+            print("|---|---|---|---|---|---|---|---|---|---|")
+            alone = job(1)
+            print_row(several_cards.way(alone), "")
+            for count in (2, 4, 8, 16, 64):
+                for link in ("PCIe 4.0 x8",) if count <= 8 else ("100 Gb/s", "10 Gb/s"):
+                    for offload in (None, False, True):
+                        print_row(several_cards.way(job(count, offload, LINKS[link])), link)
 
 
 def print_row(way, link):
     plan = way.plan
     print(
-        f"| {way.processes} | {link if way.processes > 1 else ''} | {way.name} | {plan.peak_bytes / GIB:.1f} | "
-        f"{'yes' if plan.fits else 'no'} | {way.sent_bytes / 1e9:.2f} | {way.communication_seconds:.2f} | "
+        f"| {way.processes} | {link} | {way.name} | {plan.peak_bytes / GIB:.1f} | {'yes' if plan.fits else 'no'} | "
+        f"{way.micro_batches} x {plan.tokens_per_micro_batch:,} | {way.sent_bytes / 1e9:.2f} | {way.communication_seconds:.2f} | "
         f"{way.step_seconds:.1f} | {way.tokens_per_second:,.0f} |"
     )
 

@@ -61,8 +61,9 @@ def tensors(model):
 
 
 def num_bytes(tensors):
-    """Return the bytes of tensors, shared ones once; 4-bit weights in 4 bit."""
-    return sum({id(tensor): tensor.numel() * tensor.element_size() for tensor in tensors}.values())
+    """Return the bytes of tensors, shared ones once; 4-bit weights in 4 bit, of those in shares the one of this process."""
+    here = {id(tensor): tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors}
+    return sum(tensor.numel() * tensor.element_size() for tensor in here.values())
 
 
 def numel(weight):

@@ -17,8 +17,6 @@ import torch.distributed as dist
 
 from ..system.errors import InputError
 from .layers import decoder_layers
-from .meta import on_meta
-from .prequantized import names_in_4_bit
 from .quantized import as_recorded, digest, quantized_modules
 
 _QUANTIZER = "bitsandbytes_4bit"
@@ -26,17 +24,19 @@ _QUANTIZER = "bitsandbytes_4bit"
 
 @dataclass(frozen=True)
 class Share:
-    """Which share this process holds. recorded: {name: digest}, see quantized.restore_codes."""
+    """Which share this process holds. recorded: {name: digest}, see quantized.restore_codes. offload: in CPU memory."""
 
     rank: int
     count: int
     recorded: Mapping = field(default_factory=dict)
+    offload: bool = False
 
     def of(self, codes):
         """Return a copy of the rows of `codes` that are this process's, as fully_shard splits them; none for the last where the
         others have all."""
         parts = codes.chunk(self.count)
-        return parts[self.rank].clone() if self.rank < len(parts) else codes[:0].clone()
+        mine = parts[self.rank].clone() if self.rank < len(parts) else codes[:0].clone()
+        return mine.cpu() if self.offload else mine
 
 
 @contextlib.contextmanager
@@ -93,16 +93,17 @@ def _keep(model, name, weight, share, layers):
     weight.data = codes
 
 
-def gather_in_layers(model):
+def gather_in_layers(model, offload=False):
     """Let each decoder layer of a plain model that was loaded with a Share gather its codes while it computes.
 
-    All processes must then call the layers equally often. Everything else is each process's own: nothing is reduced.
+    All processes must then call the layers equally often. Everything else is each process's own: nothing is reduced. offload:
+    keep the shares in CPU memory, pinned, from where a layer's is copied to the GPU before it is gathered.
 
     Raises:
         InputError: no layer has a share.
     """
     from torch.distributed.device_mesh import DeviceMesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
     from torch.distributed.tensor import DTensor, Shard
 
     shared = [module for module in quantized_modules(model).values() if hasattr(module, "shape_of_codes")]
@@ -120,13 +121,15 @@ def gather_in_layers(model):
     whole = {parameter for parameter in model.parameters() if id(parameter) not in sharded}
     decoder = next(module for module in model.modules() if any(child is layers for child in module.children()))
     for part in (*layers, decoder):  # the decoder last: it has the streams that the layers share
-        fully_shard(part, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
+        # without a GPU there is nothing to pin for
+        policy = CPUOffloadPolicy(pin_memory=model.device.type == "cuda") if offload else OffloadPolicy()
+        fully_shard(part, mesh=mesh, reshard_after_forward=True, ignored_params=whole, offload_policy=policy)
     for module, weight in zip(shared, held, strict=True):
         there = module.weight
         share = DTensor.from_local(
             weight.data, mesh, [Shard(0)], run_check=False, shape=there.shape, stride=there.stride()
         )
-        module.weight = torch.nn.Parameter(share, requires_grad=False)
+        module.weight = torch.nn.Parameter(share.cpu() if offload else share, requires_grad=False)
         for name in (
             "quant_state",
             "compress_statistics",
@@ -160,14 +163,13 @@ def gathered(model, module):
             layer.reshard()
 
 
-def code_bytes(config, section):
-    """Return the bytes of the 4-bit codes of each decoder layer of the model with this transformers config."""
-    model = on_meta(config, section.trust_remote_code)
-    names = set(names_in_4_bit(model))
-    in_4_bit = {module for name, module in model.named_modules() if name in names}
-    return [
-        sum(one.weight.numel() // 2 for one in layer.modules() if one in in_4_bit) for layer in decoder_layers(model)
-    ]
+def code_bytes(model):
+    """Return the bytes of each 4-bit weight that is shared, ((weight, ...) of a decoder layer, ...)."""
+    in_4_bit = {id(module): module for module in quantized_modules(model).values()}
+    return tuple(
+        tuple(one.weight.numel() * one.weight.element_size() for one in layer.modules() if id(one) in in_4_bit)
+        for layer in decoder_layers(model)
+    )
 
 
 def _modules(layers):

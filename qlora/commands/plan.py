@@ -10,7 +10,7 @@ from ..jobs.method_plans import advice
 from ..jobs.method_plans import plan_methods as plans_of_methods
 from ..jobs.plan_job import budget_of, computer_of, job_of, without_data
 from ..jobs.prepared_data import prepared_if_there
-from ..jobs.several_card_plans import plan_several, refuse_sharded
+from ..jobs.several_card_plans import fewest, plan_several, refuse_sharded
 from ..pages.plan import draw
 from ..planner import several_cards
 from ..recipe import Recipe
@@ -110,10 +110,11 @@ def plan_methods(recipe: Recipe, vram=None, card=None) -> dict:
 @shown()
 def plan_processes(recipe: Recipe, count: int, vram=None, card=None, link=None) -> dict:
     """Print what `count` cards would make of a step, beside one; return {"processes", "fits", "link_bytes_per_second", "ways",
-    "advice"}.
+    "fewest", "advice"}.
 
     Each way has the fields of planner.several_cards.Way, and of its plan what is of one card; fits: the way that the recipe says,
-    by memory.sharding. link: GB/s between cards, None: as of the card. vram, card: as of `plan`.
+    by memory.sharding; fewest: where no way fits, that of the fewest cards that would do, None: none does. link: GB/s between
+    cards, None: as of the card. vram, card: as of `plan`.
 
     Raises:
         InputError: the recipe, the data, a size or a card is wrong, or several processes do not do that.
@@ -125,18 +126,21 @@ def plan_processes(recipe: Recipe, count: int, vram=None, card=None, link=None) 
     prepared = prepared_if_there(recipe, on)
     try:
         ways = plan_several(recipe, prepared, budget, on, count, speed)
+        none_fits = not any(way.plan.fits for way in ways)
+        more = fewest(recipe, prepared, budget, on, count, speed) if none_fits else None
     except planner.NoPlan as error:
         raise _not_supported(recipe, error) from None
-    sharded = recipe.memory.sharding is not None
-    sentence = several_cards.advice(ways, sharded)
+    sharding = recipe.memory.sharding
+    sentence = several_cards.advice(ways, sharding, more)
     say_ways(recipe, ways, budget, speed, sentence)
-    wanted = several_cards.FSDP if sharded else several_cards.DATA_PARALLEL
+    wanted = sharding or several_cards.DATA_PARALLEL
     return {
         "processes": count,
         "fits": any(way.plan.fits for way in ways if way.name == wanted),
         "rows_per_step": recipe.training.rows_per_step,
         "link_bytes_per_second": speed,
         "ways": [_as_json(way) for way in ways],
+        "fewest": more and _as_json(more),
         "advice": sentence,
     }
 
@@ -147,6 +151,7 @@ def _as_json(way):
     kept = (
         "fits",
         "peak_bytes",
+        "host_bytes",
         "components",
         "checkpointed_layers",
         "offload",

@@ -7,7 +7,7 @@ import errno
 import shlex
 import tempfile
 
-from .. import base_model, training
+from .. import base_model, planner, training
 from ..jobs import adapter_norms, chosen_task, findings, model_to_train, resumed_run, samples
 from ..jobs.planned_training import plan_training
 from ..jobs.prepared_data import prepare
@@ -105,7 +105,9 @@ def _train(recipe, resumed, all_of_them):
     if resumed is not None:
         resumed.refuse_changes(fingerprint)
     tokens = None if resumed is None else resumed.tokens_per_micro_batch
-    planned = plan_training(prepared, base_model.default_device(), tokens, all_of_them.share, all_of_them.here)
+    link = None if all_of_them.here == all_of_them.count else planner.NETWORK
+    together = planner.Together(all_of_them.count, all_of_them.sharded, recipe.memory.offloads_codes, link)
+    planned = plan_training(prepared, base_model.default_device(), tokens, together, all_of_them.here)
     say_planned(planned)
     say_seen(recipe, prepared.batches)
 

@@ -13,7 +13,7 @@ from .judged import Judged, Judgements, Mismatched
 from .labelled import TEXT, Labelled, LabelledText, Pad
 from .labelled_images import KeptImage, LabelledImage, LabelledImages, Pixels, image_sizes
 from .masked_examples import IGNORE_INDEX, Example
-from .packing import Batches, Packed, Packs, best_fit, joined_parts, pack
+from .packing import Batches, Packed, Packs, best_fit, dealt_out, joined_parts, micro_batches_of, pack
 from .preference import Answers, Pair, Preferences
 from .rows import Rows, copies, hold_out, weighted
 from .supervised import Supervised
@@ -44,6 +44,7 @@ __all__ = [
     "best_fit",
     "conversations",
     "copies",
+    "dealt_out",
     "hold_out",
     "image",
     "image_sizes",
@@ -51,6 +52,7 @@ __all__ = [
     "judged",
     "labels",
     "load",
+    "micro_batches_of",
     "pack",
     "preference",
     "report",

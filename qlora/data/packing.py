@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -129,14 +130,40 @@ def best_fit(lengths, capacity):
     return pack_of
 
 
-def joined_parts(lengths, tokens, parts=1):
-    """Return [[places]] of rows of these lengths that are computed together, in order.
+def dealt_out(sizes, count):
+    """Return, as an array, which of `count` holders each of `sizes` goes to: the largest first, each to the one that has least.
 
-    As few as best fit makes of at most `tokens` tokens, or of one longer row; at least so many `parts`, of about the same number
-    of tokens, where there are the rows.
+    None has more than a fair share and the largest; at most 4/3 of the least possible (Graham, 1969).
     """
-    tokens = min(tokens, -(-sum(lengths) // parts))
-    part_of = best_fit(lengths, max(tokens, *lengths))
+    sizes = np.asarray(sizes)
+    holders, holder_of = [(0, holder) for holder in range(count)], np.empty(len(sizes), np.int64)
+    for at in np.argsort(-sizes, kind="stable").tolist():
+        held, holder = heapq.heappop(holders)
+        holder_of[at] = holder
+        heapq.heappush(holders, (held + sizes[at].item(), holder))
+    return holder_of
+
+
+def micro_batches_of(lengths, most, parts=1):
+    """Return, as an array, which micro-batch each row of a step goes to, so that none has over `most` tokens or one row.
+
+    parts: processes that share the step: their number of micro-batches is a multiple of it, where there are the rows, and they
+    are about as long. Alone: as few as best fit makes.
+    """
+    lengths = np.asarray(lengths, np.int64)
+    most = max(most, int(lengths.max()))
+    if parts == 1:
+        return best_fit(lengths, most)
+    for number in range(parts * -(-int(lengths.sum()) // (parts * most)), len(lengths), parts):
+        found = dealt_out(lengths, number)
+        if np.bincount(found, weights=lengths).max() <= most:
+            return found
+    return np.arange(len(lengths))
+
+
+def joined_parts(lengths, most, parts=1):
+    """Return [[places]] of the rows of each micro-batch that micro_batches_of makes, in order."""
+    part_of = micro_batches_of(lengths, most, parts)
     return [np.flatnonzero(part_of == part).tolist() for part in range(int(part_of.max()) + 1)]
 
 

@@ -76,11 +76,11 @@ def open_trainable(prepared, fingerprint, resumed=None, tokens=None, share=None)
     recipe, checkpoint = prepared.recipe, prepared.checkpoint
     with progress(f"loading {checkpoint.name_or_path}"):
         recorded = {} if resumed is None else resumed.environment["base_model"].get("quantized_sha256", {})
-        share = share and replace(share, recorded=recorded)
+        share = share and replace(share, recorded=recorded, offload=recipe.memory.offloads_codes)
         model = base_model.load(checkpoint, recipe.model, recipe.quantization, share=share)
         base_model.restore_codes(model, recorded)  # of a run on another device, maybe
         if share is not None:
-            base_model.gather_in_layers(model)
+            base_model.gather_in_layers(model, share.offload)
         quantized, hashes = base_model.digests(model), checkpoint.file_hashes()
         of_base = resumed_run.of_base(hashes, quantized)
         if resumed is not None:
@@ -95,6 +95,10 @@ def open_trainable(prepared, fingerprint, resumed=None, tokens=None, share=None)
             data.as_supervised(prepared.examples),
             started_from.folder_of(recipe.model),
         )
+        if share is not None and share.offload:  # PEFT puts adapters where the codes are
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.to(model.device)
     trainable, total = base_model.num_parameters(model)
     found = environment(model.device) | {
         "parameters": {"trainable": trainable, "total": total},

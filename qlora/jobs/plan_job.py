@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,11 +104,12 @@ def held_by_others(device):
     return max(0, total - free - planner.CONTEXT_BYTES)
 
 
-def job_of(prepared, device_kind, budget: Budget, tokens=None):
+def job_of(prepared, device_kind, budget: Budget, tokens=None, together=planner.ALONE, remade=None):
     """Return the planner.Job of Prepared data. device_kind: "cuda" or "cpu".
 
     tokens: of a micro-batch that the rows of a step are joined into, at most; None, or where a row is longer: as many as are
-    fastest.
+    fastest. together: the planner.Together of which it is one process. remade: of another Job of the same recipe,
+    so that the model is not traced again.
 
     Raises:
         InputError: see with_outline.
@@ -115,7 +117,7 @@ def job_of(prepared, device_kind, budget: Budget, tokens=None):
     """
     recipe, training = prepared.recipe, prepared.recipe.training
     examples, batches, held_out = prepared.examples, prepared.batches, prepared.eval_examples
-    remade = _outlines(recipe, prepared.config, len(prepared.checkpoint.new_tokens), device_kind)
+    remade = remade or _outlines(recipe, prepared.config, len(prepared.checkpoint.new_tokens), device_kind)
     joins = remade().joins
     rows = training.per_device_train_batch_size
     numbers = {"num_tokens": int(examples.lengths.sum()), "num_micro_batches": -(-len(batches) // rows)}
@@ -127,27 +129,36 @@ def job_of(prepared, device_kind, budget: Budget, tokens=None):
         load = _load_of_batches(batches, examples, joins) if is_joined else _load(examples, rows, joins, device_kind)
         if training.joins_steps and joins:
             sequences = examples.longest if examples.are_pairs else None
-            steps = joined_steps(examples.lengths, examples.num_trained, training.rows_per_step, tokens, sequences)
+            lengths, parts = (examples.lengths, examples.num_trained), together.count
+            steps = joined_steps(*lengths, training.rows_per_step, tokens, sequences, parts)
         may_pack = not (prepared.checkpoint.task.file.HAS_CLASSES or examples.are_pairs or examples.are_judged)
         if may_pack and attention.why_not(prepared.config, recipe.data.max_length) is None:
             packs = data.pack(examples, training.filled_to or recipe.data.max_length)
             numbers |= {"packed_load": _packed_load(packs, examples, 1), "packed_micro_batches": len(packs)}
     if len(held_out):
-        together = joins or load.packed
-        numbers["eval_load"] = _load(held_out, training.per_device_eval_batch_size, together, device_kind)
-    job = with_outline(recipe, remade, load=load, budget_bytes=budget.num_bytes, card=budget.card, **numbers)
+        numbers["eval_load"] = _load(held_out, training.per_device_eval_batch_size, joins or load.packed, device_kind)
+    numbers |= {"budget_bytes": budget.num_bytes, "card": budget.card, "together": together}
+    job = with_outline(recipe, remade, load=load, **numbers)
     return job if steps is None else _fastest(job, steps)
 
 
 def _fastest(job, steps):
     """Return `job` with the one of JoinedSteps `steps` that is fastest."""
     # in proportion all cards are alike
-    card = job.card or (planner.card_of(_USUAL_CARD) if job.outline.device_kind == "cuda" else None)
+    card, together = (
+        job.card or (planner.card_of(_USUAL_CARD) if job.outline.device_kind == "cuda" else None),
+        job.together,
+    )
+    if card is not None and together.link is None:
+        together = dataclasses.replace(together, link=card.link_bandwidth)
+    if card is not None:
+        together = dataclasses.replace(together, host_link=card.host_bandwidth)
+    known = {"card": card, "together": together}
     jobs = [
-        job.but(load=one.load, num_micro_batches=one.num_micro_batches, num_steps=one.num_steps, card=card)
+        job.but(load=one.load, num_micro_batches=one.num_micro_batches, num_steps=one.num_steps, **known)
         for one in steps
     ]
-    return planner.fastest(jobs).but(card=job.card)
+    return planner.fastest(jobs).but(card=job.card, together=job.together)
 
 
 def _load(examples, rows, joined, device_kind):
@@ -182,27 +193,29 @@ def _packed_load(packs, examples, rows):
     )
 
 
-def without_data(recipe, device_kind, budget: Budget, on):
+def without_data(recipe, device_kind, budget: Budget, on, together=planner.ALONE, remade=None):
     """Return the Job of `recipe` for rows of data.max_length, every token trained; raises as job_of does.
 
-    on: the base_model.Computer that is to train.
+    on: the base_model.Computer that is to train. together, remade: as of job_of.
     """
     checkpoint = base_model.find(recipe.model, weights=False, task=task_of(recipe))
     config = base_model.load_config(checkpoint, recipe.model)
     recipe = base_model.settle(recipe, config, checkpoint, on)
     training, length = recipe.training, recipe.data.max_length if checkpoint.task.file.HAS_TOKENS else 1
     rows = training.filled_to // length if training.filled_to else training.per_device_train_batch_size
-    remade = _outlines(recipe, config, len(checkpoint.new_tokens), device_kind)
+    remade = remade or _outlines(recipe, config, len(checkpoint.new_tokens), device_kind)
     packed = recipe.data.packing
     pairs = encoder_of(recipe.task, recipe.objective) is data.Preferences
     rows *= 2 if pairs else 1
     load = planner.Load(rows, length, rows * length, packed, packed or remade().joins, pairs=pairs)
-    job = with_outline(recipe, remade, load=load, budget_bytes=budget.num_bytes, card=budget.card)
+    numbers = {"budget_bytes": budget.num_bytes, "card": budget.card, "together": together}
+    job = with_outline(recipe, remade, load=load, **numbers)
     if not training.joins_steps or packed or not remade().joins:
         return job
     lengths = np.full(training.rows_per_step, length)
     whole = 2 * lengths if pairs else lengths
-    return _fastest(job, joined_steps(whole, whole, training.rows_per_step, sequences=lengths if pairs else None))
+    parts = {"sequences": lengths if pairs else None, "parts": together.count}
+    return _fastest(job, joined_steps(whole, whole, training.rows_per_step, **parts))
 
 
 def _outlines(recipe, config, num_new_tokens, device_kind):

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import psutil
 
-from .. import base_model, planner
-from ..planner import several_cards
+from .. import planner
 from ..runs.checkpoints import Checkpoints
 from ..runs.folder import RunDir
 from ..system import memory
@@ -26,7 +25,7 @@ class Planned:
     limit_bytes: what there is, in the same terms. Without a plan, which is None then, why_none says why, these are None, and the
     rehearsal finds what does not fit.
     tokens_before: the tokens_per_micro_batch of a resumed run, where the memory no longer allows them.
-    elsewhere_bytes: of the `plan`'s weights, those that other processes hold. sharers: processes that share what is free.
+    sharers: processes that share what is free.
     """
 
     checkpointed_layers: int
@@ -36,7 +35,6 @@ class Planned:
     why_none: str = ""
     tokens_before: int | None = None
     limit_bytes: int | None = None
-    elsewhere_bytes: int = 0
     sharers: int = 1
 
     @property
@@ -44,9 +42,8 @@ class Planned:
         """What predicted_bytes is made of: {component: bytes}; "process" is what was held before. Empty without a plan."""
         if self.plan is None or self.predicted_bytes is None:
             return {}
-        components = dict(self.plan.components)
-        components["weights"] -= self.elsewhere_bytes
-        before = self.predicted_bytes + self.elsewhere_bytes - self.plan.peak_bytes
+        components = self.plan.components
+        before = self.predicted_bytes - self.plan.peak_bytes
         if before >= 0:
             return {"process": before} | components
         found = {name: num_bytes for name, num_bytes in components.items() if name != "context"}
@@ -58,24 +55,20 @@ class Planned:
         return None if self.plan is None else self.plan.tokens_per_micro_batch
 
 
-def plan_training(prepared, device, tokens=None, share=None, here=1) -> Planned:
+def plan_training(prepared, device, tokens=None, together=planner.ALONE, here=1) -> Planned:
     """Return how the training of Prepared data fits on a device, which may be a CPU.
 
     tokens: the tokens_per_micro_batch of a run that is resumed; other micro-batches would be the same but for rounding.
-    share: the base_model.Share of the base that this process holds; None: the whole base. here: so many processes of this
-    training are on this machine, and share its memory, but not its GPUs.
+    together: the planner.Together of which this is one process; here: how many of them are on this machine.
 
     Raises:
         DoesNotFit: it does not, or what it offloads does not fit into the host's memory; says what would.
         InputError: the model has fewer layers than are to be checkpointed, offloading has nothing to move, or the disk is full.
     """
-    recipe, budget, elsewhere = prepared.recipe, budget_of_device(prepared.recipe, device, here), 0
+    recipe, budget = prepared.recipe, budget_of_device(prepared.recipe, device, here)
     sharers = here if device.type != "cuda" and recipe.memory.budget is None else 1
-    if share is not None:  # the planner has one process, with the whole base
-        elsewhere = several_cards.held_elsewhere(base_model.code_bytes(prepared.config, recipe.model), share.count)
-        budget = replace(budget, num_bytes=budget.num_bytes + elsewhere)
     try:
-        job = job_of(prepared, device.type, budget, tokens)
+        job = job_of(prepared, device.type, budget, tokens, together)
     except planner.NoPlan as error:
         num_layers = getattr(prepared.config.get_text_config(), "num_hidden_layers", 0)
         refuse_layers(recipe.memory, num_layers)
@@ -86,29 +79,27 @@ def plan_training(prepared, device, tokens=None, share=None, here=1) -> Planned:
     found = planner.plan(job)
     before = None
     if tokens is not None and not found.fits:
-        before, job = tokens, job_of(prepared, device.type, budget)
+        before, job = tokens, job_of(prepared, device.type, budget, together=together)
         found = planner.plan(job)
     if not found.fits:
-        raise DoesNotFit(_what_would_fit(recipe, job, found, device, elsewhere, sharers))
-    refuse_full_host(found, here)
+        raise DoesNotFit(_what_would_fit(recipe, job, found, device, sharers))
+    refuse_full_host(found, here, together.offload)
     refuse_full_disk(recipe, found)
     predicted = memory.anonymous_bytes() + found.peak_bytes if device.type == "cpu" else found.cuda_bytes
-    predicted -= elsewhere
     limit = predicted - found.peak_bytes + found.budget_bytes  # on a GPU less what is not torch's
-    return Planned(found.checkpointed_layers, found.offload, predicted, found, "", before, limit, elsewhere, sharers)
+    return Planned(found.checkpointed_layers, found.offload, predicted, found, "", before, limit, sharers)
 
 
-def _what_would_fit(recipe, job, found, device, elsewhere, sharers):
-    free, needed = recipe.memory.budget is None, found.peak_bytes - elsewhere
+def _what_would_fit(recipe, job, found, device, sharers):
+    free = recipe.memory.budget is None
     changes = planner.suggestions(job)
     lines = [
-        f"does not fit: {size(needed)} are needed ({found.where}), {size(job.budget_bytes - elsewhere)} are "
+        f"does not fit: {size(found.peak_bytes)} are needed ({found.where}), {size(job.budget_bytes)} are "
         f"{'free' if free else 'memory.budget'}{for_each_of(sharers)}; "
         + ("what would help, best first:" if changes else "no setting would make it less, a smaller model would")
     ]
     lines += [
-        f"  {change['set']}: {size(change['peak_bytes'] - elsewhere)}{', fits' if change['fits'] else ''}"
-        for change in changes
+        f"  {change['set']}: {size(change['peak_bytes'])}{', fits' if change['fits'] else ''}" for change in changes
     ]
     others = held_by_others(device)
     if free and others > _WORTH_SAYING:
@@ -121,15 +112,20 @@ def for_each_of(sharers):
     return f" for each of {sharers} processes" if sharers > 1 else ""
 
 
-def refuse_full_host(found, here=1):
-    """Raise DoesNotFit where what a Plan moves to the host does not fit into the memory that is free there, of which each process
-    `here` has its share: it is pinned, and cannot be swapped."""
-    free = psutil.virtual_memory().available // here
-    if found.host_bytes > free:
+def refuse_full_host(found, here=1, of_codes=False):
+    """Raise DoesNotFit where what the Plan of `here` processes moves to the host does not fit into the memory that is free there:
+    it is pinned, and cannot be swapped. of_codes: the base's codes are part of it."""
+    free, needed = psutil.virtual_memory().available, here * found.host_bytes
+    if needed > free and of_codes:
         raise DoesNotFit(
-            f"does not fit: memory.offload moves {size(found.host_bytes)} of layer inputs to CPU memory, {size(free)} are free "
-            f"there{for_each_of(here)}; free some, set a lower data.max_length, or fewer tokens a micro-batch "
-            "(training.per_device_train_batch_size, training.tokens_per_micro_batch)"
+            f"does not fit: memory.sharding: fsdp_offload needs {size(needed)} of CPU memory for the {here} processes of this "
+            f"machine, {size(free)} are free there; free some, or set memory.sharding=fsdp"
+        )
+    if needed > free:
+        raise DoesNotFit(
+            f"does not fit: memory.offload moves {size(needed)} of layer inputs to CPU memory, {size(free)} are free "
+            "there; free some, set a lower data.max_length, or fewer tokens a micro-batch (training.per_device_train_batch_size, "
+            "training.tokens_per_micro_batch)"
         )
 
 

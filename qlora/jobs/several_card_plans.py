@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-
-from ..planner import several_cards
+from ..planner import Together, several_cards
 from ..planner.several_cards import Way
 from ..recipe import Recipe
 from ..system.errors import InputError
@@ -12,6 +10,8 @@ from ..training import sharding
 from ..training.processes import refuse_unsupported
 from .plan_job import Budget, job_of, without_data
 from .prepared_data import Prepared
+
+MOST = 64  # cards
 
 
 def plan_several(recipe: Recipe, prepared: Prepared | None, budget: Budget, on, count: int, link=None) -> list[Way]:
@@ -27,24 +27,54 @@ def plan_several(recipe: Recipe, prepared: Prepared | None, budget: Budget, on, 
     if count < 2:
         raise InputError(f"--processes {count}: give 2 or more; without it, the plan is of one card")
     refuse_unsupported(recipe, count)
-
-    def job(num_bytes):
-        there = dataclasses.replace(budget, num_bytes=num_bytes)
-        return without_data(recipe, "cuda", there, on) if prepared is None else job_of(prepared, "cuda", there)
-
-    whole = job(budget.num_bytes)
-    shares = None
+    job = jobs_of_cards(recipe, prepared, budget, on)
+    jobs = [job(1), job(count, link=link)]
     if sharding.can_share(recipe):
-        shares = job(budget.num_bytes + several_cards.held_elsewhere_of(whole.outline, count))
-    if link is None and budget.card is not None:
-        link = budget.card.link_bandwidth
-    return several_cards.ways(whole, shares, count, link)
+        jobs += [job(count, offload, link) for offload in (False, True)]
+    return several_cards.ways(jobs)
+
+
+def fewest(recipe: Recipe, prepared: Prepared | None, budget: Budget, on, count: int, link=None) -> Way | None:
+    """Return the Way of the fewest cards above `count` that hold `recipe`, with the base in shares; None: no number up to MOST
+    that its batch divides by does. Raises as plan_several does."""
+    job = jobs_of_cards(recipe, prepared, budget, on)
+    for number in range(count + 1, MOST + 1) if sharding.can_share(recipe) else ():
+        try:
+            refuse_unsupported(recipe, number)
+        except InputError:  # the batch does not divide by it
+            continue
+        for offload in (False, True):
+            way = several_cards.way(job(number, offload, link))
+            if way.plan.fits:
+                return way
+    return None
+
+
+def jobs_of_cards(recipe, prepared, budget, on):
+    """Return job(count, offload, link) -> planner.Job of training on `count` cards; the arguments are those of plan_several.
+
+    offload: whether the base's shares are in CPU memory; None: it is whole on each card.
+    """
+    made: list = []
+
+    def job(count, offload=None, link=None):
+        card, remade = budget.card, made[0].remade if made else None
+        if link is None and card is not None:
+            link = card.link_bandwidth
+        together = Together(count, offload is not None, bool(offload), link, card and card.host_bandwidth)
+        if prepared is None:
+            made.append(without_data(recipe, "cuda", budget, on, together, remade))
+        else:
+            made.append(job_of(prepared, "cuda", budget, together=together, remade=remade))
+        return made[-1]
+
+    return job
 
 
 def refuse_sharded(recipe: Recipe, command):
     """Raise InputError where `recipe` is for several processes; command: what plans them."""
     if recipe.memory.sharding is not None:
         raise InputError(
-            f"memory.sharding: fsdp is for several processes, one a card; plan them with: {command}\n"
+            f"memory.sharding: {recipe.memory.sharding} is for several processes, one a card; plan them with: {command}\n"
             "  or set memory.sharding=null for the plan of one card"
         )

@@ -142,10 +142,11 @@ class Trainable:
         return [name for group in self.groups for name in group.names]
 
     def optimizer_groups(self, tensors, learning_rate, weight_decay):
-        """Return the groups as torch.optim takes them; tensors: {name: what the optimizer changes}, with these defaults."""
+        """Return the groups as torch.optim takes them; tensors: {name: what the optimizer changes} of all or some, with these
+        defaults."""
         return [
             {
-                "params": [tensors[name] for name in group.names],
+                "params": [tensors[name] for name in group.names if name in tensors],
                 "lr": group.learning_rate * learning_rate,
                 "weight_decay": weight_decay if group.weight_decay is None else group.weight_decay,
             }

@@ -17,9 +17,10 @@ from ..system import cards
 from ..system.cards import Card, card_of
 from . import speed
 from .footprint import CONTEXT_BYTES, Load, NoPlan, Outline, Usage, checkpoint_bytes, outline, usage
+from .together import ALONE, NETWORK, Step, Together, step_of
 
-__all__ = ["CONTEXT_BYTES", "Job", "Load", "NoPlan", "Plan", "at_length", "at_rows", "backwards", "card_of", "cards",
-           "fastest", "outline", "plan", "suggestions"]  # fmt: skip
+__all__ = ["ALONE", "CONTEXT_BYTES", "NETWORK", "Job", "Load", "NoPlan", "Plan", "Together", "at_length", "at_rows", "backwards",
+           "card_of", "cards", "fastest", "outline", "plan", "suggestions"]  # fmt: skip
 
 # of a joined micro-batch. SmolLM2-135M, 32 rows of about 107 tokens a step, tokens/s and peak: 114 and 0.95 GiB one row at a
 # time, 189 and 1.02 at 512 tokens, 212 and 1.29 at 1,024, 212 and 1.84 at 2,048, 210 and 3.08 at 4,096
@@ -36,7 +37,7 @@ class Job:
     num_tokens: an epoch's, without padding; num_micro_batches: an epoch's; num_steps: an epoch's, None where each has as many
     micro-batches as the recipe says. packed_load, packed_micro_batches: those with
     data.packing, None if it cannot be. remade(lora, num_new_tokens, packed): another outline of the same model; what is
-    not given stays.
+    not given stays. together: the processes that share each step.
     """
 
     outline: Outline
@@ -55,6 +56,7 @@ class Job:
     lora: Any = None
     num_new_tokens: int = 0
     remade: Callable | None = None
+    together: Together = ALONE
 
     def but(self, **changes):
         """Return the job with these fields changed; fields of `training` by their own names."""
@@ -66,11 +68,12 @@ class Job:
 
 @dataclass(frozen=True)
 class Plan:
-    """components: bytes by name at the moment of the peak, which sum to peak_bytes; where: that moment. host_bytes: beside
-    that, for checkpoints moved to the host; allocated_bytes: of the peak without a GPU's context; cuda_bytes: those that
-    torch's counters on a GPU see. tokens_per_micro_batch: at most, where the rows of a step are joined. tokens_per_second: at
-    most, padding not counted; steps and hours: of the whole training, at that speed; checkpoint_bytes: of one on the disk.
-    counts: what tokens_per_second is a number of, tokens or images. Numbers that are not known are None."""
+    """Of one process; tokens_per_second is of all. components: bytes by name at the moment of the peak, which sum to peak_bytes;
+    where: that moment. host_bytes: beside that, for what is moved to the host; allocated_bytes: of the peak without a GPU's
+    context; cuda_bytes: those that torch's counters on a GPU see. tokens_per_micro_batch: at most, where the rows of a step are
+    joined. tokens_per_second: at most, padding not counted; steps and hours: of the whole training, at that speed;
+    checkpoint_bytes: of one on the disk. counts: what tokens_per_second is a number of, tokens or images. Numbers that are not
+    known are None."""
 
     components: dict
     peak_bytes: int
@@ -94,16 +97,16 @@ class Plan:
 def plan(job: Job) -> Plan:
     """Return the Plan of `job`, with as few layers checkpointed as it lets be; some milliseconds."""
     layers, offload, found = _choice(job)
-    seconds = micro_batch_seconds(job, layers)
+    seconds = step(job, layers).seconds
     steps = _steps(job)
     per_second = hours = None
     if seconds is not None:
         real = job.load.tokens
         if job.num_tokens and job.num_micro_batches:
             real = min(real, job.num_tokens / job.num_micro_batches)
-        per_second = real / seconds
+        per_second = real * micro_batches_a_step(job) / seconds
         if steps is not None:
-            hours = steps * micro_batches_a_step(job) * seconds / 3600
+            hours = steps * seconds / 3600
     return Plan(
         found.components,
         found.peak_bytes,
@@ -150,7 +153,7 @@ def _choice(job) -> tuple[int, bool, Usage]:
     setting, num = job.gradient_checkpointing, job.outline.num_layers
 
     def at(layers, offload=False):
-        return layers, offload, usage(job.outline, job.load, job.training, layers, offload, job.eval_load)
+        return layers, offload, usage(job.outline, job.load, job.training, layers, offload, job.eval_load, job.together)
 
     def fits(choice):
         return choice[2].peak_bytes <= job.budget_bytes
@@ -171,8 +174,13 @@ def _choice(job) -> tuple[int, bool, Usage]:
     return best
 
 
-def micro_batch_seconds(job, layers):
-    """Return the least seconds of a mean micro-batch, None without a card."""
+def step(job, layers) -> Step:
+    """Return the Step of the process with most micro-batches, where so many layers are checkpointed."""
+    return step_of(job.together, job.outline, micro_batches_a_step(job), _micro_batch_seconds(job, layers))
+
+
+def _micro_batch_seconds(job, layers):
+    """Return the least seconds of computing a mean micro-batch, None without a card."""
     if job.card is None:
         return None
     load, share = job.load, 1.0

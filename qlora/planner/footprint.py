@@ -15,6 +15,7 @@ from ..recipe.optimizers import OPTIMIZERS
 from ..system.errors import QLoRAError
 from . import images, trace
 from .speed import Work
+from .together import ALONE, NCCL_BYTES
 
 # Assumed, not measured: what the CUDA driver and the libraries' kernels take beside torch's own allocations, and what
 # torch's allocator loses to rounding (blocks of 512 bytes and of 2 MiB) and to holes, as a share of a step's tensors.
@@ -92,7 +93,8 @@ class Outline:
     of them, as the model holds them; layer_gradients: {kind of layer: bytes}. read_bytes: beside the weights while
     the largest of them is read. work: for its speed. mapped: bytes of the weights that stay mapped files on a CPU. counts: what
     a row's length is a number of, tokens or images. embedded: virtual tokens before each row. shared: of a token, the numbers
-    of keys and values that queries share, and that attention with a mask has for each.
+    of keys and values that queries share, and that attention with a mask has for each. codes: bytes of each 4-bit weight, in a
+    tuple for each decoder layer.
     """
 
     device_kind: str
@@ -108,6 +110,7 @@ class Outline:
     counts: str = "tokens"
     embedded: int = 0
     shared: int = 0
+    codes: tuple = ()
 
     @property
     def num_layers(self):
@@ -153,6 +156,7 @@ def _outline(config, model_section, quantization, lora, num_new_tokens, device_k
     if not checkpointing.is_possible(layer):
         raise NoPlan(f"{type(layer).__name__} cannot be checkpointed")
     quantized = [module.weight for module in base_model.quantized_modules(model).values()]
+    codes = base_model.code_bytes(model)
     stay_mapped = device_kind == "cpu" and _stay_mapped(config, num_new_tokens)
     read_bytes = _read_bytes(model, config, num_new_tokens, device_kind, stay_mapped)
     linear = [model.get_submodule(name) for name in base_model.linear_names(model)]
@@ -195,6 +199,7 @@ def _outline(config, model_section, quantization, lora, num_new_tokens, device_k
         "images" if of_images else "tokens",
         lora.num_embedded,
         2 * head_dim * (heads - own if isinstance(own, int) and own > 1 else 0),  # one is shared without a copy
+        codes,
     )
 
 
@@ -228,37 +233,34 @@ def _read_bytes(model, config, num_new_tokens, device_kind, stay_mapped):
     return found
 
 
-def usage(model: Outline, load: Load, training, checkpointed, offload, eval_load=None) -> Usage:
+def usage(model: Outline, load: Load, training, checkpointed, offload, eval_load=None, together=ALONE) -> Usage:
     """Return the Usage of training `model` with the recipe's section `training`, a micro-batch being `load` at most.
 
     checkpointed: how many layers, from the first, are computed again in the backward pass. offload: whether the inputs that
-    those keep go to the host, but for two. eval_load: the largest batch of an evaluation, if there is one.
+    those keep go to the host, but for two. eval_load: the largest batch of an evaluation, if there is one. together: the
+    Together of which this is one process.
 
     The step before is past: the optimizer has its states, and with several micro-batches a step their gradients are there.
     """
-    numbers = float(model.trained.sum())
-    largest = float(model.trained.max())
+    on_cuda = model.device_kind == "cuda"
+    mastered = together.mastered(model.trained)
+    numbers, largest = float(mastered.sum()), float(mastered.max())
     accumulates = training.gradient_accumulation_steps > 1 if load.alone is None else not load.alone
+    elsewhere = dataclasses.replace(together, offload=together.offload and on_cuda).held_elsewhere(model.codes)
     always = {
-        "weights": model.weights - model.mapped,
+        "weights": model.weights - model.mapped - elsewhere,
         "adapter": model.trained_bytes + 4 * numbers,  # and training.master_weights
-        "optimizer": _optimizer_bytes(model.trained, training.optim),
+        "optimizer": _optimizer_bytes(mastered, training.optim),
     }
     summed = 4 * numbers if accumulates else 0.0
     moments = [*_step(model, load, checkpointed, offload, summed)]
-    # the masters take the model's gradients over group by group, each as a float32 copy that is added or kept
-    parts_of = groups.of(model.trained, model.device_kind == "cuda")
-    trained = np.array([model.trained[part].sum() for part in parts_of])
-    left = model.trained_bytes / numbers * np.cumsum(trained[::-1])[::-1]
-    before = 0.0 if accumulates else 4 * (np.cumsum(trained) - trained)
-    taken = summed + (left + before + 4 * trained).max()
+    taken = _taken_over(model, summed, numbers if together.shares else None)
     moments.append(("copying gradients to the masters", {"gradients": taken}))
     temporary = _optimizer_work(model, numbers, largest, training.optim)
     moments.append(("optimizer step", {"gradients": 4 * numbers, "layer_work": temporary}))
     if eval_load is not None:
         moments.append(("evaluation", _evaluation(model, eval_load)))
     where, parts = max(moments, key=lambda moment: sum(moment[1].values()))
-    on_cuda = model.device_kind == "cuda"
     worked = sum(parts.get(name, 0) for name in ("checkpoints", "layer_work", "buffers"))
     loss_head = parts.get("loss_head", 0)
     lost = CONTEXT_BYTES + LOST_SHARE * (worked + loss_head)
@@ -270,17 +272,31 @@ def usage(model: Outline, load: Load, training, checkpointed, offload, eval_load
         lost = CONTEXT_BYTES + LOST_SHARE * model.read_bytes if on_cuda else 0
     names = ("weights", "adapter", "gradients", "optimizer", "checkpoints", "layer_work", "loss_head", "buffers")
     found = {name: round(always.get(name, 0) + parts.get(name, 0)) for name in names}
-    found["context"] = round(lost)
+    found["context"] = round(lost) + (NCCL_BYTES if on_cuda and together.count > 1 else 0)
     kept = model.step.checkpointed[model.step.layers[-1]][0].rise_and_change(_growth(model, load))[1]
     host_bytes = round(kept) * checkpointed if offload else 0
     if on_cuda and offload:
         host_bytes = -(-round(kept) // checkpointing.PIECE) * checkpointing.PIECE * checkpointed
-    if not on_cuda:  # the host's memory is the one there is
+    if on_cuda:
+        host_bytes += together.pinned_bytes(model.codes)
+    else:  # the host's memory is the one there is
         found["checkpoints"], host_bytes = found["checkpoints"] + host_bytes, 0
-    large = model.trained[model.trained >= _PAGED_FROM]
+    large = mastered[mastered >= _PAGED_FROM]
     paged = on_cuda and OPTIMIZERS[training.optim].paged and where != "loading"
     paged_bytes = round(_optimizer_bytes(large, training.optim)) if paged else 0
     return Usage(found, where, host_bytes, paged_bytes)
+
+
+def _taken_over(model, summed, mastered=None):
+    """Return the bytes of gradients when the masters take the model's over, group by group, each as a float32 copy that is added
+    or kept; summed: those of earlier micro-batches. mastered: numbers that have a master here, where that is not all."""
+    if mastered is not None:  # a piece at a time goes to its owner
+        return model.trained_bytes + 4 * mastered + 4 * min(groups.SENT, mastered)
+    parts_of = groups.of(model.trained, model.device_kind == "cuda")
+    trained = np.array([model.trained[part].sum() for part in parts_of])
+    left = model.trained_bytes / model.trained.sum() * np.cumsum(trained[::-1])[::-1]
+    before = 0.0 if summed else 4 * (np.cumsum(trained) - trained)
+    return summed + (left + before + 4 * trained).max()
 
 
 def _lost_on_cpu(model, load, checkpointed, worked):

@@ -324,8 +324,14 @@ class Memory(Section):
     offload: Literal["auto"] | bool = "auto"
     """offload the inputs of checkpointed layers to CPU memory: true, false; auto: where checkpointing all layers is
     not enough"""
-    sharding: Literal["fsdp"] | None = None
-    """fsdp: each process holds a share of the base's weights (several processes); null: the whole base"""
+    sharding: Literal["fsdp", "fsdp_offload"] | None = None
+    """fsdp: each process holds a share of the base's weights (several processes); fsdp_offload: in CPU memory; null: the
+    whole base"""
+
+    @property
+    def offloads_codes(self):
+        """Whether the 4-bit codes of the base are in CPU memory."""
+        return self.sharding == "fsdp_offload"
 
 
 class Export(Section):

@@ -30,6 +30,11 @@ class Card:
         return LINKS[self.link]
 
     @property
+    def host_bandwidth(self):
+        """Bytes a second that a card gets from CPU memory."""
+        return LINKS[_TO_HOST.get(self.link, self.link)]
+
+    @property
     def memory(self):
         """Bytes that a process sees."""
         return int(self.gib * GiB)
@@ -49,6 +54,7 @@ LINKS = {
     "NVLink 3": 0.8 * 300e9,
     "NVLink 4": 0.8 * 450e9,
 }
+_TO_HOST = {"NVLink 2": "PCIe 3.0 x16", "NVLink 3": "PCIe 4.0 x16", "NVLink 4": "PCIe 5.0 x16"}  # the same sheets
 
 # FLOPS and bandwidth are of the makers' sheets, without sparsity and with sums in float32, which is what torch computes. On
 # GeForce cards since 30xx that is half of the headline, and twice the FP32 of the sheet: [C] is computed so (59.5 = 2 x 29.8 for

@@ -66,7 +66,7 @@ def say_ways(recipe, ways, budget, link, sentence):
     note(f"budget    {size(budget.num_bytes)} a card ({budget.why}){speed}")
     rows = [
         [f"{way.name}{f' x {way.processes}' if way.processes > 1 else ''}", size(way.plan.peak_bytes),
-         "yes" if way.plan.fits else "no", f"{way.plan.checkpointed_layers} of {way.plan.num_layers}", str(way.micro_batches),
+         "yes" if way.plan.fits else "no", f"{way.plan.checkpointed_layers} of {way.plan.num_layers}", _micro_batches(way),
          size(way.sent_bytes) if way.sent_bytes else "", _seconds(way.compute_seconds), _seconds(way.communication_seconds),
          _seconds(way.step_seconds), "" if way.speedup is None else f"{way.speedup:.2f}"]
         for way in ways
@@ -85,6 +85,11 @@ def say_ways(recipe, ways, budget, link, sentence):
     ]
     table("a step, of each card; seconds at least", header, rows)
     show(sentence)
+
+
+def _micro_batches(way):
+    tokens = way.plan.tokens_per_micro_batch
+    return f"{way.micro_batches}" + ("" if tokens is None else f" of {tokens:,} tokens")
 
 
 def _seconds(number):

@@ -131,8 +131,8 @@ def say_planned(planned):
         return
     where = ", layer inputs offloaded to CPU memory" if found.offload else ""
     note(
-        f"plan      peak {size(found.peak_bytes - planned.elsewhere_bytes)} of "
-        f"{size(found.budget_bytes - planned.elsewhere_bytes)}{for_each_of(planned.sharers)} ({found.where}); "
+        f"plan      peak {size(found.peak_bytes)} of "
+        f"{size(found.budget_bytes)}{for_each_of(planned.sharers)} ({found.where}); "
         f"{found.checkpointed_layers} of {found.num_layers} layers checkpointed{where}"
     )
 

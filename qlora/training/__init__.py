@@ -169,7 +169,8 @@ def _held(trainer) -> dict:
         "optimizer": base_model.num_bytes(states),
     }
     if trainer.model.device.type == "cuda":
-        found["weights"] = base_model.num_bytes(base_model.tensors(trainer.model)) - base_model.num_bytes(live)
+        on_gpu = [tensor for tensor in base_model.tensors(trainer.model) if tensor.is_cuda]
+        found["weights"] = base_model.num_bytes(on_gpu) - base_model.num_bytes(live)
     return found
 
 

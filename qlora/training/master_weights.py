@@ -18,13 +18,16 @@ class MasterWeights:
     a micro-batch's gradient beside the sum of those before. docs/log.md has the measurement. Cost: 8 bytes a trained
     parameter (320 MB for r=16 on 7B).
 
-    held: for each parameter the index of numbers that it keeps, or None; see methods.Trainable.
+    everything: all that is trained. held: for each parameter the index of numbers that it keeps, or None; see
+    methods.Trainable. mine: which of them have a master here, None for all; `live`, `held` and `masters` are of these.
     """
 
-    def __init__(self, live, held=None):
-        self.live = live
-        self.held = [None] * len(live) if held is None else held
-        self.masters = [torch.nn.Parameter(parameter.detach().float()) for parameter in live]
+    def __init__(self, live, held=None, mine=None):
+        self.everything = live
+        self.mine = list(range(len(live))) if mine is None else mine
+        self.live = [live[at] for at in self.mine]
+        self.held = [None if held is None else held[at] for at in self.mine]
+        self.masters = [torch.nn.Parameter(parameter.detach().float()) for parameter in self.live]
 
     @torch.no_grad()
     def take_gradients(self):
@@ -47,13 +50,13 @@ class MasterWeights:
 
     @torch.no_grad()
     def restore(self, names, tensors):
-        """Take over `tensors`, {name: float32}, and give them to the model.
+        """Take over `tensors`, {name: float32}, and give them to the model. names: of everything.
 
         Raises:
             InputError: they are of other parameters, or of other shapes.
         """
         here, there = ({name: tuple(tensor.shape) for name, tensor in pairs}
-                       for pairs in (zip(names, self.masters, strict=True), tensors.items()))  # fmt: skip
+                       for pairs in (zip(names, self.everything, strict=True), tensors.items()))  # fmt: skip
         if here != there:
             differing = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
             name = differing[0]
@@ -61,9 +64,10 @@ class MasterWeights:
                 f"the checkpoint has another adapter: {len(differing)} tensors differ, {name} is {there.get(name)} there "
                 f"and {here.get(name)} here; resume with the lora section of the run"
             )
-        for name, master, parameter in zip(names, self.masters, self.live, strict=True):
-            master.copy_(tensors[name])
-            parameter.copy_(master)
+        for name, parameter in zip(names, self.everything, strict=True):
+            parameter.copy_(tensors[name])
+        for at, master in zip(self.mine, self.masters, strict=True):
+            master.copy_(tensors[names[at]])
 
     @torch.no_grad()
     def give_weights(self):
@@ -71,7 +75,8 @@ class MasterWeights:
         for master, parameter, held in zip(self.masters, self.live, self.held, strict=True):
             if held is not None:
                 master[held] = parameter[held].to(master.dtype)
-        copy_all(self.live, self.masters)
+        if self.masters:
+            copy_all(self.live, self.masters)
 
     @torch.no_grad()
     def clip_gradients(self, most):
@@ -79,16 +84,26 @@ class MasterWeights:
 
         To the bit what torch.nn.utils.clip_grad_norm_ does, in a few launches and without a question to the device.
         """
-        gradients = [master.grad for master in self.masters if master.grad is not None]
-        if not gradients:
-            return torch.zeros((), device=self.masters[0].device)
-        norm = torch.linalg.vector_norm(torch.stack(norm_of_each(gradients)))
-        multiply_all(gradients, torch.clamp(most / (norm + 1e-6), max=1.0))
+        gradients = self._gradients()
+        norm = torch.zeros((), device=self.everything[0].device)
+        if gradients:
+            norm = torch.linalg.vector_norm(torch.stack(norm_of_each(gradients)))
+        norm = self.over_all(norm)
+        if gradients:
+            multiply_all(gradients, torch.clamp(most / (norm + 1e-6), max=1.0))
+        return norm
+
+    def over_all(self, norm):
+        """Return the norm of all gradients, where `norm` is that of those here: the same."""
         return norm
 
     def multiply_gradients(self, factor):
         """Multiply the masters' gradients by a number, in place."""
-        multiply_all([master.grad for master in self.masters if master.grad is not None], factor)
+        if self._gradients():
+            multiply_all(self._gradients(), factor)
+
+    def _gradients(self):
+        return [master.grad for master in self.masters if master.grad is not None]
 
     def clear_gradients(self):
         for master in self.masters:

@@ -24,13 +24,13 @@ import torch
 import torch.distributed as dist
 
 from ..base_model import Share
+from ..kernels import groups
 from ..runs.checkpoints import Checkpoints
 from ..runs.record import CheckpointSaved
 from ..system.errors import InputError, Interrupted, QLoRAError, TrainingFailed
 from ..system.signals import Stop
 
 _PATIENCE = datetime.timedelta(days=365)  # rank 0 may tokenize for hours; a process that has died is noticed at once
-_CHUNK = 2**24  # numbers that are summed at a time: 64 MiB
 
 
 class Lost(TrainingFailed):
@@ -110,8 +110,10 @@ class Processes:
             )
 
     def same_weights(self, masters):
-        """Give the MasterWeights of all processes the numbers of the first."""
-        if self.count > 1:
+        """Give the MasterWeights of all processes the numbers of the first, of shared ones those of their owners."""
+        if self.sharded:
+            masters.give_weights()
+        elif self.count > 1:
             with _noticing(), torch.no_grad():
                 for chunk in _chunks(masters.masters):
                     flat = torch.cat([master.flatten() for master in chunk])
@@ -140,7 +142,9 @@ class Processes:
     @torch.no_grad()
     def sum_gradients(self, masters):
         """Sum the gradients of the MasterWeights over all processes; a master that none has a gradient for gets none."""
-        if self.count == 1:
+        if self.sharded:
+            masters.drop_absent()  # the rest is summed after each micro-batch
+        if self.count == 1 or self.sharded:
             return
         there = self.sums([master.grad is not None for master in masters.masters])
         given = [master for master, many in zip(masters.masters, there, strict=True) if many]
@@ -185,6 +189,21 @@ class Processes:
         with _noticing():
             dist.all_gather_object(said, text)
         return next((one for one in said if one is not None), None)
+
+    @contextlib.contextmanager
+    def failing_together(self):
+        """Raise in all processes the TrainingFailed that one raises in the block; whole masters fail alike everywhere."""
+        if not self.sharded:
+            yield
+            return
+        said = None
+        try:
+            yield
+        except TrainingFailed as error:
+            said = str(error)
+        said = self.first_said(said)
+        if said is not None:
+            raise TrainingFailed(said)
 
     def wait(self):
         """Return once all processes are here."""
@@ -324,16 +343,9 @@ def _is_of_processes(error):
 
 
 def _chunks(tensors):
-    """Yield lists of `tensors` of about _CHUNK numbers."""
-    chunk, size = [], 0
-    for tensor in tensors:
-        chunk.append(tensor)
-        size += tensor.numel()
-        if size >= _CHUNK:
-            yield chunk
-            chunk, size = [], 0
-    if chunk:
-        yield chunk
+    """Yield lists of `tensors` of about groups.SENT numbers."""
+    for part in groups.of([tensor.numel() for tensor in tensors], True, groups.SENT):
+        yield tensors[part]
 
 
 def _spread(flat, tensors):

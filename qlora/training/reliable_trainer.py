@@ -145,7 +145,7 @@ class Reliable(Hooks):
     def create_optimizer(self, model=None):
         if self.optimizer is None:
             # not before `fit`, which is where memory that does not suffice for the masters is said
-            self.trained = Trained(self.model)
+            self.trained = Trained(self.model, self.processes)
             make, arguments = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             make = without_waits(make)
             self.optimizer = make(self.trained.groups(self.args.learning_rate, self.args.weight_decay), **arguments)
@@ -259,6 +259,7 @@ class Reliable(Hooks):
             rehearsal.keep_company(
                 self, lambda batch: again(self.model_wrapped, batch, self.objective.num_items(batch))
             )
+            masters.take_gradients()  # those of the others
         self.moment = Moment(f"in step {step}, when the weights were changed")
         room_for_a_step(self)
         self.processes.sum_gradients(masters)

@@ -39,11 +39,14 @@ class Saving:
 
 
 def contents(trainer):
-    """Return ({name: tensor}, state) of a Reliable trainer between two steps; state: for state.json."""
+    """Return ({name: tensor}, state) of a Reliable trainer between two steps; state: for state.json. Of masters that several
+    processes share, all are those of the first, and others have their own."""
     settled(trainer.model.device)  # paged states are read from the host
     tensors, of_method = trainer.trained.state()
     optimizer, numbers = checkpoints.optimizer_state(trainer.own_optimizer, trainer.trained.names)
     tensors |= {f"optimizer/{name}": tensor for name, tensor in optimizer.items()}
+    if trainer.processes.sharded:
+        tensors, numbers = trainer.trained.masters.collected(tensors, numbers)
     return tensors, {
         "fingerprint": trainer.saving.fingerprint,
         "optimizer": numbers,
@@ -74,6 +77,8 @@ def restore(trainer, state):
     """
     tensors, numbers = checkpoints.read_tensors(trainer.saving.resume), state["optimizer"]
     trained, optimizer = trainer.trained, checkpoints.under("optimizer", tensors)
+    mine = set(trained.names)
+    optimizer = {name: tensor for name, tensor in optimizer.items() if name.rpartition("/")[0] in mine}
     with torch.no_grad():
         trained.restore(tensors, state)
         # paged states are written from the host: what the device still does to them, such as filling them with zeros, comes first
@@ -99,10 +104,17 @@ def way_back(trainer):
 def save_unfinished(trainer):
     """Memory ran out: write a checkpoint of the last step that was taken, unless the next has begun to change the weights.
 
-    The run that goes on from it has what less memory was tried last. Where there is none to write it, earlier ones are intact.
+    The run that goes on from it has what less memory was tried last. Where there is none to write it, earlier ones are intact; so
+    it is where the others have some of the masters, and wait for the micro-batch that did not fit.
     """
     is_saved = trainer.saved_step == trainer.state.global_step
-    if is_saved or not trainer.begun or trainer.saving.to is None or trainer.changes_weights:
+    if (
+        is_saved
+        or trainer.processes.sharded
+        or not trainer.begun
+        or trainer.saving.to is None
+        or trainer.changes_weights
+    ):
         return
     if trainer.moment.evaluates:
         trainer.evaluation_due = trainer.is_in_train
@@ -126,14 +138,15 @@ def make_up(trainer):
 
 
 def refuse_not_finite(trainer, tensors):
-    """Raise TrainingFailed, before anything is saved, if a number of {name: tensor} is not finite."""
+    """Raise TrainingFailed, before anything is saved, if a number of {name: tensor} is not finite, here or in another process."""
     broken = not_finite(tensors)
-    if broken:
-        why = f"\n  {trainer.failure}" if trainer.failure is not None else ""
-        raise TrainingFailed(
-            f"{broken[0]} contains non-finite values after step {trainer.state.global_step}; it was not saved. "
-            f"Earlier checkpoints are intact: lower training.learning_rate{why}"
-        )
+    with trainer.processes.failing_together():
+        if broken:
+            why = f"\n  {trainer.failure}" if trainer.failure is not None else ""
+            raise TrainingFailed(
+                f"{broken[0]} contains non-finite values after step {trainer.state.global_step}; it was not saved. "
+                f"Earlier checkpoints are intact: lower training.learning_rate{why}"
+            )
 
 
 def settled(device):

@@ -14,12 +14,14 @@ def refuse_unsupported(recipe, are_several):
     """
     if not are_several:
         raise InputError(
-            f"memory.sharding: fsdp is for several processes, one a card; start them with: {_LAUNCH}\n"
+            f"memory.sharding: {recipe.memory.sharding} is for several processes, one a card; start them with: {_LAUNCH}\n"
             "  or set memory.sharding=null"
         )
     for is_so, what, remedy in _refused(recipe):
         if is_so:
-            raise InputError(f"memory.sharding: fsdp does not go with {what}; {remedy}, or set memory.sharding=null")
+            raise InputError(
+                f"memory.sharding: {recipe.memory.sharding} does not go with {what}; {remedy}, or set memory.sharding=null"
+            )
 
 
 def can_share(recipe):

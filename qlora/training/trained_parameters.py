@@ -10,18 +10,22 @@ import torch
 from .. import methods
 from ..runs.checkpoints import under
 from .master_weights import MasterWeights
+from .processes import ALONE
+from .shared_masters import SharedMasters
 
 
 class Trained:
-    """What a method trains of `model`. names: of its parameters, in the optimizer's order; masters: their MasterWeights."""
+    """What a method trains of `model`. masters: its MasterWeights; names: of the parameters that have a master here, in the
+    optimizer's order. processes: where they share the base, each has some of the masters."""
 
-    def __init__(self, model):
-        self.model, self.method = model, methods.trainable(model)
-        self.names, parameters = self.method.names, dict(model.named_parameters())
-        held = [self.method.held.get(name) for name in self.names]
-        self.masters = MasterWeights([parameters[name] for name in self.names], held)
+    def __init__(self, model, processes=ALONE):
+        self.model, self.method, self.processes = model, methods.trainable(model), processes
+        names, parameters = self.method.names, dict(model.named_parameters())
+        live, held = [parameters[name] for name in names], [self.method.held.get(name) for name in names]
+        self.masters = SharedMasters(live, held, processes) if processes.sharded else MasterWeights(live, held)
+        self.names = [names[at] for at in self.masters.mine]
         # until the first step that is taken; an adapter that is a frozen reference, as trl makes for DPO, does not move
-        first = [name for name, parameter in self.method.first_to_move.items() if parameter.requires_grad]
+        first = [name for name, one in self.method.first_to_move.items() if one.requires_grad and name in self._named()]
         self.before: dict | None = {name: self._named()[name].detach().clone() for name in first}
 
     def begin(self, total_steps):
@@ -41,12 +45,13 @@ class Trained:
         """After the optimizer: the model gets the new weights, and the method may change them.
 
         Raises:
-            TrainingFailed: the first step that was taken has not moved everything that it should.
+            TrainingFailed: the first step that was taken has not moved everything that it should, here or in another process.
         """
         self.masters.give_weights()
         taken = any(master.grad is not None for master in self.masters.masters)
-        if self.before is not None and taken:
-            methods.refuse_unmoved(self._arrived(), self.before)
+        if self.before is not None and any(self.processes.sums([taken])):
+            with self.processes.failing_together():
+                methods.refuse_unmoved(self._arrived(), self.before)
             self.before = None
         if self.method.schedule.changes:
             with self.masters.in_the_model():
@@ -65,7 +70,7 @@ class Trained:
         return self.method.schedule.measured()
 
     def state(self):
-        """Return ({name: tensor}, JSON) for a checkpoint, the optimizer's apart."""
+        """Return ({name: tensor}, JSON) for a checkpoint, the optimizer's apart; of the masters that are here."""
         ranks, pattern = self.method.schedule.state()
         tensors = {f"weights/{name}": master for name, master in self._named().items()}
         tensors |= {f"ranks/{name}": tensor for name, tensor in ranks.items()}
@@ -73,7 +78,7 @@ class Trained:
 
     def restore(self, tensors, state):
         """Go on from a `state`; raises InputError if it is of other parameters."""
-        self.masters.restore(self.names, under("weights", tensors))
+        self.masters.restore(self.method.names, under("weights", tensors))
         self.method.schedule.restore(under("ranks", tensors), state["rank_pattern"])
         if state["all_moved"]:
             self.before = None

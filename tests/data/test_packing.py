@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora.data import IGNORE_INDEX, Batches, Example, pack
-from qlora.data.packing import best_fit
+from qlora.data.packing import best_fit, dealt_out, micro_batches_of
 
 CAPACITY = 64
 LENGTHS = st.lists(st.integers(1, CAPACITY), min_size=1, max_size=60)
@@ -64,3 +64,24 @@ def test_micro_batches_hold_rows_of_like_length():
     assert padded < 1.1 * sum(lengths)
     with pytest.raises(IndexError):
         batches[len(batches)]
+
+
+def test_a_step_is_dealt_out_to_processes_in_equal_numbers_of_even_micro_batches():
+    rng = np.random.default_rng(0)
+    for count in (2, 3, 4):
+        for most in (500, 1500, 10**6):
+            lengths = rng.integers(20, 400, 64)
+            part_of = micro_batches_of(lengths, most, count)
+            tokens = np.bincount(part_of, weights=lengths)
+            assert len(tokens) % count == 0
+            assert tokens.max() <= most
+            assert len(tokens) <= best_fit(lengths, most).max() + 1 + count
+            assert tokens.max() - tokens.min() <= lengths.max()
+    # of a step that just fits into one for each
+    lengths = rng.integers(20, 400, 64)
+    part_of = dealt_out(lengths, 2)
+    most = int(np.bincount(part_of, weights=lengths).max())
+    assert (micro_batches_of(lengths, most, 2) == part_of).all()
+    assert micro_batches_of([7], 5, 2).tolist() == [0]
+    assert micro_batches_of([7, 7, 7], 5, 2).tolist() == [0, 1, 2]
+    assert micro_batches_of([5, 5, 4], 11).tolist() == best_fit([5, 5, 4], 11).tolist()

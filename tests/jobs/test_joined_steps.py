@@ -39,6 +39,15 @@ def test_a_given_size_is_taken_unless_a_row_is_longer(tokens, sizes):
     assert [one.load.length for one in joined_steps(lengths, lengths, 4, tokens)] == sizes
 
 
+def test_several_processes_share_a_step_evenly():
+    lengths = np.array([600, 100, 50, 50] * 100)
+    found = joined_steps(lengths, lengths // 2, rows=8, parts=2)
+    assert found[-1].load.length == 2400  # half of a step of 600
+    assert found[-1].load.alone
+    assert found[-1].num_micro_batches == 2 * found[-1].num_steps
+    assert all(one.num_micro_batches >= 2 * one.num_steps for one in found)
+
+
 def test_few_rows_and_steps_of_one_row():
     (one,) = joined_steps([70], [1], 16)
     assert (one.load.length, one.load.scored, one.load.alone, one.num_micro_batches) == (70, 1, True, 1)

@@ -9,7 +9,7 @@ from qlora.jobs import shipped_recipes
 from qlora.jobs.plan_job import Budget, computer_of
 from qlora.jobs.several_card_plans import plan_several
 from qlora.planner import card_of, several_cards
-from qlora.planner.several_cards import NCCL_BYTES, all_reduce_bytes, gather_bytes
+from qlora.planner.together import NCCL_BYTES, all_reduce_bytes, gather_bytes
 from qlora.recipe import Recipe
 from qlora.system.cards import CARDS
 from qlora.system.errors import InputError
@@ -48,25 +48,58 @@ def ways(make_recipe):
 
 
 def test_each_way_holds_and_sends_what_the_closed_form_says(ways):
-    one, data, shares = ways(2)
+    one, data, shares, offloaded = ways(2)
     assert (one.micro_batches, data.micro_batches, shares.micro_batches) == (4, 2, 2)
     assert data.plan.peak_bytes == one.plan.peak_bytes + NCCL_BYTES
     assert data.compute_seconds == pytest.approx(one.compute_seconds / 2)
     assert data.step_seconds == pytest.approx(data.compute_seconds + data.sent_bytes / 1e9)
     elsewhere = data.plan.components["weights"] - shares.plan.components["weights"]
-    assert shares.plan.peak_bytes == data.plan.peak_bytes - elsewhere
-    gathered = shares.sent_bytes - data.sent_bytes
-    layers = one.plan.num_layers
+    layers, numbers = one.plan.num_layers, data.sent_bytes / 4  # a sum of float32 over two
+    # the gradients of a micro-batch go to the owners of their masters, and 16-bit weights to all once a step
+    summed, weights = 4 * numbers / 2, 2 * numbers / 2
+    gathered = shares.sent_bytes - 2 * summed - weights
     # each micro-batch gathers half of all codes twice; half of all codes is elsewhere, but for three layers at work
     assert elsewhere == pytest.approx(gathered / 4 - 3 * gathered / 2 / layers, abs=4)
     assert shares.step_seconds == pytest.approx(
-        max(shares.compute_seconds, gathered / 1e9) + data.communication_seconds
+        max(shares.compute_seconds, gathered / 1e9) + (2 * summed + weights) / 1e9
     )
+    adapters = [way.plan.components["adapter"] for way in (data, shares)]
+    assert adapters == [6 * numbers, pytest.approx(4 * numbers, rel=0.02)]  # half of the masters
+    # three layers of codes are on the card; half of all in CPU memory, from where they go to the card before they are sent
+    codes = gathered / 2
+    assert data.plan.components["weights"] - offloaded.plan.components["weights"] == pytest.approx(
+        codes * (1 - 3 / layers), abs=4
+    )
+    assert codes / 2 <= offloaded.plan.host_bytes < codes
+    host = card_of("3090").host_bandwidth
+    assert offloaded.step_seconds == pytest.approx(
+        max(offloaded.compute_seconds, gathered / 1e9 + 2 * codes / host) + (2 * summed + weights) / 1e9
+    )
+    optimizers = [way.plan.components["optimizer"] for way in (data, shares)]
+    assert optimizers[1] == pytest.approx(optimizers[0] / 2, rel=0.02)
+
+
+def test_a_slow_link_takes_fewer_and_larger_micro_batches_as_far_as_memory_allows(make_recipe):
+    values = make_recipe().model_dump()
+    values["training"] |= {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 16}
+    values["data"] |= {"max_length": 512}
+    recipe, card = Recipe.from_dict(values), card_of("3090")
+
+    def planned(link, num_bytes=card.memory):
+        budget = Budget(num_bytes, card.name, card)
+        return plan_several(recipe, None, budget, computer_of("3090"), 2, link)[2]
+
+    fast, slow = planned(1e15), planned(1e5)
+    assert fast.micro_batches > slow.micro_batches == 1  # of 32 rows
+    assert slow.sent_bytes < fast.sent_bytes
+    tight = planned(1e5, (fast.plan.peak_bytes + slow.plan.peak_bytes) // 2)
+    assert tight.plan.fits
+    assert fast.micro_batches > tight.micro_batches > 1
 
 
 def test_a_slow_link_does_not_pay_and_a_fast_one_does(ways):
-    assert several_cards.advice(ways(2, link=1e15), sharded=False).startswith("It pays: at most 2.00 times")
-    assert several_cards.advice(ways(2, link=1e3), sharded=False).startswith("It does not pay")
+    assert several_cards.advice(ways(2, link=1e15), None).startswith("It pays: at most 2.00 times")
+    assert several_cards.advice(ways(2, link=1e3), None).startswith("It does not pay")
 
 
 def test_a_batch_that_does_not_divide_and_what_several_processes_do_not_do_are_refused(ways, make_recipe):
@@ -91,7 +124,8 @@ def test_the_command_prints_json_and_refuses_two_plans_at_once(make_recipe, tmp_
     done = forked.run("plan", file, *overrides, "--processes", "2", "--card", "3090", "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert [way["name"] for way in found["ways"]] == ["one card", "data parallel", "fsdp"]
+    assert [way["name"] for way in found["ways"]] == ["one card", "data parallel", "fsdp", "fsdp_offload"]
+    assert found["fewest"] is None
     assert found["link_bytes_per_second"] == card_of("3090").link_bandwidth
     for way in found["ways"]:
         assert sum(way["components"].values()) == way["peak_bytes"]
@@ -103,16 +137,40 @@ def test_the_command_prints_json_and_refuses_two_plans_at_once(make_recipe, tmp_
     assert "--link is the GB/s between several cards: give --processes too" in done.stderr
 
 
+def shipped(name, folder):
+    """Return a shipped recipe, its model a folder with the config alone, as its header plans it."""
+    path = shipped_recipes.path_of(name)
+    (folder / "config.json").write_text(json.dumps(SHAPES[Recipe.load(path).model.name_or_path][0]))
+    return Recipe.load(path, [f"model.name_or_path='{folder}'", "memory.gradient_checkpointing=true",
+                              "training.tokens_per_micro_batch=2048"])  # fmt: skip
+
+
+def test_where_nothing_fits_the_fewest_cards_that_would_do_are_named(tmp_path):
+    card, values = card_of("3090"), shipped("qwen3-32b", tmp_path).model_dump()
+    recipe = Recipe.from_dict(
+        {**values, "memory": values["memory"] | {"offload": False}}
+    )  # peaks are those of any budget
+
+    def planned(count, num_bytes):
+        return plan_processes(recipe, count, vram=f"{1.001 * num_bytes / 2**30:.4f}GiB", card=card.name)
+
+    peaks = {(way["name"], count): way["peak_bytes"] for count in (2, 4, 8) for way in planned(count, 2**40)["ways"]}
+    assert peaks["fsdp_offload", 4] < peaks["fsdp_offload", 2] < peaks["fsdp", 4]
+    found = planned(2, peaks["fsdp_offload", 4])  # 4 is the next that 16 rows divide by
+    assert not found["fits"]
+    assert (found["fewest"]["processes"], found["fewest"]["name"]) == (4, "fsdp_offload")
+    assert found["advice"].endswith("4 would do: --processes 4 memory.sharding=fsdp_offload.")
+    found = planned(2, 2**30)
+    assert found["fewest"] is None
+    assert "Nor on more of them" in found["advice"]
+
+
 @pytest.mark.parametrize(("name", "count", "gigabytes"), some_slow(SEVERAL, set(SEVERAL[1:])))
 def test_the_recipes_for_several_cards_fit_those_that_their_headers_name(name, count, gigabytes, tmp_path):
-    path = shipped_recipes.path_of(name)
-    recipe = Recipe.load(path)
-    (tmp_path / "config.json").write_text(json.dumps(SHAPES[recipe.model.name_or_path][0]))
-    recipe = Recipe.load(path, [f"model.name_or_path='{tmp_path}'", "memory.gradient_checkpointing=true",
-                                "training.tokens_per_micro_batch=2048"])  # fmt: skip
+    path, recipe = shipped_recipes.path_of(name), shipped(name, tmp_path)
     card = min((card for card in CARDS if card.size == gigabytes), key=lambda card: card.memory)
     budget = Budget(card.memory, card.name, card)
-    *_, shares = plan_several(recipe, None, budget, computer_of("3090"), count)
+    *_, shares, _ = plan_several(recipe, None, budget, computer_of("3090"), count)
     assert shares.name == several_cards.FSDP
     assert shares.plan.fits
     assert f"{count} x {gigabytes} GB: {shares.plan.peak_bytes / 2**30:.1f} GiB" in path.read_text(encoding="utf-8")

@@ -1,11 +1,14 @@
 """Two processes that share the base train what one does, with half of the codes each."""
 
+import json
+
 import pytest
 import torch
 
 from qlora import base_model, train
 from qlora.commands.export import export
 from qlora.recipe import Model, Quantization
+from qlora.runs.checkpoints import read_tensors
 from qlora.system.errors import InputError
 from qlora.training import sharding
 from tests.training.test_processes import (
@@ -23,12 +26,12 @@ from tests.training.test_processes import (
 ODD = {"tokens_per_micro_batch": None, "per_device_eval_batch_size": 2, "eval_steps": 3, "num_samples": 2}
 
 
-def shared(recipe):
-    return recipe.model_copy(update={"memory": recipe.memory.model_copy(update={"sharding": "fsdp"})})
+def shared(recipe, sharding="fsdp"):
+    return recipe.model_copy(update={"memory": recipe.memory.model_copy(update={"sharding": sharding})})
 
 
-def trained_by_two(recipe, folder, name, *arguments):
-    file, run = written(shared(recipe), folder, name)
+def trained_by_two(recipe, folder, name, *arguments, sharding="fsdp"):
+    file, run = written(shared(recipe, sharding), folder, name)
     ended = Started(file, *arguments).finish()
     assert [code for code, *_ in ended] == [0, 0], ended
     return run
@@ -53,6 +56,14 @@ def test_two_processes_that_share_the_base_train_what_one_does(make_recipe, tmp_
     ours, theirs = both.environment()["base_model"], run.environment()["base_model"]
     assert ours["quantized_sha256"] == theirs["quantized_sha256"]
     assert sorted(path.name for path in both.adapter.iterdir()) == sorted(path.name for path in run.adapter.iterdir())
+    memory = [json.loads(one.memory_file.read_text()) for one in (both, run)]  # of the first of two
+    ours, theirs = (one["measured_components"] for one in memory)
+    rounded = 2 if quantization["compute_dtype"] == "bfloat16" else 4
+    half = pytest.approx((rounded + 2) / (rounded + 4) * theirs["adapter"], rel=0.02)
+    assert ours["adapter"] == half  # all of the weights, half of the masters
+    assert ours["optimizer"] == pytest.approx(theirs["optimizer"] / 2, rel=0.05)
+    for name in ("adapter", "optimizer"):
+        assert memory[0]["predicted_components"][name] == pytest.approx(ours[name], rel=0.05)
 
 
 def test_a_process_holds_half_of_the_codes(tiny_model):
@@ -70,16 +81,20 @@ def test_a_process_holds_half_of_the_codes(tiny_model):
             assert half[name].digest_of_codes == base_model.digest(module.weight.data)
 
 
-def test_one_process_goes_on_from_two_that_shared_and_its_export_is_proven(make_recipe, tmp_path):
+def test_one_process_goes_on_from_two_whose_shares_were_offloaded_and_its_export_is_proven(make_recipe, tmp_path):
     steps = {**STEPS, "logging_steps": 1, "lr_scheduler_type": "constant", "save_steps": 2, "max_steps": 2}
     recipe = make_recipe(training=steps, quantization=FLOAT32)
-    run = trained_by_two(recipe, tmp_path, "two")
+    run = trained_by_two(recipe, tmp_path, "two", sharding="fsdp_offload")
     longer = recipe.model_copy(update={"training": recipe.training.model_copy(update={"max_steps": 4})})
     alone = train(longer.model_copy(update={"output_dir": str(tmp_path / "alone")}))
     there = longer.model_copy(update={"output_dir": str(run.path)})
     train(there, resume=True, allow_change=["training.max_steps"])
     assert losses(run)[0] == pytest.approx(losses(alone)[0], abs=ROUNDING)
     assert len(losses(run)[0]) == 4
+    ours, theirs = (read_tensors(one.checkpoints / "step-2") for one in (run, alone))
+    assert {name: (tensor.dtype, tensor.shape) for name, tensor in ours.items()} == {
+        name: (tensor.dtype, tensor.shape) for name, tensor in theirs.items()
+    }
     assert export(run.path, tmp_path / "model")["verified"]
 
 
@@ -108,6 +123,31 @@ def test_three_hold_shares_of_unequal_size(make_recipe, tmp_path):
 
 def test_when_one_that_holds_a_share_is_killed_the_other_ends_with_one_message(make_recipe, tmp_path):
     ends_when_the_other_is_killed(shared(make_recipe(training=ENDLESS)), tmp_path)
+
+
+@pytest.mark.slow
+def test_more_processes_than_trained_tensors(make_recipe, tmp_path):
+    lora = {"target_modules": ["q_proj"], "layers_to_transform": [0]}
+    steps = {**STEPS, "gradient_accumulation_steps": 6, "eval_steps": 3, "logging_steps": 1, "save_steps": 3}
+    recipe = make_recipe(training=steps, quantization=FLOAT32, lora=lora)
+    run = train(recipe.model_copy(update={"output_dir": str(tmp_path / "alone")}))
+    file, three = written(shared(recipe), tmp_path, "three")
+    ended = Started(file, count=3).finish()
+    assert [code for code, *_ in ended] == [0] * 3, ended
+    for ours, theirs in zip(losses(three), losses(run), strict=True):
+        assert ours == pytest.approx(theirs, abs=ROUNDING)
+    ours, theirs = (read_tensors(one.checkpoints / "step-3") for one in (three, run))
+    assert ours.keys() == theirs.keys()
+
+
+def test_steps_are_skipped_in_both_and_a_training_that_goes_wrong_ends_with_one_message(make_recipe, tmp_path):
+    steps = {**STEPS, "max_steps": 30, "learning_rate": 1000, "lr_scheduler_type": "constant", "logging_steps": 1}
+    recipe = make_recipe(training=steps, quantization={"compute_dtype": "float16"})
+    file, both = written(shared(recipe), tmp_path, "two")
+    ended = Started(file).finish()
+    assert [code for code, *_ in ended] == [1, 1], ended
+    assert sum("training.learning_rate" in err for *_, err in ended) == 1, ended
+    assert '"rows": [' in both.metrics_file.read_text()  # steps that were skipped
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from . import Objective
 @dataclass(frozen=True)
 class Supervised(Objective):
     """tokenizer: pads. joined: a batch is one row without padding. lean: the loss by kernels.loss. tokens: a joined batch is
-    computed as micro-batches of at most so many. parts: as at least so many, where it has the rows.
+    computed as micro-batches of at most so many. parts: processes that share them, see data.joined_parts.
 
     A batch has what the host must know of it as arrays, which stay on the host: `trained` (B, T), whether a label is trained;
     with padding `lengths` (B). To look for it on a GPU would make the host wait.
@@ -70,7 +70,7 @@ class Supervised(Objective):
         return {**batch, "trained": (batch["labels"] != IGNORE_INDEX).numpy()}
 
     def micro_batches(self, inputs, rows):
-        """As data.joined_parts makes them."""
+        """As data.joined_parts makes them, each in the order of the batch."""
         segments = inputs.get("segments")
         if self.tokens is None or segments is None:
             return [(inputs, rows)]

@@ -117,6 +117,13 @@ def control_as_text(tokenizer, messages, tools):
     return marked, _marked(tools, known.template_control) if tools else None
 
 
+def spells_control(tokenizer, conversation):
+    """Return whether the words of a Conversation hold a special token, which stays text."""
+    pattern = facts(tokenizer).control
+    said = [conversation.text or "", *(message["content"] for message in conversation.messages)]
+    return pattern is not None and any(map(pattern.search, said))
+
+
 def as_text(tokenizer, text):
     """Return `text` with marks around the special tokens in it."""
     return _marked(text, facts(tokenizer).control)

@@ -172,7 +172,7 @@ def facts(tokenizer):
     cached = getattr(tokenizer, "_qlora_facts", None)
     if cached is None or cached[0] != key:
         added = list(tokenizer.added_tokens_decoder.values())
-        template = tokenizer.chat_template or ""
+        template = chat.written(tokenizer)
         written = [token.content for token in added if token.content in template and not token.content.isspace()]
         special = [token.content for token in added if token.special]
         stops = frozenset(chat.stop_token_ids(tokenizer))

@@ -9,11 +9,13 @@ from ..jobs.class_scores import classes_of_text
 from ..jobs.opened_model import open_subject, task_of_target
 from ..system.devices import say_device
 from ..system.errors import InputError
+from ..system.usual_torch import usual_torch
 from ..terminal import shown
 from .open import open
 
 
 @shown()
+@usual_torch()
 def chat(
     target,
     prompt,

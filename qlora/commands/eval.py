@@ -25,11 +25,13 @@ from ..system.devices import say_device
 from ..system.errors import InputError
 from ..system.events import note
 from ..system.storage import write_json, write_text
+from ..system.usual_torch import usual_torch
 from ..terminal import shown
 from ..terminal.evaluation import show_result
 
 
 @shown()
+@usual_torch()
 def evaluate(target, data_file=None, overrides=(), max_rows=None, **asked) -> dict:
     """Return {"loss", "perplexity", "bits_per_byte", each with "NAME_interval", "tokens", "rows", "metrics", "before", "change",
     "data"} of a run or a model on held-out rows; with `forgetting`, `latency` or `judge_url` those too ("judge": as of

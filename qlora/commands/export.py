@@ -22,11 +22,13 @@ from ..system.devices import say_device
 from ..system.errors import Interrupted
 from ..system.events import note
 from ..system.storage import alone, new_folder, refuse_inside, scratch_folder, write_json
+from ..system.usual_torch import usual_torch
 from ..terminal import shown
 from ..terminal.export import advise, say_done, show_proof, warn
 
 
 @shown()
+@usual_torch()
 def export(target, out, dtype=None, overrides=(), *, model=None, data=None, compare_bases=False, gguf=None) -> dict:
     """Write the merged model of `target` to folder `out`; return the contents of its export_report.json.
 

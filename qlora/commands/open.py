@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from ..jobs.routed import Routed, open_routed
 from ..system.devices import say_device
+from ..system.usual_torch import usual_torch
 from ..terminal import shown
 
 
 @shown()
+@usual_torch()
 def open(target, adapters=None, adapter=None, overrides=()) -> Routed:
     """Return a run or a model that stays in memory, with more adapters on its base: {name: run folder}.
 

@@ -19,6 +19,7 @@ from ..system.devices import say_device
 from ..system.errors import InputError, Interrupted
 from ..system.events import note
 from ..system.storage import locked, scratch_folder, write_json, write_text
+from ..system.usual_torch import usual_torch
 from ..terminal import shown
 from ..terminal.tables import show, table
 
@@ -26,6 +27,7 @@ MAX_ROWS = 32
 
 
 @shown()
+@usual_torch()
 def compare_served(run, data=None, max_rows=None, forms=()) -> dict:
     """Return {"run", "command", "date", "device", "threads", "versions", "rows", "tokens", "loss", "forms", "notes"} of a run.
 

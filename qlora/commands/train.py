@@ -19,6 +19,7 @@ from ..system import launched, signals
 from ..system.devices import say_device
 from ..system.errors import DoesNotFit, InputError, Interrupted, TrainingFailed
 from ..system.events import emit, heard_by, note, progress, unheard
+from ..system.usual_torch import usual_torch
 from ..terminal import shown
 from ..terminal.data import say_report
 from ..terminal.training import (
@@ -35,6 +36,7 @@ from ..training import processes, sharding
 
 
 @shown()
+@usual_torch()
 def train(recipe: Recipe, resume=False, allow_change=()) -> RunDir:
     """Train the adapters that `recipe` describes; return the finished run folder.
 

@@ -59,7 +59,7 @@ def template_text(tokenizer, chat_template, new_tokens=()):
         InputError: the file is missing.
     """
     if chat_template is None and tokenizer.chat_template:
-        return str(tokenizer.chat_template)
+        return written(tokenizer)
     if chat_template == "chatml" or (
         chat_template is None and tokenizer.get_vocab().keys() | set(new_tokens) >= set(CHATML_MARKERS)
     ):
@@ -72,6 +72,12 @@ def template_text(tokenizer, chat_template, new_tokens=()):
         raise InputError(f"data.chat_template {chat_template}: there is no such file, and it is not chatml") from None
 
 
+def written(tokenizer):
+    """Return the text of `tokenizer`'s template; of several by name, such as that for rows with tools, one after the other."""
+    template = tokenizer.chat_template or ""
+    return "\n".join(template.values()) if isinstance(template, dict) else template
+
+
 def set_template(tokenizer, chat_template, system_as_user=False):
     """Give `tokenizer` the template `chat_template` (a file, or "chatml"), or its own, or a built-in one; return which,
     in words. system_as_user: with a line before it that puts the system message into the first question.
@@ -81,7 +87,11 @@ def set_template(tokenizer, chat_template, system_as_user=False):
     """
     which = _set_template(tokenizer, chat_template)
     if system_as_user:
-        tokenizer.chat_template = _SYSTEM_AS_USER + tokenizer.chat_template
+        template = tokenizer.chat_template
+        named = isinstance(template, dict)
+        tokenizer.chat_template = (
+            {name: _SYSTEM_AS_USER + text for name, text in template.items()} if named else _SYSTEM_AS_USER + template
+        )
         which += "; the system message becomes the beginning of the first question"
     return which
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import replace
 from functools import cache
@@ -87,7 +88,9 @@ def is_template(column):
 
 
 def _text(name, value):
-    """A label of 0 or 1 is a fine answer; what the known shape wants as a list stays one."""
+    """A label of 0 or 1 is a fine answer; what the known shape wants as a list stays one. Not a number is none."""
+    if _is_nan(value):
+        return None
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return str(value) if number and name in formats.WORDS else value
 
@@ -98,7 +101,18 @@ def compiled(column):
     from jinja2 import StrictUndefined
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    return ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True).from_string(column)
+    return ImmutableSandboxedEnvironment(
+        undefined=StrictUndefined, keep_trailing_newline=True, finalize=_said
+    ).from_string(column)
+
+
+def _said(value):
+    """Return what a template writes for a value: nothing for a null, or for the NaN that a table has for a missing number."""
+    return "" if value is None or _is_nan(value) else value
+
+
+def _is_nan(value):
+    return isinstance(value, float) and math.isnan(value)
 
 
 @cache

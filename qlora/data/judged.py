@@ -14,7 +14,7 @@ from typing import ClassVar
 import numpy as np
 
 from ..system.errors import InputError
-from . import columns, formats, length, preference
+from . import columns, formats, length, preference, tokens
 from .encoder import Encoded
 from .masked_examples import IGNORE_INDEX, Example, encode
 from .message import is_empty, kind_of
@@ -159,6 +159,7 @@ class Judgements(Supervised):
                 ("rows_merged", conversation.merged),
                 ("rows_with_nulls", conversation.nulls > 0),
                 ("rows_without_thoughts", conversation.dropped_thoughts),
+                ("rows_with_control", tokens.spells_control(self.tokenizer, conversation)),
             ):
                 counts[count] = max(counts[count], int(happened))
         first = judged[0][0]

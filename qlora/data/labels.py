@@ -5,6 +5,8 @@ from __future__ import annotations
 import collections
 import json
 import math
+import re
+from decimal import Decimal
 
 import numpy as np
 
@@ -12,6 +14,7 @@ from ..system.errors import InputError
 from . import columns, sources
 
 COLUMN = "label"
+_NUMBER = re.compile(r"[0-9]+(\.[0-9]+)?")
 _FEW = 100  # distinct labels above which they may be no classes
 
 
@@ -117,17 +120,15 @@ def refuse_one(names, where):
 
 
 def refuse_alike(names, where):
-    """Raise InputError if two classes are the same word but for capitals or spaces."""
+    """Raise InputError if two classes are the same word but for capitals or spaces, or the same number."""
     same = collections.defaultdict(list)
     for name in sorted(names):
-        same[" ".join(name.split()).casefold()].append(name)
-    twice = [names for names in same.values() if len(names) > 1]
+        word = " ".join(name.split()).casefold()
+        same[Decimal(word) if _NUMBER.fullmatch(word) else word].append(name)
+    why = {str: "differ in capitals or spaces only", Decimal: "are one number"}
+    twice = [f"labels {', '.join(map(repr, names))} {why[type(key)]}" for key, names in same.items() if len(names) > 1]
     if twice:
-        raise InputError.listing(
-            where,
-            [f"labels {', '.join(map(repr, names))} differ in capitals or spaces only" for names in twice],
-            "write them alike, or list all classes in data.labels",
-        )
+        raise InputError.listing(where, twice, "write them alike, or list all classes in data.labels")
 
 
 def balance(rows, held_out, labels):

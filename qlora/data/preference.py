@@ -111,6 +111,7 @@ class Preferences:
         "rows_merged",
         "rows_with_nulls",
         "rows_without_thoughts",
+        "rows_with_control",
         "pairs_tied",
         "pairs_reversed",
     )
@@ -169,6 +170,7 @@ class Preferences:
             "rows_merged": int(any(one.merged for one in both)),
             "rows_with_nulls": int(any(one.nulls for one in both)),
             "rows_without_thoughts": int(any(one.dropped_thoughts for one in both)),
+            "rows_with_control": int(any(tokens.spells_control(self.tokenizer, one) for one in both)),
             "pairs_tied": int(said.better == 0),
             "pairs_reversed": int(said.better is not None and said.better < 0),
         }

@@ -24,6 +24,7 @@ class Supervised:
         "rows_merged",  # consecutive messages of the assistant became one turn
         "rows_with_nulls",  # nulls were removed from tool calls or tools
         "rows_without_thoughts",  # data.thoughts is drop, and there were some
+        "rows_with_control",  # a special token stands in their words, as text
         "conversations_by_answer",  # became a training row an answer
         "answers_by_answer",
         "tokens_by_answer",  # of all these rows
@@ -58,6 +59,7 @@ class Supervised:
             "rows_merged": int(conversation.merged),
             "rows_with_nulls": int(conversation.nulls > 0),
             "rows_without_thoughts": int(conversation.dropped_thoughts),
+            "rows_with_control": int(tokens.spells_control(tokenizer, conversation)),
         }
         if len(whole) > 1:
             lengths = [len(example.input_ids) for example in whole]

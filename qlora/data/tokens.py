@@ -117,6 +117,13 @@ def control_as_text(tokenizer, messages, tools):
     return marked, _marked(tools, known.template_control) if tools else None
 
 
+def spells_control(tokenizer, conversation):
+    """Return whether the words of a Conversation hold a special token, which stays text."""
+    pattern = facts(tokenizer).control
+    said = [conversation.text or "", *(message["content"] for message in conversation.messages)]
+    return pattern is not None and any(map(pattern.search, said))
+
+
 def as_text(tokenizer, text):
     """Return `text` with marks around the special tokens in it."""
     return _marked(text, facts(tokenizer).control)
@@ -165,7 +172,7 @@ def facts(tokenizer):
     cached = getattr(tokenizer, "_qlora_facts", None)
     if cached is None or cached[0] != key:
         added = list(tokenizer.added_tokens_decoder.values())
-        template = tokenizer.chat_template or ""
+        template = chat.written(tokenizer)
         written = [token.content for token in added if token.content in template and not token.content.isspace()]
         special = [token.content for token in added if token.special]
         stops = frozenset(chat.stop_token_ids(tokenizer))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import time
 from dataclasses import dataclass
@@ -108,8 +109,10 @@ def stream(model, tokenizer, prompt, stops, sampling, on_text, on_limit=None, on
         num_tokens = -len(prompt)  # it is given those first
 
         def put(self, value):
+            is_end = self.num_tokens >= 0 and value.item() in stops  # which the tokenizer may not call special
             self.num_tokens += value.numel()
-            super().put(value)
+            if not is_end:
+                super().put(value)
 
         def on_finalized_text(self, text, stream_end=False):
             if text:
@@ -145,9 +148,29 @@ def _generate(model, tokenizer, ids, mask, stops, sampling, streamer=None):
     config = GenerationConfig(**sampling.settings(), eos_token_id=sorted(stops), pad_token_id=tokenizer.pad_token_id)
     # weights in shares are gathered by all processes at each token, so those that have ended go on until all have
     together = base_model.is_gathered(model)
-    return model.generate(
-        input_ids=ids, attention_mask=mask, generation_config=config, streamer=streamer, synced_gpus=together
-    )
+    with nothing_filled_in(model):
+        return model.generate(
+            input_ids=ids, attention_mask=mask, generation_config=config, streamer=streamer, synced_gpus=together
+        )
+
+
+@contextlib.contextmanager
+def nothing_filled_in(model):
+    """Let `model` generate by what it is given alone.
+
+    transformers fills in what the model's generation_config.json says beside it: a repetition penalty, beams, a time, tokens
+    that are never said. The likeliest token is none of these.
+    """
+    from transformers import GenerationConfig
+
+    its_own = [(module, module.generation_config) for module in model.modules() if "generation_config" in vars(module)]
+    for module, _ in its_own:
+        module.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        for module, config in its_own:
+            module.generation_config = config
 
 
 def _until_stop(ids, stops):

@@ -7,6 +7,8 @@ import time
 
 import torch
 
+from .generate import nothing_filled_in
+
 NUM_TOKENS, REPEATS = 16, 3
 
 
@@ -41,7 +43,8 @@ def seconds_of_answer(model, ids, num_tokens, pad_token_id):
     )
     _wait(ids.device)
     begun = time.perf_counter()
-    model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
+    with nothing_filled_in(model):
+        model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
     _wait(ids.device)
     return time.perf_counter() - begun
 

@@ -62,7 +62,7 @@ def report_beside(trained, folder) -> dict:
         "verified": False,
         "live_model": trained.live_model,
         "adapter_sha256": methods.weight_hashes(trained.folder),
-        "bytes": sum(path.stat().st_size for path in folder.iterdir()),
+        "bytes": sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
     }
 
 

@@ -29,6 +29,7 @@ _TOKENIZER = (
     "merges.txt",
     "chat_template.jinja",
 )
+_MORE_TEMPLATES = "additional_chat_templates"  # a folder, where a tokenizer has several
 _OF_MODEL = ("config.json", "generation_config.json", "model.safetensors.index.json", REPORT, "LICENSE", "NOTICE")
 
 
@@ -96,7 +97,7 @@ def _of_model(folder):
     found = {name: read_object(path) for name, path in files.items() if path.suffix == ".json"}
     if "auto_map" in found["config.json"]:
         files |= _there(folder, [path.name for path in folder.glob("*.py")])
-    kept = sorted({path.name for path in folder.iterdir()} - files.keys())
+    kept = sorted({path.name for path in folder.iterdir()} - {Path(name).parts[0] for name in files})
     if kept:
         note(f"          not uploaded: {', '.join(kept)}")
     return files
@@ -121,10 +122,11 @@ def _read_report(folder):
 def _there(folder, names):
     """Return {name: path} of those files that exist in `folder`; raises InputError for symbolic links."""
     files = {}
-    for name in names:
+    more = [f"{_MORE_TEMPLATES}/{path.name}" for path in sorted((folder / _MORE_TEMPLATES).glob("*.jinja"))]
+    for name in [*names, *more]:
         path = folder / name
         if path.is_symlink():
             raise InputError(f"{path} is a symbolic link to {path.readlink()}; replace it with the file itself")
-        if Path(name).name == name and path.is_file():
+        if (Path(name).name == name or name in more) and path.is_file():
             files[name] = path
     return files

@@ -18,6 +18,7 @@ from ..evaluation.sampling import Sampling
 from ..runs.folder import RunDir
 from ..system.errors import InputError
 from ..system.events import note, progress
+from ..system.usual_torch import usual_torch
 from .checkpoint_run import finished, run_of
 from .chosen_task import refuse_classes, refuse_images
 from .opened_model import base_of, open_subject, open_tokenizer, task_of_target
@@ -56,6 +57,7 @@ class Routed:
         """The names of the adapters that are loaded, in that order."""
         return [name for name in self._voices if name != BASE]
 
+    @usual_torch()
     def answer(self, prompt, adapter=None, system=None, max_new_tokens=512, on_text=None, *, on_done=None, **sampling):
         """Return the answer to one prompt: a text, or messages [{"role", "content"}, ...] that end with a question.
 
@@ -82,6 +84,7 @@ class Routed:
                 on_done,
             ).strip()
 
+    @usual_torch()
     def answers(self, prompts, adapter=None, system=None, max_new_tokens=512, batch_size=25):
         """Return the greedy answers to many prompts, in their order; those of an adapter are computed together.
 
@@ -126,6 +129,7 @@ class Routed:
             self._model(name)
             self.default = name
 
+    @usual_torch()
     def load(self, name, path):
         """Load the adapter of the finished run or checkpoint in `path` as `name`; the base stays as it is in memory.
 

@@ -66,7 +66,8 @@ def seal(folder, base):
     base: {file name: sha256} of what it was trained on.
     """
     folder = Path(folder)
-    found = {path.name: listed(path) for path in sorted(folder.iterdir())}
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]  # a tokenizer may have a folder of templates
+    found = {path.relative_to(folder).as_posix(): listed(path) for path in paths}
     write_json(folder / MANIFEST, {"files": found, "base": base})
 
 

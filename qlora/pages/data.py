@@ -49,6 +49,11 @@ def altered(source):
         lines.append(f"{source['rows_merged']:,} rows had consecutive assistant messages merged into one turn")
     if source.get("rows_without_thoughts"):
         lines.append(f"{source['rows_without_thoughts']:,} rows had their thoughts removed (data.thoughts=drop)")
+    if source.get("rows_with_control"):
+        lines.append(
+            f"{source['rows_with_control']:,} rows HOLD SPECIAL TOKENS of the model, which stay text: rows that are in the "
+            "template already would get it twice; give messages, or prompt and completion without it"
+        )
     if source.get("conversations_by_answer"):
         times = source["tokens_by_answer"] / source["tokens_of_conversations"]
         lines.append(

@@ -20,7 +20,7 @@ from qlora.recipe import Recipe
 from qlora.runs.folder import RunDir
 from qlora.system.errors import DoesNotFit, InputError, ProofFailed
 from qlora.system.units import size
-from tests.conftest import CONVERSATIONS, FAMILIES, messages, some_slow, write_jsonl
+from tests.conftest import CHATML, CONVERSATIONS, FAMILIES, messages, some_slow, write_jsonl
 
 
 def logits(model, ids):
@@ -49,6 +49,31 @@ def test_exported_is_trained_and_not_base(trained_once, tmp_path, family):
         from_base = (logits(exported, ids) - logits(live, ids)).abs().max()
     assert difference < 0.05
     assert from_base > 5 * difference
+
+
+@pytest.mark.parametrize("system_as_user", some_slow([False, True], but=[True]))
+def test_a_tokenizer_with_several_templates_goes_the_whole_way(
+    make_recipe, tiny_model, tokenizer, tmp_path, unplanned, system_as_user
+):
+    folder = shutil.copytree(tiny_model("llama"), tmp_path / "base")
+    tokenizer.chat_template = {"default": CHATML, "tool_use": "{{ tools[0]['function']['name'] }} " + CHATML}
+    tokenizer.save_pretrained(folder)
+    rows = [{"messages": messages(turns), "tools": [{"name": "add"}]} for turns in CONVERSATIONS]
+    recipe = make_recipe(
+        model={"name_or_path": str(folder)},
+        data={"train": str(write_jsonl(tmp_path / "calls.jsonl", rows)), "system_as_user": system_as_user},
+    )
+    run = train(recipe)
+    assert export(run.path, tmp_path / "out")["verified"]
+    templates = transformers.AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
+    assert templates.keys() == {"default", "tool_use"}
+    before = "{%- if messages" if system_as_user else ""
+    assert all(found.startswith(before) and found.endswith(CHATML) for found in templates.values())
+    assert chat(run.path, "What is 1 plus 2?", "Be short." if system_as_user else None, max_new_tokens=4) is not None
+    more = "adapter/additional_chat_templates/tool_use.jinja"
+    (run.path / more).write_text("another")
+    with pytest.raises(InputError, match=r"additional_chat_templates/tool_use\.jinja changed since the training"):
+        chat(run.path, "What is 1 plus 2?")
 
 
 def test_the_folder_is_an_ordinary_model(trained_once, tmp_path):

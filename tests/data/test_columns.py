@@ -35,6 +35,17 @@ def test_a_label_that_is_a_number_is_an_answer():
     assert renamed({"q": "Q", "label": 1}, {"prompt": "q", "completion": "label"}) == {"prompt": "Q", "completion": "1"}
 
 
+@pytest.mark.parametrize("nothing", [None, float("nan")])
+def test_a_null_or_a_missing_number_writes_nothing(nothing):
+    columns = {"prompt": "{{ question }}\n{{ context }}{% if context is none %}?{% endif %}", "completion": "label"}
+    row = renamed({"question": "Q", "context": nothing, "label": 1}, columns)
+    assert row == {"prompt": "Q\n" + "?" * (nothing is None), "completion": "1"}
+    for completion in ("label", "{{ label }}"):
+        empty = renamed({"question": "Q", "context": "", "label": nothing}, columns | {"completion": completion})
+        with pytest.raises(ValueError, match=r"content is empty|completion are strings"):
+            formats.read(empty)
+
+
 def test_columns_of_other_names_are_taken_by_name():
     columns = {"prompt": "question", "completion": "answer"}
     assert to_messages(renamed({"question": "Q", "answer": "A", "id": 1}, columns)) == ("completion", [USER, ANSWER])

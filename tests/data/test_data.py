@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from qlora import data
 from qlora.data import chat
+from qlora.pages.data import altered
 from qlora.recipe import Data
 from qlora.system.errors import InputError
 from tests.conftest import CONVERSATIONS, messages, write_jsonl
@@ -304,6 +305,19 @@ def test_unused_keys_and_merged_messages_and_removed_nulls_are_counted(tmp_path,
     assert part.summary["unused"] == {"id": 2, "note": 1}
     assert report_of(load(tmp_path / "d.jsonl", on_bad_row="skip"))["sources"][0]["unused"] == {"id": 2, "note": 1}
     assert (part.summary["rows_merged"], part.summary["rows_with_nulls"]) == (1, 1), part.summary["reasons"]
+
+
+def test_rows_that_are_in_the_template_already_are_counted_and_said(tmp_path, load):
+    made = "<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\nA<|im_end|>\n"
+    rows = [
+        {"text": made},
+        {"prompt": made[:-15], "completion": "A"},
+        {"prompt": "Q", "completion": "A<|im_end|>"},
+        *ROWS,
+    ]
+    [source] = report_of(load(write_jsonl(tmp_path / "d.jsonl", rows)))["sources"]
+    assert source["rows_with_control"] == 3
+    assert any("3 rows HOLD SPECIAL TOKENS" in line for line in altered(source))
 
 
 @pytest.mark.parametrize("suffix", ["csv", "parquet"])

@@ -104,6 +104,7 @@ def test_a_label_that_the_training_does_not_have_is_refused_with_its_file_and_li
     ("rows", "wrong"),
     [([("a", "x"), ("b", "x")], "every row has the label 'x'; there is nothing to tell apart"),
      ([("a", "Pos"), ("b", "pos"), ("c", "neg")], "'Pos', 'pos' differ in capitals or spaces only"),
+     ([("a", "1"), ("b", "1.0"), ("c", "2.0")], "'1', '1.0' are one number"),
      ([(str(n), f"answer {n}") for n in range(150)], "150 different labels in 150 rows, so these are no classes"),
      ([("a", None)], "no row has a label; the first row has text, label; it is looked for in 'label'")],
 )  # fmt: skip

@@ -41,3 +41,42 @@ def test_streaming_gives_the_same_text_in_pieces(load_model, tokenizer, prompts)
     text = generate.stream(model, tokenizer, prompts[2], {2}, Sampling(12), pieces.append)
     assert text == generate.answers(model, tokenizer, [prompts[2]], {2}, 12)[0]
     assert "".join(pieces).strip() == text.strip()
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"repetition_penalty": 3.0, "suppress_tokens": [*range(5, 300)]},
+        {"num_beams": 2},  # which cannot stream
+        {"stop_strings": ["T"]},
+        {"max_time": 1e-4},
+        {"do_sample": True, "min_p": 0.9, "typical_p": 0.1},
+    ],
+    ids=lambda said: next(iter(said)),
+)
+def test_nothing_of_the_models_generation_config_changes_an_answer(load_model, tokenizer, prompts, said):
+    model = load_model("llama", None).float()
+
+    def answered():
+        whole = generate.answers(model, tokenizer, prompts, {2}, 12)
+        greedy = generate.stream(model, tokenizer, prompts[0], {2}, Sampling(12), str)
+        drawn = generate.stream(model, tokenizer, prompts[0], {2}, Sampling(12, temperature=0.7, seed=1), str)
+        return whole, greedy, drawn
+
+    expected, ends = answered(), model.generation_config.eos_token_id
+    model.generation_config.update(**said)
+    own = model.generation_config
+    assert answered() == expected
+    assert model.generation_config is own
+    assert own.eos_token_id == ends
+
+
+def test_a_stop_token_that_is_no_special_one_is_not_streamed(load_model, tokenizer, prompts):
+    model = load_model("llama", None).float()
+    full = model.generate(torch.tensor([prompts[0]]), max_new_tokens=6, do_sample=False, eos_token_id=None)
+    stop = full[0, len(prompts[0]) + 3].item()
+    assert stop not in tokenizer.all_special_ids
+    pieces = []
+    text = generate.stream(model, tokenizer, prompts[0], {stop}, Sampling(6), pieces.append)
+    assert "".join(pieces) == text
+    assert tokenizer.decode([stop]) not in text

@@ -1,5 +1,6 @@
 """What is around a process: folders, names, limits, locale, clock, network, terminal. What cannot be is one message."""
 
+import contextlib
 import json
 import os
 import random
@@ -18,12 +19,13 @@ from safetensors.torch import load_file
 
 from qlora.commands.eval import evaluate
 from qlora.commands.export import export
+from qlora.commands.open import open as opened
 from qlora.commands.train import train
 from qlora.jobs.planned_training import plan_training
 from qlora.jobs.prepared_data import prepare
 from qlora.recipe import Recipe
 from qlora.system.errors import DoesNotFit, InputError
-from tests.conftest import CONVERSATIONS, messages, write_jsonl
+from tests.conftest import CONVERSATIONS, messages, some_slow, write_jsonl
 
 ODD = 'ein "Ordner" für \'s\nübrige -- ü ✓'  # of a folder: spaces, quotes, a line's end, and not in ASCII
 SHELL = """
@@ -92,6 +94,41 @@ def test_in_hard_surroundings_the_bits_are_the_same(tiny, tmp_path, monkeypatch)
     assert ours.keys() == theirs.keys()
     assert all((ours[name] == theirs[name]).all() for name in ours)
     assert export("läuft", "-fertig ✓")["verified"]
+
+
+@contextlib.contextmanager
+def default_dtype(dtype):
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+AROUND = {
+    "bfloat16 as the default": lambda: default_dtype(torch.bfloat16),
+    "another default device": lambda: torch.device("meta"),
+    "inference mode": torch.inference_mode,
+    "no gradients": torch.no_grad,
+    "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("around", some_slow(AROUND, but=["bfloat16 as the default"]))
+def test_what_a_program_has_set_of_torch_changes_no_bit(make_recipe, trained_once, unplanned, around):
+    with AROUND[around]():
+        trained = train(make_recipe())
+        answers = []
+        with opened(trained.path) as model:
+            answers += model.answers(["What is 1 plus 2?"], max_new_tokens=8)
+        score = evaluate(trained.path, max_rows=2)
+        assert torch.get_default_dtype() == (torch.bfloat16 if around.startswith("bfloat16") else torch.float32)
+    usual = trained_once()
+    ours, expected = (load_file(run.adapter / "adapter_model.safetensors") for run in (trained, usual))
+    assert all(torch.equal(ours[name], expected[name]) for name in expected)
+    with opened(usual.path) as model:
+        assert model.answers(["What is 1 plus 2?"], max_new_tokens=8) == answers
+    assert evaluate(trained.path, max_rows=2)["loss"] == score["loss"]
 
 
 def test_what_others_may_read_is_what_the_umask_says(tiny, tmp_path, monkeypatch):

@@ -86,7 +86,7 @@ def _notes(tokenizer, strings):
         notes.append("the chat template has no system role; a system message is ignored")
     if roles := [role for role in ("system", "user", "assistant") if not _keeps_space(tokenizer, strings, role)]:
         notes.append(f"in training, white space around messages of {', '.join(roles)} was stripped; here it is kept")
-    if "strftime_now" in tokenizer.chat_template:
+    if "strftime_now" in chat.written(tokenizer):
         notes.append("the chat template inserts the current date; here it is the date on which this file was made")
     return notes
 

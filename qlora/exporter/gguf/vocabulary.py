@@ -86,7 +86,9 @@ def add(writer, tokenizer, vocab_size, stops):
     if scores is not None:
         writer.add_token_scores([scores.get(number, -1e6) for number in range(vocab_size)])
     _add_special(writer, tokenizer, stops)
-    if tokenizer.chat_template:
+    if isinstance(tokenizer.chat_template, dict):
+        writer.add_chat_template([{"name": name, "template": one} for name, one in tokenizer.chat_template.items()])
+    elif tokenizer.chat_template:
         writer.add_chat_template(tokenizer.chat_template)
     return _name_for_stripping(added)
 

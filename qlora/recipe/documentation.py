@@ -19,17 +19,23 @@ _TABLE = re.compile(r"\| field \| default \| \|\n(\|.*\n)+")
 
 
 def table():
-    """Return the Markdown table of every field: its name, its default as YAML, and its documentation."""
-    return "\n".join(["| field | default | |", "|---|---|---|", *_rows(Recipe, "")]) + "\n"
+    """Return the Markdown table of every field: its name, its default as YAML, and its documentation.
+
+    A field that says what one of that name above says refers to it.
+    """
+    return "\n".join(["| field | default | |", "|---|---|---|", *_rows(Recipe, "", {})]) + "\n"
 
 
-def _rows(section, prefix):
+def _rows(section, prefix, said):
+    """said: {(name, words): the first field of which that is said}; grows."""
     for name, field in section.model_fields.items():
         inner = _section_of(field.annotation)
         if inner is not None:
-            yield from _rows(inner, f"{name}.")
+            yield from _rows(inner, f"{name}.", said)
         else:
             words = " ".join((field.description or "").split())
+            first = said.setdefault((name, words), f"{prefix}{name}")
+            words = words if first == f"{prefix}{name}" else f"as `{first}`"
             yield f"| `{prefix}{name}` | {_default(field)} | {words} |".replace("|  |", "| |")
 
 

@@ -132,7 +132,7 @@ class Data(Section):
     eval_fraction: Share = 0.0
     """or a share of the training rows; duplicates of training rows are never held out"""
     seed: Annotated[int, Field(ge=0, lt=2**32)] | None = None
-    """of what is drawn: the rows of eval_fraction and of max_rows; null: training.seed"""
+    """draws the rows of eval_fraction and of max_rows; null: training.seed"""
     max_length: Annotated[int, Field(ge=8, le=LARGEST)] = 2048
     """tokens"""
     overlong: Literal["error", "drop", "truncate_prompt", "truncate", "split"] = "error"
@@ -233,16 +233,16 @@ class Training(Section):
     per_device_train_batch_size: Positive = 1
     """rows in a micro-batch"""
     tokens_per_micro_batch: Annotated[Literal["auto"] | Positive | None, BeforeValidator(_auto_or_tokens)] = "auto"
-    """auto: the rows of a step are joined without padding into as few micro-batches as is fastest in the memory there is
-    ([below](#tokens-of-a-micro-batch)); null: a micro-batch is per_device_train_batch_size rows; a number of tokens, padding
-    included: filled with rows of similar length instead, or the length of a packed row"""
+    """auto: the rows of a step are joined without padding ([below](#tokens-of-a-micro-batch)); null: a micro-batch is
+    per_device_train_batch_size rows; a number of tokens, padding included: filled with rows of similar length instead; with
+    packing, the length of a packed row"""
     group_by_length: bool = False
     """put rows of similar length into one step; not with packing, or a number as tokens_per_micro_batch"""
     per_device_eval_batch_size: Positive = 1
     """rows in a micro-batch of an evaluation"""
     gradient_accumulation_steps: Positive = 16
-    """micro-batches a step, so a step has this many times per_device_train_batch_size rows, however they are joined; the loss
-    is the mean over the step's trained tokens"""
+    """a step has this many times per_device_train_batch_size rows, however they are joined; the loss is the mean over
+    the step's trained tokens"""
     learning_rate: Annotated[float, Field(gt=0, le=1000)] = 2e-4
     """the highest, after the warmup"""
     optim: optimizers.Name = optimizers.DEFAULT
@@ -256,20 +256,19 @@ class Training(Section):
     max_grad_norm: Annotated[float, Field(ge=0)] | None = 1.0
     """null or 0: gradients are not clipped"""
     neftune_noise_alpha: Annotated[float, Field(gt=0)] | None = None
-    """noise on the embeddings while training, of size alpha / sqrt(tokens of the document * width); 5 to 15 in the
-    paper"""
+    """noise on the embeddings while training, of size alpha / sqrt(tokens of the document * width); paper: 5 to 15"""
     report_to: Annotated[
         list[Literal["tensorboard", "trackio", "wandb", "mlflow"]], BeforeValidator(_names_or_none)
     ] = Field(default=["tensorboard"])
-    """where the numbers go beside metrics.jsonl: tensorboard, trackio, wandb, mlflow, or several, `[tensorboard, wandb]`; none:
-    nowhere. See [watching.md](watching.md#trackers)"""
+    """beside metrics.jsonl: tensorboard, trackio, wandb, mlflow, or several, `[tensorboard, wandb]`; none
+    ([watching.md](watching.md#trackers))"""
     logging_steps: Positive = 1
     """a line in metrics.jsonl every so many steps"""
     eval_steps: Positive | None = None
     """held-out loss every so many steps; always at the end"""
     num_samples: Annotated[int, Field(ge=0, le=100)] = 0
     """at each evaluation, greedy answers to so many of the first held-out rows, beside the expected ones
-    ([evaluation.md](evaluation.md#while-it-trains)); 0: none, because each of their tokens takes a pass through the model"""
+    ([evaluation.md](evaluation.md#while-it-trains)); 0: none"""
     early_stopping_patience: Positive | None = None
     """training ends once so many evaluations in a row are no better than the best before them; null: never"""
     load_best_model_at_end: bool = False
@@ -285,7 +284,7 @@ class Training(Section):
     """training ends when the median loss of this many steps is 1 nat above its lowest value, and the mean has risen by
     more than noise; null: never"""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
-    """of every draw: order of the rows, dropout, initial values"""
+    """of every other draw: order of the rows, dropout, initial values"""
 
     @property
     def looks_for_best(self):
@@ -316,8 +315,7 @@ def _auto_or_layers(value):
 
 class Memory(Section):
     budget: Size | None = None
-    """memory that training may use, such as 23.5GiB; null: that of the GPU, or the free memory if there is none. See
-    [plan.md](plan.md)"""
+    """memory that training may use, such as 23.5GiB; null: what is free, on the GPU if there is one ([plan.md](plan.md))"""
     gradient_checkpointing: Annotated[Literal["auto"] | bool | int, BeforeValidator(_auto_or_layers)] = "auto"
     """layers whose activations are recomputed: true (all), false, or how many ([below](#memory)); auto: as few as the
     budget needs"""

@@ -6,6 +6,7 @@ from importlib.util import find_spec
 
 from ..system import files
 from ..system.errors import InputError
+from ..system.extras import how_to_install
 from .messages import said
 
 _SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
@@ -53,5 +54,5 @@ def _refuse_without_reader(folder):
     if models and not (folder / "tokenizer.json").is_file() and find_spec("sentencepiece") is None:
         raise InputError(
             f"{folder}: the tokenizer is a SentencePiece model ({models[0].name}, and no tokenizer.json); install what reads "
-            "it:  pip install 'qlora-trainer[sentencepiece]'"
+            f"it:  {how_to_install('sentencepiece')}"
         )

@@ -24,6 +24,7 @@ from urllib.parse import urlsplit
 
 from ..system.errors import InputError
 from ..system.events import note, progress
+from ..system.extras import how_to_install
 from ..system.secrets import is_secret, redacted
 from .intervals import in_words, wilson, with_interval
 
@@ -165,9 +166,7 @@ def opened(judge: Judge) -> _Endpoint:
     try:
         openai = importlib.import_module("openai")
     except ImportError:
-        raise InputError(
-            "--judge needs the package openai; install it with: pip install 'qlora-trainer[judge]'"
-        ) from None
+        raise InputError(f"--judge needs the package openai; install it:  {how_to_install('judge')}") from None
     client = openai.OpenAI(
         base_url=judge.url,
         api_key=os.environ.get("OPENAI_API_KEY") or "none",  # a server of one's own wants none

@@ -21,6 +21,7 @@ from .. import base_model, methods
 from ..system import memory
 from ..system.errors import InputError
 from ..system.events import note, progress
+from ..system.extras import how_to_install
 from . import intervals
 from .asked import Asked
 from .intervals import ratio, with_interval
@@ -163,7 +164,7 @@ def refuse_missing():
     try:
         return [importlib.import_module(name) for name in ("lm_eval", "lm_eval.tasks", "lm_eval.models.huggingface")]
     except ImportError as error:
-        raise InputError(f"--lm-eval: {error}; install it:  pip install 'qlora-trainer[lm-eval]'") from None
+        raise InputError(f"--lm-eval: {error}; install it:  {how_to_install('lm-eval')}") from None
 
 
 @contextlib.contextmanager

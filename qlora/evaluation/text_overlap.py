@@ -9,6 +9,7 @@ import importlib
 import re
 
 from ..system.errors import InputError
+from ..system.extras import how_to_install
 from .intervals import ratio
 
 ROUGES = ("rouge1", "rouge2", "rougeL", "rougeLsum")
@@ -62,4 +63,4 @@ def _library(name):
         return importlib.import_module(name)
     except ImportError:
         package = name.partition(".")[0].replace("_", "-")
-        raise InputError(f"{package} is not installed:  pip install 'qlora-trainer[eval]'") from None
+        raise InputError(f"{package} is not installed:  {how_to_install('eval')}") from None

@@ -19,6 +19,7 @@ from .. import base_model
 from ..base_model.messages import said
 from ..system import files
 from ..system.errors import InputError, ProofFailed
+from ..system.extras import how_to_install
 from ..system.storage import write_json
 from .proof import open_folder
 
@@ -34,7 +35,7 @@ _CODES, _SCALE = "._weight_qdata", "._weight_scale"
 def refuse_without_torchao():
     """Raise InputError unless torchao is installed."""
     if importlib.util.find_spec("torchao") is None:
-        raise InputError("int8 needs the package torchao; run: pip install 'qlora-trainer[int8]'")
+        raise InputError(f"int8 needs the package torchao; install it:  {how_to_install('int8')}")
 
 
 def is_int8(folder):

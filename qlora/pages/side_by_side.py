@@ -13,6 +13,7 @@ from ..evaluation.sampling import Sampling
 from ..jobs.side_by_side import SideBySide
 from ..jobs.votes import SIDES, TIE
 from ..system.errors import InputError
+from ..system.extras import how_to_install
 
 _FONT = ["system-ui", "sans-serif"]
 _MONO = ["ui-monospace", "monospace"]
@@ -36,7 +37,7 @@ _PORTS = range(7860, 7880)
 def refuse_without_gradio():
     """Raise InputError unless gradio is installed."""
     if importlib.util.find_spec("gradio") is None:
-        raise InputError("--web needs the package gradio; run: pip install 'qlora-trainer[web]'")
+        raise InputError(f"--web needs the package gradio; install it:  {how_to_install('web')}")
 
 
 def serve(compared: SideBySide, sampling: Sampling, system=None, host=LOCAL, port=None):

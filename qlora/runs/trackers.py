@@ -19,6 +19,7 @@ from types import SimpleNamespace
 from ..system import files
 from ..system.errors import InputError
 from ..system.events import heard_by, note
+from ..system.extras import how_to_install
 from ..system.load import Load
 from ..system.storage import write_json
 from . import record
@@ -31,10 +32,9 @@ def refuse_missing(names):
     """Raise InputError if a tracker that is to be reported to is not installed."""
     missing = [name for name in names if name in _KINDS and importlib.util.find_spec(name) is None]
     if missing:
-        extras = f"pip install 'qlora-trainer[{','.join(missing)}]'"
         raise InputError(
-            f"training.report_to: {' and '.join(missing)} not installed; install with:  {extras}  (from a checkout "
-            f"pip install '.[{','.join(missing)}]'), or leave it out"
+            f"training.report_to: {' and '.join(missing)} not installed; install with:  {how_to_install(*missing)}  or leave it "
+            "out"
         )
 
 

@@ -64,5 +64,7 @@ def test_bleu_and_chrf_are_sacrebleus_of_all_rows_and_of_each_resample(name, kin
 @pytest.mark.parametrize(("name", "module"), [("rougeL", "rouge_score.rouge_scorer"), ("bleu", "sacrebleu.metrics")])
 def test_what_is_not_installed_is_named_with_the_way_to_get_it(monkeypatch, name, module):
     monkeypatch.setitem(__import__("sys").modules, module, None)
-    with pytest.raises(InputError, match=r"is not installed:  pip install 'qlora-trainer\[eval\]'"):
+    with pytest.raises(
+        InputError, match=r"is not installed:  pip install 'sacrebleu[<>=.,\d]+' 'rouge-score[<>=.,\d]+'"
+    ):
         answer_metrics.named(name, ())

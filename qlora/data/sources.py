@@ -15,6 +15,7 @@ from .readers.lines import Row, first_line, open_file
 
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip")
 _DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+_OF_A_RUN = ("recipe.yaml", "environment.json")  # as runs.folder calls them
 _BLOCK = 1 << 20
 
 
@@ -175,13 +176,29 @@ def _expand(path):
         return found
     if Path(path).exists() or not glob.has_magic(str(path)):
         return [str(path)]
-    found = sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207 (Path.glob takes no absolute pattern)
+    found = [file for file in _matching(path) if not _run_of(file, path)]
     if not found:
         raise InputError(f"no data file matches {path} (looked in {Path.cwd()})")
     return found
 
 
+def _matching(pattern):
+    return sorted(glob.glob(str(pattern), recursive=True))  # noqa: PTH207 (Path.glob takes no absolute pattern)
+
+
+def _run_of(file, pattern):
+    """Return the run folder in which a file lies that `**` has found, or None: what a run has written is not its own data."""
+    if "**" not in str(pattern):
+        return None
+    return next(
+        (str(parent) for parent in Path(file).parents if all((parent / name).is_file() for name in _OF_A_RUN)), None
+    )
+
+
 def not_read(source):
-    """Return the files of a folder that describe data sets and are therefore not read as rows."""
-    folder = Path(source.path) if source.path is not None else None
-    return [str(folder / name) for name in _DESCRIPTIONS if (folder / name).is_file()] if folder else []
+    """Return the files of a folder that describe data sets, and the folders of runs that a pattern passes over."""
+    if source.path is None:
+        return []
+    folder = Path(source.path)
+    runs = {run for file in _matching(folder) if (run := _run_of(file, folder))}
+    return [str(folder / name) for name in _DESCRIPTIONS if (folder / name).is_file()] + sorted(runs)

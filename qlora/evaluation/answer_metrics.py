@@ -46,7 +46,8 @@ class JsonFields:
 
     def row(self, answer, reference):
         found, fields = _object(answer), _object(reference)
-        return float(sum(key in found and found[key] == value for key, value in fields.items())), float(len(fields))
+        right = sum(key in found and _same(found[key], value) for key, value in fields.items())
+        return float(right), float(len(fields))
 
     def value(self, sums):
         return intervals.ratio(sums) if sums[1] else 0.0
@@ -71,6 +72,15 @@ class MacroF1:
         right, so = np.split(np.asarray(sums, float), 2)
         there = so > 0  # a resample may have none of a class
         return float((2 * right[there] / so[there]).mean())
+
+
+def _same(one, other):
+    """Return whether two JSON values are equal; to Python true is 1, at any depth."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_same(value, other[key]) for key, value in one.items())
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return one == other and isinstance(one, bool) == isinstance(other, bool)
 
 
 def _object(text):

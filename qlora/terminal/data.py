@@ -40,8 +40,7 @@ def say_report(prepared):
     for key in report["ignored_nothing"]:
         note(f"          data.ignore_keys: {key}: no row has this key")
     for path in report["not_read"]:
-        what = "" if "image_sizes" in report else " describes data sets;"
-        note(f"          {path}{what} not read as rows")
+        note(f"          {path} is not read as rows")
     trained = f"{tokens['trained'] / tokens['total']:.0%} trained; " if "trained" in tokens else ""
     lengths = f"length p50 {length['p50']}, p95 {length['p95']}, max {length['max']}"
     what = f"{tokens['total']:,} tokens, {trained}{lengths}"

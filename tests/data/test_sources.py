@@ -298,6 +298,15 @@ def test_a_glob_and_a_folder_name_their_files_in_order(tmp_path):
     (tmp_path / "dataset_info.json").write_text("{}")
     assert [path.rpartition("/")[2] for path in expand(tmp_path)] == ["a.jsonl", "b.jsonl", "c.csv", "d[1].json"]
     assert not_read(Source(path=str(tmp_path))) == [f"{tmp_path}/dataset_info.json"]
+
+
+def test_a_pattern_that_looks_everywhere_does_not_find_what_a_run_has_written(tmp_path):
+    for name in ("a.jsonl", "more/b.jsonl", "runs/x/metrics.jsonl", "runs/x/environment.json", "runs/x/recipe.yaml"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    assert expand(f"{tmp_path}/**/*.jsonl") == [f"{tmp_path}/a.jsonl", f"{tmp_path}/more/b.jsonl"]
+    assert not_read(Source(path=f"{tmp_path}/**/*.jsonl")) == [f"{tmp_path}/runs/x"]
+    assert expand(f"{tmp_path}/runs/*/*.jsonl") == [f"{tmp_path}/runs/x/metrics.jsonl"]  # which asks for it
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="has no data file"):
         expand(tmp_path / "empty")

@@ -25,6 +25,16 @@ def test_json_fields_are_compared_as_values():
     assert "json_fields" not in answer_metrics.fitting(['{"a": 1}', "{}"])
 
 
+@pytest.mark.parametrize(("answer", "right"), [("1.0", 1), ("true", 0), ("[1]", 0), ('"1"', 0), ("null", 0)])
+def test_true_is_no_1_in_json(answer, right):
+    def score(answer, reference):
+        return value(answer_metrics.JsonFields(), [f'{{"a": {answer}}}'], [f'{{"a": {reference}}}'])
+
+    assert score(answer, "1") == right
+    assert score(f'[{{"b": [{answer}]}}]', '[{"b": [1]}]') == right
+    assert score("true", "true") == 1
+
+
 def test_a_missing_field_is_not_right_even_if_null_is_expected():
     assert value(answer_metrics.JsonFields(), ["{}"], ['{"a": null}']) == 0
 

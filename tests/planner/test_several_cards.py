@@ -17,7 +17,8 @@ from tests import forked
 from tests.conftest import some_slow
 from tests.recipe.shapes import SHAPES
 
-SEVERAL = [("qwen3-32b", 2, 24), ("llama-3.3-70b", 2, 48), ("llama-3.3-70b", 4, 24)]
+SEVERAL = [("qwen3-32b", 2, 24, "fsdp"), ("llama-3.3-70b", 2, 48, "fsdp"), ("llama-3.3-70b", 4, 24, "fsdp"),
+           ("llama-3.3-70b", 2, 24, "fsdp_offload")]  # fmt: skip
 
 
 def test_what_is_sent_is_that_of_a_ring():
@@ -165,12 +166,14 @@ def test_where_nothing_fits_the_fewest_cards_that_would_do_are_named(tmp_path):
     assert "Nor on more of them" in found["advice"]
 
 
-@pytest.mark.parametrize(("name", "count", "gigabytes"), some_slow(SEVERAL, set(SEVERAL[1:])))
-def test_the_recipes_for_several_cards_fit_those_that_their_headers_name(name, count, gigabytes, tmp_path):
+@pytest.mark.parametrize(("name", "count", "gigabytes", "way"), some_slow(SEVERAL, set(SEVERAL[1:])))
+def test_the_recipes_for_several_cards_fit_those_that_their_headers_name(name, count, gigabytes, way, tmp_path):
     path, recipe = shipped_recipes.path_of(name), shipped(name, tmp_path)
     card = min((card for card in CARDS if card.size == gigabytes), key=lambda card: card.memory)
     budget = Budget(card.memory, card.name, card)
-    *_, shares, _ = plan_several(recipe, None, budget, computer_of("3090"), count)
-    assert shares.name == several_cards.FSDP
-    assert shares.plan.fits
-    assert f"{count} x {gigabytes} GB: {shares.plan.peak_bytes / 2**30:.1f} GiB" in path.read_text(encoding="utf-8")
+    ways = {one.name: one for one in plan_several(recipe, None, budget, computer_of("3090"), count)}
+    assert ways[way].plan.fits
+    said = (
+        f"{count} x {gigabytes} GB{' with fsdp_offload' * (way != 'fsdp')}: {ways[way].plan.peak_bytes / 2**30:.1f} GiB"
+    )
+    assert said in path.read_text(encoding="utf-8")

@@ -1,16 +1,19 @@
 """Two processes that share the base train what one does, with half of the codes each."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from qlora import base_model, train
 from qlora.commands.export import export
 from qlora.recipe import Model, Quantization
 from qlora.runs.checkpoints import read_tensors
 from qlora.system.errors import InputError
-from qlora.training import sharding
+from qlora.training import processes, sharding
+from qlora.training.saving import save_unfinished
 from tests.training.test_processes import (
     ENDLESS,
     FLOAT32,
@@ -126,6 +129,19 @@ def test_when_one_that_holds_a_share_is_killed_the_other_ends_with_one_message(m
 
 
 @pytest.mark.slow
+def test_the_best_evaluation_is_loaded_by_both(make_recipe, tmp_path):
+    best = {"eval_steps": 1, "save_steps": 1, "load_best_model_at_end": True, "learning_rate": 0.3, "max_steps": 2}
+    recipe = make_recipe(training={**STEPS, "lr_scheduler_type": "constant", **best}, quantization=FLOAT32)
+    run = train(recipe.model_copy(update={"output_dir": str(tmp_path / "alone")}))
+    both = trained_by_two(recipe, tmp_path, "two")
+    ours, theirs = (load_file(one.adapter / "adapter_model.safetensors") for one in (both, run))
+    assert losses(run)[1][1] > losses(run)[1][0]  # so that there is something to load
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert tensor == pytest.approx(theirs[name], abs=0.02), name
+
+
+@pytest.mark.slow
 def test_more_processes_than_trained_tensors(make_recipe, tmp_path):
     lora = {"target_modules": ["q_proj"], "layers_to_transform": [0]}
     steps = {**STEPS, "gradient_accumulation_steps": 6, "eval_steps": 3, "logging_steps": 1, "save_steps": 3}
@@ -148,6 +164,17 @@ def test_steps_are_skipped_in_both_and_a_training_that_goes_wrong_ends_with_one_
     assert [code for code, *_ in ended] == [1, 1], ended
     assert sum("training.learning_rate" in err for *_, err in ended) == 1, ended
     assert '"rows": [' in both.metrics_file.read_text()  # steps that were skipped
+
+
+def test_no_checkpoint_is_begun_when_memory_runs_out_in_one_that_holds_some_of_the_masters():
+    trainer = SimpleNamespace(saved_step=1, state=SimpleNamespace(global_step=2), begun=True, changes_weights=False)
+    trainer.saving, trainer.moment, trainer.take_back = SimpleNamespace(to=True), SimpleNamespace(evaluates=False), None
+    saved = []
+    trainer.save = lambda: saved.append(trainer.state.global_step)
+    for sharded in (True, False):  # others would wait for it with theirs
+        trainer.processes = processes.Processes(0, 2, sharded=sharded)
+        save_unfinished(trainer)
+    assert saved == [2]
 
 
 @pytest.mark.parametrize(

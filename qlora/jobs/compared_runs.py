@@ -311,7 +311,8 @@ def measured(run: RunDir, name=None, when="after") -> Measured:
     if result is None or not answers.is_file():
         raise InputError(f"{run.path}: not evaluated yet (or by an older version); run:  qlora eval {run.path}")
     try:
-        lines = [json.loads(line) for line in answers.read_text(encoding="utf-8").splitlines()]
+        with open(answers, encoding="utf-8") as file:  # not splitlines: U+2028 may stand in an answer
+            lines = [json.loads(line) for line in file]
         found = [line[when] for line in lines]
         parts = {
             name: np.array([answer_metrics.from_json(one[name]) for one in found])

@@ -22,7 +22,8 @@ def read(file) -> list[dict]:
     """
     file, found = Path(file), []
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        with open(file, encoding="utf-8") as stream:  # not splitlines: U+2028 may stand in an answer
+            lines = list(stream)
     except (OSError, ValueError) as error:
         raise InputError(f"{file}: {error}; give another file with --votes") from None
     for number, line in enumerate(lines, start=1):

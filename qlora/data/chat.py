@@ -86,6 +86,8 @@ def set_template(tokenizer, chat_template, system_as_user=False):
         InputError: the file is missing or is not a Jinja template that ends, or ChatML's markers are not tokens.
     """
     which = _set_template(tokenizer, chat_template)
+    if "strftime_now" in written(tokenizer):
+        which += "; it writes the date of the day on which rows are tokenized into each of them"
     if system_as_user:
         template = tokenizer.chat_template
         named = isinstance(template, dict)

@@ -11,8 +11,9 @@ import pytest
 from qlora import cli
 from qlora.commands.adapters import adapters
 from qlora.commands.compare import compare, compare_runs
+from qlora.commands.eval import evaluate
 from qlora.evaluation import answer_metrics
-from qlora.jobs import compared_runs, comparison_table
+from qlora.jobs import compared_runs, comparison_table, eval_rows
 from qlora.jobs.compared_runs import Folder
 from qlora.recipe import as_yaml
 from qlora.recipe.comparison import Comparison, entries
@@ -401,3 +402,15 @@ def test_two_runs_side_by_side(comparison, in_process, tmp_path, capsys, monkeyp
     assert "no change of exact_match: exact_match: an extra is not installed" in capsys.readouterr().err
     with pytest.raises(InputError, match="no run at"):
         compare_runs(one, tmp_path / "nothing")
+
+
+def test_what_unicode_calls_a_line_end_ends_no_line_of_the_answers(own_run, tmp_path):
+    words = "a\u2028b\u2029c\u0085d"
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": f"{n} {words}", "completion": words} for n in range(3)])
+    score, name = evaluate(own_run.path, rows), eval_rows.name_of_file(rows, "text-generation")
+    assert words in own_run.score_files(name)[1].read_text(encoding="utf-8")  # else nothing is tested
+    found = compared_runs.measured(own_run, name)
+    assert [one["prompt"][-1]["content"] for one, _ in found.rows] == [f"{n} {words}" for n in range(3)]
+    assert [expected for _, expected in found.rows] == [words] * 3
+    assert len(found.answers) == score["rows"] == 3
+    assert compare_runs(own_run.path, own_run.path, rows)["change"]["loss"]["value"] == 0

@@ -293,6 +293,12 @@ def test_a_base_model_gets_chatml_where_its_markers_are_tokens(tokenizer_json):
     )
 
 
+def test_a_template_that_writes_the_date_is_said_to_do_so(tokenizer_json):
+    dated = make_tokenizer(tokenizer_json, "{{ strftime_now('%d %b %Y') }}\n" + CHATML)
+    assert chat.set_template(dated, None).startswith("the model's own; it writes the date of the day")
+    assert chat.set_template(make_tokenizer(tokenizer_json, CHATML), None) == "the model's own"
+
+
 def test_a_base_model_without_the_markers_gets_turns_closed_by_its_own_end_token(tokenizer_json):
     tokenizer = make_tokenizer(tokenizer_json, None)
     tokenizer.get_vocab = lambda: {"<s>": 3}

@@ -10,6 +10,7 @@ from qlora.jobs.routed import open_routed
 from qlora.jobs.side_by_side import SideBySide
 from qlora.jobs.votes import Votes
 from qlora.system.errors import InputError
+from qlora.system.storage import add_line
 
 PROMPT = "What is 1 plus 2?"
 
@@ -71,6 +72,15 @@ def test_a_vote_counts_for_whom_it_was_given(compared, model, tmp_path, monkeypa
     assert compared.votes.in_words() == (
         "3 votes: tuned 1, base 1, tie 1; the tuned model won 50% of 2 that were decided (9% to 91%)"
     )
+
+
+def test_what_unicode_calls_a_line_end_ends_no_vote(tmp_path):
+    file = tmp_path / "votes.jsonl"
+    vote = {"weights": {}, "winner": "tie", "prompt": "a\u2028b\u0085c"}
+    for _ in range(2):
+        add_line(file, vote)
+    assert "\u2028" in file.read_text(encoding="utf-8")  # else nothing is tested
+    assert Votes(file, {}).given == [vote, vote]
 
 
 def test_no_vote_without_two_answers_and_none_is_lost(compared, tmp_path):

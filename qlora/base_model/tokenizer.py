@@ -39,10 +39,19 @@ def load_tokenizer(folder, section):
             raise InputError(f"{folder / 'tokenizer_config.json'}: {name} cannot be {getattr(tokenizer, name)!r}")
     if not tokenizer.is_fast:
         raise InputError(f"{folder}: the tokenizer has no tokenizer.json, so the loss mask cannot be placed")
-    if tokenizer.pad_token is None:
+    if tokenizer.pad_token is None or _has_no_row(tokenizer.pad_token_id, folder):
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
     return tokenizer
+
+
+def _has_no_row(token_id, folder):
+    """Return whether the embedding of the model in `folder`, if there is one, has no row for a token: padding with it would end
+    the process. Llama 2 and others got such pad tokens beside their vocabulary."""
+    config = files.read_object(folder / "config.json") if (folder / "config.json").is_file() else {}
+    part = config.get("text_config")
+    rows = (part if isinstance(part, dict) else config).get("vocab_size")
+    return isinstance(rows, int) and token_id >= rows
 
 
 def _refuse_without_reader(folder):

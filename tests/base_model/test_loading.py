@@ -1,10 +1,12 @@
 """The base is exactly what the files hold, in NF4 and bfloat16."""
 
+import json
+
 import pytest
 import torch
 
 from qlora import base_model, methods
-from qlora.recipe import Lora
+from qlora.recipe import Lora, Model
 from tests.base_model.conftest import load
 from tests.conftest import FAMILIES
 
@@ -42,3 +44,13 @@ def test_sharded_and_single_files_give_the_same_model(tiny_model):
     one, other = load(single).state_dict(), load(sharded).state_dict()
     assert one.keys() == other.keys()
     assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.parametrize(("rows", "pad"), [(512, "<pad>"), (279, "<pad>"), (278, "<|im_end|>")])
+def test_a_pad_token_for_which_the_embedding_has_no_row_is_not_used(tokenizer, tmp_path, rows, pad):
+    assert len(tokenizer) == 278
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    tokenizer.save_pretrained(tmp_path)
+    for config in ({"vocab_size": rows}, {"text_config": {"vocab_size": rows}}):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"} | config))
+        assert base_model.load_tokenizer(tmp_path, Model(name_or_path=str(tmp_path))).pad_token == pad

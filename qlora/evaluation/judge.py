@@ -98,10 +98,14 @@ class Judge:
         return hashlib.sha256(json.dumps([self.url, self.model, messages]).encode()).hexdigest()[:24]
 
 
+class RequestRefused(InputError):
+    """An endpoint refuses a request as it is: too long, or not what it may read. It may answer others."""
+
+
 @dataclass(frozen=True)
 class Judged:
-    """What came of a row. replies: of both orders, {"key", "text"} each, as Judge.key has it; empty for two equal answers.
-    by_order: the judge preferred what stood in one place, whatever it was."""
+    """What came of a row. replies: of both orders, {"key", "text"} each, as Judge.key has it; empty for two equal answers; with
+    "refused", why, where the endpoint refuses it. by_order: the judge preferred what stood in one place, whatever it was."""
 
     verdict: str
     replies: Sequence[Mapping[str, str]] = ()
@@ -129,7 +133,8 @@ class _Endpoint:
             sent = {name: value for name, value in settings.items() if name not in self.left_out}
             try:
                 found = self.client.chat.completions.create(model=self.judge.model, messages=messages, **sent)
-                return (found.choices[0].message.content or "") if found.choices else ""
+                said = (found.choices[0].message.content or "") if found.choices else ""
+                return said.encode("utf-8", "replace").decode()  # cut off within a character, it could not be written
             except (self.openai.BadRequestError, self.openai.UnprocessableEntityError) as error:
                 unknown = [name for name in sent if name in str(error)]
                 if not unknown:
@@ -154,7 +159,21 @@ class _Endpoint:
             404: f"it has no model {self.judge.model}, or the address is wrong: it mostly ends with /v1",
             429: "too many requests, or nothing left to pay with; try again later",
         }.get(status, "try again later" if status >= 500 else "see what it says, and the server's log")
-        return InputError(f"the judge at {self.judge.host} refuses ({status}: {said[:300]}); {remedy}")
+        kind = RequestRefused if status in (400, 413, 422) else InputError
+        return kind(f"the judge at {self.judge.host} refuses ({status}: {said[:300]}); {remedy}")
+
+    def tried(self) -> str:
+        """Return what the judge says on which of two answers to 2 + 2 is right, "A"."""
+        return self.reply(self.judge.messages("What is 2 + 2?", "2 + 2 is 4.", "2 + 2 is 5."))
+
+
+def _key():
+    key = os.environ.get("OPENAI_API_KEY", "").strip()  # a file's line feed comes along
+    if not (key.isascii() and key.isprintable()):
+        raise InputError(
+            "OPENAI_API_KEY has a character that no key has, such as a line feed or a curly quote; set it anew"
+        )
+    return key or "none"  # a server of one's own wants none
 
 
 def opened(judge: Judge) -> _Endpoint:
@@ -167,14 +186,9 @@ def opened(judge: Judge) -> _Endpoint:
         openai = importlib.import_module("openai")
     except ImportError:
         raise InputError(f"--judge needs the package openai; install it:  {how_to_install('judge')}") from None
-    client = openai.OpenAI(
-        base_url=judge.url,
-        api_key=os.environ.get("OPENAI_API_KEY") or "none",  # a server of one's own wants none
-        max_retries=_RETRIES,
-        timeout=_SECONDS,
-    )
+    client = openai.OpenAI(base_url=judge.url, api_key=_key(), max_retries=_RETRIES, timeout=_SECONDS)
     endpoint = _Endpoint(judge, client, openai)
-    reply = endpoint.reply(judge.messages("What is 2 + 2?", "2 + 2 is 4.", "2 + 2 is 5."))
+    reply = endpoint.tried()
     found = verdict_in(reply)
     if found is None:
         said = f"it said {reply.strip()[:200]!r}" if reply.strip() else "it said nothing"
@@ -199,13 +213,17 @@ def compare(endpoint: _Endpoint, asked: Sequence[str], answers, others, known: M
     asked: N requests as text. known: {Judge.key: reply} of an earlier time; they are not asked for again.
 
     Raises:
-        InputError: the endpoint has gone, or refuses.
+        InputError: the endpoint has gone, or refuses more than some rows, which have no verdict then.
     """
     judge = endpoint.judge
 
     def replied(messages):
         key = judge.key(messages)
-        return {"key": key, "text": known[key] if key in known else endpoint.reply(messages)}
+        try:
+            return {"key": key, "text": known[key] if key in known else endpoint.reply(messages)}
+        except RequestRefused as error:
+            endpoint.tried()  # raises where it refuses everything by now
+            return {"key": key, "text": "", "refused": str(error)}
 
     def judged(number):
         mine, other = answers[number], others[number]

@@ -80,6 +80,9 @@ def add(result, rows, endpoint, against, others=None, known=()) -> None:
     result["judge"] = (
         of | {"against": against} | judge.win_rate([judged[number] for number in range(len(rows))], answers, others)
     )
+    whys = [[one["refused"] for one in each.replies if "refused" in one] for each in judged.values()]
+    if refused := [why[0] for why in whys if why]:
+        note(f"{len(refused):,} of {len(rows):,} rows are refused: {refused[0]}")
     _say_biases(result["judge"])
 
 
@@ -99,10 +102,11 @@ def _say_biases(found):
 
 def _in_words(messages) -> str:
     """Return what a row asks as a text: a single message of a user as it is, several under the names of who says them."""
-    texts = [
-        one["content"] if isinstance(one.get("content"), str) else json.dumps(one, ensure_ascii=False)
-        for one in messages
-    ]
-    if [one.get("role") for one in messages] == ["user"]:
-        return texts[0]
-    return "\n\n".join(f"[{one.get('role')}]\n{text}" for one, text in zip(messages, texts, strict=True))
+    if [one["role"] for one in messages] == ["user"]:
+        return messages[0]["content"]
+    return "\n\n".join(f"[{one['role']}]\n{_said(one)}" for one in messages)
+
+
+def _said(message):
+    calls = json.dumps(message["tool_calls"], ensure_ascii=False) if message.get("tool_calls") else ""
+    return "\n".join(filter(None, (message["content"], calls)))

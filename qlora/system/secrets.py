@@ -38,7 +38,8 @@ def names_secret(name):
 
 def redacted(text):
     """Return `text` with *** for what looks like a secret, and for the values of the environment's variables so named."""
-    ours = {value for name, value in os.environ.items() if names_secret(name) and not _is_ordinary(value)}
+    values = (value.strip() for name, value in os.environ.items() if names_secret(name))
+    ours = {value for value in values if not _is_ordinary(value)}
     for value in sorted(ours, key=len, reverse=True):
         text = text.replace(value, "***")
     return _TOKEN.sub("***", text)

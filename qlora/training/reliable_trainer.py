@@ -19,7 +19,7 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from .. import base_model
+from .. import base_model, data
 from ..runs import checkpoints, record
 from ..runs.record import Begun, CheckpointBegun, Evaluation, Rehearsed, Rescaled, Skipped, Step
 from ..system import memory
@@ -154,11 +154,12 @@ class Reliable(Hooks):
 
     @property
     def accumulates(self):
-        """Whether a step may have several micro-batches."""
-        if self.reliability.tokens is None:
+        """Whether a step may have several micro-batches; of joined rows, in one process."""
+        tokens, count = self.reliability.tokens, self.processes.count
+        if tokens is None:
             return self.args.gradient_accumulation_steps > 1
-        longest_first = np.sort(self.reliability.lengths)[::-1]
-        return longest_first[: self.args.per_device_train_batch_size].sum() > self.reliability.tokens
+        longest = np.sort(self.reliability.lengths)[::-1][: self.args.per_device_train_batch_size]
+        return data.micro_batches_of(longest, tokens, count).max() >= count
 
     @property
     def own_optimizer(self):

@@ -7,10 +7,12 @@ import shutil
 import signal
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 
 from qlora.commands.eval import evaluate
+from qlora.data.chat import CHATML
 from qlora.evaluation.judge import Judge, verdict_in
 from qlora.runs.folder import RunDir
 from qlora.system.errors import InputError, ProofFailed
@@ -79,7 +81,7 @@ def kept(run):
 
 def test_a_judge_of_both_orders(own_run, monkeypatch):
     """An answer wins only where it is preferred in both places; the score, the answers and the gate have it."""
-    monkeypatch.setenv("OPENAI_API_KEY", "key-of-the-judge")
+    monkeypatch.setenv("OPENAI_API_KEY", "key-of-the-judge\n")  # as a file has it
     run = own_run
     with serving(prefers(len)) as (url, requests):
         found = evaluate(run.path, **asked(url, judge_criteria="longer is better", require=["win_rate>=0"]))
@@ -109,7 +111,7 @@ def test_a_judge_of_both_orders(own_run, monkeypatch):
 
 def test_a_judge_that_goes_by_the_place_decides_nothing(own_run, capsys):
     run = own_run
-    with serving(lambda request, a, b: "**Verdict: A**") as (url, _):
+    with serving(lambda request, a, b: "cut off within \ud83d\n**Verdict: A**") as (url, _):
         found = evaluate(run.path, **asked(url, judge_against="expected"))["judge"]
     assert (found["wins"], found["losses"]) == (0, 0)
     assert found["by_order"] == found["ties"] == len(kept(run))
@@ -151,6 +153,46 @@ def test_it_goes_on_where_a_judge_broke_off(own_run, monkeypatch):
         again = len(requests)
         evaluate(run.path, **asked(url, judge_against="expected"))
         assert len(requests) - again == 1
+
+
+def test_a_request_that_is_refused_has_no_verdict_and_the_others_are_judged(own_run, monkeypatch, capsys):
+    """A content filter, or a row that is too long for the judge, would end each attempt at the same row."""
+    monkeypatch.setattr("qlora.evaluation.judge._AT_ONCE", 1)
+    run, refused = own_run, []
+
+    def refuse(body, number):
+        text = body["messages"][-1]["content"]
+        if number == 2:
+            refused.append(text)
+        return (400, "content filter") if text in refused else None
+
+    with serving(prefers(lambda text: text), refuse) as (url, requests):
+        found = evaluate(run.path, **asked(url, judge_against="expected"))
+        rows = kept(run)
+        assert (found["judge"]["no_verdict"], found["rows"]) == (1, len(rows))
+        assert [row["judge"]["verdict"] for row in rows].count("no verdict") == 1
+        assert f"1 of {len(rows)} rows are refused: " in " ".join("".join(capsys.readouterr()).split())
+        first = len(requests)
+        refused.clear()
+        assert evaluate(run.path, **asked(url, judge_against="expected"))["judge"]["no_verdict"] == 0
+        assert len(requests) - first == 2  # it is asked again
+    refuse = lambda body, number: (400, "your credit is used up") if number > 5 else None  # noqa: E731
+    with serving(prefers(len), refuse) as (url, _), pytest.raises(InputError, match=r"refuses \(400: .*credit"):
+        evaluate(run.path, **asked(url, judge_against="expected"))
+
+
+def test_a_judge_sees_the_calls_of_tools(tiny_model, tmp_path):
+    model = Path(shutil.copytree(tiny_model(), tmp_path / "model"))
+    (model / "chat_template.jinja").write_text(CHATML)
+    call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Bonn"}}}
+    turns = messages([("user", "Warm?"), ("assistant", ""), ("tool", "12"), ("assistant", "No.")])
+    turns[1]["tool_calls"] = [call]
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"messages": turns}])
+    with serving(prefers(len)) as (url, requests):
+        evaluate(str(model), rows, **asked(url))
+    said = requests[-1]["messages"][-1]["content"]
+    assert '[assistant]\n[{"type": "function", "function": {"name": "weather", "arguments": {"city": "Bonn"}}}]' in said
+    assert "[tool]\n12" in said
 
 
 @pytest.mark.parametrize("unknown", ["temperature", "max_tokens"])
@@ -218,6 +260,9 @@ def test_an_endpoint_that_is_not_there_or_no_judge(tiny_model, monkeypatch):
         serving(prefers(len), lambda body, number: (200, "no choices")) as (url, _),
         pytest.raises(InputError, match="gave no verdict on which of two answers to 2 \\+ 2"),
     ):
+        evaluate(str(tiny_model()), "no such file", **asked(url))
+    monkeypatch.setenv("OPENAI_API_KEY", "\u201ckey-of-the-judge\u201d")
+    with pytest.raises(InputError, match="OPENAI_API_KEY has a character that no key has"):
         evaluate(str(tiny_model()), "no such file", **asked(url))
 
 

@@ -13,7 +13,7 @@ import pytest
 import qlora
 from qlora import cli
 from qlora.system.errors import InputError
-from qlora.system.secrets import names_secret
+from qlora.system.secrets import names_secret, redacted
 from tests.faults.test_recipes import PASSWORD, SECRETS, TOKENS
 
 NAMES = """HF_TOKEN HUGGING_FACE_HUB_TOKEN HUGGINGFACE_TOKEN WANDB_API_KEY AWS_ACCESS_KEY_ID AWS_SECRET_ACCESS_KEY
@@ -191,3 +191,8 @@ def test_names_of_tokens_are_told_from_names_of_fields():
         for name in NAMES
         if name not in ("DATABASE_URL", "AN_ORDINARY_VARIABLE", "AZURE_STORAGE_KEY")
     )
+
+
+def test_a_key_that_was_read_with_its_line_feed_is_not_said(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "canary-of-a-key\n")
+    assert redacted("Incorrect API key provided: canary-of-a-key.") == "Incorrect API key provided: ***."

@@ -1,5 +1,7 @@
 """The micro-batches that the rows of a step can be joined into, and which of them is taken."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +15,8 @@ from qlora.jobs.planned_training import plan_training
 from qlora.jobs.prepared_data import prepare
 from qlora.recipe import Training
 from qlora.system.errors import Interrupted
+from qlora.training.processes import Processes
+from qlora.training.reliable_trainer import Reliable
 from tests.runs.test_checkpoints import assert_same_run, stop_at
 
 CPU = torch.device("cpu")
@@ -46,6 +50,17 @@ def test_several_processes_share_a_step_evenly():
     assert found[-1].load.alone
     assert found[-1].num_micro_batches == 2 * found[-1].num_steps
     assert all(one.num_micro_batches >= 2 * one.num_steps for one in found)
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_the_training_sums_gradients_where_the_plan_says_so(count):
+    """Else the rehearsal of several processes would hold 4 bytes a trained number that no step has."""
+    lengths = np.array([600, 100, 50, 50] * 100)
+    args = SimpleNamespace(per_device_train_batch_size=8)
+    for one in joined_steps(lengths, lengths // 2, rows=8, parts=count):
+        reliability = SimpleNamespace(tokens=one.load.length, lengths=lengths)
+        trainer = SimpleNamespace(args=args, reliability=reliability, processes=Processes(count=count))
+        assert Reliable.accumulates.fget(trainer) != one.load.alone
 
 
 def test_few_rows_and_steps_of_one_row():

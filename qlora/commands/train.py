@@ -110,6 +110,7 @@ def _train(recipe, resumed, all_of_them):
     link = None if all_of_them.here == all_of_them.count else planner.NETWORK
     together = planner.Together(all_of_them.count, all_of_them.sharded, recipe.memory.offloads_codes, link)
     planned = plan_training(prepared, base_model.default_device(), tokens, together, all_of_them.here)
+    processes.refuse_unsupported(recipe, all_of_them.count, planned.tokens_per_micro_batch is not None)
     say_planned(planned)
     say_seen(recipe, prepared.batches)
 

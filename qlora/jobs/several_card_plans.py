@@ -29,6 +29,7 @@ def plan_several(recipe: Recipe, prepared: Prepared | None, budget: Budget, on, 
     refuse_unsupported(recipe, count)
     job = jobs_of_cards(recipe, prepared, budget, on)
     jobs = [job(1), job(count, link=link)]
+    refuse_unsupported(recipe, count, jobs[1].load.joins_steps)
     if sharding.can_share(recipe):
         jobs += [job(count, offload, link) for offload in (False, True)]
     return several_cards.ways(jobs)

@@ -284,11 +284,11 @@ def _take_own_card(launched_as):
     os.environ["CUDA_VISIBLE_DEVICES"] = cards[launched_as.local_rank]
 
 
-def refuse_unsupported(recipe, count):
-    """Raise InputError for what several processes do not do, before a row is read."""
+def refuse_unsupported(recipe, count, joins=True):
+    """Raise InputError for what several processes do not do. joins: whether rows can be joined, which is known of a model."""
     training = recipe.training
     rows, micro_batches = training.rows_per_step, training.gradient_accumulation_steps
-    by_tokens = training.tokens_per_micro_batch is not None and not recipe.data.packing
+    by_tokens = joins and training.tokens_per_micro_batch is not None and not recipe.data.packing
     what, many = ("row", rows) if by_tokens else ("micro-batch", micro_batches)
     if many % count:
         fitting = [number for number in range(2, many + 1) if many % number == 0]

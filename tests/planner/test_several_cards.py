@@ -108,6 +108,10 @@ def test_a_batch_that_does_not_divide_and_what_several_processes_do_not_do_are_r
         ways(3)
     with pytest.raises(InputError, match="give 2 or more"):
         ways(1)
+    with pytest.raises(
+        InputError, match="a step has 1 micro-batch, which 2 processes cannot share"
+    ):  # it joins no rows
+        plan_processes(make_recipe("gemma2"), 2, card="3090")
     with pytest.raises(InputError, match="--link 0"):
         plan_processes(make_recipe(), 2, card="3090", link=0)
 

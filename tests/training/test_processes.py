@@ -143,6 +143,16 @@ def wait_for_steps(run, steps, seconds=60):
         time.sleep(0.02)
 
 
+@pytest.mark.slow
+def test_a_model_whose_rows_are_not_joined_leaves_no_process_without_work(make_recipe, tmp_path):
+    """Its step of 4 rows is one micro-batch, which a single process would compute."""
+    file, _ = written(make_recipe("gemma2"), tmp_path, "two")
+    (code, _, said), (other, *_) = Started(file).finish()
+    assert code == 2
+    assert other != 0
+    assert "a step has 1 micro-batch, which 2 processes cannot share equally" in said
+
+
 def test_a_batch_that_does_not_divide_is_refused(make_recipe):
     recipe = make_recipe(training={**STEPS, "tokens_per_micro_batch": None})
     for count in (2, 4):
@@ -151,6 +161,10 @@ def test_a_batch_that_does_not_divide_is_refused(make_recipe):
         InputError, match=r"gradient_accumulation_steps.*4 micro-batches.*3 processes.*=6, or start 2 or 4"
     ):
         processes.refuse_unsupported(recipe, 3)
+    joined = make_recipe(training={"per_device_train_batch_size": 8})
+    processes.refuse_unsupported(joined, 2)
+    with pytest.raises(InputError, match="a step has 1 micro-batch, which 2 processes cannot share equally"):
+        processes.refuse_unsupported(joined, 2, joins=False)
     of_classes = make_recipe(task="text-classification", training={"per_device_train_batch_size": 16})
     said = "a step has 1 micro-batch, .*gradient_accumulation_steps=2 and training.per_device_train_batch_size=8$"
     with pytest.raises(InputError, match=said):

@@ -164,6 +164,21 @@ def test_two_that_share_the_base_learn_the_classes_that_one_does(classify_recipe
     assert_same(run, both)
 
 
+@pytest.mark.slow
+def test_two_that_share_the_base_end_with_the_best_of_two_rates(make_recipe, tmp_path):
+    """Each has some of the masters, of one optimizer's group maybe none, and takes its own back from the best checkpoint."""
+    training = {
+        **UNEVEN, **OF_ROWS, "max_steps": 6, "eval_steps": 1, "learning_rate": 0.06, "weight_decay": 0.1,
+        "load_best_model_at_end": True, "save_total_limit": 1, "save_steps": 2, "lr_scheduler_type": "constant",
+    }  # fmt: skip
+    recipe = make_recipe(training=training, quantization=FLOAT32, lora={"r": 4, "loraplus_lr_ratio": 2.0})
+    run, both = alone(recipe, tmp_path), trained_by(2, shared(recipe), tmp_path, "two")
+    assert_same(run, both, 1e-3)
+    theirs, ours = (load_file(one.adapter / "adapter_model.safetensors") for one in (run, both))
+    for name, expected in theirs.items():
+        torch.testing.assert_close(ours[name], expected, rtol=2e-2, atol=2e-3)
+
+
 # a method's own part of a step is that of the summed gradients: AdaLoRA's importance, the rows that full training holds
 METHODS = {
     "ia3": {"ia3": {}},

@@ -68,9 +68,11 @@ def _refuse_meaningless(trained, compare_bases):
 
 
 def _refuse_tokens_without_a_row(trained, num_rows):
-    """Raise InputError if the tokenizer can make an id that the embedding has no row for: generation would fail there."""
-    vocabulary = trained.tokenizer.get_vocab()
-    beyond = sorted((number, token) for token, number in vocabulary.items() if number >= num_rows)
+    """Raise InputError if the tokenizer can make an id that the embedding has no row for: generation would fail there. Those that
+    the base's own has too, such as a pad token that was added beside the vocabulary, no row of the training has made."""
+    found = {(number, token) for token, number in trained.tokenizer.get_vocab().items() if number >= num_rows}
+    own = base_model.load_tokenizer(trained.checkpoint.folder, trained.model).get_vocab() if found else {}
+    beyond = sorted((number, token) for number, token in found if own.get(token) != number)
     if beyond:
         raise InputError(
             f"{trained.folder}: {len(beyond)} tokens of its tokenizer have no row in the embedding, which has {num_rows:,} "

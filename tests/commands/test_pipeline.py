@@ -20,7 +20,7 @@ from qlora.recipe import Recipe
 from qlora.runs.folder import RunDir
 from qlora.system.errors import DoesNotFit, InputError, ProofFailed
 from qlora.system.units import size
-from tests.conftest import CHATML, CONVERSATIONS, FAMILIES, messages, some_slow, write_jsonl
+from tests.conftest import CHATML, CONVERSATIONS, FAMILIES, SHAPE, messages, some_slow, write_jsonl
 
 
 def logits(model, ids):
@@ -74,6 +74,27 @@ def test_a_tokenizer_with_several_templates_goes_the_whole_way(
     (run.path / more).write_text("another")
     with pytest.raises(InputError, match=r"additional_chat_templates/tool_use\.jinja changed since the training"):
         chat(run.path, "What is 1 plus 2?")
+
+
+def test_a_base_whose_pad_token_has_no_row_in_the_embedding_goes_the_whole_way(
+    make_recipe, tokenizer, tmp_path, unplanned
+):
+    config = transformers.LlamaConfig(**SHAPE | {"vocab_size": len(tokenizer)}, tie_word_embeddings=False)
+    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "base")
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    assert tokenizer.pad_token_id == config.vocab_size
+    tokenizer.save_pretrained(tmp_path / "base")
+    rows = [{"prompt": "What is this? " * (1 + n % 3), "completion": "a b c"} for n in range(24)]  # padded
+    recipe = make_recipe(
+        kernels="off",
+        model={"name_or_path": str(tmp_path / "base")},
+        data={"train": str(write_jsonl(tmp_path / "rows.jsonl", rows))},
+    )
+    run = train(recipe)
+    assert evaluate(run.path, max_rows=4)["rows"] == 4
+    assert export(run.path, tmp_path / "out")["verified"]
+    generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert generation["pad_token_id"] == tokenizer.eos_token_id
 
 
 def test_the_folder_is_an_ordinary_model(trained_once, tmp_path):

@@ -71,13 +71,17 @@ def evaluate(target, data_file=None, overrides=(), max_rows=None, **asked) -> di
     else:
         found = _of_rows(subject, wanted, data_file, max_rows)
     found.result["data"]["command"] = _command(target, data_file, overrides, found.max_rows, wanted)
-    known = {} if endpoint is None else _known_replies(subject, found, wanted)
-    kept = _write(subject, found, wanted)
+    write = functools.partial(_write, subject, found, wanted)
     if endpoint is not None and found.opponents is not None:
+        known = _known_replies(subject, found, wanted)
+        if not known:  # else the file that has them stays until they are in the new one
+            write()
         try:
-            win_rate.add(found.result, found.rows, endpoint, *found.opponents, known)
+            win_rate.add(found.result, found.rows, endpoint, *found.opponents, known, write)
         finally:
-            kept = _write(subject, found, wanted)
+            kept = write()
+    else:
+        kept = write()
     show_result(target, found.result, kept)
     wanted.check(found.result)
     return found.result

@@ -14,7 +14,7 @@ from ..system.errors import InputError
 from . import columns, sources
 
 COLUMN = "label"
-_NUMBER = re.compile(r"[0-9]+(\.[0-9]+)?")
+_NUMBER = re.compile(r"(0|[1-9][0-9]*)(\.[0-9]+)?")  # 01 is a code
 _FEW = 100  # distinct labels above which they may be no classes
 
 

@@ -210,7 +210,7 @@ def verdict_in(reply: str) -> str | None:
 def compare(endpoint: _Endpoint, asked: Sequence[str], answers, others, known: Mapping[str, str], keep) -> None:
     """Judge N pairs, answers against `others`, and hand (number of the row, Judged) of each to `keep` as it comes.
 
-    asked: N requests as text. known: {Judge.key: reply} of an earlier time; they are not asked for again.
+    asked: N requests as text. known: {Judge.key: reply} of an earlier time; they are not asked for again, and come first.
 
     Raises:
         InputError: the endpoint has gone, or refuses more than some rows, which have no verdict then.
@@ -225,27 +225,33 @@ def compare(endpoint: _Endpoint, asked: Sequence[str], answers, others, known: M
             endpoint.tried()  # raises where it refuses everything by now
             return {"key": key, "text": "", "refused": str(error)}
 
-    def judged(number):
+    def orders(number):
         mine, other = answers[number], others[number]
         if mine.strip() == other.strip():
-            return Judged(TIE)
-        orders = [judge.messages(asked[number], *shown) for shown in ((mine, other), (other, mine))]
-        replies = [replied(messages) for messages in orders]
-        return of_replies(replies)
+            return []
+        return [judge.messages(asked[number], *shown) for shown in ((mine, other), (other, mine))]
 
+    def judged(number):
+        replies = [replied(messages) for messages in orders(number)]
+        return of_replies(replies) if replies else Judged(TIE)
+
+    def is_known(number):
+        return all(judge.key(messages) in known for messages in orders(number))
+
+    numbers = sorted(range(len(asked)), key=is_known, reverse=True)
     with progress("judging", len(asked), "rows") as advance:
-        for number, one in _in_threads(judged, len(asked)):
+        for number, one in _in_threads(judged, numbers):
             keep(number, one)
             advance(1)
 
 
-def _in_threads(work, count):
-    """Yield (number, work(number)) of `count` numbers as they come; raise what one of them raises.
+def _in_threads(work, numbers):
+    """Yield (number, work(number)) of `numbers` as they come; raise what one of them raises.
 
     Threads that nobody waits for: a signal ends the evaluation while they still wait for replies, which may take minutes.
     """
     left, done, stopped = queue.SimpleQueue(), queue.SimpleQueue(), threading.Event()
-    for number in range(count):
+    for number in numbers:
         left.put(number)
 
     def run():
@@ -258,10 +264,10 @@ def _in_threads(work, count):
                     stopped.set()
                     done.put((number, None, error))
 
-    for _ in range(min(_AT_ONCE, count)):
+    for _ in range(min(_AT_ONCE, len(numbers))):
         threading.Thread(target=run, daemon=True).start()
     try:
-        for _ in range(count):
+        for _ in numbers:
             number, found, error = done.get()
             if error is not None:
                 raise error

@@ -15,6 +15,7 @@ from . import compared_runs
 
 _BY_ORDER, _BY_LENGTH = 1 / 3, 3 / 4  # shares from which on it is said that a judge goes by place, or by length
 _FEW = 10
+_WRITTEN_EVERY = 25  # rows
 
 
 def opponents(against, recipe, name, asked) -> tuple[str, list[str] | None]:
@@ -51,11 +52,11 @@ def known_replies(file) -> dict[str, str]:
     return found
 
 
-def add(result, rows, endpoint, against, others=None, known=()) -> None:
+def add(result, rows, endpoint, against, others, known, write) -> None:
     """Ask a judge about every row, and add what it says: "judge" to each of `rows` as it comes, and at last to the result.
 
     result, rows: of an evaluation. endpoint: as judge.opened returns it. against, others: as `opponents` returns them. known: as
-    known_replies returns it.
+    known_replies returns it. write(): is called now and then, because replies cost money.
 
     Raises:
         InputError: the judge has gone, or refuses; says how many rows it has judged.
@@ -67,6 +68,8 @@ def add(result, rows, endpoint, against, others=None, known=()) -> None:
     def keep(number, one):
         judged[number] = one
         rows[number]["judge"] = one.to_json() | {"against": others[number]}
+        if len(judged) % _WRITTEN_EVERY == 0 and len(judged) >= len(known) / 2:  # two replies a row; those come first
+            write()
 
     who = endpoint.judge
     note(f"asks {who.model} about {len(rows):,} rows: their prompts and both answers are sent to {who.host}")

@@ -40,7 +40,7 @@ LOADS = {
 def measure(settings):
     """Train, and print {"before", "loading", "training", "planned", "where", "components"}: bytes of anonymous memory."""
     from qlora.commands.train import train
-    from qlora.jobs import model_to_train
+    from qlora.jobs.opening import model_to_train
     from qlora.recipe import Recipe
     from qlora.system import memory
 

@@ -7,8 +7,8 @@ import json
 import tempfile
 from pathlib import Path
 
-from qlora.jobs.plan_job import Budget, computer_of
-from qlora.jobs.several_card_plans import jobs_of_cards
+from qlora.jobs.planning.plan_job import Budget, computer_of
+from qlora.jobs.planning.several_card_plans import jobs_of_cards
 from qlora.planner import card_of, several_cards
 from qlora.recipe import Recipe
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from ..evaluation.intervals import in_words
 from ..evaluation.sampling import Sampling
-from ..jobs.chosen_task import refuse_images
-from ..jobs.class_scores import classes_of_text
-from ..jobs.opened_model import open_subject, task_of_target
+from ..jobs.evaluating.class_scores import classes_of_text
+from ..jobs.opening.chosen_task import refuse_images
+from ..jobs.opening.opened_model import open_subject, task_of_target
 from ..system.devices import say_device
 from ..system.errors import InputError
 from ..system.usual_torch import usual_torch

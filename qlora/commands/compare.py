@@ -8,10 +8,11 @@ import time
 
 from .. import base_model
 from ..evaluation.intervals import OF_LOSS, is_share
-from ..jobs import comparison_table, differences, eval_rows, merged_latency
-from ..jobs.compared_runs import DONE, TO_DO, UNFINISHED, Folder, measured, row_of, train_one
-from ..jobs.planned_training import plan_training
-from ..jobs.prepared_data import prepare
+from ..jobs.comparing import comparison_table, differences
+from ..jobs.comparing.compared_runs import DONE, TO_DO, UNFINISHED, Folder, measured, row_of, train_one
+from ..jobs.evaluating import eval_rows, merged_latency
+from ..jobs.opening.prepared_data import prepare
+from ..jobs.planning.planned_training import plan_training
 from ..pages import comparison as page
 from ..recipe.comparison import RESULT, Comparison
 from ..runs.folder import RunDir

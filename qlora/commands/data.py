@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..jobs.prepared_data import prepare, refuse_pointless
+from ..jobs.opening.prepared_data import prepare, refuse_pointless
 from ..pages.data import write_page
 from ..recipe import Recipe
 from ..system.errors import InputError

@@ -17,9 +17,9 @@ from ..evaluation import answer_metrics, choices, judge, latency, lm_eval_tasks,
 from ..evaluation.asked import BUILT_IN, Asked
 from ..evaluation.intervals import JUDGED_MARGIN
 from ..evaluation.scores import PERPLEXITY
-from ..jobs import base_scores, choice_rows, class_scores, win_rate
-from ..jobs.eval_rows import general_rows, held_out_rows, joined_name, score_name, usual_rows
-from ..jobs.opened_model import open_subject
+from ..jobs.evaluating import base_scores, choice_rows, class_scores, win_rate
+from ..jobs.evaluating.eval_rows import general_rows, held_out_rows, joined_name, score_name, usual_rows
+from ..jobs.opening.opened_model import open_subject
 from ..system import launched
 from ..system.devices import say_device
 from ..system.errors import InputError

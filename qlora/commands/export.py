@@ -10,13 +10,13 @@ from .. import base_model
 from ..exporter import REPORT
 from ..exporter.gguf.adapter import KIND as ADAPTER
 from ..exporter.proof import refuse_unproven
-from ..jobs import checkpoint_run
-from ..jobs.export_beside import card_beside, plan_beside, report_beside, write_beside
-from ..jobs.export_folder import card_of, plan_export, report_of, write_model
-from ..jobs.export_gguf import add_gguf, write_adapter
-from ..jobs.export_int8 import add_int8
-from ..jobs.export_proof import Prover
-from ..jobs.opened_adapter import open_trained
+from ..jobs.exporting.export_beside import card_beside, plan_beside, report_beside, write_beside
+from ..jobs.exporting.export_folder import card_of, plan_export, report_of, write_model
+from ..jobs.exporting.export_gguf import add_gguf, write_adapter
+from ..jobs.exporting.export_int8 import add_int8
+from ..jobs.exporting.export_proof import Prover
+from ..jobs.opening import checkpoint_run
+from ..jobs.opening.opened_adapter import open_trained
 from ..system import launched, memory
 from ..system.devices import say_device
 from ..system.errors import Interrupted

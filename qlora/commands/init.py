@@ -6,7 +6,7 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from ..jobs.first_recipe import GOALS, choose, machine_of
+from ..jobs.planning.first_recipe import GOALS, choose, machine_of
 from ..recipe import Recipe, commented, migration
 from ..system.errors import InputError
 from ..system.events import note, notes_once

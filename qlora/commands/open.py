@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..jobs.routed import Routed, open_routed
+from ..jobs.opening.routed import Routed, open_routed
 from ..system.devices import say_device
 from ..system.usual_torch import usual_torch
 from ..terminal import shown

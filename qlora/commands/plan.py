@@ -6,11 +6,11 @@ import dataclasses
 from typing import Any
 
 from .. import planner
-from ..jobs.method_plans import advice
-from ..jobs.method_plans import plan_methods as plans_of_methods
-from ..jobs.plan_job import budget_of, computer_of, job_of, without_data
-from ..jobs.prepared_data import prepared_if_there
-from ..jobs.several_card_plans import fewest, plan_several, refuse_sharded
+from ..jobs.opening.prepared_data import prepared_if_there
+from ..jobs.planning.method_plans import advice
+from ..jobs.planning.method_plans import plan_methods as plans_of_methods
+from ..jobs.planning.plan_job import budget_of, computer_of, job_of, without_data
+from ..jobs.planning.several_card_plans import fewest, plan_several, refuse_sharded
 from ..pages.plan import draw
 from ..planner import several_cards
 from ..recipe import Recipe

@@ -8,7 +8,7 @@ from pathlib import Path
 from huggingface_hub.utils import disable_progress_bars
 from rich.text import Text
 
-from ..jobs.push_files import CARD, files_to_push
+from ..jobs.exporting.push_files import CARD, files_to_push
 from ..system import hub, launched, units
 from ..system.errors import Interrupted
 from ..system.events import note

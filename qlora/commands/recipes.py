@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..jobs import shipped_recipes
+from ..jobs.planning import shipped_recipes
 from ..planner import card_of
 from ..system.errors import InputError
 from ..system.events import note

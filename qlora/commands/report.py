@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..jobs import reported
+from ..jobs.reporting import reported
 from ..pages.report import page
 from ..system.errors import InputError
 from ..system.events import note

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from .. import base_model
-from ..jobs.opened_adapter import open_trained
-from ..jobs.served_forms import FORMS, measure, open_job
+from ..jobs.exporting.served_forms import FORMS, measure, open_job
+from ..jobs.opening.opened_adapter import open_trained
 from ..pages import served as page
 from ..runs.environment import served_with
 from ..runs.folder import RunDir
@@ -35,7 +35,7 @@ def compare_served(run, data=None, max_rows=None, forms=()) -> dict:
     "loss", "kl", "tokens_per_second", "first_token_seconds", "message"} of each. Loss and kl are in nats a trained token of rows:
     the first `max_rows` (32) that the run has held out, or of the file `data`. kl: KL(trained, form), where the trained model
     computes in float32, and has "loss". A form that could not be made has a message that says why, and None for numbers.
-    forms: names of `jobs.served_forms.FORMS`, by default all. Writes served.json, served.md and served.csv into the run.
+    forms: names of `served_forms.FORMS`, by default all. Writes served.json, served.md and served.csv into the run.
 
     Raises:
         InputError: no finished run, an unknown form, no rows, too little disk, or another process has the run.

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 from ..evaluation.sampling import Sampling
-from ..jobs.dialogue import Dialogue
-from ..jobs.routed import BASE
+from ..jobs.opening.routed import BASE
+from ..jobs.talking.dialogue import Dialogue
 from ..system import signals
 from ..system.errors import InputError, Interrupted
 from ..system.events import note

@@ -8,9 +8,11 @@ import shlex
 import tempfile
 
 from .. import base_model, planner, training
-from ..jobs import adapter_norms, chosen_task, findings, model_to_train, resumed_run, samples
-from ..jobs.planned_training import plan_training
-from ..jobs.prepared_data import prepare
+from ..jobs.evaluating import samples
+from ..jobs.opening import chosen_task, model_to_train, resumed_run
+from ..jobs.opening.prepared_data import prepare
+from ..jobs.planning.planned_training import plan_training
+from ..jobs.reporting import adapter_norms, findings
 from ..recipe import Recipe
 from ..runs import record, trackers
 from ..runs.checkpoints import Checkpoints

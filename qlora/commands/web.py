@@ -6,8 +6,8 @@ import time
 from pathlib import Path
 
 from ..evaluation.sampling import Sampling
-from ..jobs.checkpoint_run import run_of
-from ..jobs.side_by_side import SideBySide
+from ..jobs.opening.checkpoint_run import run_of
+from ..jobs.talking.side_by_side import SideBySide
 from ..pages.side_by_side import LOCAL, refuse_without_gradio
 from ..pages.side_by_side import serve as started
 from ..runs.folder import RunDir

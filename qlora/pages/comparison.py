@@ -7,8 +7,8 @@ import functools
 import io
 
 from ..evaluation.intervals import OF_LOSS
-from ..jobs.compared_runs import NUMBERS
-from ..jobs.verdicts import number_of
+from ..jobs.comparing.compared_runs import NUMBERS
+from ..jobs.reporting.verdicts import number_of
 from ..recipe.comparison import settings_in_words
 from ..system.errors import InputError
 from ..system.events import note

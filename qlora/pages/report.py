@@ -1,4 +1,4 @@
-"""A report as one page: what a value of jobs/reported.py says, in words, tables and charts."""
+"""A report as one page: what a value of jobs/reporting/reported.py says, in words, tables and charts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from ..evaluation.intervals import OF_LOSS, is_share
 from ..evaluation.judge import win_rate_in_words
-from ..jobs.verdicts import change_in_words, number_of
+from ..jobs.reporting.verdicts import change_in_words, number_of
 from ..recipe.comparison import settings_in_words
 from ..system.units import duration, size
 from . import charts, marked, served
@@ -31,7 +31,7 @@ _COMPONENTS = {
 
 
 def page(found) -> tuple[str, dict]:
-    """Return (HTML, the value it was made of): `found` of jobs.reported.gather, with fewer answers where the page would be too
+    """Return (HTML, the value it was made of): `found` of reported.gather, with fewer answers where the page would be too
     large; how many are left out is said."""
     while True:
         text = render("report.html", found=found, title=_title(found), words=_WORDS, charts=_CHARTS)

@@ -10,8 +10,8 @@ import importlib.util
 import os
 
 from ..evaluation.sampling import Sampling
-from ..jobs.side_by_side import SideBySide
-from ..jobs.votes import SIDES, TIE
+from ..jobs.talking.side_by_side import SideBySide
+from ..jobs.talking.votes import SIDES, TIE
 from ..system.errors import InputError
 from ..system.extras import how_to_install
 

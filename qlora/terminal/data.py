@@ -6,7 +6,7 @@ from rich.text import Text
 
 from .. import data
 from ..data import preference
-from ..jobs.prepared_data import dropped_rows
+from ..jobs.opening.prepared_data import dropped_rows
 from ..pages.data import altered, pieces
 from ..pages.images import sizes_in_words
 from ..system.events import note

@@ -8,7 +8,7 @@ import os
 from rich.table import Table
 from rich.text import Text
 
-from ..jobs.planned_training import Planned
+from ..jobs.planning.planned_training import Planned
 from ..runs import record
 from ..system import memory
 from ..system.load import Load

@@ -8,8 +8,8 @@ import time
 from collections import deque
 
 from .. import base_model, methods
-from ..jobs import findings
-from ..jobs.planned_training import for_each_of
+from ..jobs.planning.planned_training import for_each_of
+from ..jobs.reporting import findings
 from ..runs import record
 from ..system.events import Progress, emit, note
 from ..system.units import duration, size
@@ -123,7 +123,7 @@ def say_seen(recipe, batches):
 
 
 def say_planned(planned):
-    """Say what a jobs.planned_training.Planned run is to take; the live view has the numbers of it."""
+    """Say what a jobs.planning.planned_training.Planned run is to take; the live view has the numbers of it."""
     emit(planned)
     found = planned.plan
     if found is None:
@@ -180,7 +180,7 @@ def say_micro_batches(recipe, planned, installed):
 
 
 def say_model(prepared, opened):
-    """Say what is trained, and on what. opened: a jobs.model_to_train.ModelToTrain."""
+    """Say what is trained, and on what. opened: a jobs.opening.model_to_train.ModelToTrain."""
     recipe, checkpoint, model = prepared.recipe, prepared.checkpoint, opened.model
     trainable, total = base_model.num_parameters(model)
     own = model.trained_by.saved_in == "model"  # what is trained is the base's
@@ -203,7 +203,7 @@ def say_model(prepared, opened):
 
 
 def say_findings(found):
-    """Say why a training went wrong, if that can be said: jobs.findings.Findings."""
+    """Say why a training went wrong, if that can be said: jobs.reporting.findings.Findings."""
     for one in found:
         note(f"why       {one.name}: {one.words}. Change {one.change}")
 

@@ -5,7 +5,7 @@ import torch
 
 from qlora import base_model
 from qlora.base_model.compute_dtype import Computer, choose
-from qlora.jobs import plan_job
+from qlora.jobs.planning import plan_job
 from qlora.recipe import Model, Quantization, Recipe
 from qlora.system.errors import InputError
 

@@ -17,7 +17,7 @@ from qlora.commands.export import export
 from qlora.commands.plan import plan
 from qlora.commands.train import train
 from qlora.exporter.model_card import adapter_card
-from qlora.jobs.run_facts import origin_of
+from qlora.jobs.exporting.run_facts import origin_of
 from qlora.recipe import Model, Quantization
 from qlora.runs import record
 from qlora.system.errors import InputError

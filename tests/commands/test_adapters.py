@@ -11,7 +11,7 @@ from qlora.commands.adapters import adapters
 from qlora.commands.eval import evaluate
 from qlora.commands.export import export
 from qlora.commands.train import train
-from qlora.jobs.opened_adapter import parse_weighted
+from qlora.jobs.opening.opened_adapter import parse_weighted
 from qlora.recipe import Recipe
 from qlora.system.errors import InputError, ProofFailed
 from tests.conftest import CONVERSATIONS, messages, write_jsonl

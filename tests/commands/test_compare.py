@@ -13,8 +13,9 @@ from qlora.commands.adapters import adapters
 from qlora.commands.compare import compare, compare_runs
 from qlora.commands.eval import evaluate
 from qlora.evaluation import answer_metrics
-from qlora.jobs import compared_runs, comparison_table, eval_rows
-from qlora.jobs.compared_runs import Folder
+from qlora.jobs.comparing import compared_runs, comparison_table
+from qlora.jobs.comparing.compared_runs import Folder
+from qlora.jobs.evaluating import eval_rows
 from qlora.recipe import as_yaml
 from qlora.recipe.comparison import Comparison, entries
 from qlora.runs.folder import RunDir

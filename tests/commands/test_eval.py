@@ -11,7 +11,9 @@ from qlora.commands.train import train
 from qlora.data.sources import File
 from qlora.evaluation import generate
 from qlora.evaluation.asked import Asked
-from qlora.jobs import compared_runs, run_facts, votes
+from qlora.jobs.comparing import compared_runs
+from qlora.jobs.exporting import run_facts
+from qlora.jobs.talking import votes
 from qlora.system.errors import InputError, ProofFailed
 from qlora.system.files import lines_of
 from tests.conftest import messages, write_jsonl

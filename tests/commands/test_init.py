@@ -12,8 +12,8 @@ from qlora.commands import init as verb
 from qlora.commands import recipes as recipes_verb
 from qlora.commands.init import ask, init
 from qlora.commands.recipes import copy_recipe, list_recipes, show_recipe
-from qlora.jobs import first_recipe, shipped_recipes
-from qlora.jobs.data_looked_at import look
+from qlora.jobs.planning import first_recipe, shipped_recipes
+from qlora.jobs.planning.data_looked_at import look
 from qlora.recipe import Recipe
 from qlora.system.errors import DoesNotFit, InputError
 from tests.classifiers import ROWS

@@ -11,7 +11,7 @@ from qlora import chat, evaluate, methods
 from qlora.commands.export import export
 from qlora.commands.plan import plan
 from qlora.commands.train import train
-from qlora.jobs.opened_model import open_subject
+from qlora.jobs.opening.opened_model import open_subject
 from qlora.recipe import Recipe
 from qlora.system.errors import InputError
 from tests.conftest import some_slow

@@ -15,7 +15,7 @@ from qlora.commands.eval import evaluate
 from qlora.commands.export import export
 from qlora.commands.train import train
 from qlora.data import chat as chat_format
-from qlora.jobs.prepared_data import prepare
+from qlora.jobs.opening.prepared_data import prepare
 from qlora.recipe import Recipe
 from qlora.system.errors import InputError
 from tests.conftest import messages, some_slow, write_jsonl

@@ -11,7 +11,7 @@ from qlora.commands.eval import evaluate
 from qlora.commands.export import export
 from qlora.commands.plan import plan
 from qlora.commands.train import train
-from qlora.jobs.opened_model import open_subject
+from qlora.jobs.opening.opened_model import open_subject
 from qlora.recipe import Quantization, Recipe
 from qlora.system.errors import InputError
 from tests.training.conftest import records
@@ -81,7 +81,7 @@ def test_a_base_without_quantization_has_its_dtype_too(make_recipe, on_a_t4, tmp
 @pytest.mark.usefixtures("unplanned")
 @pytest.mark.parametrize("quantization", [Quantization(), None])
 def test_a_run_of_before_there_was_a_choice_goes_on(make_recipe, on_a_t4, monkeypatch, quantization):
-    from qlora.jobs import resumed_run
+    from qlora.jobs.opening import resumed_run
 
     on_a_t4(False)
     values = quantization and quantization.model_dump()

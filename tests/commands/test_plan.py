@@ -7,7 +7,7 @@ import torch
 
 from qlora import methods
 from qlora.commands.plan import plan, plan_methods
-from qlora.jobs import method_plans
+from qlora.jobs.planning import method_plans
 from qlora.recipe import Recipe
 from qlora.system.errors import InputError
 from tests import forked

@@ -15,8 +15,8 @@ from qlora.commands.export import export
 from qlora.commands.report import report
 from qlora.commands.served import compare_served
 from qlora.commands.train import train
-from qlora.jobs import findings
-from qlora.jobs.prepared_data import prepare
+from qlora.jobs.opening.prepared_data import prepare
+from qlora.jobs.reporting import findings
 from qlora.recipe import Recipe
 from qlora.runs.folder import RunDir
 from qlora.system.errors import InputError, Interrupted, TrainingFailed
@@ -140,7 +140,7 @@ def test_the_reference_of_a_run_that_starts_from_an_adapter_is_that_adapter(pair
     found = load_file(second.reference_file)["train"]
     from qlora.data import Answers
     from qlora.evaluation import metrics
-    from qlora.jobs.opened_model import open_subject
+    from qlora.jobs.opening.opened_model import open_subject
 
     rows = prepare(Recipe.load(second.recipe_file)).examples
     subject = open_subject(first.path)

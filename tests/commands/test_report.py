@@ -16,9 +16,9 @@ from qlora.commands.export import export
 from qlora.commands.report import report
 from qlora.commands.served import compare_served
 from qlora.commands.train import train
-from qlora.jobs.adapter_norms import norms
-from qlora.jobs.reported_samples import samples
-from qlora.jobs.votes import Votes
+from qlora.jobs.reporting.adapter_norms import norms
+from qlora.jobs.reporting.reported_samples import samples
+from qlora.jobs.talking.votes import Votes
 from qlora.runs import record
 from qlora.runs.folder import RunDir
 from qlora.system.errors import InputError

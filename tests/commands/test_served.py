@@ -17,8 +17,8 @@ from qlora.commands.train import train
 from qlora.data import Example
 from qlora.evaluation import latency, metrics
 from qlora.exporter.served import Reference, of_llama, of_model, trained_at
-from qlora.jobs import served_forms
-from qlora.jobs.opened_model import open_subject
+from qlora.jobs.exporting import served_forms
+from qlora.jobs.opening.opened_model import open_subject
 from qlora.system.errors import InputError, Interrupted
 from tests.conftest import CONVERSATIONS, encode, messages
 
@@ -188,7 +188,7 @@ def test_what_is_asked_for_wrongly_is_said_before_a_weight_is_read(trained_once,
 
 def test_a_disk_that_is_too_small_is_said_before_a_weight_is_read(trained_once, tmp_path, monkeypatch):
     folder = shutil.copytree(trained_once("llama").path, tmp_path / "run")
-    monkeypatch.setattr("qlora.jobs.export_folder.free_disk_bytes", lambda path: 1000)
+    monkeypatch.setattr("qlora.jobs.exporting.export_folder.free_disk_bytes", lambda path: 1000)
     with pytest.raises(InputError, match=r"the model needs .* are free on that disk"):
         compare_served(folder, max_rows=1)
     assert not (folder / "served.json").exists()

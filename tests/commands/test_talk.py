@@ -15,7 +15,7 @@ import transformers
 
 from qlora import base_model, data
 from qlora.commands.talk import talk
-from qlora.jobs.routed import Routed
+from qlora.jobs.opening.routed import Routed
 from qlora.recipe import Data, Model
 from qlora.system import signals
 from qlora.system.errors import Interrupted

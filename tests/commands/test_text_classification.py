@@ -13,7 +13,7 @@ from qlora.commands.export import export
 from qlora.commands.push import push
 from qlora.commands.talk import talk
 from qlora.commands.train import train
-from qlora.jobs.chosen_task import task_of
+from qlora.jobs.opening.chosen_task import task_of
 from qlora.recipe import Recipe
 from qlora.system.errors import InputError, Interrupted
 from qlora.training.objectives.classification import Trainer

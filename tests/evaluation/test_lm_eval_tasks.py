@@ -11,7 +11,7 @@ from qlora.commands.train import train
 from qlora.data import multiple_choice
 from qlora.evaluation import choices, likelihood, lm_eval_tasks
 from qlora.evaluation.asked import Asked
-from qlora.jobs.opened_model import open_subject
+from qlora.jobs.opening.opened_model import open_subject
 from qlora.system.errors import InputError, ProofFailed
 from qlora.terminal import evaluation
 from tests.conftest import write_jsonl

@@ -16,7 +16,7 @@ from qlora.commands.chat import chat
 from qlora.commands.eval import evaluate
 from qlora.commands.export import export
 from qlora.exporter import int8, merge, proof
-from qlora.jobs import export_int8
+from qlora.jobs.exporting import export_int8
 from qlora.recipe import Model
 from qlora.system.errors import InputError, ProofFailed
 from tests.conftest import CONVERSATIONS, encode, messages

@@ -15,8 +15,8 @@ from qlora.commands.chat import chat
 from qlora.commands.eval import evaluate
 from qlora.commands.export import export
 from qlora.commands.train import train
-from qlora.jobs.opened_adapter import open_trained
-from qlora.jobs.routed import open_routed
+from qlora.jobs.opening.opened_adapter import open_trained
+from qlora.jobs.opening.routed import open_routed
 from qlora.system import bounded
 from qlora.system.errors import InputError
 from tests.conftest import CONVERSATIONS, messages, some_slow, write_jsonl

@@ -63,9 +63,9 @@ STOPS = {
     "export, the configs": ("export run --out out", [("qlora.exporter.configs:write", TERM)], 143, LOST),
     "export, the proof": ("export run --out out", [("qlora.exporter.proof:Live.compare", INT)], 130, LOST),
     "export, the other base": (
-        "export run --out out --compare-bases", [("qlora.jobs.export_proof:Prover.compare", TERM)], 143, LOST
+        "export run --out out --compare-bases", [("qlora.jobs.exporting.export_proof:Prover.compare", TERM)], 143, LOST
     ),
-    "export, the card": ("export run export.verify=off --out out", [("qlora.jobs.export_folder:card", INT)], 130, LOST),
+    "export, the card": ("export run export.verify=off --out out", [("qlora.jobs.exporting.export_folder:card", INT)], 130, LOST),
     "export, before the rename": ("export run export.verify=off --out out", [("os:rename", TERM)], 143, LOST),
     "export, after the rename": (
         "export run export.verify=off --out out", [("os:rename", NONE), ("qlora.system.storage:fsync", TERM)], 143, KEPT
@@ -80,10 +80,13 @@ STOPS = {
         143, None, {"environ": {"LLAMA_CPP": "llama.cpp"}},
     ),
     "export, twice": (
-        "export run export.verify=off --out out", [("qlora.jobs.export_folder:card", INT), ("shutil:rmtree", INT)], 130, None
+        "export run export.verify=off --out out",
+        [("qlora.jobs.exporting.export_folder:card", INT), ("shutil:rmtree", INT)],
+        130,
+        None,
     ),
     "export, killed before the rename": ("export run export.verify=off --out out", [("os:rename", KILL)], -9, None),
-    "export, a terminal that is closed": ("export run --out out", [("qlora.jobs.export_folder:card", HUP)], 0, None),
+    "export, a terminal that is closed": ("export run --out out", [("qlora.jobs.exporting.export_folder:card", HUP)], 0, None),
     "eval, nobody reads": ("eval run", [], 0, None, {"closed": True}),
     "data, nobody reads": ("data RECIPE", [], 0, None, {"closed": True}),
 }  # fmt: skip

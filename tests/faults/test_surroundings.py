@@ -21,8 +21,8 @@ from qlora.commands.eval import evaluate
 from qlora.commands.export import export
 from qlora.commands.open import open as opened
 from qlora.commands.train import train
-from qlora.jobs.planned_training import plan_training
-from qlora.jobs.prepared_data import prepare
+from qlora.jobs.opening.prepared_data import prepare
+from qlora.jobs.planning.planned_training import plan_training
 from qlora.recipe import Recipe
 from qlora.system.errors import DoesNotFit, InputError
 from tests.conftest import CONVERSATIONS, messages, some_slow, write_jsonl

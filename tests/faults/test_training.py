@@ -324,7 +324,7 @@ def test_a_disk_that_is_too_small_is_refused_before_training(recipe_file, tmp_pa
 
 @pytest.mark.parametrize("name", ["step-4", "step-4.diverged-1"])
 def test_what_was_set_aside_makes_no_room(make_recipe, tmp_path, monkeypatch, name):
-    from qlora.jobs.planned_training import refuse_full_disk
+    from qlora.jobs.planning.planned_training import refuse_full_disk
 
     recipe = make_recipe(training={"max_steps": 8, "save_steps": 4, "save_total_limit": None})
     aside = Path(recipe.output_dir) / "checkpoints" / name

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from qlora import methods
-from qlora.jobs.adapter_norms import norms, of_checkpoints
+from qlora.jobs.reporting.adapter_norms import norms, of_checkpoints
 from qlora.recipe import Lora
 from qlora.runs import record
 from qlora.runs.checkpoints import TENSORS

@@ -9,8 +9,8 @@ import torch
 from qlora.commands.chat import chat
 from qlora.commands.eval import evaluate
 from qlora.commands.train import train
-from qlora.jobs.opened_model import open_subject
-from qlora.jobs.routed import open_routed
+from qlora.jobs.opening.opened_model import open_subject
+from qlora.jobs.opening.routed import open_routed
 from qlora.runs.checkpoints import read_tensors
 from qlora.system.errors import InputError
 from tests.conftest import recipe_in

@@ -9,8 +9,8 @@ import torch
 import transformers
 
 from qlora import train
-from qlora.jobs import findings, reported_run
-from qlora.jobs.findings import Facts
+from qlora.jobs.reporting import findings, reported_run
+from qlora.jobs.reporting.findings import Facts
 from qlora.recipe.objectives import Dpo, Kto, Orpo
 from qlora.runs.record import Best, Evaluation, Skipped, Step
 from tests.conftest import CONVERSATIONS, messages, write_jsonl

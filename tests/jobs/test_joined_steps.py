@@ -9,10 +9,10 @@ import torch
 from qlora import planner
 from qlora.commands.plan import plan
 from qlora.commands.train import train
-from qlora.jobs.joined_steps import joined_steps
-from qlora.jobs.plan_job import Budget, job_of
-from qlora.jobs.planned_training import plan_training
-from qlora.jobs.prepared_data import prepare
+from qlora.jobs.opening.prepared_data import prepare
+from qlora.jobs.planning.joined_steps import joined_steps
+from qlora.jobs.planning.plan_job import Budget, job_of
+from qlora.jobs.planning.planned_training import plan_training
 from qlora.recipe import Training
 from qlora.system.errors import Interrupted
 from qlora.training.processes import Processes

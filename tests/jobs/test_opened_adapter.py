@@ -3,7 +3,7 @@
 import pytest
 
 from qlora import quiet, train
-from qlora.jobs.opened_adapter import open_trained
+from qlora.jobs.opening.opened_adapter import open_trained
 from qlora.system import events
 from qlora.system.errors import InputError
 

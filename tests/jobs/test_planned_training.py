@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from qlora.jobs.planned_training import plan_training
-from qlora.jobs.prepared_data import prepare
+from qlora.jobs.opening.prepared_data import prepare
+from qlora.jobs.planning.planned_training import plan_training
 from qlora.system import events
 from qlora.system.errors import DoesNotFit, InputError
 

@@ -16,7 +16,7 @@ from qlora import base_model, cli
 from qlora.commands.chat import chat
 from qlora.commands.talk import talk
 from qlora.commands.train import train
-from qlora.jobs.routed import open_routed
+from qlora.jobs.opening.routed import open_routed
 from qlora.methods import several
 from qlora.recipe import Recipe
 from qlora.system.errors import InputError, Interrupted

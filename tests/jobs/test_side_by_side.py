@@ -5,10 +5,10 @@ import json
 import pytest
 
 from qlora.evaluation.sampling import Sampling
-from qlora.jobs import side_by_side
-from qlora.jobs.routed import open_routed
-from qlora.jobs.side_by_side import SideBySide
-from qlora.jobs.votes import Votes
+from qlora.jobs.opening.routed import open_routed
+from qlora.jobs.talking import side_by_side
+from qlora.jobs.talking.side_by_side import SideBySide
+from qlora.jobs.talking.votes import Votes
 from qlora.system.errors import InputError
 from qlora.system.storage import add_line
 

@@ -79,7 +79,7 @@ def test_nothing_is_drawn_of_nothing_and_one_point_is_a_dot():
 
 
 def test_a_hundred_thousand_points_do_not_make_a_large_page():
-    from qlora.jobs.reported_run import thinned
+    from qlora.jobs.reporting.reported_run import thinned
 
     points = [[step, 1 / step + (50 if step == 54321 else 0)] for step in range(1, 100_001)]
     found = thinned(points, 400)

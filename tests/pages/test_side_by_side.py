@@ -9,8 +9,8 @@ import pytest
 
 from qlora.commands.web import serve as serve_command
 from qlora.evaluation.sampling import Sampling
-from qlora.jobs.routed import open_routed
-from qlora.jobs.side_by_side import SideBySide
+from qlora.jobs.opening.routed import open_routed
+from qlora.jobs.talking.side_by_side import SideBySide
 from qlora.pages import side_by_side
 from qlora.system.errors import InputError
 

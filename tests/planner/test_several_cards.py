@@ -5,9 +5,9 @@ import json
 import pytest
 
 from qlora.commands.plan import plan, plan_processes
-from qlora.jobs import shipped_recipes
-from qlora.jobs.plan_job import Budget, computer_of
-from qlora.jobs.several_card_plans import plan_several
+from qlora.jobs.planning import shipped_recipes
+from qlora.jobs.planning.plan_job import Budget, computer_of
+from qlora.jobs.planning.several_card_plans import plan_several
 from qlora.planner import card_of, several_cards
 from qlora.planner.together import NCCL_BYTES, all_reduce_bytes, gather_bytes
 from qlora.recipe import Recipe

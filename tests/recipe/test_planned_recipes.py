@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from qlora import planner
-from qlora.jobs.plan_job import Budget, computer_of, without_data
+from qlora.jobs.planning.plan_job import Budget, computer_of, without_data
 from qlora.recipe import Recipe
 from qlora.system.cards import CARDS
 from tests.conftest import some_slow

@@ -265,7 +265,7 @@ def test_a_training_is_the_same_with_a_tracker_and_tensorboard_has_load_and_norm
     assert {"loss", "eval_loss", "system/cpu_use", "system/system_memory_bytes"} <= set(tags)
     (norm,) = board.Scalars("adapter_norm/layer_01")
     assert norm.step == 3
-    from qlora.jobs.adapter_norms import norms
+    from qlora.jobs.reporting.adapter_norms import norms
 
     saved = norms(both.adapter)
     whole = sum(row[saved["layers"].index(1)] ** 2 for row in saved["modules"].values()) ** 0.5

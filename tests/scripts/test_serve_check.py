@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from qlora.commands.export import export
-from qlora.jobs.routed import open_routed
+from qlora.jobs.opening.routed import open_routed
 from tests.conftest import CONVERSATIONS
 from tests.test_layout import ROOT
 

@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 
 from qlora import train
-from qlora.jobs.planned_training import Planned
+from qlora.jobs.planning.planned_training import Planned
 from qlora.runs.record import Begun, Best, Evaluation, Samples, Step
 from qlora.system import events
 from qlora.system.errors import TrainingFailed

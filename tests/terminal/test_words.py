@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from qlora.jobs.planned_training import Planned
+from qlora.jobs.planning.planned_training import Planned
 from qlora.kernels import OFF
 from qlora.system.events import heard_by
 from qlora.terminal.plan import limits_in_words

@@ -16,9 +16,9 @@ from qlora.commands.export import export
 from qlora.commands.train import train
 from qlora.evaluation import generate, scores
 from qlora.evaluation.sampling import Sampling
-from qlora.jobs.eval_rows import held_out_rows
-from qlora.jobs.opened_adapter import open_trained
-from qlora.jobs.opened_model import open_subject
+from qlora.jobs.evaluating.eval_rows import held_out_rows
+from qlora.jobs.opening.opened_adapter import open_trained
+from qlora.jobs.opening.opened_model import open_subject
 from qlora.recipe import Recipe
 from qlora.runs import record
 from qlora.runs.checkpoints import Checkpoints, read_tensors

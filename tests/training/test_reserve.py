@@ -11,7 +11,7 @@ import torch
 from bitsandbytes.optim import AdamW
 from trl import SFTTrainer
 
-from qlora.jobs.planned_training import refuse_full_host
+from qlora.jobs.planning.planned_training import refuse_full_host
 from qlora.recipe import Lora
 from qlora.runs import checkpoints
 from qlora.runs.record import LessMemory, from_json, read

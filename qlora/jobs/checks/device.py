@@ -31,7 +31,7 @@ def device():
 
 
 def _as_planned(card):
-    from ..plan_job import card_of_device
+    from ..planning.plan_job import card_of_device
 
     known = card_of_device(card)
     return f"planned as {known.name}" if known else "no card that the planner knows: memory is planned, speed is not"
@@ -75,7 +75,7 @@ def gpu_memory():
     """What is free of the card, and who has the rest."""
     import torch
 
-    from ..plan_job import held_by_others
+    from ..planning.plan_job import held_by_others
 
     if not torch.cuda.is_available():
         return True, "no GPU is used", None

@@ -1,0 +1,1 @@
+"""Several trainings: what differs, and what came of each."""

@@ -1,0 +1,1 @@
+"""What an evaluation measures on, and what it holds against it."""

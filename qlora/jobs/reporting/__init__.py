@@ -1,0 +1,1 @@
+"""What a report says of a run, in numbers and in words."""

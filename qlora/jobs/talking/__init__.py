@@ -1,0 +1,1 @@
+"""Conversations with a model, and votes on its answers."""

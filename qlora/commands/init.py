@@ -86,13 +86,22 @@ def ask(model=None, data=None, card=None, goal=None):
                 "--data rows.jsonl --card 4090 --goal quality"
             )
         return model, data, card, goal or "quality"
-    model = model or _answer("model: a folder, or OWNER/NAME on the hub")
-    data = data or _answer("data: a file of rows (JSONL, JSON, CSV, Parquet)")
+    model = model or _path("model: a folder, or OWNER/NAME on the hub")
+    data = data or _path("data: a file of rows (JSONL, JSON, CSV, Parquet)")
     if card is None and not torch.cuda.is_available():
-        card = _answer("card: such as 4090, 3060 or T4, its memory such as 12GiB, or cpu", "4090")
+        card = _answer(
+            "card: no GPU was found here; the one that will train, such as 3060 or T4, its memory such as 12GiB, or cpu",
+            "4090",
+        )
     for name, what in GOALS.items() if goal is None else ():
         note(f"  {name:<8} {what}")
     return model, data, card, goal or _answer(f"goal: {', '.join(GOALS)}", "quality")
+
+
+def _path(question):
+    """Return the answer, a path or a name, with ~/ as the shell would have it, which has not seen it."""
+    said = _answer(question)
+    return str(Path(said).expanduser()) if said.startswith("~/") else said
 
 
 def _answer(question, default=None):

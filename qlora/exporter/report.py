@@ -60,9 +60,10 @@ def scores(report):
     of_classes = "labels" in report
     quantized = "quantized" if report["quantized"]["modules"] else "base"
     written = f"{report['base']} base, {report['dtype']}"
+    merged_into = f", {report['base']} base" if report["quantized"]["modules"] else ""  # else there is but one
     scored = [
         (
-            f"{'merged' if 'int8' in report else 'exported'} ({report['dtype']}, {report['base']} base)",
+            f"{'merged' if 'int8' in report else 'exported'} ({report['dtype']}{merged_into})",
             report["merged"],
         ),
         *(

@@ -26,7 +26,7 @@ def from_file(path, overrides, what="recipe"):
     try:
         text = files.read(path, f"the {what}")
     except FileNotFoundError:
-        raise InputError(f"no {what} at {path}; give the path of a YAML file") from None
+        raise InputError(f"no {what} at {path}; give the path of a YAML file{files.did_you_mean(path)}") from None
     values, lines = yaml_document.parse(text, path)
     if not isinstance(values, dict):
         fields = "base, variants, output_dir, ..." if what == "comparison" else "sections model, data, output_dir, ..."

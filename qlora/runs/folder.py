@@ -148,14 +148,23 @@ class RunDir:
     def refuse_used(self):
         """Raise InputError if a new run cannot start here."""
         if self.recipe_file.exists() and not self.adapter.exists():
-            there = any(self.checkpoints.glob("step-*"))
-            command = f"qlora train {shlex.quote(str(self.recipe_file))} --resume"
-            resume = f"resume it with `{command}`, " if there else ""
+            resume = self._how_to_resume("", ", ")
             raise InputError(
                 f"output_dir {self.path} contains an unfinished run; {resume}remove it or set output_dir=ANOTHER_FOLDER"
             )
+        if self.recipe_file.exists():
+            raise InputError(
+                f"output_dir {self.path} contains a finished run, which is never overwritten; remove it or set "
+                "output_dir=ANOTHER_FOLDER"
+            )
         if not (self.path.is_dir() and {path.name for path in self.path.iterdir()} == {self.lock_file.name}):
             refuse_nonempty(self.path, "output_dir")
+
+    def _how_to_resume(self, before, after=""):
+        """Return it in words, between these; "" where there is no checkpoint."""
+        there = any(self.checkpoints.glob("step-*"))
+        command = f"qlora train {shlex.quote(str(self.recipe_file))} --resume"
+        return f"{before}resume it with `{command}`{after}" if there else ""
 
     @classmethod
     def is_run(cls, path):
@@ -171,7 +180,7 @@ class RunDir:
         if not run.recipe_file.is_file():
             raise InputError(f"{path} is not a run folder: it has no recipe.yaml")
         if not run.adapter.is_dir():
-            raise InputError(f"{path} did not finish training: it has no adapter/")
+            raise InputError(f"{path} did not finish training: it has no adapter/{run._how_to_resume('; ')}")
         return run
 
     def recipe(self):

@@ -144,8 +144,8 @@ def card_of(name) -> Card:
         raise InputError(f"--card {name!r}: which of them: {' or '.join(card.name for card in found)}?")
     known = ", ".join(card.name for card in CARDS)
     raise InputError(
-        f"--card {name!r}: unknown card; known are {known}\n  for another give its memory, as in --vram 8GiB; --card list says "
-        "more of these"
+        f"--card {name!r}: unknown card; known are {known}\n  for another give its memory: qlora plan --vram 8GiB, qlora init "
+        "--card 8GiB; qlora plan --card list says more of these"
     )
 
 

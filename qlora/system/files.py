@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import itertools
 import json
 import stat
 from pathlib import Path
@@ -9,6 +11,7 @@ from pathlib import Path
 from .errors import InputError
 
 MAX_BYTES = 256 * 2**10  # of a recipe or a template: a second to read
+_MOST_NAMES, _ALIKE = 1000, 0.75  # of a folder that are looked at; how like a name has to be, from 0 to 1
 _LARGEST_JSON = 2**28  # bytes; the largest tokenizer.json and shard indexes take a tenth of it
 _WEB_PAGE = (b"<!doctype", b"<html", b"<?xml", b"<head", b"<body")
 _POINTER = b"version https://git-lfs.github.com/spec/"
@@ -31,6 +34,17 @@ def open_file(path, what):
     except (OSError, ValueError) as error:  # ValueError: a name that holds U+0000
         reason = getattr(error, "strerror", None) or str(error)
     raise InputError(f"cannot read {what} {path}: {reason}")
+
+
+def did_you_mean(path):
+    """Return "; did you mean X?" with the file beside `path`, which is missing, whose name is most like it; "" without one."""
+    path = Path(path)
+    try:
+        names = [one.name for one in itertools.islice(path.parent.iterdir(), _MOST_NAMES) if one.is_file()]
+    except (OSError, ValueError):
+        return ""
+    near = difflib.get_close_matches(path.name, names, n=1, cutoff=_ALIKE)
+    return f"; did you mean {path.parent / near[0]}?" if near else ""
 
 
 def read(path, what):

@@ -62,13 +62,15 @@ class Bars:
         start, told = self.begun.setdefault(event.what, (now, now))
         if event.ended:
             del self.begun[event.what]
-        elif event.done and now - told > EVERY and (event.unit == "bytes" or event.detail):
+        elif event.done and event.total and now - told > EVERY:
+            rate = event.done / (now - start)
+            left = duration((event.total - event.done) / rate)
             if event.detail:
                 lines.say(f"{event.what}: {event.detail}, {event.done / event.total:.0%} of the file")
-            else:
-                rate = event.done / (now - start)
-                left = duration((event.total - event.done) / rate)
+            elif event.unit == "bytes":
                 lines.say(f"{event.what:<8}   {size(event.done)} of {size(event.total)}, {size(rate)}/s, {left} left")
+            else:
+                lines.say(f"{event.what}: {event.done:,.0f} of {event.total:,.0f} {event.unit}, {left} left")
             self.begun[event.what] = start, now
 
 

@@ -68,7 +68,7 @@ def say_report(prepared):
 
 
 def _copies(report):
-    found = [f"{report['duplicates']:,} duplicate rows" if report["duplicates"] else "no duplicate rows"]
+    found = [f"{report['duplicates']:,} duplicate rows (kept)" if report["duplicates"] else "no duplicate rows"]
     if report["eval_rows_in_training"]:
         what = "HELD-OUT PROMPTS" if report.keys() & {"preference", "judged"} else "HELD-OUT ROWS"
         found.append(f"{report['eval_rows_in_training']:,} {what} ARE ALSO TRAINED ON, so their score means nothing")
@@ -109,7 +109,7 @@ def _say_judged(found, section):
 def _say_classes(report):
     """Say how many rows each class has: of a few classes all, of many the largest and the smallest."""
     classes = sorted(report["classes"], key=lambda one: -one["rows"])
-    said = [f"{one['label']} {one['rows']:,} ({one['share']:.1%})" for one in classes]
+    said = [f"'{one['label']}' {one['rows']:,} ({one['share']:.1%})" for one in classes]
     if len(said) > _FEW_CLASSES:
         said = [said[0], "...", said[-1]]
     note(

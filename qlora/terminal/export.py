@@ -41,8 +41,8 @@ def warn(report):
     if cast["underflows"]:
         name, count = max(cast["underflows"].items(), key=lambda item: item[1])
         note(
-            f"          {sum(cast['underflows'].values()):,} values underflow to 0 in {dtype}, most of them "
-            f"in {name} ({count:,})"
+            f"          {sum(cast['underflows'].values()):,} values underflow to 0 in {dtype}, "
+            f"the most in {name} ({count:,})"
         )
 
 

@@ -135,6 +135,11 @@ def say_planned(planned):
         f"{size(found.budget_bytes)}{for_each_of(planned.sharers)} ({found.where}); "
         f"{found.checkpointed_layers} of {found.num_layers} layers checkpointed{where}"
     )
+    held = planned.components.get("process")
+    if held:
+        note(
+            f"          with the {size(held)} that the process holds already: {size(planned.predicted_bytes)} predicted"
+        )
 
 
 def say_resumed(resumed, environment):

@@ -174,6 +174,13 @@ def test_on_a_terminal_what_is_missing_is_asked_for(monkeypatch):
     assert [question.partition(":")[0] for question in asked] == ["data", "card", "goal"]
 
 
+def test_an_answer_may_begin_with_the_home_folder_which_no_shell_has_seen(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(verb, "_answer", lambda question, default=None: f"~/{question.partition(':')[0]}")
+    assert ask(card="cpu", goal="quality") == (f"{tmp_path}/model", f"{tmp_path}/data", "cpu", "quality")
+
+
 def test_what_ships_is_listed_shown_and_copied(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     root = Path(cli.__file__).parents[1] / "recipes"
@@ -190,4 +197,6 @@ def test_pairs_are_given_the_learning_rate_of_their_objective(tiny_model, tmp_pa
     rows = write_jsonl(tmp_path / "pairs.jsonl", pairs)
     found = init(str(tiny_model("llama")), str(rows), "cpu", out=tmp_path / "mine.yaml", overrides=["dpo={}"])
     assert found["values"]["training"]["learning_rate"] == 5e-6
-    assert "dpo's usual start" in (tmp_path / "mine.yaml").read_text()
+    text = (tmp_path / "mine.yaml").read_text()
+    assert "dpo's usual start" in text
+    assert "the longest pair, both its answers counted, has" in text

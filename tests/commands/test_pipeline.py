@@ -303,6 +303,7 @@ def test_a_run_says_and_keeps_which_layers_were_checkpointed_and_its_peak(make_r
     assert said in printed
     sizes = [size(kept[name]) for name in ("peak_bytes", "predicted_bytes")]
     assert f"peak {sizes[0]} (predicted {sizes[1]}); loss" in printed
+    assert f"that the process holds already: {sizes[1]} predicted" in printed
     weights = {
         path.relative_to(run.path) for path in run.path.rglob("*") if path.suffix in (".safetensors", ".bin", ".pt")
     }

@@ -288,7 +288,7 @@ def test_the_command_line_says_it_as_json(finished, tmp_path, classify_recipe):
     report = json.loads(done.stdout)
     assert [one["label"] for one in report["classes"]] == ["neg", "pos"]
     assert sum(one["rows"] for one in report["classes"]) == report["rows"] == 60
-    assert "classes   2: " in done.stderr
+    assert "classes   2: '" in done.stderr
     done = forked.run("eval", finished.path, "--json")
     assert json.loads(done.stdout)["metrics"]["accuracy"].keys() == {"value", "low", "high"}
     done = forked.run("chat", finished.path, "--prompt", "很好", "--json")

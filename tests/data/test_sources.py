@@ -112,6 +112,9 @@ def test_a_compressed_file_is_named_as_one(tmp_path):
 
 def test_a_missing_file_and_a_folder_are_refused(tmp_path):
     assert "no data file at" in refusal(tmp_path / "none.jsonl")
+    (tmp_path / "rows_train.csv").touch()
+    assert refusal(tmp_path / "rows_trian.csv").endswith(f"; did you mean {tmp_path / 'rows_train.csv'}?")
+    assert "did you mean" not in refusal(tmp_path / "none.jsonl") + refusal(tmp_path / "none" / "rows_train.csv")
     assert "cannot read" in refusal(tmp_path)
 
 

@@ -4,9 +4,21 @@ import pytest
 import torch
 
 from qlora import base_model, methods
-from qlora.exporter import proof
+from qlora.exporter import proof, report
 from qlora.recipe import Lora
 from tests.conftest import CONVERSATIONS, encode, messages
+
+
+@pytest.mark.parametrize(
+    ("modules", "names"),
+    [(7, ["trained (quantized + adapter, live)", "exported (float16, dequantized base)"]),
+     (0, ["trained (base + adapter, live)", "exported (float16)"])],
+)  # fmt: skip
+def test_the_table_speaks_of_a_dequantized_base_only_where_one_was_quantized(modules, names):
+    scored = {"loss": 1.0, "kl": 0.0, "top1": 1.0}
+    told = {"quantized": {"modules": modules}, "base": "dequantized", "dtype": "float16", "live_model": "run", "live": scored,
+            "merged": scored, "base_model": scored}  # fmt: skip
+    assert [name for name, *_ in report.scores(told)] == [*names, "base, without the adapter"]
 
 
 @pytest.fixture

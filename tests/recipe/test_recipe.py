@@ -235,8 +235,11 @@ def test_a_file_of_rows_given_as_an_option_is_refused_by_its_name(path, expected
 
 
 def test_a_missing_file_is_one_clear_message(tmp_path):
-    with pytest.raises(InputError, match="no recipe at"):
+    with pytest.raises(InputError, match=r"no recipe at .*; give the path of a YAML file$"):
         Recipe.load(tmp_path / "none.yaml")
+    (tmp_path / "mine.yaml").touch()
+    with pytest.raises(InputError, match=r"no recipe at .*; did you mean .*mine\.yaml\?$"):
+        Recipe.load(tmp_path / "mine.yml")
 
 
 @settings(max_examples=150, deadline=None)

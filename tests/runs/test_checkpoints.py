@@ -559,11 +559,24 @@ def test_without_resume_an_unfinished_run_is_refused_and_the_way_on_is_named(sto
         train(changed(stopped, f"output_dir={tmp_path / 'none'}"), resume=True)
     with pytest.raises(InputError, match="--allow-change is for --resume"):
         train(stopped, allow_change=["training.seed"])
+    with pytest.raises(InputError, match=r"it has no adapter/; resume it with `qlora train .*recipe\.yaml --resume`"):
+        RunDir.open(stopped.output_dir)
     shutil.rmtree(Path(stopped.output_dir) / "checkpoints")
     with pytest.raises(InputError, match="no checkpoint to resume from; remove the folder"):
         train(stopped, resume=True)
     with pytest.raises(InputError, match="contains an unfinished run; remove it or set"):
         train(stopped)
+
+
+def test_a_finished_run_of_some_steps_names_what_made_it_so_long(recipe_of, capsys):
+    recipe = recipe_of("run", max_steps=1)
+    train(recipe)
+    train(changed(recipe, "training.max_steps=null", "training.num_train_epochs=9"), resume=True)
+    assert "is finished: 1 steps; set a higher training.max_steps," in capsys.readouterr().err
+    with pytest.raises(
+        InputError, match="contains a finished run, which is never overwritten; remove it or set output_dir="
+    ):
+        train(recipe)
 
 
 AN_EPOCH = {"max_steps": None, "num_train_epochs": 1.0, "lr_scheduler_type": "constant",
@@ -576,7 +589,7 @@ def test_a_finished_run_says_so_and_can_be_made_longer(recipe_of, capsys):
     before = {path: path.stat().st_mtime_ns for path in run.path.rglob("*") if path.name != "lock"}
     first = weights(run)
     assert train(recipe, resume=True).path == run.path
-    assert "is finished: 4 steps; set a higher training.num_train_epochs" in capsys.readouterr().err
+    assert "is finished: 4 steps; set a higher training.num_train_epochs," in capsys.readouterr().err
     assert before == {path: path.stat().st_mtime_ns for path in run.path.rglob("*") if path.name != "lock"}
 
     longer = train(changed(recipe, "training.num_train_epochs=2.0"), resume=True)

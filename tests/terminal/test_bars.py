@@ -64,11 +64,19 @@ def test_reading_says_how_many_rows(monkeypatch, capsys, heard):
     assert capsys.readouterr().err == "tokenizing rows.jsonl: 1,200 rows, 25% of the file\n"
 
 
+def test_rows_are_counted_elsewhere(monkeypatch, capsys, heard):
+    clock = iter([0.0, 10.0, 25.0, 30.0, 31.0])
+    monkeypatch.setattr(bars.time, "monotonic", lambda: next(clock))
+    with events.progress("computing the reference", 1200, "rows") as advance:
+        advance(100)
+        advance(200)  # 25 s: the first in 20
+        advance(300)
+    assert capsys.readouterr().err == "computing the reference: 300 of 1,200 rows, 1m15s left\n"
+
+
 def test_work_that_nobody_can_measure_is_silent_elsewhere(monkeypatch, capsys, heard):
     clock = iter(range(0, 1000, 100))
     monkeypatch.setattr(bars.time, "monotonic", lambda: next(clock))
-    with events.progress("answering", 10, "rows") as advance:
-        advance(5)
     with events.progress("loading"):
         pass
     assert capsys.readouterr().err == ""

@@ -24,7 +24,7 @@ def open_file(path):
     try:
         return files.open_file(path, "the data file")
     except FileNotFoundError:
-        raise InputError(f"no data file at {path} (looked in {Path.cwd()})") from None
+        raise InputError(f"no data file at {path} (looked in {Path.cwd()}){files.did_you_mean(path)}") from None
 
 
 def lines(path, stream):

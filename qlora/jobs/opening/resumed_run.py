@@ -185,9 +185,10 @@ def resumed(recipe: Recipe, allowed):
         raise InputError(f"output_dir {run.path} contains no run to resume; leave --resume out to start one")
     with run.locked():
         if run.adapter.is_dir() and not _is_longer(run.recipe(), recipe):
+            length = _LENGTH[0] if run.recipe().training.max_steps is not None else _LENGTH[1]
             note(
-                f"{run.path} is finished: {_last_step(run):,} steps; set a higher training.num_train_epochs or "
-                "training.max_steps to train it further"
+                f"{run.path} is finished: {_last_step(run):,} steps; set a higher {length}, which says how long it was to "
+                "train, to train it further, or output_dir=ANOTHER_FOLDER to start anew"
             )
             yield None
             return

@@ -228,9 +228,11 @@ def _of_classes(classes):
 def _fitted(lines, prepared, machine, goal, limit, overrides):
     """Return (Chosen or None, the Job that was planned first) of a candidate."""
     longest = int(prepared.examples.lengths.max())
+    what = "pair, both its answers counted," if "preference" in prepared.report else "row"
+    said = f"the longest {what} has {longest:,} tokens"
     too_long = prepared.report["sources"][0]["rows_dropped"]
     length = min(limit, max(8, -(-longest // 64) * 64))
-    whole = [Line("data.max_length", length, f"the longest row has {longest:,} tokens")]
+    whole = [Line("data.max_length", length, said)]
     if too_long:
         whole = _dropping(length, too_long, prepared, "longer than the model's positions, or malformed")
     job = _job(prepared, _recipe([*lines, *whole], overrides), machine)
@@ -242,7 +244,7 @@ def _fitted(lines, prepared, machine, goal, limit, overrides):
             return None, job
         if fits:
             most = min(limit, most)
-            whole = [Line("data.max_length", most, f"as long as fits; the longest row has {longest:,} tokens")]
+            whole = [Line("data.max_length", most, f"as long as fits; {said}")]
         else:
             many = int((prepared.examples.lengths > most).sum()) + too_long
             whole = _dropping(most, many, prepared, "longer than fits")

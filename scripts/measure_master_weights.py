@@ -19,6 +19,7 @@ class NoMasters:
 
     def __init__(self, live, held=None):
         self.live = self.masters = live
+        self.mine = list(range(len(live)))
 
     def take_gradients(self):
         pass

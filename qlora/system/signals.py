@@ -71,6 +71,19 @@ def noted():
             _noted = None
 
 
+@contextlib.contextmanager
+def raised():
+    """Raise a signal in the block at once, where `noted` would write it down: nothing of what the block does is kept."""
+    global _noted
+    before, _noted = _noted, None
+    try:
+        if before is not None and before.number is not None:
+            raise Interrupted(before.number)
+        yield
+    finally:
+        _noted = before
+
+
 def answered():
     """Mark the raised signal as handled: the next one counts as the first again."""
     global _came

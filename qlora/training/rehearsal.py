@@ -9,16 +9,20 @@ import numpy as np
 import torch
 
 from ..runs.checkpoints import places, restore_optimizer
-from ..system import memory
+from ..system import memory, signals
+from ..system.events import note
 from .private_names import version
 
 
 def rehearse(trainer, run):
-    """Call run() as if the training were well under way, and undo all of it.
+    """Call run() as if the training were well under way, and undo all of it. On a CPU that may take minutes: it is said, and a
+    signal ends it at once, where no other process waits for this one.
 
     What a first step lacks is there: the sum of earlier micro-batches' gradients.
     """
-    with held_later(trainer), undone(trainer):
+    note("rehearsal the largest micro-batch, before the first step")
+    alone = trainer.processes.count == 1
+    with signals.raised() if alone else contextlib.nullcontext(), held_later(trainer), undone(trainer):
         run()
 
 

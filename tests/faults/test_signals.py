@@ -47,6 +47,9 @@ STOPS = {
     "train, tokenizing": (
         "train RECIPE", [("qlora.data.tally:Tally.add", TERM)], 143, "stopped before the first step", {"set": WORKERS}
     ),
+    "train, rehearsing": (
+        "train RECIPE", [("qlora.training.rehearsal:held_later", TERM)], 143, "stopped before the first step"
+    ),
     "eval, loading": ("eval run", [("qlora.base_model:load", TERM)], 143, STOPPED),
     "eval, loading the adapter": ("eval run", [("qlora.methods:load", INT)], 130, STOPPED),
     "eval, the loss": ("eval run", [("qlora.evaluation.metrics:losses", INT)], 130, STOPPED),

@@ -231,7 +231,7 @@ def test_what_is_offloaded_must_fit_into_the_free_memory_of_the_host(monkeypatch
         refuse_full_host(SimpleNamespace(host_bytes=round(8.125 * 2**30)))
     assert "data.max_length" in str(caught.value)
     refuse_full_host(SimpleNamespace(host_bytes=4 * 2**30), here=2)
-    with pytest.raises(DoesNotFit, match=r"4\.00 GiB are free there for each of 2 processes;"):
+    with pytest.raises(DoesNotFit, match=r"8\.25 GiB of layer inputs of 2 processes to CPU memory, 8\.00 GiB are free"):
         refuse_full_host(SimpleNamespace(host_bytes=round(4.125 * 2**30)), here=2)
 
 

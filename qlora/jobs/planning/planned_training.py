@@ -122,8 +122,9 @@ def refuse_full_host(found, here=1, of_codes=False):
             f"machine, {size(free)} are free there; free some, or set memory.sharding=fsdp"
         )
     if needed > free:
+        of_all = f" of {here} processes" if here > 1 else ""
         raise DoesNotFit(
-            f"does not fit: memory.offload moves {size(needed)} of layer inputs to CPU memory, {size(free)} are free "
+            f"does not fit: memory.offload moves {size(needed)} of layer inputs{of_all} to CPU memory, {size(free)} are free "
             "there; free some, set a lower data.max_length, or fewer tokens a micro-batch (training.per_device_train_batch_size, "
             "training.tokens_per_micro_batch)"
         )

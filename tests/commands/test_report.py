@@ -146,6 +146,11 @@ def test_what_is_not_there_is_said_with_the_command_for_it(run, tmp_path):
     assert f"not exported here: qlora export {run} --out FOLDER" in page.text
     assert "nothing was measured" in page.text
     assert "without an interval" in page.text or "no losses" in page.text
+    lines = [line for line in (run / "metrics.jsonl").read_text().splitlines() if '"eval_loss"' not in line]
+    first = next(line for line in lines if '"loss"' in line)
+    (run / "metrics.jsonl").write_text(f"{first}\n")  # stopped after its first step
+    learned = report(run)["runs"][0]["verdicts"][0]["words"]
+    assert learned == f"not evaluated; loss {json.loads(first)['loss']:.4f} at step 1 alone"
 
 
 def test_a_run_that_stopped_or_failed_says_where_and_why(run, tmp_path):

@@ -145,7 +145,7 @@ class Judgements(Supervised):
     def encode(self, value):
         settings, masks = self.settings, self.settings.thoughts == "mask"
         name, judged, unused = self._said(value)
-        examples, counts, unused = [], dict.fromkeys(self.COUNTS, 0), set(unused)
+        examples, is_cut, unused = [], False, set(unused)
         for conversation, good in judged:
             conversation = dataclasses.replace(conversation, flags=())
             whole = encode(self.tokenizer, conversation, "last_assistant", masks)[-1:]
@@ -154,14 +154,8 @@ class Judgements(Supervised):
             )
             examples += [Judged(one, good, conversation.key()) for one in fitted.examples]
             unused |= whole[0].left_out
-            for count, happened in (
-                ("rows_truncated", fitted.cut),
-                ("rows_merged", conversation.merged),
-                ("rows_with_nulls", conversation.nulls > 0),
-                ("rows_without_thoughts", conversation.dropped_thoughts),
-                ("rows_with_control", tokens.spells_control(self.tokenizer, conversation)),
-            ):
-                counts[count] = max(counts[count], int(happened))
+            is_cut |= fitted.cut
+        counts = {"rows_truncated": int(is_cut), **tokens.counts_of(self.tokenizer, *(one for one, _ in judged))}
         first = judged[0][0]
         prompt = dataclasses.replace(first, messages=first.messages[:-1], flags=(), completion=None)
         return Encoded(name, prompt.key(), examples, unused, counts)

@@ -106,15 +106,7 @@ class Preferences:
     ARRAYS: ClassVar = {"tokens": "<i4", "trained": "?"}
     # split: tokens of the chosen sequence; answer: how many of them are trained; last: the last one of these. trained: of both
     NUMBERS: ClassVar = {"trained": "<i4", "last": "<i4", "split": "<i4", "answer": "<i4", "pair": "<u8"}
-    COUNTS = (
-        "rows_truncated",
-        "rows_merged",
-        "rows_with_nulls",
-        "rows_without_thoughts",
-        "rows_with_control",
-        "pairs_tied",
-        "pairs_reversed",
-    )
+    COUNTS = ("rows_truncated", *tokens.OF_CONVERSATIONS, "pairs_tied", "pairs_reversed")
     LENGTH = None
 
     open_source, not_read = staticmethod(sources.open_source), staticmethod(sources.not_read)
@@ -167,10 +159,7 @@ class Preferences:
             )
         counts = {
             "rows_truncated": int(fitted != examples),
-            "rows_merged": int(any(one.merged for one in both)),
-            "rows_with_nulls": int(any(one.nulls for one in both)),
-            "rows_without_thoughts": int(any(one.dropped_thoughts for one in both)),
-            "rows_with_control": int(any(tokens.spells_control(self.tokenizer, one) for one in both)),
+            **tokens.counts_of(self.tokenizer, *both),
             "pairs_tied": int(said.better == 0),
             "pairs_reversed": int(said.better is not None and said.better < 0),
         }

@@ -21,10 +21,7 @@ class Supervised:
     COUNTS = (
         "rows_truncated",
         "rows_split",
-        "rows_merged",  # consecutive messages of the assistant became one turn
-        "rows_with_nulls",  # nulls were removed from tool calls or tools
-        "rows_without_thoughts",  # data.thoughts is drop, and there were some
-        "rows_with_control",  # a special token stands in their words, as text
+        *tokens.OF_CONVERSATIONS,
         "conversations_by_answer",  # became a training row an answer
         "answers_by_answer",
         "tokens_by_answer",  # of all these rows
@@ -56,10 +53,7 @@ class Supervised:
         counts = {
             "rows_truncated": int(fitted.cut),
             "rows_split": int(fitted.split),
-            "rows_merged": int(conversation.merged),
-            "rows_with_nulls": int(conversation.nulls > 0),
-            "rows_without_thoughts": int(conversation.dropped_thoughts),
-            "rows_with_control": int(tokens.spells_control(tokenizer, conversation)),
+            **tokens.counts_of(tokenizer, conversation),
         }
         if len(whole) > 1:
             lengths = [len(example.input_ids) for example in whole]

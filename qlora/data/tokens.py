@@ -117,7 +117,25 @@ def control_as_text(tokenizer, messages, tools):
     return marked, _marked(tools, known.template_control) if tools else None
 
 
-def spells_control(tokenizer, conversation):
+OF_CONVERSATIONS = (
+    "rows_merged",  # consecutive messages of the assistant became one turn
+    "rows_with_nulls",  # nulls were removed from tool calls or tools
+    "rows_without_thoughts",  # data.thoughts is drop, and there were some
+    "rows_with_control",  # a special token stands in their words, as text
+)
+
+
+def counts_of(tokenizer, *conversations):
+    """Return {one of OF_CONVERSATIONS: 1 or 0}: whether that is so of any of the Conversations of a row."""
+    return {
+        "rows_merged": int(any(one.merged for one in conversations)),
+        "rows_with_nulls": int(any(one.nulls for one in conversations)),
+        "rows_without_thoughts": int(any(one.dropped_thoughts for one in conversations)),
+        "rows_with_control": int(any(_spells_control(tokenizer, one) for one in conversations)),
+    }
+
+
+def _spells_control(tokenizer, conversation):
     """Return whether the words of a Conversation hold a special token, which stays text."""
     pattern = facts(tokenizer).control
     said = [conversation.text or "", *(message["content"] for message in conversation.messages)]

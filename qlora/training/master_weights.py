@@ -99,8 +99,8 @@ class MasterWeights:
 
     def multiply_gradients(self, factor):
         """Multiply the masters' gradients by a number, in place."""
-        if self._gradients():
-            multiply_all(self._gradients(), factor)
+        if gradients := self._gradients():
+            multiply_all(gradients, factor)
 
     def _gradients(self):
         return [master.grad for master in self.masters if master.grad is not None]

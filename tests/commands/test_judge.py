@@ -200,7 +200,8 @@ def test_an_endpoint_that_does_not_know_a_parameter_is_asked_without(own_run, un
     run = own_run
     refuse = lambda body, number: (400, f"Unsupported parameter: '{unknown}'") if unknown in body else None  # noqa: E731
     with serving(prefers(len), refuse) as (url, requests):
-        assert evaluate(run.path, **asked(url))["judge"]["win_rate"] is not None
+        found = evaluate(run.path, **asked(url))["judge"]
+    assert [found["wins"] + found["losses"] + found["ties"], found["no_verdict"]] == [len(kept(run)), 0]
     assert sum(unknown in one for one in requests) == 1
     assert unknown != "max_tokens" or "max_completion_tokens" in requests[-1]
 

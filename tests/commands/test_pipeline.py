@@ -14,7 +14,9 @@ from qlora.commands.eval import evaluate
 from qlora.commands.export import export
 from qlora.commands.plan import plan
 from qlora.commands.train import train
+from qlora.evaluation import generate
 from qlora.exporter import merge
+from qlora.jobs.opening.opened_model import open_subject
 from qlora.methods import low_rank
 from qlora.recipe import Recipe
 from qlora.runs.folder import RunDir
@@ -69,7 +71,14 @@ def test_a_tokenizer_with_several_templates_goes_the_whole_way(
     assert templates.keys() == {"default", "tool_use"}
     before = "{%- if messages" if system_as_user else ""
     assert all(found.startswith(before) and found.endswith(CHATML) for found in templates.values())
-    assert chat(run.path, "What is 1 plus 2?", "Be short." if system_as_user else None, max_new_tokens=4) is not None
+    said = [("system", "Be short.")] * system_as_user + [("user", "What is 1 plus 2?")]
+    prompt = tokenizer.apply_chat_template(
+        messages(said), chat_template=templates["default"], add_generation_prompt=True, return_dict=False
+    )
+    loaded = open_subject(run.path)
+    [answer] = generate.answers(loaded.model, loaded.tokenizer, [prompt], loaded.stops, 4)
+    system = "Be short." if system_as_user else None
+    assert chat(run.path, "What is 1 plus 2?", system, max_new_tokens=4).strip() == answer.strip()
     more = "adapter/additional_chat_templates/tool_use.jinja"
     (run.path / more).write_text("another")
     with pytest.raises(InputError, match=r"additional_chat_templates/tool_use\.jinja changed since the training"):

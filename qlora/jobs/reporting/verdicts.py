@@ -139,8 +139,9 @@ def _by_losses(facts, evaluate):
             if last == first:
                 course = f"{now:.4f} at step {last:,}, which was the best"
             return _said(UNKNOWN, f"not evaluated; {said} {course}, without an interval", evaluate)
-    alone = [f"loss {loss:.4f} at step {step:,} alone" for step, loss in facts["curves"].get("loss", [])]
-    return _said(UNKNOWN, f"not evaluated; {next(iter(alone), 'no losses were logged')}", evaluate)
+    for step, loss in facts["curves"].get("loss", []):  # one
+        return _said(UNKNOWN, f"not evaluated; loss {loss:.4f} at step {step:,} alone", evaluate)
+    return _said(UNKNOWN, "not evaluated, and no losses were logged", evaluate)
 
 
 def _proven(facts):

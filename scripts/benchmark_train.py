@@ -15,6 +15,8 @@ With --sides qlora,plain,unsloth, unsloth runs too, with --full-rows only: it ha
 needs a GPU, and may be in another Python (--unsloth-python), since it wants other versions of transformers and trl. A side
 that fails is said, and left out of the rounds after it. --json FILE has all numbers, written after each run.
 
+The side qlora-bfloat16 is qlora where it may not choose what it computes in: against qlora on a processor without bfloat16.
+
 --clock cpu counts the seconds that a process computed (all its threads) in place of those that passed: on a CPU that others
 use too, with OMP_NUM_THREADS=1.
 """
@@ -34,7 +36,7 @@ import traceback
 from pathlib import Path
 
 
-def ours(args, folder):
+def ours(args, folder, dtype="auto"):
     """Return tokens/s and loss of each step, the share of trained tokens, and the predicted peak of qlora."""
     from qlora import train
     from qlora.runs import record
@@ -47,7 +49,7 @@ def ours(args, folder):
             marks.append((clock(), event.tokens))
 
     with heard_by(hear):
-        run = train(recipe_of(args, folder))
+        run = train(recipe_of(args, folder, dtype))
     steps = [line for line in record.read(run) if isinstance(line, record.Step)]
     rates = [step.tokens_per_second for step in steps]
     if args.clock != "wall":
@@ -65,12 +67,17 @@ def ours(args, folder):
     }
 
 
-def recipe_of(args, folder):
+def ours_in_bfloat16(args, folder):
+    return ours(args, folder, "bfloat16")
+
+
+def recipe_of(args, folder, dtype):
     from qlora import Recipe
 
     return Recipe.from_dict(
         {
             "model": {"name_or_path": args.model},
+            "quantization": {"compute_dtype": dtype},
             "data": {
                 "train": args.data,
                 "max_length": args.packing or args.full_rows or 1024,
@@ -219,7 +226,7 @@ def unsloth(args, folder):
     return {"rates": [None, *clock.rates], "losses": clock.losses}
 
 
-SIDES = {"qlora": ours, "plain": plain, "unsloth": unsloth}
+SIDES = {"qlora": ours, "qlora-bfloat16": ours_in_bfloat16, "plain": plain, "unsloth": unsloth}
 
 
 def child(args):
@@ -307,7 +314,9 @@ def parsed():
     parser.add_argument("--plain-packing", type=int, help="TRL packs to rows of this many tokens")
     parser.add_argument("--checkpointing", action="store_true", help="the plain side checkpoints all layers")
     parser.add_argument("--offload", choices=["yes", "no"], help="qlora checkpoints all layers, and does not plan")
-    parser.add_argument("--sides", default="qlora,plain", help="of qlora, plain, unsloth; in this order")
+    parser.add_argument(
+        "--sides", default="qlora,plain", help="of qlora, qlora-bfloat16, plain, unsloth; in this order"
+    )
     parser.add_argument("--only", choices=SIDES, help="run this side alone, such as where the other does not fit")
     parser.add_argument("--unsloth-python", default=sys.executable, help="a Python that has unsloth")
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
@@ -350,11 +359,11 @@ def main():
             result = run_side(args, side)
             if "error" in result:
                 failed[side] = result
-                print(f"round {number + 1}  {side:7}  failed: {result['error']}", flush=True)
+                print(f"round {number + 1}  {side:15}  failed: {result['error']}", flush=True)
             else:
                 found[side].append(result)
                 first, last, rate = result["losses"][0], result["losses"][-1], result["rate"] or float("nan")
-                print(f"round {number + 1}  {side:7}{rate:7.0f} tokens/s  loss {first:.4f} -> {last:.4f}", flush=True)
+                print(f"round {number + 1}  {side:15}{rate:7.0f} tokens/s  loss {first:.4f} -> {last:.4f}", flush=True)
             if args.json:
                 args.json.write_text(json.dumps({"sides": found, "failed": failed}))
     show(found)

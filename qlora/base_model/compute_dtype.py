@@ -6,6 +6,8 @@ recipe, which the run folder keeps; everything else reads it there.
 
 from __future__ import annotations
 
+import functools
+import platform
 from dataclasses import dataclass
 
 import torch
@@ -27,22 +29,34 @@ OVERFLOW = {
 
 @dataclass(frozen=True)
 class Computer:
-    """Where it is computed. name: in words; has_bfloat16: it computes in bfloat16 itself."""
+    """Where it is computed. name: in words; has_bfloat16: it computes in bfloat16 itself; is_gpu: and fast in float16."""
 
     name: str
     has_bfloat16: bool
+    is_gpu: bool = True
 
 
 def computer(device) -> Computer:
     """Return the Computer that a torch device is.
 
     By the card's capability: torch.cuda.is_bf16_supported() says yes of a T4, which only emulates bfloat16, in float32 and
-    without its tensor cores (pytorch/pytorch#148322).
+    without its tensor cores (pytorch/pytorch#148322). By the processor's instructions: without those for bfloat16 a product
+    in it takes several times as long as in float32 (docs/benchmarks.md).
     """
+    if device.type == "cpu":
+        return Computer("processor", cpu_has_bfloat16(), is_gpu=False)
     if device.type != "cuda":
         return Computer(f"device {device}", True)
     old = torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0)
     return Computer(torch.cuda.get_device_name(device), not old)
+
+
+@functools.cache
+def cpu_has_bfloat16() -> bool:
+    """Return whether the processor has instructions for products in bfloat16: AVX512-BF16 (as all with AMX have), or Arm's."""
+    if platform.machine() in ("x86_64", "AMD64"):
+        return torch.cpu._is_avx512_bf16_supported()
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def field(quantization):
@@ -61,14 +75,14 @@ def choose(wanted, model_type, on: Computer):
     if wanted == "float16" and family:
         return wanted, f"activations of {family} overflow float16; float32 is safe, and bfloat16 where a card has it"
     if wanted == "bfloat16" and not on.has_bfloat16:
-        return (
-            wanted,
-            f"the {on.name} emulates bfloat16: slow, and its attention takes memory for all scores; auto is faster",
-        )
+        scores = ", and its attention takes memory for all scores" if on.is_gpu else ""
+        return wanted, f"the {on.name} emulates bfloat16: slow{scores}; auto is faster"
     if wanted != "auto":
         return wanted, ""
     if on.has_bfloat16:
         return "bfloat16", ""
+    if not on.is_gpu:
+        return "float32", f"the {on.name} has no instructions for bfloat16, which would take several times as long"
     if family:
         return "float32", f"the {on.name} has no bfloat16, and activations of {family} overflow float16"
     return "float16", f"the {on.name} has no bfloat16"

@@ -52,7 +52,7 @@ class Quantization(Section):
     """4.127 instead of 4.5 bits a number"""
     compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """dtype of the computation and of everything that is not quantized; auto: bfloat16, on cards without it (T4, 2080 Ti, V100)
-    float16 ([plan.md](plan.md#cards-without-bfloat16)); float32 for checks"""
+    float16, on processors without it float32 ([plan.md](plan.md#cards-and-processors-without-bfloat16))"""
 
 
 # data/formats has a file of each, and looks for their keys in a row in this order

@@ -1,5 +1,9 @@
 """What a model computes in: by the card, the recipe and the family; and what a float16 model is."""
 
+import platform
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -10,6 +14,7 @@ from qlora.recipe import Model, Quantization, Recipe
 from qlora.system.errors import InputError
 
 OLD, NEW = Computer("Tesla T4", False), Computer("RTX 4090", True)
+LAPTOP, SERVER = (Computer("processor", has, is_gpu=False) for has in (False, True))
 
 
 @pytest.mark.parametrize(
@@ -29,6 +34,9 @@ OLD, NEW = Computer("Tesla T4", False), Computer("RTX 4090", True)
         ("float16", "llama", NEW, "float16", ""),
         ("bfloat16", "llama", OLD, "bfloat16", "emulates bfloat16"),
         ("float32", "gemma2", OLD, "float32", ""),
+        ("auto", "llama", LAPTOP, "float32", "the processor has no instructions for bfloat16"),
+        ("auto", "llama", SERVER, "bfloat16", ""),
+        ("bfloat16", "llama", LAPTOP, "bfloat16", "emulates bfloat16: slow; auto is faster"),
     ],
 )
 def test_the_choice_and_its_reason(wanted, family, on, dtype, why):
@@ -44,7 +52,12 @@ def test_a_card_has_bfloat16_by_its_capability_whatever_torch_says_of_emulation(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
     assert base_model.computer(torch.device("cuda", 0)) == Computer("a card", has)
-    assert base_model.computer(torch.device("cpu")).has_bfloat16
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64" or not Path("/proc/cpuinfo").exists(), reason="reads x86's flags")
+def test_a_processor_has_bfloat16_by_its_instructions():
+    flags = re.search("^flags.*", Path("/proc/cpuinfo").read_text(), re.M)[0].split()
+    assert base_model.computer(torch.device("cpu")) == Computer("processor", "avx512_bf16" in flags, is_gpu=False)
 
 
 @pytest.mark.parametrize(

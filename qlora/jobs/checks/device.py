@@ -39,7 +39,10 @@ def _as_planned(card):
 
 def _without_cuda(torch):
     """A CPU is fine, unless there is a card that was meant."""
-    cpu = f"CPU ({platform.machine()}, {torch.backends.cpu.get_cpu_capability()})"
+    from ... import base_model
+
+    bf16 = "bfloat16" if base_model.computer(torch.device("cpu")).has_bfloat16 else "no bfloat16: computes in float32"
+    cpu = f"CPU ({platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {bf16})"
     remark = devices.remark()
     if remark is None:
         return True, f"{cpu}; no GPU", None

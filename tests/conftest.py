@@ -43,6 +43,7 @@ CHATML = (
 )
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<s>"]
 VOCAB_SIZE = 512
+AUTO = "bfloat16" if base_model.computer(torch.device("cpu")).has_bfloat16 else "float32"  # compute_dtype: auto, here
 
 SHAPE = {
     "vocab_size": VOCAB_SIZE,

@@ -1,7 +1,8 @@
 """Name -> frozen base model in NF4 and its tokenizer. The dtype policy is here and nowhere else:
 
 weight of every linear layer but the head   uint8 NF4 codes; per block of 64 an 8-bit absmax (double quantization)
-every other parameter                       quantization.compute_dtype (by default bfloat16, or float16 on a card without),
+every other parameter                       quantization.compute_dtype (by default bfloat16; without it float16 on a card,
+                                            float32 on a processor),
                                             after it was rounded to bfloat16
 buffers                                     as the architecture makes them (rotary frequencies are float32)
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 from . import image_processor
 from .attention_choice import OF_TORCH
-from .compute_dtype import Computer, asked, computer, field, settle
+from .compute_dtype import Computer, asked, computer, field, settle, settled
 from .config import as_its_files_say, load_config, own_labels, read_config
 from .empty_weights import is_stand_in, replace_by_stand_ins, stand_in
 from .folder import Checkpoint, find, refuse_generation, tensor_names, weight_files
@@ -92,6 +93,7 @@ __all__ = [
     "restore_codes",
     "said_of_positions",
     "settle",
+    "settled",
     "stand_in",
     "stored_quantization",
     "task_of",

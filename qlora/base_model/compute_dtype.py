@@ -88,9 +88,24 @@ def choose(wanted, model_type, on: Computer):
     return "float16", f"the {on.name} has no bfloat16"
 
 
-def of_model(section, quantization, config, device):
-    """Return the name of the dtype that a model of this transformers config computes in on a torch device."""
-    return choose(asked(section, quantization), config.get_text_config().model_type, computer(device))[0]
+def of_model(section, quantization):
+    """Return the name of the dtype that a model is loaded to compute in; `auto`, where nothing has settled it, is bfloat16."""
+    wanted = asked(section, quantization)
+    return "bfloat16" if wanted == "auto" else wanted
+
+
+def settled(section, quantization, config, on: Computer):
+    """Return the recipe's `model` and `quantization` with the dtype that a model of this transformers config computes in on the
+    Computer; a line says why, where it is not the usual one."""
+    wanted = asked(section, quantization)
+    dtype, why = choose(wanted, config.get_text_config().model_type, on)
+    if why:
+        note(f"dtype     computes in {dtype}: {why}")
+    if dtype == wanted:
+        return section, quantization
+    if quantization is None:
+        return section.model_copy(update={"dtype": dtype}), None
+    return section, quantization.model_copy(update={"compute_dtype": dtype})
 
 
 def settle(recipe, config, checkpoint, on: Computer):
@@ -100,13 +115,5 @@ def settle(recipe, config, checkpoint, on: Computer):
         InputError: see prequantized.settle.
     """
     recipe = prequantized.settle(recipe, config, checkpoint)
-    quantization = recipe.quantization
-    wanted = asked(recipe.model, quantization)
-    dtype, why = choose(wanted, config.get_text_config().model_type, on)
-    if why:
-        note(f"dtype     computes in {dtype}: {why}")
-    if dtype == wanted:
-        return recipe
-    if quantization is None:
-        return recipe.model_copy(update={"model": recipe.model.model_copy(update={"dtype": dtype})})
-    return recipe.model_copy(update={"quantization": quantization.model_copy(update={"compute_dtype": dtype})})
+    model, quantization = settled(recipe.model, recipe.quantization, config, on)
+    return recipe.model_copy(update={"model": model, "quantization": quantization})

@@ -39,7 +39,7 @@ def load(checkpoint, section, quantization, device=None, dtype=None, share=None)
         load_config(checkpoint, section).get_text_config(), "vocab_size", None
     )  # of images there is none
     config, bnb = read_config(checkpoint, section), None
-    compute_dtype = of_model(section, quantization, config, device)
+    compute_dtype = of_model(section, quantization)
     is_given, dtype = dtype is not None, dtype or DTYPE_WHEN_QUANTIZED
     stored = stored_quantization(config)
     if stored:

@@ -49,7 +49,7 @@ def load_on_meta(config, section, quantization, dtype=None, codes=True):
     from bitsandbytes.nn import Linear4bit
 
     model = on_meta(config, section.trust_remote_code)
-    computed = dtype_of(of_model(section, quantization, config, torch.device("cpu")))
+    computed = dtype_of(of_model(section, quantization))
     # as in `load`: 4-bit layers compute in what the recipe says, whatever the files were read in
     dtype = computed if dtype is None or (quantization and computed != DTYPE_WHEN_QUANTIZED) else dtype
     for parameter in model.parameters():

@@ -38,10 +38,15 @@ IN_HEAP_BELOW = 4 * 2**20  # bytes: larger blocks are the system's, and leave no
 _given_back = 0.0  # when
 
 
+MAY_BE_REFUSALS = (RuntimeError, MemoryError, SystemError)  # of these, is_refusal tells which are
+
+
 def is_refusal(error):
     """Return whether an exception is an out-of-memory error, of a GPU or of the CPU's allocator."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
+    if isinstance(error, SystemError):  # CPython's words for C code that was refused an object and did not say so
+        return "exception set" in str(error) or "without setting an exception" in str(error)
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _REFUSALS)
 
 

@@ -122,7 +122,7 @@ def train(model, tokenizer, rows: Rows, settings: Settings, run, saving=None) ->
     try:
         with recorded(run, "tensorboard" in section.report_to), _computing(model, economy.layers, settings, joined):
             loss, eval_loss = trainer.fit()
-    except (RuntimeError, MemoryError) as error:
+    except memory.MAY_BE_REFUSALS as error:
         if not memory.is_refusal(error):
             raise
         measured |= economy.said()

@@ -62,7 +62,7 @@ class Economy:
             undo = way_back(trainer)
             try:
                 made = compute(dict(moment.inputs))
-            except (RuntimeError, MemoryError) as error:
+            except memory.MAY_BE_REFUSALS as error:
                 if not self._may_go_on(trainer, error, divisible):
                     raise
                 why = memory.refused(error)

@@ -19,7 +19,7 @@ def answered(ask, model, go_on):
     model.eval()
     try:
         return tuple(ask(go_on))
-    except (RuntimeError, MemoryError) as error:
+    except memory.MAY_BE_REFUSALS as error:
         if not memory.is_refusal(error) or base_model.is_gathered(
             model
         ):  # the others would still gather weights for theirs

@@ -122,7 +122,7 @@ def save_unfinished(trainer):
         trainer.take_back()
     try:
         trainer.save()
-    except (RuntimeError, MemoryError) as error:
+    except memory.MAY_BE_REFUSALS as error:
         if not memory.is_refusal(error):
             raise
 

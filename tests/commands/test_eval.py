@@ -161,7 +161,7 @@ def test_a_base_that_another_run_has_asked_is_not_asked_again(own_run, make_reci
         ({"data": {"seed": 5}}, "was evaluated on other rows"),
         ({"data": {"train_on": "last_assistant"}}, "another data.train_on or data.thoughts than"),
         ({"quantization": None, "model": {"dtype": "bfloat16"}}, "another base model than that of"),
-        ({"quantization": {"compute_dtype": "float32"}}, "another quantization than that of"),
+        ({"quantization": {"compute_dtype": "float16"}}, "another quantization than that of"),
     ],
 )
 def test_what_another_run_has_of_another_base_or_other_rows_is_refused(changed, said, own_run, make_recipe, tmp_path):

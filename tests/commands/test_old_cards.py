@@ -1,4 +1,6 @@
-"""A card without bfloat16, pretended: what is chosen is said, kept, used by every verb, and not changed by a resume."""
+"""A card or processor without bfloat16, pretended: what is chosen is said, kept, used by every verb, not changed by a resume."""
+
+import json
 
 import pytest
 import torch
@@ -61,6 +63,22 @@ def test_the_whole_way_in_float16(make_recipe, on_a_t4, tmp_path, capsys):
         train(longer, resume=True)
     on_a_t4()
     assert records(train(longer, resume=True))[-1]["step"] == 5
+
+
+def test_the_whole_way_on_a_processor_without_bfloat16(make_recipe, monkeypatch, tmp_path, capsys):
+    for owner in (compute_dtype, base_model):
+        monkeypatch.setattr(owner, "computer", lambda device: Computer("processor", False, is_gpu=False))
+    run = train(make_recipe(training={"max_steps": 3}))
+    said = capsys.readouterr().err
+    assert "dtype     computes in float32: the processor has no instructions for bfloat16" in said
+    assert run.recipe().quantization.compute_dtype == run.environment()["compute_dtype"] == "float32"
+    memory = json.loads(run.memory_file.read_text())
+    assert memory["predicted_components"]["adapter"] == memory["measured_components"]["adapter"]
+    assert evaluate(run.path)["loss"] > 0
+    assert export(run.path, tmp_path / "out")["verified"]
+    for target in (run.path, tmp_path / "out"):  # a plain folder too
+        floating = {p.dtype for p in open_subject(target).model.parameters() if p.is_floating_point()}
+        assert floating == {torch.float32}
 
 
 @pytest.mark.slow

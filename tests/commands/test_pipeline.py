@@ -22,7 +22,7 @@ from qlora.recipe import Recipe
 from qlora.runs.folder import RunDir
 from qlora.system.errors import DoesNotFit, InputError, ProofFailed
 from qlora.system.units import size
-from tests.conftest import CHATML, CONVERSATIONS, FAMILIES, SHAPE, messages, some_slow, write_jsonl
+from tests.conftest import AUTO, CHATML, CONVERSATIONS, FAMILIES, SHAPE, messages, some_slow, write_jsonl
 
 
 def logits(model, ids):
@@ -216,7 +216,7 @@ def test_a_changed_base_is_refused_by_every_verb(trained_once, tmp_path, tiny_mo
 def test_the_run_folder_holds_what_the_contract_says(make_recipe, trained_once):
     run = trained_once()
     here = [f"output_dir={run.path}", f"data.train={run.path.parent}/train.jsonl"]
-    chosen = [*here, "quantization.compute_dtype=bfloat16"]  # what auto is here
+    chosen = [*here, f"quantization.compute_dtype={AUTO}"]  # what auto is here
     assert RunDir.open(run.path).recipe() == Recipe.from_dict(make_recipe().model_dump(), chosen)
     environment = run.environment()
     assert environment["versions"]["bitsandbytes"]

@@ -177,7 +177,7 @@ def trained(make_recipe, unplanned):
             sections = {"training": {"max_steps": 4 if "init_r" in lora else 3}} | sections
             recipe = make_recipe(family, **{"adalora" if "init_r" in lora else "lora": lora}, **sections)
             done = train(recipe)
-        return left[0].eval(), recipe, done
+        return left[0].eval(), done.recipe(), done
 
     return run
 
@@ -207,11 +207,12 @@ def test_every_kind_computes_after_loading_and_exporting_what_was_trained(traine
     base, ids = base_of(recipe)
     before = logits(base)
     loaded = methods.load(base, run.adapter, ids)
-    assert torch.equal(logits(loaded), expected)
+    rounding = 1e-5 if kind == "adalora" else 0  # saved without the ranks that were cut: fewer terms in its sums
+    torch.testing.assert_close(logits(loaded), expected, atol=rounding, rtol=0)
     assert not torch.allclose(before, expected, atol=0.1)
     with loaded.disable_adapter():
         assert torch.equal(logits(loaded), before)
-    assert torch.equal(logits(loaded), expected)
+    torch.testing.assert_close(logits(loaded), expected, atol=rounding, rtol=0)
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
     assert {p.dtype for p in loaded.parameters() if p.is_floating_point()} <= {torch.bfloat16, torch.float32}
     assert not loaded.training

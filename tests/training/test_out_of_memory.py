@@ -56,9 +56,10 @@ def run_out(monkeypatch, error, at):
     [
         (torch.OutOfMemoryError(CUDA_SAYS), "2.00 GiB requested, 1.20 GiB free"),
         (RuntimeError(CPU_SAYS), "134217728 bytes requested"),
+        (SystemError("error return without exception set"), "error return without exception set"),
         pytest.param(MemoryError(), "no more memory is available", marks=pytest.mark.slow),
     ],
-    ids=["cuda", "cpu", "python"],
+    ids=["cuda", "cpu", "c code", "python"],
 )
 def test_out_of_memory_says_when_which_rows_and_what_to_change(fit, tmp_path, monkeypatch, at, where, error, said):
     run_out(monkeypatch, error, at)

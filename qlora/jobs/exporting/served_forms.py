@@ -28,7 +28,7 @@ from ...system.events import note
 from ...system.storage import scratch_folder
 from ..evaluating.eval_rows import held_out_rows
 from ..opening.chosen_task import refuse_classes
-from ..opening.opened_model import Subject, open_subject
+from ..opening.opened_model import Subject, open_subject, unquantized
 from . import export_gguf, export_int8
 from .export_folder import refuse_full_disk, write_model
 from .export_proof import Prover, found_again
@@ -174,7 +174,7 @@ def _trained(job, merged, folder):
 def _beside_original(job, merged, folder):
     trained = job.trained
     _refuse_original(trained)
-    base = base_model.load(trained.checkpoint, trained.model, None, job.device)
+    base = base_model.load(trained.checkpoint, unquantized(trained.checkpoint, trained.model), None, job.device)
     model = methods.load(base, trained.folder, trained.checkpoint.new_tokens.values())
     return job.measured(model, _bytes_of(model), "the adapter beside the original base")
 

@@ -66,7 +66,7 @@ def open_subject(target, overrides=()) -> Subject:
     section, checkpoint = _of_model(target)
     in_int8 = int8.is_int8(checkpoint.folder)
     if not in_int8:
-        base_model.load_config(checkpoint, section)  # what is wrong with config.json is said of that file
+        section = unquantized(checkpoint, section)
     task = checkpoint.task.name
     tokenizer, _ = open_tokenizer(checkpoint.folder, section, checkpoint.generation_config(), task=task)
     with progress(f"loading {target}"):
@@ -97,6 +97,11 @@ def _stops(model, tokenizer):
     """Return the ids at which an answer ends; none of a model that answers with classes."""
     has_classes = base_model.task_of(model).HAS_CLASSES
     return set() if has_classes else chat.stop_token_ids(tokenizer, model.generation_config)
+
+
+def unquantized(checkpoint, section):
+    """Return a recipe's `model` with the dtype in which the checkpoint is computed here without quantization."""
+    return base_model.settled(section, None, base_model.load_config(checkpoint, section), this_machine())[0]
 
 
 def this_machine():

@@ -23,7 +23,7 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 if "huggingface_hub" in sys.modules:  # has read the environment already
     sys.modules["huggingface_hub"].constants.HF_HUB_DISABLE_TELEMETRY = True
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOME = {
     "Recipe": "recipe",

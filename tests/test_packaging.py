@@ -33,6 +33,14 @@ def test_the_classifiers_are_the_versions_that_may_install_it():
     assert [f"3.{minor}" for minor in range(30) if f"3.{minor}" in required] == PYTHONS
 
 
+def test_the_changelog_begins_with_this_version():
+    import qlora
+
+    newest = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.M).group(1)
+    assert newest == qlora.__version__
+    assert PROJECT["dynamic"] == ["version"]  # it stands in qlora/__init__.py alone
+
+
 def test_the_workflow_runs_what_ci_runs_on_each_python():
     job = yaml("workflows/ci.yml")["jobs"]["test"]
     assert job["strategy"]["matrix"]["python"] == PYTHONS

@@ -56,9 +56,6 @@ def recipe_file(make_recipe, tmp_path):
     recipe = make_recipe(
         data={"train": str(train), "max_length": 512, "overlong": "truncate_prompt", "eval_fraction": 0.0},
         training={"per_device_train_batch_size": 64, "tokens_per_micro_batch": None, "max_steps": 3},
-        quantization={
-            "compute_dtype": "bfloat16"
-        },  # where memory is refused to MKL's float32 products, they end the process
     )
     file = tmp_path / "recipe.yaml"
     file.write_text(recipe.to_yaml())

@@ -25,7 +25,7 @@ import psutil
 import torch
 import transformers
 
-from qlora import cli
+import qlora.main
 
 
 def owner_of(place):
@@ -67,7 +67,7 @@ def command(case, out):
         setattr(*owner_of(place), value)
     arm(case["signals"])
     sys.argv = ["qlora", *case["argv"]]
-    cli.main()
+    qlora.main.main()
 
 
 def alive(session):

@@ -103,6 +103,13 @@ def test_files_and_functions_are_short(path):
             assert len(set(names) - {"self", "cls"}) <= 8 or path.name == "cli.py", f"{node.name} in line {node.lineno}"
 
 
+def test_each_folder_says_what_it_is_for():
+    for folder in {path.parent for path in FILES}:
+        init = folder / "__init__.py"
+        assert init.is_file(), init
+        assert ast.get_docstring(ast.parse(init.read_text(encoding="utf-8"))), init
+
+
 def test_there_is_no_utils():
     assert not [path for path in FILES if path.stem in {"utils", "helpers", "misc", "common"}]
 

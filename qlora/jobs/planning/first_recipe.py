@@ -18,7 +18,7 @@ from ..opening.chosen_task import task_of
 from ..opening.opened_model import this_machine
 from ..opening.prepared_data import Prepared, prepare, refuse_pointless, with_method_of
 from .data_looked_at import Divided, Looked, divide, look
-from .plan_job import Budget, budget_of, budget_of_device, computer_of, job_of
+from .plan_job import Budget, budget_of, budget_of_device, computer_of, job_of, not_supported
 
 GOALS = {
     "quality": "the best answers that the card allows",
@@ -274,10 +274,8 @@ def _job(prepared, recipe, machine):
     try:
         return job_of(with_method_of(prepared, recipe, machine.on), machine.kind, machine.budget)
     except planner.NoPlan as error:
-        raise InputError(
-            f"{recipe.model.name_or_path}: this architecture is not supported by the planner ({error}), so no recipe can be "
-            "chosen for it; start from one of `qlora recipes`"
-        ) from None
+        so = ", so no recipe can be chosen for it; start from one of `qlora recipes`"
+        raise not_supported(recipe, error, so) from None
 
 
 def _what_would(job):

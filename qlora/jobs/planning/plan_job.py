@@ -266,3 +266,8 @@ def refuse_layers(section, num_layers):
             "memory.offload moves the inputs of checkpointed layers to CPU memory, but no layer is checkpointed; set "
             "memory.gradient_checkpointing=true, or memory.offload=false"
         )
+
+
+def not_supported(recipe, error, so=""):
+    """Return the InputError of a planner.NoPlan. so: what follows from it."""
+    return InputError(f"{recipe.model.name_or_path}: this architecture is not supported by the planner ({error}){so}")

@@ -12,6 +12,7 @@ from ..jobs.reporting.verdicts import number_of
 from ..recipe.comparison import settings_in_words
 from ..system.errors import InputError
 from ..system.events import note
+from ..system.extras import how_to_install
 from ..system.units import duration, size
 from . import markdown
 
@@ -106,7 +107,7 @@ def draw(path, found):
     try:
         import matplotlib
     except ImportError:
-        note("no picture, which needs matplotlib: pip install matplotlib")
+        note(f"no picture, which needs the package matplotlib; install it:  {how_to_install('plot')}")
         return
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt

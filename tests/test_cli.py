@@ -20,13 +20,6 @@ def qlora(*arguments, stdin=""):
     return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=300)
 
 
-@pytest.fixture
-def recipe_file(make_recipe, tmp_path):
-    path = tmp_path / "recipe.yaml"
-    path.write_text(make_recipe().to_yaml())
-    return path
-
-
 def test_help_is_fast_and_every_verb_has_an_example():
     start = time.monotonic()
     top = qlora("--help")

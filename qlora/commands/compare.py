@@ -18,7 +18,7 @@ from ..system import launched
 from ..system.errors import DoesNotFit, InputError, Interrupted
 from ..system.events import note
 from ..system.storage import locked, write_json, write_text
-from ..system.units import duration, size
+from ..system.units import duration, latency, size
 from ..terminal import shown
 from ..terminal.comparison import show_comparison, show_two_runs
 from ..terminal.tables import table
@@ -120,7 +120,7 @@ def _write(folder, path, last=False):
         seconds = found["merged_latency_seconds"] = merged_latency.seconds_a_token(runs[0], prompt)
         if seconds is not None:
             found["notes"].append(
-                f"Merged into a model in 16 bit, a token of an answer takes {seconds:.3f} s here, whatever the method."
+                f"Merged into a model in 16 bit, a token of an answer takes {latency(seconds)} here, whatever the method."
             )
     write_text(folder.path / "comparison.csv", page.as_csv(found))
     write_text(folder.path / "comparison.md", page.as_markdown(found))

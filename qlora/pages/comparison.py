@@ -13,7 +13,7 @@ from ..recipe.comparison import settings_in_words
 from ..system.errors import InputError
 from ..system.events import note
 from ..system.extras import how_to_install
-from ..system.units import duration, size
+from ..system.units import duration, latency, size
 from . import markdown
 
 _COLUMNS = ("variant", "settings", "seed", "status", *NUMBERS, "run", "message")
@@ -42,7 +42,7 @@ def summary_of(found) -> tuple[list[str], list[list[str]]]:
     further = [name for name in found.get("metrics", ()) if name not in OF_LOSS]
     header = ["variant", "setting", metric.replace("_", " "), "95 %", "spread",
               *(name.replace("_", " ") for name in further), "loss", "forgetting", "time", "peak", "trained", "saved",
-              "s/token", ""]  # fmt: skip
+              "a token", ""]  # fmt: skip
     rows = [
         [
             one["variant"],
@@ -57,7 +57,7 @@ def summary_of(found) -> tuple[list[str], list[list[str]]]:
             _shown(one["peak_bytes"], size),
             _shown(one["trainable_share"], "{:.2%}".format),
             _shown(one["saved_bytes"], size),
-            _shown(one.get("latency_seconds"), "{:.3f}".format),
+            _shown(one.get("latency_seconds"), latency),
             _verdict(one),
         ]
         for one in found["summary"]

@@ -11,7 +11,7 @@ from ..evaluation.intervals import OF_LOSS, is_share
 from ..evaluation.judge import win_rate_in_words
 from ..jobs.reporting.verdicts import change_in_words, number_of
 from ..recipe.comparison import settings_in_words
-from ..system.units import duration, size
+from ..system.units import duration, latency, size
 from . import charts, comparison, marked, served
 from .html import render
 
@@ -209,7 +209,7 @@ _WORDS = SimpleNamespace(
     number=_number, counts=_counts, components=_components, data_facts=_data_facts, before=_before, scores=_scores,
     settings=settings_in_words, differences=_differences, comparison=_comparison, side_by_side=_side_by_side,
     change=change_in_words, differing=marked.pieces, best=_best, served=_served, served_remarks=_served_remarks,
-    win_rate=win_rate_in_words,
+    win_rate=win_rate_in_words, latency=latency,
 )  # fmt: skip
 
 # ---- charts ----------------------------------------------------------------------------------------------------------

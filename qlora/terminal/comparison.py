@@ -6,7 +6,7 @@ import json
 
 from ..evaluation.intervals import OF_LOSS, is_share
 from ..recipe.comparison import settings_in_words
-from ..system.units import duration, size
+from ..system.units import duration, latency, size
 from .tables import show, table, text_table
 
 _SAME, _BEST = "≈", "*"
@@ -88,7 +88,7 @@ _COSTS = {
     "peak memory": ("peak_bytes", size),
     "trained parameters": ("trainable_parameters", "{:,}".format),
     "saved": ("saved_bytes", size),
-    "seconds an answer's token": ("latency_seconds", "{:.4f}".format),
+    "an answer's token": ("latency_seconds", latency),
     "forgetting": ("forgetting", "{:+.4f}".format),
 }
 

@@ -97,7 +97,7 @@ def _notes(wanted, rows):
     if len(seeds) == 1:
         notes.append("With one seed, what differs from one training to the next is not in the intervals.")
     notes.append(
-        "time: of the training, evaluations and checkpoints included, on this machine; s/token: of one answer, by itself."
+        "time: of the training, evaluations and checkpoints included, on this machine; a token: of one answer, by itself."
     )
     return notes
 

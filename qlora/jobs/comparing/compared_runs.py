@@ -15,7 +15,6 @@ next one's numbers, and nothing ends them all.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
 import subprocess
@@ -345,7 +344,7 @@ def row_of(run: RunDir, name=None, status=DONE, message="") -> dict[str, Any]:
         return found
     steps = [line for line in record.read(run) if isinstance(line, record.Step)]
     found["seconds"] = steps[-1].time if steps else None
-    with contextlib.suppress(InputError):  # a run of an older version may not have it
+    if run.memory_file.is_file():  # a run of an older version may not have it
         found["peak_bytes"] = files.read_object(run.memory_file).get("peak_bytes")
     counts = run.environment().get("parameters")
     if counts:

@@ -7,9 +7,8 @@ import functools
 import io
 
 from ..evaluation.intervals import OF_LOSS
-from ..jobs.comparing.compared_runs import NUMBERS
 from ..jobs.reporting.verdicts import number_of
-from ..recipe.comparison import settings_in_words
+from ..recipe.comparison import NUMBERS, settings_in_words
 from ..system.errors import InputError
 from ..system.events import note
 from ..system.extras import how_to_install

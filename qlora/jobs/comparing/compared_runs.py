@@ -30,7 +30,7 @@ from ...evaluation import answer_metrics, preferences, scores
 from ...evaluation.asked import Asked
 from ...evaluation.intervals import OF_LOSS, ratio
 from ...recipe import Data, as_yaml
-from ...recipe.comparison import FILE, Comparison, Entry, entries
+from ...recipe.comparison import FILE, NUMBERS, Comparison, Entry, entries
 from ...runs import record
 from ...runs.folder import RunDir
 from ...system import files
@@ -40,11 +40,6 @@ from ...system.storage import refuse_nonempty, write_json, write_text
 from ..evaluating import eval_rows
 from ..opening.chosen_task import encoder_of
 
-# of a row, and of a summary as means over seeds
-NUMBERS = (
-    "loss", "perplexity", "bits_per_byte", "forgetting", "seconds", "peak_bytes", "trainable_parameters", "trainable_share",
-    "saved_bytes", "latency_seconds",
-)  # fmt: skip
 DONE, FAILED, UNFINISHED, TO_DO = "done", "failed", "unfinished", "to do"
 
 

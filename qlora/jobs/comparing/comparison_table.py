@@ -10,10 +10,11 @@ from statistics import mean
 import numpy as np
 
 from ...evaluation import comparing, intervals
+from ...recipe.comparison import NUMBERS
 from ...system.errors import InputError
 from ...system.events import note
 from . import compared_runs
-from .compared_runs import DONE, NUMBERS, Folder
+from .compared_runs import DONE, Folder
 
 
 def of_folder(folder: Folder, path) -> dict:

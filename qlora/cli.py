@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from . import options
+from . import options, process
 from .completion import action_argument, card_option, name_argument
 from .system import launched
 from .system.errors import DoesNotFit, InputError
@@ -437,3 +437,8 @@ def chat(
         _print_json({"answer": answer})
     else:
         print()
+
+
+def main():
+    """Run the command line and exit with its code."""
+    process.run(app)

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from qlora import main
+from qlora import process
 from qlora.system.streams import Lasting
 from tests import forked
 from tests.conftest import CONVERSATIONS
@@ -34,7 +34,7 @@ def test_help_is_fast_and_every_verb_has_an_example():
 
 def test_importing_the_package_does_not_import_torch():
     code = (
-        "import sys, qlora, qlora.main, qlora.recipe; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+        "import sys, qlora, qlora.cli, qlora.recipe; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
@@ -88,7 +88,7 @@ def test_a_failed_proof_exits_4(recipe_file, tmp_path):
     code = (
         "import sys; from qlora.methods.low_rank import LowRank; LowRank.merged = lambda self, base, rows=None: base\n"
         f"sys.argv = ['qlora', 'export', {str(tmp_path / 'run')!r}, '--out', {str(tmp_path / 'out')!r}]\n"
-        "from qlora.main import main; main()"
+        "from qlora.cli import main; main()"
     )
     done = forked.run("-c", code)
     assert done.returncode == 4
@@ -101,7 +101,7 @@ def test_out_of_memory_exits_3_with_a_remedy(recipe_file):
         "import sys, torch; from qlora import training\n"
         "def full(*args, **kwargs): raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB')\n"
         f"training.train = full; sys.argv = ['qlora', 'train', {str(recipe_file)!r}]\n"
-        "from qlora.main import main; main()"
+        "from qlora.cli import main; main()"
     )
     done = forked.run("-c", code)
     assert done.returncode == 3
@@ -110,13 +110,11 @@ def test_out_of_memory_exits_3_with_a_remedy(recipe_file):
     assert "Traceback" not in done.stderr
 
 
-def test_a_full_disk_under_what_is_printed_is_named(monkeypatch, capsys):
+def test_a_full_disk_under_what_is_printed_is_named(capsys):
     """As in `qlora adapters > /full/disk/list`."""
     with open("/dev/full", "w") as full:
-        monkeypatch.setattr(main, "app", lambda: Lasting(full).write("x" * 2**20))
         with pytest.raises(SystemExit, match="2"):
-            main._main()
-        monkeypatch.undo()
+            process._run(lambda: Lasting(full).write("x" * 2**20))
         with open("/dev/null", "w") as empty:
             os.dup2(empty.fileno(), full.fileno())  # what is buffered goes there at its end
     assert capsys.readouterr().err == (

@@ -25,7 +25,7 @@ import psutil
 import torch
 import transformers
 
-import qlora.main
+from qlora import cli
 
 
 def owner_of(place):
@@ -67,7 +67,7 @@ def command(case, out):
         setattr(*owner_of(place), value)
     arm(case["signals"])
     sys.argv = ["qlora", *case["argv"]]
-    qlora.main.main()
+    cli.main()
 
 
 def alive(session):

@@ -19,7 +19,7 @@ import torch
 torch.set_num_threads(1)
 from qlora import base_model
 from qlora.training.objectives import supervised
-from qlora.main import main
+from qlora.cli import main
 
 def limit(room):
     held = int(next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmSize")).split()[1])

@@ -285,11 +285,11 @@ def qlora(arguments, cwd, before=""):
             os.chdir(cwd)
             os.dup2(writing, 2)
             sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
-            from qlora.main import main
+            from qlora import cli
 
             exec(before)
             sys.argv = ["qlora", *arguments]
-            main()
+            cli.main()
             code = 0
         except SystemExit as end:
             code = end.code

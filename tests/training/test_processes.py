@@ -278,7 +278,7 @@ def test_a_loss_that_diverges_ends_all_with_one_message(make_recipe, tmp_path):
 
 STOPPED = """
 import os, signal, sys
-from qlora.main import main
+from qlora import cli
 from qlora.training.reliable_trainer import Reliable
 
 real, numbers = Reliable.prediction_step, []
@@ -293,7 +293,7 @@ def stopped(self, *rest, **named):
 
 Reliable.prediction_step = stopped
 sys.argv = ["qlora", "train", *sys.argv[1:]]
-main()
+cli.main()
 """
 
 

@@ -205,7 +205,7 @@ def test_two_processes_train_any_method_as_one_does(make_recipe, tmp_path, name)
 
 IN_THE_REFERENCE = """
 import math, os, signal, sys
-from qlora.main import main
+from qlora import cli
 from qlora.training.objectives.preference import Preference
 
 real, numbers, is_last, what = Preference.log_probabilities, [], os.environ["RANK"] == "1", sys.argv.pop(1)
@@ -222,7 +222,7 @@ def other(self, model, inputs):
 
 Preference.log_probabilities = other
 sys.argv = ["qlora", "train", *sys.argv[1:]]
-main()
+cli.main()
 """
 
 
@@ -247,7 +247,7 @@ def test_what_happens_to_one_in_the_reference_ends_all_with_one_message(preferri
 
 IN_THE_DISTANCE = """
 import math, os, sys
-from qlora.main import main
+from qlora import cli
 from qlora.training.objectives.judged import Judgement
 
 real, numbers, is_last = Judgement._summed_ratios, [], os.environ["RANK"] == "1"
@@ -258,7 +258,7 @@ def other(*arguments):
 
 Judgement._summed_ratios = other
 sys.argv = ["qlora", "train", *sys.argv[1:]]
-main()
+cli.main()
 """
 
 

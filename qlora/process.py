@@ -1,4 +1,4 @@
-"""The process that a command line starts: its streams and signals; an error becomes one message and an exit code."""
+"""The process around a verb: its streams and signals; an error becomes one message and an exit code."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import os
 import sys
 import traceback
 
-from .cli import app
 from .system import launched
 from .system.errors import SURROUNDINGS, DoesNotFit, InputError, Interrupted, QLoRAError
 from .system.secrets import redacted
@@ -14,15 +13,15 @@ from .system.signals import handled
 from .system.streams import Lasting
 
 
-def main():
-    """Run the command line and exit with its code."""
+def run(app):
+    """Run `app`, the command line, and exit with its code."""
     if sys.getfilesystemencoding() == "ascii":  # LC_ALL=C with PYTHONUTF8=0: no name with an umlaut could be opened
         os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
     # None: this process was started without one
     sys.stdout, sys.stderr = (stream and Lasting(stream) for stream in (sys.stdout, sys.stderr))
     sys.excepthook = _show_bug
     with handled(leaves=True):
-        _main()
+        _run(app)
 
 
 def _show_bug(*bug):
@@ -30,7 +29,7 @@ def _show_bug(*bug):
     print(redacted("".join(traceback.format_exception(*bug))), end="", file=sys.stderr)
 
 
-def _main():
+def _run(app):
     try:
         os.getcwd()  # noqa: PTH109 (Path.cwd is the same)
     except OSError as error:

@@ -57,6 +57,8 @@ def test_a_folder_with_train_valid_and_test_is_trained_on_evaluated_on_and_left(
     assert "not read: test.jsonl" in out.read_text()
     longest = prepare(Recipe.load(out), weights=False).eval_examples.lengths.max()
     assert data.max_length >= longest > prepare(Recipe.load(out), weights=False).examples.lengths.max()
+    found = init(tiny_model(), tmp_path / "mine", "4090", "small", tmp_path / "b.yaml", ["data.eval_fraction=0.2"])
+    assert found["values"]["data"]["eval"] is None
 
 
 def test_rows_that_are_too_long_in_any_of_several_files_are_dropped(tiny_model, tmp_path):

@@ -89,6 +89,8 @@ def choose(model, data_file, machine: Machine, goal, overrides=(), output_dir=No
         raise InputError(f"--goal {goal!r}: should be one of {', '.join(GOALS)}")
     given = reading.with_overrides("the recipe", {}, {}, list(overrides))[0]
     divided = divide(data_file)
+    if (given.get("data") or {}).get("eval_fraction"):  # instead of the folder's own held-out rows
+        divided = Divided(divided.train)
     looked = _looked(divided.train, given)
     start = _start(model, divided, looked, output_dir or _new_folder(data_file))
     limit = _limit(values_of(start), overrides)

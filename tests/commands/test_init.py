@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from qlora import cli
+from qlora import cli, process
 from qlora.commands import init as verb
 from qlora.commands import recipes as recipes_verb
 from qlora.commands.init import ask, init
@@ -189,7 +189,7 @@ def test_wrong_arguments_exit_2(arguments, said, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["qlora", *arguments])
     with pytest.raises(SystemExit, match="2"):
-        cli._main()
+        process._run(cli.app)
     assert said in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 

@@ -10,7 +10,8 @@
     with qlora.open(run.path, adapters={"b": "runs/b"}) as model:  # stays in memory, several adapters on one base
         answer = model.answer("Hello!", adapter="b")
 
-They print as the command line does, and nothing in a block `with qlora.quiet():`. Names are imported when first used,
+They print as the command line does, and nothing in a block `with qlora.quiet():`; a function of your own hears each step in a
+block `with qlora.heard_by(function):`. Names are imported when first used,
 so that `import qlora` and `qlora --help` stay fast.
 """
 
@@ -57,6 +58,7 @@ _HOME = {
     "open": "commands.open",
     "push": "commands.push",
     "quiet": "terminal",
+    "heard_by": "system.events",
 }
 __all__ = [name for name in _HOME if name != "open"]  # `from qlora import *` leaves Python's own open alone
 

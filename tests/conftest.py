@@ -305,3 +305,10 @@ def recipe_in(folder, model, sections):
     for name, section in sections.items():
         values[name] = {**values.get(name, {}), **section} if isinstance(section, dict) else section
     return Recipe.from_dict(values)
+
+
+@pytest.fixture
+def recipe_file(make_recipe, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(make_recipe().to_yaml())
+    return path

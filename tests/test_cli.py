@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from qlora import cli
+from qlora import process
 from qlora.system.streams import Lasting
 from tests import forked
 from tests.conftest import CONVERSATIONS
@@ -18,13 +18,6 @@ def qlora(*arguments, stdin=""):
     """Return what came of a command as its user starts it, imports and all."""
     command = [sys.executable, "-m", "qlora", *map(str, arguments)]
     return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=300)
-
-
-@pytest.fixture
-def recipe_file(make_recipe, tmp_path):
-    path = tmp_path / "recipe.yaml"
-    path.write_text(make_recipe().to_yaml())
-    return path
 
 
 def test_help_is_fast_and_every_verb_has_an_example():
@@ -117,13 +110,11 @@ def test_out_of_memory_exits_3_with_a_remedy(recipe_file):
     assert "Traceback" not in done.stderr
 
 
-def test_a_full_disk_under_what_is_printed_is_named(monkeypatch, capsys):
+def test_a_full_disk_under_what_is_printed_is_named(capsys):
     """As in `qlora adapters > /full/disk/list`."""
     with open("/dev/full", "w") as full:
-        monkeypatch.setattr(cli, "app", lambda: Lasting(full).write("x" * 2**20))
         with pytest.raises(SystemExit, match="2"):
-            cli._main()
-        monkeypatch.undo()
+            process._run(lambda: Lasting(full).write("x" * 2**20))
         with open("/dev/null", "w") as empty:
             os.dup2(empty.fileno(), full.fileno())  # what is buffered goes there at its end
     assert capsys.readouterr().err == (

@@ -25,7 +25,7 @@ LEVELS = [
     {"jobs"},
     {"terminal", "pages"},
     {"commands"},
-    {"cli", "completion", "options"},
+    {"cli", "completion", "options", "process"},
     {"__main__", "__init__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
@@ -84,7 +84,7 @@ def test_only_commands_see_a_whole_recipe():
 def test_only_the_terminal_and_the_verbs_print():
     """All others emit events (system/events.py), or return what they found."""
     for path in FILES:
-        if part_of(path) not in {"terminal", "commands", "cli"}:
+        if part_of(path) not in {"terminal", "commands", "cli", "process"}:
             text = path.read_text(encoding="utf-8")
             assert not re.search(r"^\s*(?:from|import) rich\b|(?<![\w.])print\(", text, flags=re.MULTILINE), path
             assert "terminal" not in imported_parts(path) or part_of(path) == "__init__", path
@@ -100,6 +100,13 @@ def test_files_and_functions_are_short(path):
             names = [one.arg for one in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
             assert node.end_lineno - node.lineno < 60, f"{node.name} in line {node.lineno}"
             assert len(set(names) - {"self", "cls"}) <= 8 or path.name == "cli.py", f"{node.name} in line {node.lineno}"
+
+
+def test_each_folder_says_what_it_is_for():
+    for folder in {path.parent for path in FILES}:
+        init = folder / "__init__.py"
+        assert init.is_file(), init
+        assert ast.get_docstring(ast.parse(init.read_text(encoding="utf-8"))), init
 
 
 def test_there_is_no_utils():

@@ -102,3 +102,12 @@ def test_what_the_image_is_made_of_is_sent_to_docker_and_nothing_else():
     }
     copied = {source for line in lines("COPY") for source in line.split()[1:-1]} - {"."}
     assert sent == named | copied
+
+
+def test_no_message_names_an_optional_package_without_the_versions_that_were_tested():
+    """system/extras.py has them of the extras."""
+    extras = PROJECT["optional-dependencies"].values()
+    named = {re.match(r"[\w-]+", requirement)[0] for extra in extras for requirement in extra}
+    for path in {*(ROOT / "qlora").rglob("*.py")} - {ROOT / "qlora" / "system" / "extras.py"}:
+        for packages in re.findall(r"pip install ([^\"{]*)", path.read_text(encoding="utf-8")):
+            assert not named & set(re.findall(r"[\w-]+", packages)), path

@@ -21,6 +21,7 @@ from qlora import (
     doctor,
     evaluate,
     export,
+    heard_by,
     init,
     inspect_data,
     list_cards,
@@ -35,6 +36,7 @@ from qlora import (
     show_recipe,
     train,
 )
+from qlora.runs import record
 
 # a script of somebody else may name any of these arguments
 SIGNATURES = {
@@ -62,6 +64,7 @@ SIGNATURES = {
     "push": "(target, repo, *, public=False, base=None, license=None, dry_run=False) -> 'dict'",
     "report": "(targets, out=None) -> 'dict'",
     "quiet": "()",
+    "heard_by": "(*listeners)",
 }
 
 
@@ -82,8 +85,15 @@ def test_every_public_name_works_after_all_the_others(make_recipe, tmp_path, mon
     shared = Recipe.load("mine.yaml", ["training.gradient_accumulation_steps=2"])
     assert plan_processes(shared, 2, card="4090")["fits"]
     assert {"RTX 4090", "T4"} <= {card["name"] for card in list_cards()["cards"]}
-    run = train(recipe)
+    heard = []
+    with heard_by(heard.append):
+        run = train(recipe)
     assert isinstance(run, RunDir)
+    steps = [event for event in heard if isinstance(event, record.Step)]
+    assert [(one.step, one.loss) for one in steps] == [
+        (one.step, one.loss) for one in record.read(run) if isinstance(one, record.Step)
+    ]
+    assert len(steps) == 3
     assert set(evaluate(run.path)["metrics"]) == {"exact_match"}
     Path("compared.yaml").write_text("base: mine.yaml\nvariants: {mine: }\noutput_dir: compared\n")
     assert compare("compared.yaml", dry_run=True)["planned"][0]["fits"]
@@ -118,7 +128,7 @@ def test_every_public_function_is_documented_and_has_the_arguments_that_scripts_
         assert len(inspect.getdoc(function)) > 80, name
 
 
-@pytest.mark.parametrize("name", ["Recipe", "InputError", "quiet", "report"])
+@pytest.mark.parametrize("name", ["Recipe", "InputError", "quiet", "heard_by", "report"])
 def test_what_computes_nothing_is_imported_without_torch(name):
     code = f"import sys; from qlora import {name}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -65,8 +65,9 @@ def refuse_incomplete(checkpoint, info, model, task):
 def refuse_rows_that_are_no_blocks(checkpoint, modules):
     """Raise InputError where bitsandbytes would compute with wrong weights.
 
-    It quantizes in blocks of 64 numbers that run on from row to row; on a CPU, 0.50.2 dequantizes as if each row began
-    a block. For rows of 96 numbers the result is 63 % off, where 4 bits cost 9 %, and nothing is said.
+    It quantizes in blocks of 64 numbers that run on from row to row; on a CPU with AVX-512, 0.50.2 dequantizes as if each row
+    began a block, and a run may go from any CPU to such a one. For rows of 96 numbers the result is 63 % off, where 4 bits
+    cost 9 %, and nothing is said.
     """
     wrong = [
         f"{name}: {module.in_features} inputs"

@@ -13,7 +13,7 @@ from .compute_dtype import of_model
 from .layers import is_conv1d
 from .messages import said
 from .prequantized import names_in_4_bit
-from .quantized import DTYPE_WHEN_QUANTIZED, dtype_of
+from .quantized import BLOCKSIZE, DTYPE_WHEN_QUANTIZED, dtype_of
 
 
 def on_meta(config, trust_remote_code=False):
@@ -86,8 +86,8 @@ def _weight_on_meta(num_in, num_out, quantization, dtype):
         return torch.empty(count, dtype=dtype, device="meta")
 
     count = num_in * num_out
-    num_blocks = -(-count // 64)
-    shared = {"shape": torch.Size((num_out, num_in)), "blocksize": 64, "quant_type": quantization.quant_type}
+    num_blocks = -(-count // BLOCKSIZE)
+    shared = {"shape": torch.Size((num_out, num_in)), "blocksize": BLOCKSIZE, "quant_type": quantization.quant_type}
     if quantization.use_double_quant:
         nested = QuantState(on_meta(-(-num_blocks // 256)), code=on_meta(256), blocksize=256, dtype=torch.float32)
         shared |= {"offset": on_meta(()), "state2": nested}

@@ -16,8 +16,8 @@ from safetensors import safe_open
 from ..system.errors import InputError
 from . import tasks
 from .layers import is_conv1d, linear_names
+from .quantized import BLOCKSIZE
 
-_BLOCKSIZE = 64
 _STATE = ".quant_state.bitsandbytes__nf4"
 _NESTED = (".nested_absmax", ".nested_quant_map")
 _BESIDE = (".absmax", ".quant_map", *_NESTED, _STATE)
@@ -202,7 +202,7 @@ def _wrong(headers, name, shape, nested):
         said = None
     if not isinstance(said, dict):
         return f"{name + _STATE} is not a JSON object"
-    wanted = {"quant_type": "nf4", "blocksize": _BLOCKSIZE, "shape": list(shape)}
+    wanted = {"quant_type": "nf4", "blocksize": BLOCKSIZE, "shape": list(shape)}
     wanted |= {"nested_blocksize": 256, "nested_dtype": "float32"} if nested else {}
     for key, value in wanted.items():
         if said.get(key) != value:
@@ -211,7 +211,7 @@ def _wrong(headers, name, shape, nested):
     if nested and not (isinstance(offset, float) and math.isfinite(offset)):
         return f"nested_offset is {offset!r}, not a finite number"
     numbers = math.prod(shape)
-    blocks = -(-numbers // _BLOCKSIZE)
+    blocks = -(-numbers // BLOCKSIZE)
     counts = {"": (-(-numbers // 2), "U8"), ".absmax": (blocks, "U8" if nested else "F32"), ".quant_map": (16, "F32")}
     counts |= {".nested_absmax": (-(-blocks // 256), "F32"), ".nested_quant_map": (256, "F32")} if nested else {}
     for end, form in counts.items():

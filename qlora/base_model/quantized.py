@@ -44,7 +44,8 @@ _OF_ZEROS = (
     0x77,
     0x00,
 )  # two codes a byte of a block of zeros: on a CPU, the code of 0.0; on CUDA, where 0 * inf is no number
-_BLOCK = 32  # bytes of the codes of 64 numbers
+BLOCKSIZE = 64  # numbers that share an absmax: what transformers asks of bitsandbytes
+_BLOCK = BLOCKSIZE // 2  # bytes of their codes
 
 
 def as_recorded(codes, recorded):

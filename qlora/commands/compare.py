@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import time
 
 from .. import base_model
-from ..evaluation.intervals import OF_LOSS, is_share
 from ..jobs.comparing import comparison_table, differences
 from ..jobs.comparing.compared_runs import DONE, TO_DO, UNFINISHED, Folder, measured, row_of, train_one
 from ..jobs.evaluating import eval_rows, merged_latency
@@ -20,10 +18,10 @@ from ..system import launched
 from ..system.errors import DoesNotFit, InputError, Interrupted
 from ..system.events import note
 from ..system.storage import locked, write_json, write_text
-from ..system.units import duration, size
+from ..system.units import duration, latency, size
 from ..terminal import shown
-from ..terminal.comparison import show_comparison
-from ..terminal.tables import show, table, text_table
+from ..terminal.comparison import show_comparison, show_two_runs
+from ..terminal.tables import table
 
 
 @shown()
@@ -122,7 +120,7 @@ def _write(folder, path, last=False):
         seconds = found["merged_latency_seconds"] = merged_latency.seconds_a_token(runs[0], prompt)
         if seconds is not None:
             found["notes"].append(
-                f"Merged into a model in 16 bit, a token of an answer takes {seconds:.3f} s here, whatever the method."
+                f"Merged into a model in 16 bit, a token of an answer takes {latency(seconds)} here, whatever the method."
             )
     write_text(folder.path / "comparison.csv", page.as_csv(found))
     write_text(folder.path / "comparison.md", page.as_markdown(found))
@@ -149,63 +147,5 @@ def compare_runs(one, other, data=None) -> dict:
         )
     rows, differing = [row_of(run, name) for run in runs], differences.between(*runs)
     change = comparison_table.paired(runs[0], runs[1], name)
-    for what, found in differing.items():
-        if found:
-            text_table(
-                f"{what}: what differs",
-                ["", str(one), str(other)],
-                [[name, _cell(a), _cell(b)] for name, a, b in found],
-            )
-    if not any(differing.values()):
-        show("recipe, data, versions and base model are the same")
-    header = ["", str(one), str(other), "change", "95 %"]
-    table("measured", header, [*_scores(rows, change), *_costs(rows)])
+    show_two_runs((str(one), str(other)), rows, differing, change)
     return {"rows": rows, "differences": differing, "change": change}
-
-
-def _cell(value):
-    text = (
-        "none"
-        if value is None
-        else json.dumps(value, ensure_ascii=False)
-        if isinstance(value, (dict, list))
-        else str(value)
-    )
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _scores(rows, change):
-    """Return a line for each number of the loss and each metric of both runs, with what changed."""
-    lines = []
-    of_loss = [name for name in OF_LOSS if any(row[name] is not None for row in rows)]
-    for name in (*of_loss, *dict.fromkeys(name for row in rows for name in row["metrics"])):
-        values = [row[name] if name in OF_LOSS else row["metrics"].get(name, {}).get("value") for row in rows]
-        form, signed = (".1%", "+.1%") if is_share(name) else (".4f", "+.4f")
-        line = [name.replace("_", " "), *("" if value is None else format(value, form) for value in values)]
-        found = change.get(name)
-        line += (
-            ["", ""]
-            if found is None
-            else [format(found["value"], signed), f"{found['low']:{signed}} to {found['high']:{signed}}"]
-        )
-        lines.append(line)
-    return lines
-
-
-_COSTS = {
-    "training time": ("seconds", duration),
-    "peak memory": ("peak_bytes", size),
-    "trained parameters": ("trainable_parameters", "{:,}".format),
-    "saved": ("saved_bytes", size),
-    "seconds an answer's token": ("latency_seconds", "{:.4f}".format),
-    "forgetting": ("forgetting", "{:+.4f}".format),
-}
-
-
-def _costs(rows):
-    found = []
-    for what, (name, said) in _COSTS.items():
-        values = [row[name] for row in rows]
-        if any(value is not None for value in values):
-            found.append([what, *("" if value is None else said(value) for value in values), "", ""])
-    return found

@@ -9,7 +9,7 @@ from .. import planner
 from ..jobs.opening.prepared_data import prepared_if_there
 from ..jobs.planning.method_plans import advice
 from ..jobs.planning.method_plans import plan_methods as plans_of_methods
-from ..jobs.planning.plan_job import budget_of, computer_of, job_of, without_data
+from ..jobs.planning.plan_job import budget_of, computer_of, job_of, not_supported, without_data
 from ..jobs.planning.several_card_plans import fewest, plan_several, refuse_sharded
 from ..pages.plan import draw
 from ..planner import several_cards
@@ -53,7 +53,7 @@ def plan(recipe: Recipe, vram=None, card=None, plot=None) -> dict:
     try:
         job = without_data(recipe, "cuda", budget, on) if prepared is None else job_of(prepared, "cuda", budget)
     except planner.NoPlan as error:
-        raise _not_supported(recipe, error) from None
+        raise not_supported(recipe, error) from None
     if plot is not None and job.outline.counts == "images":
         raise InputError("--plot draws memory by the length of rows, and images are alike; leave it out")
     found = planner.plan(job)
@@ -129,7 +129,7 @@ def plan_processes(recipe: Recipe, count: int, vram=None, card=None, link=None) 
         none_fits = not any(way.plan.fits for way in ways)
         more = fewest(recipe, prepared, budget, on, count, speed) if none_fits else None
     except planner.NoPlan as error:
-        raise _not_supported(recipe, error) from None
+        raise not_supported(recipe, error) from None
     sharding = recipe.memory.sharding
     sentence = several_cards.advice(ways, sharding, more)
     say_ways(recipe, ways, budget, speed, sentence)
@@ -160,7 +160,3 @@ def _as_json(way):
         "hours",
     )
     return fields | {name: plan[name] for name in kept}
-
-
-def _not_supported(recipe, error):
-    return InputError(f"{recipe.model.name_or_path}: this architecture is not supported by the planner ({error})")

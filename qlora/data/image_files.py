@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..system.errors import InputError
-from . import columns, sources
+from . import columns, sources, splits
 from .readers import READERS
 from .readers.lines import Row
 
@@ -24,7 +24,6 @@ IMAGE, LABEL = "image", "label"
 _IMAGES = {".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 _TABLES = {".csv", ".tsv", ".jsonl", ".parquet"}  # .txt and .json may say something of a folder of classes
 _LITTER = {"thumbs.db", "desktop.ini"}  # of file managers; those that begin with a dot too
-_SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval"}
 _BLOCK = 1 << 20
 
 
@@ -202,10 +201,10 @@ def _files(folder):
 
 def _refuse_splits(root, folders):
     """Raise InputError where folders are those of splits, each with its own folders of classes."""
-    splits = [name for name in folders if name.lower() in _SPLITS and _has_folders_only(root / name)]
-    if len(splits) > 1 or (splits and len(splits) == len(folders)):
-        named = ", ".join(splits)
-        train = next((name for name in splits if name.lower().startswith("train")), splits[0])
+    found = [name for name in folders if name.lower() in splits.WORDS and _has_folders_only(root / name)]
+    if len(found) > 1 or (found and len(found) == len(folders)):
+        named = ", ".join(found)
+        train = next((name for name in found if splits.WORDS[name.lower()] == splits.TRAIN), found[0])
         raise InputError(
             f"the folder {root} has the folders {named}, which are no classes; give each by itself, such as "
             f"data.train={root / train}"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..system.errors import InputError
+from . import splits
 from .readers import READERS, reader_of
 from .readers.lines import Row, first_line, open_file
 
@@ -154,7 +155,7 @@ def open_source(source, mapped=None):
     mapped: data.columns, which makes no difference here.
 
     Raises:
-        InputError: there is none.
+        InputError: there is none, or a folder has training rows beside held-out ones.
     """
     if source.name is not None:
         return [HubSplit(source)]
@@ -164,15 +165,18 @@ def open_source(source, mapped=None):
         raise InputError(f"cannot look for data files at {source.path}: {error.strerror or error}") from None
 
 
+def files_of(folder) -> list[str]:
+    """Return the data files of a folder, sorted."""
+    files = (file for file in Path(folder).iterdir() if file.suffix.lower() in READERS)
+    return sorted(str(file) for file in files if file.name not in _DESCRIPTIONS)
+
+
 def _expand(path):
     if Path(path).is_dir():
-        found = sorted(
-            str(file)
-            for file in Path(path).iterdir()
-            if file.suffix.lower() in READERS and file.name not in _DESCRIPTIONS
-        )
+        found = files_of(path)
         if not found:
             raise InputError(f"the folder {path} has no data file ({', '.join(READERS)})")
+        splits.refuse_mixed(path, found)
         return found
     if Path(path).exists() or not glob.has_magic(str(path)):
         return [str(path)]

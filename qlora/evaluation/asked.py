@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..recipe.comparison import BUILT_IN
 from ..system.errors import InputError, ProofFailed
 from . import answer_metrics
 from .intervals import OF_LOSS
 from .judge import Judge
 
-BUILT_IN = "built-in"
 BEFORE, EXPECTED = "before", "expected"
 GENERAL_TEXT = Path(__file__).with_name("general_text.jsonl")
 BATCH_SIZE = 25

@@ -17,9 +17,8 @@ from .. import base_model
 from ..data import KeptImage, Labelled, LabelledImage
 from ..evaluation import classes, metrics
 from ..system.errors import InputError
-from .proof import BASE_FACTOR, KL_LIMIT, TOP1_LIMIT, loss_limit
+from .proof import BASE_FACTOR, KL_LIMIT, MOST_ROWS, TOP1_LIMIT, loss_limit
 
-MOST_ROWS = 64
 # |logits - live| / |live|, as norms over all rows. Measured in float16: SmolLM2-135M 1.3e-3, tiny models of five families 2e-6 to
 # 2e-5; of the base under a new head 0.5 to 1. bfloat16 has an eighth of the digits.
 LOGITS_LIMIT = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 6e-2}

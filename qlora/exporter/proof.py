@@ -28,6 +28,7 @@ BASE_FACTOR = 4
 
 # B rows of a batch, T positions of a row, V vocab, L the embedding and the decoder layers, H hidden
 
+MOST_ROWS = 64
 _STORED_BYTES = 256 * 2**20  # of the live model's log probabilities, kept while the merged model loads
 
 
@@ -57,13 +58,13 @@ class Scores:
 
 
 def proof_rows(examples, vocab_size):
-    """Return those of the first 64 rows whose positions fit the memory set aside, or the shortest if none does."""
+    """Return those of the first MOST_ROWS rows whose positions fit the memory set aside, or the shortest if none does."""
     budget, rows = _STORED_BYTES // (4 * vocab_size), []
-    for example in examples[:64]:
+    for example in examples[:MOST_ROWS]:
         if len(example.input_ids) - 1 <= budget:
             budget -= len(example.input_ids) - 1
             rows.append(example)
-    return rows or [min(examples[:64], key=lambda example: len(example.input_ids))]
+    return rows or [min(examples[:MOST_ROWS], key=lambda example: len(example.input_ids))]
 
 
 # For an adapter that comes without rows: text of several kinds, so that many layers and tokens have something to say.

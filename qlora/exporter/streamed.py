@@ -16,6 +16,7 @@ from safetensors import safe_open
 
 from .. import base_model
 from ..base_model import prequantized
+from ..base_model.quantized import BLOCKSIZE
 from ..evaluation import metrics
 from ..system.errors import InputError
 from . import proof
@@ -23,7 +24,7 @@ from . import proof
 _HEAD_BYTES = 32 * 2**20  # of the head in memory at a time
 _ACTIVATION_BYTES = 512 * 2**20  # of one layer on the rows that go through together, unless one row takes more
 _SLACK_BYTES = 32 * 2**20  # freed, and kept by the C library: pieces of up to 32 MiB
-_NF4_BYTES = 0.5 + 4 / 64  # a weight: a code, and the block's absmax before it is quantized itself
+_NF4_BYTES = 0.5 + 4 / BLOCKSIZE  # a weight: a code, and the block's absmax before it is quantized itself
 _QUANTIZING_BYTES = 18  # a weight, measured on the CPU (bitsandbytes 0.50.2): 14, cast before 16, transposed 2 more
 
 

@@ -12,9 +12,10 @@ import threading
 
 import torch
 
+from ..base_model.quantized import BLOCKSIZE
+
 # O out_features, I in_features
 
-BLOCKSIZE = 64  # numbers that share an absmax: what transformers asks of bitsandbytes
 _PIECE = 2**18  # numbers in a piece on the CPU: three buffers of a MiB, about a core's cache
 _local = threading.local()
 

@@ -10,12 +10,12 @@ corda, lora_ga  the same with a B0 A0 that is made of training rows, calibrated.
 from __future__ import annotations
 
 import copy
-import math
 
 import torch
 
 from .. import base_model
 from ..data import IGNORE_INDEX
+from ..recipe.methods import divisor
 from ..system.errors import InputError
 from . import calibrated
 from .folder import PREFIX
@@ -34,7 +34,8 @@ def settings(section, on_meta=False):
 
     chosen = section.init_lora_weights
     # [B, -B0] [A; A0] has rank 2 r; scaling stays what it is
-    ranks, alphas = (2, math.sqrt(2) if section.use_rslora else 2) if chosen in _SPLIT else (1, 1)
+    ranks = 2 if chosen in _SPLIT else 1
+    alphas = divisor(ranks, section.use_rslora)
     return {
         "r": ranks * section.r,
         "lora_alpha": alphas * section.lora_alpha,

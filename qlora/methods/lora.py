@@ -6,13 +6,12 @@ DoRA: magnitude m (O); W + scaling * B A, each row scaled to the length m.
 from __future__ import annotations
 
 import contextlib
-import math
 import types
 
 import torch
 
 from .. import base_model
-from ..recipe.methods import pattern_of
+from ..recipe.methods import divisor, pattern_of
 from ..system.errors import InputError
 from . import initial_weights, low_rank, peft_model, targets
 from .adapter import Sorted, refuse_unknown_settings
@@ -172,8 +171,8 @@ def _update(found, module, alpha, rank):
     if magnitude is not None and magnitude.shape != (len(B_OR),):
         found.problems.append(f"{module}: magnitude is {tuple(magnitude.shape)}, the weight has {len(B_OR)} rows")
         return None
-    root = math.sqrt(rank) if found.config.get("use_rslora") else rank
-    return low_rank.LowRank(A_RI, B_OR, alpha / root, magnitude)
+    scaling = alpha / divisor(rank, found.config.get("use_rslora"))
+    return low_rank.LowRank(A_RI, B_OR, scaling, magnitude)
 
 
 # ---- refused before it is attached -----------------------------------------------------------------------------------

@@ -7,12 +7,12 @@ import functools
 import io
 
 from ..evaluation.intervals import OF_LOSS
-from ..jobs.comparing.compared_runs import NUMBERS
 from ..jobs.reporting.verdicts import number_of
-from ..recipe.comparison import settings_in_words
+from ..recipe.comparison import NUMBERS, settings_in_words
 from ..system.errors import InputError
 from ..system.events import note
-from ..system.units import duration, size
+from ..system.extras import how_to_install
+from ..system.units import duration, latency, size
 from . import markdown
 
 _COLUMNS = ("variant", "settings", "seed", "status", *NUMBERS, "run", "message")
@@ -35,43 +35,38 @@ def as_csv(found) -> str:
     return stream.getvalue()
 
 
-def table_of(found) -> tuple[list[str], list[list[str]]]:
-    """Return (header, rows) of a comparison: a row for each setting, its means over seeds, and what did not end well."""
+def summary_of(found) -> tuple[list[str], list[list[str]]]:
+    """Return (header, rows) of a comparison's means over seeds, a row for each setting, without columns that are empty."""
+    metric = found["metric"]
     further = [name for name in found.get("metrics", ()) if name not in OF_LOSS]
-    header = ["variant", "setting", found["metric"].replace("_", " "), "95 %", "spread",
+    header = ["variant", "setting", metric.replace("_", " "), "95 %", "spread",
               *(name.replace("_", " ") for name in further), "loss", "forgetting", "time", "peak", "trained", "saved",
-              "s/token", ""]  # fmt: skip
-    lines = []
-    for one in found["summary"]:
-        number = functools.partial(number_of, found["metric"])
-        lines.append(
-            [
-                one["variant"],
-                settings_in_words(one["settings"]),
-                number(one["mean"]),
-                f"{number(one['low'])} to {number(one['high'])}",
-                "" if one["spread"] is None else number(one["spread"]),
-                *(number_of(name, one["metrics"].get(name)) for name in further),
-                "" if found["metric"] == "loss" else _shown(one["loss"], ".4f"),
-                _shown(one["forgetting"], "+.4f"),
-                "" if one["seconds"] is None else duration(one["seconds"]),
-                "" if one["peak_bytes"] is None else size(one["peak_bytes"]),
-                _shown(one["trainable_share"], ".2%"),
-                "" if one["saved_bytes"] is None else size(one["saved_bytes"]),
-                _shown(one["latency_seconds"], ".3f"),
-                _verdict(one),
-            ]
-        )
-    for row in found["rows"]:
-        if row["status"] != "done":
-            where = f"{settings_in_words(row['settings'])} seed {row['seed']}".strip()
-            reason = (row["message"] or "").split("\n")[0]
-            lines.append([row["variant"], where, row["status"], *[""] * (len(header) - 4), reason[:120]])
-    return header, lines
+              "a token", ""]  # fmt: skip
+    rows = [
+        [
+            one["variant"],
+            settings_in_words(one["settings"]),
+            number_of(metric, one["mean"]),
+            f"{number_of(metric, one['low'])} to {number_of(metric, one['high'])}",
+            _shown(one["spread"], functools.partial(number_of, metric)),
+            *(_shown(one["metrics"].get(name), functools.partial(number_of, name)) for name in further),
+            "" if metric == "loss" else _shown(one["loss"], "{:.4f}".format),
+            _shown(one["forgetting"], "{:+.4f}".format),
+            _shown(one["seconds"], duration),
+            _shown(one["peak_bytes"], size),
+            _shown(one["trainable_share"], "{:.2%}".format),
+            _shown(one["saved_bytes"], size),
+            _shown(one.get("latency_seconds"), latency),
+            _verdict(one),
+        ]
+        for one in found["summary"]
+    ]
+    kept = [number for number in range(len(header)) if number < 3 or any(row[number] for row in rows)]
+    return [header[number] for number in kept], [[row[number] for number in kept] for row in rows]
 
 
-def _shown(value, form):
-    return "" if value is None else format(value, form)
+def _shown(value, said):
+    return "" if value is None else said(value)
 
 
 def _verdict(one):
@@ -84,12 +79,20 @@ def _verdict(one):
 
 def as_markdown(found) -> str:
     """Return the table of a comparison in Markdown, with the command that makes it and what its words mean."""
-    header, lines = table_of(found)
-    kept = [
-        number for number, name in enumerate(header) if number < 3 or any(line[number] for line in lines) or not name
-    ]
-    table = markdown.table([header[number] for number in kept], [[line[number] for number in kept] for line in lines])
+    header, lines = summary_of(found)
+    if ended := [row for row in found["rows"] if row["status"] != "done"]:
+        header = header if header[-1] == "" else [*header, ""]
+        lines = [[*line, ""][: len(header)] for line in lines]
+        lines += [_ended(row, len(header)) for row in ended]
+    table = markdown.table(header, lines)
     return "\n".join([f"# {found['name']}", "", f"    {found['command']}", "", *table, "", *found["notes"], ""])
+
+
+def _ended(row, num_columns):
+    """Return the cells of a training that did not end well: what became of it, and in the last one why."""
+    where = f"{settings_in_words(row['settings'])} seed {row['seed']}".strip()
+    reason = (row["message"] or "").split("\n")[0][:120]
+    return [row["variant"], where, row["status"], *[""] * (num_columns - 4), reason]
 
 
 def draw(path, found):
@@ -103,12 +106,12 @@ def draw(path, found):
     try:
         import matplotlib
     except ImportError:
-        note("no picture, which needs matplotlib: pip install matplotlib")
+        note(f"no picture, which needs the package matplotlib; install it:  {how_to_install('plot')}")
         return
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    fields = [field for one in found["summary"] for field, value in one["settings"].items() if _is_number(value)]
+    fields = [field for one in found["summary"] for field, value in one["settings"].items() if is_number(value)]
     figure, axes = plt.subplots(1, 2 if fields else 1, figsize=(11 if fields else 6, 4.5), squeeze=False)
     variants = list(dict.fromkeys(one["variant"] for one in found["summary"]))
     colors = {name: plt.get_cmap("tab20")(number % 20) for number, name in enumerate(variants)}
@@ -131,7 +134,7 @@ def draw(path, found):
         plt.close(figure)
 
 
-def _is_number(value):
+def is_number(value):
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
@@ -161,7 +164,7 @@ def _by_setting(axes, found, colors, field):
         points = sorted(
             (one["settings"][field], one["mean"], one["low"], one["high"])
             for one in found["summary"]
-            if one["variant"] == name and _is_number(one["settings"].get(field))
+            if one["variant"] == name and is_number(one["settings"].get(field))
         )
         if not points:
             continue

@@ -8,6 +8,7 @@ import numpy as np
 
 from .. import planner
 from ..system.errors import InputError
+from ..system.extras import how_to_install
 
 WORDS = {
     "weights": "weights",
@@ -30,7 +31,7 @@ def draw(path, job, name):
     try:
         import matplotlib
     except ImportError:
-        raise InputError("--plot needs matplotlib: pip install matplotlib") from None
+        raise InputError(f"--plot needs the package matplotlib; install it:  {how_to_install('plot')}") from None
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 

@@ -11,8 +11,8 @@ from ..evaluation.intervals import OF_LOSS, is_share
 from ..evaluation.judge import win_rate_in_words
 from ..jobs.reporting.verdicts import change_in_words, number_of
 from ..recipe.comparison import settings_in_words
-from ..system.units import duration, size
-from . import charts, marked, served
+from ..system.units import duration, latency, size
+from . import charts, comparison, marked, served
 from .html import render
 
 _LARGEST = 1_900_000  # bytes of a page
@@ -141,40 +141,12 @@ def _optional(value, shown):
 
 def _comparison(found):
     """Return (names of the columns, [{"cells", "best", "low", "mean", "high", "ends"}]) of a comparison's summary."""
-    metric, further = found["metric"], found.get("metrics", ())
-    names = [
-        "variant",
-        "setting",
-        metric.replace("_", " "),
-        "95 %",
-        "spread",
-        *(name.replace("_", " ") for name in further),
-        "forgetting",
-        "time",
-        "peak",
-        "trained",
-        "saved",
-        "",
-    ]
+    names, rows = comparison.summary_of(found)
     ends = [end for one in found["summary"] for end in (one["low"], one["high"])]
-    rows = []
-    for one in found["summary"]:
-        verdict = (
-            "best"
-            if one["best"] is True
-            else str(one["best"] or ("" if one["chosen"] else "another setting is better"))
-        )
-        cells = [one["variant"], settings_in_words(one["settings"]), _number(metric, one["mean"]),
-                 f"{_number(metric, one['low'])} to {_number(metric, one['high'])}", _number(metric, one["spread"]),
-                 *(_number(name, one.get("metrics", {}).get(name, one.get(name))) for name in further),
-                 _optional(one["forgetting"], "{:+.4f}".format), _optional(one["seconds"], duration),
-                 _optional(one["peak_bytes"], size), _optional(one["trainable_share"], "{:.2%}".format),
-                 _optional(one["saved_bytes"], size), verdict]  # fmt: skip
-        rows.append({"cells": cells, "best": one["best"] is True, "low": one["low"], "mean": one["mean"], "high": one["high"],
-                     "ends": (min(ends), max(ends))})  # fmt: skip
-    kept = [number for number in range(len(names)) if any(row["cells"][number] for row in rows)]
-    rows = [row | {"cells": [row["cells"][number] for number in kept]} for row in rows]
-    return [names[number] for number in kept], rows
+    return names, [
+        {"cells": cells, "best": one["best"] is True, "low": one["low"], "mean": one["mean"], "high": one["high"],
+         "ends": (min(ends), max(ends))} for one, cells in zip(found["summary"], rows, strict=True)
+    ]  # fmt: skip
 
 
 def _with_interval(name, one):
@@ -237,7 +209,7 @@ _WORDS = SimpleNamespace(
     number=_number, counts=_counts, components=_components, data_facts=_data_facts, before=_before, scores=_scores,
     settings=settings_in_words, differences=_differences, comparison=_comparison, side_by_side=_side_by_side,
     change=change_in_words, differing=marked.pieces, best=_best, served=_served, served_remarks=_served_remarks,
-    win_rate=win_rate_in_words,
+    win_rate=win_rate_in_words, latency=latency,
 )  # fmt: skip
 
 # ---- charts ----------------------------------------------------------------------------------------------------------
@@ -324,7 +296,7 @@ def _of_comparison(found):
     ]
     figures = [charts.chart(f"{title} against peak memory", points, x="GiB", form=form)]
     fields = dict.fromkeys(
-        field for one in found["summary"] for field, value in one["settings"].items() if _is_number(value)
+        field for one in found["summary"] for field, value in one["settings"].items() if comparison.is_number(value)
     )
     for field in list(fields)[:2]:
         lines = [
@@ -333,7 +305,7 @@ def _of_comparison(found):
                 sorted(
                     (one["settings"][field], one["mean"])
                     for one in found["summary"]
-                    if one["variant"] == name and _is_number(one["settings"].get(field))
+                    if one["variant"] == name and comparison.is_number(one["settings"].get(field))
                 ),
                 number,
             )
@@ -341,10 +313,6 @@ def _of_comparison(found):
         ]
         figures.append(charts.chart(f"{title} by {field}", lines, x=field, form=form, log_x=True))
     return [one for one in figures if one]
-
-
-def _is_number(value):
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _legend_of_comparison(found):

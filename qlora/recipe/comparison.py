@@ -19,6 +19,11 @@ from .fields import Name, PathText, Positive, Section
 BUILT_IN = "built-in"
 AFTER = "after"
 FILE, RESULT = "comparison.yaml", "comparison.json"  # in its output_dir: what is compared, and what came of it
+# of its rows, and of its summary as means over seeds
+NUMBERS = (
+    "loss", "perplexity", "bits_per_byte", "forgetting", "seconds", "peak_bytes", "trainable_parameters", "trainable_share",
+    "saved_bytes", "latency_seconds",
+)  # fmt: skip
 _PLAIN = r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,60}"
 
 

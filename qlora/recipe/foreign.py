@@ -7,7 +7,7 @@ from typing import Any
 
 from ..system import secrets
 from .commented import Line
-from .optimizers import OPTIMIZERS
+from .optimizers import OPTIMIZERS, SCHEDULES
 
 
 @dataclass
@@ -131,9 +131,8 @@ def optimizer(value) -> str:
 
 
 def scheduler(value) -> str:
-    allowed = ("cosine", "linear", "constant", "constant_with_warmup")
-    if value not in allowed:
-        raise ValueError(f"training.lr_scheduler_type has {', '.join(allowed)}; the default is kept")
+    if value not in SCHEDULES:
+        raise ValueError(f"training.lr_scheduler_type has {', '.join(SCHEDULES)}; the default is kept")
     return value
 
 

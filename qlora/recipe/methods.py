@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Annotated, ClassVar, Literal
 
@@ -264,6 +265,11 @@ class PromptTuning(_VirtualTokens):
 
     prompt_tuning_init_text: Annotated[str, Field(min_length=1)] | None = None
     """a text whose embeddings they start as, repeated or cut to their number; null: those of random tokens"""
+
+
+def divisor(rank, use_rslora):
+    """Return what lora_alpha is divided by: the rank, of rsLoRA (arXiv:2312.03732) its root."""
+    return math.sqrt(rank) if use_rslora else rank
 
 
 def pattern_of(patterns, name):

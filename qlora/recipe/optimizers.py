@@ -1,4 +1,4 @@
-"""The choices of `training.optim`, and what else depends on which one it is."""
+"""The choices of `training.optim`, and what else depends on which one it is; those of `training.lr_scheduler_type`."""
 
 from __future__ import annotations
 
@@ -38,3 +38,6 @@ OPTIMIZERS: dict[str, Optimizer] = {
     "paged_lion_32bit": Optimizer(1, 32, paged=True),
 }
 assert OPTIMIZERS.keys() == set(get_args(Name))
+
+Schedule = Literal["cosine", "linear", "constant", "constant_with_warmup"]
+SCHEDULES: tuple[str, ...] = get_args(Schedule)

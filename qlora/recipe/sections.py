@@ -247,7 +247,7 @@ class Training(Section):
     """the highest, after the warmup"""
     optim: optimizers.Name = optimizers.DEFAULT
     """or paged_adamw_32bit, adamw_8bit, adamw_torch, adamw_torch_fused, paged_lion_8bit, paged_lion_32bit"""
-    lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
+    lr_scheduler_type: optimizers.Schedule = "cosine"
     """linear, constant, constant_with_warmup"""
     warmup_ratio: Share = 0.03
     """share of the steps"""

@@ -10,6 +10,11 @@ def size(count):
     return f"{count:.2f} GiB"
 
 
+def latency(seconds):
+    """Return the time that a token takes as text: 38.2 ms, 1.25 s."""
+    return f"{seconds:.2f} s" if seconds >= 0.9995 else f"{1000 * seconds:.3g} ms"
+
+
 def duration(seconds):
     """Return seconds as text: 59s, 1m05s, 2h03m."""
     minutes, seconds = divmod(round(seconds), 60)

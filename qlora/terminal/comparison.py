@@ -1,11 +1,13 @@
-"""A comparison on a terminal of 80 columns: one line a setting; the other numbers are in its files."""
+"""A comparison on a terminal of 80 columns: one line a setting, the other numbers are in its files; and two runs side by side."""
 
 from __future__ import annotations
 
-from ..evaluation.intervals import is_share
+import json
+
+from ..evaluation.intervals import OF_LOSS, is_share
 from ..recipe.comparison import settings_in_words
-from ..system.units import duration, size
-from .tables import show, table
+from ..system.units import duration, latency, size
+from .tables import show, table, text_table
 
 _SAME, _BEST = "≈", "*"
 
@@ -46,3 +48,55 @@ def show_comparison(found):
     show("")
     for line in found["notes"]:
         show(line)
+
+
+def show_two_runs(names, rows, differing, change):
+    """Show what differs between two runs, and what was measured of each: rows, differing and change as of `compare_runs`."""
+    for what, found in differing.items():
+        if found:
+            lines = [[name, _cell(one), _cell(other)] for name, one, other in found]
+            text_table(f"{what}: what differs", ["", *names], lines)
+    if not any(differing.values()):
+        show("recipe, data, versions and base model are the same")
+    table("measured", ["", *names, "change", "95 %"], [*_scores(rows, change), *_costs(rows)])
+
+
+def _cell(value):
+    text = json.dumps(value, ensure_ascii=False) if isinstance(value, (dict, list)) else str(value)
+    text = "none" if value is None else text
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _scores(rows, change):
+    """Return a line for each number of the loss and each metric of both runs, with what changed."""
+    lines = []
+    of_loss = [name for name in OF_LOSS if any(row[name] is not None for row in rows)]
+    for name in (*of_loss, *dict.fromkeys(name for row in rows for name in row["metrics"])):
+        values = [row[name] if name in OF_LOSS else row["metrics"].get(name, {}).get("value") for row in rows]
+        form, signed = (".1%", "+.1%") if is_share(name) else (".4f", "+.4f")
+        line = [name.replace("_", " "), *("" if value is None else format(value, form) for value in values)]
+        found = change.get(name)
+        if found is None:
+            lines.append([*line, "", ""])
+        else:
+            lines.append([*line, f"{found['value']:{signed}}", f"{found['low']:{signed}} to {found['high']:{signed}}"])
+    return lines
+
+
+_COSTS = {
+    "training time": ("seconds", duration),
+    "peak memory": ("peak_bytes", size),
+    "trained parameters": ("trainable_parameters", "{:,}".format),
+    "saved": ("saved_bytes", size),
+    "an answer's token": ("latency_seconds", latency),
+    "forgetting": ("forgetting", "{:+.4f}".format),
+}
+
+
+def _costs(rows):
+    found = []
+    for what, (name, said) in _COSTS.items():
+        values = [row[name] for row in rows]
+        if any(value is not None for value in values):
+            found.append([what, *("" if value is None else said(value) for value in values), "", ""])
+    return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..evaluation.intervals import OF_LOSS, is_share
 from ..evaluation.judge import win_rate_in_words
+from ..system import units
 from .classes import show_classes
 from .tables import show, table
 
@@ -27,7 +28,7 @@ def show_result(target, result, answers=None):
         )
         show(f"forgetting  loss {found['after']:.4f} on text that was not trained on ({found['data']}){rise}")
     if found := result.get("latency"):
-        show(f"latency     {found['token']:.4f} s a token, {found['first_token']:.4f} s to the first")
+        show(f"latency     {units.latency(found['token'])} a token, {units.latency(found['first_token'])} to the first")
     if found := result.get("judge"):
         show(f"win rate    {win_rate_in_words(found)}")
     show(f"answers     {answers or 'not kept; --answers FILE writes them to a file'}")

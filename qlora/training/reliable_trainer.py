@@ -9,7 +9,6 @@ all told as events of runs/record.py.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from pathlib import Path
 from typing import Any
@@ -20,28 +19,28 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from .. import base_model, data
-from ..runs import checkpoints, record
+from ..runs import checkpoints
 from ..runs.record import Begun, CheckpointBegun, Evaluation, Rehearsed, Rescaled, Skipped, Step
 from ..system import memory
 from ..system.errors import Interrupted, TrainingFailed
-from ..system.events import emit, progress
+from ..system.events import emit
 from . import rehearsal
 from . import saving as saved
 from .best import end_with_best
 from .clock import Clock
 from .divergence import Watch
+from .evaluating import Evaluating
 from .loss_scale import LossScale
 from .optimizer import schedule_of, without_waits
 from .order import ByLength
 from .out_of_memory import Moment, few
-from .private_names import Hooks, set_rates
-from .rehearsal import allocate_states, largest_micro_batch, rehearse, room_for_a_step, same_random_numbers
-from .samples import answered
+from .private_names import set_rates
+from .rehearsal import allocate_states, largest_micro_batch, rehearse, room_for_a_step
 from .saving import Saves
 from .trained_parameters import Trained
 
 
-class Reliable(Hooks):
+class Reliable(Evaluating):
     """The part. Stands before the Trainer class: a later `fit()` trains to the end.
 
     objective: an objectives.Objective. A batch may have "rows", the numbers of its rows from 0, for messages; the model does
@@ -62,8 +61,11 @@ class Reliable(Hooks):
             parameter.data = values.to(parameter.device)
         in_float16 = any(values.dtype == torch.float16 for values in given.values())
         self.scaling = LossScale() if in_float16 else None
-        # what to set where a number is not finite
-        self.remedy = f"set {_dtype_field(model)}=float32, because float16 ends at 65,504, or " if in_float16 else ""
+        self.advice = "Lower training.learning_rate"  # where a number is not finite
+        if in_float16:
+            self.advice = (
+                f"Set {_dtype_field(model)}=float32, because float16 ends at 65,504, or lower training.learning_rate"
+            )
         # of rows that are sorted by length, the first ones say nothing about the others
         first = {"first": math.inf} if reliability.group_by_length else {}
         self.watch = Watch(reliability.watchdog_steps, objective.watched_name, **first)
@@ -116,16 +118,15 @@ class Reliable(Hooks):
                 self.refuse_left()
                 raise TrainingFailed(
                     f"every step was skipped because of a non-finite loss or gradient{' (in float16)' * bool(overflows)}. "
-                    f"{_sentence(self.remedy)} training.learning_rate, "
-                    f"or look at the rows listed in {Path(self.args.output_dir) / 'metrics.jsonl'}"
+                    f"{self.advice}, or look at the rows listed in {Path(self.args.output_dir) / 'metrics.jsonl'}"
                 )
             saved.refuse_not_finite(self, self.trained.state()[0])
-            eval_loss = self._last_evaluation() if self.eval_dataset is not None else None
+            eval_loss = self.last_evaluation() if self.eval_dataset is not None else None
             self.refuse_left()
             if self.best is not None:
                 self.processes.wait()  # the first writes the checkpoint of the best
                 ended = end_with_best(self)
-                self._record(ended)
+                self.tell(ended)
                 eval_loss = ended.eval_loss
         return mean_loss * steps / (steps - left_out), eval_loss  # transformers divides by all
 
@@ -280,7 +281,7 @@ class Reliable(Hooks):
                 self.scaling.took()
         elif self.scaling is not None and all(map(math.isfinite, losses)) and self.scaling.fell():
             self._leave_out()
-            self._record(Rescaled(step, self.state.epoch, self.scaling.scale, self.clock.elapsed()))
+            self.tell(Rescaled(step, self.state.epoch, self.scaling.scale, self.clock.elapsed()))
         else:
             self._skip(step, gradient, losses)
         return self.norm
@@ -309,9 +310,8 @@ class Reliable(Hooks):
         failure = self.watch.leave_out(step, what)
         if self.scaling is not None and not broken:
             failure = f"{what} in step {step}, though the loss scale has fallen to its lowest, {self.scaling.scale:g}"
-        advice = f"{_sentence(self.remedy)} training.learning_rate, or look at these rows: qlora data --row"
-        self.failure = failure and f"{failure}. {advice}"
-        self._record(Skipped(step, self.state.epoch, what, tuple(rows), self.clock.elapsed()))
+        self.failure = failure and f"{failure}. {self.advice}, or look at these rows: qlora data --row"
+        self.tell(Skipped(step, self.state.epoch, what, tuple(rows), self.clock.elapsed()))
 
     def _finish_step(self):
         self.trained.finish_step(self.state.global_step + 1)
@@ -344,98 +344,21 @@ class Reliable(Hooks):
             values = (logs["loss"], logs["learning_rate"], logs["grad_norm"], tokens, self.clock.rate(tokens))
             scale = {} if self.scaling is None else {"loss_scale": self.scaling.scale}
             metrics = self.trained.metrics() | metrics | scale
-            self._record(Step(step, epoch, *values, self.peak.bytes, self.clock.elapsed(), metrics))
+            self.tell(Step(step, epoch, *values, self.peak.bytes, self.clock.elapsed(), metrics))
         elif "eval_loss" in logs:
-            self._record(Evaluation(step, epoch, logs["eval_loss"], self.clock.elapsed(), metrics))
+            self.tell(Evaluation(step, epoch, logs["eval_loss"], self.clock.elapsed(), metrics))
 
     def say_less_memory(self):
         """Record what the economy has changed, as soon as there is a file for it."""
         while self.begun and self.economy.waiting:
-            self._record(self.economy.waiting.pop(0))
+            self.tell(self.economy.waiting.pop(0))
 
-    def _record(self, line):
+    def tell(self, line):
+        """Emit a line of metrics.jsonl, and count it."""
         self.num_lines += 1
         emit(line)
 
-    # ---- evaluation ----
-
-    def evaluate(self, *args, **kwargs):
-        """Return the Trainer's metrics; {} where the evaluation was left, because training is to stop."""
-        try:
-            # the same random numbers: a run that goes on from before an evaluation is the same run
-            with self.clock.outside(), same_random_numbers(self.model):
-                samples = answered(self.reliability.samples, self.model, self._go_on)
-                metrics = super().evaluate(*args, **kwargs)
-        except _Left:
-            if self.is_in_train:
-                self.evaluation_due, self.control.should_evaluate = True, False
-                self.control.should_save, self.control.should_training_stop = self.saving.to is not None, True
-            return {}
-        self.held_out = [self.state.global_step, metrics["eval_loss"]]
-        if samples:
-            self._record(record.Samples(self.state.global_step, self.state.epoch, samples, self.clock.elapsed()))
-        if self.best is not None and (self.best.take(self.state.global_step, metrics) or self.best.is_over):
-            self.control.should_save = self.saving.to is not None
-            self.control.should_training_stop |= self.best.is_over
-        return metrics
-
-    def _go_on(self):
-        if self.saving.stop.number is not None:
-            raise _Left
-
-    def evaluation_loop(self, dataloader, *args, metric_key_prefix="eval", **kwargs):
-        # transformers takes the mean of the batches' means, whatever is in them; this is the mean over all items
-        self.evaluated = torch.zeros(2, dtype=torch.float64, device=self.args.device)
-        with progress("evaluating", len(dataloader), "batches") as self.advance_evaluation:
-            self.shares = self.processes.shares(self.saving.stop)
-            output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
-        if self.processes.lacks_one_of(len(dataloader)):
-            rehearsal.keep_company(
-                self, functools.partial(super().prediction_step, self.model, prediction_loss_only=True)
-            )
-        total, count = self.saving.stop.agree(self.evaluated.tolist())
-        self.failure = self.processes.first_said(self.failure)
-        if self.failure is not None:
-            raise _Left
-        output.metrics[f"{metric_key_prefix}_loss"] = total / count
-        return output
-
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        is_mine = next(self.shares)
-        self._go_on()
-        when = f"in the evaluation after step {self.state.global_step}"
-        self.moment = Moment(when, inputs, inputs.pop("rows", ()), evaluates=True)
-        predict = super().prediction_step
-        if not is_mine:
-            self.advance_evaluation(1)
-            return torch.zeros((), device=self.args.device), None, None
-
-        def score(part):
-            found = predict(model, part, prediction_loss_only, ignore_keys)
-            if not torch.isfinite(found[0]):
-                self.failure = f"the loss is {found[0].item()} {when}, with {self.moment.batch(self.objective)}"
-                if self.remedy:
-                    self.failure += f". {_sentence(self.remedy)} training.learning_rate"
-                if self.processes.count == 1:
-                    raise _Left
-            count = self.objective.num_items(part).to(found[0].device)
-            self.evaluated += torch.stack([found[0].double() * count, count.double()])
-            return found
-
-        scored = self.economy.run(self, score, divisible=prediction_loss_only)
-        self.advance_evaluation(1)
-        return scored[0]  # of halves the first: its loss is not used, `evaluated` has them all
-
-    def _last_evaluation(self):
-        """Return the held-out loss after training; raises as `refuse_left` does, after a checkpoint, where it is left."""
-        if self.held_out is not None and self.held_out[0] == self.state.global_step:
-            return self.held_out[1]
-        metrics = self.evaluate() if self.saving.stop.number is None else {}
-        if metrics:
-            return metrics["eval_loss"]
-        if self.saved_step != self.state.global_step and self.saving.to is not None:
-            self.save()
-        return self.refuse_left()
+    # ---- checkpoints ----
 
     def refuse_left(self):
         """Raise TrainingFailed or Interrupted if training ended early."""
@@ -443,8 +366,6 @@ class Reliable(Hooks):
             raise TrainingFailed(self.failure)
         if self.saving.stop.number is not None and self.saved_step == self.state.global_step:
             raise Interrupted(self.saving.stop.number)
-
-    # ---- checkpoints ----
 
     def save(self):
         """Write a checkpoint of everything that later steps depend on; only between two steps."""
@@ -472,11 +393,6 @@ def _sum(losses):
     return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
 
-def _sentence(remedy):
-    """Return the beginning of the advice to lower the learning rate, a Trainer's `remedy` before it."""
-    return f"{remedy[:1].upper()}{remedy[1:]}lower" if remedy else "Lower"
-
-
 def _dtype_field(model):
     """Return the recipe's field that says what `model` computes in."""
     return base_model.field(base_model.quantized_modules(model) or None)
@@ -493,7 +409,3 @@ class _Moments(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self.trainer.end_step(control)
-
-
-class _Left(Exception):
-    """Aborts an evaluation, because training is to stop."""

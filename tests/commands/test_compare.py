@@ -415,3 +415,12 @@ def test_what_unicode_calls_a_line_end_ends_no_line_of_the_answers(own_run, tmp_
     assert [expected for _, expected in found.rows] == [words] * 3
     assert len(found.answers) == score["rows"] == 3
     assert compare_runs(own_run.path, own_run.path, rows)["change"]["loss"]["value"] == 0
+
+
+def test_a_damaged_peak_of_memory_is_no_missing_one(own_run):
+    assert compared_runs.row_of(own_run)["peak_bytes"] > 0
+    own_run.memory_file.write_text("{")
+    with pytest.raises(InputError, match=r"memory\.json"):
+        compared_runs.row_of(own_run)
+    own_run.memory_file.unlink()
+    assert compared_runs.row_of(own_run)["peak_bytes"] is None

@@ -5,20 +5,11 @@ import shutil
 
 import pytest
 
-from qlora import base_model
 from qlora.commands.data import inspect_data
 from qlora.commands.eval import evaluate
 from qlora.commands.train import train
 from qlora.system.errors import InputError
 from tests.conftest import CONVERSATIONS, messages, write_jsonl
-
-
-@pytest.fixture
-def no_model_is_loaded(monkeypatch):
-    def load(*args, **kwargs):
-        raise AssertionError("the model was loaded")
-
-    monkeypatch.setattr(base_model, "load", load)
 
 
 @pytest.mark.usefixtures("no_model_is_loaded")

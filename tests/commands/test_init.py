@@ -7,11 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from qlora import cli
+from qlora import cli, process
 from qlora.commands import init as verb
 from qlora.commands import recipes as recipes_verb
 from qlora.commands.init import ask, init
 from qlora.commands.recipes import copy_recipe, list_recipes, show_recipe
+from qlora.jobs.opening.prepared_data import prepare
 from qlora.jobs.planning import first_recipe, shipped_recipes
 from qlora.jobs.planning.data_looked_at import look
 from qlora.recipe import Recipe
@@ -39,6 +40,34 @@ def test_the_recipe_fits_each_line_has_its_reason_and_nothing_is_overwritten(tin
     assert f"qlora train {out}" in out.read_text()
     with pytest.raises(InputError, match="never overwrites"):
         init(tiny_model(), rows, "4090", "small", out)
+
+
+def test_a_folder_with_train_valid_and_test_is_trained_on_evaluated_on_and_left(tiny_model, tmp_path):
+    (tmp_path / "mine").mkdir()
+    rows = [{"prompt": f"Say {n}", "completion": "word " * n} for n in range(1, 13)]
+    for name, some in (("train", rows[:10]), ("valid", rows[10:]), ("test", rows[:1])):
+        write_jsonl(tmp_path / "mine" / f"{name}.jsonl", some)
+    out = tmp_path / "mine.yaml"
+    init(tiny_model(), tmp_path / "mine", "4090", "small", out)
+    data = Recipe.load(out).data
+    assert [source.path for source in (*data.train, *data.eval)] == [
+        f"{tmp_path}/mine/{name}.jsonl" for name in ("train", "valid")
+    ]
+    assert data.eval_fraction == 0
+    assert "not read: test.jsonl" in out.read_text()
+    longest = prepare(Recipe.load(out), weights=False).eval_examples.lengths.max()
+    assert data.max_length >= longest > prepare(Recipe.load(out), weights=False).examples.lengths.max()
+    found = init(tiny_model(), tmp_path / "mine", "4090", "small", tmp_path / "b.yaml", ["data.eval_fraction=0.2"])
+    assert found["values"]["data"]["eval"] is None
+
+
+def test_rows_that_are_too_long_in_any_of_several_files_are_dropped(tiny_model, tmp_path):
+    (tmp_path / "mine").mkdir()
+    for name, words in (("a", 3), ("b", 3000)):
+        rows = [{"prompt": f"Say {n}", "completion": "word " * words} for n in range(1 if name == "b" else 12)]
+        write_jsonl(tmp_path / "mine" / f"{name}.jsonl", rows)
+    init(tiny_model(), tmp_path / "mine", "4090", "small", tmp_path / "mine.yaml")
+    assert "1 row is longer than the model's positions" in (tmp_path / "mine.yaml").read_text()
 
 
 @pytest.mark.parametrize(("width", "rate"), [(576, 5e-4), (1024, 5e-4), (2048, 2e-4), (None, 2e-4)])
@@ -160,7 +189,7 @@ def test_wrong_arguments_exit_2(arguments, said, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["qlora", *arguments])
     with pytest.raises(SystemExit, match="2"):
-        cli._main()
+        process._run(cli.app)
     assert said in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 

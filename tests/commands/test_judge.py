@@ -14,6 +14,7 @@ import pytest
 from qlora.commands.eval import evaluate
 from qlora.data.chat import CHATML
 from qlora.evaluation.judge import Judge, verdict_in
+from qlora.jobs.exporting import run_facts
 from qlora.runs.folder import RunDir
 from qlora.system.errors import InputError, ProofFailed
 from qlora.system.files import lines_of
@@ -105,6 +106,9 @@ def test_a_judge_of_both_orders(own_run, monkeypatch):
     assert {one["key"] for one in requests} == {"Bearer key-of-the-judge"}
     assert all("longer is better" in one["messages"][0]["content"] and one["model"] == "judge-1" for one in requests)
     assert json.loads(run.eval_file.read_text())["judge"] == judge
+    what, _, said = run_facts.origin_of(run).measured[-1]
+    assert what == f"answers preferred by a judge on {len(rows)} rows (qlora eval)"
+    assert f"{judge['wins']:,} better" in said
     assert "key-of-the-judge" not in run.eval_file.read_text() + run.answers_file.read_text()
     assert f"--judge {url} --judge-model judge-1" in found["data"]["command"]
 

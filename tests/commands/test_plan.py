@@ -34,13 +34,6 @@ COMPONENTS = [
 ]
 
 
-@pytest.fixture
-def recipe_file(make_recipe, tmp_path):
-    path = tmp_path / "recipe.yaml"
-    path.write_text(make_recipe().to_yaml())
-    return path
-
-
 def test_json_has_the_keys_of_the_contract_and_needs_no_weights(recipe_file, tiny_model, tmp_path):
     folder = tmp_path / "bare"
     folder.mkdir()

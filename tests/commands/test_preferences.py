@@ -156,6 +156,7 @@ def test_an_export_is_proven_on_the_chosen_answers_and_reports_know_the_run(pair
     run = train(pairs())
     export([run.path], tmp_path / "model")
     assert json.loads((tmp_path / "model" / "export_report.json").read_text())["verified"]
+    assert "\n    dpo:\n      beta: 0.5\n" in (tmp_path / "model" / "README.md").read_text()
     others = write_jsonl(tmp_path / "others.jsonl", ROWS[:3])
     export([run.path], tmp_path / "proven-on-others", data=str(others))
     proof = json.loads((tmp_path / "proven-on-others" / "export_report.json").read_text())

@@ -2,18 +2,11 @@
 
 import pytest
 
-from qlora import base_model
 from qlora.commands.train import train
 from qlora.system.errors import InputError
 from tests.conftest import CHATML, make_tokenizer, messages, write_jsonl
 
-
-@pytest.fixture(autouse=True)
-def no_model_is_loaded(monkeypatch):
-    def load(*args, **kwargs):
-        raise AssertionError("the model was loaded")
-
-    monkeypatch.setattr(base_model, "load", load)
+pytestmark = pytest.mark.usefixtures("no_model_is_loaded")
 
 
 @pytest.mark.parametrize(

@@ -5,13 +5,9 @@ import pytest
 from qlora.data import formats
 from qlora.data.columns import read, refuse_bad, renamed
 from qlora.system.errors import InputError
+from tests.data.turns import to_messages
 
 USER, ANSWER = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
-
-
-def to_messages(row):
-    name, conversation = formats.read(row)
-    return name, conversation.messages
 
 
 def test_columns_may_be_jinja_templates_of_the_rows_columns():

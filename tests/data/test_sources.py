@@ -303,6 +303,32 @@ def test_a_glob_and_a_folder_name_their_files_in_order(tmp_path):
     assert not_read(Source(path=str(tmp_path))) == [f"{tmp_path}/dataset_info.json"]
 
 
+@pytest.mark.parametrize(
+    ("names", "train", "held_out"),
+    [
+        ("test.jsonl train.jsonl valid.jsonl", "train.jsonl", "valid.jsonl"),
+        ("test-00000-of-00001.parquet train-00000-of-00002.parquet train-00001-of-00002.parquet", "train*.parquet",
+         "test-00000-of-00001.parquet"),
+        ("sst2_dev.csv sst2_train.csv", "sst2_train.csv", "sst2_dev.csv"),
+    ],
+)  # fmt: skip
+def test_a_folder_is_not_trained_on_with_its_held_out_files(tmp_path, names, train, held_out):
+    for name in names.split():
+        (tmp_path / name).write_text("x")
+    with pytest.raises(InputError) as caught:
+        expand(tmp_path)
+    assert f"data.train={tmp_path / train} data.eval={tmp_path / held_out};" in str(caught.value)
+    assert len(expand(tmp_path / train)) == names.count("train")
+    assert len(expand(f"{tmp_path}/*")) == len(names.split())
+
+
+@pytest.mark.parametrize("names", ["a.jsonl test.jsonl", "train.jsonl more_train.jsonl", "latest.csv trainers.csv"])
+def test_a_folder_of_one_split_is_read_whole(tmp_path, names):
+    for name in names.split():
+        (tmp_path / name).write_text("x")
+    assert len(expand(tmp_path)) == 2
+
+
 def test_a_pattern_that_looks_everywhere_does_not_find_what_a_run_has_written(tmp_path):
     for name in ("a.jsonl", "more/b.jsonl", "runs/x/metrics.jsonl", "runs/x/environment.json", "runs/x/recipe.yaml"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

@@ -599,7 +599,7 @@ def without(monkeypatch, package):
 def test_without_llama_cpp_nothing_is_claimed(tmp_path, monkeypatch, tiny_model):
     without(monkeypatch, "llama_cpp")
     folder = tiny_model("llama")
-    with pytest.raises(InputError, match=r"q4_k_m needs llama.cpp's quantizer: pip install llama-cpp-python"):
+    with pytest.raises(InputError, match=r"q4_k_m needs llama.cpp's quantizer: pip install 'gguf.*'llama-cpp-python"):
         export_gguf.write(folder, tmp_path / "a.gguf", "q4_k_m")
     export_gguf.write(folder, tmp_path / "a.gguf", "f16")
     proof = gguf_proof.prove(folder, tmp_path / "a.gguf", "f16", prompts(folder))
@@ -609,7 +609,7 @@ def test_without_llama_cpp_nothing_is_claimed(tmp_path, monkeypatch, tiny_model)
 
 def test_without_the_gguf_package_it_is_named(tmp_path, monkeypatch, tiny_model):
     without(monkeypatch, "gguf")
-    with pytest.raises(InputError, match=r"pip install gguf llama-cpp-python"):
+    with pytest.raises(InputError, match=r"pip install 'gguf[<>=.,\d]+' 'llama-cpp-python[<>=.,\d]+'"):
         export_gguf.write(tiny_model("llama"), tmp_path / "a.gguf", "f16")
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import qlora
-from qlora import cli
+from qlora import process
 from qlora.system.errors import InputError
 from qlora.system.secrets import names_secret, redacted
 from tests.faults.test_recipes import PASSWORD, SECRETS, TOKENS
@@ -159,7 +159,7 @@ def test_a_traceback_of_a_bug_repeats_no_token(capsys):
     try:
         raise RuntimeError(f"no access with {TOKENS[0]}")
     except RuntimeError as error:
-        cli._show_bug(RuntimeError, error, error.__traceback__)
+        process._show_bug(RuntimeError, error, error.__traceback__)
     shown = capsys.readouterr().err
     assert shown.startswith("Traceback")
     assert shown.endswith("RuntimeError: no access with ***\n")

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Literal, get_args, get_origin
 
 import pytest
 from hypothesis import given, settings
@@ -271,6 +272,27 @@ def test_every_field_is_documented_with_its_default():
     for field, value in fields.items():
         if field not in {"model.name_or_path", "data.train", "output_dir"}:
             assert yaml_value(documented[field]) == value, field
+
+
+def choices_of(annotation):
+    if get_origin(annotation) is Literal:
+        return {choice for choice in get_args(annotation) if isinstance(choice, str)}
+    return set() if get_origin(annotation) is dict else set().union(*map(choices_of, get_args(annotation)))
+
+
+def fields_of(section, prefix=""):
+    for name, field in section.model_fields.items():
+        inner = documentation._section_of(field.annotation)
+        yield from fields_of(inner, f"{name}.") if inner is not None else [(f"{prefix}{name}", field)]
+
+
+def test_every_choice_of_a_field_is_named_in_its_words():
+    fields = dict(fields_of(Recipe))
+    assert choices_of(fields["training.optim"].annotation) > {"adamw_8bit", "paged_lion_8bit"}
+    for name, field in fields.items():
+        if name != "model.dtype":  # its words name the field whose choices it has
+            said = f"{field.description} {field.default}"
+            assert not [choice for choice in choices_of(field.annotation) if choice not in said], name
 
 
 def yaml_value(text):

@@ -7,10 +7,12 @@ import importlib
 import json
 import sys
 import time
+from typing import get_args
 
 import pytest
 
 from qlora import train
+from qlora.recipe import Training
 from qlora.runs import record, trackers
 from qlora.runs.folder import RunDir
 from qlora.runs.record import Begun, Evaluation, Norms, Step, Trained
@@ -307,3 +309,8 @@ def test_an_interruption_while_a_tracker_begins_is_not_hidden_by_the_next_that_n
     monkeypatch.setattr(trackers.Tracker, "begin", interrupted)
     with pytest.raises(KeyboardInterrupt), trackers.tracked(RunDir(tmp_path), ["wandb", "mlflow"], {}):
         pass
+
+
+def test_each_tracker_of_the_recipe_has_a_kind():
+    annotation = Training.model_fields["report_to"].annotation
+    assert {*get_args(get_args(annotation)[0])} == {"tensorboard", *trackers._KINDS}

@@ -16,6 +16,7 @@ from ... import base_model
 from ...data import chat
 from ...recipe import Model
 from ...system.errors import InputError
+from ...system.extras import how_to_install
 from ...system.storage import free_disk_bytes, fsync
 from . import llama_cpp_tools, tensors, vocabulary
 from .architectures import architecture_of, head_dim, rope_factors
@@ -87,7 +88,7 @@ def refuse_taken(out_file):
 def refuse_without_gguf():
     """Raise InputError unless the package gguf is installed."""
     if importlib.util.find_spec("gguf") is None:
-        raise InputError("--gguf needs the package gguf; run: pip install gguf llama-cpp-python")
+        raise InputError(f"--gguf needs the package gguf; install it:  {how_to_install('gguf')}")
 
 
 def _refuse_other_output(file, program):

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from ...system.errors import InputError
+from ...system.extras import how_to_install
 
 _CONVERTER, _QUANTIZER = "convert_hf_to_gguf.py", "llama-quantize"
 
@@ -47,7 +48,7 @@ def quantizer():
         return lambda source, out: run([str(program), str(source), str(out), "Q4_K_M"])
     if importlib.util.find_spec("llama_cpp") is None:
         raise InputError(
-            "--gguf q4_k_m needs llama.cpp's quantizer: pip install llama-cpp-python, or put llama-quantize on the PATH, or "
+            f"--gguf q4_k_m needs llama.cpp's quantizer: {how_to_install('gguf')}, or put llama-quantize on the PATH, or "
             "set LLAMA_CPP to the folder that llama.cpp was built in"
         )
     return lambda source, out: run([sys.executable, "-c", _QUANTIZE, str(source), str(out)])

@@ -13,6 +13,7 @@ from ... import base_model
 from ...data import IGNORE_INDEX
 from ...recipe import Model
 from ...system.errors import ProofFailed
+from ...system.extras import how_to_install
 from .. import proof
 
 # llama.cpp's CPU code rounds activations to float16 before each product and reads GELU from a float16 table. Measured at
@@ -67,7 +68,7 @@ def prove(folder, gguf_file, kind, prompts, max_new_tokens=32):
     """
     if importlib.util.find_spec("llama_cpp") is None:
         return Proof(
-            False, "not proven: llama-cpp-python is not installed; run pip install llama-cpp-python and export again"
+            False, f"not proven: llama-cpp-python is not installed; export again after:  {how_to_install('gguf')}"
         )
     section = Model(name_or_path=str(folder))
     tokenizer = base_model.load_tokenizer(Path(folder), section)

@@ -9,7 +9,6 @@ from ...system import devices
 from ...system.units import size
 
 _TORCH = "https://pytorch.org/get-started/locally"
-_WORTH_SAYING = 2**30  # bytes held by others; a desktop takes less
 
 
 def device():
@@ -85,7 +84,7 @@ def gpu_memory():
     free, total = torch.cuda.mem_get_info()
     others = held_by_others(torch.device("cuda"))
     found = f"{size(free)} of {size(total)} free"
-    if others <= _WORTH_SAYING:
+    if not others:
         return True, found, None
     processes = "; ".join(ask("--query-compute-apps=pid,process_name,used_memory")) or "nvidia-smi lists them"
     found += f", {size(others)} held by others ({processes})"

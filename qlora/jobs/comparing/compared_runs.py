@@ -15,7 +15,6 @@ next one's numbers, and nothing ends them all.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
 import subprocess
@@ -31,7 +30,7 @@ from ...evaluation import answer_metrics, preferences, scores
 from ...evaluation.asked import Asked
 from ...evaluation.intervals import OF_LOSS, ratio
 from ...recipe import Data, as_yaml
-from ...recipe.comparison import FILE, Comparison, Entry, entries
+from ...recipe.comparison import FILE, NUMBERS, Comparison, Entry, entries
 from ...runs import record
 from ...runs.folder import RunDir
 from ...system import files
@@ -41,11 +40,6 @@ from ...system.storage import refuse_nonempty, write_json, write_text
 from ..evaluating import eval_rows
 from ..opening.chosen_task import encoder_of
 
-# of a row, and of a summary as means over seeds
-NUMBERS = (
-    "loss", "perplexity", "bits_per_byte", "forgetting", "seconds", "peak_bytes", "trainable_parameters", "trainable_share",
-    "saved_bytes", "latency_seconds",
-)  # fmt: skip
 DONE, FAILED, UNFINISHED, TO_DO = "done", "failed", "unfinished", "to do"
 
 
@@ -345,7 +339,7 @@ def row_of(run: RunDir, name=None, status=DONE, message="") -> dict[str, Any]:
         return found
     steps = [line for line in record.read(run) if isinstance(line, record.Step)]
     found["seconds"] = steps[-1].time if steps else None
-    with contextlib.suppress(InputError):  # a run of an older version may not have it
+    if run.memory_file.is_file():  # a run of an older version may not have it
         found["peak_bytes"] = files.read_object(run.memory_file).get("peak_bytes")
     counts = run.environment().get("parameters")
     if counts:

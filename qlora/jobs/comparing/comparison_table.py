@@ -10,10 +10,11 @@ from statistics import mean
 import numpy as np
 
 from ...evaluation import comparing, intervals
+from ...recipe.comparison import NUMBERS
 from ...system.errors import InputError
 from ...system.events import note
 from . import compared_runs
-from .compared_runs import DONE, NUMBERS, Folder
+from .compared_runs import DONE, Folder
 
 
 def of_folder(folder: Folder, path) -> dict:
@@ -97,7 +98,7 @@ def _notes(wanted, rows):
     if len(seeds) == 1:
         notes.append("With one seed, what differs from one training to the next is not in the intervals.")
     notes.append(
-        "time: of the training, evaluations and checkpoints included, on this machine; s/token: of one answer, by itself."
+        "time: of the training, evaluations and checkpoints included, on this machine; a token: of one answer, by itself."
     )
     return notes
 

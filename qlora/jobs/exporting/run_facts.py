@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from ...evaluation.intervals import in_words
+from ...evaluation.judge import win_rate_in_words
 from ...exporter.model_card import Origin
 from ...recipe import as_yaml
 from ...runs import record
@@ -82,12 +83,15 @@ def _measured(run):
             ]
             for name, metric in after["metrics"].items()
         ]
+        if judged := after.get("judge"):
+            rows.append([f"answers preferred by a judge{where}", "", win_rate_in_words(judged)])
     return rows
 
 
 def _settings(recipe):
     """Return the sections that decide what is learned as YAML, without places and without what is not set."""
-    values = recipe.model_dump(exclude_none=True, include={"quantization", recipe.method.key, "training"})
+    sections = {"quantization", recipe.method.key, "training"} | ({recipe.objective.key} if recipe.objective else set())
+    values = recipe.model_dump(exclude_none=True, include=sections)
     has_classes = task_of(recipe).file.HAS_CLASSES
     fields = _OF_CLASSES if has_classes else _OF_DATA
     fields = fields if task_of(recipe).file.HAS_TOKENS else fields - {"max_length", "overlong"}

@@ -23,7 +23,6 @@ _ENCODERS = {
     "text-classification": data.LabelledText,
     "image-classification": data.LabelledImages,
 }
-_ENCODERS_OF_OBJECTIVES = {"dpo": data.Preferences, "orpo": data.Preferences, "kto": data.Judgements}
 
 
 def task_of(recipe) -> base_model.Task:
@@ -33,7 +32,9 @@ def task_of(recipe) -> base_model.Task:
 
 def encoder_of(task, objective=None):
     """Return what makes examples of rows for a task of this name and the recipe's section of an objective, see data.encoder."""
-    return _ENCODERS[task] if objective is None else _ENCODERS_OF_OBJECTIVES[objective.key]
+    if objective is None:
+        return _ENCODERS[task]
+    return data.Judgements if objective.are_judged else data.Preferences
 
 
 def settle_labels(recipe, checkpoint):
@@ -77,7 +78,7 @@ def objective_of(prepared, model, installed, planned, parts=1):
         from ...training.objectives.preference import Preference
 
         tokens = planned.tokens_per_micro_batch if installed.joined else None
-        kind = Judgement if section.key == "kto" else Preference
+        kind = Judgement if section.are_judged else Preference
         return kind(section, prepared.tokenizer.pad_token_id, installed.joined, installed.loss, tokens, parts)
     if not prepared.checkpoint.task.file.HAS_CLASSES:
         return None

@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 from dataclasses import dataclass
+from pathlib import Path
 
-from ...data import formats, labels, preference, sources
+from ...data import formats, labels, preference, sources, splits
 from ...recipe import Data
 from ...system.errors import InputError
 
@@ -33,15 +34,36 @@ class Looked:
     objective: str | None = None
 
 
+@dataclass(frozen=True)
+class Divided:
+    """What data.train and data.eval are where somebody names a file, a glob or a folder. train, held_out: a path, a glob or a
+    list of paths; held_out: None but of a folder with the files of several splits. left: its files that are neither."""
+
+    train: str | list[str]
+    held_out: str | list[str] | None = None
+    left: tuple[str, ...] = ()
+
+
+def divide(path) -> Divided:
+    """Return what there is to train on at `path`; of a folder with train.jsonl, valid.jsonl and test.jsonl the first two."""
+    files = sources.files_of(path) if Path(path).is_dir() else []
+    found = splits.divided(files)
+    if not found:
+        return Divided(str(path))
+    train, held_out = found[splits.TRAIN], found.get(splits.VALIDATION) or found[splits.TEST]
+    left = tuple(path for path in files if path not in {*train, *held_out})
+    return Divided(splits.as_source(train), splits.as_source(held_out), left)
+
+
 def look(path) -> Looked:
-    """Return what the first rows of the data at `path`, a file, glob or folder, are for.
+    """Return what the first rows of the data at `path`, a file, glob, folder or list of files, are for.
 
     Rows that are none come back as text-generation, whose reading refuses them with their line.
 
     Raises:
         InputError: there is no such file, or nobody can tell which column is asked and which is answered.
     """
-    [source] = Data.of_file(path, {}).train
+    source = Data.of_file(path[0] if isinstance(path, list) else path, {}).train[0]
     rows = itertools.chain.from_iterable(file.rows() for file in sources.open_source(source, None))
     seen = [row.value for row in itertools.islice(rows, _ROWS) if row.problem is None and isinstance(row.value, dict)]
     if seen and preference.is_pair(seen[0]):

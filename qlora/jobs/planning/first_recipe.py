@@ -17,8 +17,8 @@ from ...system.units import size
 from ..opening.chosen_task import task_of
 from ..opening.opened_model import this_machine
 from ..opening.prepared_data import Prepared, prepare, refuse_pointless, with_method_of
-from .data_looked_at import Looked, look
-from .plan_job import Budget, budget_of, budget_of_device, computer_of, job_of
+from .data_looked_at import Divided, Looked, divide, look
+from .plan_job import Budget, budget_of, budget_of_device, computer_of, job_of, not_supported
 
 GOALS = {
     "quality": "the best answers that the card allows",
@@ -88,8 +88,11 @@ def choose(model, data_file, machine: Machine, goal, overrides=(), output_dir=No
     if goal not in GOALS:
         raise InputError(f"--goal {goal!r}: should be one of {', '.join(GOALS)}")
     given = reading.with_overrides("the recipe", {}, {}, list(overrides))[0]
-    looked = _looked(data_file, given)
-    start = _start(model, data_file, looked, output_dir or _new_folder(data_file))
+    divided = divide(data_file)
+    if (given.get("data") or {}).get("eval_fraction"):  # instead of the folder's own held-out rows
+        divided = Divided(divided.train)
+    looked = _looked(divided.train, given)
+    start = _start(model, divided, looked, output_dir or _new_folder(data_file))
     limit = _limit(values_of(start), overrides)
     rough = [Line("data.max_length", limit), Line("data.overlong", "drop"), *_candidate(*_CANDIDATES[goal][0])]
     prepared = prepare(_recipe([*start, *rough], overrides), weights=False, on=machine.on)
@@ -131,10 +134,13 @@ def _looked(data_file, given):
     return Looked(task or found.task, columns, found.why, found.objective)
 
 
-def _start(model, data_file, looked, output_dir):
+def _start(model, divided: Divided, looked, output_dir):
     lines = [Line("task", looked.task, looked.why)] if has_classes(looked.task) else []
     lines += [Line(looked.objective, {}, looked.why)] if looked.objective is not None else []
-    lines += [Line("model.name_or_path", str(model)), Line("data.train", str(data_file))]
+    lines += [Line("model.name_or_path", str(model)), Line("data.train", divided.train)]
+    if divided.held_out is not None:
+        left = f"; not read: {', '.join(Path(path).name for path in divided.left)}" if divided.left else ""
+        lines.append(Line("data.eval", divided.held_out, f"held out, as the folder has them{left}"))
     if looked.columns:
         lines.append(Line("data.columns", looked.columns, "what the columns of the file are"))
     return [*lines, Line("output_dir", output_dir, "the run goes here: a new folder")]
@@ -166,7 +172,8 @@ def _said_of_rows(start, prepared, looked):
     """Return the lines of `start` with what is known of model and rows."""
     report, config = prepared.report, prepared.config.get_text_config()
     length = report["length"]
-    rows = f"{report['rows']:,} rows ({report['sources'][0]['format']}); tokens: p50 {length['p50']}, max {length['max']:,}"
+    formats = ", ".join(dict.fromkeys(source["format"] for source in report["sources"]))
+    rows = f"{report['rows']:,} rows ({formats}); tokens: p50 {length['p50']}, max {length['max']:,}"
     layers = getattr(config, "num_hidden_layers", None)
     why = {
         "model.name_or_path": f"{config.model_type}, {layers} layers" if layers else config.model_type,
@@ -181,11 +188,13 @@ def _said_of_rows(start, prepared, looked):
 
 def _training(prepared, task):
     """Return the lines on epochs, steps and held-out rows, which the number of rows decides."""
-    rows = len(prepared.examples)
+    rows, lines = len(prepared.examples), []
     held = 0.1 if rows < 1000 else 0.05 if rows < 5000 else 0.02
-    lines = [
-        Line("data.eval_fraction", held, f"{round(held * rows):,} rows held out: the loss on what is not trained on")
-    ]
+    if prepared.recipe.data.eval is not None:
+        held = 0
+    else:
+        why = f"{round(held * rows):,} rows held out: the loss on what is not trained on"
+        lines.append(Line("data.eval_fraction", held, why))
     epochs = 3 if rows < 2000 else 2 if rows < 10_000 else 1
     lines.append(
         Line("training.num_train_epochs", epochs, f"{rows:,} rows, each seen {epochs} time{'s' * (epochs > 1)}")
@@ -227,10 +236,10 @@ def _of_classes(classes):
 
 def _fitted(lines, prepared, machine, goal, limit, overrides):
     """Return (Chosen or None, the Job that was planned first) of a candidate."""
-    longest = int(prepared.examples.lengths.max())
+    longest = int(max(some.lengths.max() for some in (prepared.examples, prepared.eval_examples) if len(some)))
     what = "pair, both its answers counted," if "preference" in prepared.report else "row"
     said = f"the longest {what} has {longest:,} tokens"
-    too_long = prepared.report["sources"][0]["rows_dropped"]
+    too_long = sum(source["rows_dropped"] for source in prepared.report["sources"])
     length = min(limit, max(8, -(-longest // 64) * 64))
     whole = [Line("data.max_length", length, said)]
     if too_long:
@@ -267,10 +276,8 @@ def _job(prepared, recipe, machine):
     try:
         return job_of(with_method_of(prepared, recipe, machine.on), machine.kind, machine.budget)
     except planner.NoPlan as error:
-        raise InputError(
-            f"{recipe.model.name_or_path}: this architecture is not supported by the planner ({error}), so no recipe can be "
-            "chosen for it; start from one of `qlora recipes`"
-        ) from None
+        so = ", so no recipe can be chosen for it; start from one of `qlora recipes`"
+        raise not_supported(recipe, error, so) from None
 
 
 def _what_would(job):

@@ -18,6 +18,7 @@ from ..opening.chosen_task import encoder_of, task_of
 from .joined_steps import attended, joined_steps
 
 _USUAL_CARD = "4090"
+_OF_A_DESKTOP = 2**30  # bytes of a GPU
 
 
 @dataclass(frozen=True)
@@ -95,13 +96,14 @@ def free_bytes(device):
 
 
 def held_by_others(device):
-    """Return the bytes of a GPU that other processes hold; 0 on a CPU."""
+    """Return the bytes of a GPU that other processes hold, where it is more than a desktop takes; else 0, and on a CPU."""
     import torch
 
     if device.type != "cuda":
         return 0
     free, total = torch.cuda.mem_get_info(device)
-    return max(0, total - free - planner.CONTEXT_BYTES)
+    held = total - free - planner.CONTEXT_BYTES
+    return held if held > _OF_A_DESKTOP else 0
 
 
 def job_of(prepared, device_kind, budget: Budget, tokens=None, together=planner.ALONE, remade=None):
@@ -266,3 +268,8 @@ def refuse_layers(section, num_layers):
             "memory.offload moves the inputs of checkpointed layers to CPU memory, but no layer is checkpointed; set "
             "memory.gradient_checkpointing=true, or memory.offload=false"
         )
+
+
+def not_supported(recipe, error, so=""):
+    """Return the InputError of a planner.NoPlan. so: what follows from it."""
+    return InputError(f"{recipe.model.name_or_path}: this architecture is not supported by the planner ({error}){so}")

@@ -15,8 +15,6 @@ from ...system.storage import free_disk_bytes
 from ...system.units import size
 from .plan_job import budget_of_device, held_by_others, job_of, refuse_layers
 
-_WORTH_SAYING = 2**30  # bytes of a GPU; a desktop takes less
-
 
 @dataclass(frozen=True)
 class Planned:
@@ -102,7 +100,7 @@ def _what_would_fit(recipe, job, found, device, sharers):
         f"  {change['set']}: {size(change['peak_bytes'])}{', fits' if change['fits'] else ''}" for change in changes
     ]
     others = held_by_others(device)
-    if free and others > _WORTH_SAYING:
+    if free and others:
         lines.append(f"  other processes hold {size(others)} of the GPU; nvidia-smi lists them")
     return "\n".join(lines)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import safetensors
 
-from ...recipe.methods import pattern_of
+from ...recipe.methods import divisor, pattern_of
 from ...runs import record
 from ...system import bounded, files
 from ...system.adapter_files import CONFIG, WEIGHTS
@@ -136,7 +136,7 @@ def _scaling(folder, config, module):
     try:
         rank = _of_pattern(config.get("rank_pattern"), module, config["r"])
         alpha = _of_pattern(config.get("alpha_pattern"), module, config["lora_alpha"])
-        return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        return alpha / divisor(rank, config.get("use_rslora"))
     except (LookupError, TypeError, ValueError, ArithmeticError, re.error, bounded.TookTooLong) as error:
         raise InputError(f"{folder / CONFIG}: r or lora_alpha of {module}: {error!r}; copy the folder again") from None
 

@@ -360,12 +360,12 @@ def _export_command(run, report):
 
 
 def _export(run, place, report):
-    models = {"live": "as trained, live", "merged": "exported", "beside": "exported, beside its base",
+    models = {"live": "as trained, live", "merged": verdicts.EXPORTED, "beside": verdicts.BESIDE,
               "beside_original": "exported, beside the base in 16 bit", "base_model": "base alone"}  # fmt: skip
     try:
         shown = {name: report.get(name) for name in _OF_EXPORT} | {"cast": report.get("cast")}
         if int8 := report.get("int8"):  # the folder has that; what it was made of was proven first
-            models |= {"merged": "merged, before int8", "int8": "exported"}
+            models |= {"merged": "merged, before int8", "int8": verdicts.EXPORTED}
             shown |= {"dtype": f"int8, the rest in {int8['dtype_beside']}", "cast": None}
         scores = [[said, report[name]] for name, said in models.items() if report.get(name)]
         scores += [[one["model"], one] for one in report.get("comparison") or ()]

@@ -10,6 +10,7 @@ from ...recipe.comparison import settings_in_words
 from ...system.units import size
 
 YES, NO, PARTLY, NOT_SHOWN, UNKNOWN = "yes", "no", "partly", "not shown", "not known"
+EXPORTED, BESIDE = "exported", "exported, beside its base"  # what a report calls the scores of an export
 _WORSE_BY = 0.02  # nats a token above the lowest held-out loss: 2 % more perplexity
 
 
@@ -152,7 +153,7 @@ def _proven(facts):
     if not newest["verified"]:
         return _said(NO, f"{newest['path']} was written with export.verify: off", export)
     found = dict(newest["scores"])
-    exported = next((found[name] for name in ("exported", "exported, beside its base") if name in found), {})
+    exported = next((found[name] for name in (EXPORTED, BESIDE) if name in found), {})
     words = f"{newest['path']} ({newest['dtype'] or 'the adapter alone'}) answers as the live model"
     if exported.get("kl") is not None:
         words += f": KL {exported['kl']:.1e}"

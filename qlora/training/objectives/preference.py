@@ -39,7 +39,6 @@ _METRICS = (
     "logps/chosen",
     "logps/rejected",
 )
-_ON_THE_HOST = ("trained", "lengths")
 _OF_ROWS = ("reference", "good", "kl")  # of a batch: a number or more for each row, of which a sequence or two are
 
 

@@ -113,7 +113,7 @@ class Supervised(Objective):
     def loss(self, model, inputs, num_items):
         """trl's where kernels.loss leaves the model to it."""
         if loss.is_left_to_trl(model, self.lean, inputs["labels"].device.type):
-            for name in _ON_THE_HOST:
+            for name in ON_THE_HOST:
                 inputs.pop(name, None)
             return None
         return loss_of_trained_positions(model, inputs, num_items, self.lean)
@@ -129,7 +129,7 @@ class Trainer(Reliable, SFTTrainer):
         self.model_accepts_loss_kwargs = True
 
 
-_ON_THE_HOST = ("trained", "lengths")  # of a batch, and not for the model
+ON_THE_HOST = ("trained", "lengths")  # of a batch, and not for the model
 
 
 def loss_of_trained_positions(model, inputs, num_items, lean=False):
@@ -153,7 +153,7 @@ def scored_positions(model, inputs, lean):
     labels, trained = inputs["labels"], inputs.get("trained")
     trained = (labels != IGNORE_INDEX).cpu().numpy() if trained is None else trained
     columns, at, places = _positions(trained, labels.device, "segments" in inputs)
-    body = {key: value for key, value in inputs.items() if key not in ("labels", *_ON_THE_HOST)}
+    body = {key: value for key, value in inputs.items() if key not in ("labels", *ON_THE_HOST)}
     head = model.get_base_model().get_output_embeddings() if lean else None
     if lean:
         scored = loss.hidden_states(model, head, columns, **body).flatten(0, 1)

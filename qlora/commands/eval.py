@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.metadata
-import json
 import re
 import shlex
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from ..system import launched
 from ..system.devices import say_device
 from ..system.errors import InputError
 from ..system.events import note
-from ..system.storage import write_json, write_text
+from ..system.storage import json_line, write_json, write_text
 from ..system.usual_torch import usual_torch
 from ..terminal import shown
 from ..terminal.evaluation import show_result
@@ -100,7 +99,7 @@ class _Found:
 
     @property
     def text(self):
-        return "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in self.rows)
+        return "".join(map(json_line, self.rows))
 
 
 def _of_rows(subject, wanted, data_file, max_rows) -> _Found:

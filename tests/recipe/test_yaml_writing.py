@@ -13,12 +13,31 @@ from qlora.recipe import Recipe, as_yaml, on_one_line, yaml_document
 SHIPPED = sorted((Path(__file__).parents[2] / "recipes").rglob("*.yaml"))
 # classes, names and paths that one version of YAML or the other takes for something else
 WORDS = [
-    "yes", "no", "on", "off", "y", "n", "Yes", "NO", "true", "False", "null", "~", "", "1e-3", "1e5", "0.5", "0123", "0o17", "0x1f",
-    "1_000", "12:30:00", "190:20:30", "2024-01-01", "2024-01-01 10:00:00", ".inf", ".nan", "=", "<<", "- a", "a: b", "#x", "a #b",
-    "'q'", '"q"', "a\nb", "a\tb", " lead", "trail ", "Grüße, Welt", "很好 🙂", "\u2028x", "a\x85b", "\ufeffx", "{a}", "[a]", "*a", "&a",
-    "!a", "%a", "@a", "|", ">", "?", "-", "---", "...", "a" * 1200, "word " * 300, "key: value\n  more\n", "x\r\ny", "\x07",
+    "yes", "no", "on", "off", "y", "n", "Yes", "NO", "true", "False", "null", "~", "", "1e-3", "1e5", "0.5", "0123", "0o17",
+    "0x1f", "1_000", "12:30:00", "190:20:30", "2024-01-01", "2024-01-01 10:00:00", ".inf", ".nan", "=", "<<", "- a", "a: b",
+    "#x", "a #b", "'q'", '"q"', "a\nb", "a\tb", " lead", "trail ", "Grüße, Welt", "很好 🙂", "\u2028x", "a\x85b", "\ufeffx",
+    "{a}", "[a]", "*a", "&a", "!a", "%a", "@a", "|", ">", "?", "-", "---", "...", "a" * 1200, "word " * 300,
+    "key: value\n  more\n", "x\r\ny", "\x07",
 ]  # fmt: skip
-NUMBERS = [1e-5, 2e-4, 1e16, 1e22, 1e-300, 1.5e-7, 123456.789, 0.1, 1.0, -0.0, float("inf"), 3, -7, 10**20, True, False, None]
+NUMBERS = [
+    1e-5,
+    2e-4,
+    1e16,
+    1e22,
+    1e-300,
+    1.5e-7,
+    123456.789,
+    0.1,
+    1.0,
+    -0.0,
+    float("inf"),
+    3,
+    -7,
+    10**20,
+    True,
+    False,
+    None,
+]
 
 
 def by_ruamel(version):

@@ -51,11 +51,12 @@ def command_of(server, model, adapters, port):
 
 
 def rank_of(folder):
-    """Return the rank of the LoRA adapter in a folder."""
+    """Return the largest rank of the LoRA adapter in a folder."""
     file = Path(folder) / "adapter_config.json"
     try:
-        return int(json.loads(file.read_text(encoding="utf-8"))["r"])
-    except (OSError, ValueError, LookupError, TypeError):
+        config = json.loads(file.read_text(encoding="utf-8"))
+        return max(int(config["r"]), *map(int, (config.get("rank_pattern") or {}).values()), 0)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         sys.exit(f"--adapter {folder}: no LoRA adapter there, with a rank r in {file}; for a run give RUN/adapter")
 
 

@@ -39,7 +39,7 @@ from .shares import Share, code_bytes, gather_in_layers, gathered, is_gathered
 from .tasks import GENERATION, Task
 from .tasks import of_folder as task_of_folder
 from .tasks import of_model as task_of
-from .tokenizer import load_tokenizer
+from .tokenizer import follows_its_file, load_tokenizer, save_tokenizer, tokenizer_settings
 
 __all__ = [
     "DTYPE_WHEN_QUANTIZED",
@@ -64,6 +64,7 @@ __all__ = [
     "field",
     "find",
     "floating_dtype",
+    "follows_its_file",
     "gather_in_layers",
     "gathered",
     "image_processor",
@@ -92,6 +93,7 @@ __all__ = [
     "replace_by_stand_ins",
     "restore_codes",
     "said_of_positions",
+    "save_tokenizer",
     "settle",
     "settled",
     "stand_in",
@@ -104,6 +106,7 @@ __all__ = [
     "to_float32",
     "token_ends",
     "token_modules",
+    "tokenizer_settings",
     "weight_files",
     "whole_config",
     "written_names",

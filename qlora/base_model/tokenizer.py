@@ -7,9 +7,16 @@ from importlib.util import find_spec
 from ..system import files
 from ..system.errors import InputError
 from ..system.extras import how_to_install
+from ..system.storage import write_json
 from .messages import said
 
 _SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
+_TEXTS = (
+    "How are you? 2023, and 650841823.",
+    "  for x in range(10):\n\tprint(x)\n\n",
+    "Grüße! don't, l'été",
+    "你好,世界 🙂",
+)
 
 
 def load_tokenizer(folder, section):
@@ -43,6 +50,46 @@ def load_tokenizer(folder, section):
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
     return tokenizer
+
+
+def save_tokenizer(tokenizer, folder):
+    """Write a tokenizer and its chat template into `folder`, for transformers 4 as well."""
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    settings = tokenizer_settings(files.read_object(path))
+    for name in ("is_local", "local_files_only"):  # of this machine
+        settings.pop(name, None)
+    write_json(path, settings)
+
+
+def tokenizer_settings(settings):
+    """Return the settings of tokenizer_config.json without the class and the list that transformers 4 stops at."""
+    settings = dict(settings)
+    if settings.get("tokenizer_class") == "TokenizersBackend":
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(settings.get("extra_special_tokens"), list):
+        settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
+    return settings
+
+
+def follows_its_file(folder, tokenizer, new_tokens=()):
+    """Return whether `tokenizer`, loaded from `folder`, makes the tokens that its tokenizer.json says; True where there is none.
+
+    new_tokens: what was added to it since.
+
+    transformers 5 builds some tokenizers anew by their class, with the vocabulary of the file alone
+    (huggingface/transformers#45920, #48206); version 4, vLLM and llama.cpp take the file as it is.
+    """
+    from tokenizers import Tokenizer
+
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return True
+    written = Tokenizer.from_file(str(path))
+    written.no_truncation()
+    texts = [text for text in _TEXTS if not any(token in text for token in new_tokens)]
+    ids = [written.encode(text, add_special_tokens=False).ids for text in texts]
+    return ids == [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
 
 
 def _has_no_row(token_id, folder):

@@ -25,6 +25,7 @@ _NOT_OF_THE_MODEL = {"transformers_version", "_name_or_path", "dtype", "torch_dt
 _HAS_LOCAL_ROPE = ("gemma3", "gemma3_text", "gemma3n", "gemma3n_text")
 # what version 4 calls (theta, partial_rotary_factor), where not so
 _ROPE_NAMES = dict.fromkeys(("gpt_neox", "gpt_neox_japanese"), ("rotary_emb_base", "rotary_pct"))
+_COUNTS_EXPERTS = ("qwen3_moe", "qwen3_vl_moe_text")  # version 4 reads num_experts alone, 128 where it is missing
 
 
 def write(folder, checkpoint, section, config, tokenizer, dtype, generation=None):
@@ -74,7 +75,7 @@ def model_config(raw, before, after, dtype):
     for part, settings in ((result, after), (result.get("text_config"), after.get("text_config"))):
         if isinstance(part, dict) and isinstance(settings, dict):
             part |= {name: dtype for name in ("dtype", "torch_dtype") if name in part}
-            part |= {name: value for name, value in _rope(settings).items() if name not in part}
+            part |= {name: value for name, value in _older_spellings(settings).items() if name not in part}
     return result
 
 
@@ -87,6 +88,11 @@ def model_config_of_whole(raw, before, after, dtype):
     nested = isinstance(raw.get("text_config"), dict)  # Qwen2-VL's files have the text's settings at the top
     text = _changed(raw["text_config"] if nested else raw, before, after)
     text |= {name: value for name, value in dtypes.items() if name in text}
+    if "rope_parameters" in text:  # version 5 wrote it
+        older = _older_spellings(after) | {
+            "tie_word_embeddings": after["tie_word_embeddings"]
+        }  # 4 ties by the text's own
+        text |= {name: value for name, value in older.items() if name not in text}
     result = raw | {"text_config": text} if nested else text
     if before["tie_word_embeddings"] != after["tie_word_embeddings"]:
         result["tie_word_embeddings"] = after["tie_word_embeddings"]
@@ -109,24 +115,37 @@ def _changed(raw, before, after):
     return result
 
 
-def _rope(settings):
-    """Return the rotary settings in both spellings: rope_parameters, and what version 4 reads instead."""
+def _older_spellings(settings):
+    """Return what is spelled otherwise in version 4, in both spellings: rope_parameters, and what was read before it."""
+    model_type, found = settings.get("model_type"), {}
+    if model_type in _COUNTS_EXPERTS:
+        found["num_experts"] = settings["num_local_experts"]
     rope = settings.get("rope_parameters")
     if not rope:
-        return {}
-    found = {"rope_parameters": rope}
-    model_type = settings.get("model_type")
+        return found
+    found["rope_parameters"] = rope
     if "rope_type" not in rope:  # by kind of layer
-        local = rope.get("sliding_attention") or {}
-        if model_type in _HAS_LOCAL_ROPE and "rope_theta" in local:
-            found["rope_local_base_freq"] = local["rope_theta"]
+        found |= _by_kind_of_layer(model_type, rope, settings.get("layer_types") or [])
         rope = rope.get("full_attention") or {}
     theta, partial = _ROPE_NAMES.get(model_type, ("rope_theta", "partial_rotary_factor"))
     scaling = dict(rope)
     old = {name: scaling.pop(new, None) for name, new in ((theta, "rope_theta"), (partial, "partial_rotary_factor"))}
     found |= {name: value for name, value in old.items() if value is not None}
-    found["rope_scaling"] = None if scaling.get("rope_type", "default") == "default" else scaling
+    # of a rope_type default too, where there is more: mrope_section
+    found["rope_scaling"] = None if scaling in ({}, {"rope_type": "default"}) else scaling
     return found
+
+
+def _by_kind_of_layer(model_type, rope, layer_types):
+    """Return what version 4 calls rotary settings of layers that see everything, or a window of it."""
+    of_all, local = (rope.get(kind) or {} for kind in ("full_attention", "sliding_attention"))
+    if model_type in _HAS_LOCAL_ROPE and "rope_theta" in local:
+        return {"rope_local_base_freq": local["rope_theta"]}
+    if model_type == "modernbert":
+        apart = layer_types.index("full_attention", 1) if "full_attention" in layer_types[1:] else len(layer_types)
+        thetas = {"global_rope_theta": of_all.get("rope_theta"), "local_rope_theta": local.get("rope_theta")}
+        return {name: value for name, value in thetas.items() if value} | {"global_attn_every_n_layers": apart}
+    return {}
 
 
 def _write_generation_config(folder, checkpoint, config, tokenizer):
@@ -156,9 +175,7 @@ def _write_tokenizer(folder, base_folder, before, tokenizer):
     """Write the tokenizer: the base's own files, and in them what differs between `before`, the base's, and `tokenizer`."""
     old, new = _backend(before), _backend(tokenizer)
     if any(old.get(part) != new.get(part) for part in (old | new).keys() - {"added_tokens"}):
-        tokenizer.save_pretrained(folder)  # another tokenizer
-        path = folder / "tokenizer_config.json"
-        write_json(path, _for_version_4(files.read_object(path)))
+        base_model.save_tokenizer(tokenizer, folder)  # another tokenizer
         return
     same_template = before.chat_template == tokenizer.chat_template
     for source in sorted({path for pattern in TOKENIZER_FILES for path in base_folder.glob(pattern)}):
@@ -168,8 +185,8 @@ def _write_tokenizer(folder, base_folder, before, tokenizer):
             shutil.copyfile(source, folder / name)
 
     path = folder / "tokenizer.json"
-    if not path.is_file():
-        tokenizer.backend_tokenizer.save(str(path))
+    if not path.is_file() or not base_model.follows_its_file(base_folder, before):
+        tokenizer.backend_tokenizer.save(str(path))  # whoever takes the file as it is gets the tokens of the training
     elif old["added_tokens"] != new["added_tokens"]:
         write_json(path, files.read_object(path) | {"added_tokens": new["added_tokens"]})
 
@@ -189,7 +206,7 @@ def _write_tokenizer(folder, base_folder, before, tokenizer):
         }
     if not same_template:
         _set_template(folder, settings, tokenizer.chat_template)
-    _write_or_copy(path, _for_version_4(settings), base_folder / path.name)
+    _write_or_copy(path, base_model.tokenizer_settings(settings), base_folder / path.name)
 
     path = folder / "special_tokens_map.json"
     if path.is_file() and changed:
@@ -212,16 +229,6 @@ def _set_template(folder, settings, template):
         settings.pop("chat_template", None)
 
 
-def _for_version_4(settings):
-    """Return the settings of tokenizer_config.json without the class and the list that transformers 4 stops at."""
-    settings = dict(settings)
-    if settings.get("tokenizer_class") == "TokenizersBackend":
-        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-    if isinstance(settings.get("extra_special_tokens"), list):
-        settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
-    return settings
-
-
 def refuse_misread(folder, section, config, tokenizer, task=base_model.GENERATION):
     """Raise ProofFailed unless the files read as `config` and `tokenizer`, and say the same in both spellings.
 
@@ -231,7 +238,8 @@ def refuse_misread(folder, section, config, tokenizer, task=base_model.GENERATIO
     written = base_model.find(opened, False, dataclasses.replace(task, labels=()))
     found, expected = _as_dict(base_model.read_config(written, section)), _as_dict(config)
     # the old spelling, where this version keeps it as it is and computes with rope_parameters
-    old = {name for name, value in _rope(expected).items() if name not in expected and found.get(name) == value}
+    older = _older_spellings(expected)
+    old = {name for name, value in older.items() if name not in expected and found.get(name) == value}
     names = sorted((found.keys() | expected.keys()) - _NOT_OF_THE_MODEL - old)
     problems = [
         f"config.json: {name} reads as {found.get(name)!r}, the merged model has {expected.get(name)!r}"
@@ -239,7 +247,7 @@ def refuse_misread(folder, section, config, tokenizer, task=base_model.GENERATIO
         if _without_dtype(found.get(name)) != _without_dtype(expected.get(name))
     ]
     raw = files.read_object(folder / "config.json")
-    for name, value in _rope(expected).items() if base_model.whole_config(folder) is None else ():
+    for name, value in older.items() if base_model.whole_config(folder) is None else ():
         if name not in raw:
             problems.append(f"config.json: {name} is missing; one version of transformers reads it, as {value!r}")
     problems += (

@@ -137,7 +137,7 @@ quantization_config=four_bit{% endif %}{% if labels %}, num_labels={{ labels | l
     num_rows = max({{ num_tokens }}, base.get_input_embeddings().num_embeddings)
     base.resize_token_embeddings(num_rows, mean_resizing=False)
 {%- endif %}
-    model = PeftModel.from_pretrained(base, "{{ here }}")
+    model = PeftModel.from_pretrained(base, "{{ here }}"){% if cast %}.float()  # PEFT's (IA)3 gives float32 on 4 bit{% endif %}
 {% endif %}
 {% if labels -%}
 Its {{ labels | length }} classes, in the order of the logits: {{ labels | join(", ") }}. The head is in the adapter.
@@ -256,6 +256,7 @@ def adapter_card(title, base, adapter_config, quantization, origin, task=base_mo
         tags=f"qlora, {adapter_config['peft_type'].lower()}",
         kind=described.kind,
         peft=described.peft,
+        cast=adapter_config["peft_type"] == "IA3" and quantization is not None,  # methods/ia3.py says why
         rows=rows,
         quantized=quantization and quantization["quant_type"].upper(),
         four_bit=four_bit,

@@ -6,23 +6,22 @@ Sections and fields, with their documentation, are in sections.py and methods.py
 from __future__ import annotations
 
 import copy
-import io
 import math
 from typing import Literal, get_args
 
 from pydantic import ValidationError, model_validator
-from ruamel.yaml import YAML
 
 from . import error_messages, objectives, reading, tasks
 from .fields import PathText, Section, parse_size
 from .methods import Adalora, Bottleneck, Full, Hira, Ia3, Lora, Method, Oft, PrefixTuning, PromptTuning
 from .objectives import Dpo, Kto, Objective, Orpo
 from .sections import Data, Export, Format, Memory, Model, Quantization, Source, Training
+from .yaml_writing import as_yaml, on_one_line
 
 __all__ = [
     "Adalora", "Bottleneck", "Data", "Dpo", "Export", "Format", "Full", "Hira", "Ia3", "Lora", "Memory", "Method", "Model",
     "Objective", "Oft", "Orpo", "PrefixTuning", "PromptTuning", "Quantization", "Recipe", "Section", "Source", "Training",
-    "as_yaml", "parse_size",
+    "as_yaml", "on_one_line", "parse_size",
 ]  # fmt: skip
 
 
@@ -257,12 +256,3 @@ class Recipe(Section):
     def to_yaml(self) -> str:
         """Return the resolved recipe, every value written out, as YAML that `load` reads back to an equal recipe."""
         return as_yaml(self.model_dump())
-
-
-def as_yaml(values):
-    """Return nested plain values as YAML text."""
-    stream = io.StringIO()
-    yaml = YAML(pure=True)  # the C dumper writes YAML 1.1
-    yaml.width = 1000
-    yaml.dump(values, stream)
-    return stream.getvalue()

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import re
 from dataclasses import dataclass
 from typing import Any
 
-from ruamel.yaml import YAML
-
 from . import Recipe, reading
+from .yaml_writing import on_one_line
 
 _COLUMN = 46  # where the reasons begin, unless a value is longer
 
@@ -61,7 +59,7 @@ def as_text(header, lines, footer=()) -> str:
         if members[0][0]:
             found.append(f"{section}:")
         for inner, name, line in members:
-            text = f"{'  ' if inner else ''}{name}: {_flow(line.value)}"
+            text = f"{'  ' if inner else ''}{name}: {on_one_line(line.value)}"
             found.append(f"{text:<{_COLUMN}}  # {_plain(line.why)}" if line.why else text)
     return "\n".join([*found, *(_comment(one) for one in footer)]) + "\n"
 
@@ -73,16 +71,3 @@ def _comment(text):
 def _plain(text):
     """Return `text` as a comment may hold it: one line, nothing that nobody sees."""
     return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ufeff\ud800-\udfff\ufffe\uffff]+", " ", str(text))
-
-
-def _flow(value):
-    """Return a plain value as YAML on one line."""
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{_flow(key)}: {_flow(inner)}" for key, inner in value.items()) + "}"
-    if isinstance(value, list):
-        return "[" + ", ".join(map(_flow, value)) + "]"
-    stream = io.StringIO()
-    yaml = YAML(pure=True)
-    yaml.default_flow_style, yaml.width = True, 100_000
-    yaml.dump([value], stream)
-    return stream.getvalue().strip().removeprefix("[").removesuffix("]")

@@ -144,6 +144,19 @@ def to_json(event: Line) -> dict:
     return values | values.pop("metrics", {})
 
 
+def numbers_of(event) -> dict:
+    """Return {name: number} of a Step, Evaluation, Norms or Trained for a curve each, with the epoch of the first two.
+
+    What an Evaluation measures is named eval_..., as its loss is: a Step has margins and accuracies of its own.
+    """
+    if isinstance(event, Evaluation):
+        own = {"epoch": event.epoch, "eval_loss": event.eval_loss}
+        found = own | {f"eval_{name}": number for name, number in event.metrics.items()}
+    else:
+        found = to_json(event) if isinstance(event, Step) else event.numbers
+    return {name: number for name, number in found.items() if name not in ("step", "time") and number is not None}
+
+
 def from_json(values: dict) -> Line:
     """Return the event of such an object; a field that an older version did not write is None."""
     # the first that is there; a Step of a training in float16 has a loss_scale too, among its metrics
@@ -286,22 +299,22 @@ class TensorBoard:
     def __init__(self, folder):
         self.folder, self.load = folder, Load()
         self.board: Any = None
+        self.began_at = 0
 
     def __call__(self, event):
         if isinstance(event, Begun):
             from torch.utils.tensorboard import SummaryWriter
 
             self.board = SummaryWriter(str(self.folder), purge_step=event.step + 1 if event.step else None)
-        elif isinstance(event, Step | Evaluation):
-            numbers = to_json(event)
-            for key in numbers.keys() - {"step", "epoch", "time"}:
-                self.board.add_scalar(key, numbers[key], event.step)
-            if isinstance(event, Step):
-                for key, number in self.load.now().items():
-                    self.board.add_scalar(f"system/{key}", number, event.step)
-        elif isinstance(event, Norms):
-            for key, number in event.numbers.items():
-                self.board.add_scalar(key, number, event.step)
+            self.began_at = event.step
+        elif isinstance(event, Step | Evaluation | Norms):
+            if isinstance(event, Norms) and event.step <= self.began_at:
+                return  # of the checkpoint that it goes on from, written again: they are there
+            for key, number in numbers_of(event).items():
+                if key != "epoch":
+                    self.board.add_scalar(key, number, event.step)
+            for key, number in self.load.now().items() if isinstance(event, Step) else ():
+                self.board.add_scalar(f"system/{key}", number, event.step)
         elif isinstance(event, Samples):
             for number, sample in enumerate(event.samples, 1):
                 self.board.add_text(f"sample {number}", _as_text(sample), event.step)

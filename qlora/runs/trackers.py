@@ -74,9 +74,9 @@ class Tracker:
         if isinstance(event, record.Begun) and self.kind.id is not None:
             keep_id(self.run, self.kind.name, self.kind.id)
         elif isinstance(event, record.Step):
-            self.todo.put((event.step, _numbers(event) | self.load.now()))
+            self.todo.put((event.step, record.numbers_of(event) | self.load.now()))
         elif isinstance(event, record.Evaluation | record.Norms | record.Trained):
-            self.todo.put((event.step, _numbers(event)))
+            self.todo.put((event.step, record.numbers_of(event)))
 
     def begin(self):
         self.thread.start()
@@ -105,11 +105,6 @@ class Tracker:
             note(f"tracker   {self.kind.name}: {why[:300]}; the training goes on without it")
         finally:
             self.has_begun.set()
-
-
-def _numbers(event):
-    numbers = event.numbers if isinstance(event, record.Norms | record.Trained) else record.to_json(event)
-    return {name: value for name, value in numbers.items() if name not in ("step", "time") and value is not None}
 
 
 def flat(values, prefix=""):

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
 from pathlib import Path
@@ -26,6 +27,12 @@ def _json(value, indent=None):
         return (json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False) + "\n").encode()
     except UnicodeEncodeError:
         return (json.dumps(value, indent=indent, allow_nan=False) + "\n").encode()
+
+
+def json_line(value):
+    """Return `value` as one line of JSON with its end, for readers too that take U+0085, U+2028 and U+2029 for ends of lines."""
+    text = _json(value).decode()
+    return re.sub("[\x85\u2028\u2029]", lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def write_text(path, text):
@@ -54,7 +61,7 @@ def add_line(path, value):
         if start:
             file.seek(-1, os.SEEK_END)
         unended = start > 0 and file.read(1) != b"\n"
-        line = _json(value)
+        line = json_line(value).encode()
         try:
             file.write(b"\n" * unended + line)
             file.flush()

@@ -159,6 +159,13 @@ def test_columns_of_any_names_are_offered_by_what_they_hold(tmp_path):
     assert """data.columns='{prompt: Anfrage, completion: "Art der"}' for answers""" in str(caught.value)
 
 
+def test_a_column_that_is_a_word_of_yaml_is_offered_in_quotes(tmp_path):
+    rows = [{"null": f"Wo bleibt Paket {n}?", "no": "ab"[n % 2]} for n in range(9)]
+    with pytest.raises(InputError) as caught:
+        look(write_jsonl(tmp_path / "rows.jsonl", rows))
+    assert """data.columns='{text: "null", label: "no"}' for classes (2 in""" in str(caught.value)
+
+
 def test_columns_that_name_a_label_make_it_classification(tiny_base, tmp_path):
     rows = [{"Text": row["text"], "Art": row["label"]} for row in ROWS]
     path = write_jsonl(tmp_path / "rows.jsonl", rows)

@@ -25,6 +25,7 @@ from qlora.commands.train import train
 from qlora.recipe import Model, Recipe
 from qlora.system import signals
 from qlora.system.errors import InputError, Interrupted
+from tests.commands.test_adapter_cards import as_the_card_says
 from tests.conftest import CONVERSATIONS, messages, write_jsonl
 
 # huggingface_hub 2.4 gives httpx2 a file by the old name of the argument
@@ -292,16 +293,7 @@ def test_the_card_of_an_adapter_is_complete_and_its_lines_of_code_open_it(run, h
     scores = json.loads(run.eval_file.read_text())
     assert f"| {scores['before']['loss']:.4f} | {scores['loss']:.4f} |" in text
 
-    # what a reader would type
-    folder = tmp_path / "downloaded"
-    folder.mkdir()
-    for name, content in hub.repos["me/mine"]["files"].items():
-        (folder / name).write_bytes(content)
-    code = re.search(r"## Use\n\n((?:    .*\n|\n)+)", text)[1]
-    code = re.sub(r"^    ", "", code, flags=re.MULTILINE)
-    code = code.replace("me/mine", str(folder)).replace("owner/base", str(tiny_model("llama")))
-    names: dict = {}
-    exec(code, names)
+    opened = as_the_card_says(hub.repos["me/mine"]["files"], tmp_path / "downloaded", tiny_model("llama"))
     section = Model(name_or_path=str(tiny_model("llama")))
     ours = base_model.load(base_model.find(section), section, run.recipe().quantization)
     ours = methods.load(ours, run.adapter)
@@ -309,7 +301,7 @@ def test_the_card_of_an_adapter_is_complete_and_its_lines_of_code_open_it(run, h
     with torch.no_grad(), ours.disable_adapter():
         without = ours(ids).logits.float()
     with torch.no_grad():
-        expected, found = ours(ids).logits.float(), names["model"](ids).logits.float()
+        expected, found = ours(ids).logits.float(), opened(ids).logits.float()
     assert (found - expected).abs().max() < 0.1  # bfloat16 has steps of 1/32 there
     assert (expected - without).abs().max() > 0.5
 

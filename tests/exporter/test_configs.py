@@ -6,11 +6,12 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
-import torch
 import transformers
+from tokenizers import Tokenizer
 
 from qlora import base_model
 from qlora.commands.export import export
@@ -18,28 +19,13 @@ from qlora.commands.train import train
 from qlora.exporter import configs
 from qlora.recipe import Model
 from qlora.system.errors import InputError, ProofFailed
+from qlora.system.events import heard_by
 from tests import forked
 from tests.conftest import CHATML, CONVERSATIONS
+from tests.test_layout import ROOT
 
+READERS_CHECK = ROOT / "scripts" / "readers_check.py"
 OLD = ["transformers==4.57.3", "tokenizers==0.22.1", "huggingface-hub==0.36.0"]
-
-# Prints, for each folder, what this version of transformers makes of it.
-READ = """
-import json, sys, torch, transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
-found = {"version": transformers.__version__}
-for folder in sys.argv[1:]:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    turns = [{"role": "user", "content": "What is 2 plus 3?"}]
-    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    ids = tokenizer(text, add_special_tokens=False).input_ids
-    with torch.no_grad():
-        logits = model.eval()(torch.arange(4, 260)[None]).logits[0, -1].tolist()
-    eos = model.generation_config.eos_token_id
-    found[folder] = {"logits": logits, "text": text, "ids": ids, "eos": eos, "special": sorted(tokenizer.all_special_tokens)}
-print(json.dumps(found))
-"""
 
 
 @pytest.fixture(scope="module")
@@ -59,18 +45,6 @@ def older():
         else:
             made.rename(folder)
     return folder
-
-
-def read(folders, older=None):
-    """Return what transformers, or that in the folder `older`, reads in `folders`."""
-    command = ["-c", READ, *map(str, folders)]
-    if older is None:
-        done = forked.run(*command)
-    else:
-        variables = os.environ | {"PYTHONPATH": str(older)}
-        done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=variables, check=False)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def hub_style(folder, out):
@@ -117,32 +91,109 @@ def test_the_bases_own_files_are_kept(make_recipe, tiny_model, tmp_path):
     assert after["rope_parameters"]["rope_theta"] == after["rope_theta"] == 500000
 
 
-@pytest.mark.slow  # it installs transformers 4
-def test_transformers_4_reads_what_transformers_5_does(older, make_recipe, tiny_model, tmp_path, unplanned):
+def read(*words, older=None):
+    """Run scripts/readers_check.py, here or with the transformers in the folder `older`; return (its code, what it printed)."""
+    if older is None:
+        done = forked.run(READERS_CHECK, *map(str, words))
+    else:
+        command = [sys.executable, READERS_CHECK, *map(str, words)]
+        variables = os.environ | {"PYTHONPATH": str(older)}
+        done = subprocess.run(command, capture_output=True, text=True, env=variables, check=False)
+    assert done.returncode in (0, 1), done.stderr
+    assert not done.returncode or done.stdout, done.stderr
+    return done.returncode, done.stdout
+
+
+@pytest.fixture
+def exports(make_recipe, tiny_model, classify_recipe, tmp_path):
+    """Return {name: folder} of exports that say something that the two versions spell, or read, otherwise."""
     (tmp_path / "template.jinja").write_text("Chat:\n" + CHATML)
+    bases = {name: hub_style(tiny_model(f"llama{name}"), tmp_path / f"base{name}") for name in ("", "-tied")}
+    recipes = {
+        "hub": lambda: make_recipe(model={"name_or_path": str(bases[""])}),
+        "new": lambda: make_recipe("llama-tied", data={"chat_template": str(tmp_path / "template.jinja")}),
+        "tokens": lambda: make_recipe(model={"name_or_path": str(bases["-tied"]), "new_tokens": ["<tool>", "plus"]}),
+        **{family: partial(make_recipe, family) for family in ("phi", "gemma2", "qwen2", "qwen3-moe")},
+        # last: these write other rows into the same file
+        **{f"classes-{family}": partial(classify_recipe, family) for family in ("bert", "modernbert")},
+    }
     outs = {}
-    for name, base, sections in (
-        ("hub", hub_style(tiny_model("llama"), tmp_path / "base"), {}),
-        ("new", tiny_model("llama-tied"), {"data": {"chat_template": str(tmp_path / "template.jinja")}}),
-        (
-            "tokens",
-            hub_style(tiny_model("llama-tied"), tmp_path / "tied"),
-            {"model": {"new_tokens": ["<tool>", "plus"]}},
-        ),
-        ("phi", tiny_model("phi"), {}),
-        ("gemma2", tiny_model("gemma2"), {}),
-    ):
-        sections["model"] = {"name_or_path": str(base), **sections.get("model", {})}
-        recipe = make_recipe(**sections, output_dir=str(tmp_path / name / "run"))
+    for name, make in recipes.items():
         outs[name] = tmp_path / name / "out"
-        export(train(recipe).path, outs[name], dtype="float32")
-    new, old = read(outs.values()), read(outs.values(), older)
-    assert (new.pop("version"), old.pop("version")) == (transformers.__version__, "4.57.3")
-    for folder, found in new.items():
-        torch.testing.assert_close(torch.tensor(old[folder].pop("logits")), torch.tensor(found.pop("logits")),
-                                   atol=1e-5, rtol=1e-5, msg=lambda text, folder=folder: f"{folder}: {text}")  # fmt: skip
-        assert old[folder] == found
-    assert new[str(outs["new"])]["text"].startswith("Chat:")
+        recipe = make().model_copy(update={"output_dir": str(tmp_path / name / "run")})
+        in_shards = ["export.max_shard_size=200KB"] if name == "new" else []
+        export(train(recipe).path, outs[name], dtype="float32", overrides=in_shards)
+    assert len(list(outs["new"].glob("model-*.safetensors"))) > 1
+    return outs
+
+
+@pytest.mark.slow  # it installs transformers 4
+@pytest.mark.usefixtures("unplanned")
+def test_transformers_4_reads_what_transformers_5_does(older, exports, tmp_path):
+    kept = tmp_path / "read.json"
+    assert read(*exports.values(), "--save", kept)[0] == 0
+    code, said = read(*exports.values(), "--compare", kept, older=older)
+    assert code == 0, said
+    assert said.count(": the same\n") == len(exports)
+    assert said.endswith(f"transformers 4.57.3, compared with {transformers.__version__}\n")
+    found = json.loads(kept.read_text())["folders"]
+    assert found[str(exports["new"])]["prompt"].startswith("Chat:")
+    assert found[str(exports["classes-bert"])]["classes"] == {"0": "neg", "1": "pos"}
+    # it sees what is otherwise
+    settings = json.loads((exports["hub"] / "config.json").read_text())
+    (exports["hub"] / "config.json").write_text(json.dumps(settings | {"rope_theta": 20000.0}))
+    code, said = read(exports["hub"], "--compare", kept, older=older)
+    assert (code, "DIFFERS" in said, "logits: " in said) == (1, True, True), said
+
+
+@pytest.mark.slow
+def test_transformers_4_opens_the_tokenizer_of_an_adapter(older, trained_once):
+    folder = trained_once().adapter
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    assert not settings.keys() & {"is_local", "local_files_only"}  # of the machine that trained
+    code = "import sys, transformers; print(transformers.AutoTokenizer.from_pretrained(sys.argv[1])('<|im_start|> 2').input_ids)"
+    variables = os.environ | {"PYTHONPATH": str(older), "USE_TORCH": "0"}
+    command = [sys.executable, "-c", code, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, env=variables, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == transformers.AutoTokenizer.from_pretrained(folder)("<|im_start|> 2").input_ids
+
+
+@pytest.mark.usefixtures("unplanned")
+def test_whoever_takes_tokenizer_json_as_it_is_gets_the_tokens_of_the_training(make_recipe, tiny_model, tmp_path):
+    # a Qwen2 model: transformers 5 splits text as Qwen's own tokenizers do, whatever the file says
+    base = tiny_model("qwen2")
+    notes = []
+    with heard_by(lambda event: notes.append(str(getattr(event, "text", "")))):
+        run = train(make_recipe("qwen2"))
+    assert len([note for note in notes if "makes other tokens than" in note]) == 1
+    export(run.path, tmp_path / "out", dtype="float32")
+    text = "What is 2 plus 3? 650841823"
+    as_base, as_out = (
+        Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text).ids for folder in (base, tmp_path / "out")
+    )
+    expected = transformers.AutoTokenizer.from_pretrained(base)(text).input_ids
+    assert as_out == expected != as_base
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out")(text).input_ids == expected
+
+
+def test_what_version_4_calls_otherwise_is_written_too():
+    experts = transformers.Qwen3MoeConfig(num_experts=4).to_dict()
+    assert configs.model_config(experts, experts, experts, "float16")["num_experts"] == 4
+    modern = transformers.ModernBertConfig(num_hidden_layers=6, global_attn_every_n_layers=2, global_rope_theta=5e4,
+                                           local_rope_theta=2e4).to_dict()  # fmt: skip
+    for name in ("global_rope_theta", "local_rope_theta", "global_attn_every_n_layers"):
+        modern.pop(name, None)
+    found = configs.model_config(modern, modern, modern, "float16")
+    assert (found["global_rope_theta"], found["local_rope_theta"], found["global_attn_every_n_layers"]) == (5e4, 2e4, 2)
+    sections = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}
+    text = transformers.Qwen2VLTextConfig(rope_parameters=sections).to_dict()
+    whole = {"model_type": "qwen2_vl", "text_config": text}
+    found = configs.model_config_of_whole(
+        whole, text | {"tie_word_embeddings": False}, text | {"tie_word_embeddings": False}, "float16"
+    )
+    assert found["text_config"]["rope_scaling"] == {"rope_type": "default", "mrope_section": [2, 3, 3]}
+    assert (found["text_config"]["rope_theta"], found["text_config"]["tie_word_embeddings"]) == (1e6, True)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 
 from qlora.runs import record
 from qlora.runs.folder import RunDir
-from qlora.runs.record import Begun, CheckpointBegun, Evaluation, LessMemory, Rescaled, Skipped, Step
+from qlora.runs.record import Begun, CheckpointBegun, Evaluation, LessMemory, Norms, Rescaled, Skipped, Step
 from qlora.system.errors import InputError
 from qlora.system.events import Note, emit
 
@@ -98,3 +98,28 @@ def test_a_missing_file_is_named(run):
 def test_a_number_that_is_not_finite_is_no_json(run):
     with pytest.raises(ValueError, match="JSON"):
         recorded(run, Begun(0, 1, 0), Evaluation(1, 1.0, float("nan"), 1.0))
+
+
+def test_tensorboard_has_a_curve_each_for_steps_and_evaluations_and_one_value_a_step(run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def step(number, margin):
+        return Step(number, 0.5, 2.25, 1e-4, 0.75, 100, 50.0, 2**30, 2.0, {"rewards/margins": margin})
+
+    def evaluation(number, margin):
+        return Evaluation(number, 1.0, 2.0, 4.0, {"rewards/margins": margin})
+
+    def norms(number):
+        return Norms(number, {"adapter_norm/layer_00": float(number)})
+
+    recorded(run, Begun(0, 9, 0), step(1, 0.25), step(2, 0.5), evaluation(2, 8.0), norms(2), step(3, 1.0), norms(3))
+    # it goes on from the checkpoint of step 2, which is written once more, with its evaluation
+    recorded(run, Begun(2, 9, 3), norms(2), step(3, 2.0), evaluation(3, 16.0), norms(3))
+    board = EventAccumulator(str(run.tensorboard)).Reload()
+    found = {tag: [(one.step, one.value) for one in board.Scalars(tag)] for tag in board.Tags()["scalars"]}
+    assert found["rewards/margins"] == [(1, 0.25), (2, 0.5), (3, 2.0)]
+    assert found["eval_rewards/margins"] == [(2, 8.0), (3, 16.0)]
+    assert found["adapter_norm/layer_00"] == [(2, 2.0), (3, 3.0)]
+    assert "epoch" not in found
+    for tag, values in found.items():
+        assert [at for at, _ in values] == sorted({at for at, _ in values}), tag

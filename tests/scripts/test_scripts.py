@@ -14,6 +14,7 @@ QUICK = {
     "benchmark_kernels.py": "--model MODEL --tokens 32 --rounds 1 --json OUT",
     "longest_rows.py": "--layers 2",
     "benchmark_latency.py": "--model MODEL --methods dora,bottleneck,prompt_tuning --rank 4 --prompt 8 --tokens 3 --rounds 1",
+    "readers_check.py": "MODEL --save OUT",
     "random_model.py": "--shape tiny --tokenizer MODEL --out OUT",
     "preference_data.py": "OUT --train-rows 4 --test-rows 2",
     "preference_pairs.py": "ANSWERS OUT",

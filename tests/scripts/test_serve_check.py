@@ -29,6 +29,12 @@ def test_vllm_gets_the_base_and_the_adapters_by_name(trained_once):
     assert (refused.returncode, "whole models only" in refused.stderr) == (1, True)
 
 
+def test_vllm_gets_the_largest_rank_of_a_pattern(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"r": 4, "rank_pattern": {"q_proj": 40}}')
+    done = run("BASE", "--server", "vllm", "--adapter", f"mine={tmp_path}", "--dry-run")
+    assert " --max-lora-rank 64 " in done.stdout
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [("mine", "--adapter mine: write NAME=FOLDER"), ("mine=nowhere", "for a run give RUN/adapter")],

@@ -29,7 +29,7 @@ from ... import data
 from ...evaluation import answer_metrics, preferences, scores
 from ...evaluation.asked import Asked
 from ...evaluation.intervals import OF_LOSS, ratio
-from ...recipe import Data, as_yaml
+from ...recipe import Data, as_yaml, yaml_document
 from ...recipe.comparison import FILE, NUMBERS, Comparison, Entry, entries
 from ...runs import record
 from ...runs.folder import RunDir
@@ -41,6 +41,12 @@ from ..evaluating import eval_rows
 from ..opening.chosen_task import encoder_of
 
 DONE, FAILED, UNFINISHED, TO_DO = "done", "failed", "unfinished", "to do"
+
+
+def _says(file, recipe):
+    """Return whether a file says what a recipe does, spelled in whatever way."""
+    found, _ = yaml_document.parse(files.read(file, "the recipe"), file)
+    return found == yaml_document.parse(recipe.to_yaml(), file)[0]
 
 
 class Folder:
@@ -79,7 +85,7 @@ class Folder:
             raise InputError(f"output_dir {self.path} holds no comparison to resume; leave out --resume")
         for entry in self.entries:
             file = self.recipe_file(entry)
-            if file.is_file() and files.read(file, "the recipe") != entry.recipe.to_yaml():
+            if file.is_file() and not _says(file, entry.recipe):
                 raise InputError(
                     f"{entry.name} was trained with another recipe ({file}); change it back, or remove "
                     f"{self.run(entry).path} and {file} to train it anew"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from ...evaluation.intervals import JUDGED_MARGIN
 from ...evaluation.scores import PERPLEXITY
 from ...system.errors import InputError
 from ...system.events import note
+from ...system.storage import json_line
 from . import base_scores, class_scores, win_rate
 from .eval_rows import general_rows, held_out_rows, joined_name, score_name, usual_rows
 
@@ -34,7 +34,7 @@ class Measured:
 
     @property
     def text(self):
-        return "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in self.rows)
+        return "".join(map(json_line, self.rows))
 
 
 def of_rows(subject, wanted, data_file, max_rows) -> Measured:

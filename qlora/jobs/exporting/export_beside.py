@@ -6,7 +6,7 @@ import shutil
 
 import torch
 
-from ... import methods
+from ... import base_model, methods
 from ...exporter import merge, report
 from ...exporter.model_card import adapter_card
 from ...system import files
@@ -43,7 +43,7 @@ def write_beside(trained, folder):
     for name in names:
         shutil.copyfile(trained.folder / name, folder / name)
     if not (folder / "tokenizer.json").is_file():
-        trained.tokenizer.save_pretrained(folder)
+        base_model.save_tokenizer(trained.tokenizer, folder)
 
 
 def report_beside(trained, folder) -> dict:

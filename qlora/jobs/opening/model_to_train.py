@@ -154,7 +154,7 @@ def save_adapter(run, prepared, trainable):
     with new_folder(run.path / prepared.recipe.method.saved_in) as folder:
         methods.save(trainable.model, folder, checkpoint.name_or_path, checkpoint.revision)
         if checkpoint.task.file.HAS_TOKENS:
-            prepared.tokenizer.save_pretrained(folder)
+            base_model.save_tokenizer(prepared.tokenizer, folder)
         else:  # as it is: transformers would write it anew, with settings of its own version
             shutil.copyfile(
                 checkpoint.folder / base_model.image_processor.FILE, folder / base_model.image_processor.FILE

@@ -53,6 +53,8 @@ def prepare(recipe: Recipe, weights=True, on=None) -> Prepared:
     tokenizer, template = open_tokenizer(checkpoint.folder, recipe.model, generation_config, *how, task=recipe.task)
     if not checkpoint.task.file.HAS_TOKENS:
         base_model.image_processor.refuse_other_shape(tokenizer, config, checkpoint.folder)
+    else:
+        _say_of_tokens(checkpoint.folder, tokenizer, recipe.model.new_tokens or ())
 
     seed, encoder = recipe.seed_of_rows, encoder_of(recipe.task, recipe.objective)
     parts = data.load(recipe.data.train, tokenizer, recipe.data, seed, encoder)
@@ -91,6 +93,15 @@ def prepare(recipe: Recipe, weights=True, on=None) -> Prepared:
         report["image_sizes"] = data.image_sizes(examples)
     parts = [*parts, *eval_parts]
     return Prepared(recipe, checkpoint, config, tokenizer, template, parts, examples, held_out, batches, report)
+
+
+def _say_of_tokens(folder, tokenizer, new_tokens):
+    if not base_model.follows_its_file(folder, tokenizer, new_tokens):
+        note(
+            f"tokenizer transformers makes other tokens than {folder / 'tokenizer.json'} says: it builds a "
+            f"{type(tokenizer).__name__} from the file's vocabulary alone. Training and export have its tokens; see them with "
+            "`qlora data RECIPE --row 1 --tokens`"
+        )
 
 
 def _settled(recipe, config, checkpoint, on):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...data import formats, labels, preference, sources, splits
-from ...recipe import Data
+from ...recipe import Data, on_one_line
 from ...system.errors import InputError
 
 _ROWS = 300
@@ -129,5 +129,10 @@ def _readings(keys, seen):
 
 
 def _flow(**columns):
-    written = (f"{name}: {key if key.isidentifier() else json.dumps(key)}" for name, key in columns.items())
+    written = (f"{name}: {_word(key)}" for name, key in columns.items())
     return f"{{{', '.join(written)}}}"
+
+
+def _word(key):
+    """Return a column's name as YAML between the quotes of a shell has it."""
+    return key if key.isidentifier() and on_one_line(key) == key else json.dumps(key)

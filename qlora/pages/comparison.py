@@ -13,7 +13,7 @@ from ..recipe.comparison import settings_in_words
 from ..system.errors import InputError
 from ..system.events import note
 from ..system.units import duration, size
-from . import markdown
+from . import figures, markdown
 
 _COLUMNS = ("variant", "settings", "seed", "status", *NUMBERS, "run", "message")
 
@@ -124,7 +124,7 @@ def draw(path, found):
     )
     figure.tight_layout()
     try:
-        figure.savefig(path, dpi=110)
+        figures.save(figure, path, dpi=110)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}") from None
     finally:

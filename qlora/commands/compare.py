@@ -29,7 +29,7 @@ def compare(path, overrides=(), resume=False, dry_run=False) -> dict:
     """Train and evaluate all that the comparison in the YAML file `path` names; return its comparison.json.
 
     overrides: `field=value` laid over the comparison. resume: go on with the one in its output_dir, at any moment of which it may
-    have been ended. dry_run: only plan. What did not fit, diverged or failed is a row that says so.
+    have been ended; what failed is tried again. dry_run: only plan. What did not fit, diverged or failed is a row that says so.
     Writes comparison.json, .csv, .md and .png into output_dir, anew after each training.
 
     Raises:
@@ -42,9 +42,13 @@ def compare(path, overrides=(), resume=False, dry_run=False) -> dict:
     if dry_run:
         return {"planned": planned}
     folder.refuse_used(resume)
-    folder.path.mkdir(parents=True, exist_ok=True)
-    with locked(folder.path / "lock", f"output_dir {folder.path}", "set output_dir=ANOTHER_FOLDER"):
+    try:
+        folder.path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"output_dir {folder.path}: {error.strerror}; choose another folder") from None
+    with locked(folder.lock_file, f"output_dir {folder.path}", "set output_dir=ANOTHER_FOLDER"):
         folder.begin()
+        folder.try_again()
         try:
             _train_all(folder, path, {one["name"]: one for one in planned})
             found = _write(folder, path, last=True)

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..system import files
 from ..system.errors import InputError
 from . import columns, sources, splits
 from .readers import READERS
@@ -165,7 +166,7 @@ def _classes(root):
         there = sorted(path for path in root.iterdir() if not _is_litter(path.name))
         folders = [path.name for path in there if path.is_dir()]
         beside = [path.name for path in there if not path.is_dir() and path.suffix.lower() in _IMAGES]
-        files = {name: _files(root / name) for name in folders}
+        images = {name: _files(root / name) for name in folders}
         _refuse_splits(root, folders)
     except OSError as error:
         raise InputError(f"cannot read the folder {root}: {error.strerror or error}") from None
@@ -179,10 +180,10 @@ def _classes(root):
             f"the folder {root} has images beside the folders of classes, such as {beside[0]}; move all {len(beside):,} of "
             "them into the folder of their class, or away"
         )
-    empty = [name for name in folders if not files[name]]
+    empty = [name for name in folders if not images[name]]
     if empty:
         raise InputError(f"the folder {root} has no images of {', '.join(empty)}; put some there, or remove the folder")
-    return [(f"{name}/{path}", name) for name in folders for path in files[name]]
+    return [(f"{name}/{path}", name) for name in folders for path in images[name]]
 
 
 def _is_litter(name):
@@ -190,13 +191,27 @@ def _is_litter(name):
 
 
 def _files(folder):
-    """Return the paths within `folder` of all files in it and in its folders, sorted, with / between folders."""
+    """Return the paths within `folder` of all files in it and in its folders, sorted, with / between folders.
+
+    Raises:
+        InputError: there is a link to a folder, which may lead back here, or to images that are read already.
+        OSError: a folder cannot be read.
+    """
     found = []
-    for place, inside, names in os.walk(folder):
+    for place, inside, names in os.walk(folder, onerror=_raise):
         inside[:] = [name for name in inside if not _is_litter(name)]
         within = Path(place).relative_to(folder)
+        if links := sorted(name for name in inside if (Path(place) / name).is_symlink()):
+            raise InputError(
+                f"the folder {place} has a link to a folder, {links[0]}, which is not followed; put the images themselves there, "
+                f"or give a table with the columns {IMAGE} and {LABEL}"
+            )
         found += [(within / name).as_posix() for name in names if not _is_litter(name)]
     return sorted(found)
+
+
+def _raise(error):
+    raise error
 
 
 def _refuse_splits(root, folders):
@@ -228,7 +243,7 @@ def _stamps(paths):
 
 
 def _digests(paths):
-    """Return the sha256 of each file, in hex; "" where there is none. By all cores."""
+    """Return the sha256 of each file, in hex; "" where there is none, or a pipe or a device. By all cores."""
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(_digest, paths))
 
@@ -236,10 +251,10 @@ def _digests(paths):
 def _digest(path):
     whole = hashlib.sha256()
     try:
-        with open(path, "rb") as file:
+        with files.open_file(path, "the image") as file:
             while block := file.read(_BLOCK):
                 whole.update(block)
-    except (OSError, ValueError):  # ValueError: a name that holds U+0000
+    except (OSError, InputError):
         return ""
     return whole.hexdigest()
 

@@ -192,9 +192,12 @@ def _verdict(value, mapped):
             f"has no {key}, which says whether its answer is a good one: true or false; name its column in "
             "data.columns.label, or leave kto out of the recipe for supervised training"
         )
+    if isinstance(given, float) and given.is_integer():  # of a Parquet column in which some are missing
+        given = int(given)
     text = str(given).strip().lower() if isinstance(given, (bool, int, str)) else None
     if text not in _VERDICTS:
-        raise ValueError(f"{key} is {kind_of(given)}, not true or false (or 1 and 0)")
+        found = f"{given!r:.80}" if isinstance(given, str) else kind_of(given)
+        raise ValueError(f"{key} is {found}, not true or false (or 1 and 0)")
     return {name: inner for name, inner in value.items() if name != key}, _VERDICTS[text]
 
 

@@ -6,6 +6,7 @@ import collections
 import json
 import math
 import re
+import unicodedata
 from decimal import Decimal
 
 import numpy as np
@@ -15,6 +16,7 @@ from . import columns, sources
 
 COLUMN = "label"
 _NUMBER = re.compile(r"(0|[1-9][0-9]*)(\.[0-9]+)?")  # 01 is a code
+_NO_NAME = {"Cc", "Cs", "Zl", "Zp"}  # Unicode's kinds of control characters, half characters and line ends
 _FEW = 100  # distinct labels above which they may be no classes
 
 
@@ -36,10 +38,17 @@ def said(value):
         raise ValueError("label is empty: the row has no class")
     if isinstance(value, (list, tuple, dict)):
         raise ValueError(f"label is {json.dumps(value, default=str)[:80]}: a row has one class, a name or a number")
+    if isinstance(value, bytes):
+        raise ValueError(f"label is {value!r:.80}, bytes: a class is a name or a number")
     if isinstance(value, float):
         raise ValueError(f"label is {value}, a number that is no class; round it, or name ranges")
     name = str(value)
-    if name.lstrip("-").isdecimal() and int(name) < 0:
+    if wrong := next((letter for letter in name if unicodedata.category(letter) in _NO_NAME), None):
+        raise ValueError(
+            f"label is {name!r:.80}, with the character U+{ord(wrong):04X}: a class is a name of one line; is a quote or a comma "
+            "of the file wrong?"
+        )
+    if name.startswith("-") and name[1:].isdecimal() and name.strip("-0"):
         raise ValueError(
             f"label is {name}, which marks rows without a class, as in the test sets of GLUE; leave them out"
         )
@@ -54,10 +63,10 @@ def number_of(name, labels):
     """
     if name in labels:
         return labels.index(name)
-    if name.isdecimal() and int(name) < len(labels) and not any(label.isdecimal() for label in labels):
+    if name.isdecimal() and Decimal(name) < len(labels) and not any(label.isdecimal() for label in labels):
         return int(name)
     known = ", ".join(labels[:10]) + (f" and {len(labels) - 10:,} more" if len(labels) > 10 else "")
-    raise ValueError(f"label {name!r} is no class of the training: {known}")
+    raise ValueError(f"label {name!r:.80} is no class of the training: {known}")
 
 
 def found(source_list, section, open_source=sources.open_source):
@@ -110,7 +119,7 @@ def _in_order(counts, where):
         )
     refuse_one(names, where)
     refuse_alike(names, where)
-    return sorted(names, key=int) if all(name.isdecimal() for name in names) else sorted(names)
+    return sorted(names, key=Decimal) if all(name.isdecimal() for name in names) else sorted(names)
 
 
 def refuse_one(names, where):
@@ -120,15 +129,22 @@ def refuse_one(names, where):
 
 
 def refuse_alike(names, where):
-    """Raise InputError if two classes are the same word but for capitals or spaces, or the same number."""
+    """Raise InputError if two classes are the same word but for capitals, spaces and what is not seen, or the same number."""
     same = collections.defaultdict(list)
     for name in sorted(names):
-        word = " ".join(name.split()).casefold()
+        seen = "".join(letter for letter in name if unicodedata.category(letter) != "Cf")
+        word = unicodedata.normalize("NFC", " ".join(seen.split()).casefold())
         same[Decimal(word) if _NUMBER.fullmatch(word) else word].append(name)
-    why = {str: "differ in capitals or spaces only", Decimal: "are one number"}
-    twice = [f"labels {', '.join(map(repr, names))} {why[type(key)]}" for key, names in same.items() if len(names) > 1]
+    why = {str: "differ in capitals, spaces or how a character is written only", Decimal: "are one number"}
+    twice = [f"labels {_told_apart(names)} {why[type(key)]}" for key, names in same.items() if len(names) > 1]
     if twice:
         raise InputError.listing(where, twice, "write them alike, or list all classes in data.labels")
+
+
+def _told_apart(names):
+    """Return names in words; by the numbers of their characters where they look the same."""
+    look_alike = len({unicodedata.normalize("NFC", name) for name in names}) < len(names)
+    return ", ".join(map(ascii if look_alike else repr, names))
 
 
 def balance(rows, held_out, labels):

@@ -12,6 +12,7 @@ Template, masks and tokens are those of supervised training: each answer is trai
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import re
@@ -377,7 +378,8 @@ def _better(value):
     for chosen, rejected in _SCORES:
         scores = [value.get(key) for key in (chosen, rejected)]
         if all(isinstance(one, (int, float)) and not isinstance(one, bool) for one in scores):
-            return float(scores[0] - scores[1])
+            with contextlib.suppress(OverflowError):  # a number with 400 digits
+                return float(scores[0] - scores[1])
     return None
 
 

@@ -26,6 +26,7 @@ from ..system.errors import InputError
 from ..system.events import note, progress
 from ..system.extras import how_to_install
 from ..system.secrets import is_secret, redacted
+from . import endpoint_http
 from .intervals import in_words, wilson, with_interval
 
 WIN, LOSS, TIE, NO_VERDICT = "win", "loss", "tie", "no verdict"
@@ -142,13 +143,19 @@ class _Endpoint:
                 self.left_out.update(unknown[:1])
             except self.openai.OpenAIError as error:
                 raise self._refusal(error) from None
-            except (AttributeError, TypeError, LookupError, ValueError) as error:
+            except (AttributeError, TypeError, LookupError, ValueError, RecursionError) as error:
                 raise InputError(
                     f"{self.judge.host} answers, but not as OpenAI's API does: {error!r}; see --judge"
                 ) from None
 
     def _refusal(self, error):
         status = getattr(error, "status_code", None)
+        if status is not None and 300 <= status < 400:
+            place = redacted(error.response.headers.get("location", "no address"))[:300]
+            return InputError(
+                f"the judge at {self.judge.host} sends requests on to {place} ({status}), which is not followed: rows of your "
+                "data would go there; give that address to --judge if you trust it"
+            )
         said = next(iter(redacted(str(error)).splitlines()), "") or type(error).__name__
         if status is None:
             reason = redacted(str(error.__cause__ or error))
@@ -186,8 +193,10 @@ def opened(judge: Judge) -> _Endpoint:
         openai = importlib.import_module("openai")
     except ImportError:
         raise InputError(f"--judge needs the package openai; install it:  {how_to_install('judge')}") from None
-    client = openai.OpenAI(base_url=judge.url, api_key=_key(), max_retries=_RETRIES, timeout=_SECONDS)
-    endpoint = _Endpoint(judge, client, openai)
+    settings = {"base_url": judge.url, "api_key": _key(), "max_retries": _RETRIES}
+    http = endpoint_http.client(openai, _SECONDS)
+    endpoint = _Endpoint(judge, openai.OpenAI(**settings, http_client=http, timeout=http.timeout), openai)
+    note(f"asks {judge.model} at {judge.host} whether it can judge")
     reply = endpoint.tried()
     found = verdict_in(reply)
     if found is None:

@@ -13,7 +13,7 @@ from ..system.errors import InputError
 from ..system.events import note
 from ..system.extras import how_to_install
 from ..system.units import duration, latency, size
-from . import markdown
+from . import figures, markdown
 
 _COLUMNS = ("variant", "settings", "seed", "status", *NUMBERS, "run", "message")
 
@@ -127,7 +127,7 @@ def draw(path, found):
     )
     figure.tight_layout()
     try:
-        figure.savefig(path, dpi=110)
+        figures.save(figure, path, dpi=110)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}") from None
     finally:

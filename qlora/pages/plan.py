@@ -9,6 +9,7 @@ import numpy as np
 from .. import planner
 from ..system.errors import InputError
 from ..system.extras import how_to_install
+from . import figures
 
 WORDS = {
     "weights": "weights",
@@ -64,7 +65,7 @@ def draw(path, job, name):
     axes.set_title(f"Training {name}", loc="left", fontweight="bold")
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=9, reverse=True)
     try:
-        figure.savefig(path, dpi=110, bbox_inches="tight")
+        figures.save(figure, path, dpi=110, bbox_inches="tight")
     except OSError as error:
         raise InputError(f"--plot {path}: {error.strerror or error}") from None
     finally:

@@ -24,7 +24,11 @@ NUMBERS = (
     "loss", "perplexity", "bits_per_byte", "forgetting", "seconds", "peak_bytes", "trainable_parameters", "trainable_share",
     "saved_bytes", "latency_seconds",
 )  # fmt: skip
+# what else lies there, and cannot be a training's folder
+_OTHERS = {"recipes", "logs", "failed", "lock", FILE, *(f"comparison.{kind}" for kind in ("json", "csv", "md", "png"))}
 _PLAIN = r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,60}"
+_LONGEST_NAME = 200  # of a training: a file system takes 255, and files are called so with an ending
+_MOST = 1000  # trainings
 
 
 class Comparison(Section):
@@ -67,10 +71,13 @@ class Comparison(Section):
         for name, changes in self.variants.items():
             if not re.fullmatch(_PLAIN, name):
                 raise ValueError(f"variants.{name}: a name of letters, digits, _ . + and -; a folder is called so")
+            if name.casefold() in _OTHERS:
+                raise ValueError(f"variants.{name}: output_dir has a file or folder of that name; rename the variant")
             own = changes.get("sweep", {})
             if not (isinstance(own, dict) and all(isinstance(values, list) and values for values in own.values())):
                 raise ValueError(f"variants.{name}.sweep: should be fields with lists of values")
             self._refuse_start(name)
+            self._refuse_no_effect(name)
         for field, values in self.sweep.items():
             if not values:
                 raise ValueError(f"sweep.{field}: should be a list of values")
@@ -96,6 +103,25 @@ class Comparison(Section):
                 f"variants.{name}.after: {start} is trained with several settings; give it `sweep: {{}}` and the one from which "
                 f"{name} starts"
             )
+
+    def _refuse_no_effect(self, name):
+        """Raise ValueError if a variant, or its sweep, sets what something else decides."""
+        changes = {key: value for key, value in self.variants[name].items() if key not in ("sweep", AFTER)}
+        given, swept = list(_leaves(changes)), list(self.sweep_of(name))
+        for number, field in enumerate(given):
+            if any(field == other or field.startswith(f"{other}.") for other in given[:number]):
+                raise ValueError(f"variants.{name}: sets {field} twice; keep one")
+        if both := next((field for field in swept if field in given), None):
+            raise ValueError(
+                f"variants.{name}: sets {both}, which its sweep sets too; leave one out, or give {name} `sweep: {{}}`"
+            )
+        decided = {"output_dir": "the folder of each training is in the comparison's output_dir"}
+        decided |= {} if self.seeds is None else {"training.seed": "seeds has its values"}
+        if AFTER in self.variants[name]:
+            decided["model.adapter_name_or_path"] = f"it starts from {self.variants[name][AFTER]}"
+        for field, why in decided.items():
+            if field in (*given, *swept):
+                raise ValueError(f"variants.{name}: {field} has no effect, because {why}; leave it out")
 
     @classmethod
     def load(cls, path, overrides=()) -> Comparison:
@@ -131,17 +157,48 @@ def entries(comparison: Comparison) -> list[Entry]:
         InputError: a variant is no valid recipe; says which, and what is wrong with it.
     """
     values, _ = reading.from_file(comparison.base, ())
+    _refuse_too_many(comparison)
     found: dict[str, Entry] = {}
     for variant in comparison.variants:
         for settings in _settings(comparison, variant):
             for seed in comparison.seeds or (None,):
                 entry = _entry(comparison, values, variant, settings, seed)
-                if entry.name in found:
+                key = entry.name.casefold()  # one folder on some file systems
+                if key in found:
                     raise InputError(
                         f"two trainings would be called {entry.name}; rename a variant, or a value of the sweep"
                     )
-                found[entry.name] = entry
+                found[key] = entry
     return list(found.values())
+
+
+def _refuse_too_many(comparison):
+    """Raise InputError before more recipes are made than anybody trains."""
+    sizes = [math.prod(map(len, comparison.sweep_of(variant).values())) for variant in comparison.variants]
+    count = sum(sizes) * len(comparison.seeds or (None,))
+    if count > _MOST:
+        raise InputError(
+            f"the comparison has {count:,} trainings, every value of a sweep with every other, more than {_MOST:,}; take values "
+            "out of sweep or seeds"
+        )
+
+
+def _refuse_name(name):
+    """Raise InputError where no folder can be called as a training."""
+    if len(name) > _LONGEST_NAME:
+        raise InputError(
+            f"a training would be called {name[:80]}..., {len(name):,} characters, more than {_LONGEST_NAME}; shorten the name "
+            "of the variant, or sweep fewer fields at once"
+        )
+
+
+def _leaves(changes, before=""):
+    """Yield the dotted name of each field that nested `changes` set."""
+    for key, value in changes.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{before}{key}.")
+        else:
+            yield f"{before}{key}"
 
 
 def _settings(comparison, variant):
@@ -152,6 +209,7 @@ def _settings(comparison, variant):
 
 def _entry(comparison, base, variant, settings, seed):
     values = _values(comparison, base, variant, settings, seed)
+    _refuse_name(values["output_dir"].rpartition("/")[2])
     try:
         recipe = Recipe.from_dict(values)
     except InputError as error:

@@ -64,6 +64,8 @@ def said(problem):
 def _explain(problem, lines, schema):
     """Return one line for one problem of pydantic: line, dotted field, what was found, what to do."""
     location = problem["loc"]
+    if not location and (named := _named(problem["msg"], lines)) is not None:  # of a validator of the whole
+        return f"{place(named, lines)}{problem['msg']}"
     at = f"{place(location, lines)}{dotted(location) or 'recipe'}"
     kind, found = problem["type"], problem.get("input")
     if kind == "extra_forbidden":
@@ -73,6 +75,12 @@ def _explain(problem, lines, schema):
     if kind == "literal_error":
         return f"{at}: {shown(found)} is not one of {problem['ctx']['expected'].replace(' or ', ', ')}"
     return f"{at}: {problem['msg']}" + ("" if isinstance(found, dict) else f", found {shown(found)}")
+
+
+def _named(message, lines):
+    """Return the place of the field with whose dotted name a message begins; None where it begins with none."""
+    field = message.partition(": ")[0]
+    return max((at for at in lines if at and f"{field}.".startswith(f"{dotted(at)}.")), key=len, default=None)
 
 
 def place(location, lines):

@@ -213,13 +213,16 @@ class RunDir:
             raise InputError(f"{file}: {error!r}; the run folder is damaged") from None
         return found
 
+    def data_report(self):
+        return self._read(self.data_report_file)
+
     def proof_rows(self):
         return self._read(self.proof_rows_file)
 
     def _read(self, file):
         try:
             return json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise InputError(f"{file}: {error}; the run folder is damaged") from None
 
 

@@ -193,7 +193,7 @@ def read(run) -> list[Line]:
             for number, line in enumerate(file, 1):  # noqa: B007 (of the message)
                 if line.endswith("\n"):
                     found.append(from_json(json.loads(line)))
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         where = f" line {number}" if number else ""
         raise InputError(f"{run.metrics_file}{where}: {error!r}; the run folder is damaged") from None
     return found

@@ -14,6 +14,8 @@ SURROUNDINGS = {
     errno.EROFS: "choose a folder that can be written to",
     errno.EACCES: "choose a folder that you have permission for",
     errno.EPERM: "choose a folder that you have permission for",
+    errno.ENOTDIR: "a part of this path is a file; choose another place",
+    errno.EISDIR: "it is a folder; give a file",
     errno.ENAMETOOLONG: "choose a shorter name",
     errno.ELOOP: "the symbolic links form a loop; fix them",
     errno.EIO: "the disk reports an error; see the system log",

@@ -13,7 +13,9 @@ from pathlib import Path
 
 import filelock
 
-from .errors import InputError
+from .errors import SURROUNDINGS, InputError
+
+_RUST = re.compile(r"\(os error (\d+)\)")  # as safetensors and tokenizers tell what the system says
 
 
 def write_json(path, value):
@@ -44,9 +46,8 @@ def write_bytes(path, content):
     """Write bytes to `path` atomically."""
     partial = Path(f"{path}.partial")
     try:
-        with open(partial, "wb") as file:
-            file.write(content)
-            file.flush()
+        with _naming(path), open(partial, "wb", buffering=0) as file:
+            _write_all(file, content)
             os.fsync(file.fileno())
         os.replace(partial, path)
     except BaseException:  # a signal too
@@ -54,17 +55,33 @@ def write_bytes(path, content):
         raise
 
 
+@contextlib.contextmanager
+def _naming(path):
+    """Add the file to an error that the system has while it is written: of a full disk it says no more than that."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+def _write_all(file, content):
+    """Write bytes to an unbuffered file. With a buffer, what a full disk did not take would be tried again when it is cut."""
+    left = memoryview(content)
+    while left:
+        left = left[file.write(left) :]
+
+
 def add_line(path, value):
     """Write `value` as one more line of JSON at the end of the file `path`, whole or not at all; the file may be new."""
-    with open(path, "ab+") as file:
+    with _naming(path), open(path, "ab+", buffering=0) as file:
         start = file.seek(0, os.SEEK_END)
         if start:
             file.seek(-1, os.SEEK_END)
         unended = start > 0 and file.read(1) != b"\n"
         line = json_line(value).encode()
         try:
-            file.write(b"\n" * unended + line)
-            file.flush()
+            _write_all(file, b"\n" * unended + line)
             os.fsync(file.fileno())
         except BaseException:  # a signal too
             file.truncate(start)
@@ -102,7 +119,8 @@ def new_folder(out, shared=False):
     """Yield `OUT.partial` to fill; rename it to `out` when the block ends well, remove it when it does not.
 
     Nothing that looks whole is ever at `out`. A leftover of a killed process is replaced. shared: other processes may
-    be making the same folder; each fills one of its own, and the first is kept (OSError for the others).
+    be making the same folder; each fills one of its own, and the first is kept (OSError for the others). Of a full disk a
+    library written in Rust has an error of its own: it is an OSError here.
     """
     out = Path(out)
     partial = out.with_name(f"{out.name}{f'.{uuid.uuid4().hex}' if shared else ''}.partial")
@@ -120,8 +138,11 @@ def new_folder(out, shared=False):
             out.rmdir()  # an empty folder that the user made; a filled one was refused before
         os.rename(partial, out)
         fsync(out.absolute().parent)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        number = _RUST.search(str(error)) if isinstance(error, Exception) and not isinstance(error, OSError) else None
+        if number and int(number[1]) in SURROUNDINGS:
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(out)) from error
         raise
 
 

@@ -1,12 +1,13 @@
 """Where labelled images are: folders by class and tables of paths, in one order and with one hash on every machine."""
 
+import errno
 import json
 import os
 from pathlib import Path
 
 import pytest
 
-from qlora.data import image_files
+from qlora.data import image, image_files
 from qlora.recipe import Source
 from qlora.system.errors import InputError
 
@@ -39,7 +40,9 @@ def test_the_order_is_that_of_names_whatever_the_system_lists_first(tmp_path, mo
     there = rows_of(root)
     listed, walked = os.listdir, os.walk
     monkeypatch.setattr(os, "listdir", lambda path: listed(path)[::-1])
-    monkeypatch.setattr(os, "walk", lambda path: [(a, b[::-1], c[::-1]) for a, b, c in reversed(list(walked(path)))])
+    monkeypatch.setattr(
+        os, "walk", lambda path, **more: [(a, b[::-1], c[::-1]) for a, b, c in reversed(list(walked(path)))]
+    )
     assert rows_of(root) == there
     assert [label for *_, label in there] == ["10", "10", "9", "9", "Zebra", "Zebra"]
 
@@ -78,6 +81,47 @@ def test_a_folder_that_is_none_by_class_is_refused(tmp_path, make, said):
     make(root)
     with pytest.raises(InputError, match=said):
         rows_of(root)
+
+
+@pytest.mark.parametrize("leads_to", ["other", "data"])
+def test_a_link_to_a_folder_within_a_class_is_not_passed_over(tmp_path, leads_to):
+    """Its images would be missing without a word; one that leads back would be read for ever."""
+    root = folder_of_classes(tmp_path / "data", 1)
+    folder_of_classes(tmp_path / "other", 1)
+    (root / "red" / "more").symlink_to(tmp_path / leads_to)
+    with pytest.raises(
+        InputError, match=r"data/red has a link to a folder, more, which is not followed; put the images"
+    ):
+        rows_of(root)
+    (root / "red" / "more").unlink()
+    (root / "pink").symlink_to(tmp_path / "other" / "red")  # a class may be elsewhere
+    assert (3, "pink/0.png", "pink") in rows_of(root)
+
+
+def test_a_folder_that_cannot_be_read_is_not_passed_over(tmp_path, monkeypatch):
+    root, listed = folder_of_classes(tmp_path / "data", 1), os.scandir
+    (root / "red" / "closed").mkdir()
+
+    def refused(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", refused)  # root may read everything
+    with pytest.raises(InputError, match=r"cannot read the folder .*data: Permission denied"):
+        rows_of(root)
+
+
+def test_a_pipe_or_a_device_among_the_images_is_not_waited_for(tmp_path):
+    root = folder_of_classes(tmp_path / "data", 1)
+    [file] = opened(root)
+    whole = file.digest()
+    os.mkfifo(root / "red" / "pipe.png")
+    (root / "red" / "zero.png").symlink_to("/dev/zero")
+    [file] = opened(root)
+    assert file.digest() != whole
+    with pytest.raises(ValueError, match=r"cannot read the image .*pipe\.png: it is a pipe or device"):
+        image.read(root / "red" / "pipe.png")
 
 
 def test_classes_may_be_called_train_and_test(tmp_path):

@@ -33,13 +33,13 @@ def only(found):
     ],
     ids=["strings", "messages in two", "messages", "alpaca", "columns"],
 )
-@pytest.mark.parametrize("good", [True, False, "true", "False", 1, "0"])
+@pytest.mark.parametrize("good", [True, False, "true", "False", 1, "0", 1.0])
 def test_every_shape_of_a_row_is_the_same_answer_and_its_verdict(tokenizer, row, columns, good):
     supervised = data.Supervised(tokenizer, Settings("auto", None, "assistant", 200, "error", "error"))
     expected = only(supervised.encode(SAID))
     found = only(encoder(tokenizer, columns).encode({**row, "label": good}))
     assert (found.input_ids, found.labels) == (expected.input_ids, expected.labels)
-    assert found.good is (str(good).lower() in ("true", "1"))
+    assert found.good is (str(good).lower() in ("true", "1", "1.0"))
 
 
 def test_a_label_may_have_another_name(tokenizer):
@@ -69,7 +69,8 @@ def test_only_the_last_answer_is_judged(tokenizer):
     ("change", "reason"),
     [
         ({"label": None}, "has no label, which says whether its answer is a good one: true or false; name its column"),
-        ({"label": "maybe"}, "label is a string, not true or false"),
+        ({"label": "maybe"}, "label is 'maybe', not true or false"),
+        ({"label": "null"}, "label is 'null', not true or false"),
         ({"label": 2}, "label is 2, not true or false"),
         ({"label": 0.5}, "label is 0.5, not true or false"),
         ({"completion": ""}, "completion"),

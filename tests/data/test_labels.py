@@ -78,7 +78,9 @@ def test_a_label_is_a_name_or_a_number(label, name):
 @pytest.mark.parametrize(
     ("label", "wrong"),
     [(None, "is empty"), ("  ", "is empty"), (math.nan, "is empty"), (-1, "label is -1, which marks rows without"),
-     ("-1", "label is -1, which marks"), (0.5, "is 0.5, a number that is no class"), (["a", "b"], "a row has one class")],
+     ("-1", "label is -1, which marks"), ("pos\nneg", r"label is 'pos\\nneg', with the character U\+000A: a class is"),
+     ("\x1b[31mpos", r"with the character U\+001B"), ("pos\u2028", r"with the character U\+2028"),
+     (0.5, "is 0.5, a number that is no class"), (["a", "b"], "a row has one class")],
 )  # fmt: skip
 def test_what_is_no_class_is_refused(tmp_path, label, wrong):
     with pytest.raises(ValueError, match=wrong):
@@ -89,6 +91,22 @@ def test_what_is_no_class_is_refused(tmp_path, label, wrong):
     with pytest.raises(InputError, match=f"line 6  .*{wrong}"):
         loaded(path)
     assert len(loaded(path, on_bad_row="skip")[0]) == 5
+
+
+def test_what_a_json_file_cannot_hold_is_no_class_either():
+    for label, wrong in ((b"pos", "label is b'pos', bytes: a class is a name"), ("\ud800", r"the character U\+D800")):
+        with pytest.raises(ValueError, match=wrong):
+            labels.said(label)
+
+
+def test_a_number_with_thousands_of_digits_is_a_name_as_any(tmp_path):
+    """Python itself refuses to read it as a number, with words for its programmers."""
+    rows = [("a", "9" * 5000), ("b", "1"), ("c", "-" + "9" * 5000)]
+    assert loaded(write(tmp_path / "rows.jsonl", rows[:2]))[1] == ["1", "9" * 5000]
+    with pytest.raises(InputError, match=r"line 3  label is -999.*which marks rows without a class"):
+        loaded(write(tmp_path / "rows.jsonl", rows))
+    with pytest.raises(ValueError, match=r"label '999.* is no class of the training: neg, pos"):
+        labels.number_of("9" * 5000, ("neg", "pos"))
 
 
 def test_a_label_that_the_training_does_not_have_is_refused_with_its_file_and_line(tmp_path):
@@ -103,7 +121,10 @@ def test_a_label_that_the_training_does_not_have_is_refused_with_its_file_and_li
 @pytest.mark.parametrize(
     ("rows", "wrong"),
     [([("a", "x"), ("b", "x")], "every row has the label 'x'; there is nothing to tell apart"),
-     ([("a", "Pos"), ("b", "pos"), ("c", "neg")], "'Pos', 'pos' differ in capitals or spaces only"),
+     ([("a", "Pos"), ("b", "pos"), ("c", "neg")], "'Pos', 'pos' differ in capitals, spaces or how a character is"),
+     ([("a", "caf\u00e9"), ("b", "cafe\u0301"), ("c", "bar")], r"labels 'cafe\\u0301', 'caf\\xe9' differ in capitals"),
+     ([("a", "pos"), ("b", "pos\u200b"), ("c", "neg")], r"labels 'pos', 'pos\\u200b' differ in"),
+     ([("a", "\u00e4"), ("b", "\u00c4"), ("c", "neg")], "labels '\u00c4', '\u00e4' differ in"),
      ([("a", "1"), ("b", "1.0"), ("c", "2.0")], "'1', '1.0' are one number"),
      ([(str(n), f"answer {n}") for n in range(150)], "150 different labels in 150 rows, so these are no classes"),
      ([("a", None)], "no row has a label; the first row has text, label; it is looked for in 'label'")],

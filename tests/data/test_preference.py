@@ -129,6 +129,7 @@ def test_scores_of_a_row_say_ties_and_pairs_the_wrong_way_round(tokenizer):
     for scores, counted in (((1, 1), "pairs_tied"), ((1, 2.5), "pairs_reversed"), ((3, 1), None)):
         counts = encoder(tokenizer).encode({**PAIR, "score_chosen": scores[0], "score_rejected": scores[1]}).counts
         assert [key for key in ("pairs_tied", "pairs_reversed") if counts[key]] == [counted] * (counted is not None)
+    assert preference.read({**PAIR, "score_chosen": 10**400, "score_rejected": 1})[1].better is None
 
 
 @pytest.fixture

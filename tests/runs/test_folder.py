@@ -5,6 +5,10 @@ import os
 
 import pytest
 
+from qlora.jobs.comparing import compared_runs
+from qlora.jobs.evaluating import win_rate
+from qlora.jobs.talking import votes
+from qlora.runs import record
 from qlora.runs.folder import RunDir
 from qlora.system.errors import DoesNotFit, InputError, Interrupted, TrainingFailed
 from qlora.system.storage import add_line, new_folder, refuse_nonempty, write_json
@@ -161,3 +165,17 @@ def test_half_a_character_is_kept_as_an_escape(tmp_path):
     assert json.loads((tmp_path / "a.json").read_bytes()) == value
     assert [json.loads(line) for line in (tmp_path / "b.jsonl").read_bytes().splitlines()] == [value, {"ä": "ß"}]
     assert "ß".encode() in (tmp_path / "b.jsonl").read_bytes()
+
+
+def test_files_that_are_nested_without_end_are_damaged_and_no_crash(tmp_path):
+    """A run folder may come from somebody else. Python's JSON has an error of its own for that, which is no ValueError."""
+    run, deep = RunDir(tmp_path), "[" * 100_000
+    for file in (run.data_report_file, run.environment_file, run.metrics_file, run.answers_file, run.votes_file):
+        file.write_text(f"{deep}\n")
+    run.eval_file.write_text('{"metrics": {}}')
+    for read in (run.data_report, run.environment, lambda: record.read(run), lambda: compared_runs.measured(run)):
+        with pytest.raises(InputError, match="the run folder is damaged"):
+            read()
+    with pytest.raises(InputError, match="line 1: not a vote"):
+        votes.read(run.votes_file)
+    assert win_rate.known_replies(run.answers_file) == {}

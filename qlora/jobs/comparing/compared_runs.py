@@ -15,7 +15,9 @@ next one's numbers, and nothing ends them all.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -36,6 +38,7 @@ from ...runs.folder import RunDir
 from ...system import files
 from ...system.errors import DoesNotFit, InputError, Interrupted, TrainingFailed
 from ...system.events import note
+from ...system.signals import ENDS_WITH_STDIN
 from ...system.storage import refuse_nonempty, write_json, write_text
 from ..evaluating import eval_rows
 from ..opening.chosen_task import encoder_of
@@ -56,8 +59,9 @@ class Folder:
         self.comparison = comparison
         self.entries: list[Entry] = entries(comparison)
         _to_measure(comparison)  # what is wrong with it is said before anything is trained
+        eval_rows.refuse_missing(comparison.forgetting)
         self.path = Path(comparison.output_dir)
-        self.file = self.path / FILE
+        self.file, self.lock_file = self.path / FILE, self.path / "lock"
         self.scores = _score_name(self)  # of RunDir.score_files
 
     def run(self, entry) -> RunDir:
@@ -80,9 +84,15 @@ class Folder:
                 raise InputError(
                     f"output_dir {self.path} holds a comparison; go on with it by --resume, or set output_dir=ANOTHER_FOLDER"
                 )
-            refuse_nonempty(self.path, "output_dir")
+            if not (self.path.is_dir() and {path.name for path in self.path.iterdir()} == {self.lock_file.name}):
+                refuse_nonempty(self.path, "output_dir")
         elif not self.file.is_file():
             raise InputError(f"output_dir {self.path} holds no comparison to resume; leave out --resume")
+        for entry in self.entries:
+            if self.run(entry).in_use():
+                raise InputError(
+                    f"{self.run(entry).path}: a process trains there; wait for it to end, then go on with --resume"
+                )
         for entry in self.entries:
             file = self.recipe_file(entry)
             if file.is_file() and not _says(file, entry.recipe):
@@ -93,11 +103,11 @@ class Folder:
 
     def begin(self):
         """Write what is compared into the folder."""
+        write_text(self.file, as_yaml(self.comparison.model_dump()))  # first: with it alone --resume goes on
         for name in ("recipes", "logs", "failed"):
             (self.path / name).mkdir(parents=True, exist_ok=True)
         for entry in self.entries:
             write_text(self.recipe_file(entry), entry.recipe.to_yaml())
-        write_text(self.file, as_yaml(self.comparison.model_dump()))
 
     def state(self, entry) -> tuple[str, str]:
         """Return (status, message) of a training by what lies in its folder. Status: "done", "does not fit", "diverged",
@@ -109,6 +119,13 @@ class Folder:
             found = files.read_object(failure)
             return str(found.get("status")), str(found.get("message"))
         return (UNFINISHED, "") if run.recipe_file.is_file() else (TO_DO, "")
+
+    def try_again(self):
+        """Forget which trainings failed: what ended them, a full disk or kill -9, may be over. What did not fit or diverged would
+        do so again."""
+        for entry in self.entries:
+            if self.state(entry)[0] == FAILED:
+                self.failure_file(entry).unlink()
 
     def failed(self, entry, status, message):
         write_json(self.failure_file(entry), {"status": status, "message": message})
@@ -243,33 +260,56 @@ def _ended_well(folder, entry, arguments):
 def launch(arguments, log) -> tuple[int, str]:
     """Run `qlora` with these arguments in a process of its own; return its exit code and the message that it ended with.
 
-    What it prints goes to the file `log` and, indented, to stderr.
+    What it prints goes to the file `log` and, indented, to stderr. It ends, and saves a checkpoint first, when this process
+    closes its stdin, whatever the reason: kill -9 too.
+
+    Raises:
+        InputError: the log cannot be written.
+        Interrupted: by a signal; the process has ended.
     """
-    with (
-        open(log, "a", encoding="utf-8") as file,
-        subprocess.Popen(
-            [sys.executable, "-m", "qlora", *arguments],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            encoding="utf-8",
-            errors="replace",
-        ) as process,
-    ):
-        lines = []
+    command = [sys.executable, "-m", "qlora", *arguments]
+    pipes: dict = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    settings: dict = {"encoding": "utf-8", "errors": "replace", "env": os.environ | {ENDS_WITH_STDIN: "1"}}
+    lines = []
+    with _log(log) as write, subprocess.Popen(command, **pipes, **settings) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
         try:
-            for line in process.stdout or ():
-                file.write(line)
+            for line in process.stdout:
                 lines.append(line.rstrip("\n"))
+                write(line)
                 note(f"  {lines[-1]}")
         except (Interrupted, KeyboardInterrupt):
-            process.terminate()  # it saves a checkpoint first
-            for line in process.stdout or ():
-                file.write(line)
+            process.stdin.close()
+            for line in process.stdout:
+                write(line)
             raise
         code = process.wait()
     last = next((number for number in range(len(lines) - 1, -1, -1) if lines[number].startswith("qlora: ")), None)
     said = "\n".join(lines[-1:] if last is None else lines[last:]).removeprefix("qlora: ")
     return code, said
+
+
+@contextlib.contextmanager
+def _log(path):
+    """Yield write(line), which adds a line to the file `path`, at once: what this process has not written, kill -9 would lose."""
+
+    def added(line):
+        try:
+            file.write(line.encode())
+        except OSError as error:
+            raise _refused(path, error) from None
+
+    try:
+        file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed below)
+    except OSError as error:
+        raise _refused(path, error) from None
+    with file:
+        yield added
+
+
+def _refused(path, error):
+    return InputError(f"{path}: {error.strerror or error}; see to that, then go on with --resume")
 
 
 # ---- what run folders say --------------------------------------------------------------------------------------------
@@ -322,7 +362,7 @@ def measured(run: RunDir, name=None, when="after") -> Measured:
             ({key: line[key] for key in line.keys() - {"before", "after", "expected", "judge"}}, line.get("expected"))
             for line in lines
         ]
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise InputError(f"{answers}: {error!r}; the run folder is damaged") from None
     return Measured(result, parts, rows, [one["answer"] for one in found if "answer" in one])
 

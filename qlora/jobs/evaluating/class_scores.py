@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import torch
 
@@ -34,7 +32,7 @@ def details(subject, rows, after) -> dict:
     labels = list(labels_of(subject))
     found = {"labels": labels, **classes.details(after, labels)}
     if subject.run is not None:
-        report = json.loads(subject.run.data_report_file.read_text(encoding="utf-8"))
+        report = subject.run.data_report()
         most = int(np.argmax([one["rows"] for one in report["classes"]]))
         right = rows.numbers(data.labels.COLUMN)
         found["majority"] = {"label": labels[most], "accuracy": classes.of_majority(right, most)}

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from ... import base_model, data
+from ...evaluation.asked import BUILT_IN
 from ...recipe import Data, tasks
 from ...system.errors import InputError
 from ..opening.chosen_task import encoder_of
@@ -100,6 +101,13 @@ def general_rows(subject, file):
         raise InputError(f"no rows to measure forgetting on in {file}")
     base_model.refuse_rows(rows, subject.model.config)
     return rows
+
+
+def refuse_missing(file):
+    """Raise InputError where the rows are not there that forgetting is to be measured on. file: as Asked.forgetting."""
+    if file not in (None, BUILT_IN):
+        for found in data.sources.open_source(Data.of_file(file, {}).train[0]):
+            next(iter(found.rows()), None)
 
 
 _LONGEST = 2048

@@ -45,7 +45,8 @@ def opponents(against, recipe, name, asked) -> tuple[str, list[str] | None]:
 def known_replies(file) -> dict[str, str]:
     """Return {Judge.key: reply} of the verdicts in an answers.jsonl of an earlier evaluation; {} where there are none."""
     found = {}
-    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):  # it is written anew
+    damaged = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
+    with contextlib.suppress(*damaged):  # it is written anew
         for line in lines_of(file):
             replies = json.loads(line).get("judge", {}).get("replies", ())
             found |= {one["key"]: one["text"] for one in replies if judge.verdict_in(one["text"])}

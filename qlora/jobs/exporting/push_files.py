@@ -112,7 +112,7 @@ def _read_report(folder):
         raise InputError(
             f"{folder} is not an export: it has no {REPORT}; `qlora export RUN --out FOLDER` makes one"
         ) from None
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise InputError(f"{folder / REPORT}: not the report that export wrote ({error!r}); export it again") from None
     if not proven:
         raise InputError(f"{folder} was exported without a proof; export it again without export.verify: off")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from ...evaluation.intervals import in_words
@@ -52,7 +51,7 @@ def _shown(path, datasets):
 
 
 def _counts(run):
-    report = json.loads(run.data_report_file.read_text(encoding="utf-8"))
+    report = run.data_report()
     steps = max(line.step for line in record.read(run))
     trained = report["tokens"].get("trained")
     classes = ", ".join(f"{one['label']} {one['rows']:,}" for one in report.get("classes", ()))

@@ -30,7 +30,7 @@ def read(file) -> list[dict]:
         try:
             vote = json.loads(line)
             _ = vote["weights"], {BASE: 0, TUNED: 0, TIE: 0}[vote["winner"]]
-        except (ValueError, LookupError, TypeError):
+        except (ValueError, LookupError, TypeError, RecursionError):
             raise InputError(
                 f"{file} line {number}: not a vote; give another file with --votes, or remove the line"
             ) from None

@@ -1,0 +1,68 @@
+"""Files are whole or absent on a disk that is really full, and the message names them."""
+
+import errno
+import json
+
+import pytest
+
+from qlora.system import storage
+from tests import forked
+from tests.faults.test_training import OWN_DISK
+
+FULL = """
+import json
+from safetensors.numpy import save_file
+import numpy as np
+from tokenizers import Tokenizer
+from qlora.system import storage
+disk, said = Path(sys.argv[2]), []
+
+def tried(action):
+    try:
+        action()
+        said.append("written")
+    except Exception as error:
+        said.append([type(error).__name__, getattr(error, "errno", None), str(getattr(error, "filename", None))])
+
+lines, file = 0, disk / "lines.jsonl"
+while not said:
+    before = lines
+    try:
+        storage.add_line(file, {"n": lines, "text": "x" * 1500})
+        lines += 1
+    except OSError as error:
+        said.append([type(error).__name__, error.errno, error.filename])
+whole = [json.loads(line)["n"] for line in file.read_text().splitlines()] == list(range(lines))
+
+tried(lambda: storage.write_json(disk / "file.json", {"text": "x" * 50_000}))
+
+def folder(fill):
+    with storage.new_folder(disk / "new") as new:
+        fill(new)
+
+tried(lambda: folder(lambda new: save_file({"a": np.zeros(100_000)}, new / "a.safetensors")))
+tried(lambda: folder(lambda new: Tokenizer.from_str(sys.argv[3]).save(str(new / "tokenizer.json"))))
+print(json.dumps([lines, whole, said, sorted(path.name for path in disk.iterdir())]))
+"""
+
+
+def test_what_a_full_disk_does_not_take_is_not_left_half_written(tmp_path, tokenizer_json):
+    """A buffer would be written again when the file is cut or closed, and leave half a line."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    done = forked.run("-c", f"NUM_BYTES = 20_000\n{OWN_DISK}{FULL}", "-", disk, tokenizer_json.to_str())
+    if done.returncode == 99:
+        pytest.skip("no file system can be mounted here")
+    assert done.returncode == 0, done.stderr
+    lines, whole, said, left = json.loads(done.stdout)
+    full = ["OSError", errno.ENOSPC]
+    assert lines > 3
+    assert whole
+    assert said == [[*full, str(disk / name)] for name in ("lines.jsonl", "file.json", "new", "new")]
+    assert left == ["lines.jsonl"]
+
+
+def test_other_errors_of_a_folder_that_is_made_are_as_they_were(tmp_path):
+    with pytest.raises(ValueError, match="os error"), storage.new_folder(tmp_path / "new"):
+        raise ValueError("no os error (os error 99999)")
+    assert list(tmp_path.iterdir()) == []

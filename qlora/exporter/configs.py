@@ -25,6 +25,14 @@ _NOT_OF_THE_MODEL = {"transformers_version", "_name_or_path", "dtype", "torch_dt
 _HAS_LOCAL_ROPE = ("gemma3", "gemma3_text", "gemma3n", "gemma3n_text")
 # what version 4 calls (theta, partial_rotary_factor), where not so
 _ROPE_NAMES = dict.fromkeys(("gpt_neox", "gpt_neox_japanese"), ("rotary_emb_base", "rotary_pct"))
+_ROPE_TYPES = {
+    "default",
+    "linear",
+    "dynamic",
+    "yarn",
+    "longrope",
+    "llama3",
+}  # version 4's; a family with another is newer
 _COUNTS_EXPERTS = ("qwen3_moe", "qwen3_vl_moe_text")  # version 4 reads num_experts alone, 128 where it is missing
 
 
@@ -127,6 +135,8 @@ def _older_spellings(settings):
     if "rope_type" not in rope:  # by kind of layer
         found |= _by_kind_of_layer(model_type, rope, settings.get("layer_types") or [])
         rope = rope.get("full_attention") or {}
+    if rope.get("rope_type", "default") not in _ROPE_TYPES:
+        return {"rope_parameters": found["rope_parameters"]}  # Gemma 4 refuses rope_scaling beside it
     theta, partial = _ROPE_NAMES.get(model_type, ("rope_theta", "partial_rotary_factor"))
     scaling = dict(rope)
     old = {name: scaling.pop(new, None) for name, new in ((theta, "rope_theta"), (partial, "partial_rotary_factor"))}

@@ -428,7 +428,12 @@ def test_what_unicode_calls_a_line_end_ends_no_line_of_the_answers(own_run, tmp_
     words = "a\u2028b\u2029c\u0085d"
     rows = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": f"{n} {words}", "completion": words} for n in range(3)])
     score, name = evaluate(own_run.path, rows), eval_rows.name_of_file(rows, "text-generation")
-    assert words in own_run.score_files(name)[1].read_text(encoding="utf-8")  # else nothing is tested
+    kept = own_run.score_files(name)[1]
+    lines = kept.read_text(encoding="utf-8").splitlines()
+    assert len(lines) == 3  # to a reader that ends lines there
+    raw = "".join(json.dumps(json.loads(line), ensure_ascii=False) + "\n" for line in lines)
+    assert words in raw  # else nothing is tested
+    kept.write_text(raw, encoding="utf-8")
     found = compared_runs.measured(own_run, name)
     assert [one["prompt"][-1]["content"] for one, _ in found.rows] == [f"{n} {words}" for n in range(3)]
     assert [expected for _, expected in found.rows] == [words] * 3

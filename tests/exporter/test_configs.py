@@ -194,6 +194,12 @@ def test_what_version_4_calls_otherwise_is_written_too():
     )
     assert found["text_config"]["rope_scaling"] == {"rope_type": "default", "mrope_section": [2, 3, 3]}
     assert (found["text_config"]["rope_theta"], found["text_config"]["tie_word_embeddings"]) == (1e6, True)
+    newer = (
+        transformers.Gemma4TextConfig().to_dict()
+    )  # version 4 has no such models, and 5 refuses the older spelling of them
+    found = configs.model_config(newer, newer, newer, "float16")
+    assert found["rope_parameters"] == newer["rope_parameters"]
+    assert not {"rope_scaling", "rope_theta", "partial_rotary_factor"} & (found.keys() - newer.keys())
 
 
 @pytest.mark.parametrize(

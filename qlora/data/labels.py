@@ -50,7 +50,7 @@ def said(value):
         )
     if name.startswith("-") and name[1:].isdecimal() and name.strip("-0"):
         raise ValueError(
-            f"label is {name}, which marks rows without a class, as in the test sets of GLUE; leave them out"
+            f"label is {name:.80}, which marks rows without a class, as in the test sets of GLUE; leave them out"
         )
     return name
 

@@ -193,7 +193,7 @@ def test_what_version_4_calls_otherwise_is_written_too():
         whole, text | {"tie_word_embeddings": False}, text | {"tie_word_embeddings": False}, "float16"
     )
     assert found["text_config"]["rope_scaling"] == {"rope_type": "default", "mrope_section": [2, 3, 3]}
-    assert (found["text_config"]["rope_theta"], found["text_config"]["tie_word_embeddings"]) == (1e6, True)
+    assert (found["text_config"]["rope_theta"], found["text_config"]["tie_word_embeddings"]) == (1e6, False)
     newer = (
         transformers.Gemma4TextConfig().to_dict()
     )  # version 4 has no such models, and 5 refuses the older spelling of them

@@ -171,11 +171,14 @@ def test_weights_that_overflow_in_the_last_step_are_not_saved(make_recipe, tmp_p
     assert not (tmp_path / "run" / "adapter").exists()
 
 
+IN_BFLOAT16 = {"compute_dtype": "bfloat16"}  # on every processor: in float32 other rates diverge
 DIVERGES = {"learning_rate": 30.0, "max_steps": 40, "warmup_ratio": 0.3, "watchdog_steps": 8, "save_steps": 3}
 
 
 def test_a_run_that_diverges_is_paused_and_its_last_good_checkpoint_kept(make_recipe, tmp_path):
-    recipe = make_recipe(training={**DIVERGES, "logging_steps": 1}, data={"eval_fraction": 0.0})
+    recipe = make_recipe(
+        training={**DIVERGES, "logging_steps": 1}, data={"eval_fraction": 0.0}, quantization=IN_BFLOAT16
+    )
     with pytest.raises(TrainingFailed, match=r"the loss has diverged: the median of the last 8 steps is") as caught:
         train(recipe)
     run = tmp_path / "run"
@@ -195,7 +198,11 @@ def test_a_run_that_diverges_is_paused_and_its_last_good_checkpoint_kept(make_re
 
 
 def test_without_the_watchdog_it_goes_on(make_recipe, tmp_path):
-    train(make_recipe(training={**DIVERGES, "watchdog_steps": None}, data={"eval_fraction": 0.0}))
+    train(
+        make_recipe(
+            training={**DIVERGES, "watchdog_steps": None}, data={"eval_fraction": 0.0}, quantization=IN_BFLOAT16
+        )
+    )
     assert records(tmp_path / "run")[-1]["step"] == 40
 
 

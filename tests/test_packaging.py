@@ -1,7 +1,10 @@
-"""What stands beside the package: the Dockerfile, GitHub's files. Nothing is built here; what they say must hold together."""
+"""The wheel, and what stands beside the package: the Dockerfile, GitHub's files. What they say must hold together."""
 
 import re
+import shutil
+import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -39,6 +42,51 @@ def test_the_changelog_begins_with_this_version():
     newest = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.M).group(1)
     assert newest == qlora.__version__
     assert PROJECT["dynamic"] == ["version"]  # it stands in qlora/__init__.py alone
+
+
+def test_every_library_that_is_needed_has_a_lowest_and_a_highest_version():
+    from packaging.requirements import Requirement
+
+    extras = [one for name, listed in PROJECT["optional-dependencies"].items() if name != "dev" for one in listed]
+    for requirement in map(Requirement, PROJECT["dependencies"] + extras):
+        assert {one.operator for one in requirement.specifier} == {">=", "<"}, requirement
+
+
+def test_the_tested_versions_are_in_the_ranges():
+    from packaging.requirements import Requirement
+
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    tested = {}
+    for one in map(Requirement, (line for line in lines if line and not line.startswith("#"))):
+        tested.setdefault(one.name, []).append(str(one.specifier).removeprefix("=="))
+    extras = [one for listed in PROJECT["optional-dependencies"].values() for one in listed]
+    for requirement in map(Requirement, PROJECT["dependencies"] + extras):
+        assert tested[requirement.name], requirement
+        assert all(version in requirement.specifier for version in tested[requirement.name]), requirement
+
+
+def test_the_wheel_has_every_file_of_the_package_and_the_recipes_and_no_more(tmp_path):
+    """Built without the net, as pip does it, in a folder with spaces and letters that are not ASCII."""
+    source, out = tmp_path / "Mein Ördner" / "source", tmp_path / "out put"
+    out.mkdir()
+    for name in ("qlora", "recipes"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", PROJECT["readme"], *PROJECT["license-files"]):
+        shutil.copy(ROOT / name, source)
+    build = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
+    done = subprocess.run([sys.executable, "-c", build, str(out)], cwd=source, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    with zipfile.ZipFile(next(out.glob("*.whl"))) as wheel:
+        packed = {name for name in wheel.namelist() if ".dist-info/" not in name}
+        entry = next(wheel.read(name).decode() for name in wheel.namelist() if name.endswith("entry_points.txt"))
+
+    def files(folder):
+        return {path.relative_to(ROOT / folder).as_posix() for path in (ROOT / folder).rglob("*") if path.is_file()}
+
+    here = {f"qlora/{name}" for name in files("qlora") if "__pycache__" not in name}
+    assert packed == here | {f"qlora/shipped/{name}" for name in files("recipes")}
+    assert packed > {"qlora/evaluation/general_text.jsonl", "qlora/pages/style.css", "qlora/shipped/quickstart.yaml"}
+    assert f"qlora = {PROJECT['scripts']['qlora']}" in entry
 
 
 def test_the_workflow_runs_what_ci_runs_on_each_python():

@@ -68,11 +68,29 @@ def test_versions_outside_the_tested_range_are_named_with_the_command(monkeypatc
     assert check.remedy == "python -m pip install 'transformers<5.24,>=5.23'"
 
 
-def test_the_ranges_are_those_of_the_installed_package_without_a_checkout(monkeypatch, tmp_path):
-    here = {one.name: one.specifier for one in versions.ranges()}
+def test_an_extra_outside_its_range_is_said_and_one_that_is_missing_is_not(monkeypatch):
+    def version(name):
+        if name in ("wandb", "mlflow", "gradio"):
+            raise importlib.metadata.PackageNotFoundError(name)
+        return "9.9.9" if name == "sacrebleu" else real(name)
+
+    real = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    check = tried("versions", versions.packages)
+    assert check.ok
+    assert check.found.endswith("; for an extra, outside the tested range: sacrebleu 9.9.9")
+    assert check.remedy == "python -m pip install 'sacrebleu<2.7,>=2.6'"
+
+
+@pytest.mark.parametrize(
+    ("extras", "some"), [(False, {"torch", "trl", "psutil"}), (True, {"gguf", "mlflow", "torchao"})]
+)
+def test_the_ranges_are_those_of_the_installed_package_without_a_checkout(monkeypatch, tmp_path, extras, some):
+    here = {one.name for one in versions.ranges(extras)}
     monkeypatch.setattr(versions, "_PROJECT", tmp_path / "none")
-    there = {one.name: one.specifier for one in versions.ranges()}
-    assert there.keys() == here.keys() > {"torch", "trl", "psutil"}
+    there = {one.name for one in versions.ranges(extras)}
+    assert there == here > some
+    assert "ruff" not in here
 
 
 REPORTED = {

@@ -22,38 +22,50 @@ def python():
     return ok, found, None if ok else "use a 64 bit Python 3.10 to 3.13: PYTHON=python3.12 scripts/test.sh"
 
 
-def ranges():
-    """Return [packaging Requirement] that the tests have run with: of the checkout, or of what is installed."""
+def ranges(extras=False):
+    """Return [packaging Requirement] that the tests have run with: of the checkout, or of what is installed.
+
+    extras: those of the optional parts instead, but not of development.
+    """
     from packaging.requirements import Requirement
 
     if _PROJECT.is_file():
-        listed = _PROJECT.read_text(encoding="utf-8").partition("\ndependencies = [")[2].partition("\n]")[0]
-        lines = re.findall(r'^ *"([^"]+)"', listed, flags=re.MULTILINE)
+        heads = ("\n[project.optional-dependencies]\n", "\ndev = [") if extras else ("\ndependencies = [", "\n]")
+        listed = _PROJECT.read_text(encoding="utf-8").partition(heads[0])[2].partition(heads[1])[0]
+        lines = re.findall(r'"([^"]+)"', re.sub(r"#.*", "", listed))
     else:
-        lines = [line for line in importlib.metadata.requires("qlora-trainer") or [] if "extra ==" not in line]
+        asked = importlib.metadata.requires("qlora-trainer") or []
+        lines = [line for line in asked if ("extra ==" in line) == extras and 'extra == "dev"' not in line]
     return [Requirement(line) for line in lines]
 
 
-def outside():
-    """Return {name: (version that is installed or None, requirement as text)} of what is not in its tested range."""
+def outside(extras=False):
+    """Return {name: (version that is installed or None, requirement as text)} of what is not in its tested range.
+
+    What only an extra asks for may be missing.
+    """
     found = {}
-    for requirement in ranges():
+    for requirement in ranges(extras):
         try:
             version = importlib.metadata.version(requirement.name)
         except importlib.metadata.PackageNotFoundError:
             version = None
-        if version is None or not requirement.specifier.contains(version, prereleases=True):
+        fits = extras if version is None else requirement.specifier.contains(version, prereleases=True)
+        if not fits:
             found[requirement.name] = version, f"{requirement.name}{requirement.specifier}"
     return found
 
 
 def packages():
-    wrong = outside()
-    if wrong:
-        found = [f"{name} {version or 'is not installed'}" for name, (version, _) in wrong.items()]
-        wanted = " ".join(f"'{wanted}'" for _, wanted in wrong.values())
-        return False, f"outside the tested range: {', '.join(found)}", f"python -m pip install {wanted}"
-    return True, ", ".join(f"{name} {importlib.metadata.version(name)}" for name in _SAID), None
+    """Return what is outside its range; of the extras it is only said, as it may be there for another program."""
+    needed = outside()
+    wrong = needed or outside(extras=True)
+    said = ", ".join(f"{name} {version or 'is not installed'}" for name, (version, _) in wrong.items())
+    remedy = f"python -m pip install {' '.join(repr(wanted) for _, wanted in wrong.values())}" if wrong else None
+    if needed:
+        return False, f"outside the tested range: {said}", remedy
+    found = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in _SAID)
+    return True, f"{found}; for an extra, outside the tested range: {said}" if wrong else found, remedy
 
 
 def libraries():

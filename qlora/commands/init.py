@@ -39,6 +39,8 @@ def init(model, data, card=None, goal="quality", out="recipe.yaml", overrides=()
     steps = "" if found.steps is None else f"; {found.steps:,} steps{time}"
     planned = f"planned: {size(found.peak_bytes)} of {size(found.budget_bytes)} ({machine.budget.why}){steps}"
     header = [f"goal {goal}: {GOALS[goal]}", planned, f"train it: qlora train {out}"]
+    if machine.kind == "cpu":
+        header.insert(2, f"plan it again: qlora plan {out} --card cpu")
     _write(out, header, chosen.lines)
     run = chosen.recipe.output_dir
     note(f"then      whether it worked: qlora eval {run}; qlora report {run} --out {Path(run).name}.html")

@@ -9,7 +9,7 @@ from .. import planner
 from ..jobs.opening.prepared_data import prepared_if_there
 from ..jobs.planning.method_plans import advice
 from ..jobs.planning.method_plans import plan_methods as plans_of_methods
-from ..jobs.planning.plan_job import budget_of, computer_of, job_of, without_data
+from ..jobs.planning.plan_job import budget_of, computer_of, is_cpu, job_of, without_data
 from ..jobs.planning.several_card_plans import fewest, plan_several, refuse_sharded
 from ..pages.plan import draw
 from ..planner import several_cards
@@ -40,7 +40,8 @@ def list_cards() -> dict:
 def plan(recipe: Recipe, vram=None, card=None, plot=None) -> dict:
     """Print the plan of training as `recipe` says; return it with the limits that still fit, and suggestions, for --json.
 
-    vram, card: what to plan for, as text; by default the GPU of this machine. plot: a file to draw memory by length into.
+    vram, card: what to plan for, as text; by default the GPU of this machine, "cpu": its processor.
+    plot: a file to draw memory by length into.
 
     Raises:
         InputError: the recipe, the data, a size or a card is wrong.
@@ -51,7 +52,8 @@ def plan(recipe: Recipe, vram=None, card=None, plot=None) -> dict:
     if prepared is not None:
         say_report(prepared)
     try:
-        job = without_data(recipe, "cuda", budget, on) if prepared is None else job_of(prepared, "cuda", budget)
+        kind = budget.kind
+        job = without_data(recipe, kind, budget, on) if prepared is None else job_of(prepared, kind, budget)
     except planner.NoPlan as error:
         raise _not_supported(recipe, error) from None
     if plot is not None and job.outline.counts == "images":
@@ -119,6 +121,8 @@ def plan_processes(recipe: Recipe, count: int, vram=None, card=None, link=None) 
     Raises:
         InputError: the recipe, the data, a size or a card is wrong, or several processes do not do that.
     """
+    if is_cpu(card):
+        raise InputError("--processes plans several GPUs; give --card a GPU such as 4090")
     budget, on = budget_of(recipe, vram, card), computer_of(card)
     if link is not None and not link > 0:
         raise InputError(f"--link {link:g}: GB/s between two cards, above 0")

@@ -81,7 +81,7 @@ class Steps:
         if now - self.said > EVERY or step == total or len(self.recent) == 1:
             # the first step is slow (allocation, warm-up), and the machine may have had less to do before
             first, start = self.recent[0]
-            left = f"  {duration((now - start) / (step - first) * (total - step))} left" if step > first else ""
+            left = f"  {duration((now - start) / (step - first) * (total - step))} left" if first < step < total else ""
             lines.say(f"training  step {step}/{total}  loss {loss}  {rate} {self.counts}/s{left}")
             self.said = now
 

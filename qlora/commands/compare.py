@@ -7,7 +7,7 @@ import shlex
 import time
 
 from .. import base_model
-from ..evaluation.intervals import OF_LOSS, is_share
+from ..evaluation.intervals import OF_LOSS, change_in_columns, in_words, is_share
 from ..jobs.comparing import comparison_table, differences
 from ..jobs.comparing.compared_runs import DONE, TO_DO, UNFINISHED, Folder, measured, row_of, train_one
 from ..jobs.evaluating import eval_rows, merged_latency
@@ -21,12 +21,14 @@ from ..system.errors import DoesNotFit, InputError, Interrupted
 from ..system.events import note
 from ..system.storage import locked, write_json, write_text
 from ..system.units import duration, size
+from ..system.usual_torch import usual_torch
 from ..terminal import shown
 from ..terminal.comparison import show_comparison
 from ..terminal.tables import show, table, text_table
 
 
 @shown()
+@usual_torch()
 def compare(path, overrides=(), resume=False, dry_run=False) -> dict:
     """Train and evaluate all that the comparison in the YAML file `path` names; return its comparison.json.
 
@@ -134,9 +136,9 @@ def _write(folder, path, last=False):
 def compare_runs(one, other, data=None) -> dict:
     """Return {"rows", "differences", "change"} of two finished runs, and show them side by side.
 
-    rows: as of a comparison. differences: of recipe, data, versions and base model: [name, of one, of the other]. change: of
-    each metric from one to the other, where both were measured on the same rows. data: the file of them, as of `evaluate`; None:
-    those that they have held out.
+    rows: as of a comparison, with "judge", as of `evaluate`, None where no judge was asked. differences: of recipe, data,
+    versions and base model: [name, of one, of the other]. change: of each metric from one to the other, where both were measured
+    on the same rows. data: the file of them, as of `evaluate`; None: those that they have held out.
 
     Raises:
         InputError: one of them is no finished run, or its folder is damaged; or it was not evaluated on `data`.
@@ -147,7 +149,8 @@ def compare_runs(one, other, data=None) -> dict:
         raise InputError(
             f"{missing[0].path}: not evaluated on {data} yet; run:  qlora eval {missing[0].path} --data {data}"
         )
-    rows, differing = [row_of(run, name) for run in runs], differences.between(*runs)
+    rows = [row_of(run, name) | {"judge": (run.scores(name) or {}).get("judge")} for run in runs]
+    differing = differences.between(*runs)
     change = comparison_table.paired(runs[0], runs[1], name)
     for what, found in differing.items():
         if found:
@@ -159,7 +162,7 @@ def compare_runs(one, other, data=None) -> dict:
     if not any(differing.values()):
         show("recipe, data, versions and base model are the same")
     header = ["", str(one), str(other), "change", "95 %"]
-    table("measured", header, [*_scores(rows, change), *_costs(rows)])
+    table("measured", header, [*_scores(rows, change), *_win_rates(rows), *_costs(rows)])
     return {"rows": rows, "differences": differing, "change": change}
 
 
@@ -180,16 +183,21 @@ def _scores(rows, change):
     of_loss = [name for name in OF_LOSS if any(row[name] is not None for row in rows)]
     for name in (*of_loss, *dict.fromkeys(name for row in rows for name in row["metrics"])):
         values = [row[name] if name in OF_LOSS else row["metrics"].get(name, {}).get("value") for row in rows]
-        form, signed = (".1%", "+.1%") if is_share(name) else (".4f", "+.4f")
+        form = ".1%" if is_share(name) else ".4f"
         line = [name.replace("_", " "), *("" if value is None else format(value, form) for value in values)]
-        found = change.get(name)
-        line += (
-            ["", ""]
-            if found is None
-            else [format(found["value"], signed), f"{found['low']:{signed}} to {found['high']:{signed}}"]
-        )
-        lines.append(line)
+        lines.append([*line, *(change_in_columns(name, change[name]) if name in change else ("", ""))])
     return lines
+
+
+def _win_rates(rows):
+    """Return lines with the win rates that a judge has found, one for each pair of judge and opponent: others say nothing about
+    each other."""
+    found: dict[tuple, list[str]] = {}
+    for number, judged in enumerate(row["judge"] for row in rows):
+        if judged is not None and judged["win_rate"] is not None:
+            line = found.setdefault((judged["against"], judged["model"]), [""] * len(rows))
+            line[number] = in_words(judged["win_rate"])
+    return [[f"win rate over {against}, by {model}", *line, "", ""] for (against, model), line in found.items()]
 
 
 _COSTS = {

@@ -8,6 +8,7 @@ Nothing here loads weights or needs a GPU; see docs/plan.md for what is counted 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -207,7 +208,7 @@ def _steps(job):
     if job.num_micro_batches is None or job.num_tokens is None:
         return None
     an_epoch = job.num_steps or -(-job.num_micro_batches // job.training.gradient_accumulation_steps)
-    return round(an_epoch * job.training.num_train_epochs)
+    return math.ceil(an_epoch * job.training.num_train_epochs)  # as transformers has it
 
 
 # ---- backwards -------------------------------------------------------------------------------------------------------

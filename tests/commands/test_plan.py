@@ -6,12 +6,16 @@ import pytest
 import torch
 
 from qlora import methods
+from qlora.commands.data import inspect_data
 from qlora.commands.plan import plan, plan_methods, plan_processes
+from qlora.commands.train import train
 from qlora.jobs.opening.prepared_data import prepare
 from qlora.jobs.planning import method_plans, plan_job, planned_training
 from qlora.recipe import Recipe
+from qlora.runs import record
 from qlora.system.errors import InputError
 from tests import forked
+from tests.faults.test_surroundings import AROUND
 
 CONTRACT = {
     "components",
@@ -132,6 +136,28 @@ def test_rows_are_never_said_to_fit_beyond_the_positions_of_the_model(make_recip
     assert "rows up to 512 tokens (the model has no more positions)" in capsys.readouterr().out
     values = recipe.model_dump() | {"lora": None, "prompt_tuning": {"num_virtual_tokens": 12}}
     assert plan(Recipe.from_dict(values), "24GiB")["limits"]["max_length"] == 500
+
+
+@pytest.mark.parametrize("around", ["bfloat16 as the default", "another default device", "inference mode"])
+def test_what_a_program_has_set_of_torch_changes_no_plan(make_recipe, around):
+    recipe = make_recipe()
+    usual, rows = plan(recipe, "24GiB"), inspect_data(recipe)
+    with AROUND[around]():
+        found = Recipe.from_dict(recipe.model_dump() | {"output_dir": "other"})
+        assert (plan(found, "24GiB"), inspect_data(found)) == (usual, rows)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "said"), [(1.0, None), (1.5, "steps     8, 1.6 epochs"), (0.01, "steps     1, 0.2 epochs")]
+)
+def test_part_of_an_epoch_is_rounded_up_to_steps_in_plan_and_training(make_recipe, unplanned, capsys, epochs, said):
+    recipe = make_recipe(training={"num_train_epochs": epochs, "max_steps": None})
+    run = train(recipe)
+    steps = record.read(run)[-1].step
+    told = capsys.readouterr().err
+    assert (said in told) if said else ("rounded up" not in told)
+    assert steps == {1.0: 5, 1.5: 8, 0.01: 1}[epochs]
+    assert plan(recipe, "24GiB")["steps"] == steps
 
 
 def test_the_cards_are_listed_without_a_recipe():

@@ -207,7 +207,7 @@ def _refuse_splits(root, folders):
         named = ", ".join(splits)
         train = next((name for name in splits if name.lower().startswith("train")), splits[0])
         raise InputError(
-            f"the folder {root} has the folders {named}, which are no classes; give each by itself, such as "
+            f"the folder {root} has the folders {named}, which are not classes; give each by itself, such as "
             f"data.train={root / train}"
         )
 

@@ -37,7 +37,7 @@ def said(value):
     if isinstance(value, (list, tuple, dict)):
         raise ValueError(f"label is {json.dumps(value, default=str)[:80]}: a row has one class, a name or a number")
     if isinstance(value, float):
-        raise ValueError(f"label is {value}, a number that is no class; round it, or name ranges")
+        raise ValueError(f"label is {value}, a fraction, not a class; round it, or name ranges")
     name = str(value)
     if name.lstrip("-").isdecimal() and int(name) < 0:
         raise ValueError(
@@ -57,7 +57,7 @@ def number_of(name, labels):
     if name.isdecimal() and int(name) < len(labels) and not any(label.isdecimal() for label in labels):
         return int(name)
     known = ", ".join(labels[:10]) + (f" and {len(labels) - 10:,} more" if len(labels) > 10 else "")
-    raise ValueError(f"label {name!r} is no class of the training: {known}")
+    raise ValueError(f"label {name!r} is not one of the classes of the training: {known}")
 
 
 def found(source_list, section, open_source=sources.open_source):
@@ -105,7 +105,7 @@ def _in_order(counts, where):
     names = list(counts)
     if len(names) > _FEW and len(names) > sum(counts.values()) / 2:
         raise InputError(
-            f"{where}: {len(names):,} different labels in {sum(counts.values()):,} rows, so these are no classes; is "
+            f"{where}: {len(names):,} different labels in {sum(counts.values()):,} rows, so these are not classes; is "
             "data.columns.label right?"
         )
     refuse_one(names, where)

@@ -59,7 +59,7 @@ class _OnLayers(Method):
     def _a_kind_is_a_section(cls, values):
         if isinstance(values, dict) and "peft_type" in values:
             raise ValueError(
-                "peft_type is no field; AdaLoRA is a section of its own: adalora: {init_r: 12, target_r: 8}"
+                "peft_type is not a field; AdaLoRA is a section of its own: adalora: {init_r: 12, target_r: 8}"
             )
         return values
 

@@ -78,7 +78,7 @@ def test_a_label_is_a_name_or_a_number(label, name):
 @pytest.mark.parametrize(
     ("label", "wrong"),
     [(None, "is empty"), ("  ", "is empty"), (math.nan, "is empty"), (-1, "label is -1, which marks rows without"),
-     ("-1", "label is -1, which marks"), (0.5, "is 0.5, a number that is no class"), (["a", "b"], "a row has one class")],
+     ("-1", "label is -1, which marks"), (0.5, "is 0.5, a fraction, not a class"), (["a", "b"], "a row has one class")],
 )  # fmt: skip
 def test_what_is_no_class_is_refused(tmp_path, label, wrong):
     with pytest.raises(ValueError, match=wrong):
@@ -93,10 +93,12 @@ def test_what_is_no_class_is_refused(tmp_path, label, wrong):
 
 def test_a_label_that_the_training_does_not_have_is_refused_with_its_file_and_line(tmp_path):
     train, other = write(tmp_path / "train.csv", ROWS), write(tmp_path / "test.csv", [("so so", "neg"), ("hm", "meh")])
-    with pytest.raises(InputError, match=r"test\.csv(.|\n)*line 3  label 'meh' is no class of the training: neg, pos"):
+    with pytest.raises(
+        InputError, match=r"test\.csv(.|\n)*line 3  label 'meh' is not one of the classes of the training: neg, pos"
+    ):
         loaded(train, eval_of=other)
     digits = write(tmp_path / "digits.csv", [("one", "1"), ("two", "2")])
-    with pytest.raises(InputError, match="label '0' is no class"):  # 1 and 2 are names, not places
+    with pytest.raises(InputError, match="label '0' is not one of the classes"):  # 1 and 2 are names, not places
         loaded(digits, eval_of=write(tmp_path / "zero.csv", [("zero", "0")]))
 
 
@@ -105,7 +107,7 @@ def test_a_label_that_the_training_does_not_have_is_refused_with_its_file_and_li
     [([("a", "x"), ("b", "x")], "every row has the label 'x'; there is nothing to tell apart"),
      ([("a", "Pos"), ("b", "pos"), ("c", "neg")], "'Pos', 'pos' differ in capitals or spaces only"),
      ([("a", "1"), ("b", "1.0"), ("c", "2.0")], "'1', '1.0' are one number"),
-     ([(str(n), f"answer {n}") for n in range(150)], "150 different labels in 150 rows, so these are no classes"),
+     ([(str(n), f"answer {n}") for n in range(150)], "150 different labels in 150 rows, so these are not classes"),
      ([("a", None)], "no row has a label; the first row has text, label; it is looked for in 'label'")],
 )  # fmt: skip
 def test_labels_that_are_no_classes_are_refused(tmp_path, rows, wrong):

@@ -244,8 +244,8 @@ def refuse_recipe(path):
         return
     try:
         folder = Recipe.load(file).output_dir
-    except InputError:
-        raise InputError(f"{path} is a file; name the folder of a run") from None
+    except InputError:  # it is another YAML file
+        return
     if RunDir.is_run(folder):
         raise InputError(f"{path} is a recipe; name the folder of its run: {folder}")
     raise InputError(f"{path} is a recipe that was not trained yet: qlora train {path}, then name its run {folder}")

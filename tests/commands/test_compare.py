@@ -237,7 +237,7 @@ def test_a_variant_names_another_method_and_the_bases_leaves(comparison):
         ({"variants": {"y": {"sweep": {"lora.r": [1, 2]}}, "x": {"after": "y"}}}, "y is trained with several settings; give"),
         ({"variants": {"x": {}, "y": {"data.eval_fraction": 0.5}}}, "x and y hold out different rows .* set data: FILE"),
         ({"variants": {"x": {}, "y": {"orpo": {}}}}, "x and y hold out different rows"),
-        ({"metric": "preference_accuracy"}, "preference_accuracy is of pairs, and the rows that are evaluated on are none"),
+        ({"metric": "preference_accuracy"}, "preference_accuracy is measured on pairs, and the evaluated rows are not pairs"),
         ({"data": "nowhere.jsonl"}, "nowhere.jsonl"),
         ({"base": "nowhere.yaml"}, "no recipe at nowhere.yaml"),
         ({"sweep": {"training.learning_rate": [1e-3, 0.001]}}, "two trainings would be called lora-learning_rate-0.001"),

@@ -14,6 +14,8 @@ from qlora.evaluation.asked import Asked
 from qlora.jobs.comparing import compared_runs
 from qlora.jobs.evaluating import eval_rows
 from qlora.jobs.exporting import run_facts
+from qlora.jobs.exporting.push_files import files_to_push
+from qlora.jobs.reporting import reported
 from qlora.jobs.talking import votes
 from qlora.runs.folder import RunDir
 from qlora.system.errors import InputError, ProofFailed
@@ -113,8 +115,16 @@ def test_a_recipe_in_place_of_its_run_is_told_from_a_model(make_recipe, own_run,
     with pytest.raises(InputError, match=r"was not trained yet: qlora train .*mine.yaml, then name its run runs/later"):
         verb(file)
     file.write_text("rows: 3")
-    with pytest.raises(InputError, match=r"mine\.yaml is a file; name the folder of a run"):
+    with pytest.raises(InputError, match=r"mine\.yaml(: is a file; give the model folder| is not a run folder)"):
         verb(file)
+
+
+@pytest.mark.parametrize("verb", [reported.gather, lambda targets: files_to_push(targets[0], "me/it")])
+def test_report_and_push_know_a_recipe_too(make_recipe, own_run, tmp_path, verb):
+    file = tmp_path / "mine.yaml"
+    file.write_text(make_recipe(output_dir=str(own_run.path)).to_yaml())
+    with pytest.raises(InputError, match=f"is a recipe; name the folder of its run: {own_run.path}"):
+        verb([file])
 
 
 def test_every_answer_is_kept_beside_the_score_with_what_it_counts(own_run):

@@ -200,14 +200,14 @@ def test_a_judge_sees_the_calls_of_tools(tiny_model, tmp_path):
 def test_two_runs_side_by_side_show_their_win_rates_and_against_whom(own_run, tmp_path, capsys):
     run, other = own_run, RunDir(shutil.copytree(own_run.path, tmp_path / "other"))
     with serving(prefers(len)) as (url, _):
-        rate = evaluate(run.path, **asked(url, judge_against="expected"))["judge"]["win_rate"]
+        first = evaluate(run.path, **asked(url, judge_against="expected"))["judge"]
         evaluate(other.path, **asked(url, judge_against="before"))
     capsys.readouterr()
     found = compare_runs(run.path, other.path)
     assert [row["judge"]["against"] for row in found["rows"]] == ["expected", "before"]
     shown = " ".join(capsys.readouterr().out.split())
-    assert f"win rate over expected, by judge {in_words(rate)}" in shown
-    assert "win rate over before, by judge" in shown
+    assert f"win rate over expected, by {first['model']} {in_words(first['win_rate'])}" in shown
+    assert f"win rate over before, by {first['model']}" in shown
 
 
 @pytest.mark.parametrize("unknown", ["temperature", "max_tokens"])

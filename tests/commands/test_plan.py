@@ -150,7 +150,7 @@ def test_what_a_program_has_set_of_torch_changes_no_plan(make_recipe, around):
 @pytest.mark.parametrize(
     ("epochs", "said"), [(1.0, None), (1.5, "steps     8, 1.6 epochs"), (0.01, "steps     1, 0.2 epochs")]
 )
-def test_part_of_an_epoch_is_rounded_up_to_steps_in_plan_and_training(make_recipe, unplanned, capsys, epochs, said):
+def test_part_of_an_epoch_is_rounded_up_to_steps_in_plan_and_training(make_recipe, capsys, epochs, said):
     recipe = make_recipe(training={"num_train_epochs": epochs, "max_steps": None})
     run = train(recipe)
     steps = record.read(run)[-1].step

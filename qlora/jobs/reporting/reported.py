@@ -12,7 +12,7 @@ from ...exporter import REPORT
 from ...recipe.comparison import FILE, RESULT, Comparison
 from ...runs import record
 from ...runs.environment import version_of
-from ...runs.folder import RunDir
+from ...runs.folder import RunDir, refuse_recipe
 from ...system import files
 from ...system.errors import InputError
 from ..comparing import differences
@@ -96,6 +96,7 @@ def _folder_of_comparison(target):
         there = (target / RESULT).is_file() or (target / FILE).is_file()
         return target if there and not RunDir.is_run(target) else None
     if target.suffix in (".yaml", ".yml") and target.is_file():
+        refuse_recipe(target)
         return Path(Comparison.load(target).output_dir)
     return None
 

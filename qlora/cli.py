@@ -150,7 +150,7 @@ def plan(
     overrides: Overrides = None,
     vram: Annotated[str | None, typer.Option(help="available memory, such as 24GiB; default: the GPU's")] = None,
     card: Annotated[
-        str | None, card_option(help="plan for this card, such as 3060, 4090 or T4; `--card list` prints all")
+        str | None, card_option(help="such as 3060, 4090, T4, or cpu for this machine's; `--card list` prints all")
     ] = None,
     plot: Annotated[str | None, typer.Option(help="draw memory by sequence length into this PNG or SVG")] = None,
     methods: Annotated[bool, typer.Option("--methods", help="what each method would cost, and which to take")] = False,

@@ -59,7 +59,7 @@ def refuse_incomplete(checkpoint, info, model, task):
         if not task.is_of_head(model, key)
     ]
     if problems:
-        raise InputError.listing(f"{checkpoint.folder}: config.json and the weights do not fit; the model", problems)
+        raise InputError.listing(f"{checkpoint.folder}: config.json and the weights do not match; the model", problems)
 
 
 def refuse_rows_that_are_no_blocks(checkpoint, modules):

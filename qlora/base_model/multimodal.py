@@ -155,7 +155,7 @@ def half_of(checkpoint):
     problems = unknown + [f"missing: {name} (of the part that is no text)" for name in missing if not converters]
     if problems:
         raise InputError.listing(
-            f"{checkpoint.folder}: config.json and the weights do not fit; the multimodal model", problems
+            f"{checkpoint.folder}: config.json and the weights do not match; the multimodal model", problems
         )
     parts = sorted({name.removeprefix("model.").partition(".")[0] for name in kept.values()})
     return Half(names, whole, list(kept), parts, model)

@@ -170,7 +170,7 @@ def _refuse_other_codes(checkpoint, config, expected):
             problems.append(f"{name}: {wrong}")
     if problems:
         raise InputError.listing(
-            f"{checkpoint.folder}: config.json and the 4-bit weights do not fit; the model", problems, _REMEDY
+            f"{checkpoint.folder}: config.json and the 4-bit weights do not match; the model", problems, _REMEDY
         )
 
 

@@ -19,12 +19,14 @@ from ..system.errors import DoesNotFit, InputError, Interrupted
 from ..system.events import note
 from ..system.storage import locked, write_json, write_text
 from ..system.units import duration, latency, size
+from ..system.usual_torch import usual_torch
 from ..terminal import shown
 from ..terminal.comparison import show_comparison, show_two_runs
 from ..terminal.tables import table
 
 
 @shown()
+@usual_torch()
 def compare(path, overrides=(), resume=False, dry_run=False) -> dict:
     """Train and evaluate all that the comparison in the YAML file `path` names; return its comparison.json.
 
@@ -136,9 +138,9 @@ def _write(folder, path, last=False):
 def compare_runs(one, other, data=None) -> dict:
     """Return {"rows", "differences", "change"} of two finished runs, and show them side by side.
 
-    rows: as of a comparison. differences: of recipe, data, versions and base model: [name, of one, of the other]. change: of
-    each metric from one to the other, where both were measured on the same rows. data: the file of them, as of `evaluate`; None:
-    those that they have held out.
+    rows: as of a comparison, with "judge", as of `evaluate`, None where no judge was asked. differences: of recipe, data,
+    versions and base model: [name, of one, of the other]. change: of each metric from one to the other, where both were measured
+    on the same rows. data: the file of them, as of `evaluate`; None: those that they have held out.
 
     Raises:
         InputError: one of them is no finished run, or its folder is damaged; or it was not evaluated on `data`.
@@ -149,7 +151,8 @@ def compare_runs(one, other, data=None) -> dict:
         raise InputError(
             f"{missing[0].path}: not evaluated on {data} yet; run:  qlora eval {missing[0].path} --data {data}"
         )
-    rows, differing = [row_of(run, name) for run in runs], differences.between(*runs)
+    rows = [row_of(run, name) | {"judge": (run.scores(name) or {}).get("judge")} for run in runs]
+    differing = differences.between(*runs)
     change = comparison_table.paired(runs[0], runs[1], name)
     show_two_runs((str(one), str(other)), rows, differing, change)
     return {"rows": rows, "differences": differing, "change": change}

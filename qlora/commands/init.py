@@ -12,12 +12,14 @@ from ..system.errors import InputError
 from ..system.events import note, notes_once
 from ..system.storage import write_text
 from ..system.units import duration, size
+from ..system.usual_torch import usual_torch
 from ..terminal import shown
 from ..terminal.data import say_report
 from ..terminal.tables import show
 
 
 @shown()
+@usual_torch()
 def init(model, data, card=None, goal="quality", out="recipe.yaml", overrides=()) -> dict:
     """Write a short recipe that fits to `out`, each line with its reason; return {"recipe", "values", "plan"}.
 
@@ -39,6 +41,8 @@ def init(model, data, card=None, goal="quality", out="recipe.yaml", overrides=()
     steps = "" if found.steps is None else f"; {found.steps:,} steps{time}"
     planned = f"planned: {size(found.peak_bytes)} of {size(found.budget_bytes)} ({machine.budget.why}){steps}"
     header = [f"goal {goal}: {GOALS[goal]}", planned, f"train it: qlora train {out}"]
+    if machine.kind == "cpu":
+        header.insert(2, f"plan it again: qlora plan {out} --card cpu")
     _write(out, header, chosen.lines)
     run = chosen.recipe.output_dir
     note(f"then      whether it worked: qlora eval {run}; qlora report {run} --out {Path(run).name}.html")

@@ -9,7 +9,7 @@ from .. import planner
 from ..jobs.opening.prepared_data import prepared_if_there
 from ..jobs.planning.method_plans import advice
 from ..jobs.planning.method_plans import plan_methods as plans_of_methods
-from ..jobs.planning.plan_job import budget_of, computer_of, job_of, not_supported, without_data
+from ..jobs.planning.plan_job import budget_of, computer_of, is_cpu, job_of, not_supported, without_data
 from ..jobs.planning.several_card_plans import fewest, plan_several, refuse_sharded
 from ..pages.plan import draw
 from ..planner import several_cards
@@ -18,6 +18,7 @@ from ..recipe.tasks import has_classes
 from ..system.errors import InputError
 from ..system.events import note
 from ..system.units import size
+from ..system.usual_torch import usual_torch
 from ..terminal import shown
 from ..terminal.data import say_report
 from ..terminal.plan import say_plan, say_ways
@@ -37,10 +38,12 @@ def list_cards() -> dict:
 
 
 @shown()
+@usual_torch()
 def plan(recipe: Recipe, vram=None, card=None, plot=None) -> dict:
     """Print the plan of training as `recipe` says; return it with the limits that still fit, and suggestions, for --json.
 
-    vram, card: what to plan for, as text; by default the GPU of this machine. plot: a file to draw memory by length into.
+    vram, card: what to plan for, as text; by default the GPU of this machine, "cpu": its processor.
+    plot: a file to draw memory by length into.
 
     Raises:
         InputError: the recipe, the data, a size or a card is wrong.
@@ -51,7 +54,8 @@ def plan(recipe: Recipe, vram=None, card=None, plot=None) -> dict:
     if prepared is not None:
         say_report(prepared)
     try:
-        job = without_data(recipe, "cuda", budget, on) if prepared is None else job_of(prepared, "cuda", budget)
+        kind = budget.kind
+        job = without_data(recipe, kind, budget, on) if prepared is None else job_of(prepared, kind, budget)
     except planner.NoPlan as error:
         raise not_supported(recipe, error) from None
     if plot is not None and job.outline.counts == "images":
@@ -66,6 +70,7 @@ def plan(recipe: Recipe, vram=None, card=None, plot=None) -> dict:
 
 
 @shown()
+@usual_torch()
 def plan_methods(recipe: Recipe, vram=None, card=None) -> dict:
     """Print what each method would cost on a card, and what to take; return {"methods": [...], "advice": [...]}.
 
@@ -108,6 +113,7 @@ def plan_methods(recipe: Recipe, vram=None, card=None) -> dict:
 
 
 @shown()
+@usual_torch()
 def plan_processes(recipe: Recipe, count: int, vram=None, card=None, link=None) -> dict:
     """Print what `count` cards would make of a step, beside one; return {"processes", "fits", "link_bytes_per_second", "ways",
     "fewest", "advice"}.
@@ -119,6 +125,8 @@ def plan_processes(recipe: Recipe, count: int, vram=None, card=None, link=None) 
     Raises:
         InputError: the recipe, the data, a size or a card is wrong, or several processes do not do that.
     """
+    if is_cpu(card):
+        raise InputError("--processes plans several GPUs; give --card a GPU such as 4090")
     budget, on = budget_of(recipe, vram, card), computer_of(card)
     if link is not None and not link > 0:
         raise InputError(f"--link {link:g}: GB/s between two cards, above 0")

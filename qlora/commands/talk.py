@@ -107,7 +107,7 @@ class Talk:
         for name, command in COMMANDS.items():
             arguments, _, does = command.__doc__.rpartition(": ")
             note(f"  {f'/{name} {arguments}':24} {does}".rstrip())
-        note("  Ctrl-C stops an answer, and ends at the prompt, as Ctrl-D does")
+        note("  Ctrl-C stops an answer; at the prompt Ctrl-C or Ctrl-D quits")
 
     def reset(self, _):
         """start over; the system message stays"""
@@ -143,7 +143,7 @@ class Talk:
         if not self.model.adapters:
             raise InputError(f"{self.model.name} is a model by itself, with no adapter that could be left out")
         if not self.dialogue.turns:
-            raise InputError("nothing was asked yet")
+            raise InputError("no question was asked yet")
         before = Dialogue(self.dialogue.system)
         *before.turns, (question, _) = self.dialogue.turns
         self._answered(before.messages(question), BASE)

@@ -40,7 +40,7 @@ def serve(
             note(f"web       {address} ({'this machine only' if host == LOCAL else 'whoever reaches this machine'})")
             note(f"votes     {compared.votes.file}: {compared.votes.in_words()}")
             if compared.votes.others:
-                note(f"          {compared.votes.others} more there are of other models and do not count")
+                note(f"          {compared.votes.others} more in that file are of other models and do not count")
             note("          Ctrl-C ends")
             while True:
                 time.sleep(3600)

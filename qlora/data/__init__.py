@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
+from pathlib import Path
 
 import numpy as np
 
@@ -76,10 +78,11 @@ def load(source_list, tokenizer, section, seed, encoder=Supervised):
         mapped, ignore = source.columns or section.columns, tuple(section.ignore_keys or ())
         encoder.refuse_columns(mapped or {})
         files = encoder.open_source(source, mapped)
-        for file in files:
-            header = file.header()
-            if header is not None:
-                encoder.refuse_table(file.path, header, mapped, ignore)
+        with _saying_that_a_folder_is_read(source, files):
+            for file in files:
+                header = file.header()
+                if header is not None:
+                    encoder.refuse_table(file.path, header, mapped, ignore)
         for file, pick in zip(files, _picks(files, source.max_rows, seed), strict=True):
             settings = Settings(
                 source.format,
@@ -93,8 +96,24 @@ def load(source_list, tokenizer, section, seed, encoder=Supervised):
                 tuple(section.labels or ()),
                 file.folder,
             )
-            parts.append(tokenized.tokenize(file, encoder(tokenizer, settings), source.weight, pick, section.num_proc))
+            with _saying_that_a_folder_is_read(source, files):
+                part = tokenized.tokenize(file, encoder(tokenizer, settings), source.weight, pick, section.num_proc)
+            parts.append(part)
     return parts
+
+
+@contextlib.contextmanager
+def _saying_that_a_folder_is_read(source, files):
+    """Add to what is wrong with one of several files that they are read because a folder was named."""
+    try:
+        yield
+    except InputError as error:
+        if source.path is None or len(files) < 2 or not Path(source.path).is_dir():
+            raise
+        raise InputError(
+            f"{error}\n  it is one of {len(files)} data files of the folder {source.path}, which are all read; name one file, or "
+            f"a pattern such as {Path(source.path) / '*.jsonl'}, to read less"
+        ) from None
 
 
 def _picks(files, max_rows, seed):

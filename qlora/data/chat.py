@@ -87,7 +87,10 @@ def set_template(tokenizer, chat_template, system_as_user=False):
     """
     which = _set_template(tokenizer, chat_template)
     if "strftime_now" in written(tokenizer):
-        which += "; it writes the date of the day on which rows are tokenized into each of them"
+        which += (
+            "; it writes the date on which rows are tokenized into each of them: for the same rows on another day give "
+            "data.chat_template a copy with a fixed date"
+        )
     if system_as_user:
         template = tokenizer.chat_template
         named = isinstance(template, dict)

@@ -112,7 +112,7 @@ def _header(raw, name):
         most = 2 * (Image.MAX_IMAGE_PIXELS or 0)
         raise ValueError(f"{name} says that it has more than {most:,} pixels; make it smaller") from None
     except Image.UnidentifiedImageError:
-        raise ValueError(f"{name} is no image that can be read, such as PNG, JPEG, WebP or TIFF{other}") from None
+        raise ValueError(f"{name} is not an image that can be read (PNG, JPEG, WebP, TIFF, ...){other}") from None
     except Exception as error:  # Pillow's readers raise struct.error, SyntaxError, OSError, ... for broken files
         raise _broken(name, error) from None
 

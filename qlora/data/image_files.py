@@ -221,7 +221,7 @@ def _refuse_splits(root, folders):
         named = ", ".join(found)
         train = next((name for name in found if splits.WORDS[name.lower()] == splits.TRAIN), found[0])
         raise InputError(
-            f"the folder {root} has the folders {named}, which are no classes; give each by itself, such as "
+            f"the folder {root} has the folders {named}, which are not classes; give each by itself, such as "
             f"data.train={root / train}"
         )
 

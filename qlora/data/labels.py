@@ -41,7 +41,7 @@ def said(value):
     if isinstance(value, bytes):
         raise ValueError(f"label is {value!r:.80}, bytes: a class is a name or a number")
     if isinstance(value, float):
-        raise ValueError(f"label is {value}, a number that is no class; round it, or name ranges")
+        raise ValueError(f"label is {value}, a fraction, not a class; round it, or name ranges")
     name = str(value)
     if wrong := next((letter for letter in name if unicodedata.category(letter) in _NO_NAME), None):
         raise ValueError(
@@ -66,7 +66,7 @@ def number_of(name, labels):
     if name.isdecimal() and Decimal(name) < len(labels) and not any(label.isdecimal() for label in labels):
         return int(name)
     known = ", ".join(labels[:10]) + (f" and {len(labels) - 10:,} more" if len(labels) > 10 else "")
-    raise ValueError(f"label {name!r:.80} is no class of the training: {known}")
+    raise ValueError(f"label {name!r:.80} is not one of the classes of the training: {known}")
 
 
 def found(source_list, section, open_source=sources.open_source):
@@ -114,7 +114,7 @@ def _in_order(counts, where):
     names = list(counts)
     if len(names) > _FEW and len(names) > sum(counts.values()) / 2:
         raise InputError(
-            f"{where}: {len(names):,} different labels in {sum(counts.values()):,} rows, so these are no classes; is "
+            f"{where}: {len(names):,} different labels in {sum(counts.values()):,} rows, so these are not classes; is "
             "data.columns.label right?"
         )
     refuse_one(names, where)

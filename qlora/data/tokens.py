@@ -151,7 +151,7 @@ def _marked(value, pattern):
     """Return `value` (a string, or lists and dicts of them) with marks around every control token in its strings."""
     if isinstance(value, str):
         if _AS_TEXT in value or _END in value:
-            raise ValueError("holds U+FDD0 or U+FDD1, which are no characters")
+            raise ValueError("contains U+FDD0 or U+FDD1, which are not characters")
         return pattern.sub(f"{_AS_TEXT}\\g<0>{_END}", value) if pattern is not None else value
     if isinstance(value, dict):
         return {key: _marked(inner, pattern) for key, inner in value.items()}

@@ -83,6 +83,17 @@ def is_share(name) -> bool:
     return name not in (*OF_LOSS, MARGIN, JUDGED_MARGIN, "forgetting") and "." not in name
 
 
+def change_in_columns(name, change) -> tuple[str, str]:
+    """Return a change of the metric `name` and its interval as text; that of a share is in points, as 50 % to 55 % is no rise
+    by 5 %."""
+    of_share = is_share(name)
+    value, low, high = (
+        "" if change[key] is None else f"{100 * change[key]:+.1f}" if of_share else f"{change[key]:+.4f}"
+        for key in ("value", "low", "high")
+    )
+    return value + " points" * of_share, f"{low} to {high}" if low else ""
+
+
 def in_words(metric, digits=1, name=""):
     """Return a metric, a number or {"value", "low", "high"} of one, in words: 93.1%, or 93.1% (92.0% to 94.1%). name: of the
     metric, which may be no share."""

@@ -42,8 +42,10 @@ Verdict: A
 Verdict: B
 Verdict: tie"""
 _CRITERIA = "which does what the request asks, is right, and has nothing wrong or superfluous in it"
+# in the line of the word "verdict", which it ends; or, under it as a heading, as the last word of the reply
 _VERDICT = re.compile(
-    r"verdict\W{1,10}(?:answer[\W_]{1,3})?(?:(A|B)|(?:a\W{1,3})?(tie))\W*$", re.IGNORECASE | re.MULTILINE
+    r"verdict(?:[^\w\n]{1,10}|\W{1,10}(?=[\w ]*\W*\Z))(?:answer[\W_]{1,3})?(?:(A|B)|(?:a\W{1,3})?(tie))\W*$",
+    re.IGNORECASE | re.MULTILINE,
 )
 _THOUGHT = re.compile(r".*</think(?:ing)?>", re.DOTALL)
 
@@ -71,7 +73,7 @@ class Judge:
             is_address = False
         if not is_address or self.url != self.url.strip():
             raise InputError(
-                f"--judge {self.url}: is no address; give one such as http://localhost:8000/v1 (the part before "
+                f"--judge {self.url}: is not an address; give one such as http://localhost:8000/v1 (the part before "
                 "/chat/completions)"
             )
         if parts.path.rstrip("/").endswith("/completions"):

@@ -199,7 +199,7 @@ def _numbers(found) -> dict[str, Number]:
             error = results.get(f"{metric}_stderr,{filter_name}")
             name = f"{task}.{metric}" + ("" if filter_name == _NO_FILTER else f",{filter_name}")
             if not _is_number(value):
-                note(f"lm-eval: {name} is {value}, which is no number to compare; left out")
+                note(f"lm-eval: {name} is {value}, which is not a number; left out")
                 continue
             parts = _parts(found["samples"].get(task, ()), metric, filter_name, value)
             numbers[name] = Number(float(value), parts, float(error) if _is_number(error) else None)

@@ -88,7 +88,7 @@ def score(model, tokenizer, stops, rows, conversations, asked=Asked(), what="ans
     has_answers = all(conversation.messages for conversation in conversations)
     if not has_answers and (asked.metrics or asked.extract or asked.judge_url):
         option = "--metric" if asked.metrics else "--extract" if asked.extract else "--judge"
-        raise InputError(f"{option} is for answers, and the rows are plain text, to which there is none; leave it out")
+        raise InputError(f"{option} is for answers, and the rows are plain text without answers; leave it out")
     losses, numbers = np.zeros((len(conversations), 2)), rows.row_numbers()
     np.add.at(losses, numbers, np.array(metrics.losses(model, rows)))
     sizes = np.zeros(len(conversations), int)

@@ -114,7 +114,7 @@ def plan(checkpoint, config, dtype, trust_remote_code=False, adapter=None):
         result.source[name] = found
         result.specs.append(Spec(name, expected, dtype if tensor.is_floating_point() else tensor.dtype))
     if wrong:
-        raise InputError.listing(f"{checkpoint.folder}: config.json and the weights do not fit; the model", wrong)
+        raise InputError.listing(f"{checkpoint.folder}: config.json and the weights do not match; the model", wrong)
     _copy_the_rest(checkpoint, result, missing, dtype, model)
     if checkpoint.half:
         _keep_the_other_half(checkpoint, result)

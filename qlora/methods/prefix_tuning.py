@@ -161,7 +161,7 @@ def _refuse_unread(model):
         base.train(was)
     if not all(layer.seen for layer in layers):
         raise InputError(
-            f"prefix_tuning: {name} takes no keys and values before a text in every layer: {why}; take lora"
+            f"prefix_tuning: {name} has layers that cannot take keys and values before a text: {why}; take lora"
         )
 
 

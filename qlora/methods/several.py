@@ -52,7 +52,9 @@ class Several:
         adapter = read(folder)
         changed = adapter.replaces_weights
         if changed and self._loaded:
-            raise InputError(f"adapter {folder}: has {changed}, so it cannot lie beside another; open it by itself")
+            raise InputError(
+                f"adapter {folder}: has {changed}, so it cannot be loaded beside another; open it by itself"
+            )
         self._refuse_fixed("no adapter can lie beside it")
         self._take_out()
         before = [(container, dict(container)) for container in _containers(self.base)]

@@ -8,6 +8,7 @@ Nothing here loads weights or needs a GPU; see docs/plan.md for what is counted 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -36,7 +37,8 @@ class Job:
     True, False or "auto" (where all layers checkpointed do not do). card: for the speed; None if it is not known.
     num_tokens: an epoch's, without padding; num_micro_batches: an epoch's; num_steps: an epoch's, None where each has as many
     micro-batches as the recipe says. packed_load, packed_micro_batches: those with
-    data.packing, None if it cannot be. remade(lora, num_new_tokens, packed): another outline of the same model; what is
+    data.packing, None if it cannot be. positions: tokens that a row can have at most,
+    None: the model sets no limit. remade(lora, num_new_tokens, packed): another outline of the same model; what is
     not given stays. together: the processes that share each step.
     """
 
@@ -55,6 +57,7 @@ class Job:
     packed_micro_batches: int | None = None
     lora: Any = None
     num_new_tokens: int = 0
+    positions: int | None = None
     remade: Callable | None = None
     together: Together = ALONE
 
@@ -205,7 +208,7 @@ def _steps(job):
     if job.num_micro_batches is None or job.num_tokens is None:
         return None
     an_epoch = job.num_steps or -(-job.num_micro_batches // job.training.gradient_accumulation_steps)
-    return round(an_epoch * job.training.num_train_epochs)
+    return math.ceil(an_epoch * job.training.num_train_epochs)  # as transformers has it
 
 
 # ---- backwards -------------------------------------------------------------------------------------------------------
@@ -215,11 +218,11 @@ def backwards(job: Job) -> dict:
     """Return {"max_length", "micro_batch", "r"}: the largest of each that fits, all else as it is; 0 for none.
 
     Where the rows of a step are joined, "tokens_per_micro_batch" is there instead of "micro_batch", which is in rows; of images
-    there is no max_length.
+    there is no max_length. max_length is never above the model's positions.
     """
     answers = {}
     if job.outline.counts == "tokens":
-        answers["max_length"] = _largest(lambda length: at_length(job, length))
+        answers["max_length"] = _largest(lambda length: at_length(job, length), job.positions or _MOST)
     if job.load.joins_steps:
         answers["tokens_per_micro_batch"] = _largest(lambda tokens: at_tokens(job, tokens))
     else:
@@ -274,7 +277,10 @@ def _ranks(job):
     return lambda rank: job.but(outline=job.outline.blend(other, (rank - lora.r) / lora.r))
 
 
-def _largest(job_of, limit=2**22):
+_MOST = 2**22
+
+
+def _largest(job_of, limit=_MOST):
     """Return the largest n up to `limit` for which the plan of job_of(n) fits, 0 for none; as if what fits once fits below."""
 
     def fits(n):

@@ -82,7 +82,7 @@ class Comparison(Section):
             if not values:
                 raise ValueError(f"sweep.{field}: should be a list of values")
         if self.seeds is not None and len(set(self.seeds)) < len(self.seeds):
-            raise ValueError("seeds: one of them stands there twice")
+            raise ValueError("seeds: one of them is listed twice")
         return self
 
     def sweep_of(self, variant) -> dict[str, list]:

@@ -60,7 +60,7 @@ class _OnLayers(Method):
     def _a_kind_is_a_section(cls, values):
         if isinstance(values, dict) and "peft_type" in values:
             raise ValueError(
-                "peft_type is no field; AdaLoRA is a section of its own: adalora: {init_r: 12, target_r: 8}"
+                "peft_type is not a field; AdaLoRA is a section of its own: adalora: {init_r: 12, target_r: 8}"
             )
         return values
 
@@ -95,17 +95,17 @@ class Lora(_LowRank):
     use_rslora: bool = False
     """scaling = lora_alpha / sqrt(r)"""
     use_dora: bool = False
-    """DoRA: the length of each row of W + scaling * B A is trained apart from its direction"""
+    """DoRA: the length of each row of W + scaling * B A is trained too"""
     init_lora_weights: Literal[True, "gaussian", "orthogonal", "loftq", "eva", "pissa", "olora", "corda", "lora_ga"] = (
         True
     )
     """gaussian, orthogonal, loftq, eva, pissa, olora, corda, lora_ga ([below](#starts))"""
     loraplus_lr_ratio: Annotated[float, Field(ge=1, le=1e4)] | None = None
-    """LoRA+: B learns this many times faster than A; 16 in the paper, with a learning_rate lower by about half of that"""
+    """LoRA+: B learns this many times faster than A; 16 in the paper, at a lower learning_rate"""
     lora_bias: bool = False
     """B has a bias; for layers that have one"""
     ensure_weight_tying: bool = False
-    """embedding and head of a tied model stay one matrix when one of them is trained whole"""
+    """keep a tied embedding and head one matrix when one is trained whole"""
 
     def from_zero(self):
         return self.model_copy(update={"init_lora_weights": True})
@@ -166,10 +166,9 @@ class Ia3(_OnLayers):
     key: ClassVar[str] = "ia3"
 
     target_modules: Expression | Names = "auto"
-    """auto: as PEFT has it for the architecture, two of attention and the MLP's last layer; all-linear; names; or a regular
-    expression"""
+    """auto: PEFT's for the architecture; all-linear; names; or a regular expression"""
     feedforward_modules: Names | None = None
-    """of these, the layers whose inputs are multiplied, not their outputs; null: the MLP's last layer"""
+    """those whose inputs are multiplied, not outputs; null: the MLP's last layer"""
 
 
 class Oft(_OnLayers):
@@ -182,7 +181,7 @@ class Oft(_OnLayers):
     module_dropout: Share = 0.0
     """share of the blocks that are not rotated in a training step"""
     use_cayley_neumann: bool = True
-    """the first terms of a series instead of an inverse: faster, and orthogonal to a small error"""
+    """a series instead of an inverse: faster, and orthogonal to a small error"""
 
 
 class Hira(_OnLayers):
@@ -204,7 +203,7 @@ class Full(Method):
     trains_a_head: ClassVar[bool] = True
 
     modules: Names | None = None
-    """names of modules, such as [layers.31, lm_head]: only these; null: all. Needs `quantization: null`"""
+    """modules, such as [layers.31, lm_head]; null: all. Needs `quantization: null`"""
 
 
 class Bottleneck(Method):
@@ -240,12 +239,12 @@ class PrefixTuning(_VirtualTokens):
     key: ClassVar[str] = "prefix_tuning"
 
     prefix_projection: bool = False
-    """they are made by a small network while training, which is trained in their place; what it makes is saved; learns far more
+    """trains a small network that makes them, and saves what it makes; learns far more
     ([measured](methods.md#on-a-small-model-measured))"""
     encoder_hidden_size: Positive | None = None
     """numbers in the middle of that network; null: the model's hidden size"""
     init_weights: Literal["zero"] | None = None
-    """null: random numbers; zero: all keys and values are 0 (not what the model does without them)"""
+    """null: random numbers; zero: all keys and values are 0"""
 
     @model_validator(mode="after")
     def _a_network_to_size(self):
@@ -264,7 +263,7 @@ class PromptTuning(_VirtualTokens):
         return self.num_virtual_tokens
 
     prompt_tuning_init_text: Annotated[str, Field(min_length=1)] | None = None
-    """a text whose embeddings they start as, repeated or cut to their number; null: those of random tokens"""
+    """a text whose embeddings they start as; null: random tokens"""
 
 
 def divisor(rank, use_rslora):

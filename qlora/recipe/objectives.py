@@ -44,14 +44,14 @@ class Dpo(Objective):
     learning_rate: ClassVar[float] = 5e-6
 
     beta: Number = 0.1
-    """how much it costs to leave the reference: higher stays nearer; of ipo it is tau"""
+    """higher stays nearer to the reference; of ipo it is tau"""
     loss_type: Annotated[Loss | list[Loss], BeforeValidator(_known)] = "sigmoid"
-    """sigmoid, hinge, ipo, exo_pair, nca_pair, robust, bco_pair, sppo_hard, apo_zero, apo_down, sft, sigmoid_norm; or a list of
-    them, which are added up: `[sigmoid, sft]` keeps the chosen answers likely"""
+    """sigmoid, hinge, ipo, exo_pair, nca_pair, robust, bco_pair, sppo_hard, apo_zero, apo_down, sft, sigmoid_norm; or a list,
+    added up: `[sigmoid, sft]` keeps the chosen answers likely"""
     loss_weights: Annotated[list[Number], Field(min_length=1)] | None = None
     """of a list of losses: a weight for each; null: 1"""
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
-    """of robust: the share of pairs that are the wrong way round; of exo_pair: its epsilon, 1e-3 in the paper"""
+    """of robust: the share of pairs the wrong way round; of exo_pair: its epsilon, 1e-3 in the paper"""
 
     @property
     def losses(self):
@@ -79,7 +79,7 @@ class Orpo(Objective):
     has_reference: ClassVar[bool] = False
 
     beta: Number = 0.1
-    """weight of the odds ratio beside the cross entropy of the chosen answers; lambda in the paper"""
+    """weight of the odds ratio; lambda in the paper"""
 
 
 class Kto(Objective):
@@ -88,12 +88,11 @@ class Kto(Objective):
     are_judged: ClassVar[bool] = True
 
     beta: Number = 0.1
-    """how much it costs to leave the reference: higher stays nearer"""
+    """higher stays nearer to the reference"""
     loss_type: Literal["kto", "apo_zero_unpaired"] = "kto"
-    """kto: against the distance from the reference, which a forward pass over mismatched prompts and answers measures in each
-    step; apo_zero_unpaired: without it, where good answers are better than the model's own"""
+    """kto: against the distance from the reference, measured in each step; apo_zero_unpaired: without it"""
     desirable_weight: Number = 1.0
-    """of good answers in the loss; with the weight of bad ones it makes up for unequal numbers"""
+    """of good answers in the loss; makes up for unequal numbers"""
     undesirable_weight: Number = 1.0
     """of bad answers"""
 

@@ -22,16 +22,15 @@ class Model(Section):
     revision: Name | None = None
     """hub: commit, tag or branch; the commit is recorded"""
     adapter_name_or_path: PathText | None = None
-    """a run or an adapter folder that is trained further: same base; its ranks and layers are taken over"""
+    """a run or an adapter folder that is trained further, on the same base"""
     attn_implementation: Attention = "auto"
-    """auto (sdpa where the architecture has it), sdpa, eager; on a GPU also flex_attention, flash_attention_2 to 4, or a
-    kernel of the hub by its name, such as kernels-community/flash-attn2@REVISION ([below](#attention))"""
+    """auto, sdpa, eager; on a GPU also flex_attention, flash_attention_2 to 4, or a kernel of the hub ([below](#attention))"""
     trust_remote_code: bool = False
     """run Python code that comes with the model"""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """with `quantization: null`, what quantization.compute_dtype says otherwise"""
+    """as quantization.compute_dtype, for `quantization: null`"""
     new_tokens: Annotated[list[str], Field(min_length=1)] | None = None
-    """a list of tokens to add, whose rows in embedding and head are trained ([below](#new-tokens))"""
+    """tokens to add, whose rows in embedding and head are trained ([below](#new-tokens))"""
 
     @field_validator("new_tokens")
     @classmethod
@@ -47,12 +46,12 @@ class Model(Section):
 
 class Quantization(Section):
     quant_type: Literal["nf4", "fp4"] = "nf4"
-    """nf4, fp4; `quantization: null` trains plain 16-bit LoRA; a model folder that is 4-bit already decides itself"""
+    """nf4, fp4; `quantization: null` trains 16-bit LoRA; a 4-bit model folder decides itself"""
     use_double_quant: bool = True
     """4.127 instead of 4.5 bits a number"""
     compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """dtype of the computation and of everything that is not quantized; auto: bfloat16, on cards without it (T4, 2080 Ti, V100)
-    float16, on processors without it float32 ([plan.md](plan.md#cards-and-processors-without-bfloat16))"""
+    """dtype of the computation and of what is not quantized; auto: bfloat16; without it float16 on cards, float32 on processors
+    ([plan.md](plan.md#cards-and-processors-without-bfloat16))"""
 
 
 # data/formats has a file of each, and looks for their keys in a row in this order
@@ -124,13 +123,13 @@ Sources = Annotated[list[Source], Field(min_length=1), BeforeValidator(_as_sourc
 
 class Data(Section):
     train: Sources
-    """a file, a glob, a folder, a hub data set, or a list of these; see [data.md](data.md)"""
+    """a file, a glob, a folder, a hub data set, or a list of these ([data.md](data.md))"""
     eval: Sources | None = None
     """held-out rows, in files of their own"""
     columns: dict[Column, Annotated[str, Field(min_length=1)]] | None = None
-    """where rows use other names: `{prompt: question, completion: answer}`; or Jinja templates of them"""
+    """other names, or Jinja templates of them: `{prompt: question, completion: answer}`"""
     eval_fraction: Share = 0.0
-    """or a share of the training rows; duplicates of training rows are never held out"""
+    """share of the training rows to hold out; never duplicates of others"""
     seed: Annotated[int, Field(ge=0, lt=2**32)] | None = None
     """draws the rows of eval_fraction and of max_rows; null: training.seed"""
     max_length: Annotated[int, Field(ge=8, le=LARGEST)] = 2048
@@ -140,7 +139,7 @@ class Data(Section):
     on_bad_row: Literal["error", "skip"] = "error"
     """rows that are malformed or that the template refuses: error, skip (counted)"""
     ignore_keys: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)] | None = None
-    """keys of rows or messages that are labels: `[id, mood]`; their values are left out and counted"""
+    """keys of rows or messages to leave out: `[id, mood]`"""
     packing: bool = False
     """join short rows into rows of max_length tokens; each document sees only itself"""
     train_on: Literal["assistant", "last_assistant", "completion", "all"] = "assistant"
@@ -148,15 +147,13 @@ class Data(Section):
     thoughts: Literal["keep", "drop", "mask"] = "keep"
     """keep, drop, mask: what the loss sees of an answer's thoughts"""
     chat_template: PathText | None = None
-    """a Jinja file, or chatml; null: the model's own, or a built-in one for base models"""
+    """a Jinja file, or chatml; null: the model's own, else a built-in one"""
     system_as_user: bool = False
-    """the system message becomes the beginning of the first question, for templates without that role"""
+    """put the system message before the first question, for templates without that role"""
     labels: Annotated[list[Name], Field(min_length=2)] | None = None
-    """of a task with classes: their names, in the order of their numbers; null: those of the training rows
-    ([tasks.md](tasks.md#classes))"""
+    """names of the classes, in the order of their numbers; null: those of the training rows ([tasks.md](tasks.md#classes))"""
     class_weights: Literal["balanced"] | dict[Name, Annotated[float, Field(gt=0, le=1e6)]] | None = None
-    """of a task with classes: how much a row counts in the loss, by its class: `{rare: 5}`, others 1; balanced: each class as
-    much as any other"""
+    """weight of a row in the loss by its class: `{rare: 5}`, others 1; balanced: all classes alike"""
     num_proc: Positive | None = None
     """processes that tokenize; null: one per core"""
 
@@ -227,22 +224,20 @@ def _names_or_none(value):
 
 class Training(Section):
     num_train_epochs: Annotated[float, Field(gt=0, le=1e6)] = 1.0
-    """passes over the training rows"""
+    """passes over the training rows; rounded up to whole steps"""
     max_steps: Positive | None = None
     """instead of epochs"""
     per_device_train_batch_size: Positive = 1
     """rows in a micro-batch"""
     tokens_per_micro_batch: Annotated[Literal["auto"] | Positive | None, BeforeValidator(_auto_or_tokens)] = "auto"
-    """auto: the rows of a step are joined without padding ([below](#tokens-of-a-micro-batch)); null: a micro-batch is
-    per_device_train_batch_size rows; a number of tokens, padding included: filled with rows of similar length instead; with
-    packing, the length of a packed row"""
+    """auto: the rows of a step are joined without padding ([below](#tokens-of-a-micro-batch)); null: per_device_train_batch_size
+    rows; a number: filled with rows of similar length to so many tokens; with packing, the length of a packed row"""
     group_by_length: bool = False
     """put rows of similar length into one step; not with packing, or a number as tokens_per_micro_batch"""
     per_device_eval_batch_size: Positive = 1
     """rows in a micro-batch of an evaluation"""
     gradient_accumulation_steps: Positive = 16
-    """a step has this many times per_device_train_batch_size rows, however they are joined; the loss is the mean over
-    the step's trained tokens"""
+    """a step has this many times per_device_train_batch_size rows; the loss is the mean over its trained tokens"""
     learning_rate: Annotated[float, Field(gt=0, le=1000)] = 2e-4
     """the highest, after the warmup"""
     optim: optimizers.Name = optimizers.DEFAULT
@@ -256,33 +251,29 @@ class Training(Section):
     max_grad_norm: Annotated[float, Field(ge=0)] | None = 1.0
     """null or 0: gradients are not clipped"""
     neftune_noise_alpha: Annotated[float, Field(gt=0)] | None = None
-    """noise on the embeddings while training, of size alpha / sqrt(tokens of the document * width); paper: 5 to 15"""
+    """noise on the embeddings, of size alpha / sqrt(tokens of the document * width); paper: 5 to 15"""
     report_to: Annotated[
         list[Literal["tensorboard", "trackio", "wandb", "mlflow"]], BeforeValidator(_names_or_none)
     ] = Field(default=["tensorboard"])
-    """beside metrics.jsonl: tensorboard, trackio, wandb, mlflow, or several, `[tensorboard, wandb]`; none
-    ([watching.md](watching.md#trackers))"""
+    """tensorboard, trackio, wandb, mlflow, or a list; none ([watching.md](watching.md#trackers))"""
     logging_steps: Positive = 1
     """a line in metrics.jsonl every so many steps"""
     eval_steps: Positive | None = None
     """held-out loss every so many steps; always at the end"""
     num_samples: Annotated[int, Field(ge=0, le=100)] = 0
-    """at each evaluation, greedy answers to so many of the first held-out rows, beside the expected ones
-    ([evaluation.md](evaluation.md#while-it-trains)); 0: none"""
+    """answers to so many held-out rows at each evaluation ([evaluation.md](evaluation.md#while-it-trains))"""
     early_stopping_patience: Positive | None = None
-    """training ends once so many evaluations in a row are no better than the best before them; null: never"""
+    """evaluations in a row that are no better before training ends; null: never"""
     load_best_model_at_end: bool = False
-    """the adapter is that of the best evaluation, not of the last step; its checkpoint is kept"""
+    """keep the adapter of the best evaluation, not of the last step"""
     metric_for_best_model: Literal["eval_loss", "eval_accuracy"] = "eval_loss"
-    """what the best evaluation is the best in; eval_accuracy, of tasks with classes"""
+    """or eval_accuracy, of tasks with classes"""
     save_steps: Positive | None = 100
-    """a checkpoint every so many steps, and at the end; null: only when the run is stopped. See
-    [reliability.md](reliability.md)"""
+    """a checkpoint every so many steps, and at the end ([reliability.md](reliability.md)); null: only when the run is stopped"""
     save_total_limit: Positive | None = 2
     """checkpoints to keep; null: all"""
     watchdog_steps: Positive | None = 50
-    """training ends when the median loss of this many steps is 1 nat above its lowest value, and the mean has risen by
-    more than noise; null: never"""
+    """steps over which a diverged loss is looked for ([reliability.md](reliability.md#what-is-promised)); null: never"""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     """of every other draw: order of the rows, dropout, initial values"""
 

@@ -175,6 +175,7 @@ class RunDir:
     def open(cls, path):
         """Return the finished run in `path`; raises InputError if there is none."""
         run = cls(path)
+        refuse_recipe(path)
         if not run.path.exists():
             raise InputError(f"no run at {path}; `qlora train RECIPE` makes one")
         if not run.recipe_file.is_file():
@@ -237,3 +238,17 @@ def named_runs(pairs):
             raise InputError(f"--adapter {name}: given twice, for {found[name]} and {run}")
         found[name] = run
     return found
+
+
+def refuse_recipe(path):
+    """Raise InputError where `path` is a recipe, which was named in place of the run that it trains; says which that is."""
+    file = Path(path)
+    if file.suffix.lower() not in (".yaml", ".yml") or not file.is_file():
+        return
+    try:
+        folder = Recipe.load(file).output_dir
+    except InputError:  # it is another YAML file
+        return
+    if RunDir.is_run(folder):
+        raise InputError(f"{path} is a recipe; name the folder of its run: {folder}")
+    raise InputError(f"{path} is a recipe that was not trained yet: qlora train {path}, then name its run {folder}")

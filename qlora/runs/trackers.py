@@ -82,7 +82,7 @@ class Tracker:
         self.thread.start()
         if not self.has_begun.wait(_BEGIN):
             note(
-                f"tracker   {self.kind.name} has not answered in {_BEGIN} s; what it is told waits, the training does not"
+                f"tracker   {self.kind.name} has not answered in {_BEGIN} s; events wait for it, the training does not"
             )
 
     def end(self, failed):

@@ -36,7 +36,7 @@ def refuse_several(command):
     found = several()
     if found is not None:
         raise InputError(
-            f"several processes are for qlora train alone ({found}); start one, without torchrun, accelerate launch, mpirun or "
+            f"only qlora train runs in several processes ({found}); start one, without torchrun, accelerate launch, mpirun or "
             f"srun -n: {command}\n  if it is one already, unset {found.partition('=')[0]}"
         )
 

@@ -64,13 +64,14 @@ class Bars:
             del self.begun[event.what]
         elif event.done and event.total and now - told > EVERY:
             rate = event.done / (now - start)
-            left = duration((event.total - event.done) / rate)
+            missing = event.total - event.done
+            left = f", {duration(missing / rate)} left" if missing else ""
             if event.detail:
                 lines.say(f"{event.what}: {event.detail}, {event.done / event.total:.0%} of the file")
             elif event.unit == "bytes":
-                lines.say(f"{event.what:<8}   {size(event.done)} of {size(event.total)}, {size(rate)}/s, {left} left")
+                lines.say(f"{event.what:<8}   {size(event.done)} of {size(event.total)}, {size(rate)}/s{left}")
             else:
-                lines.say(f"{event.what}: {event.done:,.0f} of {event.total:,.0f} {event.unit}, {left} left")
+                lines.say(f"{event.what}: {event.done:,.0f} of {event.total:,.0f} {event.unit}{left}")
             self.begun[event.what] = start, now
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from ..evaluation.intervals import OF_LOSS, is_share
+from ..evaluation.intervals import OF_LOSS, change_in_columns, in_words, is_share
 from ..recipe.comparison import settings_in_words
 from ..system.units import duration, latency, size
 from .tables import show, table, text_table
@@ -58,7 +58,7 @@ def show_two_runs(names, rows, differing, change):
             text_table(f"{what}: what differs", ["", *names], lines)
     if not any(differing.values()):
         show("recipe, data, versions and base model are the same")
-    table("measured", ["", *names, "change", "95 %"], [*_scores(rows, change), *_costs(rows)])
+    table("measured", ["", *names, "change", "95 %"], [*_scores(rows, change), *_win_rates(rows), *_costs(rows)])
 
 
 def _cell(value):
@@ -73,14 +73,21 @@ def _scores(rows, change):
     of_loss = [name for name in OF_LOSS if any(row[name] is not None for row in rows)]
     for name in (*of_loss, *dict.fromkeys(name for row in rows for name in row["metrics"])):
         values = [row[name] if name in OF_LOSS else row["metrics"].get(name, {}).get("value") for row in rows]
-        form, signed = (".1%", "+.1%") if is_share(name) else (".4f", "+.4f")
+        form = ".1%" if is_share(name) else ".4f"
         line = [name.replace("_", " "), *("" if value is None else format(value, form) for value in values)]
-        found = change.get(name)
-        if found is None:
-            lines.append([*line, "", ""])
-        else:
-            lines.append([*line, f"{found['value']:{signed}}", f"{found['low']:{signed}} to {found['high']:{signed}}"])
+        lines.append([*line, *(change_in_columns(name, change[name]) if name in change else ("", ""))])
     return lines
+
+
+def _win_rates(rows):
+    """Return lines with the win rates that a judge has found, one for each pair of judge and opponent: others say nothing about
+    each other."""
+    found: dict[tuple, list[str]] = {}
+    for number, judged in enumerate(row["judge"] for row in rows):
+        if judged is not None and judged["win_rate"] is not None:
+            line = found.setdefault((judged["against"], judged["model"]), [""] * len(rows))
+            line[number] = in_words(judged["win_rate"])
+    return [[f"win rate over {against}, by {model}", *line, "", ""] for (against, model), line in found.items()]
 
 
 _COSTS = {

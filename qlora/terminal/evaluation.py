@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..evaluation.intervals import OF_LOSS, is_share
+from ..evaluation.intervals import OF_LOSS, change_in_columns, is_share
 from ..evaluation.judge import win_rate_in_words
 from ..system import units
 from .classes import show_classes
@@ -47,13 +47,12 @@ def _what(result):
 
 def _row(name, result):
     """Return a line of the table: before and after with the change, or the number, and the interval of that."""
-    form, signed = (".1%", "+.1%") if is_share(name) else (".4f", "+.4f")
+    form = ".1%" if is_share(name) else ".4f"
     columns = [result["before"], result] if "before" in result else [result]
     values = [column[name] if name in OF_LOSS else column["metrics"][name]["value"] for column in columns]
     line = [name if "." in name else name.replace("_", " "), *(format(value, form) for value in values)]
     if "before" in result:
-        change = result["change"][name]
-        return [*line, format(change["value"], signed), _interval(change["low"], change["high"], signed)]
+        return [*line, *change_in_columns(name, result["change"][name])]
     one = result["metrics"].get(name)
     low, high = result[f"{name}_interval"] if one is None else (one["low"], one["high"])
     return [*line, _interval(low, high, form)]

@@ -50,7 +50,7 @@ def say_plan(name, job, found, limits, changes, why, has_classes=False):
         if found.hours is not None and 3600 * found.hours >= 1:
             time += f" in at least {duration(3600 * found.hours)}"
         show(f"speed     at most {found.tokens_per_second:,.0f} {counts}/s on {job.card.name}{time}")
-    show(f"limits    {limits_in_words(limits, 'rows' if counts == 'tokens' else counts)}")
+    show(f"limits    {limits_in_words(limits, 'rows' if counts == 'tokens' else counts, job.positions)}")
     for index, change in enumerate(changes):
         speed = change["tokens_per_second"]
         fit = ", fits" if change["fits"] and not found.fits else ""
@@ -96,10 +96,10 @@ def _seconds(number):
     return "" if number is None or number == 0 else f"{number:.3g} s"
 
 
-def limits_in_words(limits, rows="rows"):
+def limits_in_words(limits, rows="rows", positions=None):
     """Return the limits of planner.backwards in words; where rows are joined, a row and a micro-batch may be as long.
 
-    rows: what they are called.
+    rows: what they are called. positions: the longest row that the model takes, None: it sets no limit.
     """
     if not any(limits.values()):
         return f"none: not even one {'token' if rows == 'rows' else rows.removesuffix('s')} fits"
@@ -108,4 +108,6 @@ def limits_in_words(limits, rows="rows"):
     if "max_length" in limits and limits["max_length"] == limits.get("tokens_per_micro_batch"):
         limits = {name: limit for name, limit in limits.items() if name != "tokens_per_micro_batch"}
         words["max_length"] = "rows, or micro-batches of joined rows, up to {:,} tokens"
+    if positions is not None and limits.get("max_length") == positions:
+        words["max_length"] += " (the model has no more positions)"
     return "; or ".join(words[name].format(limit) for name, limit in limits.items())

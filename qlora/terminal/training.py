@@ -81,7 +81,7 @@ class Steps:
         if now - self.said > EVERY or step == total or len(self.recent) == 1:
             # the first step is slow (allocation, warm-up), and the machine may have had less to do before
             first, start = self.recent[0]
-            left = f"  {duration((now - start) / (step - first) * (total - step))} left" if step > first else ""
+            left = f"  {duration((now - start) / (step - first) * (total - step))} left" if first < step < total else ""
             lines.say(f"training  step {step}/{total}  loss {loss}  {rate} {self.counts}/s{left}")
             self.said = now
 
@@ -106,9 +106,17 @@ def _say_best(event):
 
 
 def say_seen(recipe, batches):
-    """Say how much of the training rows max_steps will see. batches: what a step takes so many of."""
+    """Say how much of the training rows max_steps will see, or what part of an epoch in num_train_epochs becomes. batches: what
+    a step takes so many of."""
     training, total = recipe.training, len(batches)
     if training.max_steps is None:
+        an_epoch, epochs = math.ceil(total / training.rows_per_step), training.num_train_epochs
+        many = math.ceil(an_epoch * epochs)
+        if many != an_epoch * epochs:
+            note(
+                f"steps     {many:,}, {many / an_epoch:.3g} epochs: training.num_train_epochs={epochs:g} is rounded up to whole "
+                f"steps, of which an epoch has {an_epoch:,}"
+            )
         return
     steps, seen = (
         f"{training.max_steps:,} step{'s' * (training.max_steps > 1)}",

@@ -12,8 +12,12 @@ from qlora.data.sources import File
 from qlora.evaluation import generate
 from qlora.evaluation.asked import Asked
 from qlora.jobs.comparing import compared_runs
+from qlora.jobs.evaluating import eval_rows
 from qlora.jobs.exporting import run_facts
+from qlora.jobs.exporting.push_files import files_to_push
+from qlora.jobs.reporting import reported
 from qlora.jobs.talking import votes
+from qlora.runs.folder import RunDir
 from qlora.system.errors import InputError, ProofFailed
 from qlora.system.files import lines_of
 from tests.conftest import messages, write_jsonl
@@ -80,6 +84,47 @@ def test_other_rows_never_become_the_runs_own_score(own_run, tmp_path):
     assert few["data"] | {"rows_in_all": 6, "rows": 2, "held_out": True} == few["data"]
     [listed] = [entry for entry in adapters(tmp_path) if entry["path"] == str(own_run.path)]
     assert listed["metrics"] == own["metrics"]
+
+
+def test_the_score_on_a_folder_is_named_after_all_its_files(own_run, tmp_path):
+    folder = tmp_path / "asked"
+    folder.mkdir()
+    for name in ("a", "b"):
+        write_jsonl(folder / f"{name}.jsonl", [{"messages": messages([("user", f"{name}?"), ("assistant", "No.")])}])
+
+    def name():
+        evaluate(own_run.path, folder)
+        [found] = {path.stem for path in own_run.evals.iterdir() if not path.stem.endswith("-answers")} - names
+        assert eval_rows.name_of_file(folder, "text-generation") == found
+        return found
+
+    names = set()
+    names.add(name())
+    appended(folder / "b.jsonl", ("More?", "Yes."))  # not the first: the rows are others all the same
+    names.add(name())
+    assert all(one.startswith("asked-") for one in names)
+
+
+@pytest.mark.parametrize("verb", [evaluate, RunDir.open])
+def test_a_recipe_in_place_of_its_run_is_told_from_a_model(make_recipe, own_run, tmp_path, verb):
+    file = tmp_path / "mine.yaml"
+    file.write_text(make_recipe(output_dir=str(own_run.path)).to_yaml())
+    with pytest.raises(InputError, match=f"mine.yaml is a recipe; name the folder of its run: {own_run.path}"):
+        verb(file)
+    file.write_text(make_recipe(output_dir="runs/later").to_yaml())
+    with pytest.raises(InputError, match=r"was not trained yet: qlora train .*mine.yaml, then name its run runs/later"):
+        verb(file)
+    file.write_text("rows: 3")
+    with pytest.raises(InputError, match=r"mine\.yaml(: is a file; give the model folder| is not a run folder)"):
+        verb(file)
+
+
+@pytest.mark.parametrize("verb", [reported.gather, lambda targets: files_to_push(targets[0], "me/it")])
+def test_report_and_push_know_a_recipe_too(make_recipe, own_run, tmp_path, verb):
+    file = tmp_path / "mine.yaml"
+    file.write_text(make_recipe(output_dir=str(own_run.path)).to_yaml())
+    with pytest.raises(InputError, match=f"is a recipe; name the folder of its run: {own_run.path}"):
+        verb([file])
 
 
 def test_every_answer_is_kept_beside_the_score_with_what_it_counts(own_run):

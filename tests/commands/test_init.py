@@ -145,7 +145,7 @@ def test_columns_say_the_task(row, task, columns, tmp_path):
 
 def test_columns_that_say_nothing_are_asked_for(tmp_path):
     path = write_jsonl(tmp_path / "rows.jsonl", [{"a": "x", "b": "y"}])
-    with pytest.raises(InputError, match=r"columns a, b are of no known format(.|\n)*\{prompt: a, completion: b\}"):
+    with pytest.raises(InputError, match=r"columns a, b match no known format(.|\n)*\{prompt: a, completion: b\}"):
         look(path)
 
 

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from qlora.commands.compare import compare_runs
 from qlora.commands.eval import evaluate
 from qlora.data.chat import CHATML
+from qlora.evaluation.intervals import in_words
 from qlora.evaluation.judge import Judge, verdict_in
 from qlora.jobs.exporting import run_facts
 from qlora.runs.folder import RunDir
@@ -199,6 +201,19 @@ def test_a_judge_sees_the_calls_of_tools(tiny_model, tmp_path):
     assert "[tool]\n12" in said
 
 
+def test_two_runs_side_by_side_show_their_win_rates_and_against_whom(own_run, tmp_path, capsys):
+    run, other = own_run, RunDir(shutil.copytree(own_run.path, tmp_path / "other"))
+    with serving(prefers(len)) as (url, _):
+        first = evaluate(run.path, **asked(url, judge_against="expected"))["judge"]
+        evaluate(other.path, **asked(url, judge_against="before"))
+    capsys.readouterr()
+    found = compare_runs(run.path, other.path)
+    assert [row["judge"]["against"] for row in found["rows"]] == ["expected", "before"]
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"win rate over expected, by {first['model']} {in_words(first['win_rate'])}" in shown
+    assert f"win rate over before, by {first['model']}" in shown
+
+
 @pytest.mark.parametrize("unknown", ["temperature", "max_tokens"])
 def test_an_endpoint_that_does_not_know_a_parameter_is_asked_without(own_run, unknown):
     run = own_run
@@ -277,8 +292,8 @@ def test_an_endpoint_that_is_not_there_or_no_judge(tiny_model, monkeypatch):
         ({"judge_url": "http://localhost:8000/v1"}, "name its model too"),
         ({"judge_model": "x"}, "--judge-model is for --judge URL"),
         ({"judge_criteria": "short"}, "--judge-criteria is for --judge URL"),
-        (asked("localhost:8000/v1"), "is no address"),
-        (asked("http://localhost:x/v1"), "is no address"),
+        (asked("localhost:8000/v1"), "is not an address"),
+        (asked("http://localhost:x/v1"), "is not an address"),
         (asked("http://localhost:8000/v1/chat/completions"), "leave out what follows /v1"),
         (asked("http://me:secret@localhost:8000/v1"), "a password or key in the address"),
         (asked("http://localhost:8000/v1", judge_criteria=" "), "say in words"),
@@ -304,6 +319,10 @@ def test_what_means_nothing(settings, expected):
         ("<think>Verdict: A</think>Verdict: B\n", "B"),
         ("<think>Verdict: A\n", None),
         ("Verdict: A or B", None),
+        ("Here is my verdict.\n\nA", "A"),
+        ("B is wrong.\n\n## Verdict\n\n**Answer A**\n", "A"),
+        ("Verdict:\nA\nhas an error, and B has none.", None),
+        ("My verdict:\n\nA\nis short.\n\nVerdict: B", "B"),
         ("Verdict: A better answer would be shorter", None),
         ("Both are good.", None),
         ("", None),

@@ -6,11 +6,16 @@ import pytest
 import torch
 
 from qlora import methods
-from qlora.commands.plan import plan, plan_methods
-from qlora.jobs.planning import method_plans
+from qlora.commands.data import inspect_data
+from qlora.commands.plan import plan, plan_methods, plan_processes
+from qlora.commands.train import train
+from qlora.jobs.opening.prepared_data import prepare
+from qlora.jobs.planning import method_plans, plan_job, planned_training
 from qlora.recipe import Recipe
+from qlora.runs import record
 from qlora.system.errors import InputError
 from tests import forked
+from tests.faults.test_surroundings import AROUND
 
 CONTRACT = {
     "components",
@@ -91,6 +96,61 @@ def test_the_budget_is_the_option_then_the_recipe_then_what_is_there(make_recipe
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 9))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10 * 2**30, 24 * 2**30))
     assert budget(make_recipe()) == 10 * 2**30 + 512 * 2**20  # what is free, and the context that the plan counts
+
+
+def test_a_plan_for_the_cpu_is_that_of_a_training_on_it(make_recipe, monkeypatch, capsys):
+    free = 3 * 2**30
+    monkeypatch.setattr(plan_job.memory, "available_bytes", lambda device: free)
+    recipe = make_recipe()
+    found = plan(recipe, card="cpu")
+    trained = planned_training.plan_training(prepare(recipe), torch.device("cpu")).plan
+    assert (found["budget_bytes"], found["peak_bytes"]) == (free, trained.peak_bytes)
+    assert found["tokens_per_second"] is None
+    assert "3.00 GiB (free memory of this machine, without a GPU)" in capsys.readouterr().err
+    assert plan(recipe, card="4090")["peak_bytes"] != found["peak_bytes"]
+    assert plan(recipe, vram="1GiB", card="cpu")["budget_bytes"] == 2**30
+    lora = next(one for one in plan_methods(recipe, card="cpu")["methods"] if one["method"] == "lora")
+    assert lora["peak_bytes"] == found["peak_bytes"]
+    with pytest.raises(InputError, match="--processes plans several GPUs"):
+        plan_processes(recipe, 2, card="cpu")
+
+
+def test_without_a_gpu_it_is_said_which_card_is_assumed_and_how_to_plan_for_the_cpu(make_recipe, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    plan(make_recipe())
+    said = capsys.readouterr().err
+    assert "no GPU found, so an RTX 4090 is assumed" in said
+    assert "--card cpu" in said
+
+
+def test_rows_are_never_said_to_fit_beyond_the_positions_of_the_model(make_recipe, capsys):
+    recipe = make_recipe()
+    assert plan(recipe, "24GiB")["limits"]["max_length"] == 512  # max_position_embeddings of the tiny model
+    assert "rows up to 512 tokens (the model has no more positions)" in capsys.readouterr().out
+    values = recipe.model_dump() | {"lora": None, "prompt_tuning": {"num_virtual_tokens": 12}}
+    assert plan(Recipe.from_dict(values), "24GiB")["limits"]["max_length"] == 500
+
+
+@pytest.mark.parametrize("around", ["bfloat16 as the default", "another default device", "inference mode"])
+def test_what_a_program_has_set_of_torch_changes_no_plan(make_recipe, around):
+    recipe = make_recipe()
+    usual, rows = plan(recipe, "24GiB"), inspect_data(recipe)
+    with AROUND[around]():
+        found = Recipe.from_dict(recipe.model_dump() | {"output_dir": "other"})
+        assert (plan(found, "24GiB"), inspect_data(found)) == (usual, rows)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "said"), [(1.0, None), (1.5, "steps     8, 1.6 epochs"), (0.01, "steps     1, 0.2 epochs")]
+)
+def test_part_of_an_epoch_is_rounded_up_to_steps_in_plan_and_training(make_recipe, capsys, epochs, said):
+    recipe = make_recipe(training={"num_train_epochs": epochs, "max_steps": None})
+    run = train(recipe)
+    steps = record.read(run)[-1].step
+    told = capsys.readouterr().err
+    assert (said in told) if said else ("rounded up" not in told)
+    assert steps == {1.0: 5, 1.5: 8, 0.01: 1}[epochs]
+    assert plan(recipe, "24GiB")["steps"] == steps
 
 
 def test_the_cards_are_listed_without_a_recipe():

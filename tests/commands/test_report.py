@@ -136,7 +136,7 @@ def test_an_export_is_known_by_what_it_was_made_of(finished, run, tmp_path):
     assert len(report(run)["runs"][0]["exports"]) == 0  # beside it, and of something else
     with pytest.raises(InputError, match=r"was not exported from .*other weights"):
         report([run, other])
-    with pytest.raises(InputError, match="an export alone; name the run"):
+    with pytest.raises(InputError, match="is only an export; name its run"):
         report(exported)
 
 

@@ -122,7 +122,7 @@ def test_what_was_said_can_be_taken_back_and_saved_as_rows_to_train_on(monkeypat
     section = Data(train=[{"path": str(file)}])
     assert len(data.Rows(data.load(section.train, tokenizer_of(folder), section, seed=0))) == 3
     said = capsys.readouterr().err
-    assert "nothing was answered yet, so there is nothing to save" in said
+    assert "there is no answer yet, so there is nothing to save" in said
     assert f"taken back: {other}" in said
     assert re.search(r"\[8 tokens, [\d.]+ tokens/s; cut off there, /set max_new_tokens= allows more\]", said)
 
@@ -136,7 +136,7 @@ def test_what_was_said_can_be_taken_back_and_saved_as_rows_to_train_on(monkeypat
         ),
         ("/save", "/save FILE.jsonl: the file that gets the conversation"),
         ("/save mine.txt", "mine.txt: a conversation becomes a line of JSON; name a file that ends in .jsonl"),
-        ("/undo", "nothing was asked yet"),
+        ("/undo", "no question was asked yet"),
         ("/base", "is a model by itself, with no adapter that could be left out"),
         ("/set heat=3", "no setting 'heat'; there are max_new_tokens, temperature"),
         ("/set top_p=0.5", "top_p: without effect at temperature 0"),

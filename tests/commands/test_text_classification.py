@@ -256,7 +256,7 @@ def test_what_a_classifier_does_not_have_is_refused_by_name(finished, classify_r
     other = tmp_path / "other.jsonl"
     other.write_text('{"text": "a", "label": "pos"}\n{"text": "b", "label": "odd"}\n')
     with pytest.raises(
-        InputError, match=r"other\.jsonl(.|\n)*line 2  label 'odd' is no class of the training: neg, pos"
+        InputError, match=r"other\.jsonl(.|\n)*line 2  label 'odd' is not one of the classes of the training: neg, pos"
     ):
         evaluate(finished.path, other)
     with pytest.raises(InputError, match="every row has the label 'pos'"):

@@ -277,7 +277,7 @@ def test_a_template_that_takes_a_string_apart_leaves_no_marks(tokenizer_json):
 
 @pytest.mark.parametrize("mark", ["\ufdd0", "\ufdd1"])
 def test_a_row_that_holds_a_mark_of_ours_is_refused(tokenizer, mark):
-    with pytest.raises(ValueError, match=r"U\+FDD0 or U\+FDD1, which are no characters"):
+    with pytest.raises(ValueError, match=r"U\+FDD0 or U\+FDD1, which are not characters"):
         encode(tokenizer, messages([("user", f"a{mark}b"), ("assistant", "c")]))
 
 
@@ -295,7 +295,7 @@ def test_a_base_model_gets_chatml_where_its_markers_are_tokens(tokenizer_json):
 
 def test_a_template_that_writes_the_date_is_said_to_do_so(tokenizer_json):
     dated = make_tokenizer(tokenizer_json, "{{ strftime_now('%d %b %Y') }}\n" + CHATML)
-    assert chat.set_template(dated, None).startswith("the model's own; it writes the date of the day")
+    assert chat.set_template(dated, None).startswith("the model's own; it writes the date on which")
     assert chat.set_template(make_tokenizer(tokenizer_json, CHATML), None) == "the model's own"
 
 

@@ -217,6 +217,22 @@ def test_max_rows_is_a_draw_over_all_files_of_a_source(two, load):
     assert len(load({"path": two[0], "max_rows": 500})) == 24
 
 
+def test_what_does_not_fit_in_a_folder_is_said_to_be_read_with_it(tmp_path, load):
+    """Such as the page of numbers that `qlora report` writes beside a page."""
+    write_jsonl(tmp_path / "a.jsonl", [{"text": "Once."}])
+    assert len(load(tmp_path)) == 1
+    (tmp_path / "b.json").write_text('{"kind": "qlora report", "runs": []}')
+    with pytest.raises(InputError, match=r"b\.json(?s:.*)one of 2 data files of the folder .* which are all read"):
+        load(tmp_path)
+    with pytest.raises(InputError) as alone:
+        load(tmp_path / "b.json")
+    assert "folder" not in str(alone.value)
+    (tmp_path / "b.json").unlink()
+    (tmp_path / "b.csv").write_text("when,how\n1,2\n")
+    with pytest.raises(InputError, match=r"b\.csv(?s:.*)one of 2 data files of the folder"):
+        load(tmp_path)
+
+
 def test_each_source_may_have_columns_of_its_own(tmp_path, two, load, tokenizer):
     path = tmp_path / "c.csv"
     with open(path, "w", newline="") as stream:

@@ -64,7 +64,7 @@ def test_what_is_wrong_is_said_of_all_images_together(root):
     with pytest.raises(InputError) as caught:
         rows_of(train=str(root))
     said = str(caught.value)
-    assert "image 4  'blue/notes.txt' is no image that can be read" in said
+    assert "image 4  'blue/notes.txt' is not an image that can be read" in said
     assert "image 11  'red/cut.png' is cut off or broken" in said
     assert "data.on_bad_row=skip" in said
     [part] = load(Data(train=str(root), on_bad_row="skip"))
@@ -142,7 +142,9 @@ def test_bad_rows_of_a_table(root, tmp_path):
 def test_a_class_that_the_training_lacks_is_refused_with_its_place(root, tmp_path):
     held_out = folder_of_classes(tmp_path / "eval", 1, {"red": (220, 50, 40), "purple": (120, 0, 120)})
     section = Data(train=str(root), labels=["blue", "green", "red"])
-    with pytest.raises(InputError, match=r"image 1 .*'purple' is no class of the training: blue, green, red"):
+    with pytest.raises(
+        InputError, match=r"image 1 .*'purple' is not one of the classes of the training: blue, green, red"
+    ):
         data.load(Data(train=str(held_out)).train, None, section, 0, data.LabelledImages)
 
 

@@ -80,7 +80,7 @@ def test_a_label_is_a_name_or_a_number(label, name):
     [(None, "is empty"), ("  ", "is empty"), (math.nan, "is empty"), (-1, "label is -1, which marks rows without"),
      ("-1", "label is -1, which marks"), ("pos\nneg", r"label is 'pos\\nneg', with the character U\+000A: a class is"),
      ("\x1b[31mpos", r"with the character U\+001B"), ("pos\u2028", r"with the character U\+2028"),
-     (0.5, "is 0.5, a number that is no class"), (["a", "b"], "a row has one class")],
+     (0.5, "is 0.5, a fraction, not a class"), (["a", "b"], "a row has one class")],
 )  # fmt: skip
 def test_what_is_no_class_is_refused(tmp_path, label, wrong):
     with pytest.raises(ValueError, match=wrong):
@@ -105,16 +105,18 @@ def test_a_number_with_thousands_of_digits_is_a_name_as_any(tmp_path):
     assert loaded(write(tmp_path / "rows.jsonl", rows[:2]))[1] == ["1", "9" * 5000]
     with pytest.raises(InputError, match=r"line 3  label is -999.*which marks rows without a class"):
         loaded(write(tmp_path / "rows.jsonl", rows))
-    with pytest.raises(ValueError, match=r"label '999.* is no class of the training: neg, pos"):
+    with pytest.raises(ValueError, match=r"label '999.* is not one of the classes of the training: neg, pos"):
         labels.number_of("9" * 5000, ("neg", "pos"))
 
 
 def test_a_label_that_the_training_does_not_have_is_refused_with_its_file_and_line(tmp_path):
     train, other = write(tmp_path / "train.csv", ROWS), write(tmp_path / "test.csv", [("so so", "neg"), ("hm", "meh")])
-    with pytest.raises(InputError, match=r"test\.csv(.|\n)*line 3  label 'meh' is no class of the training: neg, pos"):
+    with pytest.raises(
+        InputError, match=r"test\.csv(.|\n)*line 3  label 'meh' is not one of the classes of the training: neg, pos"
+    ):
         loaded(train, eval_of=other)
     digits = write(tmp_path / "digits.csv", [("one", "1"), ("two", "2")])
-    with pytest.raises(InputError, match="label '0' is no class"):  # 1 and 2 are names, not places
+    with pytest.raises(InputError, match="label '0' is not one of the classes"):  # 1 and 2 are names, not places
         loaded(digits, eval_of=write(tmp_path / "zero.csv", [("zero", "0")]))
 
 
@@ -126,7 +128,7 @@ def test_a_label_that_the_training_does_not_have_is_refused_with_its_file_and_li
      ([("a", "pos"), ("b", "pos\u200b"), ("c", "neg")], r"labels 'pos', 'pos\\u200b' differ in"),
      ([("a", "\u00e4"), ("b", "\u00c4"), ("c", "neg")], "labels '\u00c4', '\u00e4' differ in"),
      ([("a", "1"), ("b", "1.0"), ("c", "2.0")], "'1', '1.0' are one number"),
-     ([(str(n), f"answer {n}") for n in range(150)], "150 different labels in 150 rows, so these are no classes"),
+     ([(str(n), f"answer {n}") for n in range(150)], "150 different labels in 150 rows, so these are not classes"),
      ([("a", None)], "no row has a label; the first row has text, label; it is looked for in 'label'")],
 )  # fmt: skip
 def test_labels_that_are_no_classes_are_refused(tmp_path, rows, wrong):

@@ -80,3 +80,10 @@ def test_resampling_many_rows_takes_little_memory_at_a_time():
     sizes = [counts.shape for counts in intervals.draws(10_000)]
     assert sum(rows for rows, _ in sizes) == intervals.RESAMPLES
     assert max(rows * columns for rows, columns in sizes) <= 2**22
+
+
+def test_a_change_of_a_share_is_in_points_and_that_of_a_loss_in_nats():
+    change = {"value": 0.0571, "low": -0.012, "high": 0.126}
+    assert intervals.change_in_columns("exact_match", change) == ("+5.7 points", "-1.2 to +12.6")
+    assert intervals.change_in_columns("loss", change) == ("+0.0571", "-0.0120 to +0.1260")
+    assert intervals.change_in_columns("loss", change | {"low": None, "high": None}) == ("+0.0571", "")

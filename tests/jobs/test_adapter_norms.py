@@ -92,7 +92,7 @@ def test_other_methods_have_norms_of_what_is_saved(tmp_path):
 def test_a_damaged_or_missing_file_is_named(tmp_path):
     assert "no adapter" in norms(tmp_path)["missing"]  # a whole model
     folder = write(tmp_path, {"model.layers.0.q.lora_A.weight": torch.ones(1, 2)}, peft_type="LORA", r=1, lora_alpha=1)
-    with pytest.raises(InputError, match=r"adapter_model\.safetensors: .*layers\.0\.q has no partner to lora_A"):
+    with pytest.raises(InputError, match=r"adapter_model\.safetensors: .*layers\.0\.q has no counterpart to lora_A"):
         norms(folder)
     (folder / "adapter_model.safetensors").write_bytes(b"\x00" * 20)
     with pytest.raises(InputError, match=r"adapter_model\.safetensors: .*damaged"):

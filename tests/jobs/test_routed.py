@@ -279,7 +279,7 @@ def test_a_run_that_does_not_belong_on_the_base_changes_nothing(runs, opened, al
 def test_full_fine_tuning_answers_alone(runs):
     plain, full = runs("plain", lora={"r": 4}, quantization=None), runs("full", full={}, quantization=None)
     with pytest.raises(
-        InputError, match="has trained biases or weights, so it cannot lie beside another; open it by itself"
+        InputError, match="has trained biases or weights, so it cannot be loaded beside another; open it by itself"
     ):
         open_routed(plain, {"full": full})
     model = open_routed(full)

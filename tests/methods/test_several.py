@@ -133,7 +133,7 @@ def test_what_trains_weights_of_the_base_is_alone_there(load_model, saved, tmp_p
     methods.save(shake(methods.attach(load_model("gpt2", None), Lora(r=4))), tmp_path / "lora", "base", None)
     several = Several(load_model("gpt2", None))
     several.load("lora", tmp_path / "lora")
-    with pytest.raises(InputError, match="has trained biases or weights, so it cannot lie beside another"):
+    with pytest.raises(InputError, match="has trained biases or weights, so it cannot be loaded beside another"):
         several.load("trained", folder)
     several.unload("lora")
     several.load("trained", folder)

@@ -74,6 +74,17 @@ def test_rows_are_counted_elsewhere(monkeypatch, capsys, heard):
     assert capsys.readouterr().err == "computing the reference: 300 of 1,200 rows, 1m15s left\n"
 
 
+@pytest.mark.parametrize(
+    ("unit", "said"), [("rows", "scoring: 100 of 100 rows\n"), ("bytes", "scoring    100 B of 100 B, 5 B/s\n")]
+)
+def test_what_is_done_has_no_time_left(monkeypatch, capsys, heard, unit, said):
+    clock = iter([0.0, 21.0, 22.0])
+    monkeypatch.setattr(bars.time, "monotonic", lambda: next(clock))
+    with events.progress("scoring", 100, unit) as advance:
+        advance(100)
+    assert capsys.readouterr().err == said
+
+
 def test_work_that_nobody_can_measure_is_silent_elsewhere(monkeypatch, capsys, heard):
     clock = iter(range(0, 1000, 100))
     monkeypatch.setattr(bars.time, "monotonic", lambda: next(clock))

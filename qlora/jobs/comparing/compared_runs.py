@@ -143,7 +143,7 @@ def _score_name(folder):
         for entry in folder.entries:
             if _held_out(entry.recipe) != _held_out(first):
                 raise InputError(
-                    f"{folder.entries[0].name} and {entry.name} hold out other rows each (data.eval, data.eval_fraction, or "
+                    f"{folder.entries[0].name} and {entry.name} hold out different rows (data.eval, data.eval_fraction, or "
                     "pairs and rows), so their scores do not say which is better; set data: FILE, rows that all are evaluated on"
                 )
     else:
@@ -151,7 +151,7 @@ def _score_name(folder):
     of_pairs = {*preferences.METRICS} & {wanted.metric, *wanted.metrics}
     if of_pairs and encoder is not data.Preferences:
         raise InputError(
-            f"{sorted(of_pairs)[0]} is of pairs, and the rows that are evaluated on are none; set data: FILE with chosen and "
+            f"{sorted(of_pairs)[0]} is measured on pairs, and the evaluated rows are not pairs; set data: FILE with chosen and "
             "rejected answers"
         )
     if wanted.data is None:
@@ -169,7 +169,7 @@ def _encoder_of_all(folder):
             found[-1].refuse_columns(section.columns)
         if found[-1] is not found[0]:
             raise InputError(
-                f"data {path}: read as other rows by {folder.entries[0].name} and {entry.name}; see data.columns of both"
+                f"data {path}: read in different ways by {folder.entries[0].name} and {entry.name}; see data.columns of both"
             )
     return found[0]
 

@@ -112,7 +112,7 @@ def paired(one, other, name=None) -> dict:
         note(str(error))
         return {}
     if left.rows != right.rows:
-        note("measured on other rows each: no paired difference")
+        note("measured on different rows: no paired difference")
         return {}
     found = {}
     for name in [name for name in left.parts if name in right.parts]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from pathlib import Path
 
 import numpy as np
@@ -71,21 +73,26 @@ def usual_rows(task):
     return None if tasks.has_classes(task) else _ANSWERS
 
 
-def score_name(task, max_rows=None, file=None, digest=None):
-    """Return the name in evals/ of a score on so many of a run's held-out rows, or of those of `file` with this sha256; None for
-    the run's own: on its held-out rows, as many as usual."""
+def score_name(task, max_rows=None, files=()):
+    """Return the name in evals/ of a score on so many of a run's held-out rows, or of those of `files`, (path, sha256) of each;
+    None for the run's own: on its held-out rows, as many as usual."""
     if max_rows == usual_rows(task):
         max_rows = None
-    if file is not None:
-        return joined_name(f"{Path(file).stem}-{digest[:8]}", max_rows)
-    return None if max_rows is None else joined_name("held-out", max_rows)
+    if not files:
+        return None if max_rows is None else joined_name("held-out", max_rows)
+    [(path, digest), *others] = files
+    stem = Path(path).stem
+    if others:  # a folder or a glob: named by all of them, so that it is another score when any changes
+        stem = Path(os.path.commonpath([path for path, _ in files])).name or "rows"
+        digest = hashlib.sha256("".join(digest for _, digest in files).encode()).hexdigest()
+    return joined_name(f"{stem}-{digest[:8]}", max_rows)
 
 
 def name_of_file(file, task, max_rows=None):
-    """Return the score_name of a data file, which it reads, of a folder or glob that of the first file."""
+    """Return the score_name of a data file, or of the files of a folder or glob, which it reads."""
     section = Data.of_file(file, {})
-    (first, *_) = encoder_of_file(section, task).open_source(section.train[0])
-    return score_name(task, max_rows, first.path, first.digest())
+    found = encoder_of_file(section, task).open_source(section.train[0])
+    return score_name(task, max_rows, [(str(one.path), one.digest()) for one in found])
 
 
 def joined_name(name, max_rows, *words):

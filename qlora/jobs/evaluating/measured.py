@@ -56,8 +56,8 @@ def of_rows(subject, wanted, data_file, max_rows) -> Measured:
     said = data.conversations(rows)
     files = [{"path": str(part.path), "sha256": part.digest} for part in rows.parts]
     max_rows = None if max_rows == usual else max_rows
-    of_file = {} if data_file is None else {"file": files[0]["path"], "digest": files[0]["sha256"]}
-    name = score_name(task.NAME, max_rows, **of_file)
+    given = [] if data_file is None else [(file["path"], file["sha256"]) for file in files]
+    name = score_name(task.NAME, max_rows, given)
     asked = list(map(_asked, said))
     opponents = None
     if wanted.judge is not None:
@@ -175,7 +175,7 @@ def _beside(subject, conversations, wanted):
         prompt = masked_examples.encode_prompt(subject.tokenizer, asked[0].messages[:-1], asked[0].tools)
         found["latency"] = latency.seconds_of(subject.model, subject.tokenizer, prompt)
     elif wanted.latency:
-        note("no latency: the rows are plain text, to which there is no answer")
+        note("no latency: the rows are plain text without answers")
     return found
 
 

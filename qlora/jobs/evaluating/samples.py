@@ -36,9 +36,7 @@ def questions(prepared):
         held_out = data.judged.good_of(held_out)  # bad answers are not expected
     rows = data.conversations(held_out.first_rows(count))
     if not all(row.messages for row in rows):
-        raise InputError(
-            "training.num_samples: the held-out rows are plain text, to which there is no answer; leave it out"
-        )
+        raise InputError("training.num_samples: the held-out rows are plain text without answers; leave it out")
     tokenizer = prepared.tokenizer
     return [
         Question(row.messages[:-1], scores.prompt_of(tokenizer, row), scores.reference_of(tokenizer, row))

@@ -35,7 +35,7 @@ def opponents(against, recipe, name, asked) -> tuple[str, list[str] | None]:
     if against in (BEFORE, EXPECTED):
         return against, None
     if not RunDir.is_run(against):
-        raise InputError(f"--judge-against {against}: is no run; name one, or {BEFORE} or {EXPECTED}")
+        raise InputError(f"--judge-against {against}: is not a run; name one, or {BEFORE} or {EXPECTED}")
     other = compared_runs.measured(RunDir.open(against), name)
     if [one for one, _ in other.rows] != list(asked):
         raise InputError(f"--judge-against {against}: was evaluated on other rows; evaluate it on these first")
@@ -101,7 +101,7 @@ def _say_biases(found):
             "orders. These are ties; a stronger judge has fewer"
         )
     if decided >= _FEW and found["longer"] is not None and found["longer"] >= _BY_LENGTH:
-        note(f"the longer answer won {found['longer']:.0%} of what was decided: the judge may prefer length")
+        note(f"the longer answer won {found['longer']:.0%} of the decided rows: the judge may prefer length")
 
 
 def _in_words(messages) -> str:

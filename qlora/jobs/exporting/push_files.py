@@ -9,7 +9,7 @@ from pathlib import Path
 from ... import base_model, methods
 from ...exporter import REPORT
 from ...exporter.model_card import adapter_card, addressed, shown_name
-from ...runs.folder import RunDir
+from ...runs.folder import RunDir, refuse_recipe
 from ...system.errors import InputError
 from ...system.events import note
 from ...system.files import read as read_text
@@ -42,6 +42,7 @@ def files_to_push(target, repo, base=None, license=None) -> dict:
         InputError: not a finished run and not a proven model, or a file that is not what it should be.
     """
     target = Path(target)
+    refuse_recipe(target)
     title = repo.rpartition("/")[2]
     files = _of_run(RunDir.open(target), base, title) if RunDir.is_run(target) else _of_model(target)
     text = files[CARD] if isinstance(files[CARD], str) else read_text(files[CARD], "the card")

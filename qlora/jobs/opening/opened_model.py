@@ -12,7 +12,7 @@ from ...base_model import text_generation
 from ...data import chat
 from ...exporter import int8
 from ...recipe import Model, Recipe
-from ...runs.folder import RunDir
+from ...runs.folder import RunDir, refuse_recipe
 from ...system.errors import InputError
 from ...system.events import progress
 from .chosen_task import task_of
@@ -87,6 +87,7 @@ def task_of_target(target):
 
 def _of_model(target):
     """Return (section, checkpoint) of a model folder or hub name."""
+    refuse_recipe(target)
     if not Path(target).exists() and str(target).startswith(("runs/", ".", "/", "~")):
         raise InputError(f"neither a run nor a model at {target}; `qlora train RECIPE` makes a run")
     section = Model(name_or_path=str(target))

@@ -107,7 +107,7 @@ def _words(path, keys, known, seen):
     asked = "text" if known == "text" else asked
     if asked is None or answered is None:
         raise InputError(
-            f"{path}: columns {', '.join(keys) or 'none'} are of no known format; say what they are, as in\n  "
+            f"{path}: columns {', '.join(keys) or 'none'} match no known format; name them, as in\n  "
             + "\n  ".join(_readings(keys, seen))
         )
     return Looked("text-generation", {"prompt": asked, "completion": answered}, f"columns {', '.join(keys)}")

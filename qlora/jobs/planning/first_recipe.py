@@ -15,10 +15,9 @@ from ...recipe.tasks import has_classes
 from ...system.errors import DoesNotFit, InputError
 from ...system.units import size
 from ..opening.chosen_task import task_of
-from ..opening.opened_model import this_machine
 from ..opening.prepared_data import Prepared, prepare, refuse_pointless, with_method_of
 from .data_looked_at import Divided, Looked, divide, look
-from .plan_job import Budget, budget_of, budget_of_device, computer_of, job_of, not_supported
+from .plan_job import Budget, budget_of, computer_of, is_cpu, job_of, not_supported
 
 GOALS = {
     "quality": "the best answers that the card allows",
@@ -63,13 +62,9 @@ class Chosen:
 
 def machine_of(card) -> Machine:
     """Return what `card` means: a card of `qlora plan --card list`, memory such as 12GiB, "cpu", or None: this machine's GPU."""
-    import torch
-
     plain = Recipe.from_dict({"model": {"name_or_path": "x"}, "data": {"train": "x"}, "output_dir": "x"})
-    if card is not None and str(card).lower() == "cpu":
-        device = torch.device("cpu")
-        budget = budget_of_device(plain, device)
-        return Machine("cpu", Budget(budget.num_bytes, "memory that is free"), this_machine())
+    if is_cpu(card):
+        return Machine("cpu", budget_of(plain, card=card), computer_of(card))
     try:
         return Machine("cuda", Budget(parse_size(str(card)), "as given"), computer_of(None))
     except ValueError:

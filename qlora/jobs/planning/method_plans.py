@@ -60,9 +60,9 @@ def plan_methods(recipe: Recipe, prepared: Prepared | None, budget: Budget, on) 
             continue
         try:
             if prepared is None:
-                job = without_data(changed, "cuda", budget, on)
+                job = without_data(changed, budget.kind, budget, on)
             else:
-                job = job_of(with_method_of(prepared, changed, on), "cuda", budget)
+                job = job_of(with_method_of(prepared, changed, on), budget.kind, budget)
             found.append(MethodPlan(name, planner.plan(job), int(job.outline.trained.sum())))
         except (planner.NoPlan, InputError) as error:
             found.append(MethodPlan(name, None, why_none=str(error)))

@@ -23,35 +23,41 @@ _OF_A_DESKTOP = 2**30  # bytes of a GPU
 
 @dataclass(frozen=True)
 class Budget:
-    """Memory to plan for, in bytes. why: a few words on where that number is from. card: planner.Card, for the speed."""
+    """Memory to plan for, in bytes. why: a few words on where that number is from. card: planner.Card, for the speed. kind: of
+    the device, "cuda" or "cpu"."""
 
     num_bytes: int
     why: str = ""
     card: Any = None
+    kind: str = "cuda"
 
 
 def budget_of(recipe, vram=None, card=None) -> Budget:
-    """Return the Budget of a GPU: by `vram` or `card` as text, by the recipe, or by the GPU of this machine.
+    """Return the Budget of a GPU: by `vram` or `card` as text, by the recipe, or by the GPU of this machine; of this machine's
+    CPU where `card` is "cpu".
 
     Raises:
         InputError: a size or a card is wrong.
     """
     import torch
 
-    chosen = None if card is None else planner.card_of(card)
-    if torch.cuda.is_available() and chosen is None:
+    kind = "cpu" if is_cpu(card) else "cuda"
+    chosen = None if card is None or kind == "cpu" else planner.card_of(card)
+    if torch.cuda.is_available() and card is None:
         chosen = card_of_device(torch.device("cuda"))
     for name, text in (("--vram", vram), ("memory.budget", recipe.memory.budget)):
         if text is not None:
             try:
-                return Budget(parse_size(text), name, chosen)
+                return Budget(parse_size(text), name, chosen, kind)
             except ValueError as error:
                 raise InputError(f"{name} {text!r}: {error}") from None
+    if kind == "cpu":
+        return Budget(free_bytes(torch.device("cpu")), "free memory of this machine, without a GPU", None, kind)
     if card is not None and chosen is not None:
         return Budget(chosen.memory, chosen.name, chosen)
     if torch.cuda.is_available():
         return Budget(free_bytes(torch.device("cuda")), torch.cuda.get_device_name(), chosen)
-    why = "no GPU found, so an RTX 4090 is assumed; change it with --card, --vram or memory.budget"
+    why = "no GPU found, so an RTX 4090 is assumed: --card and --vram say another, --card cpu trains on this machine's processor"
     usual = planner.card_of(_USUAL_CARD)
     return Budget(usual.memory, why, usual)
 
@@ -60,10 +66,17 @@ def computer_of(card):
     """Return the base_model.Computer to plan for: `card`, as text; None: the GPU of this machine, or one with bfloat16."""
     import torch
 
+    if is_cpu(card):
+        return base_model.computer(torch.device("cpu"))
     if card is None and torch.cuda.is_available():
         return base_model.computer(torch.device("cuda"))
     found = planner.card_of(card or _USUAL_CARD)
     return base_model.Computer(found.name, found.bfloat16)
+
+
+def is_cpu(card):
+    """Return whether `card`, as text, means this machine's processor."""
+    return card is not None and str(card).lower() == "cpu"
 
 
 def budget_of_device(recipe, device, sharers=1) -> Budget:
@@ -75,7 +88,7 @@ def budget_of_device(recipe, device, sharers=1) -> Budget:
     if device.type == "cuda" and torch.cuda.is_available():
         card = card_of_device(device)
     free = free_bytes(device) // (1 if device.type == "cuda" else sharers)
-    return Budget(free if budget is None else parse_size(budget), card=card)
+    return Budget(free if budget is None else parse_size(budget), card=card, kind=device.type)
 
 
 def card_of_device(device):
@@ -140,8 +153,15 @@ def job_of(prepared, device_kind, budget: Budget, tokens=None, together=planner.
     if len(held_out):
         numbers["eval_load"] = _load(held_out, training.per_device_eval_batch_size, joins or load.packed, device_kind)
     numbers |= {"budget_bytes": budget.num_bytes, "card": budget.card, "together": together}
+    numbers["positions"] = _positions(recipe, prepared.config)
     job = with_outline(recipe, remade, load=load, **numbers)
     return job if steps is None else _fastest(job, steps)
+
+
+def _positions(recipe, config):
+    """Return how many tokens a row can have beside the method's virtual tokens; None where the model sets no limit."""
+    limit = base_model.num_positions(config)
+    return None if limit is None else limit - recipe.method.num_positions
 
 
 def _fastest(job, steps):
@@ -211,6 +231,7 @@ def without_data(recipe, device_kind, budget: Budget, on, together=planner.ALONE
     rows *= 2 if pairs else 1
     load = planner.Load(rows, length, rows * length, packed, packed or remade().joins, pairs=pairs)
     numbers = {"budget_bytes": budget.num_bytes, "card": budget.card, "together": together}
+    numbers["positions"] = _positions(recipe, config)
     job = with_outline(recipe, remade, load=load, **numbers)
     if not training.joins_steps or packed or not remade().joins:
         return job

@@ -49,7 +49,7 @@ def planned(name, card) -> dict:
     several = {"several_cards": recipe.memory.sharding is not None}
     try:
         refuse_sharded(recipe, f"qlora plan {name} --processes 2 --card {card}")
-        found = planner.plan(without_data(recipe, "cuda", budget, computer_of(card)))
+        found = planner.plan(without_data(recipe, budget.kind, budget, computer_of(card)))
     except (InputError, planner.NoPlan) as error:
         return {
             "card": budget.why,

@@ -124,7 +124,9 @@ def _of_lora(folder, config, tensors):
             found[_module(name)] = float(np.linalg.norm(tensor))
     for module, pair in pairs.items():
         if pair.keys() != {"A", "B"}:
-            raise InputError(f"{folder / WEIGHTS}: {module} has no partner to lora_{min(pair)}; copy the folder again")
+            raise InputError(
+                f"{folder / WEIGHTS}: {module} has no counterpart to lora_{min(pair)}; copy the folder again"
+            )
         A_RI, B_OR = (pair["A"], pair["B"]) if pair["A"].shape[0] == pair["B"].shape[1] else (pair["B"], pair["A"])
         squared = float(((B_OR.T @ B_OR) * (A_RI @ A_RI.T)).sum(dtype=np.float64))
         found[module] = _scaling(folder, config, module) * math.sqrt(max(squared, 0.0))

@@ -12,7 +12,7 @@ from ...exporter import REPORT
 from ...recipe.comparison import FILE, RESULT, Comparison
 from ...runs import record
 from ...runs.environment import version_of
-from ...runs.folder import RunDir
+from ...runs.folder import RunDir, refuse_recipe
 from ...system import files
 from ...system.errors import InputError
 from ..comparing import differences
@@ -40,7 +40,7 @@ def gather(targets) -> dict[str, Any]:
     num_runs, runs = len(runs), runs if len(runs) <= _RUNS else best_first[:_RUNS]
     most = {1: (400, 200, (6, 8), 20), 2: (300, 100, (4, 6), 10)}.get(len(chosen), (200, 40, (2, 4), 5))
     if exports and len(runs) > 1:
-        raise InputError(f"{exports[0]}: an export is named beside the one run that it is of")
+        raise InputError(f"{exports[0]}: an export can be named beside one run only, its own")
     found = {
         "kind": KIND,
         "version": version_of("qlora-trainer"),
@@ -65,7 +65,7 @@ def _sorted(targets):
         folder = _folder_of_comparison(target)
         if folder is not None:
             if compared is not None:
-                raise InputError(f"{target}: a page has one comparison; make one of each")
+                raise InputError(f"{target}: a page has one comparison; write a page for each")
             compared = _comparison(folder)
             for row in compared["rows"]:
                 run = RunDir(folder / Path(row["run"]).name)
@@ -85,7 +85,7 @@ def _sorted(targets):
                 "`qlora adapters` lists what there is"
             )
     if not runs and compared is None:
-        raise InputError(f"{exports[0]}: an export alone; name the run that it is of too")
+        raise InputError(f"{exports[0]}: is only an export; name its run too")
     if len(runs) > _RUNS and compared is None:
         raise InputError(f"{len(runs)} runs; a page has {_RUNS} at most")
     return list(runs.values()), exports, compared
@@ -96,6 +96,7 @@ def _folder_of_comparison(target):
         there = (target / RESULT).is_file() or (target / FILE).is_file()
         return target if there and not RunDir.is_run(target) else None
     if target.suffix in (".yaml", ".yml") and target.is_file():
+        refuse_recipe(target)
         return Path(Comparison.load(target).output_dir)
     return None
 

@@ -29,7 +29,7 @@ class Dialogue:
             InputError: there is none.
         """
         if not self.turns:
-            raise InputError("nothing was asked yet")
+            raise InputError("no question was asked yet")
         return self.turns.pop()[0]
 
     def save(self, path):
@@ -42,7 +42,7 @@ class Dialogue:
         if path.suffix != ".jsonl":
             raise InputError(f"{path}: a conversation becomes a line of JSON; name a file that ends in .jsonl")
         if not self.turns:
-            raise InputError("nothing was answered yet, so there is nothing to save")
+            raise InputError("there is no answer yet, so there is nothing to save")
         row = {"messages": self.messages()}
         try:
             formats.read(row)

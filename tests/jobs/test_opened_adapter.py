@@ -25,7 +25,8 @@ def test_of_a_run_they_are_those_it_was_trained_with(run):
 
 def test_of_an_adapter_they_are_what_is_laid_over_the_defaults(run, tiny_model):
     base, heard = tiny_model("llama"), []
-    asked = ["quantization.use_double_quant=false", "export.base=original"]
+    dtype = "quantization.compute_dtype=float32"  # what auto is here may be said in a line
+    asked = ["quantization.use_double_quant=false", "export.base=original", dtype]
     with events.heard_by(heard.append), open_trained([run.adapter], base, overrides=asked) as trained:
         assert trained.model.name_or_path == str(base)
         assert (trained.quantization.quant_type, trained.quantization.use_double_quant) == ("nf4", False)
@@ -34,7 +35,7 @@ def test_of_an_adapter_they_are_what_is_laid_over_the_defaults(run, tiny_model):
         assert trained.rows_from == "built-in sentences"
     assert not [event for event in heard if isinstance(event, events.Note)]  # nothing was assumed
 
-    with events.heard_by(heard.append), open_trained([run.adapter], base) as trained:
+    with events.heard_by(heard.append), open_trained([run.adapter], base, overrides=[dtype]) as trained:
         assert trained.live_model == "assumed"
     (note,) = [event for event in heard if isinstance(event, events.Note)]
     assert "assumed to be quantized to nf4 and double quantization" in note.text

@@ -44,6 +44,8 @@ CHATML = (
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<s>"]
 VOCAB_SIZE = 512
 AUTO = "bfloat16" if base_model.computer(torch.device("cpu")).has_bfloat16 else "float32"  # compute_dtype: auto, here
+# of tests that compute minutes long where bfloat16 is emulated
+slow_where_emulated = pytest.mark.slow if AUTO == "float32" else lambda test: test
 
 SHAPE = {
     "vocab_size": VOCAB_SIZE,

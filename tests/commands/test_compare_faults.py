@@ -41,7 +41,8 @@ def started(path, **more):
     return process, run
 
 
-@pytest.mark.parametrize("how", ["kill -9", pytest.param("Ctrl-C in a terminal", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["kill -9", "Ctrl-C in a terminal"])
 def test_no_training_goes_on_without_its_comparison_and_the_table_is_the_same(
     comparison,  # noqa: F811
     in_process,  # noqa: F811

@@ -105,7 +105,7 @@ def test_the_exported_rows_are_the_trained_ones_and_all_others_the_bases(recipe_
         assert (rows[1].float() - before[1]).abs().max() > 0.005
 
     # the live NF4 + adapter model on one side, plain transformers on the other
-    live, sample = live_model(recipe, run), torch.tensor([[*range(4, 40), LENGTH, 60, LENGTH + 1, 1, 70]])
+    live, sample = live_model(run.recipe(), run), torch.tensor([[*range(4, 40), LENGTH, 60, LENGTH + 1, 1, 70]])
     difference = (logits(exported, sample) - logits(live, sample)).abs().max()
     with live.disable_adapter():
         from_base = (logits(exported, sample) - logits(live, sample)).abs().max()

@@ -192,7 +192,7 @@ def test_the_plot_is_a_small_picture(make_recipe, tmp_path):
 
 def test_a_plot_without_matplotlib_says_what_to_install(make_recipe, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
-    with pytest.raises(InputError, match="pip install .*matplotlib"):
+    with pytest.raises(InputError, match=r"pip install .*matplotlib"):
         plan(make_recipe(), plot="memory.png")
 
 

@@ -178,6 +178,7 @@ def everything(make_recipe, classify_recipe, tmp_path):
     return folder
 
 
+@pytest.mark.slow
 def test_no_verb_reaches_another_machine(everything, watched, tiny_model, tmp_path):
     lines = VERBS.strip().splitlines()
     there = [line for line in lines if all(flag not in line or importlib.util.find_spec(NEEDS[flag]) for flag in NEEDS)]

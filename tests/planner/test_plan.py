@@ -31,6 +31,7 @@ from qlora.system.errors import InputError
 from qlora.training.master_weights import MasterWeights
 from qlora.training.objectives import supervised
 from tests.base_model.conftest import stored_bits_per_parameter
+from tests.conftest import slow_where_emulated
 
 _SHAPE = {
     "vocab_size": 512,
@@ -144,6 +145,7 @@ SOME, OTHERS = ((0, 192), (2, 768), (4, 1024)), ((0, 1024), (2, 384), (4, 192))
         pytest.param("large phi3", 64, SOME, marks=pytest.mark.slow),
     ],
 )
+@slow_where_emulated
 def test_the_peak_is_that_of_real_training_steps(load_shape, name, r, loads):
     lora = Lora(r=r)
     outline, real = outline_of(SHAPES[name](), lora), Measured(load_shape(name, lora))
@@ -194,6 +196,7 @@ def test_with_kernels_off_the_peak_is_that_of_real_training_steps(load_shape):
         "new tokens",
     ],
 )
+@slow_where_emulated
 def test_the_peak_of_other_kinds_of_adapters_is_that_of_real_steps(load_shape, lora, token_ids):
     outline = outline_of(SHAPES["llama"](), lora, num_new=len(token_ids))
     real = Measured(load_shape("llama", lora, token_ids))
@@ -210,6 +213,7 @@ def test_the_peak_of_other_kinds_of_adapters_is_that_of_real_steps(load_shape, l
         pytest.param("qwen2", Full(modules=["layers.3", "norm"]), marks=pytest.mark.slow),
     ],
 )
+@slow_where_emulated
 def test_the_peak_of_trained_weights_is_that_of_real_steps(load_shape, name, section):
     outline = outline_of(SHAPES[name](), section, quantization=None)
     real = Measured(load_shape(name, section, quantization=None))
@@ -218,6 +222,7 @@ def test_the_peak_of_trained_weights_is_that_of_real_steps(load_shape, name, sec
         assert found == pytest.approx(real.step(1, 512, 256, checkpointed), rel=0.05)
 
 
+@slow_where_emulated
 def test_the_peak_of_several_rows_is_that_of_real_steps(load_shape):
     found = predicted(outline_of(SHAPES["gemma"]()), 4, 256, 128, 0).allocated_bytes
     assert found == pytest.approx(Measured(load_shape("gemma", Lora())).step(4, 256, 128, 0), rel=0.05)
@@ -235,6 +240,7 @@ def test_the_peak_of_several_rows_is_that_of_real_steps(load_shape):
     ],
     ids=lambda value: getattr(value, "key", value),
 )
+@slow_where_emulated
 def test_the_peak_of_rows_of_unlike_length_is_that_of_real_steps(load_shape, name, section, near):
     outline, real = outline_of(SHAPES[name](), section, kernels="off"), Measured(load_shape(name, section))
     for checkpointed in (0, 2, 4):

@@ -14,6 +14,7 @@ from qlora.system.events import heard_by
 from qlora.training.master_weights import MasterWeights
 from qlora.training.objectives.classification import Classification
 from tests.classifiers import make_tokenizer
+from tests.conftest import slow_where_emulated
 
 _SHAPE = {"vocab_size": 512, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 4,
           "pad_token_id": 0}  # fmt: skip
@@ -43,6 +44,7 @@ SHAPES = {
     ],
     ids=lambda one: one if isinstance(one, str) else one.key,
 )
+@slow_where_emulated
 def test_the_peak_is_that_of_real_training_steps(tmp_path, name, method):
     quantization = None if method.key == "full" else Quantization()
     auto, config = SHAPES[name]

@@ -14,7 +14,7 @@ from qlora.system import memory
 from qlora.system.events import heard_by
 from qlora.training.master_weights import MasterWeights
 from qlora.training.objectives.preference import Preference
-from tests.conftest import write_jsonl
+from tests.conftest import slow_where_emulated, write_jsonl
 
 SHAPE = {"vocab_size": 2048, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 4,
          "num_key_value_heads": 2, "max_position_embeddings": 2048, "pad_token_id": 0}  # fmt: skip
@@ -25,6 +25,7 @@ def pair(length, trained):
     return data.Pair(Example([7] * length, labels), Example([8] * length, labels))
 
 
+@slow_where_emulated
 def test_the_peak_is_that_of_real_training_steps(tmp_path, tokenizer):
     torch.manual_seed(0)
     transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPE)).bfloat16().save_pretrained(tmp_path)

@@ -38,7 +38,7 @@ def compare(path, overrides=(), resume=False, dry_run=False) -> dict:
         InputError: the comparison or one of its recipes is wrong, or output_dir holds something else.
         Interrupted: by a signal; `resume` goes on.
     """
-    launched.refuse_several(f"qlora compare {path}")
+    launched.refuse_several(f"qlora compare {shlex.quote(str(path))}")
     folder = Folder(Comparison.load(path, overrides))
     planned = _plan(folder)
     if dry_run:
@@ -149,7 +149,8 @@ def compare_runs(one, other, data=None) -> dict:
     name = None if data is None else eval_rows.name_of_file(data, runs[0].recipe().task)
     if missing := [run for run in runs if name is not None and run.scores(name) is None]:
         raise InputError(
-            f"{missing[0].path}: not evaluated on {data} yet; run:  qlora eval {missing[0].path} --data {data}"
+            f"{missing[0].path}: not evaluated on {data} yet; run:  "
+            + shlex.join(["qlora", "eval", str(missing[0].path), "--data", str(data)])
         )
     rows = [row_of(run, name) | {"judge": (run.scores(name) or {}).get("judge")} for run in runs]
     differing = differences.between(*runs)

@@ -48,7 +48,7 @@ def evaluate(target, data_file=None, overrides=(), max_rows=None, **asked) -> di
     wanted.refuse_beside(data_file)
     if wanted.tasks:
         lm_eval_tasks.named(wanted)
-    launched.refuse_several(f"qlora eval {target}")
+    launched.refuse_several(f"qlora eval {shlex.quote(str(target))}")
     say_device()
     questions = None if wanted.choices is None else choice_rows.prompted(target, overrides, wanted, max_rows)
     subject = open_subject(target, overrides)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import sys
 from pathlib import Path
 
@@ -40,12 +41,13 @@ def init(model, data, card=None, goal="quality", out="recipe.yaml", overrides=()
     time = "" if found.hours is None else f", at least {duration(3600 * found.hours)}"
     steps = "" if found.steps is None else f"; {found.steps:,} steps{time}"
     planned = f"planned: {size(found.peak_bytes)} of {size(found.budget_bytes)} ({machine.budget.why}){steps}"
-    header = [f"goal {goal}: {GOALS[goal]}", planned, f"train it: qlora train {out}"]
+    header = [f"goal {goal}: {GOALS[goal]}", planned, f"train it: qlora train {shlex.quote(str(out))}"]
     if machine.kind == "cpu":
-        header.insert(2, f"plan it again: qlora plan {out} --card cpu")
+        header.insert(2, f"plan it again: qlora plan {shlex.quote(str(out))} --card cpu")
     _write(out, header, chosen.lines)
-    run = chosen.recipe.output_dir
-    note(f"then      whether it worked: qlora eval {run}; qlora report {run} --out {Path(run).name}.html")
+    run, page = chosen.recipe.output_dir, f"{Path(chosen.recipe.output_dir).name}.html"
+    run, page = shlex.quote(run), shlex.quote(page)
+    note(f"then      whether it worked: qlora eval {run}; qlora report {run} --out {page}")
     return {"recipe": str(out), "values": chosen.recipe.model_dump(), "plan": dataclasses.asdict(found)}
 
 
@@ -63,7 +65,10 @@ def migrate(file, out="recipe.yaml", overrides=()) -> dict:
     found = migration.read(file)
     lines = commented.overridden(found.lines, overrides)
     Recipe.from_dict(commented.values_of(lines))
-    header = [f"made of {file}, a file of {found.tool}", f"look at it: qlora data {out}; qlora plan {out}"]
+    header = [
+        f"made of {file}, a file of {found.tool}",
+        f"look at it: qlora data {shlex.quote(str(out))}; qlora plan {shlex.quote(str(out))}",
+    ]
     _write(out, header, lines, found.footer())
     if found.no_counterpart:
         note(f"          no counterpart: {', '.join(found.no_counterpart)}; the last lines of the recipe say more")
@@ -131,4 +136,4 @@ def _write(out, header, lines, footer=()):
         show(line)
     show("")
     note(f"recipe    {out}")
-    note(f"next      qlora train {out}")
+    note(f"next      qlora train {shlex.quote(str(out))}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 
@@ -29,7 +30,7 @@ def push(target, repo, *, public=False, base=None, license=None, dry_run=False) 
             token, or the hub cannot be reached or refuses. The repository is as it was.
         Interrupted: by SIGINT or SIGTERM; the repository has all of the files or none.
     """
-    launched.refuse_several(f"qlora push {target} {repo}")
+    launched.refuse_several(f"qlora push {shlex.quote(str(target))} {shlex.quote(str(repo))}")
     hub.refuse_name(repo)
     if base is not None:
         hub.refuse_name(base)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from ..jobs.planning import shipped_recipes
@@ -74,5 +75,5 @@ def copy_recipe(name, out=None) -> str:
     out.parent.mkdir(parents=True, exist_ok=True)
     write_text(out, path.read_text(encoding="utf-8"))
     note(f"recipe    {out}")
-    note(f"next      qlora train {out} data.train=FILE")
+    note(f"next      qlora train {shlex.quote(str(out))} data.train=FILE")
     return str(out)

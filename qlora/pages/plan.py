@@ -20,7 +20,7 @@ WORDS = {
     "layer_work": "activations of the layers",
     "loss_head": "logits and loss",
     "buffers": "inputs and buffers",
-    "context": "CUDA context (assumed)",
+    "context": "context, fragmentation",
 }
 COLORS = ("#4c72b0", "#55a868", "#c44e52", "#8172b3", "#ccb974", "#64b5cd", "#dd8452", "#8c8c8c", "#d0d0d0")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from ..system import files
@@ -30,7 +31,7 @@ def read(path) -> Draft:
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(f"{path}: a value cannot be read: {error}; correct it there") from None
     if isinstance(values.get("model"), dict):
-        raise InputError(f"{path}: is a recipe of qlora already; train it: qlora train {path}")
+        raise InputError(f"{path}: is a recipe of qlora already; train it: qlora train {shlex.quote(str(path))}")
     raise InputError(
         f"{path}: neither a file of axolotl (it has base_model) nor of LLaMA-Factory (model_name_or_path, stage, dataset)"
     )

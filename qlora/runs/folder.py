@@ -251,4 +251,6 @@ def refuse_recipe(path):
         return
     if RunDir.is_run(folder):
         raise InputError(f"{path} is a recipe; name the folder of its run: {folder}")
-    raise InputError(f"{path} is a recipe that was not trained yet: qlora train {path}, then name its run {folder}")
+    raise InputError(
+        f"{path} is a recipe that was not trained yet: qlora train {shlex.quote(str(path))}, then name its run {folder}"
+    )

@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -349,7 +350,9 @@ def measured(run: RunDir, name=None, when="after") -> Measured:
     """
     result, (_, answers) = run.scores(name), run.score_files(name)
     if result is None or not answers.is_file():
-        raise InputError(f"{run.path}: not evaluated yet (or by an older version); run:  qlora eval {run.path}")
+        raise InputError(
+            f"{run.path}: not evaluated yet (or by an older version); run:  qlora eval {shlex.quote(str(run.path))}"
+        )
     try:
         lines = list(map(json.loads, files.lines_of(answers)))
         found = [line[when] for line in lines]

@@ -58,7 +58,9 @@ def _summary(metric, done):
                 f"{row['run']} was measured on other rows than {done[0][1]['run']}; evaluate both again: qlora eval RUN"
             )
         if metric not in found.parts:
-            raise InputError(f"{row['run']} was evaluated without {metric}; evaluate it again: qlora eval {row['run']}")
+            raise InputError(
+                f"{row['run']} was evaluated without {metric}; evaluate it again: qlora eval {shlex.quote(row['run'])}"
+            )
         key = (entry.variant, json.dumps(dict(entry.settings), sort_keys=True))
         settings.setdefault(key, []).append((entry, row, found))
     runs = [

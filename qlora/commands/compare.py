@@ -19,14 +19,12 @@ from ..system.errors import DoesNotFit, InputError, Interrupted
 from ..system.events import note
 from ..system.storage import locked, write_json, write_text
 from ..system.units import duration, latency, size
-from ..system.usual_torch import usual_torch
 from ..terminal import shown
 from ..terminal.comparison import show_comparison, show_two_runs
 from ..terminal.tables import table
 
 
 @shown()
-@usual_torch()
 def compare(path, overrides=(), resume=False, dry_run=False) -> dict:
     """Train and evaluate all that the comparison in the YAML file `path` names; return its comparison.json.
 

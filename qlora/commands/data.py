@@ -7,13 +7,11 @@ from ..pages.data import write_page
 from ..recipe import Recipe
 from ..system.errors import InputError
 from ..system.events import note
-from ..system.usual_torch import usual_torch
 from ..terminal import shown
 from ..terminal.data import say_report, show_classes, show_lengths, show_row
 
 
 @shown()
-@usual_torch()
 def inspect_data(recipe: Recipe, row=None, tokens=False, html=None) -> dict:
     """Print rows read and dropped, lengths, the share of tokens trained, and rendered rows; return data_report.json.
 

@@ -13,14 +13,12 @@ from ..system.errors import InputError
 from ..system.events import note, notes_once
 from ..system.storage import write_text
 from ..system.units import duration, size
-from ..system.usual_torch import usual_torch
 from ..terminal import shown
 from ..terminal.data import say_report
 from ..terminal.tables import show
 
 
 @shown()
-@usual_torch()
 def init(model, data, card=None, goal="quality", out="recipe.yaml", overrides=()) -> dict:
     """Write a short recipe that fits to `out`, each line with its reason; return {"recipe", "values", "plan"}.
 

@@ -18,7 +18,6 @@ from ..recipe.tasks import has_classes
 from ..system.errors import InputError
 from ..system.events import note
 from ..system.units import size
-from ..system.usual_torch import usual_torch
 from ..terminal import shown
 from ..terminal.data import say_report
 from ..terminal.plan import say_plan, say_ways
@@ -38,7 +37,6 @@ def list_cards() -> dict:
 
 
 @shown()
-@usual_torch()
 def plan(recipe: Recipe, vram=None, card=None, plot=None) -> dict:
     """Print the plan of training as `recipe` says; return it with the limits that still fit, and suggestions, for --json.
 
@@ -70,7 +68,6 @@ def plan(recipe: Recipe, vram=None, card=None, plot=None) -> dict:
 
 
 @shown()
-@usual_torch()
 def plan_methods(recipe: Recipe, vram=None, card=None) -> dict:
     """Print what each method would cost on a card, and what to take; return {"methods": [...], "advice": [...]}.
 
@@ -113,7 +110,6 @@ def plan_methods(recipe: Recipe, vram=None, card=None) -> dict:
 
 
 @shown()
-@usual_torch()
 def plan_processes(recipe: Recipe, count: int, vram=None, card=None, link=None) -> dict:
     """Print what `count` cards would make of a step, beside one; return {"processes", "fits", "link_bytes_per_second", "ways",
     "fewest", "advice"}.

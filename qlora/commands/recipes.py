@@ -11,13 +11,11 @@ from ..system.errors import InputError
 from ..system.events import note
 from ..system.storage import write_text
 from ..system.units import size
-from ..system.usual_torch import usual_torch
 from ..terminal import shown
 from ..terminal.tables import show, text_table
 
 
 @shown()
-@usual_torch()
 def list_recipes(card=None) -> dict:
     """Print the recipes that ship with qlora; return {"recipes": [{"name", "path", "model", "task", "method", "about"}]}.
 

@@ -232,6 +232,7 @@ def test_pairs_are_given_the_learning_rate_of_their_objective(tiny_model, tmp_pa
     pairs = [{"prompt": f"Say {n}", "chosen": f"{n}.", "rejected": "No."} for n in range(12)]
     rows = write_jsonl(tmp_path / "pairs.jsonl", pairs)
     found = init(str(tiny_model("llama")), str(rows), "cpu", out=tmp_path / "mine.yaml", overrides=["dpo={}"])
+    assert f"qlora plan {tmp_path / 'mine.yaml'} --card cpu" in (tmp_path / "mine.yaml").read_text()
     assert found["values"]["training"]["learning_rate"] == 5e-6
     text = (tmp_path / "mine.yaml").read_text()
     assert "dpo's usual start" in text

@@ -84,7 +84,7 @@ def test_a_recipe_of_pairs_is_planned_with_both_sequences(make_recipe, tmp_path)
     assert found["fits"]
     assert not [change for change in found["suggestions"] if "packing" in change["set"]]
     limits = found["limits"]
-    assert limits["max_length"] == pytest.approx(limits["tokens_per_micro_batch"] / 2, rel=0.02)
+    assert limits["max_length"] == 512 < limits["tokens_per_micro_batch"] / 2  # the model has no more positions
     padded = plan(
         make_recipe(dpo={}, data={"train": str(file)}, training={"tokens_per_micro_batch": None}, kernels="off"),
         "24GiB",

@@ -124,7 +124,7 @@ def _write(folder, path, last=False):
         seconds = found["merged_latency_seconds"] = merged_latency.seconds_a_token(runs[0], prompt)
         if seconds is not None:
             found["notes"].append(
-                f"Merged into a model without quantization, a token of an answer takes {latency(seconds)} here, whatever the method."
+                f"Merged into a whole model, a token of an answer takes {latency(seconds)} here, whatever the method."
             )
     write_text(folder.path / "comparison.csv", page.as_csv(found))
     write_text(folder.path / "comparison.md", page.as_markdown(found))

@@ -66,7 +66,7 @@ def test_a_rotated_image_is_upright():
 @pytest.mark.parametrize("share", [0.02, 0.5, 0.9])
 def test_a_file_that_was_cut_off_is_refused(kind, share):
     raw = encoded(picture(size=(64, 64)), kind)
-    assert "cut off or broken" in (said := refused(raw[: int(share * len(raw))])) or "is no image" in said
+    assert "cut off or broken" in (said := refused(raw[: int(share * len(raw))])) or "is not an image" in said
 
 
 def test_a_claim_of_many_pixels_is_refused_without_making_them():
@@ -112,8 +112,8 @@ def test_a_camera_s_jpeg_with_a_preview_is_its_first_image():
         (b"<!DOCTYPE html><html>", "web page"),
         (b'<?xml version="1.0"?><svg xmlns="x"/>', "SVG"),
         (b"\0\0\0\x18ftypheic\0\0\0\0", "HEIC"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "is no image"),
-        (b"name,label\n", "is no image"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "is not an image"),
+        (b"name,label\n", "is not an image"),
         (bytes(1000), "only zeros"),
     ],
 )

@@ -67,7 +67,7 @@ def without_times(found):
     moving = {"seconds", "latency_seconds", "peak_bytes", "merged_latency_seconds"}
     text = json.dumps(found, default=str)
     kept = json.loads(text, object_hook=lambda one: {key: value for key, value in one.items() if key not in moving})
-    return kept | {"notes": [line for line in found["notes"] if "16 bit" not in line]}
+    return kept | {"notes": [line for line in found["notes"] if not line.startswith("Merged")]}
 
 
 DIVERGES = {"learning_rate": 30.0, "max_steps": 40, "warmup_ratio": 0.3, "watchdog_steps": 8, "logging_steps": 1}

@@ -1,6 +1,7 @@
 """A card or processor without bfloat16, pretended: what is chosen is said, kept, used by every verb, not changed by a resume."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from qlora.commands.eval import evaluate
 from qlora.commands.export import export
 from qlora.commands.plan import plan
 from qlora.commands.train import train
+from qlora.jobs.exporting import served_forms
+from qlora.jobs.opening.opened_adapter import open_trained
 from qlora.jobs.opening.opened_model import open_subject
 from qlora.recipe import Quantization, Recipe
 from qlora.system.errors import InputError
@@ -79,6 +82,19 @@ def test_the_whole_way_on_a_processor_without_bfloat16(make_recipe, monkeypatch,
     for target in (run.path, tmp_path / "out"):  # a plain folder too
         floating = {p.dtype for p in open_subject(target).model.parameters() if p.is_floating_point()}
         assert floating == {torch.float32}
+
+
+@pytest.mark.usefixtures("unplanned", "on_a_t4")
+def test_a_run_without_quantization_is_served_in_nf4_in_what_the_card_has(make_recipe, tmp_path):
+    run = train(make_recipe(quantization=None, training={"max_steps": 2}))
+    export(run.path, tmp_path / "out")
+
+    def dtypes(model, *_):
+        return {p.dtype for p in model.parameters() if p.is_floating_point()}
+
+    with open_trained([run.path]) as trained:
+        job = SimpleNamespace(trained=trained, device=torch.device("cpu"), measured=dtypes)
+        assert served_forms._nf4(job, tmp_path / "out", tmp_path) == {torch.float16}
 
 
 @pytest.mark.slow

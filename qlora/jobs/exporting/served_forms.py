@@ -28,7 +28,7 @@ from ...system.events import note
 from ...system.storage import scratch_folder
 from ..evaluating.eval_rows import held_out_rows
 from ..opening.chosen_task import refuse_classes
-from ..opening.opened_model import Subject, open_subject, unquantized
+from ..opening.opened_model import Subject, open_subject, this_machine, unquantized
 from . import export_gguf, export_int8
 from .export_folder import refuse_full_disk, write_model
 from .export_proof import Prover, found_again
@@ -185,8 +185,10 @@ def _plain(job, merged, folder):
 
 
 def _nf4(job, merged, folder):
-    quantization = job.trained.quantization or Quantization()
     section, checkpoint = found_again(merged, job.trained)
+    config = base_model.load_config(checkpoint, section)
+    wanted = job.trained.quantization or Quantization()
+    section, quantization = base_model.settled(section, wanted, config, this_machine())
     model = base_model.load(checkpoint, section, quantization, job.device)
     return job.measured(model, _bytes_of(model), f"in {quantization.quant_type} again")
 

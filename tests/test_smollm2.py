@@ -15,6 +15,7 @@ from qlora.commands.export import export
 from qlora.commands.train import train
 from qlora.kernels import attention
 from qlora.recipe import Model, Recipe
+from tests.conftest import AUTO
 
 FOLDER = quickstart_model.cache_folder() / "SmolLM2-135M-Instruct"
 needs_model = pytest.mark.skipif(not FOLDER.is_dir(), reason="no model; python scripts/quickstart_model.py makes it")
@@ -71,6 +72,6 @@ def test_a_real_model_learns_in_a_few_steps_and_its_export_is_proven(tmp_path):
     report = export(run.path, tmp_path / "out")
     assert report["verified"]
     assert report["merged"]["kl"] < 2e-5  # measured 2e-6
-    assert report["merged"]["top1"] > 0.98  # of 200 positions; near ties flip
+    assert report["merged"]["top1"] > (0.995 if AUTO == "bfloat16" else 0.98)  # of 200 positions; near ties flip
     assert report["base_model"]["kl"] > 0.1
     assert len(report["modules"]) == 210

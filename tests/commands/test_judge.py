@@ -6,7 +6,7 @@ import os
 import shutil
 import signal
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
@@ -21,6 +21,7 @@ from qlora.runs.folder import RunDir
 from qlora.system.errors import InputError, ProofFailed
 from qlora.system.files import lines_of
 from tests.conftest import messages, write_jsonl
+from tests.local_server import served
 
 pytest.importorskip("openai", reason="the extra `judge` is not installed")
 
@@ -55,13 +56,8 @@ def serving(said, refuse=None):
         def log_message(self, *args):
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}/v1", requests
-    finally:
-        server.shutdown()
-        server.server_close()
+    with served(Handler) as address:
+        yield f"{address}/v1", requests
 
 
 def prefers(better):

@@ -20,7 +20,7 @@ from qlora.exporter.served import Reference, of_llama, of_model, trained_at
 from qlora.jobs.exporting import served_forms
 from qlora.jobs.opening.opened_model import open_subject
 from qlora.system.errors import InputError, Interrupted
-from tests.conftest import CONVERSATIONS, encode, messages
+from tests.conftest import AUTO, CONVERSATIONS, encode, messages
 
 pytestmark = pytest.mark.usefixtures("unplanned")
 
@@ -54,7 +54,8 @@ def test_every_form_has_a_row_and_what_is_near_is_said_to_be_near(served):
         assert rows[name]["message"] is None, name
         assert rows[name]["tokens_per_second"] > 0, name
     assert rows["float16"]["bytes"] == rows["original-float16"]["bytes"] < rows["adapter"]["bytes"]
-    assert rows["nf4"]["bytes"] < rows["adapter"]["bytes"]
+    # without bfloat16 what is not quantized is in float32, which is most of a tiny model
+    assert rows["nf4"]["bytes"] < rows["float16" if AUTO == "bfloat16" else "adapter"]["bytes"]
 
 
 def test_what_a_form_needs_and_is_not_there_is_said_in_its_row(served):

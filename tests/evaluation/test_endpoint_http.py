@@ -4,14 +4,14 @@ import contextlib
 import gzip
 import json
 import resource
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 
 import pytest
 
 from qlora.evaluation import judge
 from qlora.system.errors import InputError
+from tests.local_server import served
 
 pytest.importorskip("openai", reason="the extra `judge` is not installed")
 
@@ -34,14 +34,8 @@ def serving(answer):
         def log_message(self, *args):
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}/v1", bodies
-    finally:
-        server.shutdown()
-        server.server_close()
+    with served(Handler) as address:
+        yield f"{address}/v1", bodies
 
 
 def sends(handler, body, status=200, **headers):

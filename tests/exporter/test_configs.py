@@ -189,11 +189,11 @@ def test_what_version_4_calls_otherwise_is_written_too():
     sections = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}
     text = transformers.Qwen2VLTextConfig(rope_parameters=sections).to_dict()
     whole = {"model_type": "qwen2_vl", "text_config": text}
-    found = configs.model_config_of_whole(
-        whole, text | {"tie_word_embeddings": False}, text | {"tie_word_embeddings": False}, "float16"
-    )
-    assert found["text_config"]["rope_scaling"] == {"rope_type": "default", "mrope_section": [2, 3, 3]}
-    assert (found["text_config"]["rope_theta"], found["text_config"]["tie_word_embeddings"]) == (1e6, False)
+    for tied in (True, False):
+        settings = text | {"tie_word_embeddings": tied}
+        found = configs.model_config_of_whole(whole, settings, settings, "float16")
+        assert found["text_config"]["rope_scaling"] == {"rope_type": "default", "mrope_section": [2, 3, 3]}
+        assert (found["text_config"]["rope_theta"], found["text_config"]["tie_word_embeddings"]) == (1e6, tied)
     newer = (
         transformers.Gemma4TextConfig().to_dict()
     )  # version 4 has no such models, and 5 refuses the older spelling of them

@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ from qlora import process
 from qlora.system.errors import InputError
 from qlora.system.secrets import names_secret, redacted
 from tests.faults.test_recipes import PASSWORD, SECRETS, TOKENS
+from tests.local_server import served
 
 NAMES = """HF_TOKEN HUGGING_FACE_HUB_TOKEN HUGGINGFACE_TOKEN WANDB_API_KEY AWS_ACCESS_KEY_ID AWS_SECRET_ACCESS_KEY
 AWS_SESSION_TOKEN OPENAI_API_KEY ANTHROPIC_API_KEY GITHUB_TOKEN GH_TOKEN COMET_API_KEY NEPTUNE_API_TOKEN MLFLOW_TRACKING_PASSWORD
@@ -62,10 +62,8 @@ class Echo(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub():
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Echo) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
+    with served(Echo) as address:
+        yield address
 
 
 def holding(folder, text):

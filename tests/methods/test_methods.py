@@ -15,7 +15,7 @@ from qlora.kernels import nf4
 from qlora.methods import initial_weights
 from qlora.recipe import Lora, Model, Quantization
 from qlora.system.errors import InputError, TrainingFailed
-from tests.conftest import CONVERSATIONS, encode, messages, some_slow
+from tests.conftest import AUTO, CONVERSATIONS, encode, messages, some_slow
 from tests.methods.folders import IDS
 
 
@@ -207,7 +207,8 @@ def test_every_kind_computes_after_loading_and_exporting_what_was_trained(traine
     base, ids = base_of(recipe)
     before = logits(base)
     loaded = methods.load(base, run.adapter, ids)
-    rounding = 1e-5 if kind == "adalora" else 0  # saved without the ranks that were cut: fewer terms in its sums
+    # saved without the ranks that were cut: fewer terms in its sums
+    rounding = 1e-5 if kind == "adalora" and AUTO == "float32" else 0
     torch.testing.assert_close(logits(loaded), expected, atol=rounding, rtol=0)
     assert not torch.allclose(before, expected, atol=0.1)
     with loaded.disable_adapter():

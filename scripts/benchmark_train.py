@@ -15,7 +15,8 @@ With --sides qlora,plain,unsloth, unsloth runs too, with --full-rows only: it ha
 needs a GPU, and may be in another Python (--unsloth-python), since it wants other versions of transformers and trl. A side
 that fails is said, and left out of the rounds after it. --json FILE has all numbers, written after each run.
 
-The side qlora-bfloat16 is qlora where it may not choose what it computes in: against qlora on a processor without bfloat16.
+What qlora computes in is its own choice (`compute_dtype: auto`), which is not bf16 on a processor or card without; the side
+qlora-bfloat16 may not choose. Compare that with plain there, and with qlora to see what the choice is worth.
 
 --clock cpu counts the seconds that a process computed (all its threads) in place of those that passed: on a CPU that others
 use too, with OMP_NUM_THREADS=1.

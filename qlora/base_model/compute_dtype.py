@@ -6,7 +6,6 @@ recipe, which the run folder keeps; everything else reads it there.
 
 from __future__ import annotations
 
-import functools
 import platform
 from dataclasses import dataclass
 
@@ -29,7 +28,8 @@ OVERFLOW = {
 
 @dataclass(frozen=True)
 class Computer:
-    """Where it is computed. name: in words; has_bfloat16: it computes in bfloat16 itself; is_gpu: and fast in float16."""
+    """Where it is computed. name: in words; has_bfloat16: it computes in bfloat16 itself. is_gpu: without that it
+    is fast in float16, which a processor is not."""
 
     name: str
     has_bfloat16: bool
@@ -44,15 +44,14 @@ def computer(device) -> Computer:
     in it takes several times as long as in float32 (docs/benchmarks.md).
     """
     if device.type == "cpu":
-        return Computer("processor", cpu_has_bfloat16(), is_gpu=False)
+        return Computer("processor", _cpu_has_bfloat16(), is_gpu=False)
     if device.type != "cuda":
         return Computer(f"device {device}", True)
     old = torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0)
     return Computer(torch.cuda.get_device_name(device), not old)
 
 
-@functools.cache
-def cpu_has_bfloat16() -> bool:
+def _cpu_has_bfloat16() -> bool:
     """Return whether the processor has instructions for products in bfloat16: AVX512-BF16 (as all with AMX have), or Arm's."""
     if platform.machine() in ("x86_64", "AMD64"):
         return torch.cpu._is_avx512_bf16_supported()

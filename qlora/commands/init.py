@@ -39,12 +39,12 @@ def init(model, data, card=None, goal="quality", out="recipe.yaml", overrides=()
     time = "" if found.hours is None else f", at least {duration(3600 * found.hours)}"
     steps = "" if found.steps is None else f"; {found.steps:,} steps{time}"
     planned = f"planned: {size(found.peak_bytes)} of {size(found.budget_bytes)} ({machine.budget.why}){steps}"
-    header = [f"goal {goal}: {GOALS[goal]}", planned, f"train it: qlora train {shlex.quote(str(out))}"]
+    named, run = shlex.quote(str(out)), chosen.recipe.output_dir
+    header = [f"goal {goal}: {GOALS[goal]}", planned, f"train it: qlora train {named}"]
     if machine.kind == "cpu":
-        header.insert(2, f"plan it again: qlora plan {shlex.quote(str(out))} --card cpu")
+        header.insert(2, f"plan it again: qlora plan {named} --card cpu")
     _write(out, header, chosen.lines)
-    run, page = chosen.recipe.output_dir, f"{Path(chosen.recipe.output_dir).name}.html"
-    run, page = shlex.quote(run), shlex.quote(page)
+    run, page = shlex.quote(run), shlex.quote(f"{Path(run).name}.html")
     note(f"then      whether it worked: qlora eval {run}; qlora report {run} --out {page}")
     return {"recipe": str(out), "values": chosen.recipe.model_dump(), "plan": dataclasses.asdict(found)}
 
@@ -63,10 +63,8 @@ def migrate(file, out="recipe.yaml", overrides=()) -> dict:
     found = migration.read(file)
     lines = commented.overridden(found.lines, overrides)
     Recipe.from_dict(commented.values_of(lines))
-    header = [
-        f"made of {file}, a file of {found.tool}",
-        f"look at it: qlora data {shlex.quote(str(out))}; qlora plan {shlex.quote(str(out))}",
-    ]
+    named = shlex.quote(str(out))
+    header = [f"made of {file}, a file of {found.tool}", f"look at it: qlora data {named}; qlora plan {named}"]
     _write(out, header, lines, found.footer())
     if found.no_counterpart:
         note(f"          no counterpart: {', '.join(found.no_counterpart)}; the last lines of the recipe say more")

@@ -51,8 +51,8 @@ def plan(recipe: Recipe, vram=None, card=None, plot=None) -> dict:
     prepared = prepared_if_there(recipe, on)
     if prepared is not None:
         say_report(prepared)
+    kind = budget.kind
     try:
-        kind = budget.kind
         job = without_data(recipe, kind, budget, on) if prepared is None else job_of(prepared, kind, budget)
     except planner.NoPlan as error:
         raise not_supported(recipe, error) from None

@@ -48,15 +48,15 @@ def summary_of(found) -> tuple[list[str], list[list[str]]]:
             settings_in_words(one["settings"]),
             number_of(metric, one["mean"]),
             f"{number_of(metric, one['low'])} to {number_of(metric, one['high'])}",
-            _shown(one["spread"], functools.partial(number_of, metric)),
-            *(_shown(one["metrics"].get(name), functools.partial(number_of, name)) for name in further),
-            "" if metric == "loss" else _shown(one["loss"], "{:.4f}".format),
-            _shown(one["forgetting"], "{:+.4f}".format),
-            _shown(one["seconds"], duration),
-            _shown(one["peak_bytes"], size),
-            _shown(one["trainable_share"], "{:.2%}".format),
-            _shown(one["saved_bytes"], size),
-            _shown(one.get("latency_seconds"), latency),
+            optional(one["spread"], functools.partial(number_of, metric)),
+            *(optional(one["metrics"].get(name), functools.partial(number_of, name)) for name in further),
+            "" if metric == "loss" else optional(one["loss"], "{:.4f}".format),
+            optional(one["forgetting"], "{:+.4f}".format),
+            optional(one["seconds"], duration),
+            optional(one["peak_bytes"], size),
+            optional(one["trainable_share"], "{:.2%}".format),
+            optional(one["saved_bytes"], size),
+            optional(one.get("latency_seconds"), latency),
             _verdict(one),
         ]
         for one in found["summary"]
@@ -65,7 +65,8 @@ def summary_of(found) -> tuple[list[str], list[list[str]]]:
     return [header[number] for number in kept], [[row[number] for number in kept] for row in rows]
 
 
-def _shown(value, said):
+def optional(value, said):
+    """Return said(value), and nothing of what was not measured."""
     return "" if value is None else said(value)
 
 

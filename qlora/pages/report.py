@@ -135,10 +135,6 @@ def _differences(names, rows):
     return header, lines
 
 
-def _optional(value, shown):
-    return "" if value is None else shown(value)
-
-
 def _comparison(found):
     """Return (names of the columns, [{"cells", "best", "low", "mean", "high", "ends"}]) of a comparison's summary."""
     names, rows = comparison.summary_of(found)
@@ -164,8 +160,8 @@ def _side_by_side(runs):
         shown = ["" if one is None else _with_interval(name, one) for name, one in zip(metrics, values, strict=True)]
         rows.append(
             [run["name"], run["method"], run["state"]["what"], *shown, _number("loss", scores.get("loss")),
-             "" if not held_out else _held_out(run, held_out), _optional(run["speed"].get("seconds"), duration),
-             _optional(memory.get("peak_bytes"), size), run["verdicts"][0]["answer"]]
+             "" if not held_out else _held_out(run, held_out), comparison.optional(run["speed"].get("seconds"), duration),
+             comparison.optional(memory.get("peak_bytes"), size), run["verdicts"][0]["answer"]]
         )  # fmt: skip
     names = ["run", "method", "state", *(name.replace("_", " ") for name in metrics), "loss (eval)", "held-out loss (training)",
              "time", "peak", "learned"]  # fmt: skip

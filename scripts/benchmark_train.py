@@ -16,7 +16,8 @@ needs a GPU, and may be in another Python (--unsloth-python), since it wants oth
 that fails is said, and left out of the rounds after it. --json FILE has all numbers, written after each run.
 
 What qlora computes in is its own choice (`compute_dtype: auto`), which is not bf16 on a processor or card without; the side
-qlora-bfloat16 may not choose. Compare that with plain there, and with qlora to see what the choice is worth.
+qlora-bfloat16 may not choose. Compare that with plain there, and with qlora to see what the choice is worth. plain-float32
+is the plain stack with that choice made by hand: float32 in place of bf16, everywhere.
 
 --clock cpu counts the seconds that a process computed (all its threads) in place of those that passed: on a CPU that others
 use too, with OMP_NUM_THREADS=1.
@@ -107,7 +108,7 @@ def memory_section(args):
     return {"budget": "1000000GiB", "gradient_checkpointing": True, "offload": args.offload == "yes"}
 
 
-def plain(args, folder):
+def plain(args, folder, dtype="bfloat16"):
     """The same of TRL's SFTTrainer as its documentation puts it together."""
     import torch
     from datasets import Dataset
@@ -129,13 +130,14 @@ def plain(args, folder):
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_compute_dtype=getattr(torch, dtype),
     )
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16, quantization_config=bnb)
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, dtype), quantization_config=bnb)
     for module in base_model.quantized_modules(model).values():
         module.support_avx512bf16_for_cpu = False  # or it would lose its gradients, see base_model/loading.py
     clock = clock_of(TrainerCallback, CLOCKS[args.clock])
-    config = SFTConfig(**arguments(args, folder), gradient_checkpointing=args.checkpointing)
+    common = arguments(args, folder) | {"bf16": dtype == "bfloat16"}
+    config = SFTConfig(**common, gradient_checkpointing=args.checkpointing)
     lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
     trainer = SFTTrainer(
         model=model,
@@ -147,6 +149,10 @@ def plain(args, folder):
     )
     trainer.train()
     return {"rates": [None, *clock.rates], "losses": clock.losses}
+
+
+def plain_in_float32(args, folder):
+    return plain(args, folder, "float32")
 
 
 def arguments(args, folder):
@@ -227,7 +233,13 @@ def unsloth(args, folder):
     return {"rates": [None, *clock.rates], "losses": clock.losses}
 
 
-SIDES = {"qlora": ours, "qlora-bfloat16": ours_in_bfloat16, "plain": plain, "unsloth": unsloth}
+SIDES = {
+    "qlora": ours,
+    "qlora-bfloat16": ours_in_bfloat16,
+    "plain": plain,
+    "plain-float32": plain_in_float32,
+    "unsloth": unsloth,
+}
 
 
 def child(args):
@@ -315,9 +327,7 @@ def parsed():
     parser.add_argument("--plain-packing", type=int, help="TRL packs to rows of this many tokens")
     parser.add_argument("--checkpointing", action="store_true", help="the plain side checkpoints all layers")
     parser.add_argument("--offload", choices=["yes", "no"], help="qlora checkpoints all layers, and does not plan")
-    parser.add_argument(
-        "--sides", default="qlora,plain", help="of qlora, qlora-bfloat16, plain, unsloth; in this order"
-    )
+    parser.add_argument("--sides", default="qlora,plain", help=f"of {', '.join(SIDES)}; in this order")
     parser.add_argument("--only", choices=SIDES, help="run this side alone, such as where the other does not fit")
     parser.add_argument("--unsloth-python", default=sys.executable, help="a Python that has unsloth")
     parser.add_argument("--clock", choices=CLOCKS, default="wall")

@@ -179,6 +179,8 @@ class _Functions(TorchFunctionMode):
             to, dtype = _destination(func, args, kwargs)
             if to is not None:
                 return _moved(args[0], to, dtype, kwargs.get("non_blocking", False))
+        if func is torch.Tensor.pin_memory:
+            return args[0]
         kwargs.pop("pin_memory", None)
         if kwargs.get("device") is None or torch.device(kwargs["device"]).type not in ("cuda", "cpu"):
             return func(*args, **kwargs)

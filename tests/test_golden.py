@@ -1,7 +1,8 @@
 """Trajectories that are on record: no change of the code may change a number of them.
 
 `QLORA_RECORD=1 pytest tests/test_golden.py` records them anew, for a change that is meant to change numbers.
-On another processor or with other versions of the libraries last digits differ; then they are compared to 5 %.
+On another processor or with other versions of the libraries last digits differ; then they are compared to 5 %. Another torch
+may draw other random weights: it has no record.
 """
 
 import hashlib
@@ -105,6 +106,8 @@ def check(name, found):
         RECORD.write_text(json.dumps(record, indent=1) + "\n")
         return
     expected = record["trajectories"][name]
+    if record["machine"]["torch"] != torch.__version__.partition("+")[0]:
+        pytest.skip(f"recorded with torch {record['machine']['torch']}: others draw other random weights")
     if record["machine"] == machine():
         assert found == expected
         return

@@ -71,6 +71,8 @@ def evaluate(target, data_file=None, overrides=(), max_rows=None, **asked) -> di
         finally:
             kept = write()
     else:
+        if subject.run is not None:
+            win_rate.keep(found.result, found.rows, *_files(subject, found))
         kept = write()
     show_result(target, found.result, kept)
     wanted.check(found.result)

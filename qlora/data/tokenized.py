@@ -33,7 +33,7 @@ _LONGEST_REASON = 400  # letters; a row may hold a role of a million
 
 
 class Part:
-    """The tokenized rows of one file, on disk. summary: counts of rows, see `Tally`.
+    """The tokenized rows of one file, on disk. summary: counts of rows, see `Tally`. arrays: the encoder's ARRAYS of all rows.
 
     Raises:
         OSError, ValueError, LookupError: the folder is damaged.
@@ -46,9 +46,9 @@ class Part:
         if self.summary.keys() != Tally(encoder).summary(file.unit).keys():
             raise LookupError(f"{folder}: no summary")
         self.rows = _mapped(folder / "examples.bin", _example(encoder))
-        self._arrays = [_mapped(folder / f"{name}.bin", np.dtype(kind)) for name, kind in encoder.ARRAYS.items()]
+        self.arrays = [_mapped(folder / f"{name}.bin", np.dtype(kind)) for name, kind in encoder.ARRAYS.items()]
         self.ends = self.rows["end"]
-        if any(len(array) != (self.ends[-1] if len(self.ends) else 0) for array in self._arrays):
+        if any(len(array) != (self.ends[-1] if len(self.ends) else 0) for array in self.arrays):
             raise ValueError(f"{folder}: cut off")
         self._sizes = np.diff(self.ends, prepend=0)
         self.lengths = self._sizes if encoder.LENGTH is None else np.full(len(self.rows), encoder.LENGTH, np.int64)
@@ -60,7 +60,7 @@ class Part:
 
     def example(self, index):
         span = slice(self.ends[index] - self._sizes[index], self.ends[index])
-        return self.encoder.restored([array[span] for array in self._arrays], self.rows[index])
+        return self.encoder.restored([array[span] for array in self.arrays], self.rows[index])
 
 
 def _example(encoder):

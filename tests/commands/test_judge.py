@@ -157,6 +157,24 @@ def test_it_goes_on_where_a_judge_broke_off(own_run, monkeypatch):
         assert len(requests) - again == 1
 
 
+def test_an_evaluation_without_a_judge_keeps_what_one_has_said(own_run):
+    """Replies were paid for. The rows are measured anew, and may have other answers then: those have no verdict any more."""
+    run = own_run
+    with serving(prefers(len)) as (url, requests):
+        found = evaluate(run.path, **asked(url))
+        assert evaluate(run.path)["judge"] == found["judge"] == json.loads(run.eval_file.read_text())["judge"]
+        rows, asked_for = kept(run), len(requests)
+        assert all(row["judge"]["verdict"] for row in rows)
+        rows[0]["after"]["answer"] += " or so"
+        write_jsonl(run.answers_file, rows)
+        assert "judge" not in evaluate(run.path)
+        assert ["judge" in row for row in kept(run)] == [False] + [True] * (len(rows) - 1)
+        assert evaluate(run.path, **asked(url))["judge"] == found["judge"]
+    assert len(requests) - asked_for <= 1 + 2  # 2 + 2, and the first row in both orders
+    run.answers_file.write_bytes(b"{\xff")
+    assert "judge" not in evaluate(run.path)
+
+
 def test_a_request_that_is_refused_has_no_verdict_and_the_others_are_judged(own_run, monkeypatch, capsys):
     """A content filter, or a row that is too long for the judge, would end each attempt at the same row."""
     monkeypatch.setattr("qlora.evaluation.judge._AT_ONCE", 1)

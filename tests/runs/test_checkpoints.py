@@ -1,5 +1,6 @@
 """A run that was stopped and resumed is the run that was never stopped, to the bit; and what is not whole is not used."""
 
+import datetime
 import json
 import random
 import re
@@ -7,6 +8,7 @@ import shutil
 import signal
 from pathlib import Path
 from typing import get_args
+from unittest import mock
 
 import bitsandbytes
 import numpy as np
@@ -16,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from qlora import planner
 from qlora.commands.train import train
+from qlora.data import cache
 from qlora.recipe import Recipe, Training
 from qlora.runs import checkpoints, record
 from qlora.runs.checkpoints import Checkpoints, Damaged
@@ -527,6 +530,30 @@ def test_other_rows_another_base_tokenizer_or_template_are_refused(stopped, tmp_
     assert RunDir(stopped.output_dir).recipe() == begun  # what is refused has changed nothing
     shutil.copy(tiny_model("llama") / "model.safetensors", base)
     assert train(elsewhere, resume=True).adapter.is_dir()  # the same files in another place are the same base
+
+
+def test_rows_that_a_template_writes_another_date_into_are_refused(recipe_of, tiny_model, tmp_path, monkeypatch):
+    """As long and with the same words of users as on the first day, and yet other tokens."""
+    base = shutil.copytree(tiny_model("llama"), tmp_path / "base")
+    template = base / "chat_template.jinja"
+    template.write_text("{{ strftime_now('%d') }}\n" + template.read_text())
+    recipe = changed(recipe_of("dated", max_steps=3), f"model.name_or_path={base}")
+
+    def on_day(day):
+        monkeypatch.setenv("QLORA_CACHE", str(tmp_path / f"cache {day}"))  # one has the rows of the first day
+        cache.folder.cache_clear()
+        clock = mock.Mock(now=lambda: datetime.datetime(2026, 1, day))
+        monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", clock)
+
+    on_day(11)
+    for _ in stop_at(monkeypatch, 2):
+        with pytest.raises(Interrupted):
+            train(recipe)
+    on_day(12)
+    with pytest.raises(InputError, match=r"1 setting changed since .*\n  tokens: was "):
+        train(recipe, resume=True)
+    on_day(11)
+    assert train(recipe, resume=True).adapter.is_dir()
 
 
 def test_what_cannot_be_continued_says_so_even_if_it_is_allowed(stopped):

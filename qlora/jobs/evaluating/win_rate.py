@@ -16,6 +16,7 @@ from ..comparing import compared_runs
 _BY_ORDER, _BY_LENGTH = 1 / 3, 3 / 4  # shares from which on it is said that a judge goes by place, or by length
 _FEW = 10
 _WRITTEN_EVERY = 25  # rows
+_DAMAGED = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
 
 
 def opponents(against, recipe, name, asked) -> tuple[str, list[str] | None]:
@@ -45,12 +46,31 @@ def opponents(against, recipe, name, asked) -> tuple[str, list[str] | None]:
 def known_replies(file) -> dict[str, str]:
     """Return {Judge.key: reply} of the verdicts in an answers.jsonl of an earlier evaluation; {} where there are none."""
     found = {}
-    damaged = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
-    with contextlib.suppress(*damaged):  # it is written anew
+    with contextlib.suppress(*_DAMAGED):  # it is written anew
         for line in lines_of(file):
             replies = json.loads(line).get("judge", {}).get("replies", ())
             found |= {one["key"]: one["text"] for one in replies if judge.verdict_in(one["text"])}
     return found
+
+
+def keep(result, rows, score_file, answers_file) -> None:
+    """Keep what a judge has said of these answers in an earlier evaluation, as the files have it: it was paid for.
+
+    result, rows: of an evaluation without a judge. Rows with other answers than then have no verdict; where there are such, or
+    more or fewer rows, the result has no win rate.
+    """
+    with contextlib.suppress(*_DAMAGED):  # then it is written anew
+        then = list(map(json.loads, lines_of(answers_file)))
+        known = {_answered(row): row["judge"] for row in then if "judge" in row}
+        for row in rows:
+            if (said := known.get(_answered(row))) is not None:
+                row["judge"] = said
+        if len(then) == len(rows) and all("judge" in row for row in rows):
+            result["judge"] = json.loads(score_file.read_text(encoding="utf-8"))["judge"]
+
+
+def _answered(row):
+    return json.dumps([row["prompt"], row["expected"], row.get("before", {}).get("answer"), row["after"]["answer"]])
 
 
 def add(result, rows, endpoint, against, others, known, write) -> None:

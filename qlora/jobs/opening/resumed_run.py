@@ -49,7 +49,7 @@ _FREE = {
     ),
     "training.per_device_eval_batch_size",
 }
-_DTYPE, _TASK = "model.dtype", "task"
+_DTYPE, _TASK, _TOKENS = "model.dtype", "task", "tokens"
 _PLACE = {"path", "name", "subset", "split", "revision"}
 
 
@@ -72,6 +72,7 @@ def of_recipe(recipe: Recipe, prepared) -> dict:
     found["data"] = [part.digest for part in prepared.parts]
     taught = rows.numbers(data.labels.COLUMN) if prepared.checkpoint.task.file.HAS_CLASSES else rows.num_trained
     found["rows"] = _digest(rows.lengths.tobytes(), taught.tobytes(), rows.keys.tobytes())
+    found[_TOKENS] = _digest(*(array for part in rows.parts for array in part.arrays))  # a template may write the date
     if prepared.checkpoint.task.file.HAS_TOKENS:
         special = json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str)
         found["tokenizer"] = _digest(tokenizer.backend_tokenizer.to_str().encode(), special.encode())
@@ -120,6 +121,8 @@ class Resumed:
         then = self.state["fingerprint"]
         if _DTYPE in now:
             then = {_DTYPE: "bfloat16"} | then
+        if _TOKENS in now:  # of a run of before there was this field, they are taken to be the same
+            then = {_TOKENS: now[_TOKENS]} | then
         changed = [name for name in sorted(now) if now[name] != then.get(name)]
         if any(name in now for name in _LENGTH):
             gone = then.keys() - now.keys() - {"base_model", "base_model.quantized"}

@@ -238,16 +238,20 @@ class Recipe(Section):
         Raises:
             InputError: all problems of the file together, each with its line, field and remedy.
         """
-        return cls._validated(path, *reading.from_file(path, overrides))
+        return cls.of_values(path, *reading.from_file(path, overrides))
 
     @classmethod
     def from_dict(cls, values, overrides=()) -> Recipe:
         """Return the recipe with these nested `values`, `overrides` laid over them; raises InputError like `load`."""
         where = "the recipe"
-        return cls._validated(where, *reading.with_overrides(where, copy.deepcopy(values), {}, overrides))
+        return cls.of_values(where, *reading.with_overrides(where, copy.deepcopy(values), {}, overrides))
 
     @classmethod
-    def _validated(cls, where, values, lines):
+    def of_values(cls, where, values, lines) -> Recipe:
+        """Return the recipe with these nested `values`; raises InputError like `load`.
+
+        where: what they are read from, for messages. lines: {place in them: line}, as far as they are known.
+        """
         try:
             return cls.model_validate(values)
         except ValidationError as error:

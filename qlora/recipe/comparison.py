@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, PrivateAttr, ValidationError, field_validator, model_validator
 
 from ..system.errors import InputError
 from . import Recipe, error_messages, reading
@@ -57,6 +57,8 @@ class Comparison(Section):
     """rows that were not trained on, whose loss is measured before and after; null: not measured"""
     output_dir: PathText
     """a new or empty folder; the trainings are its subfolders"""
+    _file: str = PrivateAttr("the comparison")  # that it was read from
+    _lines: dict[tuple, Any] = PrivateAttr({})  # {place in it: line}
 
     @field_validator("variants", mode="before")
     @classmethod
@@ -132,9 +134,23 @@ class Comparison(Section):
         """
         values, lines = reading.from_file(path, overrides, what="comparison")
         try:
-            return cls.model_validate(values)
+            found = cls.model_validate(values)
         except ValidationError as error:
             raise error_messages.refusal(path, error, values, lines, cls) from None
+        found._file, found._lines = str(path), lines
+        return found
+
+    def lines_of(self, variant) -> dict[tuple, Any]:
+        """Return {place in the recipe of a variant: line} of what the comparison's file sets there."""
+        changes = self.variants[variant]
+        own, sweep = ("variants", variant), ("sweep",)
+        swept = (*own, *sweep) if "sweep" in changes else sweep
+        found = self.lines_of(changes[AFTER]) if AFTER in changes else {}
+        for at, line in self._lines.items():
+            for before in (own, swept):
+                if at[: len(before)] == before and len(at) > len(before):
+                    found[tuple(".".join(map(str, at[len(before) :])).split("."))] = line
+        return found
 
 
 @dataclass(frozen=True)
@@ -210,11 +226,8 @@ def _settings(comparison, variant):
 def _entry(comparison, base, variant, settings, seed):
     values = _values(comparison, base, variant, settings, seed)
     _refuse_name(values["output_dir"].rpartition("/")[2])
-    try:
-        recipe = Recipe.from_dict(values)
-    except InputError as error:
-        where = f"{comparison.base}, variant {variant}"
-        raise InputError(str(error).replace("the recipe has", f"{where}, has", 1)) from None
+    where = f"{comparison._file}, variant {variant} of {comparison.base},"
+    recipe = Recipe.of_values(where, values, comparison.lines_of(variant))
     start = recipe.model.adapter_name_or_path if AFTER in comparison.variants[variant] else None
     after = None if start is None else start.rpartition("/")[2]
     return Entry(variant, settings, recipe.training.seed, recipe.output_dir.rpartition("/")[2], recipe, after)

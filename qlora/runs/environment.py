@@ -9,7 +9,7 @@ import subprocess
 import uuid
 from pathlib import Path
 
-from .. import __version__
+import qlora
 
 OURS = "qlora-trainer"  # what this package is called where it is installed
 PACKAGES = (
@@ -56,7 +56,7 @@ def version_of(name):
     Of qlora itself that of the code: an editable installation keeps the number that it was installed with.
     """
     if name == OURS:
-        return __version__
+        return qlora.__version__
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:

@@ -7,11 +7,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ... import __version__
 from ...evaluation.intervals import OF_LOSS
 from ...exporter import REPORT
 from ...recipe.comparison import FILE, RESULT, Comparison
 from ...runs import record
+from ...runs.environment import OURS, version_of
 from ...runs.folder import RunDir, refuse_recipe
 from ...system import files
 from ...system.errors import InputError
@@ -43,7 +43,7 @@ def gather(targets) -> dict[str, Any]:
         raise InputError(f"{exports[0]}: an export can be named beside one run only, its own")
     found = {
         "kind": KIND,
-        "version": __version__,
+        "version": version_of(OURS),
         "made": time.strftime("%Y-%m-%d %H:%M", time.localtime()),
         "command": command("report", *targets),
         "comparison": compared,

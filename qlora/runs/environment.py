@@ -9,8 +9,11 @@ import subprocess
 import uuid
 from pathlib import Path
 
+import qlora
+
+OURS = "qlora-trainer"  # what this package is called where it is installed
 PACKAGES = (
-    "qlora-trainer",
+    OURS,
     "torch",
     "transformers",
     "bitsandbytes",
@@ -48,7 +51,12 @@ def served_with(device) -> dict:
 
 @functools.cache
 def version_of(name):
-    """Return the version of a package; of one that runs from its folder without being installed, as qlora may, "checkout"."""
+    """Return the version of a package; "checkout" of one that runs from its folder without being installed.
+
+    Of qlora itself that of the code: an editable installation keeps the number that it was installed with.
+    """
+    if name == OURS:
+        return qlora.__version__
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -56,9 +64,17 @@ def version_of(name):
 
 
 def _git_commit():
-    """Return the commit of the checkout that the package lies in, or None for an installed package."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    """Return the commit of the checkout that the package belongs to, or None for an installed package.
+
+    A .venv often lies in the checkout of another project, which does not have its files.
+    """
+    file = Path(__file__)
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        _git(file.parent, "ls-files", "--error-unmatch", file.name)
+        return _git(file.parent, "rev-parse", "HEAD").strip()
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def _git(folder, *words):
+    return subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, check=True).stdout

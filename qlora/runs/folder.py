@@ -27,6 +27,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shlex
+import tempfile
 from pathlib import Path
 
 from ..recipe import Recipe
@@ -144,6 +145,16 @@ class RunDir:
     def in_use(self):
         """True if a process trains here at this moment."""
         return is_locked(self.lock_file)
+
+    def refuse_unwritable(self):
+        """Raise InputError if nothing can be written into this folder, before hours of work are to be kept in it."""
+        try:
+            with tempfile.TemporaryFile(dir=self.path):
+                pass
+        except OSError as error:
+            raise InputError(
+                f"{self.path}: {error.strerror}; what is found is kept there: copy the run folder, and name the copy"
+            ) from None
 
     def refuse_used(self):
         """Raise InputError if a new run cannot start here."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 import difflib
 import itertools
 import json
+import shlex
 import stat
+import unicodedata
 from pathlib import Path
 
 from .errors import InputError
@@ -37,14 +39,28 @@ def open_file(path, what):
 
 
 def did_you_mean(path):
-    """Return "; did you mean X?" with the file beside `path`, which is missing, whose name is most like it; "" without one."""
+    """Return "; did you mean X?" with the file beside `path`, which is missing, whose name is most like it; "" without one.
+
+    Where both names look the same, as of an archive from a Mac, how to rename it.
+    """
     path = Path(path)
     try:
         names = [one.name for one in itertools.islice(path.parent.iterdir(), _MOST_NAMES) if one.is_file()]
     except (OSError, ValueError):
         return ""
-    near = difflib.get_close_matches(path.name, names, n=1, cutoff=_ALIKE)
-    return f"; did you mean {path.parent / near[0]}?" if near else ""
+    of = {_composed(name).casefold(): name for name in names}
+    near = difflib.get_close_matches(_composed(path.name).casefold(), of, n=1, cutoff=_ALIKE)
+    if not near:
+        return ""
+    found = of[near[0]]
+    if _composed(found) == _composed(path.name):
+        names = [shlex.quote(str(one)) for one in (path.parent / found, path)]
+        return f"; a file whose name only looks the same is there (other Unicode characters): mv {' '.join(names)}"
+    return f"; did you mean {path.parent / found}?"
+
+
+def _composed(name):
+    return unicodedata.normalize("NFC", name)
 
 
 def read(path, what):

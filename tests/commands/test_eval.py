@@ -1,7 +1,9 @@
 """What a score is measured on: the rows that the run held out, or others that are named as such."""
 
+import errno
 import json
 import math
+import os
 
 import pytest
 
@@ -320,3 +322,14 @@ def test_answers_with_separators_of_lines_are_read_back(own_run, tmp_path):
     kept = votes.Votes(tmp_path / "votes.jsonl", {"file": "1"})
     kept.add({"prompt": said}, votes.BASE, {votes.BASE: said, votes.TUNED: said}, "left")
     assert votes.read(tmp_path / "votes.jsonl") == kept.given
+
+
+@pytest.mark.parametrize("checkpoint", ["", "checkpoints/step-2"])
+def test_a_run_that_cannot_keep_its_score_is_refused_before_a_weight_is_read(own_run, monkeypatch, checkpoint):
+    def no(*args, **kwargs):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr("tempfile.TemporaryFile", no)
+    monkeypatch.setattr("qlora.commands.eval.open_subject", lambda *args: pytest.fail("it was loaded"))
+    with pytest.raises(InputError, match=f"{own_run.path}: Read-only file system; .* copy the run folder"):
+        evaluate(own_run.path / checkpoint)

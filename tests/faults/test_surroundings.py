@@ -10,6 +10,7 @@ import socket
 import stat
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -24,7 +25,9 @@ from qlora.commands.train import train
 from qlora.jobs.opening.prepared_data import prepare
 from qlora.jobs.planning.planned_training import plan_training
 from qlora.recipe import Recipe
+from qlora.runs.record import Begun
 from qlora.system.errors import DoesNotFit, InputError
+from qlora.system.events import heard_by
 from tests.conftest import CONVERSATIONS, messages, some_slow, write_jsonl
 
 ODD = 'ein "Ordner" für \'s\nübrige -- ü ✓'  # of a folder: spaces, quotes, a line's end, and not in ASCII
@@ -129,6 +132,35 @@ def test_what_a_program_has_set_of_torch_changes_no_bit(make_recipe, trained_onc
     with opened(usual.path) as model:
         assert model.answers(["What is 1 plus 2?"], max_new_tokens=8) == answers
     assert evaluate(trained.path, max_rows=2)["loss"] == score["loss"]
+
+
+def test_a_second_thread_cannot_change_what_a_training_computes_in(make_recipe, trained_once, unplanned, tmp_path):
+    usual, refused = trained_once(), []
+
+    def go_on_beside(model):
+        beside = [
+            lambda: train(make_recipe(output_dir=str(tmp_path / "other"))),
+            lambda: opened(usual.path),
+            lambda: model.answer("What is 1 plus 2?", max_new_tokens=2),
+        ]
+        for action in beside:
+            with pytest.raises(InputError, match="another thread of this process is at work"):
+                action()
+            refused.append(action)
+
+    def hear(event):
+        if isinstance(event, Begun):
+            other = threading.Thread(target=go_on_beside, args=(model,))
+            other.start()
+            other.join()
+
+    with opened(usual.path) as model, heard_by(hear):
+        trained = train(make_recipe())
+    assert len(refused) == 3
+    assert not (tmp_path / "other").exists()
+    ours, expected = (load_file(run.adapter / "adapter_model.safetensors") for run in (trained, usual))
+    assert all(torch.equal(ours[name], expected[name]) for name in expected)
+    assert train(make_recipe(output_dir=str(tmp_path / "other"))).adapter.is_dir()  # once it has ended
 
 
 def test_what_others_may_read_is_what_the_umask_says(tiny, tmp_path, monkeypatch):

@@ -179,3 +179,12 @@ def test_files_that_are_nested_without_end_are_damaged_and_no_crash(tmp_path):
     with pytest.raises(InputError, match="line 1: not a vote"):
         votes.read(run.votes_file)
     assert win_rate.known_replies(run.answers_file) == {}
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused_and_another_is_left_as_it_is(tmp_path):
+    RunDir(tmp_path).refuse_unwritable()
+    assert list(tmp_path.iterdir()) == []
+    if not os.path.isdir("/proc/self"):  # noqa: PTH112
+        pytest.skip("no folder here that root cannot write to either")
+    with pytest.raises(InputError, match=r"/proc/self: .*; .* copy the run folder"):
+        RunDir("/proc/self").refuse_unwritable()

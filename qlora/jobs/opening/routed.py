@@ -57,7 +57,7 @@ class Routed:
         """The names of the adapters that are loaded, in that order."""
         return [name for name in self._voices if name != BASE]
 
-    @usual_torch()
+    @usual_torch(alone=False)
     def answer(self, prompt, adapter=None, system=None, max_new_tokens=512, on_text=None, *, on_done=None, **sampling):
         """Return the answer to one prompt: a text, or messages [{"role", "content"}, ...] that end with a question.
 
@@ -84,7 +84,7 @@ class Routed:
                 on_done,
             ).strip()
 
-    @usual_torch()
+    @usual_torch(alone=False)
     def answers(self, prompts, adapter=None, system=None, max_new_tokens=512, batch_size=25):
         """Return the greedy answers to many prompts, in their order; those of an adapter are computed together.
 

@@ -11,7 +11,7 @@ from ...evaluation.intervals import OF_LOSS
 from ...exporter import REPORT
 from ...recipe.comparison import FILE, RESULT, Comparison
 from ...runs import record
-from ...runs.environment import version_of
+from ...runs.environment import OURS, version_of
 from ...runs.folder import RunDir, refuse_recipe
 from ...system import files
 from ...system.errors import InputError
@@ -43,7 +43,7 @@ def gather(targets) -> dict[str, Any]:
         raise InputError(f"{exports[0]}: an export can be named beside one run only, its own")
     found = {
         "kind": KIND,
-        "version": version_of("qlora-trainer"),
+        "version": version_of(OURS),
         "made": time.strftime("%Y-%m-%d %H:%M", time.localtime()),
         "command": command("report", *targets),
         "comparison": compared,

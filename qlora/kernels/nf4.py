@@ -2,7 +2,7 @@
 
 On a CPU bitsandbytes 0.50.2 quantizes with several float32 copies of the whole weight and a binary search a number. Here
 a piece stays in the cache while it is scaled and compared with the 15 bounds: the same codes, about 15 times as fast
-(docs/benchmarks.md). A GPU has a kernel for it.
+(docs/log.md). A GPU has a kernel for it.
 """
 
 from __future__ import annotations

@@ -36,7 +36,11 @@ STOPS = {
         "data RECIPE", [("qlora.data.tally:Tally.add", TERM)], 143, STOPPED, {"set": WORKERS}
     ),
     "data, starting processes": (
-        "data RECIPE", [("concurrent.futures.process:ProcessPoolExecutor.submit", INT)], 130, STOPPED, {"set": WORKERS}
+        "data RECIPE data.num_proc=2",
+        [("concurrent.futures.process:ProcessPoolExecutor.submit", INT)],
+        130,
+        STOPPED,
+        {"set": WORKERS},
     ),
     "data, twice": (
         "data RECIPE",

@@ -26,8 +26,8 @@ GOALS = {
     "small": "a small adapter, for many tasks on one base",
 }
 _NF4 = Line("quantization.quant_type", "nf4", "4-bit base: a quarter of the memory of 16 bit")
-_SIXTEEN = Line("quantization", None, "16-bit base: it fits, and no weight is rounded to 4 bit")
-_FAST = Line("quantization", None, "16-bit base: faster than 4-bit weights, which are dequantized at each use")
+_SIXTEEN = Line("quantization", None, "not quantized: it fits, and no weight is rounded to 4 bit")
+_FAST = Line("quantization", None, "not quantized: faster than 4-bit weights, which are dequantized at each use")
 # the best first: (base, rank, the reason for the rank)
 _CANDIDATES = {
     "quality": [(_SIXTEEN, 32, "room to learn"), (_NF4, 32, "room to learn"), (_NF4, 16, "32 does not fit")],

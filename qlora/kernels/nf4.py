@@ -1,8 +1,8 @@
 """Quantize a weight to 4 bit as bitsandbytes does, and dequantize it row by row, fast and in little memory.
 
 On a CPU bitsandbytes 0.50.2 quantizes with several float32 copies of the whole weight and a binary search a number. Here
-a piece stays in the cache while it is scaled and compared with the 15 bounds: the same codes, about 15 times as fast
-(docs/log.md). A GPU has a kernel for it.
+a piece stays in the cache while it is scaled and compared with the 15 bounds: the same codes, about 15 times as fast.
+A GPU has a kernel for it.
 """
 
 from __future__ import annotations

@@ -124,6 +124,8 @@ class Resumed:
         if _TOKENS in now:  # of a run of before there was this field, they are taken to be the same
             then = {_TOKENS: now[_TOKENS]} | then
         changed = [name for name in sorted(now) if now[name] != then.get(name)]
+        if "rows" in changed and _TOKENS in changed:  # other rows have other tokens
+            changed.remove(_TOKENS)
         if any(name in now for name in _LENGTH):
             gone = then.keys() - now.keys() - {"base_model", "base_model.quantized"}
             changed += sorted(gone)

@@ -179,7 +179,7 @@ class _Functions(TorchFunctionMode):
             to, dtype = _destination(func, args, kwargs)
             if to is not None:
                 return _moved(args[0], to, dtype, kwargs.get("non_blocking", False))
-        if func is torch.Tensor.pin_memory:
+        if func is torch.Tensor.pin_memory:  # torch 2.12's DataLoader asks whether there is CUDA, and pins
             return args[0]
         kwargs.pop("pin_memory", None)
         if kwargs.get("device") is None or torch.device(kwargs["device"]).type not in ("cuda", "cpu"):

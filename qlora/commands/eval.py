@@ -13,7 +13,6 @@ from ..evaluation.asked import BUILT_IN, Asked
 from ..jobs.evaluating import choice_rows, measured, win_rate
 from ..jobs.opening import checkpoint_run
 from ..jobs.opening.opened_model import open_subject
-from ..runs.folder import RunDir
 from ..system import launched
 from ..system.devices import say_device
 from ..system.storage import write_json, write_text
@@ -52,7 +51,8 @@ def evaluate(target, data_file=None, overrides=(), max_rows=None, **asked) -> di
         lm_eval_tasks.named(wanted)
     launched.refuse_several(f"qlora eval {shlex.quote(str(target))}")
     say_device()
-    _refuse_unwritable(target)
+    if (run := checkpoint_run.run_at(target)) is not None:
+        run.refuse_unwritable()
     questions = None if wanted.choices is None else choice_rows.prompted(target, overrides, wanted, max_rows)
     subject = open_subject(target, overrides)
     wanted.refuse_for(base_model.task_of(subject.model).HAS_CLASSES, subject.run is not None)
@@ -80,12 +80,6 @@ def evaluate(target, data_file=None, overrides=(), max_rows=None, **asked) -> di
     show_result(target, found.result, kept)
     wanted.check(found.result)
     return found.result
-
-
-def _refuse_unwritable(target):
-    run = RunDir(target) if RunDir.is_run(target) else checkpoint_run.run_of(target)
-    if run is not None:
-        run.refuse_unwritable()
 
 
 def _files(subject, found):

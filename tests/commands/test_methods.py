@@ -1,6 +1,7 @@
 """Each method the whole way: trained, evaluated, exported and proven, or refused with what to do instead."""
 
 import csv
+import json
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,9 @@ def test_it_trains_scores_and_exports_proven(make_recipe, tmp_path, case):
     recipe = make_recipe(family, **sections, training={"max_steps": 4, "learning_rate": 3e-2})
     planned = plan(recipe)
     run = train(recipe)
+    losses = [json.loads(line) for line in run.metrics_file.read_text().splitlines()]
+    losses = [record["loss"] for record in losses if "loss" in record]
+    assert losses[-1] < losses[0]
     scores = evaluate(run.path)
     assert scores["loss"] < scores["before"]["loss"]
     report = export(run.path, tmp_path / "out")

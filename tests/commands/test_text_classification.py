@@ -77,7 +77,7 @@ def test_it_trains_scores_and_exports_a_folder_that_a_pipeline_opens(classify_re
     with live.disable_adapter():
         of_base = logits(live, tokenizer, TEXTS)
     torch.testing.assert_close(logits(exported, tokenizer, TEXTS), ours, rtol=1e-3, atol=1e-4)
-    assert (ours - of_base).abs().max() > 0.01
+    assert (ours - of_base).abs().max() > 0.05
 
     classify = transformers.pipeline("text-classification", str(tmp_path / "out"), top_k=None, dtype=torch.float32)
     for text, each in zip(TEXTS, ours.softmax(-1), strict=True):
@@ -215,7 +215,7 @@ def test_a_classifier_is_trained_further_with_its_head(classify_recipe, tmp_path
     assert evaluate(train(other).path)["before"]["loss"] > 0.3  # a head for other classes is new
     adapter = classify_recipe("distilbert", model={"adapter_name_or_path": str(run.path)}, training={"max_steps": 1},
                               output_dir=str(tmp_path / "adapter"))  # fmt: skip
-    assert losses(train(adapter))[0] < losses(run)[0] - 0.01
+    assert losses(train(adapter))[0] < losses(run)[0] - 0.1
     renamed = [row | {"label": {"pos": "yes", "neg": "no"}[row["label"]]} for row in ROWS]
     with pytest.raises(InputError, match=r"its classes are neg, pos, and those of this training no, yes"):
         train(classify_recipe("distilbert", renamed, model={"adapter_name_or_path": str(run.path)},

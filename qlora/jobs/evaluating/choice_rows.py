@@ -7,9 +7,8 @@ from ...data.sources import File, open_source
 from ...evaluation import choices
 from ...evaluation.choices import Prompted
 from ...recipe import Recipe
-from ...runs.folder import RunDir
 from ...system.errors import InputError
-from ..opening.checkpoint_run import run_of
+from ..opening.checkpoint_run import run_at
 
 
 def prompted(target, overrides, asked, max_rows=None) -> tuple[list[Prompted], dict]:
@@ -36,7 +35,7 @@ def _sources(target, overrides, asked) -> list[str]:
     """Return the paths of the files that examples are taken from."""
     if asked.examples is not None:
         return [str(asked.examples)]
-    run = RunDir(target) if RunDir.is_run(target) else run_of(target)
+    run = run_at(target)
     recipe = None if run is None else Recipe.load(run.recipe_file, overrides)
     files = [file for source in recipe.data.train for file in open_source(source)] if recipe else []
     found = [file for file in files if isinstance(file, File)]

@@ -23,6 +23,11 @@ def run_of(folder):
     return RunDir(folder.parent.parent) if inside and RunDir.is_run(folder.parent.parent) else None
 
 
+def run_at(target):
+    """Return the RunDir that folder `target` is, or is a checkpoint of; None of anything else."""
+    return RunDir(target) if RunDir.is_run(target) else run_of(target)
+
+
 @contextlib.contextmanager
 def finished(target, what_for):
     """Yield the finished run in folder `target`, or what `as_run` makes of a checkpoint there.

@@ -19,7 +19,7 @@ from ...runs.folder import RunDir
 from ...system.errors import InputError
 from ...system.events import note, progress
 from ...system.usual_torch import usual_torch
-from .checkpoint_run import finished, run_of
+from .checkpoint_run import finished, run_at
 from .chosen_task import refuse_classes, refuse_images
 from .opened_model import base_of, open_subject, open_tokenizer, task_of_target
 
@@ -267,7 +267,7 @@ def open_routed(target, adapters=None, adapter=None, overrides=()) -> Routed:
     task = task_of_target(target)
     refuse_images(task, "a conversation")
     refuse_classes(task, "a conversation", "; classify a text with --prompt TEXT")
-    if not RunDir.is_run(target) and run_of(target) is None:
+    if run_at(target) is None:
         if adapters or adapter not in (None, BASE):
             raise InputError(f"{target}: {_NO_RUN}")
         subject = open_subject(target, overrides)

@@ -50,6 +50,7 @@ _FREE = {
     "training.per_device_eval_batch_size",
 }
 _DTYPE, _TASK, _TOKENS = "model.dtype", "task", "tokens"
+_WHY = {_TOKENS: "; the rows are the same and read otherwise: does the chat template write the date?"}
 _PLACE = {"path", "name", "subset", "split", "revision"}
 
 
@@ -138,7 +139,10 @@ class Resumed:
         refused = [name for name in changed if name not in self.allowed]
         if refused:
             many = f"{len(refused)} settings" if len(refused) > 1 else "1 setting"
-            lines = [f"{name}: was {_said(then.get(name))}, is {_said(now.get(name))}" for name in refused]
+            lines = [
+                f"{name}: was {_said(then.get(name))}, is {_said(now.get(name))}{_WHY.get(name, '')}"
+                for name in refused
+            ]
             allow = " ".join(f"--allow-change {name}" for name in refused)
             accept = f", or accept the change with {allow}" if self.what_for == "resume" else ""
             raise InputError(

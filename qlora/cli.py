@@ -40,7 +40,7 @@ def _load(recipe, overrides):
     return Recipe.load(recipe, overrides or ())
 
 
-def _run(verb, as_json, *args, steps=True, **kwargs):
+def _run(verb, as_json, *args, steps=False, **kwargs):
     """Return what a public function of qlora returns; with --json that is printed instead of its lines and tables."""
     hush_libraries()
     import qlora
@@ -103,7 +103,7 @@ def recipes(
         raise InputError("--out is for qlora recipes copy NAME, and --card for qlora recipes")
     verb = {None: "list_recipes", "show": "show_recipe", "copy": "copy_recipe"}[action]
     arguments = {None: [card], "show": [name], "copy": [name, out]}[action]
-    _run(verb, as_json, *arguments, steps=False)
+    _run(verb, as_json, *arguments)
 
 
 @app.command(epilog="Example:  qlora doctor runs --json")
@@ -115,7 +115,7 @@ def doctor(
     from .commands.doctor import doctor
     from .terminal import shown
 
-    with shown(results=not as_json, steps=False):
+    with shown(results=not as_json):
         found = doctor(folder)
     if as_json:
         _print_json(found)
@@ -137,7 +137,7 @@ def train(
     as_json: Json = False,
 ):
     """Train an adapter from a recipe; writes a run folder at its output_dir."""
-    run = _run("train", False, _load(recipe, overrides), resume, allow_change or ())
+    run = _run("train", False, _load(recipe, overrides), resume, allow_change or (), steps=True)
     if as_json and launched.is_first():
         from .runs import record
 
@@ -387,7 +387,7 @@ def report(
     """Write one page on a run or several: verdict, curves, memory, data, answers, proof; it needs no network."""
     if out is None and not as_json:
         raise InputError("give --out PAGE.html, or --json to print the numbers alone")
-    _run("report", as_json, targets, out, steps=False)
+    _run("report", as_json, targets, out)
 
 
 @app.command(epilog='Example:  qlora chat runs/mine --prompt "What can you do?"')

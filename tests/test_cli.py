@@ -39,6 +39,18 @@ def test_importing_the_package_does_not_import_torch():
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
+def test_to_list_what_was_trained_no_library_of_models_is_imported(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 8}')
+    code = (
+        f"import sys; sys.argv = ['qlora', 'adapters', {str(tmp_path)!r}]\n"
+        "from qlora import cli; cli.app(sys.argv[1:], standalone_mode=False)\n"
+        "sys.exit(not {'transformers', 'peft', 'bitsandbytes', 'datasets', 'trl'}.isdisjoint(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "1 in " in done.stdout + done.stderr
+
+
 def test_the_whole_way_from_the_command_line(recipe_file, tmp_path):
     trained = qlora("train", recipe_file, "training.max_steps=3", "--json")
     assert trained.returncode == 0, trained.stderr

@@ -57,12 +57,12 @@ def test_its_rows_are_joined_in_16_bit_too():
 
 @needs_model
 def test_a_real_model_learns_in_a_few_steps_and_its_export_is_proven(tmp_path):
-    quickstart_data.write(tmp_path / "train.jsonl", 32, 0, seed=1)
-    quickstart_data.write(tmp_path / "test.jsonl", 4, 1, seed=1)
+    quickstart_data.write(tmp_path / "train.jsonl", 16, 0, seed=1)
+    quickstart_data.write(tmp_path / "test.jsonl", 2, 1, seed=1)
     path = Path(__file__).parents[1] / "recipes" / "quickstart.yaml"
     overrides = [f"model.name_or_path={FOLDER}", f"data.train={tmp_path}/train.jsonl", f"data.eval={tmp_path}/test.jsonl",
                  f"output_dir={tmp_path}/run", "training.max_steps=4", "training.warmup_ratio=0",
-                 "training.gradient_accumulation_steps=2", "training.learning_rate=2e-3"]  # fmt: skip
+                 "training.gradient_accumulation_steps=1", "training.learning_rate=2e-3"]  # fmt: skip
     run = train(Recipe.load(path, overrides))
     records = [json.loads(line) for line in run.metrics_file.read_text().splitlines()]
     losses = [record["loss"] for record in records if "loss" in record]
@@ -72,6 +72,6 @@ def test_a_real_model_learns_in_a_few_steps_and_its_export_is_proven(tmp_path):
     report = export(run.path, tmp_path / "out")
     assert report["verified"]
     assert report["merged"]["kl"] < 2e-5  # measured 2e-6
-    assert report["merged"]["top1"] > (0.995 if AUTO == "bfloat16" else 0.98)  # of 200 positions; near ties flip
+    assert report["merged"]["top1"] > (0.99 if AUTO == "bfloat16" else 0.96)  # of 100 positions; near ties flip
     assert report["base_model"]["kl"] > 0.1
     assert len(report["modules"]) == 210

@@ -9,7 +9,7 @@ from ..terminal import shown
 from ..terminal.tables import show, text_table
 
 
-@shown(steps=False)
+@shown()
 def doctor(folder="runs") -> dict:
     """Return {"checks": [{"name", "ok", "found", "remedy"}]}: versions, device, a real NF4 step, optimizer, disk, memory.
 

@@ -16,7 +16,7 @@ from ..terminal.tables import show
 _ENDS = (".html", ".htm")
 
 
-@shown(steps=False)
+@shown()
 def report(targets, out=None) -> dict:
     """Write a page on what `targets` are to the file `out`, and the same numbers beside it as JSON; return these.
 

@@ -37,7 +37,7 @@ from ..terminal.training import (
 from ..training import processes, sharding
 
 
-@shown()
+@shown(steps=True)
 @usual_torch()
 def train(recipe: Recipe, resume=False, allow_change=()) -> RunDir:
     """Train the adapters that `recipe` describes; return the finished run folder.

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 import types
 
 import numpy as np
@@ -147,12 +146,8 @@ def _lacks_flash(query):
 
 @functools.cache
 def _capability(device):
-    """Return (major, minor) of an NVIDIA card, or None: another device, or a torch whose varlen_attn will not do.
-
-    Builds without flash attention exist, and torch 2.12 is the first to have scale, window_size and enable_gqa.
-    """
-    complete = "enable_gqa" in inspect.signature(varlen_attn).parameters
-    if device.type != "cuda" or torch.version.cuda is None or not complete:
+    """Return (major, minor) of an NVIDIA card, or None: another device, or a build of torch without flash attention."""
+    if device.type != "cuda" or torch.version.cuda is None:
         return None
     return torch.cuda.get_device_capability(device) if torch.backends.cuda.is_flash_attention_available() else None
 

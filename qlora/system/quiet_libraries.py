@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import sys
 import warnings
 
 _TALKATIVE = (
@@ -12,14 +13,25 @@ _TALKATIVE = (
     "torch.utils._pytree",  # how torchao 0.18 registers its enumerations
 )
 
+# what they read when they are imported: that a verb needs them is not for here to say, and takes seconds
+_SURROUNDINGS = {
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",  # transformers goes by this too
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+}
+_READ_ONCE = {"huggingface_hub", "transformers", "datasets"}
+
 
 def hush_libraries():
     """Silence what the libraries print in every run: their bars, and warnings about their own future versions.
 
     Called by the command line, before they are imported. Errors, and warnings of other kinds, still show.
     """
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    for name, value in _SURROUNDINGS.items():
+        os.environ.setdefault(name, value)
+    if _READ_ONCE & sys.modules.keys():  # in a program that has imported them already
+        _hush_bars()
     _hush()
 
 
@@ -35,6 +47,7 @@ def hushed():
     with warnings.catch_warnings():
         try:
             _hush()
+            _hush_bars()
             transformers_logging.set_verbosity_error()
             yield
         finally:
@@ -51,6 +64,9 @@ def _hush():
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|trl|accelerate|torch)\.")
     for name in _TALKATIVE:
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _hush_bars():
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()

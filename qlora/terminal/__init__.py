@@ -12,11 +12,11 @@ _is_decided = ContextVar("is_decided", default=False)  # whether and how verbs a
 
 
 @contextlib.contextmanager
-def shown(results=True, steps=True):
+def shown(results=True, steps=False):
     """Show on the terminal what is emitted in the block, or in the function that this decorates.
 
     Notes and bars go to stderr, results, where they are wanted, to stdout. The outermost block decides for those in it.
-    steps: those of a training; without them no library of models is imported, which may be broken.
+    steps: those of a training too; without them no library of models is imported, which takes seconds and may be broken.
     """
     if _is_decided.get():
         yield

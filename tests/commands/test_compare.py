@@ -337,6 +337,7 @@ def test_a_variant_goes_on_from_what_another_has_trained(comparison, pairs):
     assert (orpo.recipe.dpo, orpo.recipe.objective.key, orpo.recipe.data.train[0].path) == (None, "orpo", pairs)
 
 
+@pytest.mark.slow
 def test_trainings_with_other_objectives_are_compared_on_the_same_pairs(comparison, in_process, pairs, tmp_path):
     path = comparison(
         variants={

@@ -15,6 +15,7 @@ from qlora.jobs.comparing import compared_runs
 from qlora.runs.folder import RunDir
 from qlora.system.errors import DoesNotFit, InputError
 from tests.commands.test_compare import comparison, in_process, without_times  # noqa: F401 (fixtures)
+from tests.conftest import some_slow
 
 STEPS = 400  # of a few milliseconds each
 
@@ -94,7 +95,7 @@ def test_a_training_that_still_runs_is_left_alone(comparison, in_process, tmp_pa
     assert compare(path, resume=True)["rows"][0]["status"] == "done"
 
 
-@pytest.mark.parametrize("written", [0, 1])
+@pytest.mark.parametrize("written", some_slow([0, 1], [0]))
 def test_one_that_ended_while_it_began_can_be_begun_again(comparison, in_process, tmp_path, monkeypatch, written):  # noqa: F811
     """It was refused with --resume, as there was no comparison.yaml yet, and without, as the folder was not empty."""
     path, real, calls = comparison(), compared_runs.write_text, iter(range(99))
@@ -156,6 +157,7 @@ def test_an_output_dir_in_a_file_is_refused(comparison, tmp_path):  # noqa: F811
     assert (tmp_path / "file").read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_a_picture_is_whole_or_absent(comparison, in_process, tmp_path, monkeypatch):  # noqa: F811
     pytest.importorskip("matplotlib", reason="the extra `plot` is not installed")
     path = comparison()

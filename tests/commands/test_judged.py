@@ -11,7 +11,7 @@ from qlora.recipe import Recipe
 from qlora.system.errors import InputError
 from tests.commands.test_preferences import ROWS as PAIRS
 from tests.commands.test_preferences import computed, records, stopped_after_4, weights
-from tests.conftest import write_jsonl
+from tests.conftest import some_slow, write_jsonl
 
 ROWS = [
     {"prompt": row["prompt"], "completion": row[which], "label": which == "chosen"}
@@ -59,7 +59,7 @@ def test_a_run_learns_what_is_good_and_its_evaluation_says_so(judged, kto, capsy
 
 
 @pytest.mark.usefixtures("unplanned")
-@pytest.mark.parametrize("together", ["auto", None])
+@pytest.mark.parametrize("together", some_slow(["auto", None], [None]))
 def test_a_run_that_was_stopped_goes_on_to_the_bit(judged, tmp_path, monkeypatch, together):
     training = {"logging_steps": 3, "max_steps": 6, "tokens_per_micro_batch": together}
     whole = train(judged(training=training, output_dir=str(tmp_path / "whole")))
@@ -114,6 +114,7 @@ def test_a_distance_that_does_not_fit_is_measured_in_halves(judged, tmp_path, mo
         assert other["kl"] == pytest.approx(one["kl"], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_pairs_are_judged_rows_too_and_an_export_is_proven(judged, tmp_path, capsys):
     recipe = judged(rows=PAIRS)
     run = train(recipe)

@@ -21,7 +21,7 @@ from qlora.recipe import Recipe
 from qlora.runs.folder import RunDir
 from qlora.system.errors import InputError, Interrupted, TrainingFailed
 from qlora.training.reliable_trainer import Reliable
-from tests.conftest import write_jsonl
+from tests.conftest import some_slow, write_jsonl
 
 ROWS = [
     {
@@ -101,7 +101,7 @@ def stopped_after_4(recipe, monkeypatch):
 
 
 @pytest.mark.usefixtures("unplanned")
-@pytest.mark.parametrize("together", ["auto", None])
+@pytest.mark.parametrize("together", some_slow(["auto", None], [None]))
 def test_a_run_that_was_stopped_goes_on_to_the_bit(pairs, tmp_path, monkeypatch, together):
     training = {"logging_steps": 3, "max_steps": 6, "tokens_per_micro_batch": together}
     whole = train(pairs(training=training, output_dir=str(tmp_path / "whole")))
@@ -218,6 +218,7 @@ def test_chosen_answers_that_are_much_longer_are_said(pairs, tmp_path, capsys):
     assert "CHOSEN ANSWERS ARE MUCH LONGER" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unplanned")
 def test_an_adapter_that_was_trained_with_dropout_goes_on_without(pairs, make_recipe, tmp_path):
     first = train(make_recipe(lora={"lora_dropout": 0.1, "use_dora": True}, output_dir=str(tmp_path / "sft")))

@@ -528,6 +528,7 @@ writer.close()
 """
 
 
+@pytest.mark.slow
 def test_what_we_refuse_is_converted_by_llama_cpps_own_converter(tmp_path, monkeypatch, gpt_neox):
     script(tmp_path / "llama.cpp" / "convert_hf_to_gguf.py", REAL_CONVERTER)
     monkeypatch.setenv("LLAMA_CPP", str(tmp_path / "llama.cpp"))

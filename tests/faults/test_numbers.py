@@ -197,6 +197,7 @@ def test_a_run_that_diverges_is_paused_and_its_last_good_checkpoint_kept(make_re
     assert records(run)[-1]["step"] == 40
 
 
+@pytest.mark.slow
 def test_without_the_watchdog_it_goes_on(make_recipe, tmp_path):
     train(
         make_recipe(

@@ -83,6 +83,7 @@ def found(run):
     )
 
 
+@pytest.mark.slow
 def test_a_run_that_memory_has_ended_goes_on_to_the_bit(recipe_of, monkeypatch, tmp_path):
     lines, weights = found(train(recipe_of("whole")))
     assert len([line for line in lines if "loss" in line]) == 4

@@ -66,6 +66,7 @@ def permitted(command):
     return subprocess.run(command, capture_output=True).returncode == 0
 
 
+@pytest.mark.slow
 def test_in_hard_surroundings_the_bits_are_the_same(tiny, tmp_path, monkeypatch):
     """No home, no temporary folder, no network, no GPU, 64 files, ASCII, a terminal of 20 columns, odd names: all at once."""
     recipe = tiny(tmp_path / ODD)

@@ -66,6 +66,7 @@ def assert_killed_at_files(result):
     assert any(name.endswith(".partial") for found in result["found"].values() for name in found["before"])
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_and_resumed_the_bits_are_the_same(longer):
     assert_killed_at_random(killed(longer, "at-random", 2, 1), 2)
 

@@ -25,6 +25,7 @@ QUICK = {
 SLOW = {
     "benchmark_counts.py": "--model MODEL --data ROWS --micro-batches 2",
     "benchmark_load.py": "--gib 0.02 --shards 2 --rounds 1",
+    "benchmark_start.py": "--model MODEL --rounds 1",
     "benchmark_threads.py": "--busy 0 --steps 1 --rounds 1 --layers 1 --tokens 32 --threads 1",
     "benchmark_data.py": "--model MODEL --data ALPACA --rows 8 --repeats 1 --max-length 256",
     "benchmark_train.py": "--model MODEL --full-rows 32 --steps 4 --rounds 1 --batch 2 --json OUT",

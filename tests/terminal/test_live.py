@@ -71,7 +71,7 @@ def emit_all(*told):
 @pytest.mark.parametrize("width", [80, 140])
 def test_all_that_is_known_is_seen_at_once(screen, width):
     it = screen(width)
-    with shown(), events.progress(training.TRAINING):
+    with shown(steps=True), events.progress(training.TRAINING):
         emit_all(PLANNED, Begun(0, 100, 0), *(step(number, 3 - number / 50) for number in range(1, 51)))
         emit_all(
             Evaluation(50, 1.0, 2.25, 50.0, {"eval_accuracy": 0.5}), Samples(50, 1.0, (SAMPLE,), 50.0), step(51, 1.98)
@@ -104,7 +104,7 @@ def test_all_that_is_known_is_seen_at_once(screen, width):
 
 def test_before_the_first_step_it_says_so(screen):
     it = screen(80)
-    with shown(), events.progress(training.TRAINING):
+    with shown(steps=True), events.progress(training.TRAINING):
         emit_all(Begun(5, 1000, 0))
         it.draw()
         assert "step      6 of 1,000 is running" in it.seen().text
@@ -120,7 +120,7 @@ def test_what_is_said_meanwhile_stands_above_it_whole_and_the_view_goes_away(scr
             print(f"a print at {event.step}")
             it.draw()
 
-    with shown(), events.heard_by(hear):
+    with shown(steps=True), events.heard_by(hear):
         train(make_recipe(training={"max_steps": 3, "eval_steps": 2}))
     terminal = it.seen()
     for number in (1, 2, 3):
@@ -139,7 +139,7 @@ def test_a_training_that_fails_leaves_nothing_of_it(screen):
     it = screen(80)
 
     def fail():
-        with shown(), events.progress(training.TRAINING):
+        with shown(steps=True), events.progress(training.TRAINING):
             emit_all(Begun(0, 10, 0), step(1))
             it.draw()
             assert "gradient norm" in it.seen().text
@@ -153,7 +153,7 @@ def test_a_training_that_fails_leaves_nothing_of_it(screen):
 
 def test_the_next_training_begins_with_an_empty_view(screen):
     it = screen(80)
-    with shown():
+    with shown(steps=True):
         with events.progress(training.TRAINING):
             emit_all(Begun(0, 10, 0), step(7, 1.2345))
         with events.progress("loading"):
@@ -170,7 +170,7 @@ def test_the_next_training_begins_with_an_empty_view(screen):
 def test_a_service_and_a_terminal_that_cannot_move_back_get_none(screen, monkeypatch, setting):
     it = screen(80)
     monkeypatch.setenv(*setting)
-    with shown(), events.progress(training.TRAINING):
+    with shown(steps=True), events.progress(training.TRAINING):
         emit_all(Begun(0, 10, 0), step(1))
         if it.displays:
             it.draw()
@@ -180,7 +180,7 @@ def test_a_service_and_a_terminal_that_cannot_move_back_get_none(screen, monkeyp
 
 
 def test_a_file_gets_the_lines_that_it_got_before(capsys):
-    with shown(), events.progress(training.TRAINING):
+    with shown(steps=True), events.progress(training.TRAINING):
         emit_all(
             Begun(0, 2, 0),
             step(1),

@@ -108,6 +108,7 @@ def test_the_first_weights_are_those_of_the_adapter_not_what_bfloat16_keeps_of_t
         assert all((values - values.bfloat16().float()).abs().max() > 1e-4 for values in first.values())
 
 
+@pytest.mark.slow
 def test_several_micro_batches_a_step_share_one_scale(fit, monkeypatch):
     """A step that is left out for one of them leaves nothing of the others to the next."""
     monkeypatch.setattr(loss_scale, "INITIAL", 2.0**21)

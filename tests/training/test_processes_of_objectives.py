@@ -60,7 +60,7 @@ def trained_by(count, recipe, folder, name, *arguments):
     ("objective", "together"),
     [
         ("dpo", OF_ROWS),
-        ("kto", OF_TOKENS),
+        pytest.param("kto", OF_TOKENS, marks=pytest.mark.slow),
         pytest.param("dpo", OF_TOKENS, marks=pytest.mark.slow),
         pytest.param("kto", OF_ROWS, marks=pytest.mark.slow),
         pytest.param("orpo", OF_TOKENS, marks=pytest.mark.slow),
@@ -123,7 +123,8 @@ def test_a_process_that_has_only_good_answers_measures_with_one_that_has_only_ba
         assert {"rewards/chosen", "rewards/rejected", "rewards/margins", "kl"} <= line.keys()
 
 
-@pytest.mark.parametrize("objective", [pytest.param("dpo", marks=pytest.mark.slow), "kto"])
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["dpo", "kto"])
 def test_a_run_of_two_goes_on_with_one_and_the_other_way_round(preferring, tmp_path, objective):
     """Its reference stays the model as it was when training began, and a log has steps from before and after."""
     training = {"logging_steps": 3, "save_steps": 2, "lr_scheduler_type": "constant", "max_steps": 2}

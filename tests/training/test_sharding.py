@@ -84,6 +84,7 @@ def test_a_process_holds_half_of_the_codes(tiny_model):
             assert half[name].digest_of_codes == base_model.digest(module.weight.data)
 
 
+@pytest.mark.slow
 def test_one_process_goes_on_from_two_whose_shares_were_offloaded_and_its_export_is_proven(make_recipe, tmp_path):
     steps = {**STEPS, "logging_steps": 1, "lr_scheduler_type": "constant", "save_steps": 2, "max_steps": 2}
     recipe = make_recipe(training=steps, quantization=FLOAT32)

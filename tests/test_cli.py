@@ -52,7 +52,7 @@ def test_to_list_what_was_trained_no_library_of_models_is_imported(tmp_path):
 
 
 def test_the_whole_way_from_the_command_line(recipe_file, tmp_path):
-    trained = qlora("train", recipe_file, "training.max_steps=3", "--json")
+    trained = forked.run("train", recipe_file, "training.max_steps=3", "--json")
     assert trained.returncode == 0, trained.stderr
     assert json.loads(trained.stdout)["last"]["step"] == 3
     assert "100% of rows end with a stop token" in trained.stderr

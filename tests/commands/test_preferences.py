@@ -176,7 +176,7 @@ def test_an_export_is_proven_on_the_chosen_answers_and_reports_know_the_run(pair
 
 
 @pytest.mark.usefixtures("unplanned")
-@pytest.mark.parametrize("together", ["auto", None])
+@pytest.mark.parametrize("together", some_slow(["auto", None], [None]))
 def test_a_step_is_the_same_however_its_pairs_are_split(pairs, tmp_path, together):
     steps = []
     for rows, micro_batches in ((4, 1), (2, 2), (1, 4)):
@@ -281,7 +281,10 @@ def test_a_training_that_makes_the_chosen_answers_unlikely_is_ended_and_says_why
 @pytest.mark.usefixtures("unplanned")
 @pytest.mark.parametrize(
     ("rate", "both_ways", "expected"),
-    [(1e-8, False, "the learning rate is too low"), (1e-2, True, "no preference is learned"), (1e-2, False, None)],
+    some_slow(
+        [(1e-8, False, "the learning rate is too low"), (1e-2, True, "no preference is learned"), (1e-2, False, None)],
+        but=[(1e-2, True, "no preference is learned")],
+    ),
 )
 def test_rewards_that_say_that_nothing_is_learned(pairs, capsys, rate, both_ways, expected):
     settings = {"max_steps": 24, "logging_steps": 1, "learning_rate": rate, "eval_steps": None, "save_steps": None}

@@ -56,9 +56,9 @@ pytestmark = pytest.mark.skipif(not FILES.is_dir(), reason=f"no copies of public
             marks=pytest.mark.slow,
         ),
         pytest.param("oasst1_messages.jsonl", 723, "messages", {}, marks=pytest.mark.slow),
-        ("oasst_zh_history.json", 519, "alpaca", {}),
+        pytest.param("oasst_zh_history.json", 519, "alpaca", {}, marks=pytest.mark.slow),
         pytest.param("sgd_tool_dialogues.jsonl", 300, "messages", TOOLS, marks=pytest.mark.slow),
-        ("snips_json_dev.jsonl", 700, "messages", {}),
+        pytest.param("snips_json_dev.jsonl", 700, "messages", {}, marks=pytest.mark.slow),
         pytest.param("snips_json_train.jsonl", 12806, "messages", {}, marks=pytest.mark.slow),  # as the rows of dev
         ("sst2_dev.csv", 872, "completion", SST2),
         pytest.param("sst2_train.csv", 6917, "completion", SST2, marks=pytest.mark.slow),  # likewise

@@ -12,6 +12,7 @@ from qlora.exporter.gguf import adapter as gguf_adapter
 from qlora.exporter.gguf import converter
 from qlora.exporter.gguf import tensors as gguf_tensors
 from qlora.system.errors import InputError, ProofFailed
+from tests.conftest import some_slow
 
 gguf = pytest.importorskip("gguf", reason="no gguf; pip install '.[gguf]'")
 pytestmark = pytest.mark.usefixtures("unplanned")
@@ -53,7 +54,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", some_slow(CASES, but=["gpt2", "phi3", "llama patterns"]))
 def test_base_and_adapter_are_the_merged_file(case, make_recipe, tmp_path):
     family = case.partition(" ")[0]
     run = train(make_recipe(family, lora=CASES[case], quantization=None))

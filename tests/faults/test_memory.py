@@ -73,7 +73,11 @@ MIB = 1 << 20
             r"in the rehearsal, before the first step: ",
             marks=pytest.mark.slow,
         ),
-        (f"before(supervised.Trainer, 'training_step', 1, {48 * MIB})", r"in step [23], micro-batch \d+: "),
+        pytest.param(
+            f"before(supervised.Trainer, 'training_step', 1, {48 * MIB})",
+            r"in step [23], micro-batch \d+: ",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_run_that_the_system_refuses_memory_goes_on_with_less_or_says_what_to_change(

@@ -354,7 +354,7 @@ def test_a_disk_that_fills_up_while_training_is_survived(recipe_file, tmp_path, 
     assert all((a[name] == b[name]).all() for name in a)
 
 
-@pytest.mark.parametrize("left", [0, 30_000])
+@pytest.mark.parametrize("left", [pytest.param(0, marks=pytest.mark.slow), 30_000])
 def test_a_disk_that_fills_up_before_the_adapter_is_written_costs_no_step(recipe_file, tmp_path, left):
     """Libraries in Rust have errors of their own for that, with a traceback until they were known."""
     said = on_a_disk_of(12_000_000, tmp_path, recipe_file, full_at=4, left=left)

@@ -40,8 +40,10 @@ def begun(busy=SHORT, **surroundings):
         yield process
 
 
-@pytest.mark.parametrize("busy", [SHORT, LONG], ids=["short steps", "a long step"])
-@pytest.mark.parametrize("number", [None, signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "busy", [SHORT, pytest.param(LONG, marks=pytest.mark.slow)], ids=["short steps", "a long step"]
+)
+@pytest.mark.parametrize("number", [None, pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_it_is_told_once_and_saves(busy, number):
     """Ctrl-C in a terminal, and a scheduler's SIGTERM, come to both; then the other closes the pipe."""
     with begun(busy) as process:
@@ -67,7 +69,7 @@ def test_without_a_parent_that_asks_for_it_stdin_means_nothing():
     assert done.stdout == "begun False\nsaved after 2\n"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_what_a_launcher_passes_on_is_no_second_signal(number):
     """A scheduler tells all processes of a job; torchrun gets it too, and tells its own."""
     with begun(WORLD_SIZE="2", RANK="0", LOCAL_RANK="0", LOCAL_WORLD_SIZE="2") as process:

@@ -110,7 +110,7 @@ def test_a_run_that_runs_out_is_to_the_bit_the_run_that_never_did(limited, how):
         assert changes(run)[0].rows
 
 
-@pytest.mark.parametrize("joined", [False, True], ids=["padded", "joined"])
+@pytest.mark.parametrize("joined", [pytest.param(False, marks=pytest.mark.slow), True], ids=["padded", "joined"])
 def test_where_all_layers_do_not_do_the_rows_go_in_halves_to_the_same_gradients(limited, tokenizer, joined):
     how = {"checkpointed_layers": 2, "float32": True, "gradient_accumulation_steps": 2, "learning_rate": 1e-3}
     examples = [encode(tokenizer, messages(turns)) for turns in UNEVEN]

@@ -41,14 +41,25 @@ def _load(recipe, overrides):
 
 
 def _run(verb, as_json, *args, steps=True, **kwargs):
-    """Return what a public function of qlora returns; with --json that is printed instead of its lines and tables."""
+    """Return what a public function of qlora returns; with --json that is printed instead of its lines and tables, also where
+    the verb had found it all and then ended with an error."""
     hush_libraries()
     import qlora
 
+    from .system import events
     from .terminal import shown
 
-    with shown(results=not as_json, steps=steps):
-        result = getattr(qlora, verb)(*args, **kwargs)
+    found: list[dict] = []
+    try:
+        with (
+            shown(results=not as_json, steps=steps),
+            events.heard_by(lambda event: found.append(event.value) if isinstance(event, events.Found) else None),
+        ):
+            result = getattr(qlora, verb)(*args, **kwargs)
+    except Exception:
+        if as_json and found:
+            _print_json(found[-1])
+        raise
     if as_json:
         _print_json(result)
     return result

@@ -124,12 +124,12 @@ def _refuse_existing(out):
 def _write(out, header, lines, footer=()):
     """Write the recipe, show it, and say what to type next."""
     text = commented.as_text(header, lines, footer)
-    Path(out).parent.mkdir(parents=True, exist_ok=True)
-    _refuse_existing(out)  # planning takes a while
-    write_text(out, text)
     show("")
     for line in text.splitlines():
         show(line)
     show("")
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    _refuse_existing(out)  # planning takes a while
+    write_text(out, text)
     note(f"recipe    {out}")
     note(f"next      qlora train {shlex.quote(str(out))}")

@@ -93,8 +93,7 @@ def init(
             raise InputError("--from reads all from its file; leave out --model, --data, --card and --goal")
         _run("migrate", as_json, source, out, overrides or ())
         return
-    hush_libraries()
-    from .commands.init import ask
+    from .commands.ask import ask
 
     _run("init", as_json, *ask(model, data, card, goal), out, overrides or ())
 

@@ -17,14 +17,9 @@ from ...system.units import size
 from ..opening.chosen_task import task_of
 from ..opening.prepared_data import Prepared, prepare, refuse_pointless, with_method_of
 from .data_looked_at import Divided, Looked, divide, look
+from .goals import GOALS
 from .plan_job import Budget, budget_of, computer_of, is_cpu, job_of, not_supported
 
-GOALS = {
-    "quality": "the best answers that the card allows",
-    "speed": "the shortest training",
-    "long": "rows as long as the card allows",
-    "small": "a small adapter, for many tasks on one base",
-}
 _NF4 = Line("quantization.quant_type", "nf4", "4-bit base: a quarter of the memory of 16 bit")
 _SIXTEEN = Line("quantization", None, "not quantized: it fits, and no weight is rounded to 4 bit")
 _FAST = Line("quantization", None, "not quantized: faster than 4-bit weights, which are dequantized at each use")

@@ -144,13 +144,17 @@ def compare_runs(one, other, data=None) -> dict:
 
     rows: as of a comparison, with "judge", as of `evaluate`, None where no judge was asked. differences: of recipe, data,
     versions and base model: [name, of one, of the other]. change: of each metric from one to the other, where both were measured
-    on the same rows. data: the file of them, as of `evaluate`; None: those that they have held out.
+    on the same rows. data: the file of them, as of `evaluate`; None: those that they have held out. Runs that were evaluated on
+    the first N of them only are compared on these.
 
     Raises:
         InputError: one of them is no finished run, or its folder is damaged; or it was not evaluated on `data`.
     """
     runs = [RunDir.open(path) for path in (one, other)]
     name = None if data is None else eval_rows.name_of_file(data, runs[0].recipe().task)
+    whole, name = name, eval_rows.name_in_all(runs, name)
+    if name != whole:
+        note(f"on as many of the rows as both were evaluated on: evals/{name}.json")
     if missing := [run for run in runs if name is not None and run.scores(name) is None]:
         raise InputError(
             f"{missing[0].path}: not evaluated on {data} yet; run:  "

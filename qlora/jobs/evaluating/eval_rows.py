@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -97,6 +98,19 @@ def name_of_file(file, task, max_rows=None):
 
 def joined_name(name, max_rows, *words):
     return "-".join([name, *words, *([] if max_rows is None else [f"{max_rows}-rows"])])
+
+
+def name_in_all(runs, name=None):
+    """Return the name in evals/ of the score that all RunDirs have on the rows of the score `name`: that itself where they do,
+    else of the most of its first rows (`qlora eval RUN --max-rows N`); `name` where there is none either."""
+    if all(run.scores(name) is not None for run in runs):
+        return name
+    named = re.compile(re.escape(name or "held-out") + r"-(\d+)-rows")
+    counts = [
+        {int(found[1]) for path in run.evals.glob("*.json") if (found := named.fullmatch(path.stem))} for run in runs
+    ]
+    in_all = set.intersection(*counts)
+    return joined_name(name or "held-out", max(in_all)) if in_all else name
 
 
 def general_rows(subject, file):

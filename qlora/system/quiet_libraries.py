@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import threading
 import warnings
 
 _TALKATIVE = (
@@ -25,17 +26,42 @@ def hush_libraries():
 
 @contextlib.contextmanager
 def hushed():
-    """Do the same while the block runs, in a program of somebody else: afterwards they print as they did."""
+    """Do the same while the block runs, in a program of somebody else: afterwards they print as they did.
+
+    What the libraries print is of the whole process: of blocks in several threads, the last to end restores it.
+    """
+    global _num_blocks
+    with _lock:
+        if not _num_blocks:
+            _restored.enter_context(_hushed())
+        _num_blocks += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _num_blocks -= 1
+            if not _num_blocks:
+                _restored.close()
+
+
+_lock, _num_blocks, _restored = threading.Lock(), 0, contextlib.ExitStack()
+
+
+@contextlib.contextmanager
+def _hushed():
     from datasets.utils import are_progress_bars_disabled, enable_progress_bars
+    from huggingface_hub import utils as hub
     from transformers.utils import logging as transformers_logging
 
     loggers = [logging.getLogger(name) for name in _TALKATIVE]
     levels, verbosity = [logger.level for logger in loggers], transformers_logging.get_verbosity()
     had_bars, datasets_had_bars = transformers_logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
+    hub_had_bars = not hub.are_progress_bars_disabled()  # of downloads: the command line shows them
     with warnings.catch_warnings():
         try:
             _hush()
             transformers_logging.set_verbosity_error()
+            hub.disable_progress_bars()
             yield
         finally:
             transformers_logging.set_verbosity(verbosity)
@@ -45,6 +71,8 @@ def hushed():
                 transformers_logging.enable_progress_bar()
             if datasets_had_bars:
                 enable_progress_bars()
+            if hub_had_bars:
+                hub.enable_progress_bars()
 
 
 def _hush():

@@ -66,7 +66,7 @@ def machine_of(card) -> Machine:
         return Machine("cuda", budget_of(plain, card=card), computer_of(card))
 
 
-def choose(model, data_file, machine: Machine, goal, overrides=(), output_dir=None) -> Chosen:
+def choose(model, data_file, machine: Machine, goal, overrides=()) -> Chosen:
     """Return the first recipe of `goal` whose plan fits; for "speed" the fastest of those.
 
     overrides: `section.field=value` that the recipe keeps, whatever would be chosen.
@@ -82,7 +82,7 @@ def choose(model, data_file, machine: Machine, goal, overrides=(), output_dir=No
     if (given.get("data") or {}).get("eval_fraction"):  # instead of the folder's own held-out rows
         divided = Divided(divided.train)
     looked = _looked(divided.train, given)
-    start = _start(model, divided, looked, output_dir or _new_folder(data_file))
+    start = _start(model, divided, looked, _new_folder(data_file))
     limit = _limit(values_of(start), overrides)
     rough = [Line("data.max_length", limit), Line("data.overlong", "drop"), *_candidate(*_CANDIDATES[goal][0])]
     prepared = prepare(_recipe([*start, *rough], overrides), weights=False, on=machine.on)

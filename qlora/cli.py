@@ -40,15 +40,26 @@ def _load(recipe, overrides):
     return Recipe.load(recipe, overrides or ())
 
 
-def _run(verb, as_json, *args, steps=False, **kwargs):
-    """Return what a public function of qlora returns; with --json that is printed instead of its lines and tables."""
-    hush_libraries()
+def _run(verb, as_json, *args, steps=False, models=True, **kwargs):
+    """Return what a public function of qlora returns; with --json that is printed instead of its lines and tables, also where
+    the verb had found it all and then ended with an error. models: whether it needs their libraries, which take seconds to import."""
+    hush_libraries(models)
     import qlora
 
+    from .system import events
     from .terminal import shown
 
-    with shown(results=not as_json, steps=steps):
-        result = getattr(qlora, verb)(*args, **kwargs)
+    found: list[dict] = []
+    try:
+        with (
+            shown(results=not as_json, steps=steps),
+            events.heard_by(lambda event: found.append(event.value) if isinstance(event, events.Found) else None),
+        ):
+            result = getattr(qlora, verb)(*args, **kwargs)
+    except Exception:
+        if as_json and found:
+            _print_json(found[-1])
+        raise
     if as_json:
         _print_json(result)
     return result
@@ -82,8 +93,7 @@ def init(
             raise InputError("--from reads all from its file; leave out --model, --data, --card and --goal")
         _run("migrate", as_json, source, out, overrides or ())
         return
-    hush_libraries()
-    from .commands.init import ask
+    from .commands.ask import ask
 
     _run("init", as_json, *ask(model, data, card, goal), out, overrides or ())
 
@@ -103,7 +113,7 @@ def recipes(
         raise InputError("--out is for qlora recipes copy NAME, and --card for qlora recipes")
     verb = {None: "list_recipes", "show": "show_recipe", "copy": "copy_recipe"}[action]
     arguments = {None: [card], "show": [name], "copy": [name, out]}[action]
-    _run(verb, as_json, *arguments)
+    _run(verb, as_json, *arguments, models=False)
 
 
 @app.command(epilog="Example:  qlora doctor runs --json")
@@ -160,7 +170,7 @@ def plan(
 ):
     """Say what training will cost and whether it fits, from config.json alone; exit code 3 if it does not."""
     if card == "list":
-        _run("list_cards", as_json)
+        _run("list_cards", as_json, models=False)
         return
     if recipe is None:
         raise InputError("qlora plan needs a recipe: qlora plan RECIPE; see recipes/")
@@ -324,7 +334,7 @@ def adapters(
     as_json: Json = False,
 ):
     """List runs, checkpoints and adapters with what they were trained on and how good they are."""
-    _run("adapters", as_json, folder)
+    _run("adapters", as_json, folder, models=False)
 
 
 @app.command(epilog="Example:  qlora compare comparisons/methods.yaml --resume")
@@ -387,7 +397,7 @@ def report(
     """Write one page on a run or several: verdict, curves, memory, data, answers, proof; it needs no network."""
     if out is None and not as_json:
         raise InputError("give --out PAGE.html, or --json to print the numbers alone")
-    _run("report", as_json, targets, out)
+    _run("report", as_json, targets, out, models=False)
 
 
 @app.command(epilog='Example:  qlora chat runs/mine --prompt "What can you do?"')

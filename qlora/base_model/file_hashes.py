@@ -13,7 +13,6 @@ import math
 import os
 import threading
 import time
-import uuid
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -66,11 +65,9 @@ def _remember(path, stamp, start, facts):
     if newest > start - _SETTLED_SECONDS or stamp != _stamp(path):
         return
     place = _place(path)
-    own = place.with_name(f"{place.stem}.{uuid.uuid4().hex}")  # other processes may be writing the same
     with contextlib.suppress(OSError):  # of a cache that cannot be written nothing is lost but time
         place.parent.mkdir(parents=True, exist_ok=True)
-        write_json(own, _entry(stamp, facts))
-        os.replace(own, place)
+        write_json(place, _entry(stamp, facts))
 
 
 def _entry(stamp, facts):

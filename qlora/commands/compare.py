@@ -16,7 +16,7 @@ from ..recipe.comparison import RESULT, Comparison
 from ..runs.folder import RunDir
 from ..system import launched
 from ..system.errors import DoesNotFit, InputError, Interrupted
-from ..system.events import note
+from ..system.events import Found, emit, note
 from ..system.storage import locked, write_json, write_text
 from ..system.units import duration, latency, size
 from ..terminal import shown
@@ -51,11 +51,13 @@ def compare(path, overrides=(), resume=False, dry_run=False) -> dict:
         folder.try_again()
         try:
             _train_all(folder, path, {one["name"]: one for one in planned})
-            found = _write(folder, path, last=True)
+            found = _found(folder, path, last=True)
+            show_comparison(found)
+            emit(Found(found))
+            _write(folder, found)
         except Interrupted as stopped:
             command = shlex.join(["qlora", "compare", str(path), *overrides, "--resume"])
             raise Interrupted(stopped.number, f"stopped; what is there is kept; go on with:  {command}") from None
-    show_comparison(found)
     note(f"tables and pictures in {folder.path}: comparison.md, .csv, .json, .png")
     return found
 
@@ -110,15 +112,13 @@ def _train_all(folder, path, planned):
             left = f", about {duration((time.monotonic() - begun) / number * (len(entries) - number))} left"
         note(f"[{done + number + 1}/{len(folder.entries)}] {entry.name}{left}")
         train_one(folder, entry)
-        _write(folder, path)
+        _write(folder, _found(folder, path))
 
 
-def _write(folder, path, last=False):
-    """Write the table of what there is into the folder, and return it. last: nothing more will be trained."""
+def _found(folder, path, last=False):
+    """Return the comparison.json of what there is. last: nothing more will be trained."""
     found = comparison_table.of_folder(folder, path)
     runs = [RunDir(row["run"]) for row in found["rows"] if row["status"] == DONE]
-    if runs:
-        page.draw(folder.path / "comparison.png", found)
     prompt = measured(runs[0], folder.scores).rows[0][0].get("prompt") if runs and last else None
     if prompt is not None:
         seconds = found["merged_latency_seconds"] = merged_latency.seconds_a_token(runs[0], prompt)
@@ -126,10 +126,16 @@ def _write(folder, path, last=False):
             found["notes"].append(
                 f"Merged into a whole model, a token of an answer takes {latency(seconds)} here, whatever the method."
             )
+    return found
+
+
+def _write(folder, found):
+    """Write the table and its pictures into the folder."""
+    if any(row["status"] == DONE for row in found["rows"]):
+        page.draw(folder.path / "comparison.png", found)
     write_text(folder.path / "comparison.csv", page.as_csv(found))
     write_text(folder.path / "comparison.md", page.as_markdown(found))
     write_json(folder.path / RESULT, found)
-    return found
 
 
 @shown()
@@ -138,13 +144,17 @@ def compare_runs(one, other, data=None) -> dict:
 
     rows: as of a comparison, with "judge", as of `evaluate`, None where no judge was asked. differences: of recipe, data,
     versions and base model: [name, of one, of the other]. change: of each metric from one to the other, where both were measured
-    on the same rows. data: the file of them, as of `evaluate`; None: those that they have held out.
+    on the same rows. data: the file of them, as of `evaluate`; None: those that they have held out. Runs that were evaluated on
+    the first N of them only are compared on these.
 
     Raises:
         InputError: one of them is no finished run, or its folder is damaged; or it was not evaluated on `data`.
     """
     runs = [RunDir.open(path) for path in (one, other)]
     name = None if data is None else eval_rows.name_of_file(data, runs[0].recipe().task)
+    whole, name = name, eval_rows.name_in_all(runs, name)
+    if name != whole:
+        note(f"on as many of the rows as both were evaluated on: evals/{name}.json")
     if missing := [run for run in runs if name is not None and run.scores(name) is None]:
         raise InputError(
             f"{missing[0].path}: not evaluated on {data} yet; run:  "

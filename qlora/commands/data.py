@@ -6,7 +6,7 @@ from ..jobs.opening.prepared_data import prepare, refuse_pointless
 from ..pages.data import write_page
 from ..recipe import Recipe
 from ..system.errors import InputError
-from ..system.events import note
+from ..system.events import Found, emit, note
 from ..terminal import shown
 from ..terminal.data import say_report, show_classes, show_lengths, show_row
 
@@ -29,6 +29,7 @@ def inspect_data(recipe: Recipe, row=None, tokens=False, html=None) -> dict:
     show_lengths(prepared)
     for number in range(1, min(2, len(prepared.examples)) + 1) if row is None else [row]:
         show_row(prepared, number, tokens)
+    emit(Found(prepared.report))
     if html is not None:
         write_page(html, prepared, row)
         note(f"page      {html}")

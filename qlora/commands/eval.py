@@ -15,6 +15,7 @@ from ..jobs.opening import checkpoint_run
 from ..jobs.opening.opened_model import open_subject
 from ..system import launched
 from ..system.devices import say_device
+from ..system.events import Found, emit
 from ..system.storage import write_json, write_text
 from ..system.usual_torch import usual_torch
 from ..terminal import shown
@@ -64,22 +65,33 @@ def evaluate(target, data_file=None, overrides=(), max_rows=None, **asked) -> di
     else:
         found = measured.of_rows(subject, wanted, data_file, max_rows)
     found.result["data"]["command"] = _command(target, data_file, overrides, found.max_rows, wanted)
-    write = functools.partial(_write, subject, found, wanted)
-    if endpoint is not None and found.opponents is not None:
-        known = _known_replies(subject, found, wanted)
-        if not known:  # else the file that has them stays until they are in the new one
-            write()
-        try:
-            win_rate.add(found.result, found.rows, endpoint, *found.opponents, known, write)
-        finally:
-            kept = write()
-    else:
-        if subject.run is not None:
-            win_rate.keep(found.result, found.rows, *_files(subject, found))
-        kept = write()
+    try:
+        kept = _judged_and_written(subject, found, wanted, endpoint)
+    except OSError:  # the disk is full: what was computed is shown at least
+        show_result(target, found.result, "not written")
+        emit(Found(found.result))
+        raise
     show_result(target, found.result, kept)
+    emit(Found(found.result))
     wanted.check(found.result)
     return found.result
+
+
+def _judged_and_written(subject, found: measured.Measured, wanted, endpoint):
+    """Add what a judge says, and write all; return the file of the answers. endpoint: of judge.opened; None: none is asked."""
+    write = functools.partial(_write, subject, found, wanted)
+    if endpoint is None or found.opponents is None:
+        if subject.run is not None:
+            win_rate.keep(found.result, found.rows, *_files(subject, found))
+        return write()
+    known = _known_replies(subject, found, wanted)
+    if not known:  # else the file that has them stays until they are in the new one
+        write()
+    try:
+        win_rate.add(found.result, found.rows, endpoint, *found.opponents, known, write)
+    finally:
+        kept = write()
+    return kept
 
 
 def _files(subject, found):

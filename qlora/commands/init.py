@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
-import sys
 from pathlib import Path
 
-from ..jobs.planning.first_recipe import GOALS, choose, machine_of
+from ..jobs.planning.first_recipe import choose, machine_of
+from ..jobs.planning.goals import GOALS
 from ..recipe import Recipe, commented, migration
 from ..system.errors import InputError
 from ..system.events import note, notes_once
@@ -15,6 +15,7 @@ from ..system.storage import write_text
 from ..system.units import duration, size
 from ..terminal import shown
 from ..terminal.data import say_report
+from ..terminal.plan import why_no_time
 from ..terminal.tables import show
 
 
@@ -41,8 +42,10 @@ def init(model, data, card=None, goal="quality", out="recipe.yaml", overrides=()
     planned = f"planned: {size(found.peak_bytes)} of {size(found.budget_bytes)} ({machine.budget.why}){steps}"
     named, run = shlex.quote(str(out)), chosen.recipe.output_dir
     header = [f"goal {goal}: {GOALS[goal]}", planned, f"train it: qlora train {named}"]
+    if found.hours is None and (why_none := why_no_time(machine.kind, machine.budget.card)):
+        header.insert(2, f"time: {why_none}")
     if machine.kind == "cpu":
-        header.insert(2, f"plan it again: qlora plan {named} --card cpu")
+        header.insert(-1, f"plan it again: qlora plan {named} --card cpu")
     _write(out, header, chosen.lines)
     run, page = shlex.quote(run), shlex.quote(f"{Path(run).name}.html")
     note(f"then      whether it worked: qlora eval {run}; qlora report {run} --out {page}")
@@ -72,49 +75,6 @@ def migrate(file, out="recipe.yaml", overrides=()) -> dict:
             "no_counterpart": found.no_counterpart, "defaults": found.defaults, "unset": found.unset}  # fmt: skip
 
 
-def ask(model=None, data=None, card=None, goal=None):
-    """Return (model, data, card, goal), asking on the terminal for what is None.
-
-    Raises:
-        InputError: there is no terminal; names the flags.
-    """
-    import torch
-
-    if not sys.stdin.isatty():
-        here = card is not None or torch.cuda.is_available()
-        missing = [
-            flag for flag, given in (("--model", model), ("--data", data), ("--card", here or None)) if given is None
-        ]
-        if missing:
-            raise InputError(
-                f"qlora init: {', '.join(missing)} missing, and there is no terminal to ask on; as in qlora init --model FOLDER "
-                "--data rows.jsonl --card 4090 --goal quality"
-            )
-        return model, data, card, goal or "quality"
-    model = model or _path("model: a folder, or OWNER/NAME on the hub")
-    data = data or _path("data: a file of rows (JSONL, JSON, CSV, Parquet)")
-    if card is None and not torch.cuda.is_available():
-        card = _answer(
-            "card: no GPU was found here; the one that will train, such as 3060 or T4, its memory such as 12GiB, or cpu",
-            "4090",
-        )
-    for name, what in GOALS.items() if goal is None else ():
-        note(f"  {name:<8} {what}")
-    return model, data, card, goal or _answer(f"goal: {', '.join(GOALS)}", "quality")
-
-
-def _path(question):
-    """Return the answer, a path or a name, with ~/ as the shell would have it, which has not seen it."""
-    said = _answer(question)
-    return str(Path(said).expanduser()) if said.startswith("~/") else said
-
-
-def _answer(question, default=None):
-    import typer
-
-    return str(typer.prompt(question, default=default, err=True)).strip()
-
-
 def _refuse_existing(out):
     path = Path(out)
     if path.exists() or path.is_symlink():
@@ -124,12 +84,12 @@ def _refuse_existing(out):
 def _write(out, header, lines, footer=()):
     """Write the recipe, show it, and say what to type next."""
     text = commented.as_text(header, lines, footer)
-    Path(out).parent.mkdir(parents=True, exist_ok=True)
-    _refuse_existing(out)  # planning takes a while
-    write_text(out, text)
     show("")
     for line in text.splitlines():
         show(line)
     show("")
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    _refuse_existing(out)  # planning takes a while
+    write_text(out, text)
     note(f"recipe    {out}")
     note(f"next      qlora train {shlex.quote(str(out))}")

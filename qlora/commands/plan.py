@@ -16,7 +16,7 @@ from ..planner import several_cards
 from ..recipe import Recipe
 from ..recipe.tasks import has_classes
 from ..system.errors import InputError
-from ..system.events import note
+from ..system.events import Found, emit, note
 from ..system.units import size
 from ..terminal import shown
 from ..terminal.data import say_report
@@ -61,10 +61,12 @@ def plan(recipe: Recipe, vram=None, card=None, plot=None) -> dict:
     found = planner.plan(job)
     limits, changes = planner.backwards(job), planner.suggestions(job)
     say_plan(recipe.model.name_or_path, job, found, limits, changes, budget.why, has_classes(recipe.task))
+    result = dataclasses.asdict(found) | {"limits": limits, "suggestions": changes}
+    emit(Found(result))
     if plot is not None:
         draw(plot, job, recipe.model.name_or_path)
         note(f"plot      {plot}")
-    return dataclasses.asdict(found) | {"limits": limits, "suggestions": changes}
+    return result
 
 
 @shown()

@@ -7,7 +7,7 @@ from pathlib import Path
 from ..jobs.reporting import reported
 from ..pages.report import page
 from ..system.errors import InputError
-from ..system.events import note
+from ..system.events import Found, emit, note
 from ..system.storage import write_json, write_text
 from ..system.units import size
 from ..terminal import shown
@@ -37,6 +37,7 @@ def report(targets, out=None) -> dict:
             show(f"  {one['question']} {one['answer']}: {one['words']}")
         for one in run["findings"]:
             show(f"  Why? {one['name']}: {one['words']}. Change {one['change']}")
+    emit(Found(found))
     if place is not None:
         _write(place, text, found)
     return found

@@ -17,7 +17,7 @@ from ..runs.folder import RunDir
 from ..system import launched
 from ..system.devices import say_device
 from ..system.errors import InputError, Interrupted
-from ..system.events import note
+from ..system.events import Found, emit, note
 from ..system.storage import locked, scratch_folder, write_json, write_text
 from ..system.usual_torch import usual_torch
 from ..terminal import shown
@@ -68,15 +68,16 @@ def compare_served(run, data=None, max_rows=None, forms=()) -> dict:
         "forms": rows,
     }
     found["notes"] = _notes(found)
-    json_file, markdown_file, csv_file = opened.served_files
-    write_text(markdown_file, page.as_markdown(found))
-    write_text(csv_file, page.as_csv(found))
-    write_json(json_file, found)
     table(
         f"{run}, served: {found['tokens']:,} trained tokens of {found['rows']} rows", page.COLUMNS, page.table_of(found)
     )
     for line in [*page.remarks(found), *found["notes"]]:
         show(line)
+    emit(Found(found))
+    json_file, markdown_file, csv_file = opened.served_files
+    write_text(markdown_file, page.as_markdown(found))
+    write_text(csv_file, page.as_csv(found))
+    write_json(json_file, found)
     note(f"table in {opened.path}: served.md, .csv, .json")
     return found
 

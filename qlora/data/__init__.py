@@ -9,9 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from ..system.errors import InputError
-from . import image, judged, labels, preference, tokenized
+from . import image, labels, preference, tokenized, unpaired
 from .encoder import Settings
-from .judged import Judged, Judgements, Mismatched
 from .labelled import TEXT, Labelled, LabelledText, Pad
 from .labelled_images import KeptImage, LabelledImage, LabelledImages, Pixels, image_sizes
 from .masked_examples import IGNORE_INDEX, Example
@@ -19,6 +18,7 @@ from .packing import Batches, Packed, Packs, best_fit, dealt_out, joined_parts, 
 from .preference import Answers, Pair, Preferences
 from .rows import Rows, copies, hold_out, weighted
 from .supervised import Supervised
+from .unpaired import Mismatched, Unpaired, UnpairedPreferences
 
 __all__ = [
     "IGNORE_INDEX",
@@ -26,8 +26,6 @@ __all__ = [
     "Answers",
     "Batches",
     "Example",
-    "Judged",
-    "Judgements",
     "KeptImage",
     "Labelled",
     "LabelledImage",
@@ -42,6 +40,8 @@ __all__ = [
     "Preferences",
     "Rows",
     "Supervised",
+    "Unpaired",
+    "UnpairedPreferences",
     "as_supervised",
     "best_fit",
     "conversations",
@@ -51,13 +51,13 @@ __all__ = [
     "image",
     "image_sizes",
     "joined_parts",
-    "judged",
     "labels",
     "load",
     "micro_batches_of",
     "pack",
     "preference",
     "report",
+    "unpaired",
     "weighted",
 ]
 
@@ -132,10 +132,10 @@ def _picks(files, max_rows, seed):
 
 
 def as_supervised(rows):
-    """Return Rows where one sequence of ids each is wanted: of pairs the chosen answers, of judged answers the good ones."""
+    """Return Rows where one sequence of ids each is wanted: of pairs the chosen answers, of unpaired answers the good ones."""
     if rows.are_pairs:
         return Answers(rows)
-    return judged.good_of(rows) if rows.are_judged else rows
+    return unpaired.good_of(rows) if rows.are_unpaired else rows
 
 
 def conversations(rows):

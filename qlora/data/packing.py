@@ -167,11 +167,14 @@ def joined_parts(lengths, most, parts=1):
     return [np.flatnonzero(part_of == part).tolist() for part in range(int(part_of.max()) + 1)]
 
 
-def _pairs(order, lengths, block=1 << 16):
+def _pairs(order, lengths):
     """Yield (index, length) in `order`, as Python numbers, which take 8 times the memory: some at a time."""
-    for start in range(0, len(order), block):
-        part = order[start : start + block]
+    for start in range(0, len(order), _PAIRS):
+        part = order[start : start + _PAIRS]
         yield from zip(part.tolist(), lengths[part].tolist(), strict=True)
+
+
+_PAIRS = 1 << 16  # at a time
 
 
 def pack(examples, capacity):

@@ -235,10 +235,10 @@ def read(value, mapped=None, ignore=()):
         raise ValueError(f"a row is an object with chosen and rejected, not {kind_of(value)}")
     row = {key: inner for key, inner in columns.renamed(value, mapped).items() if key not in ignore}
     _refuse_without_answers(row)
-    if (judged := formats.verdict(row)) is not None:
+    if (label := formats.verdict(row)) is not None:
         raise ValueError(
-            f"has {judged}: {str(row[judged]).lower()} beside chosen and rejected, which say themselves which answer is better; "
-            f"leave it out with data.ignore_keys: [{judged}]"
+            f"has {label}: {str(row[label]).lower()} beside chosen and rejected, which say themselves which answer is better; "
+            f"leave it out with data.ignore_keys: [{label}]"
         )
     answers = [_answer(row[key], key) for key in (CHOSEN, REJECTED)]
     name = next((key for key in _PROMPTS if not is_empty(row.get(key))), None)
@@ -279,8 +279,8 @@ def _named(at, key, num_prompt):
 def _refuse_without_answers(row):
     missing = [key for key in (CHOSEN, REJECTED) if key not in row]
     if len(missing) == 2:
-        judged = formats.verdict(row) is not None
-        what = "one answer, judged by itself (KTO), which is no pair" if judged else "a row for supervised training"
+        has_label = formats.verdict(row) is not None
+        what = "one answer with its label (KTO), which is no pair" if has_label else "a row for supervised training"
         raise ValueError(
             f"has neither chosen nor rejected, only {', '.join(map(str, row)) or 'nothing'}: {what}; "
             "give pairs, name their columns in data.columns, or leave the objective out of the recipe"

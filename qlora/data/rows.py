@@ -49,7 +49,7 @@ class Rows(Sequence):
         return bool(self.parts) and "split" in self.parts[0].encoder.NUMBERS
 
     @property
-    def are_judged(self):
+    def are_unpaired(self):
         return bool(self.parts) and "good" in self.parts[0].encoder.NUMBERS
 
     @property

@@ -18,7 +18,7 @@ _ROWS = 32  # that go through the model together
 
 
 @torch.no_grad()
-def logits_of(model, pad, examples, what="classifying", rows_at_once=_ROWS):
+def logits_of(model, pad, examples, what="classifying"):
     """Return the logits (N, C) of a model, float32 on the CPU, in the order of `examples`.
 
     pad: makes a batch of examples, such as data.Pad. Rows of like length share a batch, whatever their order.
@@ -26,8 +26,8 @@ def logits_of(model, pad, examples, what="classifying", rows_at_once=_ROWS):
     order = sorted(range(len(examples)), key=lambda index: _size(examples[index]))
     found: list = [None] * len(examples)
     with progress(what, len(examples), "rows") as advance:
-        for start in range(0, len(order), rows_at_once):
-            numbers = order[start : start + rows_at_once]
+        for start in range(0, len(order), _ROWS):
+            numbers = order[start : start + _ROWS]
             batch = pad([examples[index] for index in numbers])
             logits_BC = model(**{name: value.to(model.device) for name, value in batch.items()}).logits.float().cpu()
             for index, logits_C in zip(numbers, logits_BC, strict=True):

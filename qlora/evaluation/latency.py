@@ -12,25 +12,25 @@ from .generate import nothing_filled_in
 NUM_TOKENS, REPEATS = 16, 3
 
 
-def seconds_of(model, tokenizer, prompt, num_tokens=NUM_TOKENS, repeats=REPEATS) -> dict[str, float]:
+def seconds_of(model, tokenizer, prompt) -> dict[str, float]:
     """Return {"first_token", "token"}: seconds of one greedy answer to `prompt` (token ids), by itself.
 
-    Answers of one token and of `num_tokens` more are timed in turn; medians of `repeats`, after one of each that does not
+    Answers of one token and of NUM_TOKENS more are timed in turn; medians of REPEATS, after one of each that does not
     count. No token ends the answer, so that all take the same number of steps.
     """
     ids = torch.tensor([list(prompt)], device=model.device)
     first: list = []
     whole: list = []
-    for _ in range(1 + repeats):
+    for _ in range(1 + REPEATS):
         first.append(seconds_of_answer(model, ids, 1, tokenizer.pad_token_id))
-        whole.append(seconds_of_answer(model, ids, 1 + num_tokens, tokenizer.pad_token_id))
-    return medians(first, whole, num_tokens)
+        whole.append(seconds_of_answer(model, ids, 1 + NUM_TOKENS, tokenizer.pad_token_id))
+    return medians(first, whole)
 
 
-def medians(first, whole, num_tokens):
-    """Return {"first_token", "token"} of seconds to the first token, and to `num_tokens` more; the first times do not count."""
+def medians(first, whole):
+    """Return {"first_token", "token"} of seconds to the first token, and to NUM_TOKENS more; the first times do not count."""
     to_first, in_all = statistics.median(first[1:]), statistics.median(whole[1:])
-    return {"first_token": to_first, "token": max(0.0, in_all - to_first) / num_tokens}
+    return {"first_token": to_first, "token": max(0.0, in_all - to_first) / NUM_TOKENS}
 
 
 @torch.no_grad()

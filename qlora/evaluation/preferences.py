@@ -52,7 +52,7 @@ class _Mean:
         raise NotImplementedError("is of log probabilities, not of an answer")
 
 
-def judged(score: Score, model, pairs) -> Score:
+def with_preferences(score: Score, model, pairs) -> Score:
     """Return the Score of a model on the chosen answers of `pairs`, data.Rows, with what it prefers: preference_accuracy, and
     preference_margin, in nats an answer."""
     rejected_N = np.array(metrics.losses(model, Answers(pairs, 1)))[:, 0]

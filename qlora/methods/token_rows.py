@@ -31,17 +31,20 @@ class TokenRows(TrainableTokensLayer):
         return token_rows.Embedded.apply(rows, base(x), self.places[x])
 
 
-def install(model, name="default"):
+_NAME = "default"  # of the adapter, as PEFT calls one
+
+
+def install(model):
     """Let the rows of new tokens of a PEFT model be computed by TokenRows."""
     for module in model.modules():
         layer = module.token_adapter if isinstance(module, TrainableTokensWrapper) else None
         # an embedding with max_norm changes rows as it reads them
         if layer is None or getattr(layer.base_layer, "max_norm", None) is not None:
             continue
-        weight, ids = layer.base_layer.weight, torch.tensor(layer.token_indices[name])
+        weight, ids = layer.base_layer.weight, torch.tensor(layer.token_indices[_NAME])
         places = torch.full((len(weight),), len(ids), dtype=torch.int32)
         places[ids] = torch.arange(len(ids), dtype=torch.int32)
-        layer.__class__, layer.of = TokenRows, name
+        layer.__class__, layer.of = TokenRows, _NAME
         layer.register_buffer("ids", ids.to(weight.device), persistent=False)
         if not isinstance(layer.base_layer, torch.nn.Linear):
             layer.register_buffer("places", places.to(weight.device), persistent=False)

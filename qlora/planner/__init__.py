@@ -301,7 +301,7 @@ def _largest(job_of, limit=_MOST):
 # ---- suggestions -----------------------------------------------------------------------------------------------------
 
 
-def suggestions(job: Job, limit=6) -> list:
+def suggestions(job: Job) -> list:
     """Return changes that make the job fit, or faster: [{"set", "peak_bytes", "fits", "tokens_per_second"}], best first.
 
     Best is what fits, then what is fastest, then what needs least. "set" is what to put on the command line.
@@ -315,7 +315,10 @@ def suggestions(job: Job, limit=6) -> list:
             found.append({"set": change, "peak_bytes": then.peak_bytes, "fits": then.fits,
                           "tokens_per_second": then.tokens_per_second})  # fmt: skip
     found.sort(key=lambda one: (not one["fits"], -(one["tokens_per_second"] or 0), one["peak_bytes"]))
-    return found[:limit]
+    return found[:_SUGGESTED]
+
+
+_SUGGESTED = 6
 
 
 def _changes(job, now):

@@ -13,13 +13,13 @@ from .fields import Number, Section
 
 class Objective(Section):
     """A section that says what the loss is. key: its name in the recipe. learning_rate: where the recipe has none.
-    has_reference: the loss is relative to the model as it is when training begins. are_judged: a row has one answer and a verdict
-    on it, as data.judged reads it; else a pair of answers."""
+    has_reference: the loss is relative to the model as it is when training begins. are_unpaired: a row is one answer with its
+    label, as data.unpaired reads it; else a pair of answers."""
 
     key: ClassVar[str]
     learning_rate: ClassVar[float]
     has_reference: ClassVar[bool] = True
-    are_judged: ClassVar[bool] = False
+    are_unpaired: ClassVar[bool] = False
 
 
 # trl's aot and aot_unpaired sort the pairs of a micro-batch: another loss with other micro-batches
@@ -85,7 +85,7 @@ class Orpo(Objective):
 class Kto(Objective):
     key: ClassVar[str] = "kto"
     learning_rate: ClassVar[float] = 5e-6
-    are_judged: ClassVar[bool] = True
+    are_unpaired: ClassVar[bool] = True
 
     beta: Number = 0.1
     """higher stays nearer to the reference"""

@@ -50,6 +50,13 @@ def note(text):
     emit(Note(str(text)))
 
 
+@dataclass(frozen=True)
+class Found:
+    """What a verb has found and shown, before what may still end it with an error: a full disk, a gate. --json prints it then."""
+
+    value: dict
+
+
 @contextlib.contextmanager
 def notes_once():
     """Say no note of the block twice, for whoever goes the same way several times."""

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import sys
+import threading
 import warnings
 
 _TALKATIVE = (
@@ -13,42 +14,69 @@ _TALKATIVE = (
     "torch.utils._pytree",  # how torchao 0.18 registers its enumerations
 )
 
-# what they read when they are imported: that a verb needs them is not for here to say, and takes seconds
+# what they read when they are imported
 _SURROUNDINGS = {
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_VERBOSITY": "error",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",  # transformers goes by this too
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
 }
-_READ_ONCE = {"huggingface_hub", "transformers", "datasets"}
 
 
-def hush_libraries():
+def hush_libraries(of_models=True):
     """Silence what the libraries print in every run: their bars, and warnings about their own future versions.
 
-    Called by the command line, before they are imported. Errors, and warnings of other kinds, still show.
+    Called by the command line, before they are imported. Errors, and warnings of other kinds, still show; downloads have bars.
+    of_models: import those of models for that; False for a verb that does without them, and is there at once.
     """
     for name, value in _SURROUNDINGS.items():
         os.environ.setdefault(name, value)
-    if _READ_ONCE & sys.modules.keys():  # in a program that has imported them already
-        _hush_bars()
     _hush()
+    if of_models:
+        _hush_bars_of_models()
+    if "datasets" in sys.modules:
+        _hush_bars_of_datasets()
 
 
 @contextlib.contextmanager
 def hushed():
-    """Do the same while the block runs, in a program of somebody else: afterwards they print as they did."""
+    """Do the same while the block runs, in a program of somebody else: afterwards they print as they did.
+
+    What the libraries print is of the whole process: of blocks in several threads, the last to end restores it.
+    """
+    global _num_blocks
+    with _lock:
+        if not _num_blocks:
+            _restored.enter_context(_hushed())
+        _num_blocks += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _num_blocks -= 1
+            if not _num_blocks:
+                _restored.close()
+
+
+_lock, _num_blocks, _restored = threading.Lock(), 0, contextlib.ExitStack()
+
+
+@contextlib.contextmanager
+def _hushed():
     from datasets.utils import are_progress_bars_disabled, enable_progress_bars
+    from huggingface_hub import utils as hub
     from transformers.utils import logging as transformers_logging
 
     loggers = [logging.getLogger(name) for name in _TALKATIVE]
     levels, verbosity = [logger.level for logger in loggers], transformers_logging.get_verbosity()
     had_bars, datasets_had_bars = transformers_logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
+    hub_had_bars = not hub.are_progress_bars_disabled()  # of downloads: the command line shows them
     with warnings.catch_warnings():
         try:
             _hush()
-            _hush_bars()
+            _hush_bars_of_models()
+            _hush_bars_of_datasets()
             transformers_logging.set_verbosity_error()
+            hub.disable_progress_bars()
             yield
         finally:
             transformers_logging.set_verbosity(verbosity)
@@ -58,6 +86,8 @@ def hushed():
                 transformers_logging.enable_progress_bar()
             if datasets_had_bars:
                 enable_progress_bars()
+            if hub_had_bars:
+                hub.enable_progress_bars()
 
 
 def _hush():
@@ -66,10 +96,13 @@ def _hush():
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def _hush_bars():
+def _hush_bars_of_models():
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
+
+
+def _hush_bars_of_datasets():
     from datasets.utils.logging import disable_progress_bar
 
     disable_progress_bar()

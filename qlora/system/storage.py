@@ -43,25 +43,29 @@ def write_text(path, text):
 
 
 def write_bytes(path, content):
-    """Write bytes to `path` atomically."""
-    partial = Path(f"{path}.partial")
-    try:
-        with _naming(path), open(partial, "wb", buffering=0) as file:
-            _write_all(file, content)
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:  # a signal too
-        partial.unlink(missing_ok=True)
-        raise
+    """Write bytes to `path` atomically. Of several processes that write it at once, the last to end wins, with all of its own."""
+    partial = Path(f"{path}.{uuid.uuid4().hex[:8]}.partial")
+    with _naming(path, partial):
+        file = open(partial, "xb", buffering=0)  # noqa: SIM115
+        try:
+            with file:
+                _write_all(file, content)
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        except BaseException:  # a signal too
+            partial.unlink(missing_ok=True)
+            raise
 
 
 @contextlib.contextmanager
-def _naming(path):
-    """Add the file to an error that the system has while it is written: of a full disk it says no more than that."""
+def _naming(path, partial=None):
+    """Name the file `path` in an error that the system has while it is written, as `partial`: of a full disk it says no more
+    than that."""
     try:
         yield
     except OSError as error:
-        error.filename = error.filename or str(path)
+        if error.filename in (None, str(partial)):
+            error.filename = str(path)
         raise
 
 

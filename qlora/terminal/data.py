@@ -50,7 +50,7 @@ def say_report(prepared):
     if "preference" in report:
         _say_preference(report["preference"])
     if "judged" in report:
-        _say_judged(report["judged"], prepared.recipe.objective)
+        _say_unpaired(report["judged"], prepared.recipe.objective)
     if "classes" in report:
         note(f"          {_copies(report)}")
         _say_classes(report)
@@ -89,7 +89,7 @@ def _say_preference(found):
             note(f"          {found[key]:,} rows {what}")
 
 
-def _say_judged(found, section):
+def _say_unpaired(found, section):
     """Say how many answers are good and bad; loudly where one kind outweighs the other: KTO then learns little of that one."""
     good, bad = found["desirable"], found["undesirable"]
     tokens = {"good": found["desirable_tokens"], "bad": found["undesirable_tokens"]}
@@ -151,7 +151,7 @@ def show_row(prepared, number, with_ids=False):
         marked = f"label {prepared.recipe.data.labels[example.label]}"
     else:
         marked = "trained tokens in green" if has_color() else "trained: [[...]]"
-    if prepared.examples.are_judged:
+    if prepared.examples.are_unpaired:
         marked = f"{'a good' if example.good else 'a BAD'} answer; {marked}"
     show(f"\nrow {number} ({prepared.examples.where(number - 1)}); {marked}")
     if not prepared.checkpoint.task.file.HAS_TOKENS:

@@ -10,6 +10,13 @@ from ..system.units import duration, size
 from .tables import show, table
 
 
+def why_no_time(kind, card):
+    """Return in words why a plan for a device of `kind`, "cuda" or "cpu", has no speed; "" for a `card` that is known."""
+    if kind == "cpu":
+        return "not planned for a processor; the training says how long it takes after its first steps"
+    return "" if card else "not planned without the card's name: --card NAME; qlora plan --card list has them"
+
+
 def say_plan(name, job, found, limits, changes, why, has_classes=False):
     """Print a plan: its components as bars, the verdict, the limits and what would help. why: the budget is what it is.
     has_classes: what is trained is a class a row, and no tokens."""
@@ -50,6 +57,8 @@ def say_plan(name, job, found, limits, changes, why, has_classes=False):
         if found.hours is not None and 3600 * found.hours >= 1:
             time += f" in at least {duration(3600 * found.hours)}"
         show(f"speed     at most {found.tokens_per_second:,.0f} {counts}/s on {job.card.name}{time}")
+    elif why_none := why_no_time(job.outline.device_kind, job.card):
+        show(f"speed     {why_none}")
     show(f"limits    {limits_in_words(limits, 'rows' if counts == 'tokens' else counts, job.positions)}")
     for index, change in enumerate(changes):
         speed = change["tokens_per_second"]

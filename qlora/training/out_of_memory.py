@@ -81,6 +81,9 @@ class Moment:
         return f"{kind} {row}: {few([f'{n:,}' for n in lengths])} tokens{together}"
 
 
-def few(words, limit=8):
+def few(words):
     """Return the first few of them, and how many more there are."""
-    return ", ".join(words[:limit]) + (f" and {len(words) - limit:,} more" if len(words) > limit else "")
+    return ", ".join(words[:_FEW]) + (f" and {len(words) - _FEW:,} more" if len(words) > _FEW else "")
+
+
+_FEW = 8

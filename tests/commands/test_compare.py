@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 import signal
 from pathlib import Path
 
@@ -425,6 +426,23 @@ def test_two_runs_side_by_side(comparison, in_process, tmp_path, capsys, monkeyp
     assert "no change of exact_match: exact_match: an extra is not installed" in capsys.readouterr().err
     with pytest.raises(InputError, match="no run at"):
         compare_runs(one, tmp_path / "nothing")
+
+
+def test_two_runs_are_compared_on_as_many_rows_as_both_were_evaluated_on(own_run, tmp_path, capsys):
+    other = RunDir(shutil.copytree(own_run.path, tmp_path / "other"))
+    for run, counts in ((own_run, (1, 2)), (other, (2, 3))):
+        for count in counts:
+            evaluate(run.path, max_rows=count)
+    evaluate(own_run.path)  # alone: the other has no score of all its rows
+    capsys.readouterr()
+    found = compare_runs(own_run.path, other.path)
+    loss = own_run.scores("held-out-2-rows")["loss"]
+    assert loss != own_run.scores()["loss"]
+    assert [row["loss"] for row in found["rows"]] == [loss, loss]
+    assert found["change"]["loss"]["value"] == 0
+    assert "evals/held-out-2-rows.json" in capsys.readouterr().err
+    evaluate(other.path)
+    assert compare_runs(own_run.path, other.path)["rows"][1]["loss"] == own_run.scores()["loss"]
 
 
 def test_what_unicode_calls_a_line_end_ends_no_line_of_the_answers(own_run, tmp_path):

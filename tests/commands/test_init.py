@@ -1,6 +1,7 @@
 """qlora init and qlora recipes as a user has them: what is written is a recipe that fits, or nothing is written."""
 
 import csv
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,9 +9,11 @@ from types import SimpleNamespace
 import pytest
 
 from qlora import cli, process
-from qlora.commands import init as verb
+from qlora.commands import ask as questions
 from qlora.commands import recipes as recipes_verb
-from qlora.commands.init import ask, init
+from qlora.commands.ask import ask
+from qlora.commands.init import init
+from qlora.commands.plan import plan
 from qlora.commands.recipes import copy_recipe, list_recipes, show_recipe
 from qlora.jobs.opening.prepared_data import prepare
 from qlora.jobs.planning import first_recipe, shipped_recipes
@@ -204,16 +207,53 @@ def test_wrong_arguments_exit_2(arguments, said, monkeypatch, capsys, tmp_path):
 def test_on_a_terminal_what_is_missing_is_asked_for(monkeypatch):
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
     asked = []
-    monkeypatch.setattr(verb, "_answer", lambda question, default=None: asked.append(question) or default or "x")
+    monkeypatch.setattr(questions, "_answer", lambda question, default=None: asked.append(question) or default or "x")
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert ask(model="m") == ("m", "x", "4090", "quality")
     assert [question.partition(":")[0] for question in asked] == ["data", "card", "goal"]
 
 
+def test_the_goals_are_explained_where_one_is_asked_for(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(questions, "_answer", lambda question, default=None: default)
+    ask("m", "x", "cpu")
+    assert "  speed    the shortest training\n" in capsys.readouterr().err
+
+
+def test_what_is_missing_is_said_before_anything_heavy_is_imported(tmp_path):
+    """A process of its own: this one has imported torch long ago."""
+    heavy = "print({'torch', 'transformers'} & {*sys.modules})"
+    code = f"import sys\nfrom qlora import cli\ntry:\n    cli.main()\nfinally:\n    {heavy}"
+    for given, missing in (
+        ([], "--model, --data, --card"),
+        (["--card", "4090"], "--model, --data"),
+        (["--data", "x"], "--model, --card"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", code, "init", *given], capture_output=True, text=True, stdin=subprocess.DEVNULL
+        )
+        assert (done.returncode, done.stdout) == (2, "set()\n"), done.stderr
+        assert done.stderr.startswith(f"qlora: qlora init: {missing} missing, and there is no terminal")
+
+
+@pytest.mark.parametrize(
+    ("card", "said"),
+    [("cpu", "not planned for a processor; the training says"), ("3GiB", "not planned without the card's name")],
+)
+def test_a_plan_without_a_time_says_why(card, said, tiny_model, rows, tmp_path, capsys):
+    out = tmp_path / "mine.yaml"
+    init(tiny_model(), rows, card, "small", out)
+    assert f"# time: {said}" in out.read_text()
+    capsys.readouterr()
+    plan(Recipe.load(out), **({"card": card} if card == "cpu" else {"vram": card}))
+    shown = capsys.readouterr().out
+    assert f"speed     {said}" in shown
+
+
 def test_an_answer_may_begin_with_the_home_folder_which_no_shell_has_seen(monkeypatch, tmp_path):
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr(verb, "_answer", lambda question, default=None: f"~/{question.partition(':')[0]}")
+    monkeypatch.setattr(questions, "_answer", lambda question, default=None: f"~/{question.partition(':')[0]}")
     assert ask(card="cpu", goal="quality") == (f"{tmp_path}/model", f"{tmp_path}/data", "cpu", "quality")
 
 

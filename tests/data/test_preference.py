@@ -105,9 +105,7 @@ def test_what_is_no_pair_is_refused(tokenizer, change, reason):
 def test_rows_without_two_answers_are_refused(tokenizer):
     with pytest.raises(ValueError, match="neither chosen nor rejected, only messages: a row for supervised training"):
         encoder(tokenizer).encode({"messages": [ASKED, GOOD]})
-    with pytest.raises(
-        ValueError, match=r"only messages, label: one answer, judged by itself \(KTO\), which is no pair"
-    ):
+    with pytest.raises(ValueError, match=r"only messages, label: one answer with its label \(KTO\), which is no pair"):
         encoder(tokenizer).encode({"messages": [ASKED, GOOD], "label": False})
     with pytest.raises(ValueError, match="has no rejected; a pair has both"):
         encoder(tokenizer).encode({"prompt": "x", "chosen": "y"})

@@ -618,9 +618,11 @@ def test_without_the_gguf_package_it_is_named(tmp_path, monkeypatch, tiny_model)
 
 
 def test_prompts_are_what_stands_before_the_answer(tokenizer):
-    rows = [encode(tokenizer, messages(turns)) for turns in CONVERSATIONS[:3]]
-    assert gguf_proof.prompts_of(tokenizer, rows, limit=2) == [
-        f"<|im_start|>user\nWhat is 0 plus {b}?<|im_end|>\n<|im_start|>assistant\n" for b in range(2)
+    rows = [encode(tokenizer, messages(turns)) for turns in CONVERSATIONS[:12]]
+    assert gguf_proof.prompts_of(tokenizer, rows) == [
+        f"<|im_start|>user\nWhat is {a} plus {b}?<|im_end|>\n<|im_start|>assistant\n"
+        for a in range(2)
+        for b in range(4)
     ]
 
 

@@ -1,6 +1,7 @@
 """What is around a process: folders, names, limits, locale, clock, network, terminal. What cannot be is one message."""
 
 import contextlib
+import errno
 import json
 import os
 import random
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from pathlib import Path
 
 import pytest
@@ -180,17 +182,23 @@ def test_what_others_may_read_is_what_the_umask_says(tiny, tmp_path, monkeypatch
 
 
 def test_a_local_model_never_touches_the_network(make_recipe, tmp_path, monkeypatch):
+    asked = []  # a library may swallow the error, and go on with what is here
+
     def no(*args, **kwargs):
-        raise AssertionError("the network was used")
+        asked.append("".join(traceback.format_stack(limit=12)))
+        raise OSError(errno.ENETUNREACH, "the network was used")
 
     monkeypatch.delenv("HF_HUB_OFFLINE")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(socket.socket, "connect", no)
-    monkeypatch.setattr(socket, "getaddrinfo", no)
-    monkeypatch.setattr(socket, "create_connection", no)
+    for place, name in ((socket.socket, "connect"), (socket, "getaddrinfo"), (socket, "create_connection")):
+        monkeypatch.setattr(place, name, no)
     run = train(make_recipe())
     evaluate(run.path, max_rows=2)
     export(run.path, tmp_path / "out")
+    assert asked == [], asked[0]
+    with pytest.raises(InputError, match="no such folder, and the hub says"):  # else nothing is tested
+        train(make_recipe(model={"name_or_path": "owner/name"}, output_dir=str(tmp_path / "other")))
+    assert asked
 
 
 def test_a_hub_name_without_a_network_is_an_error_soon(make_recipe, monkeypatch):

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 
 import pytest
 
@@ -66,3 +67,30 @@ def test_other_errors_of_a_folder_that_is_made_are_as_they_were(tmp_path):
     with pytest.raises(ValueError, match="os error"), storage.new_folder(tmp_path / "new"):
         raise ValueError("no os error (os error 99999)")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_two_that_write_one_file_at_once_do_not_share_a_half_written_one(tmp_path, monkeypatch):
+    """Two `qlora eval` of one run: the second writes all of its file after the first has written its own, before the rename."""
+    file, flush, left = tmp_path / "eval.json", os.fsync, []
+
+    def meanwhile(descriptor):
+        flush(descriptor)
+        if not left:
+            left.append(None)
+            storage.write_json(file, {"of": "the second"})
+            left[0] = json.loads(file.read_text())
+
+    monkeypatch.setattr(storage.os, "fsync", meanwhile)
+    storage.write_json(file, {"of": "the first", "longer": "x" * 100})
+    assert left == [{"of": "the second"}]
+    assert json.loads(file.read_text())["of"] == "the first"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_an_error_names_the_file_and_not_its_temporary_name(tmp_path):
+    for file, kind in ((tmp_path / "missing" / "file.json", errno.ENOENT), (tmp_path / "folder", errno.EISDIR)):
+        (tmp_path / "folder").mkdir(exist_ok=True)
+        with pytest.raises(OSError, match="directory") as refused:
+            storage.write_json(file, {})
+        assert (refused.value.errno, refused.value.filename) == (kind, str(file))
+    assert list(tmp_path.iterdir()) == [tmp_path / "folder"]

@@ -8,6 +8,7 @@ import pty
 import re
 import struct
 import termios
+import threading
 import warnings
 
 import pytest
@@ -153,22 +154,52 @@ def test_quiet_verbs_print_nothing_and_return_the_same(trained, capfd):
 
 def test_after_a_quiet_block_the_libraries_print_as_they_did():
     from datasets.utils import are_progress_bars_disabled
+    from huggingface_hub import utils as hub
     from transformers.utils import logging as transformers_logging
 
     def settings():
         loggers = [logging.getLogger(name).level for name in ("bitsandbytes", "bitsandbytes.backends.cpu.ops")]
-        bars = transformers_logging.is_progress_bar_enabled(), are_progress_bars_disabled()
+        bars = (
+            transformers_logging.is_progress_bar_enabled(),
+            not are_progress_bars_disabled(),
+            not hub.are_progress_bars_disabled(),
+        )
         return loggers, bars, transformers_logging.get_verbosity(), [*warnings.filters], dict(os.environ)
 
     def fail():
         with quiet():
-            assert not transformers_logging.is_progress_bar_enabled()
+            assert settings()[1] == (False, False, False)
             raise ValueError("no")
 
     before = settings()
     with pytest.raises(ValueError, match="no"):
         fail()
     assert settings() == before
+
+
+def test_the_end_of_a_quiet_block_in_another_thread_does_not_end_this_one():
+    from transformers.utils import logging as transformers_logging
+
+    entered, left, before = threading.Event(), threading.Event(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.enable_progress_bar()
+
+    def other():
+        with quiet():
+            entered.set()
+            left.wait(10)
+
+    thread = threading.Thread(target=other)
+    try:
+        thread.start()
+        assert entered.wait(60)
+        with quiet():
+            left.set()
+            thread.join(10)
+            assert not transformers_logging.is_progress_bar_enabled()
+        assert transformers_logging.is_progress_bar_enabled()
+    finally:
+        if not before:
+            transformers_logging.disable_progress_bar()
 
 
 def test_without_results_the_notes_are_still_there(trained, capfd):

@@ -1,4 +1,4 @@
-"""Two processes train what one does with pairs, judged answers and classes: losses, rewards, distances, accuracies."""
+"""Two processes train what one does with pairs, unpaired answers and classes: losses, rewards, distances, accuracies."""
 
 import signal
 
@@ -8,9 +8,9 @@ from safetensors.torch import load_file
 
 from qlora import train
 from tests.commands.images import models, recipe_of, where  # noqa: F401 (fixtures)
-from tests.commands.test_judged import ROWS as JUDGED
 from tests.commands.test_preferences import ROWS as PAIRS
 from tests.commands.test_preferences import computed
+from tests.commands.test_unpaired import ROWS as UNPAIRED
 from tests.conftest import write_jsonl
 from tests.training.test_processes import FLOAT32, ROUNDING, STEPS, Started, written
 from tests.training.test_sharding import shared
@@ -23,10 +23,10 @@ OF_ROWS = {"tokens_per_micro_batch": None}
 
 @pytest.fixture
 def preferring(make_recipe, tmp_path):
-    """Return preferring(objective, rows=None, **sections) -> a Recipe of pairs or judged answers."""
+    """Return preferring(objective, rows=None, **sections) -> a Recipe of pairs or unpaired answers."""
 
     def preferring(objective, rows=None, **sections):
-        rows = rows or (JUDGED if objective == "kto" else PAIRS)
+        rows = rows or (UNPAIRED if objective == "kto" else PAIRS)
         data = {"train": str(write_jsonl(tmp_path / f"{objective}.jsonl", rows))} | sections.pop("data", {})
         values = {"training": {**UNEVEN, **sections.pop("training", {})}, "quantization": FLOAT32, "data": data}
         return make_recipe(**values, **{objective: {"beta": 0.5}}, **sections)
@@ -116,7 +116,7 @@ def test_two_processes_learn_the_classes_of_images(models, where, tmp_path):  # 
 def test_a_process_that_has_only_good_answers_measures_with_one_that_has_only_bad_ones(preferring, tmp_path):
     """A mean of each process' means has no rewards of bad answers, or is not a number."""
     training = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, **OF_ROWS}
-    recipe = preferring("kto", training=training, data={"eval_fraction": 0.0}, rows=JUDGED[:2])
+    recipe = preferring("kto", training=training, data={"eval_fraction": 0.0}, rows=UNPAIRED[:2])
     run, both = alone(recipe, tmp_path), trained_by(2, recipe, tmp_path, "two")
     assert_same(run, both)
     for line in computed(both)[:3]:
@@ -249,15 +249,15 @@ def test_what_happens_to_one_in_the_reference_ends_all_with_one_message(preferri
 IN_THE_DISTANCE = """
 import math, os, sys
 from qlora import cli
-from qlora.training.objectives.judged import Judgement
+from qlora.training.objectives.unpaired import UnpairedPreference
 
-real, numbers, is_last = Judgement._summed_ratios, [], os.environ["RANK"] == "1"
+real, numbers, is_last = UnpairedPreference._summed_ratios, [], os.environ["RANK"] == "1"
 
 def other(*arguments):
     numbers.append(None)
     return real(*arguments) * (math.nan if is_last and len(numbers) == 1 else 1)
 
-Judgement._summed_ratios = other
+UnpairedPreference._summed_ratios = other
 sys.argv = ["qlora", "train", *sys.argv[1:]]
 cli.main()
 """

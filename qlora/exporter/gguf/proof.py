@@ -43,14 +43,17 @@ class Proof:
     widest_miss: float = 0.0
 
 
-def prompts_of(tokenizer, rows, limit=8):
-    """Return up to `limit` prompts, as strings, of Examples: what stands before the first trained token, shortest first;
+_PROMPTS = 8
+
+
+def prompts_of(tokenizer, rows):
+    """Return up to 8 prompts, as strings, of Examples: what stands before the first trained token, shortest first;
     of a row that is trained whole, its first half."""
     starts = []
     for row in rows:
         first = next(at for at, label in enumerate(row.labels) if label != IGNORE_INDEX)
         starts.append(row.input_ids[: first if first > 1 else max(1, len(row.input_ids) // 2)])
-    shortest = sorted(starts, key=len)[:limit]
+    shortest = sorted(starts, key=len)[:_PROMPTS]
     return [tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False) for ids in shortest]
 
 

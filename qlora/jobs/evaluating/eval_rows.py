@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -52,8 +53,8 @@ def held_out_rows(subject, data_file=None):
 
 
 def encoder_of_file(section, task, recipe=None):
-    """Return what makes examples of the rows of a file, in a section data, by their columns or the first row: pairs, judged
-    answers, or those of the task. recipe: of a run; one that was trained on judged answers reads their labels as in training."""
+    """Return what makes examples of the rows of a file, in a section data, by their columns or the first row: pairs, unpaired
+    answers, or those of the task. recipe: of a run; one trained on unpaired answers reads labels as in training."""
     if tasks.has_classes(task):
         return encoder_of(task)
     pair, ignored = {data.preference.CHOSEN, data.preference.REJECTED}, section.ignore_keys or ()
@@ -61,10 +62,10 @@ def encoder_of_file(section, task, recipe=None):
     first = next((row.value for file in files for row in file.rows() if row.problem is None), None)
     if pair <= section.columns.keys() if section.columns else data.preference.is_pair(first, ignored):
         return data.Preferences
-    judges = recipe is not None and encoder_of(recipe.task, recipe.objective) is data.Judgements
-    labelled = data.judged.is_judged(first, ignored) or (judges and data.judged.has_label(first, ignored))
-    if data.judged.LABEL in (section.columns or ()) or (labelled and (judges or not section.columns)):
-        return data.Judgements
+    is_unpaired = recipe is not None and encoder_of(recipe.task, recipe.objective) is data.UnpairedPreferences
+    labelled = data.unpaired.is_unpaired(first, ignored) or (is_unpaired and data.unpaired.has_label(first, ignored))
+    if data.unpaired.LABEL in (section.columns or ()) or (labelled and (is_unpaired or not section.columns)):
+        return data.UnpairedPreferences
     return data.Supervised
 
 
@@ -97,6 +98,19 @@ def name_of_file(file, task, max_rows=None):
 
 def joined_name(name, max_rows, *words):
     return "-".join([name, *words, *([] if max_rows is None else [f"{max_rows}-rows"])])
+
+
+def name_in_all(runs, name=None):
+    """Return the name in evals/ of the score that all RunDirs have on the rows of the score `name`: that itself where they do,
+    else of the most of its first rows (`qlora eval RUN --max-rows N`); `name` where there is none either."""
+    if all(run.scores(name) is not None for run in runs):
+        return name
+    named = re.compile(re.escape(name or "held-out") + r"-(\d+)-rows")
+    counts = [
+        {int(found[1]) for path in run.evals.glob("*.json") if (found := named.fullmatch(path.stem))} for run in runs
+    ]
+    in_all = set.intersection(*counts)
+    return joined_name(name or "held-out", max(in_all)) if in_all else name
 
 
 def general_rows(subject, file):

@@ -48,11 +48,11 @@ def of_rows(subject, wanted, data_file, max_rows) -> Measured:
         source = data_file or "data.eval or data.eval_fraction of the recipe"
         raise InputError(f"no rows left to evaluate on in {source}: all were dropped; `qlora data` shows why")
     base_model.refuse_rows(rows, subject.model.config, methods.num_positions(subject.model))
-    judged = rows if not has_classes and rows.are_judged else None
-    if judged is not None:
-        if not judged.numbers("good").any():
+    unpaired = rows if not has_classes and rows.are_unpaired else None
+    if unpaired is not None:
+        if not unpaired.numbers("good").any():
             raise InputError("no row to evaluate on has a good answer (label: true)")
-        rows = data.as_supervised(judged)
+        rows = data.as_supervised(unpaired)
     said = data.conversations(rows)
     files = [{"path": str(part.path), "sha256": part.digest} for part in rows.parts]
     max_rows = None if max_rows == usual else max_rows
@@ -75,8 +75,8 @@ def of_rows(subject, wanted, data_file, max_rows) -> Measured:
         before, after = _before_and_after(subject, measure, _WORDS, known)
     result = _result(len(said), before, after)
     result |= class_scores.details(subject, rows, after) if has_classes else _beside(subject, said, wanted)
-    if judged is not None:
-        _add_margin(subject, judged, result, before, after)
+    if unpaired is not None:
+        _add_margin(subject, unpaired, result, before, after)
     result["data"] = {
         "files": files,
         "held_out": data_file is None,
@@ -87,7 +87,7 @@ def of_rows(subject, wanted, data_file, max_rows) -> Measured:
 
 
 def _add_margin(subject, rows, result, before, after):
-    """Add to a result by how much likelier good answers are than bad ones, where Rows of Judged have both. before, after: the
+    """Add to a result by how much likelier good answers are than bad ones, where Rows of Unpaired have both. before, after: the
     Scores of the good ones."""
     bad = rows[rows.numbers("good") == 0]
     if not len(bad):
@@ -106,7 +106,7 @@ def _score_of_words(subject, rows, said, wanted, what):
     pairs = rows.are_pairs
     of = (subject.tokenizer, subject.stops, data.as_supervised(rows), said, wanted, what)
     found = scores.score(subject.model, *of)
-    return preferences.judged(found, subject.model, rows) if pairs else found
+    return preferences.with_preferences(found, subject.model, rows) if pairs else found
 
 
 def of_choices(subject, wanted, max_rows, questions, of) -> Measured:

@@ -32,8 +32,8 @@ def questions(prepared):
     if not count:
         return []
     held_out = prepared.eval_examples
-    if held_out.are_judged:
-        held_out = data.judged.good_of(held_out)  # bad answers are not expected
+    if held_out.are_unpaired:
+        held_out = data.unpaired.good_of(held_out)  # bad answers are not expected
     rows = data.conversations(held_out.first_rows(count))
     if not all(row.messages for row in rows):
         raise InputError("training.num_samples: the held-out rows are plain text without answers; leave it out")

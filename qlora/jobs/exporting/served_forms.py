@@ -226,10 +226,10 @@ def _gguf_without_llama(job, file, num_bytes):
     return {"message": why} | found
 
 
-def _seconds_in_llama(served, prompt, repeats=latency.REPEATS):
+def _seconds_in_llama(served, prompt):
     """Return what latency.seconds_of does, of a model in llama.cpp."""
     first, whole = [], []
-    for _ in range(1 + repeats):
+    for _ in range(1 + latency.REPEATS):
         served.reset()
         begun = time.perf_counter()
         served.eval(list(prompt))
@@ -237,7 +237,7 @@ def _seconds_in_llama(served, prompt, repeats=latency.REPEATS):
         for _ in range(latency.NUM_TOKENS):
             served.eval([int(served.scores[served.n_tokens - 1].argmax())])
         whole.append(time.perf_counter() - begun)
-    return latency.medians(first, whole, latency.NUM_TOKENS)
+    return latency.medians(first, whole)
 
 
 def _speed(seconds):

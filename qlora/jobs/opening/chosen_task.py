@@ -34,7 +34,7 @@ def encoder_of(task, objective=None):
     """Return what makes examples of rows for a task of this name and the recipe's section of an objective, see data.encoder."""
     if objective is None:
         return _ENCODERS[task]
-    return data.Judgements if objective.are_judged else data.Preferences
+    return data.UnpairedPreferences if objective.are_unpaired else data.Preferences
 
 
 def settle_labels(recipe, checkpoint):
@@ -74,11 +74,11 @@ def objective_of(prepared, model, installed, planned, parts=1):
     """
     section = prepared.recipe.objective
     if section is not None:
-        from ...training.objectives.judged import Judgement
         from ...training.objectives.preference import Preference
+        from ...training.objectives.unpaired import UnpairedPreference
 
         tokens = planned.tokens_per_micro_batch if installed.joined else None
-        kind = Judgement if section.are_judged else Preference
+        kind = UnpairedPreference if section.are_unpaired else Preference
         return kind(section, prepared.tokenizer.pad_token_id, installed.joined, installed.loss, tokens, parts)
     if not prepared.checkpoint.task.file.HAS_CLASSES:
         return None

@@ -84,7 +84,7 @@ def prepare(recipe: Recipe, weights=True, on=None) -> Prepared:
     report["not_read"] = sorted({path for source in named for path in encoder.not_read(source)})
     report |= {"eval_rows": len(held_out), **data.copies(once, held_out)}
     if recipe.objective is not None:
-        what = data.judged if examples.are_judged else data.preference
+        what = data.unpaired if examples.are_unpaired else data.preference
         report |= what.describe(examples, held_out, parts)
     if has_classes:
         report |= data.labels.balance(examples, held_out, recipe.data.labels)
@@ -161,10 +161,10 @@ def refuse_pointless(report):
     trained = [one["label"] for one in report.get("classes", ()) if one["rows"]]
     if len(trained) == 1:
         raise InputError(f"every training row has the label {trained[0]!r}; there is nothing to tell apart")
-    judged = report.get("judged")
-    if judged is not None and not (judged["desirable"] and judged["undesirable"]):
-        only = "good" if judged["desirable"] else "bad"
-        other = "; supervised training (without kto) learns them" if judged["desirable"] else ""
+    unpaired = report.get("judged")
+    if unpaired is not None and not (unpaired["desirable"] and unpaired["undesirable"]):
+        only = "good" if unpaired["desirable"] else "bad"
+        other = "; supervised training (without kto) learns them" if unpaired["desirable"] else ""
         raise InputError(f"every training row is a {only} answer; there is nothing to tell apart{other}")
     if report.get("ends_with_stop_token") == 0:
         raise InputError(

@@ -17,14 +17,9 @@ from ...system.units import size
 from ..opening.chosen_task import task_of
 from ..opening.prepared_data import Prepared, prepare, refuse_pointless, with_method_of
 from .data_looked_at import Divided, Looked, divide, look
+from .goals import GOALS
 from .plan_job import Budget, budget_of, computer_of, is_cpu, job_of, not_supported
 
-GOALS = {
-    "quality": "the best answers that the card allows",
-    "speed": "the shortest training",
-    "long": "rows as long as the card allows",
-    "small": "a small adapter, for many tasks on one base",
-}
 _NF4 = Line("quantization.quant_type", "nf4", "4-bit base: a quarter of the memory of 16 bit")
 _SIXTEEN = Line("quantization", None, "not quantized: it fits, and no weight is rounded to 4 bit")
 _FAST = Line("quantization", None, "not quantized: faster than 4-bit weights, which are dequantized at each use")
@@ -71,7 +66,7 @@ def machine_of(card) -> Machine:
         return Machine("cuda", budget_of(plain, card=card), computer_of(card))
 
 
-def choose(model, data_file, machine: Machine, goal, overrides=(), output_dir=None) -> Chosen:
+def choose(model, data_file, machine: Machine, goal, overrides=()) -> Chosen:
     """Return the first recipe of `goal` whose plan fits; for "speed" the fastest of those.
 
     overrides: `section.field=value` that the recipe keeps, whatever would be chosen.
@@ -87,7 +82,7 @@ def choose(model, data_file, machine: Machine, goal, overrides=(), output_dir=No
     if (given.get("data") or {}).get("eval_fraction"):  # instead of the folder's own held-out rows
         divided = Divided(divided.train)
     looked = _looked(divided.train, given)
-    start = _start(model, divided, looked, output_dir or _new_folder(data_file))
+    start = _start(model, divided, looked, _new_folder(data_file))
     limit = _limit(values_of(start), overrides)
     rough = [Line("data.max_length", limit), Line("data.overlong", "drop"), *_candidate(*_CANDIDATES[goal][0])]
     prepared = prepare(_recipe([*start, *rough], overrides), weights=False, on=machine.on)

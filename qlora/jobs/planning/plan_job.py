@@ -146,7 +146,7 @@ def job_of(prepared, device_kind, budget: Budget, tokens=None, together=planner.
             sequences = examples.longest if examples.are_pairs else None
             lengths, parts = (examples.lengths, examples.num_trained), together.count
             steps = joined_steps(*lengths, training.rows_per_step, tokens, sequences, parts)
-        may_pack = not (prepared.checkpoint.task.file.HAS_CLASSES or examples.are_pairs or examples.are_judged)
+        may_pack = not (prepared.checkpoint.task.file.HAS_CLASSES or examples.are_pairs or examples.are_unpaired)
         if may_pack and attention.why_not(prepared.config, recipe.data.max_length) is None:
             packs = data.pack(examples, training.filled_to or recipe.data.max_length)
             numbers |= {"packed_load": _packed_load(packs, examples, 1), "packed_micro_batches": len(packs)}

@@ -30,8 +30,8 @@ def dpo(section, logps_P2, reference_P2, counts_P2):
     return torch.stack(losses).sum(0), section.beta * ratios_P2
 
 
-def judged(section, ratios_P, good_P, kl_P):
-    """Return the losses (P) of answers that are judged by themselves, by the recipe's section kto. ratios: log p less that of the
+def unpaired(section, ratios_P, good_P, kl_P):
+    """Return the losses (P) of answers without pairs, by the recipe's section kto. ratios: log p less that of the
     reference; kl: the distance from the reference that they are compared with, 0 of apo_zero_unpaired."""
     signs_P = torch.where(good_P, 1.0, -1.0)
     weights_P = torch.where(good_P, section.desirable_weight, section.undesirable_weight)

@@ -1,4 +1,4 @@
-"""Judged answers: a row of supervised training and its verdict; pairs are two of them; prompts with other rows' answers."""
+"""Unpaired answers: a row of supervised training and its verdict; pairs are two of them; prompts with other rows' answers."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ MESSAGES = [{"role": "user", "content": SAID["prompt"]}, {"role": "assistant", "
 
 
 def encoder(tokenizer, columns=None, max_length=200, overlong="error"):
-    return data.Judgements(tokenizer, Settings("auto", columns, "assistant", max_length, overlong, "error"))
+    return data.UnpairedPreferences(tokenizer, Settings("auto", columns, "assistant", max_length, overlong, "error"))
 
 
 def only(found):
@@ -57,7 +57,7 @@ def test_a_pair_is_a_good_and_a_bad_answer_under_one_key(tokenizer):
     assert found.key == encoder(tokenizer).encode({**SAID, "label": True}).key  # held out with what has the same prompt
 
 
-def test_only_the_last_answer_is_judged(tokenizer):
+def test_the_label_is_of_the_last_answer(tokenizer):
     more = [*MESSAGES, {"role": "user", "content": "And 2 plus 2?"}, {"role": "assistant", "content": "5."}]
     found = only(encoder(tokenizer).encode({"messages": more, "label": False}))
     trained = [label for label in found.labels if label >= 0]
@@ -77,7 +77,7 @@ def test_only_the_last_answer_is_judged(tokenizer):
         ({"prompt": None, "completion": None, "text": "Once upon a time"}, "plain text, which has no answer"),
     ],
 )
-def test_what_is_no_judged_answer_is_refused(tokenizer, change, reason):
+def test_what_is_no_unpaired_answer_is_refused(tokenizer, change, reason):
     row = {key: value for key, value in {**SAID, "label": True, **change}.items() if value is not None}
     with pytest.raises(ValueError, match=reason):
         encoder(tokenizer).encode(row)
@@ -85,7 +85,7 @@ def test_what_is_no_judged_answer_is_refused(tokenizer, change, reason):
 
 def test_rows_of_the_other_kinds_say_which_training_takes_them(tokenizer):
     settings = Settings("auto", None, "assistant", 200, "error", "error")
-    with pytest.raises(ValueError, match="judged by itself"):
+    with pytest.raises(ValueError, match="with its label"):
         data.Preferences(tokenizer, settings).encode({**SAID, "label": True})
     with pytest.raises(ValueError, match=r"for KTO; supervised training does not take it"):
         data.Supervised(tokenizer, settings).encode({**SAID, "label": True})
@@ -109,14 +109,14 @@ def test_a_table_without_verdicts_is_refused(tokenizer, tmp_path):
     path.write_text("prompt,completion\nHi,Hello\n")
     section = Data(train=str(path))
     with pytest.raises(InputError, match=r"has no column 'label', which says whether an answer is good; it has prompt"):
-        data.load(section.train, tokenizer, section, 0, data.Judgements)
+        data.load(section.train, tokenizer, section, 0, data.UnpairedPreferences)
 
 
 @pytest.fixture
 def rows_of(tokenizer, tmp_path):
     def rows_of(rows):
         section = Data(train=str(write_jsonl(tmp_path / "rows.jsonl", rows)), max_length=200)
-        return data.Rows(data.load(section.train, tokenizer, section, 0, data.Judgements))
+        return data.Rows(data.load(section.train, tokenizer, section, 0, data.UnpairedPreferences))
 
     return rows_of
 
@@ -130,13 +130,13 @@ ROWS = [
 ]
 
 
-def test_judged_rows_on_disk_are_what_they_were(tokenizer, rows_of):
+def test_unpaired_rows_on_disk_are_what_they_were(tokenizer, rows_of):
     rows = rows_of(ROWS)
     expected = [only(encoder(tokenizer).encode(row)) for row in ROWS]
     assert list(rows) == expected
     assert rows.numbers("good").tolist() == [1, 0, 1, 0, 0]
     assert rows.numbers("pair", np.uint64).tolist() == [one.key for one in expected]
-    told = data.judged.describe(rows, rows[:0], rows.parts)["judged"]
+    told = data.unpaired.describe(rows, rows[:0], rows.parts)["judged"]
     assert (told["prompts"], told["desirable"], told["undesirable"], told["contradictory"]) == (3, 2, 3, 1)
 
 

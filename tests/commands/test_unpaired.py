@@ -1,4 +1,4 @@
-"""Judged answers go the whole way: recipe, distance from the reference, checkpoint and resume, evaluation, export."""
+"""Unpaired answers go the whole way: recipe, distance from the reference, checkpoint and resume, evaluation, export."""
 
 import pytest
 import torch
@@ -21,11 +21,11 @@ ROWS = [
 
 
 @pytest.fixture
-def judged(make_recipe, tmp_path):
-    """Return judged(kto, rows=..., **sections) -> a Recipe."""
+def unpaired(make_recipe, tmp_path):
+    """Return unpaired(kto, rows=..., **sections) -> a Recipe."""
 
-    def judged(kto=None, rows=ROWS, **sections):
-        path = write_jsonl(tmp_path / "judged.jsonl", rows)
+    def unpaired(kto=None, rows=ROWS, **sections):
+        path = write_jsonl(tmp_path / "unpaired.jsonl", rows)
         values = {
             "kto": {"beta": 0.5} | (kto or {}),
             "training": {"eval_steps": 2, "max_steps": 4, "save_steps": 2, "learning_rate": 1e-2}
@@ -34,12 +34,12 @@ def judged(make_recipe, tmp_path):
         }
         return make_recipe(**values, **sections)
 
-    return judged
+    return unpaired
 
 
 @pytest.mark.parametrize("kto", [{}, {"loss_type": "apo_zero_unpaired"}], ids=["kto", "apo"])
-def test_a_run_learns_what_is_good_and_its_evaluation_says_so(judged, kto, capsys):
-    recipe = judged(kto, training={"max_steps": 8})
+def test_a_run_learns_what_is_good_and_its_evaluation_says_so(unpaired, kto, capsys):
+    recipe = unpaired(kto, training={"max_steps": 8})
     run = train(recipe)
     steps = [one for one in records(run) if "loss" in one]
     assert steps[0]["loss"] == pytest.approx(0.5, abs=0.02)  # the reference is the model as it begins
@@ -60,10 +60,10 @@ def test_a_run_learns_what_is_good_and_its_evaluation_says_so(judged, kto, capsy
 
 @pytest.mark.usefixtures("unplanned")
 @pytest.mark.parametrize("together", some_slow(["auto", None], [None]))
-def test_a_run_that_was_stopped_goes_on_to_the_bit(judged, tmp_path, monkeypatch, together):
+def test_a_run_that_was_stopped_goes_on_to_the_bit(unpaired, tmp_path, monkeypatch, together):
     training = {"logging_steps": 3, "max_steps": 6, "tokens_per_micro_batch": together}
-    whole = train(judged(training=training, output_dir=str(tmp_path / "whole")))
-    recipe = judged(training=training, output_dir=str(tmp_path / "part"))
+    whole = train(unpaired(training=training, output_dir=str(tmp_path / "whole")))
+    recipe = unpaired(training=training, output_dir=str(tmp_path / "part"))
     stopped_after_4(recipe, monkeypatch)
     run = train(recipe, resume=True)
     assert computed(run) == computed(whole)
@@ -72,7 +72,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_bit(judged, tmp_path, monkeypatch
 
 
 @pytest.mark.usefixtures("unplanned")
-def test_a_step_is_the_same_however_its_rows_are_split(judged, tmp_path):
+def test_a_step_is_the_same_however_its_rows_are_split(unpaired, tmp_path):
     """A distance over a micro-batch, as trl has it, would be another with other micro-batches."""
     found = []
     for rows, steps in ((4, 1), (1, 4), (2, 2)):
@@ -82,7 +82,7 @@ def test_a_step_is_the_same_however_its_rows_are_split(judged, tmp_path):
             "tokens_per_micro_batch": None,
         }
         section = {"compute_dtype": "float32"}
-        run = train(judged(training=training, quantization=section, output_dir=str(tmp_path / f"{rows}")))
+        run = train(unpaired(training=training, quantization=section, output_dir=str(tmp_path / f"{rows}")))
         found.append([(one["loss"], one["kl"], one["grad_norm"]) for one in records(run) if "loss" in one])
     assert found[0][-1][1] > 0.05
     for other in found[1:]:
@@ -91,23 +91,23 @@ def test_a_step_is_the_same_however_its_rows_are_split(judged, tmp_path):
 
 
 @pytest.mark.usefixtures("unplanned")
-def test_a_distance_that_does_not_fit_is_measured_in_halves(judged, tmp_path, monkeypatch):
-    from qlora.training.objectives.judged import Judgement
+def test_a_distance_that_does_not_fit_is_measured_in_halves(unpaired, tmp_path, monkeypatch):
+    from qlora.training.objectives.unpaired import UnpairedPreference
 
     training = {"tokens_per_micro_batch": None}
     whole = train(
-        judged(training=training, quantization={"compute_dtype": "float32"}, output_dir=str(tmp_path / "whole"))
+        unpaired(training=training, quantization={"compute_dtype": "float32"}, output_dir=str(tmp_path / "whole"))
     )
-    original = Judgement._summed_ratios
+    original = UnpairedPreference._summed_ratios
 
     def refused(self, model, part):
         if len(part["reference"]) > 2:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes.")
         return original(self, model, part)
 
-    monkeypatch.setattr(Judgement, "_summed_ratios", refused)
+    monkeypatch.setattr(UnpairedPreference, "_summed_ratios", refused)
     run = train(
-        judged(training=training, quantization={"compute_dtype": "float32"}, output_dir=str(tmp_path / "halves"))
+        unpaired(training=training, quantization={"compute_dtype": "float32"}, output_dir=str(tmp_path / "halves"))
     )
     steps = [[one for one in records(each) if "loss" in one] for each in (whole, run)]
     for one, other in zip(*steps, strict=True):
@@ -115,8 +115,8 @@ def test_a_distance_that_does_not_fit_is_measured_in_halves(judged, tmp_path, mo
 
 
 @pytest.mark.slow
-def test_pairs_are_judged_rows_too_and_an_export_is_proven(judged, tmp_path, capsys):
-    recipe = judged(rows=PAIRS)
+def test_pairs_are_unpaired_rows_too_and_an_export_is_proven(unpaired, tmp_path, capsys):
+    recipe = unpaired(rows=PAIRS)
     run = train(recipe)
     assert "18 good, 18 bad" in capsys.readouterr().err
     assert evaluate(run.path)["rows"] == 6
@@ -127,21 +127,21 @@ def test_pairs_are_judged_rows_too_and_an_export_is_proven(judged, tmp_path, cap
     assert report["verified"]
 
 
-def test_the_reference_of_a_run_that_starts_from_an_adapter_is_that_adapter(judged, make_recipe, tmp_path):
+def test_the_reference_of_a_run_that_starts_from_an_adapter_is_that_adapter(unpaired, make_recipe, tmp_path):
     first = train(make_recipe(output_dir=str(tmp_path / "sft")))
-    second = train(judged(model={"adapter_name_or_path": str(first.path)}, output_dir=str(tmp_path / "kto")))
+    second = train(unpaired(model={"adapter_name_or_path": str(first.path)}, output_dir=str(tmp_path / "kto")))
     assert next(one for one in records(second) if "loss" in one)["loss"] == pytest.approx(0.5, abs=0.02)
 
 
-def test_data_says_what_is_wrong_with_the_verdicts(judged, capsys):
+def test_data_says_what_is_wrong_with_the_verdicts(unpaired, capsys):
     rows = [row for row in ROWS if row["label"]] + [row for row in ROWS if not row["label"]][:3]
     rows += [{**ROWS[0], "label": False}]
-    inspect_data(judged(rows=rows, data={"eval_fraction": 0.0}))
+    inspect_data(unpaired(rows=rows, data={"eval_fraction": 0.0}))
     said = capsys.readouterr()
     assert "12 good, 4 bad" in said.err
     assert "GOOD ANSWERS OUTWEIGH THE OTHERS: set kto.undesirable_weight=3 to make up" in said.err
     assert "1 answers are called GOOD AND BAD" in said.err
-    inspect_data(judged({"undesirable_weight": 3.0}, rows=rows, data={"eval_fraction": 0.0}))
+    inspect_data(unpaired({"undesirable_weight": 3.0}, rows=rows, data={"eval_fraction": 0.0}))
     assert "OUTWEIGH" not in capsys.readouterr().err
 
 
@@ -157,13 +157,13 @@ def test_data_says_what_is_wrong_with_the_verdicts(judged, capsys):
         ({"lora": {"lora_dropout": 0.1}}, "kto compares the model with its reference, which has no dropout"),
     ],
 )
-def test_what_does_not_go_with_it_is_refused(judged, sections, said):
+def test_what_does_not_go_with_it_is_refused(unpaired, sections, said):
     with pytest.raises(InputError, match=said):
-        judged(**sections)
+        unpaired(**sections)
 
 
-def test_labels_of_a_file_are_read_as_in_training(judged, tmp_path):
-    run = train(judged())
+def test_labels_of_a_file_are_read_as_in_training(unpaired, tmp_path):
+    run = train(unpaired())
     results = []
     for name, said in (("words", str), ("numbers", int)):
         rows = [{**row, "label": said(row["label"])} for row in ROWS[:8]]
@@ -172,21 +172,21 @@ def test_labels_of_a_file_are_read_as_in_training(judged, tmp_path):
     assert results[0]["metrics"] == results[1]["metrics"]
 
 
-def test_answers_of_one_kind_are_refused(judged):
-    recipe = judged(rows=[row for row in ROWS if row["label"]])
+def test_answers_of_one_kind_are_refused(unpaired):
+    recipe = unpaired(rows=[row for row in ROWS if row["label"]])
     with pytest.raises(InputError, match=r"every training row is a good answer; .* supervised training"):
         train(recipe)
 
 
-def test_a_file_of_judged_rows_is_known_by_its_first_row(own_run, tmp_path):
+def test_a_file_of_unpaired_rows_is_known_by_its_first_row(own_run, tmp_path):
     path = write_jsonl(tmp_path / "rows.jsonl", ROWS)
     result = evaluate(own_run.path, data_file=str(path), max_rows=8)
     assert result["rows"] == 4
     assert "desirable_margin" in result["metrics"]
 
 
-def test_the_learning_rate_is_that_of_the_objective(judged):
-    recipe = judged()
+def test_the_learning_rate_is_that_of_the_objective(unpaired):
+    recipe = unpaired()
     values = recipe.model_dump(mode="json", exclude_unset=True)
     del values["training"]["learning_rate"]
     assert Recipe.from_dict(values).training.learning_rate == 5e-6

@@ -1,4 +1,4 @@
-"""The objective of judged answers: KTO, and APO without pairs; by transformers' Trainer. One sequence a row.
+"""The objective of unpaired answers: KTO, and APO without pairs; by transformers' Trainer. One sequence a row.
 
 KTO compares the reward of an answer with how far the model is from its reference: the mean of log p less that of the reference
 over prompts with answers to other prompts, at least 0. trl takes it over a micro-batch, so that its loss depends on how rows are
@@ -24,25 +24,25 @@ from .preference import Preference, Referred, Seen, Trainer
 
 
 @dataclass(frozen=True)
-class Judgement(Preference):
+class UnpairedPreference(Preference):
     """A batch has "good" (P), whether the answer of each row is, and "kl" (P), the distance that it is compared with."""
 
-    seen: Seen = field(default_factory=lambda: SeenJudged())
+    seen: Seen = field(default_factory=lambda: SeenUnpaired())
 
     each: ClassVar[int] = 1
     watched_name = "the loss of the good answers"
 
     @property
     def kind(self):
-        return JudgementTrainer
+        return UnpairedTrainer
 
     @property
     def needs_kl(self):
         return self.section.loss_type == "kto"
 
     def referred(self, rows):
-        """rows: data.Rows of data.Judged."""
-        return ReferredJudged(rows, self.needs_kl)
+        """rows: data.Rows of data.Unpaired."""
+        return ReferredUnpaired(rows, self.needs_kl)
 
     def compared(self, trainer):
         found = super().compared(trainer)
@@ -51,16 +51,19 @@ class Judgement(Preference):
 
     def collate(self, rows):
         """As of Preference, with good and kl."""
-        numbers, judged, known = zip(*rows, strict=True)
-        kl = torch.zeros(len(judged))
-        return self.batch_of(judged, numbers, known) | {"good": torch.tensor([one.good for one in judged]), "kl": kl}
+        numbers, examples, known = zip(*rows, strict=True)
+        kl = torch.zeros(len(examples))
+        return self.batch_of(examples, numbers, known) | {
+            "good": torch.tensor([one.good for one in examples]),
+            "kl": kl,
+        }
 
     def loss(self, model, inputs, num_items):
         logps_P1, counts_P1 = self.log_probabilities(model, inputs)
         logps_P, good_P = logps_P1[:, 0], inputs["good"].to(logps_P1.device)
         ratios_P = logps_P - inputs["reference"][:, 0].to(logps_P.device)
         kl_P = inputs["kl"].to(logps_P.device)
-        losses_P = preference_losses.judged(self.section, ratios_P, good_P, kl_P)
+        losses_P = preference_losses.unpaired(self.section, ratios_P, good_P, kl_P)
         self.seen.add(self.section.beta * ratios_P.detach(), logps_P.detach(), counts_P1[:, 0], good_P, kl_P)
         return losses_P.sum() / (len(losses_P) if num_items is None else num_items)
 
@@ -69,7 +72,7 @@ class Judgement(Preference):
         """Return the mean over these rows of how much likelier an answer to another prompt is than to the reference, in nats, at
         least 0; 0 where the loss needs none.
 
-        rows: ReferredJudged. numbers: of rows in it.
+        rows: ReferredUnpaired. numbers: of rows in it.
         """
         if not self.needs_kl:
             return 0.0
@@ -108,7 +111,7 @@ class Judgement(Preference):
         return (logps_P1 - part["reference"].to(logps_P1.device)).sum()
 
 
-class ReferredJudged(Referred):
+class ReferredUnpaired(Referred):
     """Referred rows of one sequence. mismatched: the same of their prompts with other rows' answers; None where not needed."""
 
     def __init__(self, rows, needs_kl):
@@ -116,7 +119,7 @@ class ReferredJudged(Referred):
         self.mismatched = Referred(data.Mismatched(rows), 1) if needs_kl else None
 
 
-class JudgementTrainer(Trainer):
+class UnpairedTrainer(Trainer):
     """A Trainer that measures the distance from the reference before a step, and before an evaluation."""
 
     objective: Any
@@ -142,7 +145,7 @@ class JudgementTrainer(Trainer):
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
 
-class SeenJudged(Seen):
+class SeenUnpaired(Seen):
     """Sums since the last log, on the device: rewards, log probabilities and numbers of good rows, the same of bad ones, the
     distance of each row; None for none. step: of the good rows, as of Seen."""
 

@@ -1,4 +1,4 @@
-"""Rows with one answer that is judged by itself, good or bad -> Judged: a sequence of token ids, and which it is (KTO).
+"""Rows with one answer that is labelled good or bad (trl: unpaired preference) -> Unpaired: token ids, and which it is (KTO).
 
 A row is one of supervised training, in any of its formats, with the verdict on its last answer beside it: `label`, true or
 false (`kto_tag` in LLaMA-Factory's files). A pair of `chosen` and `rejected` is two such rows.
@@ -25,7 +25,7 @@ _VERDICTS = {"true": True, "false": False, "1": True, "0": False}
 
 
 @dataclass(frozen=True)
-class Judged:
+class Unpaired:
     """An Example, and whether its answer is a good one. key: 8 bytes, as an unsigned number, that are equal for rows with the
     same prompt and answer."""
 
@@ -47,7 +47,7 @@ class Judged:
 
 
 class Mismatched(Sequence):
-    """Of each of `rows`, Rows of Judged, its prompt with the answer of the next row that has another prompt, cut to the
+    """Of each of `rows`, Rows of Unpaired, its prompt with the answer of the next row that has another prompt, cut to the
     longest of `rows`; its label means nothing."""
 
     def __init__(self, rows):
@@ -64,7 +64,7 @@ class Mismatched(Sequence):
         (ids, labels), begins = self._parts(index), (int(self._begins[index]), int(self._begins[other]))
         ids_of_other, labels_of_other = self._parts(other)
         ids, labels = ids[: begins[0]] + ids_of_other[begins[1] :], labels[: begins[0]] + labels_of_other[begins[1] :]
-        return Judged(Example(ids[: self._longest], labels[: self._longest]), False)
+        return Unpaired(Example(ids[: self._longest], labels[: self._longest]), False)
 
     def _parts(self, index):
         row = self.rows[int(index)]
@@ -88,8 +88,8 @@ def _next_of_another(keys):
     return (ends[following % len(ends)] + 1) % count
 
 
-class Judgements(Supervised):
-    """The Encoder of judged rows. begin: the first trained token of an example."""
+class UnpairedPreferences(Supervised):
+    """The Encoder of unpaired rows. begin: the first trained token of an example."""
 
     NUMBERS: ClassVar = {**Supervised.NUMBERS, "begin": "<i4", "good": "<i1", "pair": "<u8"}
 
@@ -121,15 +121,15 @@ class Judgements(Supervised):
     def read(self, value):
         """Return (format name, Conversation) of a row, of a pair that of the chosen answer; raises ValueError for what is wrong
         with it."""
-        name, judged, _ = self._said(value)
-        return name, judged[0][0]
+        name, answers, _ = self._said(value)
+        return name, answers[0][0]
 
     def _said(self, value):
         """Return (format name, [(Conversation, good)], unused keys) of a row."""
         settings = self.settings
         if preference.is_pair(_renamed_pair(value, settings.columns), settings.ignore_keys):
             name, said = preference.read(value, _without_label(settings.columns) or None, settings.ignore_keys)
-            judged, unused = [(said.chosen, True), (said.rejected, False)], said.unused
+            answers, unused = [(said.chosen, True), (said.rejected, False)], said.unused
         else:
             rest, good = _verdict(value, settings.columns)
             name, conversation = columns.read(
@@ -137,26 +137,26 @@ class Judgements(Supervised):
             )
             if conversation.text is not None:
                 raise ValueError("is plain text, which has no answer that is good or bad; give prompt and completion")
-            judged, unused = [(conversation, good)], conversation.unused
+            answers, unused = [(conversation, good)], conversation.unused
         if settings.thoughts == "drop":
-            judged = [(without_thoughts(one), good) for one, good in judged]
-        return name, judged, unused
+            answers = [(without_thoughts(one), good) for one, good in answers]
+        return name, answers, unused
 
     def encode(self, value):
         settings, masks = self.settings, self.settings.thoughts == "mask"
-        name, judged, unused = self._said(value)
+        name, answers, unused = self._said(value)
         examples, is_cut, unused = [], False, set(unused)
-        for conversation, good in judged:
+        for conversation, good in answers:
             conversation = dataclasses.replace(conversation, flags=())
             whole = encode(self.tokenizer, conversation, "last_assistant", masks)[-1:]
             fitted = length.fit(
                 self.tokenizer, conversation, whole, "last_assistant", settings.max_length, settings.overlong, masks
             )
-            examples += [Judged(one, good, conversation.key()) for one in fitted.examples]
+            examples += [Unpaired(one, good, conversation.key()) for one in fitted.examples]
             unused |= whole[0].left_out
             is_cut |= fitted.cut
-        counts = {"rows_truncated": int(is_cut), **tokens.counts_of(self.tokenizer, *(one for one, _ in judged))}
-        first = judged[0][0]
+        counts = {"rows_truncated": int(is_cut), **tokens.counts_of(self.tokenizer, *(one for one, _ in answers))}
+        first = answers[0][0]
         prompt = dataclasses.replace(first, messages=first.messages[:-1], flags=(), completion=None)
         return Encoded(name, prompt.key(), examples, unused, counts)
 
@@ -166,7 +166,7 @@ class Judgements(Supervised):
         return arrays, (*numbers, begin, int(example.good), example.key)
 
     def restored(self, arrays, numbers):
-        return Judged(super().restored(arrays, numbers), bool(numbers["good"]), int(numbers["pair"]))
+        return Unpaired(super().restored(arrays, numbers), bool(numbers["good"]), int(numbers["pair"]))
 
 
 def _without_label(mapped):
@@ -202,12 +202,12 @@ def _verdict(value, mapped):
 
 
 def good_of(rows):
-    """Return the Rows of Judged whose answer is good; all of them where none is."""
+    """Return the Rows of Unpaired whose answer is good; all of them where none is."""
     good = rows[rows.numbers("good") == 1]
     return good if len(good) else rows
 
 
-def is_judged(row, ignore=()):
+def is_unpaired(row, ignore=()):
     """Return whether a row says of its one answer that it is good or bad."""
     return isinstance(row, dict) and formats.verdict({k: v for k, v in row.items() if k not in ignore}) is not None
 

@@ -1,4 +1,4 @@
-"""The loss of judged answers is trl's with the whole step as one micro-batch, however the rows are split here."""
+"""The loss of unpaired answers is trl's with the whole step as one micro-batch, however the rows are split here."""
 
 import datasets
 import pytest
@@ -8,7 +8,7 @@ from trl import KTOConfig, KTOTrainer
 from qlora import base_model, data, kernels
 from qlora.data.encoder import Settings
 from qlora.recipe import Kto, Quantization
-from qlora.training.objectives.judged import Judgement, SeenJudged
+from qlora.training.objectives.unpaired import SeenUnpaired, UnpairedPreference
 from tests.training.objectives.test_preference import adapted, assert_near, batch_of, gradients, joined, train
 
 __all__ = ["adapted"]  # a fixture
@@ -23,7 +23,7 @@ ROWS = [
 
 @pytest.fixture
 def rows(tokenizer):
-    encoder = data.Judgements(tokenizer, Settings("auto", None, "assistant", 200, "error", "error"))
+    encoder = data.UnpairedPreferences(tokenizer, Settings("auto", None, "assistant", 200, "error", "error"))
     return [encoder.encode(row).examples[0] for row in ROWS]
 
 
@@ -38,13 +38,13 @@ def mismatched_of(rows):
     for row, before in zip(rows, rows[-1:] + rows[:-1], strict=True):
         (prompt, _), (_, answer) = parted(row), parted(before)
         labels = [data.IGNORE_INDEX] * len(prompt) + answer
-        found.append(data.Judged(data.Example(prompt + answer, labels), False))
+        found.append(data.Unpaired(data.Example(prompt + answer, labels), False))
     return found
 
 
 def ways(section, tokenizer):
-    yield "off", Judgement(section, tokenizer.pad_token_id)
-    yield "auto", Judgement(section, tokenizer.pad_token_id, joined=True, lean=True)
+    yield "off", UnpairedPreference(section, tokenizer.pad_token_id)
+    yield "auto", UnpairedPreference(section, tokenizer.pad_token_id, joined=True, lean=True)
 
 
 @pytest.mark.parametrize("quantization", [None, Quantization()], ids=["16-bit", "nf4"])
@@ -66,7 +66,7 @@ def test_kto_is_trls(adapted, rows, tokenizer, tmp_path, quantization):
     inputs = trainer.data_collator(of_trl)
     model, mismatched = adapted(quantization), mismatched_of(rows)
     train(model, 2)
-    plain = Judgement(Kto(), tokenizer.pad_token_id)
+    plain = UnpairedPreference(Kto(), tokenizer.pad_token_id)
     with torch.no_grad():
         reference = plain.log_probabilities(model, batch_of(plain, rows))[0]
         of_mismatched = plain.log_probabilities(model, batch_of(plain, mismatched))[0]
@@ -102,7 +102,7 @@ def test_kto_is_trls(adapted, rows, tokenizer, tmp_path, quantization):
 def test_halves_and_micro_batches_are_the_batch(adapted, rows, tokenizer, together):
     model = adapted()
     section = Kto(undesirable_weight=0.5)
-    objective = Judgement(
+    objective = UnpairedPreference(
         section, tokenizer.pad_token_id, joined=together, lean=together, tokens=60 if together else None
     )
     with kernels.installed(model, "auto" if together else "off") as installed, joined(model, objective, installed):
@@ -121,7 +121,7 @@ def test_halves_and_micro_batches_are_the_batch(adapted, rows, tokenizer, togeth
 
 @pytest.mark.parametrize("more", [0, 1, 5])
 def test_a_batch_is_cut_to_a_number_of_tokens(adapted, rows, tokenizer, more):
-    objective = Judgement(Kto(), tokenizer.pad_token_id, joined=True)
+    objective = UnpairedPreference(Kto(), tokenizer.pad_token_id, joined=True)
     batch = batch_of(objective, rows)
     tokens = sum(len(one.input_ids) for one in rows[:2]) + more
     cut = objective.cut(batch, tokens)
@@ -130,7 +130,7 @@ def test_a_batch_is_cut_to_a_number_of_tokens(adapted, rows, tokenizer, more):
 
 
 def test_what_was_seen_is_a_mean_over_each_kind():
-    seen = SeenJudged()
+    seen = SeenUnpaired()
     good = torch.tensor([True, False, True])
     seen.add(
         torch.tensor([1.0, 3.0, 2.0]),
@@ -156,6 +156,6 @@ def test_what_was_seen_is_a_mean_over_each_kind():
 
 
 def test_a_step_without_good_answers_is_not_watched():
-    seen = SeenJudged()
+    seen = SeenUnpaired()
     seen.add(torch.tensor([1.0]), torch.tensor([-4.0]), torch.tensor([2]), torch.tensor([False]), torch.tensor([0.0]))
     assert seen.chosen_nats() is None

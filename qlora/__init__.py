@@ -43,7 +43,7 @@ _HOME = {
     "doctor": "commands.doctor",
     "train": "commands.train",
     "plan": "commands.plan",
-    "list_cards": "commands.plan",
+    "list_cards": "commands.cards",
     "plan_methods": "commands.plan",
     "plan_processes": "commands.plan",
     "inspect_data": "commands.data",

@@ -42,7 +42,7 @@ def _load(recipe, overrides):
 
 def _run(verb, as_json, *args, steps=False, models=True, **kwargs):
     """Return what a public function of qlora returns; with --json that is printed instead of its lines and tables, also where
-    the verb had found it all and then ended with an error. models: whether it needs their libraries, which take seconds to import."""
+    the verb had found it all and then ended with an error. models: whether it needs their libraries, which takes seconds."""
     hush_libraries(models)
     import qlora
 

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from qlora.jobs.planning.plan_job import Budget, computer_of
 from qlora.jobs.planning.several_card_plans import jobs_of_cards
-from qlora.planner import card_of, several_cards
+from qlora.planner import several_cards
 from qlora.recipe import Recipe
+from qlora.system.cards import card_of
 
 GIB = 2**30
 _LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 128256, "num_key_value_heads": 8,

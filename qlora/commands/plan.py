@@ -25,18 +25,6 @@ from ..terminal.tables import show, table
 
 
 @shown()
-def list_cards() -> dict:
-    """Print the cards that a plan knows, with what a process sees of their memory; return them as {"cards": [...]}."""
-    found = planner.cards.listing()
-    rows = [
-        [one["name"], size(one["memory_bytes"]), f"{one['flops'] / 1e12:.0f}", f"{one['bandwidth'] / 1e9:,.0f}",
-         "yes" if one["bfloat16"] else "no", one["link"]] for one in found
-    ]  # fmt: skip
-    table("cards, by the memory that a process sees", ["card", "memory", "TFLOPS", "GB/s", "bfloat16", "link"], rows)
-    return {"cards": found}
-
-
-@shown()
 def plan(recipe: Recipe, vram=None, card=None, plot=None) -> dict:
     """Print the plan of training as `recipe` says; return it with the limits that still fit, and suggestions, for --json.
 

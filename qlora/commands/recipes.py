@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 
 from ..jobs.planning import shipped_recipes
-from ..planner import card_of
+from ..system.cards import card_of
 from ..system.errors import InputError
 from ..system.events import note
 from ..system.storage import write_text
@@ -25,11 +25,13 @@ def list_recipes(card=None) -> dict:
     Raises:
         InputError: no recipes came with this installation, or the card is unknown.
     """
+    found = shipped_recipes.described()
     if card is not None:
         card_of(card)
-    found = shipped_recipes.described()
-    for one in found if card is not None else ():
-        one["planned"] = shipped_recipes.planned(one["name"], card)
+        from ..jobs.planning.recipe_on_card import planned
+
+        for one in found:
+            one["planned"] = planned(one["name"], card)
     header = ["name", "model", "task", "method", *(["memory"] if card else []), "about"]
     rows = [[one["name"], one["model"], one["task"], one["method"], *([_memory(one["planned"])] if card else []), one["about"]]
             for one in found]  # fmt: skip

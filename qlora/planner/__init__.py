@@ -14,14 +14,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..recipe.optimizers import DEFAULT, OPTIMIZERS
-from ..system import cards
-from ..system.cards import Card, card_of
+from ..system.cards import Card
 from . import speed
 from .footprint import CONTEXT_BYTES, Load, NoPlan, Outline, Usage, checkpoint_bytes, outline, usage
 from .together import ALONE, NETWORK, Step, Together, step_of
 
 __all__ = ["ALONE", "CONTEXT_BYTES", "NETWORK", "Job", "Load", "NoPlan", "Plan", "Together", "at_length", "at_rows", "backwards",
-           "card_of", "cards", "fastest", "outline", "plan", "suggestions"]  # fmt: skip
+           "fastest", "outline", "plan", "suggestions"]  # fmt: skip
 
 # of a joined micro-batch. SmolLM2-135M, 32 rows of about 107 tokens a step, tokens/s and peak: 114 and 0.95 GiB one row at a
 # time, 189 and 1.02 at 512 tokens, 212 and 1.29 at 1,024, 212 and 1.84 at 2,048, 210 and 3.08 at 4,096

@@ -16,7 +16,7 @@ from qlora.commands.init import init
 from qlora.commands.plan import plan
 from qlora.commands.recipes import copy_recipe, list_recipes, show_recipe
 from qlora.jobs.opening.prepared_data import prepare
-from qlora.jobs.planning import first_recipe, shipped_recipes
+from qlora.jobs.planning import first_recipe, recipe_on_card
 from qlora.jobs.planning.data_looked_at import look
 from qlora.recipe import Recipe
 from qlora.system.errors import DoesNotFit, InputError
@@ -111,7 +111,7 @@ def test_rows_that_are_preferred_or_judged_get_their_objective(tiny_model, tmp_p
 
 
 def test_a_recipe_for_several_cards_is_listed_as_one():
-    planned = shipped_recipes.planned("qwen3-32b/several_cards", "3090")
+    planned = recipe_on_card.planned("qwen3-32b/several_cards", "3090")
     assert planned["several_cards"]
     assert planned["peak_bytes"] is None
     assert planned["message"].endswith("qlora plan qwen3-32b/several_cards --processes 2 --card 3090")

@@ -11,7 +11,7 @@ from qlora import base_model, kernels, methods, planner
 from qlora.kernels import checkpointing
 from qlora.planner import images
 from qlora.recipe import Full, Lora, Model, Quantization, Training
-from qlora.system import memory
+from qlora.system import cards, memory
 from qlora.training.master_weights import MasterWeights
 from qlora.training.objectives.classification import Classification
 
@@ -93,6 +93,6 @@ def test_the_work_of_an_image_is_that_of_its_positions():
     assert images.positions(model) == 65
     work = outline_of("vit", Lora(), Quantization()).work
     assert work.positions == 65
-    card = planner.card_of("3060")
+    card = cards.card_of("3060")
     once, twice = (planner.speed.seconds(work, card, rows, 1, rows, 0.0) for rows in (5_000, 10_000))
     assert twice == pytest.approx(2 * once, rel=0.01)

@@ -346,7 +346,7 @@ def test_the_longest_sequences_are_those_computed_by_hand(llama2_7b):
 
 
 def job_of(outline, load=None, **changes):
-    settings = {"budget_bytes": 24 * GIB, "card": planner.card_of("4090")} | changes
+    settings = {"budget_bytes": 24 * GIB, "card": cards.card_of("4090")} | changes
     return planner.Job(outline, load or planner.Load(1, 2048, 2048), settings.pop("training", Training()), **settings)
 
 
@@ -502,7 +502,7 @@ def test_a_batch_is_made_smaller_only_with_as_many_rows_a_step(llama2_7b):
 @pytest.mark.parametrize(("card", "checkpointed", "expected"), [("RTX 4090", True, 3900), ("RTX 4090", False, 5700),
                                                                 ("rtx3090", True, 1700), ("3090", False, 2500)])  # fmt: skip
 def test_the_bound_on_speed_is_that_computed_by_hand(llama2_7b, card, checkpointed, expected):
-    job = job_of(llama2_7b, card=planner.card_of(card), gradient_checkpointing=checkpointed, budget_bytes=48 * GIB)
+    job = job_of(llama2_7b, card=cards.card_of(card), gradient_checkpointing=checkpointed, budget_bytes=48 * GIB)
     assert planner.plan(job).tokens_per_second == pytest.approx(expected, rel=0.12)
 
 
@@ -541,7 +541,7 @@ def test_cards_of_one_name_are_told_apart_by_their_memory(name, gib, expected):
     ("7900xtx", "RX 7900 XTX"), ("4060ti16gb", "RTX 4060 Ti 16GB"), ("A100-80GB", "A100 80GB"),
     ("geforce-3060", "RTX 3060 12GB")])  # fmt: skip
 def test_a_card_may_be_spelled_in_many_ways(spelling, expected):
-    assert planner.card_of(spelling).name == expected
+    assert cards.card_of(spelling).name == expected
 
 
 @pytest.mark.parametrize(("spelling", "message"), [("3080", "which of them: RTX 3080 10GB or RTX 3080 12GB?"),
@@ -549,12 +549,12 @@ def test_a_card_may_be_spelled_in_many_ways(spelling, expected):
     ("a100 20gb", "unknown card")])  # fmt: skip
 def test_a_card_that_is_none_or_several_is_refused(spelling, message):
     with pytest.raises(InputError, match=message):
-        planner.card_of(spelling)
+        cards.card_of(spelling)
 
 
 def test_every_card_is_found_by_its_own_name_and_holds_less_than_its_box_says():
     for card in cards.CARDS:
-        assert planner.card_of(card.name) is card
+        assert cards.card_of(card.name) is card
         assert (
             0.9 * card.size * 1e9 < card.memory < card.size * GIB
         )  # GB on the box are GiB, but for what ECC and drivers keep

@@ -8,10 +8,10 @@ from qlora.commands.plan import plan, plan_processes
 from qlora.jobs.planning import shipped_recipes
 from qlora.jobs.planning.plan_job import Budget, computer_of
 from qlora.jobs.planning.several_card_plans import plan_several
-from qlora.planner import card_of, several_cards
+from qlora.planner import several_cards
 from qlora.planner.together import NCCL_BYTES, all_reduce_bytes, gather_bytes
 from qlora.recipe import Recipe
-from qlora.system.cards import CARDS
+from qlora.system.cards import CARDS, card_of
 from qlora.system.errors import InputError
 from tests import forked
 from tests.conftest import some_slow

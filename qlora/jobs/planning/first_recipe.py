@@ -12,6 +12,7 @@ from ... import base_model, planner
 from ...recipe import Recipe, parse_size, reading
 from ...recipe.commented import Line, overridden, values_of
 from ...recipe.tasks import has_classes
+from ...system import cards
 from ...system.errors import DoesNotFit, InputError
 from ...system.units import size
 from ..opening.chosen_task import task_of
@@ -278,7 +279,7 @@ def _what_would(job):
         "what would:"
     ]
     lines += [f"  {change['set']}: {size(change['peak_bytes'])}" for change in changes]
-    larger = sorted(planner.cards.CARDS, key=lambda card: card.memory)
+    larger = sorted(cards.CARDS, key=lambda card: card.memory)
     card = next((card for card in larger if planner.plan(job.but(budget_bytes=card.memory)).fits), None)
     lines += [f"  a card such as {card.name} ({size(card.memory)}): --card '{card.name}'"] if card else []
     return "\n".join([*lines, "  a smaller model"])

@@ -12,7 +12,7 @@ from ... import base_model, data, kernels, planner
 from ...data import Batches, Packs
 from ...kernels import attention
 from ...recipe import parse_size
-from ...system import memory
+from ...system import cards, memory
 from ...system.errors import InputError
 from ..opening.chosen_task import encoder_of, task_of
 from .joined_steps import attended, joined_steps
@@ -42,7 +42,7 @@ def budget_of(recipe, vram=None, card=None) -> Budget:
     import torch
 
     kind = "cpu" if is_cpu(card) else "cuda"
-    chosen = None if card is None or kind == "cpu" else planner.card_of(card)
+    chosen = None if card is None or kind == "cpu" else cards.card_of(card)
     if torch.cuda.is_available() and card is None:
         chosen = card_of_device(torch.device("cuda"))
     for name, text in (("--vram", vram), ("memory.budget", recipe.memory.budget)):
@@ -58,7 +58,7 @@ def budget_of(recipe, vram=None, card=None) -> Budget:
     if torch.cuda.is_available():
         return Budget(free_bytes(torch.device("cuda")), torch.cuda.get_device_name(), chosen)
     why = "no GPU found, so an RTX 4090 is assumed: --card and --vram say another, --card cpu trains on this machine's processor"
-    usual = planner.card_of(_USUAL_CARD)
+    usual = cards.card_of(_USUAL_CARD)
     return Budget(usual.memory, why, usual)
 
 
@@ -70,7 +70,7 @@ def computer_of(card):
         return base_model.computer(torch.device("cpu"))
     if card is None and torch.cuda.is_available():
         return base_model.computer(torch.device("cuda"))
-    found = planner.card_of(card or _USUAL_CARD)
+    found = cards.card_of(card or _USUAL_CARD)
     return base_model.Computer(found.name, found.bfloat16)
 
 
@@ -95,7 +95,7 @@ def card_of_device(device):
     """Return the planner.Card that a GPU is, None if it is not known."""
     import torch
 
-    return planner.cards.find(torch.cuda.get_device_name(device), torch.cuda.mem_get_info(device)[1])
+    return cards.find(torch.cuda.get_device_name(device), torch.cuda.mem_get_info(device)[1])
 
 
 def free_bytes(device):
@@ -168,7 +168,7 @@ def _fastest(job, steps):
     """Return `job` with the one of JoinedSteps `steps` that is fastest."""
     # in proportion all cards are alike
     card, together = (
-        job.card or (planner.card_of(_USUAL_CARD) if job.outline.device_kind == "cuda" else None),
+        job.card or (cards.card_of(_USUAL_CARD) if job.outline.device_kind == "cuda" else None),
         job.together,
     )
     if card is not None and together.link is None:

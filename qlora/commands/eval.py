@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import shlex
 from pathlib import Path
@@ -16,7 +15,7 @@ from ..jobs.opening.opened_model import open_subject
 from ..system import launched
 from ..system.devices import say_device
 from ..system.events import Found, emit
-from ..system.storage import write_json, write_text
+from ..system.storage import as_json, write_text, write_together
 from ..system.usual_torch import usual_torch
 from ..terminal import shown
 from ..terminal.evaluation import show_result
@@ -108,10 +107,9 @@ def _write(subject, found, wanted):
     if subject.run is not None:
         place, kept = _files(subject, found)
         place.parent.mkdir(exist_ok=True)
-        with contextlib.suppress(FileNotFoundError):
-            place.unlink()  # never a score beside answers of another
-        write_text(kept, found.text)
-        write_json(place, found.result)
+        write_together(
+            {kept: found.text.encode(), place: as_json(found.result)}
+        )  # never a score beside answers of another
     if wanted.answers is not None:
         kept = Path(wanted.answers)
         write_text(kept, found.text)

@@ -27,7 +27,7 @@ def listed(folder) -> list:
     folder = Path(folder)
     runs = {path.parent for path in [folder / "recipe.yaml", *folder.rglob("recipe.yaml")] if path.is_file()}
     own = {RunDir(run).adapter for run in runs}
-    others = {path.parent for path in folder.rglob(methods.CONFIG)} - own
+    others = {path.parent for path in folder.rglob(methods.CONFIG) if not _is_partial(path, folder)} - own
     found = {path: _of_run(path) for path in runs} | {path: _entry(path) for path in others}
     groups = []
     for place in {path.parent for name in (RESULT, FILE) for path in folder.rglob(name)} - runs:
@@ -38,6 +38,11 @@ def listed(folder) -> list:
         groups.append([entry, *trainings])
     groups += [[one] for one in found.values()]
     return [one for group in sorted(groups, key=lambda group: -group[0]["time"]) for one in group]
+
+
+def _is_partial(path, folder):
+    """Return whether a file is in a folder that was never finished: of an export or a run that was killed."""
+    return any(part.endswith(".partial") for part in path.relative_to(folder).parts)
 
 
 def _of_comparison(folder):

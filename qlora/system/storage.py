@@ -20,7 +20,12 @@ _RUST = re.compile(r"\(os error (\d+)\)")  # as safetensors and tokenizers tell 
 
 def write_json(path, value):
     """Write `value` to `path` as JSON, atomically; a non-finite number is an error, never `NaN`."""
-    write_bytes(path, _json(value, indent=2))
+    write_bytes(path, as_json(value))
+
+
+def as_json(value):
+    """Return the bytes that `write_json` writes."""
+    return _json(value, indent=2)
 
 
 def _json(value, indent=None):
@@ -44,17 +49,44 @@ def write_text(path, text):
 
 def write_bytes(path, content):
     """Write bytes to `path` atomically. Of several processes that write it at once, the last to end wins, with all of its own."""
-    partial = Path(f"{path}.{uuid.uuid4().hex[:8]}.partial")
-    with _naming(path, partial):
-        file = open(partial, "xb", buffering=0)  # noqa: SIM115
-        try:
-            with file:
+    write_together({path: content})
+
+
+def write_together(contents):
+    """Write {path: bytes} of files that belong together: all are on the disk before any old one is touched, so that a full disk
+    or a signal changes nothing. A reader never sees a new one beside an old one: the later ones are gone before the first is new.
+    """
+    partials: dict = {}
+    try:
+        for path, content in contents.items():
+            partials[path] = partial = Path(f"{path}.{uuid.uuid4().hex[:8]}.partial")
+            with _naming(path, partial), open(partial, "xb", buffering=0) as file:
                 _write_all(file, content)
                 os.fsync(file.fileno())
-            os.replace(partial, path)
-        except BaseException:  # a signal too
+        _rename(partials)
+    except BaseException:
+        for partial in partials.values():
             partial.unlink(missing_ok=True)
-            raise
+        raise
+
+
+def _rename(partials):
+    """Give every file its name; what has begun is ended before a signal is heard."""
+    left = dict(partials)
+    try:
+        for path in [*partials][1:]:
+            Path(path).unlink(missing_ok=True)
+        for path, partial in partials.items():
+            with _naming(path, partial):
+                os.replace(partial, path)
+            del left[path]
+    except OSError:
+        raise
+    except BaseException:
+        for path, partial in left.items():
+            with contextlib.suppress(FileNotFoundError):  # it was renamed, and then the signal came
+                os.replace(partial, path)
+        raise
 
 
 @contextlib.contextmanager

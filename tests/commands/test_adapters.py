@@ -63,6 +63,7 @@ def test_runs_adapters_and_what_is_damaged_are_listed_with_their_scores(two, tmp
     shutil.copytree(two[0].path, tmp_path / "unfinished", ignore=shutil.ignore_patterns("adapter"))
     damaged = shutil.copytree(two[0].path, tmp_path / "damaged")
     (damaged / "adapter" / methods.CONFIG).write_text("{")
+    shutil.copytree(two[0].adapter, two[0].path / "adapter.partial")  # as a killed training leaves it
     capsys.readouterr()
     found = {entry["path"].removeprefix(f"{tmp_path}/"): entry for entry in adapters(tmp_path)}
     assert set(found) == {"one", "deeper/other", "one/checkpoints/checkpoint-2", "unfinished", "damaged"}

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from qlora import cli, process
+from qlora.commands.eval import evaluate
 from qlora.system import storage
 from tests.commands.test_compare import comparison, in_process  # noqa: F401 (fixtures)
 
@@ -60,6 +61,15 @@ def test_what_was_found_is_printed_where_it_cannot_be_written(own_run, refused, 
     else:
         assert [text for text in shown if text not in out] == [], out
     assert not list(tmp_path.rglob("*.partial"))
+
+
+@pytest.mark.parametrize("name", ["answers.jsonl", "eval.json"])
+def test_the_score_that_was_there_is_kept(own_run, refused, name):
+    evaluate(own_run.path)
+    files = own_run.eval_file, own_run.answers_file
+    before = [file.read_bytes() for file in files]
+    refused(name, "eval", str(own_run.path))
+    assert [file.read_bytes() for file in files] == before
 
 
 def test_a_comparison_that_was_trained_is_shown_where_its_table_cannot_be_written(comparison, in_process, refused):  # noqa: F811

@@ -58,7 +58,7 @@ STOPS = {
     "eval, loading the adapter": ("eval run", [("qlora.methods:load", INT)], 130, STOPPED),
     "eval, the loss": ("eval run", [("qlora.evaluation.metrics:losses", INT)], 130, STOPPED),
     "eval, answering": ("eval run", [("qlora.evaluation.generate:_generate", TERM)], 143, STOPPED),
-    "eval, writing": ("eval run", [("qlora.commands.eval:write_json", TERM)], 143, STOPPED),
+    "eval, writing": ("eval run", [("qlora.commands.eval:write_together", TERM)], 143, STOPPED),
     "chat, loading": ("chat run --prompt x", [("qlora.base_model:load", INT)], 130, STOPPED),
     "chat, answering": (
         "chat run --prompt x --max-new-tokens 4", [("qlora.evaluation.generate:_until_stop", TERM)], 143, STOPPED

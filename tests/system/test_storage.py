@@ -94,3 +94,50 @@ def test_an_error_names_the_file_and_not_its_temporary_name(tmp_path):
             storage.write_json(file, {})
         assert (refused.value.errno, refused.value.filename) == (kind, str(file))
     assert list(tmp_path.iterdir()) == [tmp_path / "folder"]
+
+
+def files_of(folder):
+    return {path.name: path.read_text() for path in folder.iterdir()}
+
+
+def test_files_that_belong_together_are_all_new_or_all_as_they_were(tmp_path, monkeypatch):
+    answers, score = tmp_path / "answers", tmp_path / "score"
+    storage.write_together({answers: b"old", score: b"old"})
+    write = storage._write_all
+
+    def full(file, content):
+        if file.name.startswith(str(score)):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(file, content)
+
+    monkeypatch.setattr(storage, "_write_all", full)
+    with pytest.raises(OSError, match="No space left on device") as raised:
+        storage.write_together({answers: b"new", score: b"new"})
+    assert raised.value.filename == str(score)
+    assert files_of(tmp_path) == {"answers": "old", "score": "old"}
+
+
+@pytest.mark.parametrize("at", [0, 1, 2])
+@pytest.mark.parametrize("before", [True, False])
+def test_a_signal_between_their_renames_is_heard_after_them(tmp_path, monkeypatch, at, before):
+    answers, score = tmp_path / "answers", tmp_path / "score"
+    storage.write_together({answers: b"old", score: b"old"})
+    calls = iter(range(99))
+
+    def interrupted(original):
+        def call(*arguments, **more):
+            now = next(calls) == at
+            if now and before:
+                raise KeyboardInterrupt
+            found = original(*arguments, **more)
+            if now:
+                raise KeyboardInterrupt
+            return found
+
+        return call
+
+    monkeypatch.setattr(storage.Path, "unlink", interrupted(storage.Path.unlink))
+    monkeypatch.setattr(storage.os, "replace", interrupted(os.replace))
+    with pytest.raises(KeyboardInterrupt):
+        storage.write_together({answers: b"new", score: b"new"})
+    assert files_of(tmp_path) == {"answers": "new", "score": "new"}

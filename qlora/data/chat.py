@@ -233,7 +233,7 @@ def know_stops(tokenizer, generation_config):
 
 
 def known_stops(tokenizer):
-    return getattr(tokenizer, "_qlora_stops", frozenset())
+    return vars(tokenizer).get("_qlora_stops", frozenset())  # getattr would search its special tokens, for each row
 
 
 def _listed_ends(generation_config):

@@ -11,6 +11,8 @@ from . import chat
 
 _AS_TEXT, _END = "\ufdd0", "\ufdd1"  # around a control token that a row holds as text; no text may hold these two
 
+_MOST_HEADS = 100
+
 
 @dataclass(frozen=True)
 class Tokens:
@@ -94,13 +96,17 @@ def num_before(tokenizer, text, tokens, at):
     Only what follows the last added token before `at` is tokenized again: text is cut there in any case.
     """
     count = bisect.bisect_left(tokens.starts, at)
-    added = facts(tokenizer).added
+    known = facts(tokenizer)
     if count and tokens.ends[count - 1] > at:  # an added token may swallow the spaces behind it
         return None
-    anchor = next((index for index in range(count - 1, -1, -1) if tokens.ids[index] in added), None)
+    anchor = next((index for index in range(count - 1, -1, -1) if tokens.ids[index] in known.added), None)
     begin = 0 if anchor is None else tokens.starts[anchor]
-    same = tokenize(tokenizer, text[begin:at]).ids == tokens.ids[anchor or 0 : count]
-    return count if same else None
+    alone = text[begin:at]
+    if alone not in known.heads:
+        if len(known.heads) >= _MOST_HEADS:
+            known.heads.clear()
+        known.heads[alone] = tokenize(tokenizer, alone).ids
+    return count if known.heads[alone] == tokens.ids[anchor or 0 : count] else None
 
 
 def control_as_text(tokenizer, messages, tools):
@@ -173,7 +179,8 @@ class Facts:
 
     closing: what is to be added to the text of a last answer and of a last call, see `chat.closing`. control: matches the
     special tokens; template_control: those, and other added tokens that the template writes. known_forms: what is left out of
-    conversations of one form, as it is found out.
+    conversations of one form, as it is found out. heads: ids of what stands between the last added token and an answer, which
+    is the same in every row of most templates.
     """
 
     stops: frozenset
@@ -183,6 +190,7 @@ class Facts:
     template_control: re.Pattern | None
     adds_bos: bool
     known_forms: dict = field(default_factory=dict)
+    heads: dict = field(default_factory=dict)
 
 
 def facts(tokenizer):

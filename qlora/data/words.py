@@ -10,6 +10,7 @@ import json
 import re
 
 _INLINE = re.compile(r"(?P<open>\s*<think>)?(?P<thoughts>.*?)(?P<close></think>)(?P<words>.*)", re.DOTALL)
+_ESCAPED = re.compile(r'[\x00-\x1f"\\]')  # what JSON writes otherwise
 _OUTER = re.compile(r"\S(?:.*\S)?", re.DOTALL)  # a text without the white space around it
 _TEMPLATE = "give another data.chat_template"
 
@@ -171,7 +172,7 @@ def _out_of_order(text, messages, squeezed):
 def _pieces(message):
     """Return what a message says besides its thoughts: of each piece, the ways to say it, as lists of strings to be found."""
     words = thoughts_and_words(message)[1]
-    ways = [[words], [_escaped(words)]]
+    ways = _said(words)
     if message["role"] == "tool" and words.lstrip()[:1] in ("{", "["):
         ways += _values_of(words)
     return [ways, *(_ways(leaf) for call in message.get("tool_calls", ()) for leaf in _said_by(call))]
@@ -206,13 +207,19 @@ def _leaves(value):
 
 def _ways(leaf):
     if isinstance(leaf, str):
-        return [[leaf], [_escaped(leaf)]]
+        return _said(leaf)
     return [[json.dumps(leaf)], [str(leaf)]]  # true or True
+
+
+def _said(text):
+    """Return the ways to say `text`: as it is, and as it stands in JSON where that is another."""
+    escaped = _escaped(text)
+    return [[text]] if escaped == text else [[text], [escaped]]
 
 
 def _escaped(text):
     """Return `text` as it stands between the quotes of JSON."""
-    return json.dumps(text, ensure_ascii=False)[1:-1]
+    return json.dumps(text, ensure_ascii=False)[1:-1] if _ESCAPED.search(text) else text
 
 
 def _end(text, begin, ways, squeezed):

@@ -30,7 +30,7 @@ def summary(all_runs: Sequence[Runs], value: Callable, lower_is_better: bool) ->
     and seeds resampled. chosen: this setting has the best mean of its variant. Of chosen ones, behind is the {"value", "low",
     "high"} of what is missing to the variant with the best mean, on the same resampled rows, None for that one; best is
     True for that one if it is ahead of all others by more than chance, "no difference shown" for it and for those that may be
-    as good if not, else False.
+    as good if not, else False. Of fewer rows than intervals.FEWEST_ROWS no difference is shown.
     """
     sign = -1.0 if lower_is_better else 1.0
     drawn = [intervals.of_runs(value, runs.parts_SNK) for runs in all_runs]
@@ -61,15 +61,17 @@ def summary(all_runs: Sequence[Runs], value: Callable, lower_is_better: bool) ->
             by_variant[one["variant"]] = number
     chosen = list(by_variant.values())
     first = max(chosen, key=lambda number: sign * found[number]["mean"])
-    apart = True
+    enough = all(runs.parts_SNK.shape[1] >= intervals.FEWEST_ROWS for runs in all_runs)
+    apart = enough
     for number in chosen:
         found[number]["chosen"] = True
         if number != first:
             low, high = intervals.percentiles(sign * (means_R[first] - means_R[number]))
             missing = sign * (found[first]["mean"] - found[number]["mean"])
             found[number]["behind"] = intervals.with_interval(missing, low, high)
-            found[number]["best"] = False if low > 0 else NO_DIFFERENCE
-            apart = apart and low > 0
+            behind = low > 0 and enough
+            found[number]["best"] = False if behind else NO_DIFFERENCE
+            apart = apart and behind
     found[first]["best"] = True if apart else NO_DIFFERENCE
     return found
 

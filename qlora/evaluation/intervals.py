@@ -3,9 +3,10 @@
 A metric is a function of sums over rows (right answers and answers, nats and tokens), so that each row has a few numbers, its
 parts, and a resampled metric costs a product of matrices. N rows, K parts, R resamples.
 
-Shares of rows have Wilson's interval (Wilson 1927), which is right at 0 % and 100 % too; all else the percentile bootstrap (Efron
-1979). Two things measured on the same rows are resampled together: what differs between rows and not between the two
-does not hide a difference.
+Shares of rows have Wilson's interval (Wilson 1927), which is right at 0 % and 100 % too, and changes of them Bonett and Price's
+(2012), which is right where no row has changed; all else the percentile bootstrap (Efron 1979). Two things measured on the same
+rows are resampled together: what differs between rows and not between the two does not hide a difference. A few rows that are
+drawn again say nothing of others: below FEWEST_ROWS a bootstrap is no interval, and both ends are None.
 """
 
 from __future__ import annotations
@@ -16,11 +17,15 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 RESAMPLES = 2000
+FEWEST_ROWS = 5
 OF_LOSS = ("loss", "perplexity", "bits_per_byte")  # lower is better
 MARGIN = "preference_margin"  # nats
 JUDGED_MARGIN = "desirable_margin"  # nats a token
 _AT_ONCE = 2**22  # counts in memory: 32 MiB
 _Z = 1.959963984540054  # of 95 %, two-sided
+
+
+Ends = tuple[float | None, float | None]  # both None: there are too few rows for an interval
 
 
 def ratio(sums) -> float:
@@ -37,6 +42,15 @@ def wilson(right: float, total: int) -> tuple[float, float]:
     return (0.0 if right == 0 else middle - half), (1.0 if right == total else middle + half)
 
 
+def paired(before_N: np.ndarray, after_N: np.ndarray) -> Ends:
+    """Return the interval of the change of a share, of what is right (1) or not (0) in the same rows before and after."""
+    total, change = len(before_N) + 2, after_N - before_N
+    lost, gained = (int((change < 0).sum()) + 1) / total, (int((change > 0).sum()) + 1) / total
+    middle = gained - lost
+    half = _Z * math.sqrt((gained + lost - middle * middle) / total)
+    return max(-1.0, middle - half), min(1.0, middle + half)
+
+
 def of_error(value: float, error: float) -> tuple[float, float]:
     """Return the interval of a number with this standard error."""
     return value - _Z * error, value + _Z * error
@@ -47,22 +61,39 @@ def of_share(parts_N2: np.ndarray) -> bool:
     return parts_N2.shape[1] == 2 and bool((parts_N2[:, 1] == 1).all() and np.isin(parts_N2[:, 0], (0, 1)).all())
 
 
-def interval(value: Callable, parts_NK: np.ndarray) -> tuple[float, float]:
+def _is_all_or_none(parts_NK: np.ndarray) -> bool:
+    """True if parts are counts, (right, of so many) for each row, and all are right or none is."""
+    if parts_NK.shape[1] != 2 or (parts_NK % 1).any():
+        return False
+    right_N, count_N = parts_NK.T
+    return bool(count_N.any() and ((right_N == count_N).all() or (right_N == 0).all()))
+
+
+def interval(value: Callable, parts_NK: np.ndarray) -> Ends:
     """Return (low, high) of `value`, a function of the K sums over rows."""
     if of_share(parts_NK):
         right, total = parts_NK.sum(0)
         return wilson(right, int(total))
+    if len(parts_NK) < FEWEST_ROWS:
+        return None, None
+    if _is_all_or_none(parts_NK):  # resampled rows would all say the same
+        right = bool(parts_NK[:, 0].any())
+        return wilson(right * len(parts_NK), len(parts_NK))
     return percentiles([value(sums) for sums in resampled(parts_NK)])
 
 
-def difference(value: Callable, before_NK: np.ndarray, after_NK: np.ndarray) -> tuple[float, float]:
+def difference(value: Callable, before_NK: np.ndarray, after_NK: np.ndarray) -> Ends:
     """Return (low, high) of value(after) - value(before), both on the same rows in the same order."""
+    if of_share(before_NK) and of_share(after_NK):
+        return paired(before_NK[:, 0], after_NK[:, 0])
+    if len(before_NK) < FEWEST_ROWS:
+        return None, None
     num_parts = before_NK.shape[1]
     both = resampled(np.concatenate([before_NK, after_NK], axis=1))
     return percentiles([value(sums[num_parts:]) - value(sums[:num_parts]) for sums in both])
 
 
-def change(value: Callable, before_NK: np.ndarray, after_NK: np.ndarray) -> dict[str, float]:
+def change(value: Callable, before_NK: np.ndarray, after_NK: np.ndarray) -> dict[str, float | None]:
     """Return {"value", "low", "high"} of value(after) - value(before), both on the same rows in the same order."""
     ends = difference(value, before_NK, after_NK)
     return with_interval(value(summed(after_NK)) - value(summed(before_NK)), *ends)
@@ -127,8 +158,10 @@ def percentiles(values) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def of_two_kinds(value: Callable, one_NK: np.ndarray, other_MK: np.ndarray) -> tuple[float, float]:
+def of_two_kinds(value: Callable, one_NK: np.ndarray, other_MK: np.ndarray) -> Ends:
     """Return (low, high) of value(sums of one, sums of other): two kinds of rows, each resampled by itself."""
+    if min(len(one_NK), len(other_MK)) < FEWEST_ROWS:
+        return None, None
     both = zip(resampled(one_NK), resampled(other_MK, seed=1), strict=True)
     return percentiles([value(*sums) for sums in both])
 

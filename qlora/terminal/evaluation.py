@@ -23,9 +23,11 @@ def show_result(target, result, answers=None):
     if classes:
         show_classes(result)
     if found := result.get("forgetting"):
-        rise = (
-            f", {found['value']:+.4f} by the training ({found['low']:+.4f} to {found['high']:+.4f})" if before else ""
-        )
+        if before:
+            rise, ends = change_in_columns("forgetting", found)
+            rise = f", {rise} by the training" + f" ({ends})" * bool(ends)
+        else:
+            rise = ""
         show(f"forgetting  loss {found['after']:.4f} on text that was not trained on ({found['data']}){rise}")
     if found := result.get("latency"):
         show(f"latency     {units.latency(found['token'])} a token, {units.latency(found['first_token'])} to the first")

@@ -60,3 +60,9 @@ def test_each_variant_stands_with_its_best_setting():
     assert [one["best"] for one in found] == [False, True, False]
     found = comparing.summary([runs("a", right(0.2), rate=1), runs("a", right(0.8), rate=2)], ratio, True)
     assert [one["chosen"] for one in found] == [True, False]
+
+
+def test_of_a_few_rows_no_difference_is_shown():
+    for num_rows, best in ((4, comparing.NO_DIFFERENCE), (5, True)):
+        a, _ = comparing.summary([runs("a", np.full(num_rows, 0.9)), runs("b", np.full(num_rows, 0.5))], ratio, False)
+        assert a["best"] == best

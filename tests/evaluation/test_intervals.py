@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from qlora.evaluation import intervals
+from qlora.jobs.reporting import verdicts
 
 
 def ratio(sums):
@@ -87,3 +88,45 @@ def test_a_change_of_a_share_is_in_points_and_that_of_a_loss_in_nats():
     assert intervals.change_in_columns("exact_match", change) == ("+5.7 points", "-1.2 to +12.6")
     assert intervals.change_in_columns("loss", change) == ("+0.0571", "-0.0120 to +0.1260")
     assert intervals.change_in_columns("loss", change | {"low": None, "high": None}) == ("+0.0571", "")
+
+
+def test_a_change_of_a_share_has_an_interval_where_no_row_has_changed():
+    before = np.array([[1.0, 1.0], [0.0, 1.0]] * 3)
+    low, high = intervals.difference(intervals.ratio, before, before)
+    # Bonett and Price: (0 + 1) / (6 + 2) each way
+    assert (low, high) == pytest.approx((-1.959964 * (0.25 / 8) ** 0.5, 1.959964 * (0.25 / 8) ** 0.5))
+    gained = before.copy()
+    gained[:, 0] = 1
+    low, high = intervals.difference(intervals.ratio, before, gained)
+    assert low < 0.5 < high < 1
+
+
+def test_the_true_change_of_a_share_lies_in_about_95_of_100_intervals():
+    generator, hits = np.random.default_rng(0), 0
+    for _ in range(400):
+        kind = generator.choice(4, size=60, p=[0.5, 0.25, 0.2, 0.05])  # right in both, neither, gained, lost
+        before, after = np.isin(kind, (0, 3)).astype(float), np.isin(kind, (0, 2)).astype(float)
+        low, high = intervals.paired(before, after)
+        hits += low <= 0.15 <= high
+    assert 0.92 <= hits / 400 <= 0.98
+
+
+@pytest.mark.parametrize("num_rows", [1, 4, 5])
+def test_a_few_rows_that_are_drawn_again_are_no_interval(num_rows):
+    losses = np.stack([np.arange(1.0, num_rows + 1) * 1.1, np.full(num_rows, 3.0)], 1)
+    found = [
+        intervals.interval(intervals.ratio, losses),
+        intervals.difference(intervals.ratio, losses, losses - [0.1, 0]),
+        intervals.of_two_kinds(lambda one, other: one[0] - other[0], losses, losses),
+    ]
+    assert [None in ends for ends in found] == [num_rows < 5] * 3
+    change = intervals.change(intervals.ratio, losses, losses - [0.1, 0])
+    assert ("too few rows for an interval" in verdicts.change_in_words("loss", change)) == (num_rows < 5)
+    assert (verdicts._direction("loss", change) == verdicts.NOT_SHOWN) == (num_rows < 5)
+
+
+@pytest.mark.parametrize(("right", "expected"), [(0, (0, 0.3244)), (3, (0.6756, 1))])
+def test_fields_of_which_all_or_none_are_right_have_an_interval(right, expected):
+    """8 rows with 3 fields each: 0 % to 0 % would be sure of what 8 rows do not say."""
+    parts = np.tile([float(right), 3.0], (8, 1))
+    assert intervals.interval(intervals.ratio, parts) == pytest.approx(expected, abs=1e-4)

@@ -192,7 +192,7 @@ def test_rows_of_lm_eval_are_paired():
     assert (acc["value"], round(acc["low"], 3), round(acc["high"], 3)) == (0.9, 0.596, 0.982)  # Wilson
     change = after.since(before)["t.acc"]
     assert change["value"] == pytest.approx(0.9)
-    assert 0.6 < change["low"] < 0.9 < change["high"] <= 1
+    assert 0.4 < change["low"] < 0.9 < change["high"] <= 1  # of ten pairs
     assert after.since(before)["t.ppl"] == {"value": 0.0, "low": None, "high": None}
     assert after.num_rows == 10
     first = after.rows(before)[0]

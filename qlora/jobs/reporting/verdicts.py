@@ -67,6 +67,8 @@ def number_of(name, value, signed=False):
 def change_in_words(name, change):
     """Return "+12.0% (8.1% to 15.2%)" of {"value", "low", "high"}; "points" of a share, since it is a difference."""
     unit = " points" if is_share(name) else ""
+    if change["low"] is None:
+        return f"{number_of(name, change['value'], signed=True).rstrip('%')}{unit} (too few rows for an interval)"
     value, low, high = (number_of(name, change[key], signed=True).rstrip("%") for key in ("value", "low", "high"))
     return f"{value}{unit} (95 %: {low} to {high})"
 

@@ -219,7 +219,7 @@ def _saying_how_to_go_on(run):
     except Interrupted as stopped:
         raise Interrupted(stopped.number, f"stopped{_how_to_go_on(run) or ' before the first step'}") from None
     except DoesNotFit as error:
-        how = [_how_to_go_on(run).removeprefix("; ")] if any(run.checkpoints.glob("step-*")) else []
+        how = [_how_to_go_on(run).removeprefix("; ")] if run.checkpoint_steps() else []
         raise DoesNotFit("\n  ".join([str(error), *how])) from None
     except TrainingFailed as failed:
         say_findings(findings.of_run(run))
@@ -232,8 +232,8 @@ def _saying_how_to_go_on(run):
 
 
 def _how_to_go_on(run, change=""):
-    steps = [path.name.removeprefix("step-") for path in run.checkpoints.glob("step-*")]
-    newest = max((int(step) for step in steps if step.isdigit()), default=None)
-    if newest is not None:
-        return f"; resume after step {newest} with:  qlora train {shlex.quote(str(run.recipe_file))} --resume{change}"
+    if steps := run.checkpoint_steps():
+        return (
+            f"; resume after step {steps[-1]} with:  qlora train {shlex.quote(str(run.recipe_file))} --resume{change}"
+        )
     return f"; remove {run.path} to start again" if run.recipe_file.exists() else ""

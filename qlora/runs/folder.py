@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import shlex
 import tempfile
 from pathlib import Path
@@ -171,9 +172,14 @@ class RunDir:
         if not (self.path.is_dir() and {path.name for path in self.path.iterdir()} == {self.lock_file.name}):
             refuse_nonempty(self.path, "output_dir")
 
+    def checkpoint_steps(self) -> list[int]:
+        """Return the steps of the checkpoints, oldest first; what a kill has left half written, or was set aside, is none."""
+        names = (re.fullmatch(r"step-(\d{1,18})", path.name) for path in self.checkpoints.glob("step-*"))
+        return sorted(int(found[1]) for found in names if found)
+
     def _how_to_resume(self, before, after=""):
         """Return it in words, between these; "" where there is no checkpoint."""
-        there = any(self.checkpoints.glob("step-*"))
+        there = self.checkpoint_steps()
         command = f"qlora train {shlex.quote(str(self.recipe_file))} --resume"
         return f"{before}resume it with `{command}`{after}" if there else ""
 
@@ -221,6 +227,8 @@ class RunDir:
                 for name, metric in one["metrics"].items():
                     if not isinstance(metric, dict):
                         one["metrics"][name] = {"value": float(metric), "low": None, "high": None}
+                    for key in ("value", "low", "high"):
+                        files.refuse_no_number(f"{name}.{key}", one["metrics"][name].get(key))
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f"{file}: {error!r}; the run folder is damaged") from None
         return found

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..system import files
 from ..system.errors import InputError
 from ..system.events import heard_by
 from ..system.load import Load
@@ -170,7 +171,10 @@ def from_json(values: dict) -> Line:
         "loss_scale": Rescaled,
     }
     kind: Any = next((kind for name, kind in kinds.items() if name in values), Step)
-    names = [one.name for one in dataclasses.fields(kind) if one.name != "metrics"]
+    fields = [one for one in dataclasses.fields(kind) if one.name != "metrics"]
+    for one in fields:
+        files.refuse_no_number(one.name, values.get(one.name) if str(one.type).startswith(("int", "float")) else None)
+    names = [one.name for one in fields]
     known: dict[str, Any] = {name: values.get(name) for name in names} | {"step": values["step"]}
     if kind in (Rescaled, Best):
         return kind(**known)

@@ -154,3 +154,9 @@ def _constant(name):
     if name == "NaN":
         raise ValueError("NaN, which is not a number")
     return float(name)  # Infinity: state-space models have limits that are none
+
+
+def refuse_no_number(name, value):
+    """Raise TypeError where a file that a person may have changed has something else; None is none."""
+    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+        raise TypeError(f"{name} is {value!r}, not a number")

@@ -63,10 +63,19 @@ def test_runs_adapters_and_what_is_damaged_are_listed_with_their_scores(two, tmp
     shutil.copytree(two[0].path, tmp_path / "unfinished", ignore=shutil.ignore_patterns("adapter"))
     damaged = shutil.copytree(two[0].path, tmp_path / "damaged")
     (damaged / "adapter" / methods.CONFIG).write_text("{")
-    shutil.copytree(two[0].adapter, two[0].path / "adapter.partial")  # as a killed training leaves it
+    for name, file, text in (
+        ("steps", "metrics.jsonl", '{"step": "x", "loss": 1.0}\n'),
+        ("scores", "eval.json", '{"loss": 1.0, "metrics": {"exact_match": {"value": "x", "low": null, "high": null}}}'),
+    ):
+        (shutil.copytree(two[0].path, tmp_path / name) / file).write_text(text)
+    shutil.copytree(two[0].adapter, tmp_path / "one" / "adapter.partial")  # as a killed training leaves it
     capsys.readouterr()
     found = {entry["path"].removeprefix(f"{tmp_path}/"): entry for entry in adapters(tmp_path)}
-    assert set(found) == {"one", "deeper/other", "one/checkpoints/checkpoint-2", "unfinished", "damaged"}
+    assert set(found) == {
+        *("one", "deeper/other", "one/checkpoints/checkpoint-2", "unfinished", "damaged", "steps", "scores")
+    }
+    assert "metrics.jsonl line 1: TypeError(\"step is 'x', not a number\")" in found["steps"]["state"]
+    assert "eval.json: TypeError(\"exact_match.value is 'x', not a number\")" in found["scores"]["state"]
     assert found["one"]["kind"] == "LoRA r=4"
     assert found["one"]["steps"] == 3
     assert found["one"]["metrics"].keys() == {"exact_match"}
@@ -77,7 +86,7 @@ def test_runs_adapters_and_what_is_damaged_are_listed_with_their_scores(two, tmp
     assert found["damaged"]["state"].startswith("damaged: ")
     assert found["one/checkpoints/checkpoint-2"]["loss"] is None
     shown = capsys.readouterr().out
-    assert "5 in" in shown
+    assert "7 in" in shown
     assert "exact match" in shown
 
 

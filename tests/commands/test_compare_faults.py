@@ -92,6 +92,8 @@ def test_a_training_that_still_runs_is_left_alone(comparison, in_process, tmp_pa
         compare(path, resume=True)
     assert run.recipe_file.read_text() == "mine"
     assert in_process == []
+    (run.checkpoints / "step-1.partial").mkdir(parents=True)  # killed while it wrote its first: nothing to go on from
+    assert run.checkpoint_steps() == []
     assert compare(path, resume=True)["rows"][0]["status"] == "done"
 
 

@@ -194,7 +194,8 @@ def train_one(folder: Folder, entry: Entry) -> None:
         folder.failed(entry, FAILED, f"it starts from {entry.after}, which did not end well")
         return
     if not run.adapter.is_dir():
-        go_on = any(run.checkpoints.glob("step-*"))
+        # what was set aside is kept, and train says what to do; what a kill has left of the first is nothing to go on from
+        go_on = any(path.suffix != ".partial" for path in run.checkpoints.glob("step-*"))
         if run.recipe_file.is_file() and not go_on:
             shutil.rmtree(run.path)  # ended before its first checkpoint: there is nothing to go on from
         recipe = str(folder.recipe_file(entry))

@@ -10,9 +10,9 @@
     with qlora.open(run.path, adapters={"b": "runs/b"}) as model:  # stays in memory, several adapters on one base
         answer = model.answer("Hello!", adapter="b")
 
-They print as the command line does, and nothing in a block `with qlora.quiet():`; a function of your own hears each step in a
-block `with qlora.heard_by(function):`. Names are imported when first used,
-so that `import qlora` and `qlora --help` stay fast.
+They print as the command line does, their libraries too, and nothing in a block `with qlora.quiet():`; a function of your own
+hears each step in a block `with qlora.heard_by(function):`. Names are imported when first used, so that `import qlora` and
+`qlora --help` stay fast.
 """
 
 import importlib

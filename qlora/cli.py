@@ -373,7 +373,9 @@ def compare(
     if form or max_rows is not None or (data is not None and not RunDir.is_run(first)):
         raise InputError("--form and --max-rows go with --served, --data with runs: qlora compare RUN --served")
     if not RunDir.is_run(first):
-        _run("compare", as_json, first, others, resume, dry_run)
+        found = _run("compare", as_json, first, others, resume, dry_run)
+        if not dry_run and all(row["status"] != "done" for row in found["rows"]):
+            raise typer.Exit(1)
     elif len(others) != 1 or resume or dry_run:
         raise InputError("two runs are compared by themselves: qlora compare RUN RUN")
     else:

@@ -47,7 +47,7 @@ def init(model, data, card=None, goal="quality", out="recipe.yaml", overrides=()
     if machine.kind == "cpu":
         header.insert(-1, f"plan it again: qlora plan {named} --card cpu")
     _write(out, header, chosen.lines)
-    run, page = shlex.quote(run), shlex.quote(f"{Path(run).name}.html")
+    run, page = shlex.quote(run), shlex.quote(f"{Path(run).name}-report.html")  # with a twin in JSON: not the rows
     note(f"then      whether it worked: qlora eval {run}; qlora report {run} --out {page}")
     return {"recipe": str(out), "values": chosen.recipe.model_dump(), "plan": dataclasses.asdict(found)}
 

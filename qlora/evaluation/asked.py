@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from .judge import Judge
 BEFORE, EXPECTED = "before", "expected"
 GENERAL_TEXT = Path(__file__).with_name("general_text.jsonl")
 BATCH_SIZE = 25
+_MOST_OF_A_LINE = 1 << 24  # bytes
 
 _REQUIREMENT = re.compile(r"\s*([A-Za-z][A-Za-z0-9_.,/:-]*)\s*(>=|<=|>|<)\s*(\S+)\s*")
 _SIGNS: dict[str, Callable] = {
@@ -91,6 +93,10 @@ class Asked:
             raise InputError(f"--answers {self.answers}: there is no folder {Path(self.answers).parent}")
         if self.answers is not None and Path(self.answers).is_dir():
             raise InputError(f"--answers {self.answers}: is a folder; name a file in it")
+        if self.answers is not None and Path(self.answers).is_file() and not _has_answers(self.answers):
+            raise InputError(
+                f"--answers {self.answers}: is there and was not written by qlora eval; choose another name"
+            )
 
     def _refuse_without(self):
         """Raise InputError for an option that has no effect without another, or beside it."""
@@ -253,3 +259,16 @@ def _template(source):
 
 
 _NOTHING_THERE = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
+
+
+def _has_answers(file):
+    """True if a file begins as one of answers does, or is empty."""
+    try:
+        with open(file, "rb") as stream:
+            line = stream.readline(_MOST_OF_A_LINE)
+        found = json.loads(line) if line else None
+        return found is None or (isinstance(found, dict) and "after" in found)
+    except OSError as error:
+        raise InputError(f"--answers {file}: {error.strerror}; choose another name") from None
+    except (ValueError, RecursionError):
+        return False

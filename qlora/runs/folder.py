@@ -35,7 +35,7 @@ from ..recipe import Recipe
 from ..system import files
 from ..system.errors import DoesNotFit, InputError, Interrupted
 from ..system.secrets import redacted
-from ..system.storage import is_locked, locked, refuse_nonempty, remove_lock, write_json, write_text
+from ..system.storage import is_leftover, is_locked, locked, refuse_nonempty, remove_lock, write_json, write_text
 
 
 class RunDir:
@@ -169,7 +169,10 @@ class RunDir:
                 f"output_dir {self.path} contains a finished run, which is never overwritten; remove it or set "
                 "output_dir=ANOTHER_FOLDER"
             )
-        if not (self.path.is_dir() and {path.name for path in self.path.iterdir()} == {self.lock_file.name}):
+        if not (
+            self.path.is_dir()
+            and {path.name for path in self.path.iterdir() if not is_leftover(path)} == {self.lock_file.name}
+        ):
             refuse_nonempty(self.path, "output_dir")
 
     def checkpoint_steps(self) -> list[int]:

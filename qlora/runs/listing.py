@@ -42,7 +42,7 @@ def listed(folder) -> list:
 
 def _is_partial(path, folder):
     """Return whether a file is in a folder that was never finished: of an export or a run that was killed."""
-    return any(part.endswith(".partial") for part in path.relative_to(folder).parts)
+    return any(part.endswith((".partial", ".scratch")) for part in path.relative_to(folder).parts)
 
 
 def _of_comparison(folder):

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import time
 import uuid
 from pathlib import Path
 
@@ -15,6 +16,8 @@ import filelock
 
 from .errors import SURROUNDINGS, InputError
 
+_PARTIAL = re.compile(r"\.[0-9a-f]{8}\.partial$")
+_SECONDS_TO_WRITE = 600  # of a file that is written at once, with a margin
 _RUST = re.compile(r"\(os error (\d+)\)")  # as safetensors and tokenizers tell what the system says
 
 
@@ -59,6 +62,7 @@ def write_together(contents):
     partials: dict = {}
     try:
         for path, content in contents.items():
+            _remove_leftovers(path)
             partials[path] = partial = Path(f"{path}.{uuid.uuid4().hex[:8]}.partial")
             with _naming(path, partial), open(partial, "xb", buffering=0) as file:
                 _write_all(file, content)
@@ -68,6 +72,21 @@ def write_together(contents):
         for partial in partials.values():
             partial.unlink(missing_ok=True)
         raise
+
+
+def is_leftover(path):
+    """Return whether a file has the name of one that is still written, or that a kill has left half written."""
+    return _PARTIAL.search(Path(path).name) is not None
+
+
+def _remove_leftovers(path):
+    """Remove what kills have left of earlier writes of `path`; another process may be at a young one."""
+    path = Path(path)
+    with contextlib.suppress(OSError):  # what is wrong with the folder, the writing says
+        for other in path.parent.iterdir():
+            of_this = other.name.startswith(f"{path.name}.") and is_leftover(other)
+            if of_this and time.time() - other.stat().st_mtime > _SECONDS_TO_WRITE:
+                other.unlink()
 
 
 def _rename(partials):
@@ -248,7 +267,7 @@ def refuse_nonempty(out, what):
     out = Path(out)
     if out.is_symlink():
         raise InputError(f"{out} is a symbolic link to {out.readlink()}; give {what} the folder itself, new or empty")
-    if out.is_dir() and any(out.iterdir()):
+    if out.is_dir() and not all(map(is_leftover, out.iterdir())):
         raise InputError(f"{out} is not empty; {what} never overwrites: remove it or choose another folder")
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is a file; choose another folder for {what}")

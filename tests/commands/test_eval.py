@@ -69,13 +69,14 @@ def test_a_changed_file_of_held_out_rows_is_told_apart(make_recipe, tmp_path):
 
 def test_other_rows_never_become_the_runs_own_score(own_run, tmp_path):
     own = evaluate(own_run.path)
-    other = tmp_path / "other rows.jsonl"
+    stem = "other rows " + "\u884c" * 70  # 221 bytes, which a name may have, but not with more behind it
+    other = tmp_path / f"{stem}.jsonl"
     write_jsonl(other, [{"messages": messages([("user", "Hm?"), ("assistant", "No.")])}])
     found = evaluate(own_run.path, other)
     few = evaluate(own_run.path, max_rows=2)
     assert json.loads(own_run.eval_file.read_text()) == own
     digest = File(str(other), None).digest()
-    expected = {f"other rows-{digest[:8]}": found, "held-out-2-rows": few}
+    expected = {f"{stem[:40]}-{digest[:8]}": found, "held-out-2-rows": few}
     assert {path.name for path in own_run.evals.iterdir()} == {
         name + end for name in expected for end in (".json", "-answers.jsonl")
     }
@@ -262,6 +263,7 @@ def test_a_part_of_the_answers_is_compared(make_recipe, tmp_path, monkeypatch):
         ({"max_forgetting": float("nan")}, "max_forgetting nan"),
         ({"answers": "no such folder/a.jsonl"}, "--answers no such folder/a.jsonl: there is no folder no such folder"),
         ({"answers": "."}, "--answers .: is a folder; name a file in it"),
+        ({"answers": __file__}, r"test_eval\.py: is there and was not written by qlora eval; choose another name"),
         (
             {"answers": "./a.jsonl", "data_file": "a.jsonl"},
             r"--answers ./a\.jsonl: would overwrite the rows that are read",

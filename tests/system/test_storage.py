@@ -7,6 +7,7 @@ import os
 import pytest
 
 from qlora.system import storage
+from qlora.system.errors import InputError
 from tests import forked
 from tests.faults.test_training import OWN_DISK
 
@@ -141,3 +142,21 @@ def test_a_signal_between_their_renames_is_heard_after_them(tmp_path, monkeypatc
     with pytest.raises(KeyboardInterrupt):
         storage.write_together({answers: b"new", score: b"new"})
     assert files_of(tmp_path) == {"answers": "new", "score": "new"}
+
+
+def test_what_kills_left_of_a_file_is_removed_when_it_is_written_again_and_fills_no_folder(tmp_path):
+    path, mine = tmp_path / "a.json", tmp_path / "b.json.0123abcd.partial"
+    old, young = (tmp_path / f"a.json.{digits}.partial" for digits in ("0a0b0c0d", "11111111"))
+    for leftover in (mine, old, young):
+        leftover.write_text("half")
+    os.utime(old, (0, 0))
+    os.utime(mine, (0, 0))
+    storage.refuse_nonempty(tmp_path, "output_dir")
+    storage.write_text(path, "whole")
+    assert files_of(tmp_path) == {
+        "a.json": "whole",
+        young.name: "half",
+        mine.name: "half",
+    }  # it may be written now; not its own
+    with pytest.raises(InputError, match="is not empty"):
+        storage.refuse_nonempty(tmp_path, "output_dir")

@@ -40,7 +40,7 @@ from ...system import files
 from ...system.errors import DoesNotFit, InputError, Interrupted, TrainingFailed
 from ...system.events import note
 from ...system.signals import ENDS_WITH_STDIN
-from ...system.storage import refuse_nonempty, write_json, write_text
+from ...system.storage import is_leftover, refuse_nonempty, write_json, write_text
 from ..evaluating import eval_rows
 from ..opening.chosen_task import encoder_of
 
@@ -85,7 +85,10 @@ class Folder:
                 raise InputError(
                     f"output_dir {self.path} holds a comparison; go on with it by --resume, or set output_dir=ANOTHER_FOLDER"
                 )
-            if not (self.path.is_dir() and {path.name for path in self.path.iterdir()} == {self.lock_file.name}):
+            if not (
+                self.path.is_dir()
+                and {path.name for path in self.path.iterdir() if not is_leftover(path)} == {self.lock_file.name}
+            ):
                 refuse_nonempty(self.path, "output_dir")
         elif not self.file.is_file():
             raise InputError(f"output_dir {self.path} holds no comparison to resume; leave out --resume")

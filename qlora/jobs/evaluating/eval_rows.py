@@ -86,7 +86,12 @@ def score_name(task, max_rows=None, files=()):
     if others:  # a folder or a glob: named by all of them, so that it is another score when any changes
         stem = Path(os.path.commonpath([path for path, _ in files])).name or "rows"
         digest = hashlib.sha256("".join(digest for _, digest in files).encode()).hexdigest()
-    return joined_name(f"{stem}-{digest[:8]}", max_rows)
+    return joined_name(name_of(stem, digest), max_rows)
+
+
+def name_of(stem, digest):
+    """Return what a score on a file is named by. A name of 255 bytes is as much as a disk takes, and more is added to this."""
+    return f"{os.fsencode(stem)[:100].decode(errors='ignore')}-{digest[:8]}"
 
 
 def name_of_file(file, task, max_rows=None):

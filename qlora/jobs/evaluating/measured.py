@@ -18,7 +18,7 @@ from ...system.errors import InputError
 from ...system.events import note
 from ...system.storage import json_line
 from . import base_scores, class_scores, win_rate
-from .eval_rows import general_rows, held_out_rows, joined_name, score_name, usual_rows
+from .eval_rows import general_rows, held_out_rows, joined_name, name_of, score_name, usual_rows
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def of_choices(subject, wanted, max_rows, questions, of) -> Measured:
     )
     rows = ({"prompt": one.messages if wanted.chat else one.text, "choices": [*one.choices]} for one in questions)
     file = of["files"][0]
-    name = joined_name(f"{Path(file['path']).stem}-{file['sha256'][:8]}", max_rows, *words)
+    name = joined_name(name_of(Path(file["path"]).stem, file["sha256"]), max_rows, *words)
     return Measured(result, _answers(rows, before, after), name, max_rows)
 
 

@@ -36,6 +36,7 @@ _NAMES = (*_PROMPTS, "input", *CONTEXT, CHOSEN, REJECTED)
 _MESSAGE = re.compile(r"prompt \+ completion\[(\d+)\]")  # as formats.read numbers them
 _TURNS = re.compile(r"\n\n(Human|Assistant):")  # of Anthropic's HH
 _NOT_THE_MODEL = ("user", "human", "system")
+_SWAPPED = 1  # of a pair's key: which of its answers is preferred
 _SCORES = (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"), ("chosen_rating", "rejected_rating"))
 
 
@@ -96,9 +97,11 @@ class Preferred:
         return dataclasses.replace(said, messages=said.messages[: said.completion]).key()
 
     def pair_key(self):
-        """Return the same for rows of the same prompt and answers, of which the same is trained."""
-        both = str([(one.key(), one.completion, one.flags) for one in (self.chosen, self.rejected)]).encode()
-        return int.from_bytes(hashlib.blake2b(both, digest_size=8).digest(), "little")
+        """Return the same for rows of the same prompt and answers, of which the same is trained. Of a row that prefers the other
+        answer of the two it differs in the last bit alone."""
+        both = [str((one.key(), one.completion, one.flags)) for one in (self.chosen, self.rejected)]
+        digest = hashlib.blake2b(str(sorted(both)).encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "little") & ~_SWAPPED | (_SWAPPED if both[0] > both[1] else 0)
 
 
 class Preferences:
@@ -388,9 +391,11 @@ def _better(value):
 
 def describe(rows, held_out, parts):
     """Return for data_report.json what training rows are like: {"preference": {"prompts", "chosen_longer", "chosen_tokens",
-    "rejected_tokens", "tied", "reversed"}, "duplicates", "eval_rows_in_training"}.
+    "rejected_tokens", "tied", "reversed", "contradictory"}, "duplicates", "eval_rows_in_training"}.
 
-    chosen_longer: share of pairs; *_tokens: the mean of an answer. Of held-out rows those count whose prompt is trained on.
+    chosen_longer: share of pairs; *_tokens: the mean of an answer; contradictory: rows of which another row prefers the other
+    answer of the same two; a third answer between them (A over B, B over C) contradicts nothing. Of held-out rows those count
+    whose prompt is trained on.
     """
     chosen = rows.numbers("answer")
     rejected = rows.num_trained - chosen
@@ -403,6 +408,7 @@ def describe(rows, held_out, parts):
             "rejected_tokens": float(rejected.mean()),
             "tied": sum(part.summary["pairs_tied"] for part in parts),
             "reversed": sum(part.summary["pairs_reversed"] for part in parts),
+            "contradictory": int(np.isin(pairs ^ np.uint64(_SWAPPED), pairs).sum()),
         },
         "duplicates": int(len(pairs) - len(np.unique(pairs))),
         "eval_rows_in_training": int(np.isin(held_out.keys, prompts).sum()),

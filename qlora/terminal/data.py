@@ -87,6 +87,8 @@ def _say_preference(found):
     for key, what in (("tied", "score both answers alike"), ("reversed", "score the rejected answer HIGHER")):
         if found[key]:
             note(f"          {found[key]:,} rows {what}")
+    if found["contradictory"]:
+        note(f"          {found['contradictory']:,} rows say the same as another row with CHOSEN AND REJECTED SWAPPED")
 
 
 def _say_unpaired(found, section):

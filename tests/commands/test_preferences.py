@@ -218,6 +218,16 @@ def test_chosen_answers_that_are_much_longer_are_said(pairs, tmp_path, capsys):
     assert "CHOSEN ANSWERS ARE MUCH LONGER" in capsys.readouterr().err
 
 
+def test_pairs_that_contradict_each_other_are_said(pairs, tmp_path, capsys):
+    rows = [*ROWS, *({**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in ROWS[:2])]
+    section = {"train": str(write_jsonl(tmp_path / "swapped.jsonl", rows)), "eval_fraction": 0.0}
+    report = inspect_data(pairs(data=section))
+    assert report["preference"]["contradictory"] == 4
+    assert "4 rows say the same as another row with CHOSEN AND REJECTED SWAPPED" in capsys.readouterr().err
+    assert inspect_data(pairs())["preference"]["contradictory"] == 0
+    assert "SWAPPED" not in capsys.readouterr().err
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("unplanned")
 def test_an_adapter_that_was_trained_with_dropout_goes_on_without(pairs, make_recipe, tmp_path):

@@ -162,6 +162,19 @@ def test_pairs_on_disk_are_what_they_were(tokenizer, rows_of):
     assert len(answers) == 4
 
 
+def test_rows_that_prefer_the_other_answer_of_the_same_two_contradict_each_other(rows_of):
+    third = {**PAIR, "chosen": PAIR["rejected"], "rejected": "Do not ask me."}  # 3. > It is 4. > Do not ask me.
+    swapped = {**PAIR, "chosen": [BAD], "rejected": [GOOD]}
+    rows, parts = rows_of([PAIR, PAIR, third, {**swapped, "prompt": "And 2 plus 1?"}, swapped])
+
+    def contradictory(some):
+        return preference.describe(some, rows[:0], parts)["preference"]["contradictory"]
+
+    assert contradictory(rows[:4]) == 0
+    assert contradictory(rows) == 3
+    assert preference.describe(rows, rows[:0], parts)["duplicates"] == 1
+
+
 def test_pairs_of_one_prompt_are_held_out_together(rows_of):
     rows, _ = rows_of([{**PAIR, "prompt": f"Count to {n // 4}", "rejected": f"no {n}"} for n in range(24)])
     trained, held = data.hold_out(rows, 0.5, seed=1)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from ..jobs.opening.prepared_data import prepare, refuse_pointless
-from ..pages.data import write_page
+from ..pages.data import KIND, write_page
 from ..recipe import Recipe
+from ..system import files
 from ..system.errors import InputError
 from ..system.events import Found, emit, note
 from ..terminal import shown
@@ -21,6 +22,8 @@ def inspect_data(recipe: Recipe, row=None, tokens=False, html=None) -> dict:
     Raises:
         InputError: the recipe or the data is wrong, training would be pointless, or there is no such row.
     """
+    if html is not None:
+        files.refuse_foreign(html, "--html", KIND)
     prepared = prepare(recipe, weights=False)
     if row is not None and not 1 <= row <= len(prepared.examples):
         raise InputError(f"--row {row}: no such row; the data has rows 1 to {len(prepared.examples)}")

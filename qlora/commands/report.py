@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..jobs.reporting import reported
 from ..pages.report import page
+from ..system import files
 from ..system.errors import InputError
 from ..system.events import Found, emit, note
 from ..system.storage import write_json, write_text
@@ -51,21 +52,8 @@ def _checked(out):
     if not place.absolute().parent.is_dir():
         raise InputError(f"--out {out}: there is no folder {place.parent}; make it, or choose another")
     for file in (place, place.with_suffix(".json")):
-        if file.is_dir():
-            raise InputError(f"--out {out}: {file} is a folder; choose another name")
-        if file.exists() and not _is_ours(file):
-            raise InputError(f"--out {out}: {file} is there and was not written by qlora report; choose another name")
+        files.refuse_foreign(file, f"--out {out}", reported.KIND)
     return place
-
-
-def _is_ours(file):
-    """True if a file begins as a report does, or its twin; or is empty."""
-    try:
-        with open(file, "rb") as stream:
-            head = stream.read(1000)
-    except OSError as error:
-        raise InputError(f"--out {file}: {error.strerror}; choose another name") from None
-    return not head or reported.KIND.encode() in head
 
 
 def _write(place, text, found):

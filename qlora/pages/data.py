@@ -10,6 +10,8 @@ from ..system.storage import write_text
 from . import images
 from .html import render
 
+KIND = "qlora data"  # of <meta name="generator">
+
 _SHOWN = 20  # rows of a page, from all over the data
 
 
@@ -86,6 +88,7 @@ def page(title, template, report, max_length, rows, pictures=()):
         "data.html",
         title=title,
         template=template,
+        kind=KIND,
         report=report,
         altered=[(source["path"], altered(source)) for source in report["sources"]],
         max_length=max_length,

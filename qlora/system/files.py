@@ -160,3 +160,19 @@ def refuse_no_number(name, value):
     """Raise TypeError where a file that a person may have changed has something else; None is none."""
     if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
         raise TypeError(f"{name} is {value!r}, not a number")
+
+
+def refuse_foreign(file, option, kind):
+    """Raise InputError where `file` is there and does not say in its first 1,000 bytes that a verb, `kind`, has written it."""
+    file = Path(file)
+    if file.is_dir():
+        raise InputError(f"{option}: {file} is a folder; choose another name")
+    if not file.is_file():
+        return
+    try:
+        with open(file, "rb") as stream:
+            head = stream.read(1000)
+    except OSError as error:
+        raise InputError(f"{option}: {file}: {error.strerror}; choose another name") from None
+    if head and kind.encode() not in head:
+        raise InputError(f"{option}: {file} is there and was not written by {kind}; choose another name")

@@ -46,6 +46,11 @@ def test_a_page_holds_the_report_and_the_rows_and_nothing_of_a_row_is_markup(mak
     assert f"{train_file} line 1" in page
     with pytest.raises(InputError, match="--html"):
         inspect_data(recipe, html=str(tmp_path / "no" / "page.html"))
+    inspect_data(recipe, html=str(file))  # its own is written again
+    file.write_text("mine")
+    with pytest.raises(InputError, match=r"page\.html is there and was not written by qlora data; choose another name"):
+        inspect_data(recipe, html=str(file))
+    assert file.read_text() == "mine"
 
 
 @pytest.mark.usefixtures("no_model_is_loaded")

@@ -148,15 +148,15 @@ def conversations(rows):
     rows = rows.one_each()
     found = {}
     for number, part in enumerate(rows.parts):
-        wanted = set(rows.in_file[rows.part_of == number].tolist())
+        wanted = set(rows.lines[rows.part_of == number].tolist())
         if not wanted:
             continue
         if part.file.digest() != part.digest:
             raise InputError(f"{part.path} changed since it was tokenized; restore it, or start a new run")
-        for place, row in enumerate(part.file.rows()):
-            if place in wanted:
-                found[number, place] = part.encoder.read(row.value)[1]
-    return [found[key] for key in zip(rows.part_of.tolist(), rows.in_file.tolist(), strict=True)]
+        for row in part.file.rows():
+            if row.line in wanted:
+                found[number, row.line] = part.encoder.read(row.value)[1]
+    return [found[key] for key in zip(rows.part_of.tolist(), rows.lines.tolist(), strict=True)]
 
 
 def report(rows, parts, stops, batches, batches_per_step):

@@ -66,7 +66,7 @@ class Rows(Sequence):
         return max((part.summary["largest_token"] for part in self.parts), default=0)
 
     def numbers(self, name, dtype=np.int64):
-        """The number `name` of each example, as an array: one of the encoder's NUMBERS, or "row" or "key"."""
+        """The number `name` of each example, as an array: one of the encoder's NUMBERS, or "line" or "key"."""
         return self._gathered(lambda part: part.rows[name], dtype)
 
     @property
@@ -75,9 +75,8 @@ class Rows(Sequence):
         return self.numbers("key", np.uint64)
 
     @property
-    def in_file(self):
-        """The number of the row of its file, from 0, that each Example comes from, as an array."""
-        return self.numbers("row")
+    def lines(self):
+        return self.numbers("line")
 
     @property
     def num_trained(self):
@@ -92,8 +91,8 @@ class Rows(Sequence):
 
     def row_numbers(self):
         """Return for each Example the number, from 0, of the row that it comes from; long rows may have several."""
-        rows, parts = self.in_file, self.part_of
-        new = (rows[1:] != rows[:-1]) | (parts[1:] != parts[:-1])
+        lines, parts = self.lines, self.part_of
+        new = (lines[1:] != lines[:-1]) | (parts[1:] != parts[:-1])
         return np.concatenate([np.zeros(min(1, len(self)), np.int64), np.cumsum(new)])
 
     def first_rows(self, count):

@@ -54,12 +54,9 @@ class Part:
         self.lengths = self._sizes if encoder.LENGTH is None else np.full(len(self.rows), encoder.LENGTH, np.int64)
 
     def where(self, index):
-        """Return the file and line of the row that the example at `index` comes from, which row where others share the line, and
-        the file that it names."""
-        path, lines, rows = getattr(self.example(index), "path", None), self.rows["line"], self.rows["row"]
-        shared = ((lines == lines[index]) & (rows != rows[index])).any()
-        row = f", row {rows[index] + 1}" if shared else ""
-        return f"{self.path} {self.unit} {lines[index]}{row}" + (f" ({path})" if path else "")
+        """Return the file and line of the row that the example at `index` comes from, and the file that it names."""
+        path = getattr(self.example(index), "path", None)
+        return f"{self.path} {self.unit} {self.rows['line'][index]}" + (f" ({path})" if path else "")
 
     def example(self, index):
         span = slice(self.ends[index] - self._sizes[index], self.ends[index])
@@ -68,7 +65,7 @@ class Part:
 
 def _example(encoder):
     """Return the dtype of what is known of an example: where its tokens end, the row that it is of, and the encoder's NUMBERS."""
-    return np.dtype([("end", "<i8"), ("line", "<i8"), ("row", "<i8"), ("key", "<u8"), *encoder.NUMBERS.items()])
+    return np.dtype([("end", "<i8"), ("line", "<i8"), ("key", "<u8"), *encoder.NUMBERS.items()])
 
 
 def _mapped(path, dtype):
@@ -211,26 +208,22 @@ def encode_chunk(rows, encoder):
             values, numbers = encoder.stored(example)
             for array, more in zip(arrays, values, strict=True):
                 array.extend(more)
-            examples.append((len(arrays[0]), row.line, row.number, encoded.key, *numbers))
+            examples.append((len(arrays[0]), row.line, encoded.key, *numbers))
     made = {name: np.array(array, kind) for (name, kind), array in zip(encoder.ARRAYS.items(), arrays, strict=True)}
     return Chunk(made, np.array(examples, _example(encoder)), len(rows), formats, counts, bad, too_long, unused, found)
 
 
 def _chunks(file, pick, tally):
-    rows = numbered(file.rows())
+    rows = iter(file.rows())
     if pick is not None:
         rows = _picked(rows, pick, tally)
     while chunk := list(itertools.islice(rows, CHUNK)):
         yield chunk
 
 
-def numbered(rows):
-    return (row._replace(number=number) for number, row in enumerate(rows))
-
-
 def _picked(rows, pick, tally):
-    for row in rows:
-        if row.number in pick:
+    for number, row in enumerate(rows):
+        if number in pick:
             yield row
         else:
             tally.not_picked += 1

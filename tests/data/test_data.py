@@ -51,7 +51,7 @@ def test_copies_of_a_row_are_never_on_both_sides(file, load, tokenizer):
 
 def test_the_split_is_the_same_for_the_same_seed_only(file, load):
     rows = load(file)
-    first, again, other = (data.hold_out(rows, 0.25, seed=seed)[1].in_file.tolist() for seed in (1, 1, 2))
+    first, again, other = (data.hold_out(rows, 0.25, seed=seed)[1].lines.tolist() for seed in (1, 1, 2))
     assert first == again
     assert first != other
 
@@ -86,7 +86,7 @@ def test_bad_rows_are_reported_together_with_file_and_line(bad, load):
 def test_bad_rows_are_skipped_and_counted_where_the_recipe_says_so(bad, load):
     rows = load(bad, on_bad_row="skip")
     summary = rows.parts[0].summary
-    assert rows.in_file.tolist() == [0, 3]
+    assert rows.lines.tolist() == [1, 4]
     assert (summary["rows_read"], summary["rows_kept"], summary["rows_dropped"]) == (5, 2, 3)
     assert sum(summary["reasons"].values()) == 3
     assert [row["row"] for row in summary["dropped_rows"]] == ["line 2", "line 3", "line 5"]
@@ -198,17 +198,17 @@ def test_a_weight_is_how_often_the_rows_of_a_source_are_seen_an_epoch(two, load)
     rows = load([{"path": two[0], "weight": 2.5}, {"path": two[1], "weight": 0.25}])
     mixed, again, other = (data.weighted(rows, seed) for seed in (1, 1, 2))
     assert counts(mixed) == [60, 10]
-    seen = np.bincount(mixed.in_file[mixed.part_of == 0])
+    seen = np.bincount(mixed.lines[mixed.part_of == 0])[1:]
     assert sorted(set(seen.tolist())) == [2, 3]
-    assert mixed.in_file.tolist() == again.in_file.tolist() != other.in_file.tolist()
+    assert mixed.lines.tolist() == again.lines.tolist() != other.lines.tolist()
 
 
 def test_max_rows_is_a_draw_over_all_files_of_a_source(two, load):
     rows, again = (load([{"path": two[0]}, {"path": two[1], "max_rows": 7}], seed=3) for _ in range(2))
     assert counts(rows) == [24, 7]
-    assert rows.in_file.tolist() == again.in_file.tolist()
-    assert rows.in_file[24:].tolist() != list(range(7))
-    assert rows.in_file.tolist() != load([{"path": two[0]}, {"path": two[1], "max_rows": 7}], seed=4).in_file.tolist()
+    assert rows.lines.tolist() == again.lines.tolist()
+    assert rows.lines[24:].tolist() != list(range(1, 8))
+    assert rows.lines.tolist() != load([{"path": two[0]}, {"path": two[1], "max_rows": 7}], seed=4).lines.tolist()
     summary = rows.parts[1].summary
     assert (summary["rows_read"], summary["rows_kept"]) == (40, 7)
     assert summary["reasons"] == {"not in the sample of max_rows": 33}
@@ -261,25 +261,9 @@ def test_rows_of_several_examples_are_counted_as_one(tmp_path, load):
         write_jsonl(tmp_path / "d.jsonl", [LONG, ROWS[0], LONG]), max_length=64, overlong="split", train_on="all"
     )
     assert len(rows) > 9
-    assert rows.one_each().in_file.tolist() == [0, 1, 2]
-    assert set(rows.first_rows(2).in_file.tolist()) == {0, 1}
+    assert rows.one_each().lines.tolist() == [1, 2, 3]
+    assert set(rows.first_rows(2).lines.tolist()) == {1, 2}
     assert data.copies(rows, rows[:0]) == {"duplicates": 1, "eval_rows_in_training": 0}
-
-
-@pytest.mark.parametrize("indent", [None, 0], ids=["one line", "a line each"])
-def test_rows_of_an_array_are_rows_however_it_is_broken_into_lines(tmp_path, load, indent):
-    """By json.dump all stand in line 1, and were one row: one was evaluated, and no duplicate seen."""
-    said = [ROWS[0], LONG, ROWS[1], ROWS[0], ROWS[2]]
-    (tmp_path / "d.json").write_text(json.dumps(said, indent=indent))
-    rows = load(tmp_path / "d.json", max_length=64, overlong="split", train_on="all")
-    assert len(rows.one_each()) == 5
-    assert set(rows.first_rows(2).in_file.tolist()) == {0, 1}
-    assert data.copies(rows, rows[:0]) == {"duplicates": 1, "eval_rows_in_training": 0}
-    last = [row["messages"][-1]["content"] for row in said]
-    assert [one.messages[-1]["content"] for one in data.conversations(rows)] == last
-    assert data.conversations(rows[rows.in_file == 2])[0].messages[-1]["content"] == last[2]
-    where = rows.where(len(rows) - 1)
-    assert where == f"{tmp_path / 'd.json'} line 1, row 5" if indent is None else ", row" not in where
 
 
 # ---- nothing is lost in silence --------------------------------------------------------------------------------------
@@ -310,7 +294,7 @@ def test_rows_read_are_rows_kept_and_rows_dropped_with_a_reason(tmp_path, load, 
     summary = loaded.parts[0].summary
     assert summary["rows_read"] == len(lines) == summary["rows_kept"] + summary["rows_dropped"]
     assert sum(summary["reasons"].values()) == summary["rows_dropped"] == len(summary["dropped_rows"])
-    kept, dropped = set((loaded.in_file + 1).tolist()), {int(row["row"].split()[1]) for row in summary["dropped_rows"]}
+    kept, dropped = set(loaded.lines.tolist()), {int(row["row"].split()[1]) for row in summary["dropped_rows"]}
     assert kept | dropped == set(range(1, len(lines) + 1))
     assert not kept & dropped
     assert len(kept) == summary["rows_kept"]

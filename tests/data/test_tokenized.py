@@ -104,7 +104,7 @@ def test_processes_make_what_one_process_makes(tmp_path, tokenizer, monkeypatch,
         (folder,) = own_cache.iterdir()
         stored.append({file.name: file.read_bytes() for file in folder.iterdir()})
         assert part.summary["rows_kept"] == 24 * 80
-        assert part.rows["row"].tolist() == [number for number in range(24 * 80 + 1) if number != 24 * 60]
+        assert part.rows["line"].tolist() == [line for line in range(1, 24 * 80 + 2) if line != 24 * 60 + 1]
         import shutil
 
         shutil.rmtree(folder)

@@ -12,15 +12,11 @@ LONGEST = 64 << 20  # bytes or characters of one row: a hundred times what a mod
 
 
 class Row(NamedTuple):
-    """One record: the line it starts on (Parquet and hub: its number), from 1, and what it holds, or what is wrong.
-
-    number: of the row in its file, from 0, once it is counted: rows of a JSON array may share a line.
-    """
+    """One record: the line it starts on (Parquet and hub: its number), from 1, and what it holds, or what is wrong."""
 
     line: int
     value: Any
     problem: str | None = None
-    number: int = 0
 
 
 def open_file(path):

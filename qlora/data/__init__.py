@@ -146,17 +146,17 @@ def conversations(rows):
         InputError: a file is not what it was.
     """
     rows = rows.one_each()
-    found = {}
+    found, places = {}, list(zip(rows.part_of.tolist(), *(numbers.tolist() for numbers in rows.places), strict=True))
     for number, part in enumerate(rows.parts):
-        wanted = set(rows.lines[rows.part_of == number].tolist())
+        wanted = {tuple(place) for of, *place in places if of == number}
         if not wanted:
             continue
         if part.file.digest() != part.digest:
             raise InputError(f"{part.path} changed since it was tokenized; restore it, or start a new run")
         for row in part.file.rows():
-            if row.line in wanted:
-                found[number, row.line] = part.encoder.read(row.value)[1]
-    return [found[key] for key in zip(rows.part_of.tolist(), rows.lines.tolist(), strict=True)]
+            if row.place in wanted:
+                found[(number, *row.place)] = part.encoder.read(row.value)[1]
+    return [found[place] for place in places]
 
 
 def report(rows, parts, stops, batches, batches_per_step):

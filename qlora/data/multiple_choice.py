@@ -14,18 +14,24 @@ from string import ascii_uppercase as LETTERS
 from ..system.errors import InputError
 from .message import kind_of, refuse_surrogates
 from .readers import table
+from .readers.lines import Place
 from .sources import File
 
 
 @dataclass(frozen=True)
 class Question:
-    """One row. line: where it stands in its file, from 1. answer: the number of the right choice, from 0."""
+    """One row. line, row: where it stands in its file, see Place. answer: the number of the right choice, from 0."""
 
     line: int
     text: str
     choices: tuple[str, ...]
     answer: int
     subject: str | None = None
+    row: int = 0
+
+    @property
+    def place(self):
+        return Place(self.line, self.row)
 
 
 def read(path) -> list[Question]:
@@ -42,7 +48,7 @@ def read(path) -> list[Question]:
                 raise ValueError(row.problem)
             found.append(_question(row))
         except ValueError as error:
-            problems.append(f"{file.unit} {row.line}: {error}")
+            problems.append(f"{file.unit} {row.place}: {error}")
     if problems:
         remedy = "a row of choices has `question`, `choices` (a list of texts) and `answer`; see docs/evaluation.md"
         raise InputError.listing(str(path), problems, remedy)
@@ -87,7 +93,9 @@ def _question(row) -> Question:
     subject = value.get("subject") or None
     if not isinstance(subject, (str, type(None))):
         raise ValueError(f"subject: {kind_of(subject)}; write a text")
-    return Question(row.line, value["question"], tuple(choices), _number(value["answer"], len(choices)), subject)
+    return Question(
+        row.line, value["question"], tuple(choices), _number(value["answer"], len(choices)), subject, row.row
+    )
 
 
 def _by_letter(value):

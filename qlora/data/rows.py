@@ -66,7 +66,7 @@ class Rows(Sequence):
         return max((part.summary["largest_token"] for part in self.parts), default=0)
 
     def numbers(self, name, dtype=np.int64):
-        """The number `name` of each example, as an array: one of the encoder's NUMBERS, or "line" or "key"."""
+        """The number `name` of each example, as an array: one of the encoder's NUMBERS, or "line", "row" or "key"."""
         return self._gathered(lambda part: part.rows[name], dtype)
 
     @property
@@ -77,6 +77,11 @@ class Rows(Sequence):
     @property
     def lines(self):
         return self.numbers("line")
+
+    @property
+    def places(self):
+        """The two numbers of the Place in its file of the row that each Example comes from, as arrays."""
+        return self.lines, self.numbers("row")
 
     @property
     def num_trained(self):
@@ -91,8 +96,8 @@ class Rows(Sequence):
 
     def row_numbers(self):
         """Return for each Example the number, from 0, of the row that it comes from; long rows may have several."""
-        lines, parts = self.lines, self.part_of
-        new = (lines[1:] != lines[:-1]) | (parts[1:] != parts[:-1])
+        of_a_row = self.part_of, *self.places
+        new = np.logical_or.reduce([numbers[1:] != numbers[:-1] for numbers in of_a_row])
         return np.concatenate([np.zeros(min(1, len(self)), np.int64), np.cumsum(new)])
 
     def first_rows(self, count):

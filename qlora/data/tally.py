@@ -15,7 +15,7 @@ _ALIKE = 3  # rows with the same problem that are shown in full
 
 @dataclass
 class _Alike:
-    """Refused rows with the same kind of problem: how many, and (line, what is wrong) of the first."""
+    """Refused rows with the same kind of problem: how many, and (Place, what is wrong) of the first."""
 
     count: int = 0
     first: list = field(default_factory=list)
@@ -33,7 +33,7 @@ class Tally:
         self.unused, self.missing = collections.Counter(), columns.optional(settings.columns)
         self.formats, self.reasons = collections.Counter(), collections.Counter()
         self.refused: dict = {}  # kind of problem: _Alike
-        self.dropped: list = []  # (line, text): the first of them
+        self.dropped: list = []  # (Place, text): the first of them
 
     def add(self, result):
         """Count what became of a chunk of rows, a tokenized.Chunk."""
@@ -44,23 +44,23 @@ class Tally:
         self.missing -= result.columns
         if "tokens" in result.arrays:
             self.largest_token = max(self.largest_token, int(result.arrays["tokens"].max(initial=0)))
-        for line, text in result.bad:
-            self._leave_out(line, text, _sort_of(text), self.refuses_bad)
-        for line, text, reason in result.too_long:
+        for place, text in result.bad:
+            self._leave_out(place, text, _sort_of(text), self.refuses_bad)
+        for place, text, reason in result.too_long:
             self.num_too_long += self.refuses_long
-            self._leave_out(line, text, reason, self.refuses_long)
+            self._leave_out(place, text, reason, self.refuses_long)
 
-    def _leave_out(self, line, text, reason, refused):
+    def _leave_out(self, place, text, reason, refused):
         if refused:
             self.num_refused += 1
             kind = _sort_of(text)
             if kind in self.refused or len(self.refused) < SHOWN:
                 same = self.refused.setdefault(kind, _Alike())
                 same.count += 1
-                same.first += [(line, text)] if len(same.first) < 2 * _ALIKE else []
+                same.first += [(place, text)] if len(same.first) < 2 * _ALIKE else []
         else:
             self.reasons[reason] += 1
-            self.dropped += [(line, text)] if len(self.dropped) < SHOWN else []
+            self.dropped += [(place, text)] if len(self.dropped) < SHOWN else []
 
     def refuse(self, path, unit):
         """Raise InputError if there are rows that the recipe does not say to leave out."""
@@ -82,12 +82,14 @@ class Tally:
         problem, and one for all the others of that kind."""
         found = []
         for same in self.refused.values():
-            found += [(line, 1, f"{unit} {line}  {text}") for line, text in same.first[:_ALIKE]]
-            rest = [line for line, _ in same.first[_ALIKE:]]
+            found += [(place, 1, f"{unit} {place}  {text}") for place, text in same.first[:_ALIKE]]
+            rest = [place for place, _ in same.first[_ALIKE:]]
             if rest:
                 more = same.count - _ALIKE
-                lines = ", ".join(map(str, rest)) + (", ..." if more > len(rest) else "")
-                found.append((rest[0], more, f"{unit}{'s' if len(rest) > 1 else ''} {lines}  likewise ({more:,} rows)"))
+                places = ", ".join(map(str, rest)) + (", ..." if more > len(rest) else "")
+                found.append(
+                    (rest[0], more, f"{unit}{'s' if len(rest) > 1 else ''} {places}  likewise ({more:,} rows)")
+                )
         return [(count, text) for _, count, text in sorted(found)[:SHOWN]]
 
     def refuse_missing_columns(self, path):
@@ -115,7 +117,7 @@ class Tally:
             "reasons": reasons,
             "unused": dict(sorted(self.unused.items(), key=lambda item: (-item[1], item[0]))),
             "largest_token": self.largest_token,
-            "dropped_rows": [{"row": f"{unit} {line}", "reason": text} for line, text in self.dropped],
+            "dropped_rows": [{"row": f"{unit} {place}", "reason": text} for place, text in self.dropped],
         }
 
 

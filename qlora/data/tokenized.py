@@ -25,6 +25,7 @@ from ..system.events import progress
 from ..system.storage import new_folder, write_json
 from . import cache, columns, processes, strict_json
 from .encoder import Encoder, TooLong
+from .readers.lines import Place
 from .tally import Tally
 
 CHUNK = 256  # rows that a worker takes at a time
@@ -56,7 +57,8 @@ class Part:
     def where(self, index):
         """Return the file and line of the row that the example at `index` comes from, and the file that it names."""
         path = getattr(self.example(index), "path", None)
-        return f"{self.path} {self.unit} {self.rows['line'][index]}" + (f" ({path})" if path else "")
+        row = self.rows[index]
+        return f"{self.path} {self.unit} {Place(row['line'], row['row'])}" + (f" ({path})" if path else "")
 
     def example(self, index):
         span = slice(self.ends[index] - self._sizes[index], self.ends[index])
@@ -65,7 +67,7 @@ class Part:
 
 def _example(encoder):
     """Return the dtype of what is known of an example: where its tokens end, the row that it is of, and the encoder's NUMBERS."""
-    return np.dtype([("end", "<i8"), ("line", "<i8"), ("key", "<u8"), *encoder.NUMBERS.items()])
+    return np.dtype([("end", "<i8"), ("line", "<i8"), ("row", "<i8"), ("key", "<u8"), *encoder.NUMBERS.items()])
 
 
 def _mapped(path, dtype):
@@ -177,8 +179,8 @@ class Chunk:
     rows: int
     formats: collections.Counter
     counts: collections.Counter  # of rows to which something was done, see the encoder's COUNTS
-    bad: list  # (line, what is wrong)
-    too_long: list  # (line, what is wrong, the reason to count)
+    bad: list  # (Place, what is wrong)
+    too_long: list  # (Place, what is wrong, the reason to count)
     unused: collections.Counter  # keys that are in no example
     columns: set  # of the mapped columns that a row may lack: those found
 
@@ -196,10 +198,10 @@ def encode_chunk(rows, encoder):
             encoded = encoder.encode(row.value)
         except (ValueError, RecursionError) as error:
             reason = strict_json.reason(error)
-            bad.append((row.line, reason if len(reason) <= _LONGEST_REASON else f"{reason[:_LONGEST_REASON]} ..."))
+            bad.append((row.place, reason if len(reason) <= _LONGEST_REASON else f"{reason[:_LONGEST_REASON]} ..."))
             continue
         except TooLong as error:
-            too_long.append((row.line, *error.args))
+            too_long.append((row.place, *error.args))
             continue
         formats[encoded.format] += 1
         unused.update(encoded.unused)
@@ -208,7 +210,7 @@ def encode_chunk(rows, encoder):
             values, numbers = encoder.stored(example)
             for array, more in zip(arrays, values, strict=True):
                 array.extend(more)
-            examples.append((len(arrays[0]), row.line, encoded.key, *numbers))
+            examples.append((len(arrays[0]), *row.place, encoded.key, *numbers))
     made = {name: np.array(array, kind) for (name, kind), array in zip(encoder.ARRAYS.items(), arrays, strict=True)}
     return Chunk(made, np.array(examples, _example(encoder)), len(rows), formats, counts, bad, too_long, unused, found)
 

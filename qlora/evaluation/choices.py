@@ -14,6 +14,7 @@ import numpy as np
 from .. import base_model, methods
 from ..data import masked_examples
 from ..data.multiple_choice import LETTERS, Question
+from ..data.readers.lines import Place
 from ..system.errors import InputError
 from . import likelihood
 from .answer_metrics import ExactMatch
@@ -25,7 +26,7 @@ class Prompted:
     """A question as the model sees it. about: what stands before all. shown: (question, answer) of each example. choices: what is
     scored behind it."""
 
-    line: int
+    place: Place
     about: str
     shown: Sequence[tuple[str, str]]
     question: str
@@ -73,7 +74,7 @@ def ask(question: Question, examples: Sequence[Question], num_shots: int, by_tex
     if len(fitting) < num_shots:
         of = f" of the subject {question.subject!r}" if question.subject else ""
         raise InputError(
-            f"--shots {num_shots}: there are {len(fitting)} examples{of} for the question in line {question.line}; "
+            f"--shots {num_shots}: there are {len(fitting)} examples{of} for the question in line {question.place}; "
             "take fewer, or give more in --examples FILE"
         )
     kind = "questions" if by_text else "multiple choice questions"
@@ -81,7 +82,7 @@ def ask(question: Question, examples: Sequence[Question], num_shots: int, by_tex
     about = f"The following are {kind} (with answers) about {subject}.\n\n" if subject else ""
     shown = [(_worded(one, by_text), _choices(one, by_text)[one.answer]) for one in fitting]
     return Prompted(
-        question.line, about, shown, _worded(question, by_text), _choices(question, by_text), question.answer
+        question.place, about, shown, _worded(question, by_text), _choices(question, by_text), question.answer
     )
 
 
@@ -112,11 +113,11 @@ def score(
         try:
             own = question.tokens(tokenizer, chat)
         except ValueError as error:
-            raise InputError(f"the question in line {question.line}: {error}") from None
+            raise InputError(f"the question in line {question.place}: {error}") from None
         longest = max(len(prompt) + len(choice) for prompt, choice in own) - 1
         if limit is not None and taken + longest > limit:
             raise InputError(
-                f"the question in line {question.line} is too long: {longest:,} tokens with its examples, and "
+                f"the question in line {question.place} is too long: {longest:,} tokens with its examples, and "
                 f"{base_model.said_of_positions(limit, taken)}; take fewer --shots, or leave it out"
             )
         pairs += own

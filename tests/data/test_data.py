@@ -256,6 +256,26 @@ def test_the_conversations_of_rows_are_read_again_from_their_files(two, load):
     assert [c.messages[-1]["content"] for c in found] == ["A26", CONVERSATIONS[3][1][1], "A36"]
 
 
+def test_rows_of_an_array_on_one_line_are_rows_of_their_own(tmp_path, load):
+    path = tmp_path / "d.json"
+    path.write_text(json.dumps([{"prompt": f"Q{n}", "completion": f"A{n}"} for n in (0, 1, 2, 3, 1)]))
+    rows = load(path)
+    assert [c.messages[-1]["content"] for c in data.conversations(rows)] == ["A0", "A1", "A2", "A3", "A1"]
+    assert len(rows.first_rows(2)) == 2
+    assert data.copies(rows, rows[:0])["duplicates"] == 1
+    assert rows.where(3) == f"{path} line 1 (row 4)"
+
+
+def test_what_is_wrong_with_a_row_that_shares_its_line_names_the_row(tmp_path, load):
+    path, good = tmp_path / "d.json", {"prompt": "Q", "completion": "A"}
+    path.write_text(json.dumps([good, {**good, "completion": 7}, good]))
+    with pytest.raises(InputError, match=r"line 1 \(row 2\)  .*completion"):
+        load(path)
+    path.write_text(json.dumps([good, {**good, "prompt": "Why? " * 99}]))
+    with pytest.raises(InputError, match=r"line 1 \(row 2\)  .* tokens, data\.max_length is 64"):
+        load(path, max_length=64)
+
+
 def test_rows_of_several_examples_are_counted_as_one(tmp_path, load):
     rows = load(
         write_jsonl(tmp_path / "d.jsonl", [LONG, ROWS[0], LONG]), max_length=64, overlong="split", train_on="all"

@@ -34,6 +34,13 @@ def test_mmlus_own_files_have_no_header(tmp_path):
     assert written(tmp_path, "b.tsv", text.replace(",", "\t").replace("\t or", ", or"))[1] == second
 
 
+def test_what_is_wrong_in_an_array_on_one_line_is_said_with_the_row(tmp_path):
+    first, second = written(tmp_path, "a.json", json.dumps([ROW, ROW]))
+    assert (str(first.place), str(second.place)) == ("1 (row 1)", "1 (row 2)")
+    with pytest.raises(InputError, match=r"line 1 \(row 2\): no answer"):
+        written(tmp_path, "b.json", json.dumps([ROW, {"question": "Two?"}]))
+
+
 def test_a_subject_is_kept(tmp_path):
     [found] = multiple_choice.read(write_jsonl(tmp_path / "a.jsonl", [ROW | {"subject": "number_theory"}]))
     assert found.subject == "number_theory"

@@ -61,7 +61,17 @@ def test_line_numbers_count_blank_lines_crlf_and_bom(tmp_path):
 
 def test_line_numbers_in_an_array_are_where_rows_begin(tmp_path):
     path = write(tmp_path, '[\n {"a": 1},\n\n {"a":\n 2},\n {"a": 3}\n]\n')
-    assert [row.line for row in read_rows(path)] == [2, 4, 6]
+    assert [row.place for row in read_rows(path)] == [(2, 0), (4, 0), (6, 0)]
+
+
+def test_rows_of_an_array_that_share_a_line_have_their_number_in_the_file_too(tmp_path):
+    def places(text):
+        return [str(row.place) for row in read_rows(write(tmp_path, text))]
+
+    assert places('[{"a": 1}, {"a": 2}]') == ["1 (row 1)", "1 (row 2)"]
+    assert places('[{"a": 1}]') == ["1"]
+    assert places('[{"a": 1}\n, {"a": 2}, {"a":\n3},\n{"a": 4}\n]') == ["1", "2 (row 2)", "2 (row 3)", "4"]
+    assert places(json.dumps([{"a": 1}, {"a": 2}], indent=0)) == ["2", "5"]
 
 
 def test_a_bad_line_is_a_row_with_a_problem_and_those_around_it_are_whole(tmp_path):

@@ -385,7 +385,7 @@ def fuzz_rows(folder, tokenizer, examples):
     def is_row_or_problem(value):
         result = tokenized.encode_chunk([Row(7, value)], encoder)
         assert len(result.bad) + len(result.too_long) + (len(result.examples) > 0) == 1
-        assert all(line == 7 and text for line, text in result.bad)
+        assert all(place == (7, 0) and text for place, text in result.bad)
 
     def is_file_or_refusal(named):
         path = folder / f"d.{named[0]}"

@@ -46,15 +46,17 @@ def _array_rows(file, stream):
     buffer = _Buffer(file, stream)
     buffer.peek()
     buffer.skip(1)  # the bracket
-    line = buffer.line
+    number = before = 0
     try:
         while buffer.peek() != "]":
-            line = buffer.line
-            yield lines.Row(line, buffer.value())
+            line, number, value = buffer.line, number + 1, buffer.value()
             if buffer.peek() not in (",", "]"):
                 raise ValueError(f"Expecting ',' or ']' at column {buffer.column()}")
             if buffer.peek() == ",":
                 buffer.skip(1)
+            is_alone = line != before and (buffer.peek() == "]" or buffer.line != line)
+            yield lines.Row(line, value, row=0 if is_alone else number)
+            before = line
     except (ValueError, RecursionError) as error:
         raise InputError(f"{file.path} line {buffer.line}: not valid JSON: {reason(error)}") from None
     buffer.skip(1)

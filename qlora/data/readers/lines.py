@@ -11,12 +11,28 @@ from ...system.errors import InputError
 LONGEST = 64 << 20  # bytes or characters of one row: a hundred times what a model can take
 
 
+class Place(NamedTuple):
+    """Where a row stands in its file. row: its number, from 1, where other rows begin on the same line; else 0."""
+
+    line: int
+    row: int = 0
+
+    def __str__(self):
+        return f"{self.line} (row {self.row})" if self.row else str(self.line)
+
+
 class Row(NamedTuple):
-    """One record: the line it starts on (Parquet and hub: its number), from 1, and what it holds, or what is wrong."""
+    """One record: the line it starts on (Parquet and hub: its number), from 1, and what it holds, or what is wrong. row: see
+    Place; no two rows of a file have the same place."""
 
     line: int
     value: Any
     problem: str | None = None
+    row: int = 0
+
+    @property
+    def place(self):
+        return Place(self.line, self.row)
 
 
 def open_file(path):

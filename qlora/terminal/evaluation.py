@@ -44,7 +44,9 @@ def _what(result):
     if "by_text" in of:
         return f"{rows} questions with choices, {of['shots']} example{'s' * (of['shots'] != 1)} before each"
     classes = result.get("labels")
-    return f"{rows} held-out rows, " + (f"{len(classes)} classes" if classes else f"{result['tokens']} answer tokens")
+    return f"{rows} held-out row{'s' * (result['rows'] != 1)}, " + (
+        f"{len(classes)} classes" if classes else f"{result['tokens']} answer tokens"
+    )
 
 
 def _row(name, result):

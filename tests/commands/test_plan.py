@@ -153,6 +153,12 @@ def test_part_of_an_epoch_is_rounded_up_to_steps_in_plan_and_training(make_recip
     assert plan(recipe, "24GiB")["steps"] == steps
 
 
+def test_what_the_list_of_cards_would_leave_out_is_refused(recipe_file):
+    done = forked.run("plan", recipe_file, "--card", "list", "--methods")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "--card list prints the cards and plans nothing; leave all else out" in done.stderr
+
+
 def test_the_cards_are_listed_without_a_recipe():
     done = forked.run("plan", "--card", "list", "--json")
     assert done.returncode == 0

@@ -86,10 +86,8 @@ def _learned(facts):
         number_of(name, side["loss"] if name == "loss" else side["metrics"][name]["value"])
         for side in (scores["before"], scores)
     )
-    words = (
-        f"{name.replace('_', ' ')} {before} before, {after} after on {scores['rows']:,} held-out rows: "
-        f"{change_in_words(name, change[name])}"
-    )
+    rows = f"{scores['rows']:,} held-out row{'s' * (scores['rows'] != 1)}"
+    words = f"{name.replace('_', ' ')} {before} before, {after} after on {rows}: {change_in_words(name, change[name])}"
     answer = _direction(name, change[name])
     if name != "loss" and "loss" in change:
         words += f"; loss {change_in_words('loss', change['loss'])}"

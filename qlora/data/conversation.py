@@ -6,7 +6,7 @@ import hashlib
 import json
 from dataclasses import dataclass, field
 
-from .message import is_empty, kind_of, plain_keys, refuse_no_json
+from .message import flag_keys, is_empty, kind_of, plain_keys, refuse_no_json
 from .message import read as read_message
 from .strict_json import loads
 
@@ -19,20 +19,26 @@ class Conversation:
 
     messages: {"role", "content", ...} of the roles system, user, assistant and tool, ending with the assistant; empty for
     a row of plain `text`. tools: JSON schemas. flags: {index of an assistant message: trained or not}, where the row says
-    so itself. completion: index at which the row's completion begins, where it has one. unused: keys of the row that are
-    not in the conversation. merged: whether messages of the assistant were merged. nulls: how many nulls were removed from
-    tool calls and tools. dropped_thoughts: whether thoughts were.
+    so itself; untrained_by: the keys in which it says no. completion: index at which the row's completion begins, where it
+    has one. unused: keys of the row that are not in the conversation. merged: whether messages of the assistant were merged.
+    nulls: how many nulls were removed from tool calls and tools. dropped_thoughts: whether thoughts were.
     """
 
     messages: list
     tools: list | None = None
     flags: tuple = ()
+    untrained_by: tuple = field(default=(), compare=False, kw_only=True)
     completion: int | None = None
     text: str | None = None
     unused: tuple = field(default=(), compare=False)
     merged: bool = field(default=False, compare=False)
     nulls: int = field(default=0, compare=False)
     dropped_thoughts: bool = field(default=False, compare=False)
+
+    @property
+    def untrained(self):
+        """What the row has where it says that a message is not trained, in words."""
+        return " or ".join(f"{key}: {'false' if key == 'train' else 0}" for key in self.untrained_by)
 
     def key(self):
         """Return 8 bytes that are equal for conversations that say the same, as an unsigned number."""
@@ -55,25 +61,30 @@ def converse(messages, name, row, ignore, completion=None):
         raise ValueError("prompt and completion must both have a message")
     messages = _with_context(messages, row)
     added = len(messages) - before  # `at` counts as the row does
-    turns, ignored, merged, begins = [], set(), 0, None
+    turns, ignored, keys, merged, begins = [], set(), {}, 0, None
     for index, message in enumerate(messages):
         at = f"{name}[{index - added}]" if index >= added else f"system or history, message {index}"
         if not isinstance(message, dict):
             raise ValueError(f'{at} is {kind_of(message)}, not {{"role", "content"}}')
         ignored |= {key for key in ignore if not is_empty(message.get(key))}
-        turn, flag = read_message({key: inner for key, inner in message.items() if key not in ignore}, at)
+        message = {key: inner for key, inner in message.items() if key not in ignore}
+        turn, flag = read_message(message, at)
         if flag and turn["role"] != "assistant":
-            raise ValueError(f"{at}.train: only the assistant's messages can be trained on one by one")
+            raise ValueError(
+                f"{at}.{flag_keys(message)[0]}: only the assistant's messages can be trained on one by one"
+            )
         if turn["role"] == "system" and index != 0:
             raise ValueError(f"{at}: a system message can only come first")
         if completion is not None and index == completion + added:
             begins = len(turns)
+        if turn["role"] == "assistant":
+            keys |= {key: keys.get(key) or flag is False for key in flag_keys(message)}
         if turn["role"] == "assistant" and turns and turns[-1][0]["role"] == "assistant":
             if begins == len(turns):
                 raise ValueError(
                     f"{at}: the prompt ends with the assistant; end it with the message that the assistant answers"
                 )
-            turns[-1] = (_merged(turns[-1], (turn, flag), at), flag)
+            turns[-1] = (_merged(turns[-1], (turn, flag), at, keys), flag)
             merged += 1
         else:
             turns.append((turn, flag))
@@ -83,10 +94,11 @@ def converse(messages, name, row, ignore, completion=None):
     flags = tuple(
         (index, flag) for index, (turn, flag) in enumerate(turns) if flag is not None and turn["role"] == "assistant"
     )
-    return Conversation([turn for turn, _ in turns], _tools(row), flags, begins, merged=merged > 0), ignored
+    messages, untrained = [turn for turn, _ in turns], tuple(key for key, leaves_out in keys.items() if leaves_out)
+    return Conversation(messages, _tools(row), flags, begins, merged=merged > 0, untrained_by=untrained), ignored
 
 
-def _merged(before, after, at):
+def _merged(before, after, at, keys):
     """Return the one turn that chat makes of two messages of the assistant: its words, then its calls."""
     (first, first_flag), (second, second_flag) = before, after
     if not second.get("tool_calls") or second["content"].strip():
@@ -95,7 +107,7 @@ def _merged(before, after, at):
             "or the tool's result between them"
         )
     if first_flag != second_flag or second.get("reasoning_content"):
-        what = "train" if first_flag != second_flag else "reasoning_content"
+        what = " or ".join(keys) if first_flag != second_flag else "reasoning_content"
         raise ValueError(f"{at}: is one turn with the message before it, but has another {what}; join them yourself")
     return {**first, "tool_calls": [*first.get("tool_calls", []), *second["tool_calls"]]}
 

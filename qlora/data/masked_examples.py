@@ -260,7 +260,7 @@ def _chosen(conversation, train_on):
     """Return the indices of the assistant messages to train on; raises ValueError if there are none."""
     flags = dict(conversation.flags)
     if train_on == "all" and not all(flags.values()):
-        raise ValueError("has train: false on a message, but data.train_on is all; set it to assistant")
+        raise ValueError(f"has {conversation.untrained} on a message, but data.train_on is all; set it to assistant")
     answers = [index for index, message in enumerate(conversation.messages) if message["role"] == "assistant"]
     if train_on == "last_assistant":
         chosen = set(answers[-1:])
@@ -272,7 +272,8 @@ def _chosen(conversation, train_on):
         chosen = set(answers)
     trained = [index for index in answers if flags.get(index, index in chosen)]
     if not trained:
-        raise ValueError("nothing to train on: every assistant message has train: false")
+        which = "assistant message" if flags.keys() >= {*answers} else f"message of data.train_on: {train_on}"
+        raise ValueError(f"nothing to train on: every {which} has {conversation.untrained}")
     return trained
 
 

@@ -16,6 +16,7 @@ _ROLE_NAMES = {  # of OpenAI, older and newer, and of ShareGPT
     "observation": "tool",
     "function_call": "assistant",
 }
+_FLAGS = ("train", "weight", "loss_weight")
 _KNOWN = {
     "role",
     "content",
@@ -24,9 +25,7 @@ _KNOWN = {
     "tool_call_id",
     "name",
     "reasoning_content",
-    "train",
-    "weight",
-    "loss_weight",
+    *_FLAGS,
 }
 _PARTS = ("reasoning", "tool_call", "text")
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -160,7 +159,7 @@ def _call(call, at):
 
 def _flag(message, at):
     """Return whether the row itself says that this message is trained (`train`, or a weight of 0 or 1), or None."""
-    said = {key: message[key] for key in ("train", "weight", "loss_weight") if message.get(key) is not None}
+    said = {key: message[key] for key in flag_keys(message)}
     for key, value in said.items():
         if key == "train" and not isinstance(value, bool):
             raise ValueError(f"{at}.train is {value!r}, not one of True, False")
@@ -169,6 +168,11 @@ def _flag(message, at):
     if len(set(map(bool, said.values()))) > 1:
         raise ValueError(f"{at}: {' and '.join(said)} disagree; keep one of them")
     return bool(next(iter(said.values()))) if said else None
+
+
+def flag_keys(message):
+    """Return the keys with which a message says whether it is trained."""
+    return [key for key in _FLAGS if message.get(key) is not None]
 
 
 def refuse_no_json(at, value):

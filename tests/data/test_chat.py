@@ -3,7 +3,7 @@
 import pytest
 import transformers
 
-from qlora.data import IGNORE_INDEX, chat, masked_examples
+from qlora.data import IGNORE_INDEX, chat, formats, masked_examples
 from qlora.data.conversation import Conversation
 from qlora.system.errors import InputError
 from tests.conftest import CHATML, SPECIAL, encode, make_tokenizer, messages
@@ -344,6 +344,33 @@ def test_a_row_that_trains_nothing_or_contradicts_the_recipe_is_refused(tokenize
         masked_examples.encode(tokenizer, flagged)
     with pytest.raises(ValueError, match=r"data\.train_on is all"):
         masked_examples.encode(tokenizer, flagged, "all")
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ([{"train": False}] * 2, "train: false"),
+        ([{"weight": 0}] * 2, "weight: 0"),
+        ([{"loss_weight": 0.0}, {"train": False}], "loss_weight: 0 or train: false"),
+    ],
+)
+def test_what_leaves_a_message_out_is_named_as_the_row_has_it(tokenizer, said, words):
+    turns = messages(TURNS)
+    answers = [turn for turn in turns if turn["role"] == "assistant"]
+    for turn, keys in zip(answers, said, strict=True):
+        turn.update(keys)
+    _, conversation = formats.read({"messages": turns})
+    with pytest.raises(ValueError, match=f"nothing to train on: every assistant message has {words}$"):
+        masked_examples.encode(tokenizer, conversation)
+    with pytest.raises(ValueError, match=f"^has {words} on a message, but"):
+        masked_examples.encode(tokenizer, conversation, "all")
+
+
+def test_a_last_answer_alone_that_is_left_out_is_not_said_of_all(tokenizer):
+    turns = messages(TURNS)
+    _, conversation = formats.read({"messages": [*turns[:-1], {**turns[-1], "weight": 0}]})
+    with pytest.raises(ValueError, match=r"every message of data\.train_on: last_assistant has weight: 0$"):
+        masked_examples.encode(tokenizer, conversation, "last_assistant")
 
 
 def test_chatml_whose_markers_are_new_tokens_closes_turns_with_one(tokenizer_json):

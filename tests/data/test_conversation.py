@@ -15,7 +15,8 @@ from tests.data.turns import ANSWER, USER, call, to_messages
         ({"messages": [USER, ANSWER], "tools": {"name": "f"}}, "tools is an object, not a list"),
         ({"messages": []}, "an empty list"),
         ({"messages": [USER]}, "ends with the user"),
-        ({"messages": [{**USER, "train": True}, ANSWER]}, "only the assistant's messages"),
+        ({"messages": [{**USER, "train": True}, ANSWER]}, r"messages\[0\]\.train: only the assistant's messages"),
+        ({"messages": [{**USER, "weight": 1}, ANSWER]}, r"messages\[0\]\.weight: only the assistant's messages"),
         ({"prompt": [], "completion": [USER, ANSWER]}, "must both have a message"),
         ({"messages": [USER, {"role": "system", "content": "S"}, ANSWER]}, "can only come first"),
         ({"conversations": ["hi"]}, r"conversations\[0\] is a string"),
@@ -102,8 +103,10 @@ def test_flags_follow_their_message_when_others_are_merged_and_must_agree_in_one
     result = {"role": "tool", "content": "2"}
     row = [USER, {**ANSWER, "train": False}, {**calls, "train": False}, result, {**ANSWER, "train": True}]
     assert formats.read({"messages": row})[1].flags == ((1, False), (3, True))
-    with pytest.raises(ValueError, match=r"messages\[2\]: is one turn .* another train"):
+    with pytest.raises(ValueError, match=r"messages\[2\]: is one turn .* another train;"):
         formats.read({"messages": [USER, {**ANSWER, "train": False}, calls, result, ANSWER]})
+    with pytest.raises(ValueError, match=r"messages\[2\]: is one turn .* another loss_weight;"):
+        formats.read({"messages": [USER, {**ANSWER, "loss_weight": 0}, calls, result, ANSWER]})
     with pytest.raises(ValueError, match=r"messages\[2\]: two assistant messages in a row"):
         formats.read({"messages": [USER, ANSWER, ANSWER]})
     with pytest.raises(ValueError, match="two assistant messages in a row"):

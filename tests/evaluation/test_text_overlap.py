@@ -55,7 +55,7 @@ def test_bleu_and_chrf_are_sacrebleus_of_all_rows_and_of_each_resample(name, kin
     expected = own.corpus_score(again[0], [again[1]]).score / 100
     assert metric.value(parts[rows].sum(0)) == pytest.approx(expected, rel=1e-12)
     assert metric.value(of(name, REFERENCES)[1].sum(0)) == pytest.approx(1)
-    low, high = intervals.interval(metric.value, parts)
+    low, high = intervals.interval(metric.value, np.tile(parts, (2, 1)))
     assert 0 <= low < metric.value(parts.sum(0)) < high < 1
     worse = of(name, [""] * 4)[1]
     assert intervals.change(metric.value, parts, worse)["value"] == -metric.value(parts.sum(0))

@@ -32,4 +32,4 @@ def test_what_init_prints_and_writes_can_be_pasted(tiny_model, tmp_path, monkeyp
     for command in (f"qlora train '{tmp_path}/my recipe.yaml'", f"qlora plan '{tmp_path}/my recipe.yaml' --card cpu"):
         assert command in (tmp_path / "my recipe.yaml").read_text()
     assert f"qlora train '{tmp_path}/my recipe.yaml'" in said.err
-    assert "qlora report 'runs/my rows' --out 'my rows.html'" in said.err
+    assert "qlora report 'runs/my rows' --out 'my rows-report.html'" in said.err

@@ -107,9 +107,8 @@ def _write(subject, found, wanted):
     if subject.run is not None:
         place, kept = _files(subject, found)
         place.parent.mkdir(exist_ok=True)
-        write_together(
-            {kept: found.text.encode(), place: as_json(found.result)}
-        )  # never a score beside answers of another
+        # never a score beside answers of another
+        write_together({kept: found.text.encode(), place: as_json(found.result)})
     if wanted.answers is not None:
         kept = Path(wanted.answers)
         write_text(kept, found.text)

@@ -41,11 +41,12 @@ def init(model, data, card=None, goal="quality", out="recipe.yaml", overrides=()
     steps = "" if found.steps is None else f"; {found.steps:,} steps{time}"
     planned = f"planned: {size(found.peak_bytes)} of {size(found.budget_bytes)} ({machine.budget.why}){steps}"
     named, run = shlex.quote(str(out)), chosen.recipe.output_dir
-    header = [f"goal {goal}: {GOALS[goal]}", planned, f"train it: qlora train {named}"]
+    header = [f"goal {goal}: {GOALS[goal]}", planned]
     if found.hours is None and (why_none := why_no_time(machine.kind, machine.budget.card)):
-        header.insert(2, f"time: {why_none}")
+        header.append(f"time: {why_none}")
     if machine.kind == "cpu":
-        header.insert(-1, f"plan it again: qlora plan {named} --card cpu")
+        header.append(f"plan it again: qlora plan {named} --card cpu")
+    header.append(f"train it: qlora train {named}")
     _write(out, header, chosen.lines)
     run, page = shlex.quote(run), shlex.quote(f"{Path(run).name}-report.html")  # with a twin in JSON: not the rows
     note(f"then      whether it worked: qlora eval {run}; qlora report {run} --out {page}")

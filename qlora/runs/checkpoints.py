@@ -13,7 +13,6 @@ import errno
 import json
 import os
 import random
-import re
 import shutil
 import time
 from pathlib import Path
@@ -26,6 +25,7 @@ from safetensors.torch import load_file, save_file
 
 from ..system.errors import InputError
 from ..system.storage import free_disk_bytes, fsync, listed, new_folder, sha256, write_json
+from .folder import step_of
 from .record import CheckpointSaved
 
 MANIFEST, TENSORS, STATE, TRAINER_STATE = "manifest.json", "tensors.safetensors", "state.json", "trainer_state.json"
@@ -85,7 +85,7 @@ class Checkpoints:
         manifest = self._manifest(path)
         if manifest.get("run") != self.run:
             raise Damaged(f"{path / MANIFEST}: belongs to another run")
-        if manifest.get("format") != _FORMAT or manifest.get("step") != _step(path):
+        if manifest.get("format") != _FORMAT or manifest.get("step") != step_of(path):
             raise Damaged(f"{path / MANIFEST}: format {manifest.get('format')}, step {manifest.get('step')}")
         files = manifest.get("files")
         if not isinstance(files, dict) or set(files) != _FILES:
@@ -113,7 +113,7 @@ class Checkpoints:
         """Return [(step, whether it is the best)] of the folders, oldest first; the best is that of which the newest knows."""
         found = self._all()
         best = best_of(found[0]) if found else None
-        return [(_step(path), _step(path) == best) for path in reversed(found)]
+        return [(step_of(path), step_of(path) == best) for path in reversed(found)]
 
     def newest(self):
         """Return (the newest checkpoint that verifies, or None; [why newer ones do not])."""
@@ -139,7 +139,7 @@ class Checkpoints:
     def set_aside(self, step):
         """Rename the checkpoints of later steps, so that training is not resumed from them."""
         for path in self._all():
-            if _step(path) > step and self._is_ours(path):
+            if step_of(path) > step and self._is_ours(path):
                 self._rename(path, "diverged")
 
     def _rename(self, path, why):
@@ -148,8 +148,8 @@ class Checkpoints:
 
     def _all(self):
         """Return the checkpoint folders, newest first."""
-        found = [path for path in self.folder.glob("step-*") if _step(path) is not None]
-        return sorted(found, key=_step, reverse=True)
+        found = [path for path in self.folder.glob("step-*") if step_of(path) is not None]
+        return sorted(found, key=step_of, reverse=True)
 
     def _manifest(self, path):
         try:
@@ -171,13 +171,13 @@ class Checkpoints:
     def rotate(self, path, limit):
         """Keep `path`, which is verified, the newest before it, `limit` in all, and the best that these know of; remove others,
         later ones included."""
-        step = _step(path)
+        step = step_of(path)
         ours = [path for path in self._all() if self._is_ours(path)]
-        later = [path for path in ours if _step(path) > step]
-        before = [path for path in ours if _step(path) < step]
+        later = [path for path in ours if step_of(path) > step]
+        before = [path for path in ours if step_of(path) < step]
         old = before[limit - 1 :] if limit is not None else []
         best = {best_of(kept) for kept in [path, *before] if kept not in old} if old else set()
-        for path in [*later, *(path for path in old if _step(path) not in best)]:
+        for path in [*later, *(path for path in old if step_of(path) not in best)]:
             self._remove(path)
 
     def _remove(self, path):
@@ -213,11 +213,6 @@ def best_of(path):
 def read_tensors(path):
     """Return {name: tensor on the CPU}."""
     return load_file(path / TENSORS)
-
-
-def _step(path):
-    found = re.fullmatch(r"step-(\d{1,18})", path.name)
-    return int(found[1]) if found and path.is_dir() else None
 
 
 def _apart(tensors):

@@ -35,7 +35,13 @@ from ..recipe import Recipe
 from ..system import files
 from ..system.errors import DoesNotFit, InputError, Interrupted
 from ..system.secrets import redacted
-from ..system.storage import is_leftover, is_locked, locked, refuse_nonempty, remove_lock, write_json, write_text
+from ..system.storage import is_locked, locked, refuse_nonempty, remove_lock, write_json, write_text
+
+
+def step_of(path):
+    """Return the step of a checkpoint folder; None of what a kill has left half written, or was set aside."""
+    found = re.fullmatch(r"step-(\d{1,18})", path.name)
+    return int(found[1]) if found and path.is_dir() else None
 
 
 class RunDir:
@@ -169,16 +175,12 @@ class RunDir:
                 f"output_dir {self.path} contains a finished run, which is never overwritten; remove it or set "
                 "output_dir=ANOTHER_FOLDER"
             )
-        if not (
-            self.path.is_dir()
-            and {path.name for path in self.path.iterdir() if not is_leftover(path)} == {self.lock_file.name}
-        ):
-            refuse_nonempty(self.path, "output_dir")
+        refuse_nonempty(self.path, "output_dir", but=self.lock_file)
 
     def checkpoint_steps(self) -> list[int]:
-        """Return the steps of the checkpoints, oldest first; what a kill has left half written, or was set aside, is none."""
-        names = (re.fullmatch(r"step-(\d{1,18})", path.name) for path in self.checkpoints.glob("step-*"))
-        return sorted(int(found[1]) for found in names if found)
+        """Return the steps of the checkpoints, oldest first."""
+        found = map(step_of, self.checkpoints.glob("step-*"))
+        return sorted(step for step in found if step is not None)
 
     def _how_to_resume(self, before, after=""):
         """Return it in words, between these; "" where there is no checkpoint."""

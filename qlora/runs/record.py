@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 from dataclasses import dataclass, field
@@ -158,6 +159,13 @@ def numbers_of(event) -> dict:
     return {name: number for name, number in found.items() if name not in ("step", "time") and number is not None}
 
 
+@functools.cache
+def _fields(kind):
+    """Return (the names of a kind's fields beside its metrics, those of them that are numbers)."""
+    found = [one for one in dataclasses.fields(kind) if one.name != "metrics"]
+    return [one.name for one in found], [one.name for one in found if str(one.type).startswith(("int", "float"))]
+
+
 def from_json(values: dict) -> Line:
     """Return the event of such an object; a field that an older version did not write is None."""
     # the first that is there; a Step of a training in float16 has a loss_scale too, among its metrics
@@ -171,10 +179,9 @@ def from_json(values: dict) -> Line:
         "loss_scale": Rescaled,
     }
     kind: Any = next((kind for name, kind in kinds.items() if name in values), Step)
-    fields = [one for one in dataclasses.fields(kind) if one.name != "metrics"]
-    for one in fields:
-        files.refuse_no_number(one.name, values.get(one.name) if str(one.type).startswith(("int", "float")) else None)
-    names = [one.name for one in fields]
+    names, numbers = _fields(kind)
+    for name in numbers:
+        files.refuse_no_number(name, values.get(name))
     known: dict[str, Any] = {name: values.get(name) for name in names} | {"step": values["step"]}
     if kind in (Rescaled, Best):
         return kind(**known)

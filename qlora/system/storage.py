@@ -262,12 +262,16 @@ def refuse_partial(out, inputs):
                 )
 
 
-def refuse_nonempty(out, what):
-    """Raise InputError unless `out` is absent or an empty folder."""
+def refuse_nonempty(out, what, but=None):
+    """Raise InputError unless `out` is absent or an empty folder, or has the file `but` alone, the lock of who asks; what kills
+    have left of files does not count."""
     out = Path(out)
+    found = {path for path in out.iterdir() if not is_leftover(path)} if out.is_dir() else set()
+    if found and found == {but}:
+        return
     if out.is_symlink():
         raise InputError(f"{out} is a symbolic link to {out.readlink()}; give {what} the folder itself, new or empty")
-    if out.is_dir() and not all(map(is_leftover, out.iterdir())):
+    if found:
         raise InputError(f"{out} is not empty; {what} never overwrites: remove it or choose another folder")
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is a file; choose another folder for {what}")

@@ -3,7 +3,7 @@
 An adapter that starts as nothing is the base; one that is trained further is that adapter. They are computed once, before the
 first step, and kept in the run folder, where a run that goes on reads them: by then the model is another.
 
-# N rows of E sequences: 2 of a pair, 1 of a unpaired answer
+# N rows of E sequences: 2 of a pair, 1 of an unpaired answer
 """
 
 from __future__ import annotations

@@ -100,20 +100,30 @@ def stopped_after_4(recipe, monkeypatch):
     monkeypatch.setattr(Reliable, "end_step", original)
 
 
+def whole_and_stopped(recipe_of, tmp_path, monkeypatch, together):
+    """Return (a whole run, the recipe of one that was stopped after step 4)."""
+    training = {"logging_steps": 3, "max_steps": 6, "tokens_per_micro_batch": together}
+    whole = train(recipe_of(training=training, output_dir=str(tmp_path / "whole")))
+    recipe = recipe_of(training=training, output_dir=str(tmp_path / "part"))
+    stopped_after_4(recipe, monkeypatch)
+    return whole, recipe
+
+
+def assert_same(run, whole):
+    assert computed(run) == computed(whole)
+    for name, value in weights(whole).items():
+        assert torch.equal(value, weights(run)[name]), name
+
+
 @pytest.mark.usefixtures("unplanned")
 @pytest.mark.parametrize("together", some_slow(["auto", None], [None]))
 def test_a_run_that_was_stopped_goes_on_to_the_bit(pairs, tmp_path, monkeypatch, together):
-    training = {"logging_steps": 3, "max_steps": 6, "tokens_per_micro_batch": together}
-    whole = train(pairs(training=training, output_dir=str(tmp_path / "whole")))
-    recipe = pairs(training=training, output_dir=str(tmp_path / "part"))
-    stopped_after_4(recipe, monkeypatch)
+    whole, recipe = whole_and_stopped(pairs, tmp_path, monkeypatch, together)
     reference = RunDir(recipe.output_dir).reference_file
     before = reference.read_bytes()
     run = train(recipe, resume=True)
     assert reference.read_bytes() == before
-    assert computed(run) == computed(whole)
-    for name, value in weights(whole).items():
-        assert torch.equal(value, weights(run)[name]), name
+    assert_same(run, whole)
 
 
 @pytest.mark.usefixtures("unplanned")

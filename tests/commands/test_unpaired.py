@@ -1,7 +1,6 @@
 """Unpaired answers go the whole way: recipe, distance from the reference, checkpoint and resume, evaluation, export."""
 
 import pytest
-import torch
 
 from qlora.commands.data import inspect_data
 from qlora.commands.eval import evaluate
@@ -10,7 +9,7 @@ from qlora.commands.train import train
 from qlora.recipe import Recipe
 from qlora.system.errors import InputError
 from tests.commands.test_preferences import ROWS as PAIRS
-from tests.commands.test_preferences import computed, records, stopped_after_4, weights
+from tests.commands.test_preferences import assert_same, records, whole_and_stopped
 from tests.conftest import some_slow, write_jsonl
 
 ROWS = [
@@ -62,14 +61,8 @@ def test_a_run_learns_what_is_good_and_its_evaluation_says_so(unpaired, kto, cap
 @pytest.mark.usefixtures("unplanned")
 @pytest.mark.parametrize("together", some_slow(["auto", None], [None]))
 def test_a_run_that_was_stopped_goes_on_to_the_bit(unpaired, tmp_path, monkeypatch, together):
-    training = {"logging_steps": 3, "max_steps": 6, "tokens_per_micro_batch": together}
-    whole = train(unpaired(training=training, output_dir=str(tmp_path / "whole")))
-    recipe = unpaired(training=training, output_dir=str(tmp_path / "part"))
-    stopped_after_4(recipe, monkeypatch)
-    run = train(recipe, resume=True)
-    assert computed(run) == computed(whole)
-    for name, value in weights(whole).items():
-        assert torch.equal(value, weights(run)[name]), name
+    whole, recipe = whole_and_stopped(unpaired, tmp_path, monkeypatch, together)
+    assert_same(train(recipe, resume=True), whole)
 
 
 @pytest.mark.usefixtures("unplanned")

@@ -40,7 +40,7 @@ from ...system import files
 from ...system.errors import DoesNotFit, InputError, Interrupted, TrainingFailed
 from ...system.events import note
 from ...system.signals import ENDS_WITH_STDIN
-from ...system.storage import is_leftover, refuse_nonempty, write_json, write_text
+from ...system.storage import refuse_nonempty, write_json, write_text
 from ..evaluating import eval_rows
 from ..opening.chosen_task import encoder_of
 
@@ -85,11 +85,7 @@ class Folder:
                 raise InputError(
                     f"output_dir {self.path} holds a comparison; go on with it by --resume, or set output_dir=ANOTHER_FOLDER"
                 )
-            if not (
-                self.path.is_dir()
-                and {path.name for path in self.path.iterdir() if not is_leftover(path)} == {self.lock_file.name}
-            ):
-                refuse_nonempty(self.path, "output_dir")
+            refuse_nonempty(self.path, "output_dir", but=self.lock_file)
         elif not self.file.is_file():
             raise InputError(f"output_dir {self.path} holds no comparison to resume; leave out --resume")
         for entry in self.entries:
@@ -197,10 +193,10 @@ def train_one(folder: Folder, entry: Entry) -> None:
         folder.failed(entry, FAILED, f"it starts from {entry.after}, which did not end well")
         return
     if not run.adapter.is_dir():
-        # what was set aside is kept, and train says what to do; what a kill has left of the first is nothing to go on from
+        # what was set aside is kept, and train says what to do; what a kill has left of the first checkpoint is nothing
         go_on = any(path.suffix != ".partial" for path in run.checkpoints.glob("step-*"))
         if run.recipe_file.is_file() and not go_on:
-            shutil.rmtree(run.path)  # ended before its first checkpoint: there is nothing to go on from
+            shutil.rmtree(run.path)
         recipe = str(folder.recipe_file(entry))
         if not _ended_well(folder, entry, ["train", recipe, *(["--resume"] if go_on else [])]):
             return

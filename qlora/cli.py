@@ -171,7 +171,7 @@ def plan(
     """Say what training will cost and whether it fits, from config.json alone; exit code 3 if it does not."""
     if card == "list":
         if recipe is not None or overrides or methods or processes is not None or plot is not None or vram is not None:
-            raise InputError("--card list prints the cards and plans nothing; leave all else out, or name a card of it")
+            raise InputError("--card list prints the cards and plans nothing; leave all else out, or name one of them")
         _run("list_cards", as_json, models=False)
         return
     if recipe is None:

@@ -11,7 +11,7 @@ from ..jobs.planning.method_plans import advice
 from ..jobs.planning.method_plans import plan_methods as plans_of_methods
 from ..jobs.planning.plan_job import budget_of, computer_of, is_cpu, job_of, not_supported, without_data
 from ..jobs.planning.several_card_plans import fewest, plan_several, refuse_sharded
-from ..pages.plan import draw
+from ..pages.plan import draw, refuse_picture
 from ..planner import several_cards
 from ..recipe import Recipe
 from ..recipe.tasks import has_classes
@@ -34,6 +34,8 @@ def plan(recipe: Recipe, vram=None, card=None, plot=None) -> dict:
     Raises:
         InputError: the recipe, the data, a size or a card is wrong.
     """
+    if plot is not None:
+        refuse_picture(plot)
     refuse_sharded(recipe, "qlora plan RECIPE --processes 2")
     budget, on = budget_of(recipe, vram, card), computer_of(card)
     prepared = prepared_if_there(recipe, on)

@@ -154,12 +154,13 @@ def balance(rows, held_out, labels):
     counts, evals = (np.bincount(one, minlength=len(labels)).tolist() for one in (numbers, ours))
     pairs = np.unique(np.stack([rows.keys, numbers.astype(np.uint64)]), axis=1)
     texts, labels_of_text = np.unique(pairs[0], return_counts=True)
+    once = rows.one_each()  # not those that a source's weight repeats
     return {
         "classes": [
             {"label": label, "rows": count, "share": count / max(1, len(numbers)), "eval_rows": held}
             for label, count, held in zip(labels, counts, evals, strict=True)
         ],
-        "contradictory": int(np.isin(rows.keys, texts[labels_of_text > 1]).sum()),
+        "contradictory": int(np.isin(once.keys, texts[labels_of_text > 1]).sum()),
     }
 
 

@@ -399,10 +399,10 @@ def describe(rows, held_out, parts):
     """
     chosen = rows.numbers("answer")
     rejected = rows.num_trained - chosen
-    pairs, prompts = rows.numbers("pair", np.uint64), rows.keys
+    pairs = rows.one_each().numbers("pair", np.uint64)  # not those that a source's weight repeats
     return {
         "preference": {
-            "prompts": len(np.unique(prompts)),
+            "prompts": len(np.unique(rows.keys)),
             "chosen_longer": float((chosen > rejected).mean()),
             "chosen_tokens": float(chosen.mean()),
             "rejected_tokens": float(rejected.mean()),
@@ -411,5 +411,5 @@ def describe(rows, held_out, parts):
             "contradictory": int(np.isin(pairs ^ np.uint64(_SWAPPED), pairs).sum()),
         },
         "duplicates": int(len(pairs) - len(np.unique(pairs))),
-        "eval_rows_in_training": int(np.isin(held_out.keys, prompts).sum()),
+        "eval_rows_in_training": int(np.isin(held_out.one_each().keys, rows.keys).sum()),
     }

@@ -227,17 +227,18 @@ def describe(rows, held_out, parts):
     desirable, undesirable: rows; *_tokens: the mean of an answer, None where there is none; contradictory: answers that are
     called good and bad. Of held-out rows those count whose prompt is trained on.
     """
-    good, trained = rows.numbers("good") == 1, rows.num_trained
-    answers, prompts = rows.numbers("pair", np.uint64), rows.keys
-    said = np.stack([answers, good.astype(np.uint64)], 1)
-    both = np.intersect1d(answers[good], answers[~good])
+    good, trained, once = rows.numbers("good") == 1, rows.num_trained, rows.one_each()
+    # not those that a source's weight repeats
+    answers, called = once.numbers("pair", np.uint64), once.numbers("good") == 1
+    said = np.stack([answers, called.astype(np.uint64)], 1)
+    both = np.intersect1d(answers[called], answers[~called])
 
     def mean(of):
         return float(trained[of].mean()) if of.any() else None
 
     return {
         "judged": {
-            "prompts": len(np.unique(prompts)),
+            "prompts": len(np.unique(rows.keys)),
             "desirable": int(good.sum()),
             "undesirable": int((~good).sum()),
             "desirable_tokens": mean(good),
@@ -245,5 +246,5 @@ def describe(rows, held_out, parts):
             "contradictory": len(both),
         },
         "duplicates": int(len(said) - len(np.unique(said, axis=0))),
-        "eval_rows_in_training": int(np.isin(held_out.keys, prompts).sum()),
+        "eval_rows_in_training": int(np.isin(held_out.one_each().keys, rows.keys).sum()),
     }

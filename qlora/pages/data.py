@@ -13,6 +13,7 @@ from .html import render
 KIND = "qlora data"  # of <meta name="generator">
 
 _SHOWN = 20  # rows of a page, from all over the data
+_MUCH_LONGER, _MOST_LONGER = 1.5, 0.7  # times as many tokens, share of the pairs
 
 
 def pieces(tokenizer, example, one_by_one=False):
@@ -81,6 +82,39 @@ def altered(source):
     return lines
 
 
+def copies(report):
+    """Return lines on rows that repeat others, and on held-out ones that are trained on. report: all or part of
+    data_report.json, here and in `contradictions`."""
+    found = []
+    if report.get("duplicates"):
+        found.append(f"{report['duplicates']:,} duplicate rows (kept)")
+    if report.get("eval_rows_in_training"):
+        what = "HELD-OUT PROMPTS" if report.get("preference") or report.get("judged") else "HELD-OUT ROWS"
+        found.append(f"{report['eval_rows_in_training']:,} {what} ARE ALSO TRAINED ON, so their score means nothing")
+    return found
+
+
+def contradictions(report):
+    """Return lines on what rows say against each other or against themselves: in classes, pairs, good and bad answers; and on
+    pairs whose preferred answer is most often the longer one: that is learned then."""
+    found = []
+    if report.get("contradictory"):
+        found.append(f"{report['contradictory']:,} rows say the same as another row with ANOTHER LABEL")
+    if pairs := report.get("preference"):
+        if pairs["chosen_tokens"] > _MUCH_LONGER * pairs["rejected_tokens"] and pairs["chosen_longer"] > _MOST_LONGER:
+            found.append("CHOSEN ANSWERS ARE MUCH LONGER: the model may learn to answer at length, and little else")
+        for key, what in (
+            ("tied", "score both answers alike"),
+            ("reversed", "score the rejected answer HIGHER"),
+            ("contradictory", "say the same as another row with CHOSEN AND REJECTED SWAPPED"),
+        ):
+            if pairs.get(key):  # runs of older versions lack some
+                found.append(f"{pairs[key]:,} rows {what}")
+    if (answers := report.get("judged")) and answers.get("contradictory"):
+        found.append(f"{answers['contradictory']:,} answers are called GOOD AND BAD")
+    return found
+
+
 def page(title, template, report, max_length, rows, pictures=()):
     """Return the HTML of a report. rows: [(where, pieces of the row), ...] to show; pictures: [(where, label, address of a
     small image), ...] instead, and no lengths are shown."""
@@ -90,6 +124,7 @@ def page(title, template, report, max_length, rows, pictures=()):
         template=template,
         kind=KIND,
         report=report,
+        warnings=[*copies(report), *contradictions(report)],
         altered=[(source["path"], altered(source)) for source in report["sources"]],
         max_length=max_length,
         rows=[(where, [(text, trained, special) for text, _, trained, special in row]) for where, row in rows],

@@ -7,9 +7,14 @@ from pathlib import Path
 import numpy as np
 
 from .. import planner
+from ..system import files
 from ..system.errors import InputError
 from ..system.extras import how_to_install
 from . import figures
+
+KIND = "qlora plan"
+# under which key a picture says what has made it
+_MAKER = {".png": "Software", ".svg": "Creator"}
 
 WORDS = {
     "weights": "weights",
@@ -25,14 +30,21 @@ WORDS = {
 COLORS = ("#4c72b0", "#55a868", "#c44e52", "#8172b3", "#ccb974", "#64b5cd", "#dd8452", "#8c8c8c", "#d0d0d0")
 
 
-def draw(path, job, name):
-    """Draw the components of the peak as stacked bars, by sequence length, with the budget as a line."""
-    if Path(path).suffix.lower() not in (".png", ".svg", ".pdf"):
-        raise InputError(f"--plot {path}: give a file that ends in .png, .svg or .pdf")
+def refuse_picture(path):
+    """Raise InputError where no picture can be drawn into `path`: another ending, another's file, or no matplotlib."""
+    if Path(path).suffix.lower() not in _MAKER:
+        raise InputError(f"--plot {path}: give a file that ends in .png or .svg")
+    files.refuse_foreign(path, "--plot", KIND)
     try:
-        import matplotlib
+        import matplotlib  # noqa: F401
     except ImportError:
         raise InputError(f"--plot needs the package matplotlib; install it:  {how_to_install('plot')}") from None
+
+
+def draw(path, job, name):
+    """Draw the components of the peak as stacked bars, by sequence length, with the budget as a line; see `refuse_picture`."""
+    import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
@@ -65,7 +77,8 @@ def draw(path, job, name):
     axes.set_title(f"Training {name}", loc="left", fontweight="bold")
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=9, reverse=True)
     try:
-        figures.save(figure, path, dpi=110, bbox_inches="tight")
+        maker = {_MAKER[Path(path).suffix.lower()]: KIND}
+        figures.save(figure, path, dpi=110, bbox_inches="tight", metadata=maker)
     except OSError as error:
         raise InputError(f"--plot {path}: {error.strerror or error}") from None
     finally:

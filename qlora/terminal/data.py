@@ -7,13 +7,12 @@ from rich.text import Text
 from .. import data
 from ..data import preference
 from ..jobs.opening.prepared_data import dropped_rows
-from ..pages.data import altered, pieces
+from ..pages.data import altered, contradictions, copies, pieces
 from ..pages.images import sizes_in_words
 from ..system.events import note
 from .tables import has_color, show, table
 
 _FEW_CLASSES = 8
-_MUCH_LONGER, _MOST_LONGER = 1.5, 0.7  # times as many tokens, share of the pairs
 _LEAST_RATIO, _MOST_RATIO = 0.95, 1.4  # of good answers to bad ones, weights included; KTO's paper has 1 to 4/3
 
 
@@ -56,6 +55,8 @@ def say_report(prepared):
         _say_classes(report)
     else:
         note(f"          {report['ends_with_stop_token']:.0%} of rows end with a stop token; {_copies(report)}")
+    for line in contradictions(report):
+        note(f"          {line}")
     batches = prepared.batches
     if isinstance(batches, data.Packs):
         note(
@@ -68,27 +69,15 @@ def say_report(prepared):
 
 
 def _copies(report):
-    found = [f"{report['duplicates']:,} duplicate rows (kept)" if report["duplicates"] else "no duplicate rows"]
-    if report["eval_rows_in_training"]:
-        what = "HELD-OUT PROMPTS" if report.keys() & {"preference", "judged"} else "HELD-OUT ROWS"
-        found.append(f"{report['eval_rows_in_training']:,} {what} ARE ALSO TRAINED ON, so their score means nothing")
-    return "; ".join(found)
+    return "; ".join([*([] if report["duplicates"] else ["no duplicate rows"]), *copies(report)])
 
 
 def _say_preference(found):
-    """Say what the pairs are like; loudly where the preferred answer is most often the longer one: that is learned then."""
     chosen, rejected, longer = found["chosen_tokens"], found["rejected_tokens"], found["chosen_longer"]
     note(
         f"pairs     of {found['prompts']:,} prompts; chosen answers have {chosen:.0f} tokens in the mean, rejected ones "
         f"{rejected:.0f}; chosen is the longer one in {longer:.0%}"
     )
-    if chosen > _MUCH_LONGER * rejected and longer > _MOST_LONGER:
-        note("          CHOSEN ANSWERS ARE MUCH LONGER: the model may learn to answer at length, and little else")
-    for key, what in (("tied", "score both answers alike"), ("reversed", "score the rejected answer HIGHER")):
-        if found[key]:
-            note(f"          {found[key]:,} rows {what}")
-    if found["contradictory"]:
-        note(f"          {found['contradictory']:,} rows say the same as another row with CHOSEN AND REJECTED SWAPPED")
 
 
 def _say_unpaired(found, section):
@@ -104,8 +93,6 @@ def _say_unpaired(found, section):
         note(
             f"          {more} ANSWERS OUTWEIGH THE OTHERS: set kto.{field}={balance:.3g} to make up for their numbers"
         )
-    if found["contradictory"]:
-        note(f"          {found['contradictory']:,} answers are called GOOD AND BAD")
 
 
 def _say_classes(report):
@@ -120,8 +107,6 @@ def _say_classes(report):
     empty = [one["label"] for one in classes if not one["rows"]]
     if empty:
         note(f"          NO TRAINING ROW is {', '.join(empty[:10])}: nothing is learned of it")
-    if report["contradictory"]:
-        note(f"          {report['contradictory']:,} rows say the same as another row with ANOTHER LABEL")
 
 
 def show_classes(prepared):

@@ -124,10 +124,10 @@ def say_seen(recipe, batches):
     )
     what = "packed rows" if recipe.data.packing else "micro-batches of rows" if training.filled_to else "rows"
     if seen <= total:
-        note(f"steps     {steps} see {seen:,} of {total:,} {what} ({seen / total:.0%})")
+        note(f"steps     {steps}, in which {seen:,} of {total:,} {what} are seen ({seen / total:.0%})")
     else:
         epochs = training.max_steps / math.ceil(total / training.rows_per_step)
-        note(f"steps     {steps} see all {total:,} {what}, {epochs:.1f} times")
+        note(f"steps     {steps}, in which all {total:,} {what} are seen, {epochs:.1f} times")
 
 
 def say_planned(planned):

@@ -434,6 +434,11 @@ def test_two_runs_are_compared_on_as_many_rows_as_both_were_evaluated_on(own_run
         for count in counts:
             evaluate(run.path, max_rows=count)
     evaluate(own_run.path)  # alone: the other has no score of all its rows
+    shutil.rmtree(own_run.evals)
+    capsys.readouterr()
+    assert compare_runs(own_run.path, other.path)["change"] == {}
+    assert f"{other.path}: evaluated only on the first 3 of these rows; run:  qlora eval" in capsys.readouterr().err
+    evaluate(own_run.path, max_rows=2)
     capsys.readouterr()
     found = compare_runs(own_run.path, other.path)
     loss = own_run.scores("held-out-2-rows")["loss"]

@@ -73,7 +73,7 @@ def test_what_does_not_fit_exits_3_and_says_what_would(recipe_file):
         (["--vram", "24"], "--vram '24': give a size such as 5GB or 23.5GiB"),
         (["memory.budget=lots"], "memory.budget: give a size such as 5GB or 23.5GiB"),
         (["--card", "4091"], "--card '4091': unknown card; known are RTX 2080 Ti"),
-        (["--plot", "memory.doc"], "--plot memory.doc: give a file that ends in .png, .svg or .pdf"),
+        (["--plot", "memory.doc"], "--plot memory.doc: give a file that ends in .png or .svg"),
     ],
 )
 def test_wrong_sizes_cards_and_files_exit_2(recipe_file, arguments, expected):
@@ -194,6 +194,20 @@ def test_the_plot_is_a_small_picture(make_recipe, tmp_path):
     content = (tmp_path / "memory.png").read_bytes()
     assert content.startswith(b"\x89PNG\r\n")
     assert 5_000 < len(content) < 200_000
+
+
+@pytest.mark.parametrize("ending", [".png", ".svg"])
+def test_a_plot_is_drawn_anew_but_not_over_what_another_program_has_made(make_recipe, tmp_path, ending):
+    figure, pyplot = pytest.importorskip("matplotlib.figure"), pytest.importorskip("matplotlib.pyplot")
+    mine, foreign = tmp_path / f"memory{ending}", tmp_path / f"photo{ending}"
+    figure.Figure().savefig(foreign)
+    before = foreign.read_bytes()
+    with pytest.raises(InputError, match=f"--plot: .*photo.*{ending} is there and was not written by qlora plan"):
+        plan(make_recipe(), plot=str(foreign))
+    assert foreign.read_bytes() == before
+    for _ in range(2):
+        plan(make_recipe(), plot=str(mine))
+    assert not pyplot.get_fignums()
 
 
 def test_a_plot_without_matplotlib_says_what_to_install(make_recipe, monkeypatch):

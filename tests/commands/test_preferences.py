@@ -231,9 +231,15 @@ def test_chosen_answers_that_are_much_longer_are_said(pairs, tmp_path, capsys):
 def test_pairs_that_contradict_each_other_are_said(pairs, tmp_path, capsys):
     rows = [*ROWS, *({**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in ROWS[:2])]
     section = {"train": str(write_jsonl(tmp_path / "swapped.jsonl", rows)), "eval_fraction": 0.0}
-    report = inspect_data(pairs(data=section))
-    assert report["preference"]["contradictory"] == 4
-    assert "4 rows say the same as another row with CHOSEN AND REJECTED SWAPPED" in capsys.readouterr().err
+    recipe, expected = pairs(data=section), "4 rows say the same as another row with CHOSEN AND REJECTED SWAPPED"
+    found = inspect_data(recipe, html=tmp_path / "data.html")
+    assert found["preference"]["contradictory"] == 4
+    assert expected in capsys.readouterr().err
+    run = train(recipe.model_copy(update={"training": recipe.training.model_copy(update={"max_steps": 1})}))
+    report([run.path], tmp_path / "report.html")
+    for page in ("data.html", "report.html"):
+        assert f'<p class="warn">{expected}.</p>' in (tmp_path / page).read_text()
+    capsys.readouterr()
     assert inspect_data(pairs())["preference"]["contradictory"] == 0
     assert "SWAPPED" not in capsys.readouterr().err
 

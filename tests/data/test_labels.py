@@ -182,6 +182,8 @@ def test_the_balance_counts_classes_and_texts_with_two_labels(tmp_path):
         {"label": "pos", "rows": 3, "share": 0.5, "eval_rows": 2},
     ]
     assert balance["contradictory"] == 3
+    twice = found[np.repeat(np.arange(len(found)), 2)]  # as by a source's weight
+    assert labels.balance(twice, found[:2], names)["contradictory"] == 3
     train, held_out = data.hold_out(found, 0.5, seed=0)
     assert np.intersect1d(train.keys, held_out.keys).size == 0  # one text is on one side, whatever its labels
 

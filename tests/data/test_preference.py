@@ -173,6 +173,9 @@ def test_rows_that_prefer_the_other_answer_of_the_same_two_contradict_each_other
     assert contradictory(rows[:4]) == 0
     assert contradictory(rows) == 3
     assert preference.describe(rows, rows[:0], parts)["duplicates"] == 1
+    twice = rows[np.repeat(np.arange(len(rows)), 2)]  # as by a source's weight
+    assert contradictory(twice) == 3
+    assert preference.describe(twice, rows[:0], parts)["duplicates"] == 1
 
 
 def test_pairs_of_one_prompt_are_held_out_together(rows_of):

@@ -138,6 +138,9 @@ def test_unpaired_rows_on_disk_are_what_they_were(tokenizer, rows_of):
     assert rows.numbers("pair", np.uint64).tolist() == [one.key for one in expected]
     told = data.unpaired.describe(rows, rows[:0], rows.parts)["judged"]
     assert (told["prompts"], told["desirable"], told["undesirable"], told["contradictory"]) == (3, 2, 3, 1)
+    repeated = rows[np.repeat(np.arange(len(rows)), 2)]  # as by a source's weight
+    twice = data.unpaired.describe(repeated, rows[:0], rows.parts)
+    assert (twice["duplicates"], twice["judged"]["contradictory"], twice["judged"]["desirable"]) == (0, 1, 4)
 
 
 def test_a_mismatched_row_is_a_prompt_with_the_answer_to_another(tokenizer, rows_of):

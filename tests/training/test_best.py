@@ -205,7 +205,7 @@ def test_samples_change_no_number_and_are_the_models_answers(make_recipe, tmp_pa
     )
     run = train(asking)
     said = capsys.readouterr().err
-    assert "steps     4 steps see 16 of 18 rows (89%)" in said
+    assert "steps     4 steps, in which 16 of 18 rows are seen (89%)" in said
     lines, told = computed(run), [line for line in record.read(run) if isinstance(line, record.Samples)]
     silent = train(other)
     assert [line for line in lines if "samples" not in line] == computed(silent)

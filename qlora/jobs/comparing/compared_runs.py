@@ -350,9 +350,11 @@ def measured(run: RunDir, name=None, when="after") -> Measured:
     """
     result, (_, answers) = run.scores(name), run.score_files(name)
     if result is None or not answers.is_file():
-        raise InputError(
-            f"{run.path}: not evaluated yet (or by an older version); run:  qlora eval {shlex.quote(str(run.path))}"
-        )
+        counts = eval_rows.counts_of(run, name)
+        said = "not evaluated yet (or by an older version)"
+        if counts:
+            said = f"evaluated only on the first {max(counts)} of these rows"
+        raise InputError(f"{run.path}: {said}; run:  qlora eval {shlex.quote(str(run.path))}")
     try:
         lines = list(map(json.loads, files.lines_of(answers)))
         found = [line[when] for line in lines]

@@ -110,12 +110,14 @@ def name_in_all(runs, name=None):
     else of the most of its first rows (`qlora eval RUN --max-rows N`); `name` where there is none either."""
     if all(run.scores(name) is not None for run in runs):
         return name
-    named = re.compile(re.escape(name or "held-out") + r"-(\d+)-rows")
-    counts = [
-        {int(found[1]) for path in run.evals.glob("*.json") if (found := named.fullmatch(path.stem))} for run in runs
-    ]
-    in_all = set.intersection(*counts)
+    in_all = set.intersection(*(counts_of(run, name) for run in runs))
     return joined_name(name or "held-out", max(in_all)) if in_all else name
+
+
+def counts_of(run, name=None):
+    """Return on how many of its first rows alone a RunDir has a score `name`: {N of `qlora eval RUN --max-rows N`}."""
+    named = re.compile(re.escape(name or "held-out") + r"-(\d+)-rows")
+    return {int(found[1]) for path in run.evals.glob("*.json") if (found := named.fullmatch(path.stem))}
 
 
 def general_rows(subject, file):

@@ -195,7 +195,8 @@ def _data(run, recipe, report, environment):
     try:
         sources = [_source(one) for one in report["sources"][:_SOURCES]]
         names = ("rows", "eval_rows", "tokens", "length", "ends_with_stop_token", "packing_efficiency",
-                 "steps_per_epoch", "duplicates", "eval_rows_in_training", "contradictory", "image_sizes")  # fmt: skip
+                 "steps_per_epoch", "duplicates", "eval_rows_in_training", "contradictory", "preference", "judged",
+                 "image_sizes")  # fmt: skip
         found = {name: report[name] for name in names if report.get(name) is not None}
         found |= {"sources": sources, "sources_left_out": len(report["sources"]) - len(sources)}
         if report.get("classes"):

@@ -148,7 +148,7 @@ def _by_losses(facts, evaluate):
 def _proven(facts):
     export = shlex.join(["qlora", "export", facts["path"], "--out", "FOLDER"])
     if not facts["exports"]:
-        return _said(UNKNOWN, "not exported here; an export that lies elsewhere is named beside the run", export)
+        return _said(UNKNOWN, "no export next to the run; of one in another folder: qlora report RUN EXPORT", export)
     newest = facts["exports"][0]
     if not newest["verified"]:
         return _said(NO, f"{newest['path']} was written with export.verify: off", export)

@@ -20,9 +20,11 @@ if [ "$(cat .venv/.installed 2>/dev/null)" != "$stamp" ]; then
         echo "setting up .venv with $("$python" --version); this downloads PyTorch once"
         "$python" -m venv --clear .venv
     fi
-    # torch first: a range that another package asks for could bring a newer one
-    .venv/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt torch
-    .venv/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[quickstart,dev]'
+    # compiling all of the libraries takes longer than downloading them; what is imported is compiled then, and kept
+    pip_install() { .venv/bin/python -m pip install -q --disable-pip-version-check --no-compile -c constraints.txt "$@"; }
+    pip_install torch # first: a range that another package asks for could bring a newer one
+    pip_install -e '.[quickstart,dev]'
     echo "$stamp" >.venv/.installed
 fi
 . .venv/bin/activate
+unset PYTHONDONTWRITEBYTECODE

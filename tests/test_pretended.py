@@ -7,9 +7,7 @@ import pytest
 from tests import forked
 
 # the whole ways and what is particular to CUDA
-CHOSEN = (
-    "nf4_codes or (exports_proven and llama) or a_packed_run or stopped_and_resumed or 64-16-2 or 128-None-8 or joined"
-)
+CHOSEN = "nf4_codes or (exports_proven and llama) or stopped_and_resumed or 64-16-2 or 128-None-8 or joined"
 
 
 @pytest.mark.parametrize("chosen", [CHOSEN, pytest.param("test", marks=pytest.mark.slow)], ids=["some", "all"])

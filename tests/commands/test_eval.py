@@ -208,7 +208,11 @@ def test_a_base_that_another_run_has_asked_is_not_asked_again(own_run, make_reci
     [
         pytest.param({"data": {"seed": 5}}, "was evaluated on other rows", marks=pytest.mark.slow),
         ({"data": {"train_on": "last_assistant"}}, "another data.train_on or data.thoughts than"),
-        ({"quantization": None, "model": {"dtype": "bfloat16"}}, "another base model than that of"),
+        pytest.param(
+            {"quantization": None, "model": {"dtype": "bfloat16"}},
+            "another base model than that of",
+            marks=pytest.mark.slow,
+        ),
         ({"quantization": {"compute_dtype": "float16"}}, "another quantization than that of"),
     ],
 )

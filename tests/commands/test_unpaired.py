@@ -36,7 +36,9 @@ def unpaired(make_recipe, tmp_path):
     return unpaired
 
 
-@pytest.mark.parametrize("kto", [{}, {"loss_type": "apo_zero_unpaired"}], ids=["kto", "apo"])
+@pytest.mark.parametrize(
+    "kto", [{}, pytest.param({"loss_type": "apo_zero_unpaired"}, marks=pytest.mark.slow)], ids=["kto", "apo"]
+)
 def test_a_run_learns_what_is_good_and_its_evaluation_says_so(unpaired, kto, capsys):
     recipe = unpaired(kto, training={"max_steps": 8})
     run = train(recipe)

@@ -31,7 +31,7 @@ pytestmark = pytest.mark.skipif(not FILES.is_dir(), reason=f"no copies of public
     [
         pytest.param("alpaca_en_6k.json", 6000, "alpaca", {}, marks=pytest.mark.slow),
         pytest.param("alpaca_zh_1k.json", 1000, "alpaca", {}, marks=pytest.mark.slow),
-        ("c4_raw.jsonl", 200, "text", {}),
+        pytest.param("c4_raw.jsonl", 200, "text", {}, marks=pytest.mark.slow),
         pytest.param(
             "e2e_cleaned.csv",
             4299,

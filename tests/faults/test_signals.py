@@ -1,7 +1,9 @@
 """SIGINT, SIGTERM, SIGHUP, SIGKILL and closed pipes, wherever a command is, the loop of the training apart."""
 
+import functools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -108,9 +110,30 @@ LEAVES = {
 }
 
 
+# more places of what the others have
+LATE = {
+    "data, twice", "train, tokenizing", "eval, loading the adapter", "eval, the loss", "chat, loading", "export, planning",
+    "export, the configs", "export, the other base", "export, the card", "export, llama.cpp's converter, twice",
+    "export, a terminal that is closed",
+}  # fmt: skip
+TIERS = {"quick": STOPS.keys() - LATE, "slow": LATE}
+CASES = [
+    pytest.param(tier, name, marks=pytest.mark.slow if tier == "slow" else (), id=name)
+    for tier, names in TIERS.items()
+    for name in STOPS
+    if name in names
+]
+
+
 @pytest.fixture(scope="module")
-def results(tmp_path_factory, tiny_model):
-    """Return {name: {"code", "said", "alive", "there"}} of all STOPS, each in a folder of its own with a finished run."""
+def results_of(tmp_path_factory, tiny_model):
+    """Return results_of(tier) -> {name: {"code", "said", "alive", "there"}} of its STOPS, all stopped once."""
+    return functools.cache(lambda tier: stopped(tier, tmp_path_factory, tiny_model))
+
+
+def stopped(tier, tmp_path_factory, tiny_model):
+    """Return the results of a tier's STOPS, each in a folder of its own with a finished run."""
+    stops = {name: STOPS[name] for name in STOPS if name in TIERS[tier]}
     root = tmp_path_factory.mktemp("stops")
     values = {
         "model": {"name_or_path": str(tiny_model("llama"))},
@@ -127,7 +150,7 @@ def results(tmp_path_factory, tiny_model):
     }
     rows = [{"messages": messages(turns)} for turns in CONVERSATIONS]
     cases = []
-    for name, (argv, sent, _, _, *more) in STOPS.items():
+    for name, (argv, sent, _, _, *more) in stops.items():
         folder = root / name
         folder.mkdir()
         write_jsonl(folder / "rows.jsonl", rows)
@@ -139,26 +162,29 @@ def results(tmp_path_factory, tiny_model):
         extra["environ"] = {"QLORA_CACHE": str(folder / "cache")} | extra.get("environ", {})
         case = {"argv": argv.replace("RECIPE", "recipe.yaml").split(), "signals": sent, "folder": str(folder), **extra}
         cases.append(case)
-    before = Path.cwd()
-    os.chdir(root / "eval, loading")
+    before, trained = Path.cwd(), root / "trained"
+    trained.mkdir()
+    (trained / "recipe.yaml").write_text(Recipe.from_dict(values | {"output_dir": "run"}).to_yaml())
+    write_jsonl(trained / "rows.jsonl", rows)
+    os.chdir(trained)
     try:
         train(Recipe.load("recipe.yaml"))
     finally:
         os.chdir(before)
     for case in cases:
-        if "run" in case["argv"] and not (Path(case["folder"]) / "run").exists():
-            subprocess.run(["cp", "-r", root / "eval, loading" / "run", case["folder"]], check=True)
+        if "run" in case["argv"]:
+            shutil.copytree(trained / "run", Path(case["folder"]) / "run")
     script = Path(__file__).with_name("stopped.py")
     done = forked.run(script, stdin=json.dumps(cases))
     assert done.returncode == 0, done.stderr
-    found = dict(zip(STOPS, json.loads(done.stdout), strict=True))
+    found = dict(zip(stops, json.loads(done.stdout), strict=True))
     return {name: one | {"folder": root / name} for name, one in found.items()}
 
 
-@pytest.mark.parametrize("name", STOPS)
-def test_a_signal_ends_a_command_with_its_code_one_line_and_nothing_half_done(results, name):
+@pytest.mark.parametrize(("tier", "name"), CASES)
+def test_a_signal_ends_a_command_with_its_code_one_line_and_nothing_half_done(results_of, tier, name):
     argv, _, code, line, *_ = STOPS[name]
-    found = results[name]
+    found = results_of(tier)[name]
     assert found["code"] == code, found["said"]
     assert "Traceback" not in found["said"]
     assert "Exception ignored" not in found["said"]
@@ -181,8 +207,8 @@ def test_a_signal_ends_a_command_with_its_code_one_line_and_nothing_half_done(re
 
 
 @pytest.mark.slow
-def test_a_pipe_that_is_closed_does_not_make_a_command_fail(results):
-    folder = results["data, nobody reads"]["folder"]
+def test_a_pipe_that_is_closed_does_not_make_a_command_fail(results_of):
+    folder = results_of("quick")["data, nobody reads"]["folder"]
     command = f"{sys.executable} -m qlora data recipe.yaml | head -n 1; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], cwd=folder, capture_output=True, text=True, timeout=100)
     assert done.stdout.splitlines()[0].startswith("lengths ")

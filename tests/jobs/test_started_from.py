@@ -56,7 +56,7 @@ def further(make_recipe, tmp_path, unplanned):
     return make
 
 
-@pytest.mark.parametrize("case", some_slow(CASES, but=("lora", "pissa", "prompt tuning")))
+@pytest.mark.parametrize("case", some_slow(CASES, but=("lora", "prompt tuning")))
 def test_each_method_goes_on_where_it_was(started, further, tmp_path, case):
     run = started(**CASES[case])
     quantized = {} if "quantization" not in CASES[case] else {"quantization": None}

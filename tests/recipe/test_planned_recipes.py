@@ -17,7 +17,7 @@ from tests.recipe.shapes import SHAPES
 
 ROOT = Path(__file__).parents[2]
 RECIPES = {path.parent.name: path for path in sorted((ROOT / "recipes").glob("*/instruct.yaml"))}
-SLOW = set(RECIPES) - {"gemma-3-4b", "qwen3-14b"}  # a plan takes a second
+SLOW = set(RECIPES) - {"gemma-3-4b"}  # a plan takes a second
 SIZES = (8, 12, 16, 24)  # GB of the cards that people have
 MARGIN = 0.9  # of what a process sees of the card
 GIB = 2**30

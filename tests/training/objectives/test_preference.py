@@ -87,7 +87,9 @@ def trls_rows(pairs):
     return found
 
 
-@pytest.mark.parametrize("quantization", [None, Quantization()], ids=["16-bit", "nf4"])
+@pytest.mark.parametrize(
+    "quantization", [pytest.param(None, marks=pytest.mark.slow), Quantization()], ids=["16-bit", "nf4"]
+)
 def test_dpo_is_trls(adapted, pairs, tokenizer, tmp_path, quantization):
     smoothed = {"robust": 0.1, "exo_pair": 0.01}
     theirs = adapted(quantization)

@@ -47,7 +47,9 @@ def ways(section, tokenizer):
     yield "auto", UnpairedPreference(section, tokenizer.pad_token_id, joined=True, lean=True)
 
 
-@pytest.mark.parametrize("quantization", [None, Quantization()], ids=["16-bit", "nf4"])
+@pytest.mark.parametrize(
+    "quantization", [pytest.param(None, marks=pytest.mark.slow), Quantization()], ids=["16-bit", "nf4"]
+)
 def test_kto_is_trls(adapted, rows, tokenizer, tmp_path, quantization):
     theirs = adapted(quantization)
     arguments = KTOConfig(

@@ -109,11 +109,13 @@ class Comparison(Section):
     def _refuse_no_effect(self, name):
         """Raise ValueError if a variant, or its sweep, sets what something else decides."""
         changes = {key: value for key, value in self.variants[name].items() if key not in ("sweep", AFTER)}
-        given, swept = list(_leaves(changes)), list(self.sweep_of(name))
-        for number, field in enumerate(given):
-            if any(field == other or field.startswith(f"{other}.") for other in given[:number]):
-                raise ValueError(f"variants.{name}: sets {field} twice; keep one")
-        if both := next((field for field in swept if field in given), None):
+        given = list(_leaves(changes))
+        of_each = [_leaves_of(field, values) for field, values in self.sweep_of(name).items()]
+        swept = [field for fields in of_each for field in fields]
+        for fields, what in ((given, "sets"), (swept, "its sweep sets")):
+            if twice := next((one for number, one in enumerate(fields) if _within(one, fields[:number])), None):
+                raise ValueError(f"variants.{name}: {what} {twice} twice; keep one")
+        if both := next((one for one in swept if _within(one, given)), None):
             raise ValueError(
                 f"variants.{name}: sets {both}, which its sweep sets too; leave one out, or give {name} `sweep: {{}}`"
             )
@@ -215,6 +217,16 @@ def _leaves(changes, before=""):
             yield from _leaves(value, f"{before}{key}.")
         else:
             yield f"{before}{key}"
+
+
+def _leaves_of(field, values):
+    """Return the dotted name of each field that one of the `values` of a swept `field` sets."""
+    return list(dict.fromkeys(leaf for value in values for leaf in _leaves({field: value})))
+
+
+def _within(field, others):
+    """Return whether one of `others` sets the dotted `field` too, or a part of it, or what it is a part of."""
+    return any(f"{field}.".startswith(f"{other}.") or other.startswith(f"{field}.") for other in others)
 
 
 def _settings(comparison, variant):

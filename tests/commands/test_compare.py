@@ -252,6 +252,10 @@ def test_a_variant_names_another_method_and_the_bases_leaves(comparison):
         ({"variants": {"x": {"training": {"seed": 7}}}, "seeds": [2]}, r"variants\.x: training\.seed has no effect"),
         ({"variants": {"x": {}, "y": {"after": "x", "model.adapter_name_or_path": "z"}}}, "it starts from x; leave it out"),
         ({"variants": {"x": {"lora.r": 2}}, "sweep": {"lora.r": [4, 8]}}, r"variants\.x: sets lora\.r, which its sweep sets too"),
+        ({"variants": {"x": {"lora.r": 2}}, "sweep": {"lora": [{"r": 4}, {"r": 8}]}}, r"sets lora\.r, which its sweep"),
+        ({"variants": {"x": {"lora": {"r": 2}}}, "sweep": {"lora": [None]}}, r"x: sets lora, which its sweep sets too"),
+        ({"sweep": {"lora": [{"r": 4}], "lora.r": [8]}}, r"variants\.lora: its sweep sets lora\.r twice; keep one"),
+        ({"sweep": {"training": [{"seed": 1}]}, "seeds": [2]}, r"lora: training\.seed has no effect, because"),
         ({"variants": {"x": {"lora.r": 2, "lora": {"r": 4}}}}, r"variants\.x: sets lora\.r twice; keep one"),
         ({"variants": {"x": {"lora": None, "lora.r": 4}}}, r"variants\.x: sets lora\.r twice; keep one"),
         ({"sweep": {f"lora.{name}": list(range(1, 60)) for name in ("r", "lora_alpha", "x", "y", "z", "t")}},
@@ -372,6 +376,21 @@ def test_what_would_start_from_a_training_that_failed_is_a_row_that_says_so(comp
     first, second = compare(path)["rows"]
     assert (first["status"], first["message"]) == ("failed", "no disk")
     assert (second["status"], second["message"]) == ("failed", "it starts from first, which did not end well")
+
+
+def test_what_was_measured_in_another_way_is_measured_again(comparison, in_process, tmp_path, capsys):
+    path, run = comparison(extract=r"(\d+)"), tmp_path / "compared" / "lora"
+    compare(path)
+    other = shutil.copytree(run, tmp_path / "other")
+    for overrides in (["extract=(.)"], ["extract=(.)", "metric=rougeL", "forgetting=built-in"]):
+        before = len(in_process)
+        (row,) = compare(path, overrides, resume=True)["rows"]
+        assert [arguments[0] for arguments in in_process[before:]] == ["eval"]
+    assert row["forgetting"] is not None
+    assert "rougeL" in row["metrics"]
+    capsys.readouterr()
+    assert list(compare_runs(other, run)["change"]) == ["loss", "bits_per_byte"]
+    assert r"answers were cut by --extract '(\\d+)' and '(.)': no change of what" in capsys.readouterr().err
 
 
 def test_as_many_rows_as_usual_are_the_runs_own_score(comparison, in_process):

@@ -113,12 +113,25 @@ class Folder:
         """Return (status, message) of a training by what lies in its folder. Status: "done", "does not fit", "diverged",
         "failed", "unfinished" or "to do"."""
         failure, run = self.failure_file(entry), self.run(entry)
-        if run.adapter.is_dir() and all(file.is_file() for file in run.score_files(self.scores)):
+        if run.adapter.is_dir() and self._is_measured(entry, run):
             return DONE, ""
         if failure.is_file():
             found = files.read_object(failure)
             return str(found.get("status")), str(found.get("message"))
         return (UNFINISHED, "") if run.recipe_file.is_file() else (TO_DO, "")
+
+    def _is_measured(self, entry, run):
+        """Return whether a run has the score that is wanted now: another may have been before the file was changed."""
+        if not all(file.is_file() for file in run.score_files(self.scores)):
+            return False
+        if entry.recipe.task != "text-generation":
+            return True
+        found, wanted = run.scores(self.scores), self.comparison
+        return (
+            found.get("data", {}).get("extract") == wanted.extract
+            and (found.get("forgetting") or {}).get("data") == wanted.forgetting
+            and found.get("metrics", {}).keys() >= set(_to_measure(wanted))
+        )
 
     def try_again(self):
         """Forget which trainings failed: what ended them, a full disk or kill -9, may be over. What did not fit or diverged would

@@ -78,6 +78,10 @@ def _summary(metric, done):
     return found
 
 
+def _extract(found):
+    return found.result.get("data", {}).get("extract")
+
+
 def _mean(values):
     there = [value for value in values if value is not None]
     return mean(there) if there else None
@@ -116,8 +120,12 @@ def paired(one, other, name=None) -> dict:
     if left.rows != right.rows:
         note("measured on different rows: no paired difference")
         return {}
+    names, cut = [name for name in left.parts if name in right.parts], [_extract(one) for one in (left, right)]
+    if cut[0] != cut[1]:
+        note(f"answers were cut by --extract {cut[0]!r} and {cut[1]!r}: no change of what is measured on them")
+        names = [name for name in names if name in intervals.OF_LOSS]
     found = {}
-    for name in [name for name in left.parts if name in right.parts]:
+    for name in names:
         try:
             value = compared_runs.value_of(name, left)
         except InputError as error:  # measured elsewhere, with an extra that is not installed here

@@ -82,6 +82,7 @@ def of_rows(subject, wanted, data_file, max_rows) -> Measured:
         "held_out": data_file is None,
         "rows": len(said),
         "rows_in_all": len(all_rows.one_each()),
+        **({} if wanted.extract is None else {"extract": wanted.extract}),
     }
     return Measured(result, _answers(asked, before, after), name, max_rows, opponents)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import concurrent.futures
 import glob
 import hashlib
+import itertools
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -136,6 +137,15 @@ def not_read(source):
     folders = [path for path in _paths(source.path) if _is_of_classes(path)]
     beside = [path for folder in folders for path in folder.iterdir() if path.is_file() and not _is_litter(path.name)]
     return [str(path) for path in beside] if folders else sources.not_read(source)
+
+
+def are_images(path):
+    """Return whether `path` is an image, or a folder that has images in it and no data file."""
+    path = Path(path)
+    if not path.is_dir():
+        return path.suffix.lower() in _IMAGES
+    some = itertools.islice(path.rglob("*"), 1000)
+    return not sources.files_of(path) and any(file.suffix.lower() in _IMAGES for file in some)
 
 
 def _paths(path):

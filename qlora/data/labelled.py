@@ -49,7 +49,7 @@ class LabelledText:
 
     ARRAYS: ClassVar = {"tokens": "<i4", "types": "?"}
     NUMBERS: ClassVar = {labels.COLUMN: "<i4"}
-    COUNTS = ("rows_truncated", "rows_with_pairs")
+    COUNTS = ("rows_truncated", "rows_with_pairs", labels.BY_PLACE)
     LENGTH = None
 
     open_source, not_read = staticmethod(sources.open_source), staticmethod(sources.not_read)
@@ -107,7 +107,11 @@ class LabelledText:
                 max_length=limit,
                 verbose=False,
             )
-        counts = {"rows_truncated": int(num_tokens > limit), "rows_with_pairs": int(said.pair is not None)}
+        counts = {
+            "rows_truncated": int(num_tokens > limit),
+            "rows_with_pairs": int(said.pair is not None),
+            labels.BY_PLACE: int(said.label not in self.settings.labels),
+        }
         example = Labelled(encoding.input_ids, encoding.token_type_ids, number)
         return Encoded(name, said.key(), [example], said.unused, counts)
 

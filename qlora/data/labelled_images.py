@@ -74,7 +74,7 @@ class LabelledImages:
 
     ARRAYS: ClassVar = {"file": "u1"}  # its hash and its name
     NUMBERS: ClassVar = {labels.COLUMN: "<i4", "width": "<i4", "height": "<i4"}
-    COUNTS = ("images_rotated", "images_converted", "images_transparent")
+    COUNTS = ("images_rotated", "images_converted", "images_transparent", labels.BY_PLACE)
     LENGTH = 1
 
     open_source, not_read = staticmethod(image_files.open_source), staticmethod(image_files.not_read)
@@ -125,6 +125,7 @@ class LabelledImages:
             "images_rotated": int(found.rotated),
             "images_converted": int(found.converted),
             "images_transparent": int(found.transparent),
+            labels.BY_PLACE: int(said.label not in self.settings.labels),
         }
         example = LabelledImage(said.name, found.digest, found.pixels.size, number)
         return Encoded(kind, image.key(found.pixels), [example], said.unused, counts)

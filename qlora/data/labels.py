@@ -15,6 +15,7 @@ from ..system.errors import InputError
 from . import columns, sources
 
 COLUMN = "label"
+BY_PLACE = "rows_by_place"  # of a file's summary: rows that say a number for a name, see number_of
 _NUMBER = re.compile(r"(0|[1-9][0-9]*)(\.[0-9]+)?")  # 01 is a code
 _NO_NAME = {"Cc", "Cs", "Zl", "Zp"}  # Unicode's kinds of control characters, half characters and line ends
 _FEW = 100  # distinct labels above which they may be no classes
@@ -50,7 +51,8 @@ def said(value):
         )
     if name.startswith("-") and name[1:].isdecimal() and name.strip("-0"):
         raise ValueError(
-            f"label is {name:.80}, which marks rows without a class, as in the test sets of GLUE; leave them out"
+            f"label is {name:.80}, which marks rows without a class, as in the test sets of GLUE; leave them out, or, if it is a "
+            'class, make it a name: data.columns={label: "class {{ label }}"}'
         )
     return name
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+from ..data.labels import BY_PLACE
 from ..data.masked_examples import IGNORE_INDEX
 from ..system.errors import InputError
 from ..system.storage import write_text
@@ -68,6 +69,10 @@ def altered(source):
         lines.append(
             f"{source['rows_with_nulls']:,} rows had null fields removed from tool calls or tool schemas (to keep them, "
             "write arguments and tools as JSON strings)"
+        )
+    if source.get(BY_PLACE):
+        lines.append(
+            f"{source[BY_PLACE]:,} rows have a NUMBER FOR THEIR CLASS, its place in data.labels: 0 is the first"
         )
     for count, what in (
         ("images_rotated", "were turned upright, as their EXIF orientation says"),

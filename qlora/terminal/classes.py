@@ -13,7 +13,7 @@ def show_classes(result):
     """Show what `evaluate` returns of classes beside the scores: the majority, each class, and what is taken for what."""
     if "majority" in result:
         most = result["majority"]
-        show(f"always {most['label']!r}, as most training rows are: accuracy {in_words(most['accuracy'])}")
+        show(f"always {most['label']!r} (no class has more training rows): accuracy {in_words(most['accuracy'])}")
     each = [[one["label"], f"{one['rows']:,}", *(f"{one[name]:.1%}" for name in ("precision", "recall", "f1"))]
             for one in result["per_class"]]  # fmt: skip
     table("classes", ["", "rows", "precision", "recall", "F1"], each)

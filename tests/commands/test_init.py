@@ -45,6 +45,25 @@ def test_the_recipe_fits_each_line_has_its_reason_and_nothing_is_overwritten(tin
         init(tiny_model(), rows, "4090", "small", out)
 
 
+@pytest.mark.parametrize(("count", "said"), [(1, "nothing is held out"), (3, "1 row held out")])
+def test_of_few_rows_one_is_held_out_and_of_one_none(tiny_model, tmp_path, count, said):
+    file = write_jsonl(tmp_path / "few.jsonl", [{"text": f"All that there is, {n}."} for n in range(count)])
+    init(tiny_model(), file, "4090", "small", tmp_path / "few.yaml")
+    assert said in (tmp_path / "few.yaml").read_text()
+    found = prepare(Recipe.load(tmp_path / "few.yaml"), weights=False)
+    assert (len(found.examples), len(found.eval_examples)) == (max(1, count - 1), count > 1)
+
+
+def test_images_are_told_where_to_begin(tmp_path):
+    (tmp_path / "pets" / "cats").mkdir(parents=True)
+    (tmp_path / "pets" / "cats" / "a.jpg").write_bytes(b"x")
+    for data in (tmp_path / "pets", tmp_path / "pets" / "cats" / "a.jpg"):
+        with pytest.raises(
+            InputError, match="init chooses for text; for images begin with:  qlora recipes copy vit-base/folders"
+        ):
+            init("none", data, "4090", "small", tmp_path / "pets.yaml")
+
+
 def test_a_folder_with_train_valid_and_test_is_trained_on_evaluated_on_and_left(tiny_model, tmp_path):
     (tmp_path / "mine").mkdir()
     rows = [{"prompt": f"Say {n}", "completion": "word " * n} for n in range(1, 13)]

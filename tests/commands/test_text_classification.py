@@ -19,7 +19,7 @@ from qlora.system.errors import InputError, Interrupted
 from qlora.training.objectives.classification import Trainer
 from tests import forked
 from tests.classifiers import BAD, FAMILIES, GOOD, ROWS
-from tests.conftest import some_slow
+from tests.conftest import some_slow, write_jsonl
 
 pytestmark = pytest.mark.usefixtures("unplanned")  # tests/planner/test_plan_of_classes.py is about plans
 
@@ -278,6 +278,16 @@ def test_rows_beyond_the_positions_of_an_encoder_are_refused_before_training(cla
         train(classify_recipe("roberta", rows, data={"max_length": 512}))
     rows[-1]["text"] = "good " * 62
     assert losses(train(classify_recipe("roberta", rows, data={"max_length": 512}, training={"max_steps": 2})))
+
+
+def test_numbers_for_classes_that_have_names_are_said_to_be_places(finished, tmp_path, capsys):
+    rows = [{"text": "很好", "label": 1}, {"text": "很差", "label": 0}]
+    file = write_jsonl(tmp_path / "coded.jsonl", rows)
+    evaluate(finished.path, file)
+    assert (
+        f"{file}: 2 rows have a number for their class, which is its place: 0 is neg, 1 is pos"
+        in capsys.readouterr().err
+    )
 
 
 def test_the_command_line_says_it_as_json(finished, tmp_path, classify_recipe):

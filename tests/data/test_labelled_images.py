@@ -80,7 +80,7 @@ def test_what_was_done_to_images_is_counted(root):
     (root / "red" / "turned.jpg").write_bytes(encoded(picture(), "JPEG", exif=turned))
     [part] = load(Data(train=str(root)))
     counts = {name: part.summary[name] for name in data.LabelledImages.COUNTS}
-    assert counts == {"images_rotated": 1, "images_converted": 1, "images_transparent": 1}
+    assert counts == {"images_rotated": 1, "images_converted": 1, "images_transparent": 1, "rows_by_place": 0}
 
 
 def test_copies_are_those_of_the_pixels_and_stay_together(root):

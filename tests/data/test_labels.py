@@ -11,6 +11,7 @@ import pytest
 
 from qlora import data
 from qlora.data import labels
+from qlora.pages.data import altered
 from qlora.recipe import Data
 from qlora.system.errors import InputError
 from tests.classifiers import make_tokenizer
@@ -118,6 +119,16 @@ def test_a_label_that_the_training_does_not_have_is_refused_with_its_file_and_li
     digits = write(tmp_path / "digits.csv", [("one", "1"), ("two", "2")])
     with pytest.raises(InputError, match="label '0' is not one of the classes"):  # 1 and 2 are names, not places
         loaded(digits, eval_of=write(tmp_path / "zero.csv", [("zero", "0")]))
+
+
+def test_numbers_for_names_are_places_and_that_is_counted_and_said(tmp_path):
+    train = write(tmp_path / "train.csv", ROWS)
+    found, _ = loaded(train, eval_of=write(tmp_path / "test.csv", [("so so", "0"), ("hm", "pos"), ("oh", "1")]))
+    assert found.numbers("label").tolist() == [0, 1, 1]
+    summary = found.parts[0].summary
+    assert summary["rows_by_place"] == 2
+    assert altered(summary) == ["2 rows have a NUMBER FOR THEIR CLASS, its place in data.labels: 0 is the first"]
+    assert loaded(train)[0].parts[0].summary["rows_by_place"] == 0
 
 
 @pytest.mark.parametrize(

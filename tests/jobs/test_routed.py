@@ -241,6 +241,7 @@ def test_what_is_asked_wrongly_is_refused_and_nothing_is_computed(opened, monkey
     monkeypatch.setattr(transformers.GenerationMixin, "generate", lambda *args, **kwargs: pytest.fail("computed"))
     for call, expected in (
         (lambda: opened.answers("What?"), "answers takes a list of prompts"),
+        (lambda: opened.answers(["What?"], batch_size=0), "batch_size 0: at least 1"),
         (lambda: opened.answers(["x", "y"], ["a"]), "2 prompts and 1 names of adapters"),
         (lambda: opened.answers(["x", "y"], ["a", "z"]), "no adapter called 'z'"),
         (lambda: opened.answers(["x", "y " * 600], ["a", "b"]), "the prompt is too long"),

@@ -13,6 +13,7 @@ from ... import base_model, data
 from ...evaluation.asked import BUILT_IN
 from ...recipe import Data, tasks
 from ...system.errors import InputError
+from ...system.events import note
 from ..opening.chosen_task import encoder_of
 
 
@@ -31,7 +32,12 @@ def held_out_rows(subject, data_file=None):
             settings["overlong"] = "error"
         section = Data.of_file(data_file, settings)
         encoder = encoder_of_file(section, task.NAME, recipe)
-        return data.Rows(data.load(section.train, tokenizer, section, seed=0, encoder=encoder))
+        rows = data.Rows(data.load(section.train, tokenizer, section, seed=0, encoder=encoder))
+        for part in rows.parts:
+            if count := part.summary.get(data.labels.BY_PLACE):
+                places = ", ".join(f"{number} is {name}" for number, name in enumerate(section.labels[:5]))
+                note(f"{part.path}: {count:,} rows have a number for their class, which is its place: {places}")
+        return rows
     if recipe is None or not (recipe.data.eval or recipe.data.eval_fraction):
         raise InputError("no held-out rows: the recipe has neither data.eval nor data.eval_fraction; give --data FILE")
     section, run = recipe.data, subject.run

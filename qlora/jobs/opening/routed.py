@@ -97,6 +97,8 @@ class Routed:
         if isinstance(prompts, str):
             raise InputError("answers takes a list of prompts; answer takes one")
         Sampling(max_new_tokens)
+        if batch_size < 1:
+            raise InputError(f"batch_size {batch_size}: at least 1")
         prompts = list(prompts)
         names = [adapter] * len(prompts) if adapter is None or isinstance(adapter, str) else list(adapter)
         if len(names) != len(prompts):

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ... import base_model, planner
+from ...data import image_files
 from ...recipe import Recipe, parse_size, reading
 from ...recipe.commented import Line, overridden, values_of
 from ...recipe.tasks import has_classes
@@ -79,6 +80,10 @@ def choose(model, data_file, machine: Machine, goal, overrides=()) -> Chosen:
     if goal not in GOALS:
         raise InputError(f"--goal {goal!r}: should be one of {', '.join(GOALS)}")
     given = reading.with_overrides("the recipe", {}, {}, list(overrides))[0]
+    if given.get("task") == "image-classification" or image_files.are_images(data_file):
+        raise InputError(
+            f"{data_file}: init chooses for text; for images begin with:  qlora recipes copy vit-base/folders"
+        )
     divided = divide(data_file)
     if (given.get("data") or {}).get("eval_fraction"):  # instead of the folder's own held-out rows
         divided = Divided(divided.train)
@@ -180,16 +185,19 @@ def _said_of_rows(start, prepared, looked):
 def _training(prepared, task):
     """Return the lines on epochs, steps and held-out rows, which the number of rows decides."""
     rows, lines = len(prepared.examples), []
+    distinct = len(np.unique(prepared.examples.keys))
     held = 0.1 if rows < 1000 else 0.05 if rows < 5000 else 0.02
     if prepared.recipe.data.eval is not None:
         held = 0
+    elif distinct == 1:
+        held = 0
+        lines.append(Line("data.eval_fraction", 0, "nothing is held out of what says one thing"))
     else:
-        why = f"{round(held * rows):,} rows held out: the loss on what is not trained on"
+        count = max(1, round(held * distinct))
+        why = f"{count:,} row{'s' * (count > 1)} held out: the loss on what is not trained on"
         lines.append(Line("data.eval_fraction", held, why))
     epochs = 3 if rows < 2000 else 2 if rows < 10_000 else 1
-    lines.append(
-        Line("training.num_train_epochs", epochs, f"{rows:,} rows, each seen {epochs} time{'s' * (epochs > 1)}")
-    )
+    lines.append(Line("training.num_train_epochs", epochs, f"each row is seen {epochs} time{'s' * (epochs > 1)}"))
     batch = 16
     while batch > 4 and rows * (1 - held) / batch < 25:
         batch //= 2

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich.text import Text
 
+from ..evaluation.asked import cut_in_words
 from ..evaluation.intervals import in_words
 from ..recipe.comparison import settings_in_words
 from ..runs.listing import listed
@@ -50,11 +51,12 @@ def _show_run(one):
     scores += [
         f"{name.replace('_', ' ')} {in_words(metric, 0, name)}" for name, metric in (one["metrics"] or {}).items()
     ]
+    cut = cut_in_words(one["extract"])
     show("")
     show(Text(one["path"]))  # whole, to be pasted
     show(f"          {', '.join(filter(None, trained))}")
     if scores:
-        show(f"          {', '.join(scores)}")
+        show(f"          {', '.join(scores)}{cut}")
     if one["checkpoints"]:
         steps = [f"{kept['step']:,}{' (best)' * kept['best']}" for kept in one["checkpoints"]]
         show(f"          checkpoints of steps {', '.join(steps)}")

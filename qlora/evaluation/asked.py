@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -199,6 +200,16 @@ class Asked:
             raise ProofFailed("\n".join(["the evaluation does not meet what is required:", *missed]))
 
 
+def extract_of(result: dict) -> str | None:
+    """Return the `extract` that cut the answers of a result of `evaluate`; None: they are compared whole."""
+    return result.get("data", {}).get("extract")
+
+
+def cut_in_words(extract):
+    """Return how a score of answers that `extract` has cut is told from one of whole answers, "" of these."""
+    return "" if extract is None else f", cut by --extract {extract!r}"
+
+
 def values_of(result: dict) -> dict[str, float]:
     """Return {name: number} of what a result of `evaluate` has measured, "forgetting" and "win_rate" too where it has."""
     found = {name: result[name] for name in OF_LOSS if name in result}
@@ -210,8 +221,8 @@ def values_of(result: dict) -> dict[str, float]:
 def _parsed(text) -> tuple[str, str, float]:
     match = _REQUIREMENT.fullmatch(text)
     try:
-        if match is not None:
-            return match[1], match[2], float(match[3])
+        if match is not None and not math.isnan(limit := float(match[3])):
+            return match[1], match[2], limit
     except ValueError:
         pass
     raise InputError(f"--require {text!r} is not of the form NAME>=NUMBER, such as exact_match>=0.8 or loss<1.2")

@@ -17,10 +17,11 @@ def listed(folder) -> list:
     """Return what is known of every comparison, run, checkpoint and adapter under `folder`, newest first; the trainings of a
     comparison after it, in its order.
 
-    Each is {"path", "kind", "base", "state", "steps", "loss", "eval_loss", "metrics", "time", "comparison", "checkpoints"}; what
-    is not known is None. checkpoints: of a run, [{"step", "best"}], oldest first; best: of the best evaluation, where they are
-    compared. state: "finished", "unfinished", or what is wrong with it in words. A comparison has "kind": "comparison", and as
-    "comparison" {"metric", "rows"}; a training of one has {"path", "variant", "settings", "seed", "status", "score",
+    Each is {"path", "kind", "base", "state", "steps", "loss", "eval_loss", "metrics", "extract", "time", "comparison",
+    "checkpoints"}; what is not known is None. extract: of the metrics, see evaluation.asked. checkpoints: of a run,
+    [{"step", "best"}], oldest first; best: of the best evaluation, where they are compared. state: "finished", "unfinished", or
+    what is wrong with it in words. A comparison has "kind": "comparison", and as "comparison" {"metric", "rows"}; a training of
+    one has {"path", "variant", "settings", "seed", "status", "score",
     "best"} there, path: of the comparison; score: of its metric, as {"value", "low", "high"}; best: True, "no difference shown"
     or None.
     """
@@ -47,7 +48,7 @@ def _is_partial(path, folder):
 
 def _of_comparison(folder):
     """Return the entry of a comparison, and {name of a training's folder: what the comparison says of it}."""
-    entry = dict.fromkeys(("base", "steps", "loss", "eval_loss", "metrics", "comparison", "checkpoints"))
+    entry = dict.fromkeys(("base", "steps", "loss", "eval_loss", "metrics", "extract", "comparison", "checkpoints"))
     entry |= {"path": str(folder), "kind": "comparison", "state": "unfinished", "time": folder.stat().st_mtime}
     file = folder / RESULT
     if not file.is_file():
@@ -73,7 +74,9 @@ def _of_comparison(folder):
 
 def _entry(path, folder=None):
     """Return the entry of the adapter in `path`, as part of run `folder` where it is one."""
-    entry = dict.fromkeys(("kind", "base", "steps", "loss", "eval_loss", "metrics", "comparison", "checkpoints"))
+    entry = dict.fromkeys(
+        ("kind", "base", "steps", "loss", "eval_loss", "metrics", "extract", "comparison", "checkpoints")
+    )
     entry |= {"path": str(folder or path), "state": "finished", "time": (folder or path).stat().st_mtime}
     try:
         config = methods.read_config(path)
@@ -106,7 +109,7 @@ def _entry_of(run, folder):
             entry["loss"] = getattr(line, "loss", entry["loss"])
             entry["eval_loss"] = getattr(line, "eval_loss", entry["eval_loss"])
         if (scores := run.scores()) is not None:
-            entry["metrics"] = scores["metrics"]
+            entry["metrics"], entry["extract"] = scores["metrics"], scores.get("data", {}).get("extract")
     except (OSError, ValueError, KeyError, QLoRAError) as error:
         if entry["state"] == "finished":
             entry["state"] = f"damaged: {str(error).splitlines()[0]}"

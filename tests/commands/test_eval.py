@@ -200,6 +200,7 @@ def test_a_base_that_another_run_has_asked_is_not_asked_again(own_run, make_reci
     monkeypatch.setattr(generate, "answers", answers)
     taken = evaluate(own_run.path, metrics=["rougeL"], extract=r"\w+", before_of=str(other.path))
     assert rounds == ["answering"]
+    assert taken["data"]["extract"] == r"\w+"
     assert {k: v for k, v in taken.items() if k != "data"} == {k: v for k, v in measured.items() if k != "data"}
 
 
@@ -251,9 +252,22 @@ def test_a_part_of_the_answers_is_compared(make_recipe, tmp_path, monkeypatch):
         evaluate(run.path, rows, extract="nowhere")
 
 
+def test_a_score_of_parts_of_answers_is_told_from_one_of_whole_answers(own_run, capsys):
+    for extract, said in (("[a-z]", ", cut by --extract '[a-z]'"), (None, "")):
+        evaluate(own_run.path, extract=extract)
+        card = [what for what, *_ in run_facts.origin_of(own_run).measured if what.startswith("exact match")]
+        assert card == [f"exact match on 6 rows (qlora eval){said}"]
+        verdict = reported.gather([own_run.path])["runs"][0]["verdicts"][0]
+        assert ("--extract" in verdict["words"]) == bool(said)
+        capsys.readouterr()
+        assert adapters(own_run.path)[0]["extract"] == extract
+        assert ("%), cut by --extract '[a-z]'" in capsys.readouterr().out) == bool(said)
+
+
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
+        ({"require": ["loss<nan"]}, "--require 'loss<nan' is not of the form NAME>=NUMBER"),
         ({"require": ["exact_match=0.8"]}, "--require 'exact_match=0.8' is not of the form NAME>=NUMBER"),
         ({"require": ["loss<many"]}, "--require 'loss<many' is not of the form"),
         ({"extract": "(a"}, r"--extract '\(a': not a regular expression"),

@@ -30,7 +30,7 @@ import numpy as np
 
 from ... import data
 from ...evaluation import answer_metrics, preferences, scores
-from ...evaluation.asked import Asked
+from ...evaluation.asked import Asked, extract_of
 from ...evaluation.intervals import OF_LOSS, ratio
 from ...recipe import Data, as_yaml, yaml_document
 from ...recipe.comparison import FILE, NUMBERS, Comparison, Entry, entries
@@ -128,7 +128,7 @@ class Folder:
             return True
         found, wanted = run.scores(self.scores), self.comparison
         return (
-            found.get("data", {}).get("extract") == wanted.extract
+            extract_of(found) == wanted.extract
             and (found.get("forgetting") or {}).get("data") == wanted.forgetting
             and found.get("metrics", {}).keys() >= set(_to_measure(wanted))
         )

@@ -10,6 +10,7 @@ from statistics import mean
 import numpy as np
 
 from ...evaluation import comparing, intervals
+from ...evaluation.asked import extract_of
 from ...recipe.comparison import NUMBERS
 from ...system.errors import InputError
 from ...system.events import note
@@ -78,10 +79,6 @@ def _summary(metric, done):
     return found
 
 
-def _extract(found):
-    return found.result.get("data", {}).get("extract")
-
-
 def _mean(values):
     there = [value for value in values if value is not None]
     return mean(there) if there else None
@@ -120,7 +117,7 @@ def paired(one, other, name=None) -> dict:
     if left.rows != right.rows:
         note("measured on different rows: no paired difference")
         return {}
-    names, cut = [name for name in left.parts if name in right.parts], [_extract(one) for one in (left, right)]
+    names, cut = [name for name in left.parts if name in right.parts], [extract_of(one.result) for one in (left, right)]
     if cut[0] != cut[1]:
         note(f"answers were cut by --extract {cut[0]!r} and {cut[1]!r}: no change of what is measured on them")
         names = [name for name in names if name in intervals.OF_LOSS]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ...evaluation.asked import cut_in_words, extract_of
 from ...evaluation.intervals import in_words
 from ...evaluation.judge import win_rate_in_words
 from ...exporter.model_card import Origin
@@ -76,7 +77,7 @@ def _measured(run):
         rows.append([f"loss{where}", f"{before['loss']:.4f}", f"{after['loss']:.4f}"])
         rows += [
             [
-                f"{name.replace('_', ' ')}{where}",
+                f"{name.replace('_', ' ')}{where}{cut_in_words(extract_of(after))}",
                 in_words(before["metrics"][name], name=name),
                 in_words(metric, name=name),
             ]

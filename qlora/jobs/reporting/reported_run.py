@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from ...evaluation.asked import extract_of
 from ...evaluation.intervals import OF_LOSS
 from ...exporter import REPORT
 from ...runs import record
@@ -279,6 +280,7 @@ def _scores_shown(run, name, scores):
         names = ("rows", *of_loss, "tokens", "metrics", "change", "forgetting", "latency", "majority", "judge")
         found = {name: scores.get(name) for name in names}
         found["command"] = scores.get("data", {}).get("command") or command("eval", run.path)
+        found["extract"] = extract_of(scores)
         before = scores.get("before") or {}
         found["before"] = before and {name: before.get(name) for name in (*of_loss, "metrics")}
         if labels := scores.get("labels"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 
+from ...evaluation.asked import cut_in_words
 from ...evaluation.intervals import OF_LOSS, is_share
 from ...recipe.comparison import settings_in_words
 from ...system.units import size
@@ -88,6 +89,7 @@ def _learned(facts):
     )
     rows = f"{scores['rows']:,} held-out row{'s' * (scores['rows'] != 1)}"
     words = f"{name.replace('_', ' ')} {before} before, {after} after on {rows}: {change_in_words(name, change[name])}"
+    words += cut_in_words(scores["extract"]) if name != "loss" else ""
     answer = _direction(name, change[name])
     if name != "loss" and "loss" in change:
         words += f"; loss {change_in_words('loss', change['loss'])}"

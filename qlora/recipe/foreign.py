@@ -9,6 +9,8 @@ from ..system import secrets
 from .commented import Line
 from .optimizers import OPTIMIZERS, SCHEDULES
 
+NOT_IN_8_BIT = "no 8 bit here: the base is in 16 bit, and in 4 bit if quantization: null is taken out"
+
 
 @dataclass
 class Draft:

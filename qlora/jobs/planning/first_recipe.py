@@ -169,7 +169,7 @@ def _said_of_rows(start, prepared, looked):
     report, config = prepared.report, prepared.config.get_text_config()
     length = report["length"]
     formats = ", ".join(dict.fromkeys(source["format"] for source in report["sources"]))
-    rows = f"{report['rows']:,} rows ({formats}); tokens: p50 {length['p50']}, max {length['max']:,}"
+    rows = f"{report['rows']:,} row{'s' * (report['rows'] > 1)} ({formats}); tokens: p50 {length['p50']}, max {length['max']:,}"
     layers = getattr(config, "num_hidden_layers", None)
     why = {
         "model.name_or_path": f"{config.model_type}, {layers} layers" if layers else config.model_type,
@@ -208,10 +208,11 @@ def _training(prepared, task):
         lines.append(Line("training.gradient_accumulation_steps", batch, "rows a step; short ones are joined"))
     lines.append(_rate(prepared.config.get_text_config(), prepared.recipe.objective))
     steps = max(1, round(rows * (1 - held) / batch) * epochs)
-    return [
-        *lines,
-        Line("training.eval_steps", max(1, steps // 5), f"of about {steps:,} steps: five looks at held-out rows"),
-    ]
+    if held or prepared.recipe.data.eval is not None:
+        every = max(1, steps // 5)
+        looks = f"{steps // every} look{'s' * (steps > 1)} at held-out rows"
+        lines.append(Line("training.eval_steps", every, f"of about {steps:,} step{'s' * (steps > 1)}: {looks}"))
+    return lines
 
 
 def _rate(config, objective=None):

@@ -297,6 +297,14 @@ def test_a_comparison_is_not_written_over_another_and_goes_on_only_as_it_was(com
     assert [row["status"] for row in more["rows"]] == ["done", "done"]
     folder = tmp_path / "compared"
     assert json.loads((folder / "comparison.json").read_text()) == more
+    assert not [one for one in more["notes"] if one.startswith("The trainings differ")]
+    file = folder / "ia3" / "environment.json"
+    kept = file.read_text()
+    there = json.loads(kept)
+    file.write_text(json.dumps(there | {"versions": there["versions"] | {"torch": "2.0"}}))
+    notes = compare(comparison(variants={"lora": None, "ia3": {"ia3": {}}}), resume=True)["notes"]
+    assert [one for one in notes if one.startswith("The trainings differ in torch too")]
+    file.write_text(kept)
     losses = {row["variant"]: row["loss"] for row in more["rows"]}
     table = csv.DictReader((folder / "comparison.csv").read_text().splitlines())
     assert {row["variant"]: float(row["loss"]) for row in table} == losses

@@ -12,9 +12,10 @@ import numpy as np
 from ...evaluation import comparing, intervals
 from ...evaluation.asked import extract_of
 from ...recipe.comparison import NUMBERS
+from ...runs.folder import RunDir
 from ...system.errors import InputError
 from ...system.events import note
-from . import compared_runs
+from . import compared_runs, differences
 from .compared_runs import DONE, Folder
 
 
@@ -41,7 +42,7 @@ def of_folder(folder: Folder, path) -> dict:
         "rows": rows,
         "summary": _summary(wanted.metric, done) if done else [],
         "merged_latency_seconds": None,
-        "notes": _notes(wanted, rows),
+        "notes": [*_notes(wanted, rows), *_mixed(done)],
     }
 
 
@@ -77,6 +78,17 @@ def _summary(metric, done):
         names = dict.fromkeys(name for row in rows for name in row["metrics"])
         one["metrics"] = {name: _mean([row["metrics"].get(name, {}).get("value") for row in rows]) for name in names}
     return found
+
+
+def _mixed(done):
+    """Return a note where trainings ran on other devices or with other versions of the libraries, as after an update."""
+    runs = {row["run"]: RunDir(row["run"]) for _, row, _ in done}
+    differing = [name for name, *_ in differences.between(*runs.values())["versions"]] if runs else []
+    if not differing:
+        return []
+    return [
+        f"The trainings differ in {', '.join(differing)} too (qlora compare RUN RUN), so it is not the variants alone."
+    ]
 
 
 def _mean(values):

@@ -89,7 +89,7 @@ def _learned(facts):
     )
     rows = f"{scores['rows']:,} held-out row{'s' * (scores['rows'] != 1)}"
     words = f"{name.replace('_', ' ')} {before} before, {after} after on {rows}: {change_in_words(name, change[name])}"
-    words += cut_in_words(scores["extract"]) if name != "loss" else ""
+    words += cut_in_words(scores.get("extract")) if name != "loss" else ""
     answer = _direction(name, change[name])
     if name != "loss" and "loss" in change:
         words += f"; loss {change_in_words('loss', change['loss'])}"

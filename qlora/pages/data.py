@@ -106,7 +106,8 @@ def contradictions(report):
     if report.get("contradictory"):
         found.append(f"{report['contradictory']:,} rows say the same as another row with ANOTHER LABEL")
     if pairs := report.get("preference"):
-        if pairs["chosen_tokens"] > _MUCH_LONGER * pairs["rejected_tokens"] and pairs["chosen_longer"] > _MOST_LONGER:
+        chosen, rejected, longer = (pairs.get(key, 0) for key in ("chosen_tokens", "rejected_tokens", "chosen_longer"))
+        if chosen > _MUCH_LONGER * rejected and longer > _MOST_LONGER:
             found.append("CHOSEN ANSWERS ARE MUCH LONGER: the model may learn to answer at length, and little else")
         for key, what in (
             ("tied", "score both answers alike"),

@@ -199,6 +199,9 @@ def _data(run, recipe, report, environment):
                  "steps_per_epoch", "duplicates", "eval_rows_in_training", "contradictory", "preference", "judged",
                  "image_sizes")  # fmt: skip
         found = {name: report[name] for name in names if report.get(name) is not None}
+        counts = ("rows", "eval_rows", "steps_per_epoch", "duplicates", "eval_rows_in_training", "contradictory")
+        of_pairs = [*found.get("preference", {}).values(), *found.get("judged", {}).values()]
+        sum([*(found.get(name, 0) for name in counts), *(one or 0 for one in of_pairs)])  # or they are no numbers
         found |= {"sources": sources, "sources_left_out": len(report["sources"]) - len(sources)}
         if report.get("classes"):
             found["classes"] = report["classes"][:_CLASSES]

@@ -200,11 +200,6 @@ class Asked:
             raise ProofFailed("\n".join(["the evaluation does not meet what is required:", *missed]))
 
 
-def extract_of(result: dict) -> str | None:
-    """Return the `extract` that cut the answers of a result of `evaluate`; None: they are compared whole."""
-    return result.get("data", {}).get("extract")
-
-
 def cut_in_words(extract):
     """Return how a score of answers that `extract` has cut is told from one of whole answers, "" of these."""
     return "" if extract is None else f", cut by --extract {extract!r}"

@@ -121,6 +121,11 @@ def contradictions(report):
     return found
 
 
+def warnings_of(report):
+    """Return what a page warns of in the rows of a report, see `copies` and `contradictions`."""
+    return [*copies(report), *contradictions(report)]
+
+
 def page(title, template, report, max_length, rows, pictures=()):
     """Return the HTML of a report. rows: [(where, pieces of the row), ...] to show; pictures: [(where, label, address of a
     small image), ...] instead, and no lengths are shown."""
@@ -130,7 +135,7 @@ def page(title, template, report, max_length, rows, pictures=()):
         template=template,
         kind=KIND,
         report=report,
-        warnings=[*copies(report), *contradictions(report)],
+        warnings=warnings_of(report),
         altered=[(source["path"], altered(source)) for source in report["sources"]],
         max_length=max_length,
         rows=[(where, [(text, trained, special) for text, _, trained, special in row]) for where, row in rows],

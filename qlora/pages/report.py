@@ -13,7 +13,7 @@ from ..jobs.reporting.verdicts import change_in_words, number_of
 from ..recipe.comparison import settings_in_words
 from ..system.units import duration, latency, size
 from . import charts, comparison, marked, served
-from .data import contradictions, copies
+from .data import warnings_of
 from .html import render
 
 _LARGEST = 1_900_000  # bytes of a page
@@ -93,10 +93,6 @@ def _data_facts(data):
     if data.get("packing_efficiency") is not None:
         found.append((f"{data['packing_efficiency']:.0%}", "of packed rows filled"))
     return [*found, (f"{data['steps_per_epoch']:,}", "steps an epoch")]
-
-
-def _data_warnings(data):
-    return [*copies(data), *contradictions(data)]
 
 
 def _before(run):
@@ -210,7 +206,7 @@ _WORDS = SimpleNamespace(
     number=_number, counts=_counts, components=_components, data_facts=_data_facts, before=_before, scores=_scores,
     settings=settings_in_words, differences=_differences, comparison=_comparison, side_by_side=_side_by_side,
     change=change_in_words, differing=marked.pieces, best=_best, served=_served, served_remarks=_served_remarks,
-    win_rate=win_rate_in_words, latency=latency, data_warnings=_data_warnings,
+    win_rate=win_rate_in_words, latency=latency, data_warnings=warnings_of,
 )  # fmt: skip
 
 # ---- charts ----------------------------------------------------------------------------------------------------------

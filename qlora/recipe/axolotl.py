@@ -6,20 +6,7 @@ Names and defaults: its config reference, docs.axolotl.ai/docs/config-reference.
 from __future__ import annotations
 
 from ..system.errors import InputError
-from .foreign import (
-    NOT_IN_8_BIT,
-    OF_TRAINER,
-    Draft,
-    flag,
-    names,
-    number,
-    optimizer,
-    scheduler,
-    share,
-    text,
-    warmup,
-    whole,
-)
+from .foreign import OF_TRAINER, Draft, flag, names, number, optimizer, scheduler, share, text, warmup, whole
 
 KEY = "base_model"
 _LOCAL = (".json", ".jsonl", ".parquet", ".csv", ".tsv", ".txt")
@@ -125,7 +112,7 @@ def _base_and_method(draft):
             f"adapter: {adapter}: lora, qlora and none are carried over; see docs/methods.md for what there is"
         )
     if eight is not None and flag(eight):
-        draft.lacks("load_in_8bit", eight, NOT_IN_8_BIT)
+        draft.lacks_8_bit("load_in_8bit", eight)
     elif eight is not None:
         draft.not_needed["load_in_8bit"] = "there is none here"
     in_four = adapter == "qlora" or (four is not None and flag(four))

@@ -9,8 +9,6 @@ from ..system import secrets
 from .commented import Line
 from .optimizers import OPTIMIZERS, SCHEDULES
 
-NOT_IN_8_BIT = "no 8 bit here: the base is in 16 bit, and in 4 bit if quantization: null is taken out"
-
 
 @dataclass
 class Draft:
@@ -47,6 +45,11 @@ class Draft:
         """Name a field that is not carried over, and why; a value that may be a password is not repeated."""
         said = "(not repeated)" if secrets.names_secret(theirs.rpartition(".")[2]) else _short(value)
         self.no_counterpart[theirs] = f"{said}; {why}" if why else said
+
+    def lacks_8_bit(self, theirs, value):
+        self.lacks(
+            theirs, value, "no 8 bit here: the base is in 16 bit, and in 4 bit if quantization: null is taken out"
+        )
 
     def carry(self, rules):
         """Carry over every field that `rules`, {their field: (ours, function of the value)}, has; ValueError says why not."""

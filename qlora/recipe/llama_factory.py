@@ -10,20 +10,7 @@ from pathlib import Path
 
 from ..system import files
 from ..system.errors import InputError
-from .foreign import (
-    NOT_IN_8_BIT,
-    OF_TRAINER,
-    Draft,
-    flag,
-    names,
-    number,
-    optimizer,
-    scheduler,
-    share,
-    text,
-    warmup,
-    whole,
-)
+from .foreign import OF_TRAINER, Draft, flag, names, number, optimizer, scheduler, share, text, warmup, whole
 
 KEYS = ("stage", "finetuning_type", "dataset", "template", "cutoff_len", "lora_rank", "lora_target", "do_train")
 
@@ -126,7 +113,7 @@ def _base_and_method(draft):
             draft.carry({"double_quantization": ("quantization.use_double_quant", flag)})
     else:
         if bits is not None:
-            draft.lacks("quantization_bit", bits, NOT_IN_8_BIT)
+            draft.lacks_8_bit("quantization_bit", bits)
         draft.put("quantization", None, "quantization_bit unset" if bits is None else "quantization_bit")
     if method == "full":
         draft.put("full", {}, "finetuning_type")

@@ -264,6 +264,11 @@ def named_runs(pairs):
     return found
 
 
+def extract_of(scores: dict) -> str | None:
+    """Return the `extract` that cut the answers of a run's `scores`, see evaluation.asked; None: they are compared whole."""
+    return scores.get("data", {}).get("extract")
+
+
 def refuse_recipe(path):
     """Raise InputError where `path` is a recipe, which was named in place of the run that it trains; says which that is."""
     file = Path(path)

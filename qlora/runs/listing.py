@@ -10,7 +10,7 @@ from ..system import files
 from ..system.errors import InputError, QLoRAError
 from . import record
 from .checkpoints import Checkpoints
-from .folder import RunDir
+from .folder import RunDir, extract_of
 
 
 def listed(folder) -> list:
@@ -109,7 +109,7 @@ def _entry_of(run, folder):
             entry["loss"] = getattr(line, "loss", entry["loss"])
             entry["eval_loss"] = getattr(line, "eval_loss", entry["eval_loss"])
         if (scores := run.scores()) is not None:
-            entry["metrics"], entry["extract"] = scores["metrics"], scores.get("data", {}).get("extract")
+            entry["metrics"], entry["extract"] = scores["metrics"], extract_of(scores)
     except (OSError, ValueError, KeyError, QLoRAError) as error:
         if entry["state"] == "finished":
             entry["state"] = f"damaged: {str(error).splitlines()[0]}"

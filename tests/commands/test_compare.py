@@ -394,8 +394,10 @@ def test_what_was_measured_in_another_way_is_measured_again(comparison, in_proce
         before = len(in_process)
         (row,) = compare(path, overrides, resume=True)["rows"]
         assert [arguments[0] for arguments in in_process[before:]] == ["eval"]
-    assert row["forgetting"] is not None
-    assert "rougeL" in row["metrics"]
+    scores = RunDir(run).scores()
+    assert (row["forgetting"], scores["forgetting"]["data"]) == (scores["forgetting"]["value"], "built-in")
+    assert row["metrics"]["rougeL"] == scores["metrics"]["rougeL"]
+    assert scores["data"]["extract"] == "(.)"
     capsys.readouterr()
     assert list(compare_runs(other, run)["change"]) == ["loss", "bits_per_byte"]
     assert r"answers were cut by --extract '(\\d+)' and '(.)': no change of what" in capsys.readouterr().err

@@ -30,12 +30,12 @@ import numpy as np
 
 from ... import data
 from ...evaluation import answer_metrics, preferences, scores
-from ...evaluation.asked import Asked, extract_of
+from ...evaluation.asked import Asked
 from ...evaluation.intervals import OF_LOSS, ratio
 from ...recipe import Data, as_yaml, yaml_document
 from ...recipe.comparison import FILE, NUMBERS, Comparison, Entry, entries
 from ...runs import record
-from ...runs.folder import RunDir
+from ...runs.folder import RunDir, extract_of
 from ...system import files
 from ...system.errors import DoesNotFit, InputError, Interrupted, TrainingFailed
 from ...system.events import note
@@ -59,7 +59,7 @@ class Folder:
     def __init__(self, comparison: Comparison):
         self.comparison = comparison
         self.entries: list[Entry] = entries(comparison)
-        _to_measure(comparison)  # what is wrong with it is said before anything is trained
+        self.to_measure = _to_measure(comparison)  # what is wrong with it is said before anything is trained
         eval_rows.refuse_missing(comparison.forgetting)
         self.path = Path(comparison.output_dir)
         self.file, self.lock_file = self.path / FILE, self.path / "lock"
@@ -130,7 +130,7 @@ class Folder:
         return (
             extract_of(found) == wanted.extract
             and (found.get("forgetting") or {}).get("data") == wanted.forgetting
-            and found.get("metrics", {}).keys() >= set(_to_measure(wanted))
+            and found.get("metrics", {}).keys() >= set(self.to_measure)
         )
 
     def try_again(self):
@@ -217,7 +217,7 @@ def train_one(folder: Folder, entry: Entry) -> None:
     options += [] if wanted.data is None else ["--data", wanted.data]
     if entry.recipe.task == "text-generation":
         options += ["--latency"]
-        options += [part for name in _to_measure(wanted) for part in ("--metric", name)]
+        options += [part for name in folder.to_measure for part in ("--metric", name)]
         options += [] if wanted.extract is None else ["--extract", wanted.extract]
         options += [] if wanted.forgetting is None else ["--forgetting", wanted.forgetting]
         known = _with_the_same_base(folder, entry)

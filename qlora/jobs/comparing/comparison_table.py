@@ -10,9 +10,8 @@ from statistics import mean
 import numpy as np
 
 from ...evaluation import comparing, intervals
-from ...evaluation.asked import extract_of
 from ...recipe.comparison import NUMBERS
-from ...runs.folder import RunDir
+from ...runs.folder import RunDir, extract_of
 from ...system.errors import InputError
 from ...system.events import note
 from . import compared_runs, differences

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ...evaluation.asked import cut_in_words, extract_of
+from ...evaluation.asked import cut_in_words
 from ...evaluation.intervals import in_words
 from ...evaluation.judge import win_rate_in_words
 from ...exporter.model_card import Origin
 from ...recipe import as_yaml
 from ...runs import record
+from ...runs.folder import extract_of
 from ...system.errors import InputError
 from ..opening.chosen_task import task_of
 

@@ -12,11 +12,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from ...evaluation.asked import extract_of
 from ...evaluation.intervals import OF_LOSS
 from ...exporter import REPORT
 from ...runs import record
-from ...runs.folder import RunDir
+from ...runs.folder import RunDir, extract_of
 from ...system import files
 from ...system.adapter_files import MANIFEST
 from ...system.errors import InputError
@@ -201,7 +200,9 @@ def _data(run, recipe, report, environment):
         found = {name: report[name] for name in names if report.get(name) is not None}
         counts = ("rows", "eval_rows", "steps_per_epoch", "duplicates", "eval_rows_in_training", "contradictory")
         of_pairs = [*found.get("preference", {}).values(), *found.get("judged", {}).values()]
-        sum([*(found.get(name, 0) for name in counts), *(one or 0 for one in of_pairs)])  # or they are no numbers
+        numbers = [*(found.get(name, 0) for name in counts), *(one for one in of_pairs if one is not None)]
+        if not all(isinstance(one, (int, float)) for one in numbers):
+            raise TypeError("a count is no number")
         found |= {"sources": sources, "sources_left_out": len(report["sources"]) - len(sources)}
         if report.get("classes"):
             found["classes"] = report["classes"][:_CLASSES]

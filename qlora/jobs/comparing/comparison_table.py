@@ -130,7 +130,8 @@ def paired(one, other, name=None) -> dict:
         return {}
     names, cut = [name for name in left.parts if name in right.parts], [extract_of(one.result) for one in (left, right)]
     if cut[0] != cut[1]:
-        note(f"answers were cut by --extract {cut[0]!r} and {cut[1]!r}: no change of what is measured on them")
+        one_cut, other_cut = ("nothing" if one is None else repr(one) for one in cut)
+        note(f"answers were cut by --extract {one_cut} and {other_cut}: no change of what is measured on them")
         names = [name for name in names if name in intervals.OF_LOSS]
     found = {}
     for name in names:

@@ -191,7 +191,7 @@ def _training(prepared, task):
         held = 0
     elif distinct == 1:
         held = 0
-        lines.append(Line("data.eval_fraction", 0, "nothing is held out of what says one thing"))
+        lines.append(Line("data.eval_fraction", 0, "nothing is held out: there is one row, or all are alike"))
     else:
         count = max(1, round(held * distinct))
         why = f"{count:,} row{'s' * (count > 1)} held out: the loss on what is not trained on"
